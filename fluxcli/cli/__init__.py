@@ -1,0 +1,1 @@
+"""The command line: options to requests, requests to runs."""

@@ -1,0 +1,120 @@
+"""The application: its commands, and the one boundary where errors and signals become an end of the process."""
+
+import errno
+import os
+import signal
+import sys
+import traceback
+from typing import NoReturn
+
+import typer
+
+import fluxcli
+from fluxcli import console, signals
+from fluxcli.cli import generate, info
+from fluxcli.errors import ExitCode, FluxError, Terminated
+from quant.errors import QuantError
+
+app = typer.Typer(
+    name="flux",
+    help='Pictures by FLUX.1, on the card you have. Try: flux generate "a red circle on a blue background" -p tiny',
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+app.command("generate")(generate.generate)
+app.command("replay")(generate.replay)
+app.command("presets")(info.presets_command)
+app.command("inspect")(info.inspect_command)
+app.add_typer(info.models_app, name="models")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.data(f"flux {fluxcli.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Pictures by FLUX.1, on the card you have."""
+
+
+def main() -> NoReturn:
+    """Run the command line and end the process with a documented exit code, or by the signal that ended it."""
+    signals.install()
+    try:
+        code = _run(sys.argv[1:])
+        sys.stdout.flush()
+    except Terminated as stop:
+        signals.die_by(stop.signum)
+    except BrokenPipeError:
+        _die_by_pipe()
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    debug = "--debug" in options
+    _quieten_libraries(debug)
+    try:
+        return app(args=arguments, standalone_mode=False, prog_name="flux") or ExitCode.OK
+    except BrokenPipeError:
+        raise
+    except (FluxError, QuantError) as error:
+        code = error.exit_code if isinstance(error, FluxError) else ExitCode.INPUT_FILE
+        message, hint = str(error), error.hint
+    except typer.TyperException as error:
+        code, message, hint = _usage_error(error)
+    except Exception as error:  # noqa: BLE001 - the boundary: whatever else arrives is a bug or the machine's limit
+        code, message, hint = _unexpected(error)
+    if debug:
+        traceback.print_exc()
+    console.error(message, hint)
+    return code
+
+
+def _usage_error(error: Exception) -> tuple[int, str, str]:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return ExitCode.USAGE, "no command given", "flux --help"
+    possible = list(getattr(error, "possibilities", None) or [])
+    command = getattr(getattr(error, "ctx", None), "command_path", "flux")
+    hint = f"did you mean {' or '.join(possible[:2])}?" if possible else f"{command} --help"
+    message = getattr(error, "message", "") if possible else error.format_message()
+    if "unexpected extra argument" in message:
+        hint = 'quote a prompt of several words: flux generate "a red circle"'
+    return ExitCode.USAGE, message, hint
+
+
+def _unexpected(error: Exception) -> tuple[int, str, str]:
+    text = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}" if str(error) else type(error).__name__
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
+        return ExitCode.DOES_NOT_FIT, f"out of memory: {text}", "a smaller --size, or --device cpu"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return ExitCode.OUTPUT, f"the disk is full: {text}", "free some space and run the command again"
+    if isinstance(error, ImportError):
+        return ExitCode.DEVICE, f"a dependency cannot be imported: {text}", "pip install --force-reinstall fluxcli"
+    return ExitCode.BUG, f"this is a bug: {text}", "run it again with --debug and report what it prints"
+
+
+def _quieten_libraries(debug: bool) -> None:
+    """Library chatter goes nowhere; no library runs a model's own code."""
+    os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "true")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not debug:
+        import warnings
+
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+
+def _die_by_pipe() -> None:
+    """Stdout was closed: no message, and the death that a shell expects."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if hasattr(signal, "SIGPIPE"):
+        signals.die_by(signal.SIGPIPE)
+    sys.exit(ExitCode.OUTPUT)

@@ -1,0 +1,169 @@
+"""`flux generate` and `flux replay`: settings to a request, the request to pictures."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from fluxcli import console, models, output, presets
+from fluxcli.cli.options import config_folder, given_settings, read_prompt, with_request_options
+from fluxcli.errors import BadInputFile, ExitCode, FluxError, UsageError
+from fluxcli.events import Done, Failed, Notice, Saved, to_json
+from fluxcli.plan import MemoryPlan, check_guidance, make_plan
+from fluxcli.request import GenerationRequest, coerce, from_settings
+from quant.checkpoint import Checkpoint, inspect
+from quant.errors import QuantError
+
+if TYPE_CHECKING:
+    pass
+
+STARTED = time.perf_counter()
+
+
+@with_request_options
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw; - reads it from stdin.", show_default=False)],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
+    **options: object,
+) -> int:
+    """Draw a prompt. Without weights of your own: -p tiny, the bundled model."""
+    given = given_settings(options)
+    settings = presets.merge(given, config_folder())
+    request = from_settings(read_prompt(prompt), settings.values)
+    return _run(request, options, format_given="format" in given, dry_run=dry_run)
+
+
+@with_request_options
+def replay(
+    picture: Annotated[Path, typer.Argument(help="A picture made by flux.", show_default=False)],
+    prompt: Annotated[Optional[str], typer.Option("--prompt", help="Another prompt.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; say whether the pixels are identical (exit 1: different).")
+    ] = False,
+    **options: object,
+) -> int:
+    """Make a picture again from its own metadata; any option of generate overrides, e.g. -p quality."""
+    from fluxcli import image
+
+    metadata = image.read_metadata(picture)
+    given = given_settings(options)
+    request = _replayed(picture, metadata["request"], given, read_prompt(prompt) if prompt else None)
+    expected = metadata.get("model", {}).get("fingerprint")
+    if check:
+        return _check(picture, request, metadata, options)
+    return _run(request, options, format_given="format" in given, expected=expected)
+
+
+def _replayed(picture: Path, stored: dict, given: dict, prompt: str | None) -> GenerationRequest:
+    """The stored request with overrides. Under another preset only what the picture's own preset did not say stays."""
+    try:
+        text = prompt or str(stored.pop("prompt"))
+        values = {
+            key: value if value is None else coerce(key, value, where=str(picture)) for key, value in stored.items()
+        }
+    except (UsageError, KeyError) as error:
+        raise BadInputFile("damaged metadata", which=picture, why=str(error)) from error
+    if "preset" not in given:
+        return from_settings(text, presets.overlay(values, given))
+    try:
+        own = presets.merge({"preset": values["preset"]}, config_folder(), {}).values
+    except UsageError:  # the preset is gone: everything stored counts as said
+        own = {}
+    changed = {key: value for key, value in values.items() if key != "preset" and value != own.get(key, ...)}
+    return from_settings(
+        text, presets.overlay(presets.merge({"preset": given["preset"]}, config_folder()).values, changed) | given
+    )
+
+
+def _check(picture: Path, request: GenerationRequest, metadata: dict, options: dict) -> int:
+    from fluxcli.engine import Engine
+    from fluxcli.image import pixels_sha256
+
+    checkpoint, plan = _prepare(request)
+    with console.Reporter(quiet=options["quiet"], started=STARTED) as reporter:
+        run, pixels = Engine(checkpoint, plan).picture(request), None
+        while pixels is None:
+            try:
+                reporter.show(next(run))
+            except StopIteration as finished:
+                pixels = finished.value
+    identical = pixels_sha256(pixels) == metadata.get("pixels_sha256")
+    console.data(f"{picture}: {'identical' if identical else 'different'}")
+    return ExitCode.OK if identical else ExitCode.BUG
+
+
+def _run(
+    request: GenerationRequest,
+    options: dict,
+    *,
+    format_given: bool,
+    dry_run: bool = False,
+    expected: str | None = None,
+) -> int:
+    """Plan, then run and show. `expected` is the fingerprint of the model that a replayed picture was made with."""
+    as_json, events = options["json_output"], options["events"]
+    request, target = output.parse_target(request, force=options["force"], format_given=format_given)
+    if sum((as_json, events, target.stdout)) > 1:
+        raise UsageError("--json, --events and -o - exclude each other", why="each needs stdout for itself")
+    try:
+        output.check_writable(target, request) if not dry_run else None
+        request = request.with_seed()
+        planned = _prepare(request)
+        if dry_run:
+            return _show_plan(request, planned[1], as_json=as_json or events)
+        _draw(request, target, planned=planned, options=options, expected=expected)
+    except (FluxError, QuantError) as error:
+        if events:
+            code = getattr(error, "exit_code", ExitCode.INPUT_FILE)
+            console.data_json(to_json(Failed(int(code), str(error), error.hint)))
+        raise
+    return ExitCode.OK
+
+
+def _prepare(request: GenerationRequest) -> tuple[Checkpoint, MemoryPlan]:
+    from fluxcli import hardware
+
+    checkpoint = inspect(models.locate(request.model))
+    check_guidance(request, checkpoint)
+    return checkpoint, make_plan(request, checkpoint, hardware.probe(request.device))
+
+
+def _show_plan(request: GenerationRequest, plan: MemoryPlan, *, as_json: bool) -> int:
+    if as_json:
+        console.data_json({"request": request.to_json(), "size": request.size, "plan": plan.to_json()})
+        return ExitCode.OK
+    width, height = request.size
+    guidance = "none" if request.guidance is None else f"{request.guidance:g}"
+    console.data(f"picture  {width}x{height}, {request.steps} steps, guidance {guidance}, seed {request.seed}")
+    console.data(f"model    {request.model} (preset {request.preset})")
+    console.data(f"device   {plan.device}, {', '.join(f'{name} {dtype}' for name, dtype in plan.dtypes.items())}")
+    for phase, peak in plan.peak_bytes.items():
+        console.data(f"{phase:<9}{peak / 2**30:.2f} GiB")
+    for reason in plan.reasons:
+        console.data(f"because  {reason}")
+    return ExitCode.OK
+
+
+def _draw(
+    request: GenerationRequest, target: output.Target, *, planned: tuple, options: dict, expected: str | None
+) -> None:
+    from fluxcli import hardware
+    from fluxcli.engine import Engine, versions
+
+    checkpoint, plan = planned
+    images: list = []
+    paths = not options["json_output"]
+    with console.Reporter(quiet=options["quiet"], events=options["events"], paths=paths, started=STARTED) as reporter:
+        if expected and expected != checkpoint.fingerprint:
+            reporter.show(Notice("the model here is not the one that made the picture: expect another one"))
+        for event in Engine(checkpoint, plan).run(request, target):
+            reporter.show(event)
+            if isinstance(event, Saved):
+                images.append(event.image)
+    peaks = hardware.peak_memory(plan.device)
+    done = Done(tuple(images), request.to_json(), plan.to_json(), reporter.timings_s, peaks, versions())
+    if options["events"]:
+        console.data_json(to_json(done))
+    elif options["json_output"]:
+        console.data_json({key: value for key, value in to_json(done).items() if key != "event"})

@@ -1,0 +1,125 @@
+"""The only printer: data on stdout, everything else on stderr; plain text where stderr is no terminal.
+
+Knows events and errors, nothing of models.
+"""
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from fluxcli.events import Event, Notice, Phase, Saved, Step, to_json
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+
+def data(text: str) -> None:
+    """One line of data on stdout, at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def data_json(value: object, *, indent: int | None = None) -> None:
+    """One JSON value on stdout: a single line unless indented."""
+    data(json.dumps(value, ensure_ascii=indent is None or _unicode_stdout(), indent=indent))
+
+
+def _unicode_stdout() -> bool:
+    return (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+
+
+def say(text: str) -> None:
+    """One line for people on stderr."""
+    sys.stderr.write(f"flux: {text}\n")
+    sys.stderr.flush()
+
+
+def error(message: str, hint: str) -> None:
+    """The error line and the hint; never anything else."""
+    line = " ".join(message.split())
+    sys.stderr.write(f"flux: error: {line.rstrip('.')}.\n")
+    if hint:
+        sys.stderr.write(f"hint: {' '.join(hint.split())}\n")
+    sys.stderr.flush()
+
+
+class Reporter:
+    """Shows a run's events as they come, and adds up seconds per phase."""
+
+    def __init__(self, *, quiet: bool = False, events: bool = False, paths: bool = True, started: float) -> None:
+        """`started` is the perf_counter at the command's start; `paths` prints each picture's path on stdout."""
+        self.timings_s: dict[str, float] = {}
+        self._quiet, self._events, self._paths = quiet, events, paths
+        self._started, self._phase, self._since = started, "start", started
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._step_since = started
+
+    def __enter__(self) -> "Reporter":
+        if not self._quiet and sys.stderr.isatty():
+            self._progress = _progress()
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close_phase()
+        self.timings_s["total"] = round(time.perf_counter() - self._started, 4)
+        if self._progress:
+            self._progress.stop()
+
+    def show(self, event: Event) -> None:
+        """Show one event."""
+        if self._events:
+            data_json(to_json(event))
+        match event:
+            case Phase():
+                self._close_phase()
+                self._phase = event.name
+                self._describe(f"{event.name} {event.detail}".strip())
+            case Step():
+                self._show_step(event)
+            case Notice() if not self._quiet:
+                say(event.message)
+            case Saved():
+                self._show_saved(event)
+
+    def _close_phase(self) -> None:
+        now = time.perf_counter()
+        self.timings_s[self._phase] = round(self.timings_s.get(self._phase, 0.0) + now - self._since, 4)
+        self._since = now
+
+    def _describe(self, text: str) -> None:
+        if self._progress is None:
+            return
+        if self._task is None:
+            self._task = self._progress.add_task(text, total=None, speed="")
+        self._progress.update(self._task, description=text)
+
+    def _show_step(self, step: Step) -> None:
+        if self._progress is None or self._task is None:
+            return
+        if step.index == 1:
+            self._progress.reset(self._task, total=step.total)
+            self._step_since = self._since
+        seconds = (time.perf_counter() - self._step_since) / step.index
+        picture = f"picture {step.image}/{step.images}, " if step.images > 1 else ""
+        text = f"denoise {picture}step {step.index}/{step.total}"
+        speed = f"{seconds:.2f} s/it, {seconds * (step.total - step.index):.0f} s left"
+        self._progress.update(self._task, description=text, completed=step.index, speed=speed)
+
+    def _show_saved(self, saved: Saved) -> None:
+        image = saved.image
+        if self._paths and not self._events and image.path != "-":
+            data(image.path)
+        if not self._quiet:
+            taken = time.perf_counter() - self._started
+            say(f"{image.path}: {image.width}x{image.height}, seed {image.seed}, {taken:.1f} s")
+
+
+def _progress() -> "Progress":
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[speed]}"))
+    return Progress(*columns, console=Console(stderr=True), transient=True)

@@ -1,0 +1,62 @@
+"""Prompt to embeddings: CLIP-L's pooled vector and T5-XXL's sequence, by transformers' own classes.
+
+Knows tokenizers and text encoders, nothing of pictures. Padding is not masked in FLUX.1, so the T5 length changes
+the picture.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fluxcli import classes
+from quant.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+CLIP_TOKENS = 77
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids: `clip` (1, 77), `t5` (1, text_tokens); `lost` is the prompt's text that T5 will not see."""
+
+    clip: "torch.Tensor"
+    t5: "torch.Tensor"
+    lost: str
+
+
+def tokenize(folder: Path, prompt: str, text_tokens: int) -> Tokens:
+    """Tokenize `prompt` for both encoders with the tokenizers in a model folder; raises `CheckpointError`."""
+    clip_class, t5_class = classes.tokenizers()
+    clip, t5 = _open(clip_class, folder / "tokenizer"), _open(t5_class, folder / "tokenizer_2")
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    ids = t5(prompt, max_length=text_tokens, **options).input_ids
+    every = t5(prompt, truncation=False).input_ids
+    lost = t5.decode(every[text_tokens - 1 :], skip_special_tokens=True) if len(every) > text_tokens else ""
+    return Tokens(clip(prompt, max_length=CLIP_TOKENS, **options).input_ids, ids, lost)
+
+
+def _open(kind: type, folder: Path) -> object:
+    try:
+        return kind.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        why = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise CheckpointError("cannot read the tokenizer", which=folder, why=why) from error
+
+
+def pooled_embedding(text_encoder: "nn.Module", ids: "torch.Tensor") -> "torch.Tensor":
+    """CLIP-L's pooled output (1, P)."""
+    import torch
+
+    with torch.no_grad():
+        return text_encoder(ids.to(text_encoder.device)).pooler_output
+
+
+def sequence_embedding(text_encoder_2: "nn.Module", ids: "torch.Tensor") -> "torch.Tensor":
+    """T5-XXL's last hidden state (1, text_tokens, C)."""
+    import torch
+
+    with torch.no_grad():
+        return text_encoder_2(ids.to(text_encoder_2.device))[0]

@@ -1,0 +1,79 @@
+"""The errors a user can meet, and the exit code of each. Stdlib only.
+
+    FluxError
+    ├── UsageError            2   arguments, settings, presets, prompts
+    ├── WeightsUnavailable    3   missing, gated, offline
+    ├── BadInputFile          4   corrupt or unsafe input
+    ├── DoesNotFit            5   VRAM or RAM
+    ├── OutputError           6   the picture cannot be written
+    ├── DeviceUnusable        8   device or dependency
+    └── NotFinite             9   NaN or Inf in the result
+
+An error is one line, `what (which): why.`, and one hint: what to type next.
+"""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Documented exit codes of every command."""
+
+    OK = 0
+    BUG = 1
+    USAGE = 2
+    WEIGHTS = 3
+    INPUT_FILE = 4
+    DOES_NOT_FIT = 5
+    OUTPUT = 6
+    DEVICE = 8
+    NOT_FINITE = 9
+
+
+class FluxError(Exception):
+    """Base of every error that is not a bug."""
+
+    exit_code = ExitCode.BUG
+
+    def __init__(self, what: str, *, which: object = "", why: str = "", hint: str = "") -> None:
+        super().__init__(what)
+        self.what, self.which, self.why, self.hint = what, str(which), why, hint
+
+    def __str__(self) -> str:
+        subject = f"{self.what} ({self.which})" if self.which else self.what
+        return f"{subject}: {self.why}" if self.why else subject
+
+
+class UsageError(FluxError):
+    exit_code = ExitCode.USAGE
+
+
+class WeightsUnavailable(FluxError):
+    exit_code = ExitCode.WEIGHTS
+
+
+class BadInputFile(FluxError):
+    exit_code = ExitCode.INPUT_FILE
+
+
+class DoesNotFit(FluxError):
+    exit_code = ExitCode.DOES_NOT_FIT
+
+
+class OutputError(FluxError):
+    exit_code = ExitCode.OUTPUT
+
+
+class DeviceUnusable(FluxError):
+    exit_code = ExitCode.DEVICE
+
+
+class NotFinite(FluxError):
+    exit_code = ExitCode.NOT_FINITE
+
+
+class Terminated(BaseException):
+    """SIGTERM (or SIGHUP) arrived; unwinds like KeyboardInterrupt, so that temporary files go."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum

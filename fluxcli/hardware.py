@@ -1,0 +1,127 @@
+"""What this machine has: the one place that asks drivers and the operating system for devices and memory.
+
+Imports torch inside functions only. Sizes are in bytes.
+"""
+
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+
+from fluxcli.errors import DeviceUnusable
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The device to compute on. `total_bytes` and `free_bytes` are the device's memory (the RAM for a CPU)."""
+
+    device: str  # as torch names it: cpu, cuda:0, mps, xpu:0
+    name: str
+    total_bytes: int
+    free_bytes: int
+    ram_bytes: int
+    bf16: bool  # computes bfloat16 at full speed
+    reason: str  # why this device
+
+    @property
+    def kind(self) -> str:
+        return self.device.partition(":")[0]
+
+
+def probe(device: str = "auto") -> Hardware:
+    """Return the device that `device` (auto, cpu, cuda[:n], mps, xpu[:n]) names; raises `DeviceUnusable`."""
+    import psutil
+
+    ram = psutil.virtual_memory()
+    kind, _, index = device.partition(":")
+    counts = _accelerators()
+    if kind == "auto":
+        kind = next((name for name in ("cuda", "xpu", "mps") if counts[name]), "cpu")
+        reason = "the first accelerator found" if kind != "cpu" else _why_no_gpu()
+    else:
+        reason = "--device"
+    if kind == "cpu":
+        name = platform.processor() or platform.machine()
+        return Hardware("cpu", name, ram.total, ram.available, ram.total, _cpu_has_bf16(), reason)
+    number = int(index or 0)
+    if number >= counts[kind]:
+        exist = [f"{name}:{k}" for name, count in counts.items() for k in range(count)]
+        why = f"usable are {' '.join(['cpu', *exist])}; {_why_no_gpu() if kind == 'cuda' else 'none of that kind'}"
+        raise DeviceUnusable("no such device", which=device, why=why, hint="--device cpu, or flux generate -p tiny")
+    return _accelerator(kind, number, ram.total, reason)
+
+
+def _accelerators() -> dict[str, int]:
+    import torch
+
+    try:
+        return {
+            "cuda": torch.cuda.device_count(),
+            "xpu": torch.xpu.device_count() if hasattr(torch, "xpu") else 0,
+            "mps": int(torch.backends.mps.is_available()),
+        }
+    except RuntimeError as error:
+        raise DeviceUnusable("the GPU driver does not answer", why=str(error)[:120]) from error
+
+
+def _accelerator(kind: str, number: int, ram_bytes: int, reason: str) -> Hardware:
+    import torch
+
+    if kind == "mps":
+        total = torch.mps.recommended_max_memory()
+        return Hardware("mps", "Apple GPU", total, total, ram_bytes, True, reason)
+    module = getattr(torch, kind)
+    try:
+        free, total = module.mem_get_info(number)
+        name = module.get_device_name(number)
+        bf16 = kind != "cuda" or torch.cuda.get_device_capability(number) >= (8, 0)
+    except RuntimeError as error:
+        raise DeviceUnusable("the device does not answer", which=f"{kind}:{number}", why=str(error)[:120]) from error
+    return Hardware(f"{kind}:{number}", name, total, free, ram_bytes, bf16, reason)
+
+
+def _why_no_gpu() -> str:
+    import torch
+
+    driver = shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia/version")
+    if driver and not torch.version.cuda:
+        return "this torch is CPU-only beside an NVIDIA driver: install a CUDA build (pytorch.org, Get Started)"
+    if driver and os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
+        return f"CUDA_VISIBLE_DEVICES is {os.environ['CUDA_VISIBLE_DEVICES']!r}"
+    return "no GPU was found"
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU has bfloat16 matrix units: without them bfloat16 runs at a quarter of float32's speed."""
+    import torch
+
+    return bool(torch.cpu._is_amx_tile_supported()) if hasattr(torch.cpu, "_is_amx_tile_supported") else False
+
+
+def peak_memory(device: str) -> dict[str, int]:
+    """The process's memory peaks so far, in bytes: resident RAM, and the device's allocator where there is one."""
+    peaks = {"rss_bytes": _peak_rss_bytes()}
+    if device.startswith(("cuda", "xpu")):
+        import torch
+
+        peaks["vram_bytes"] = getattr(torch, device.partition(":")[0]).max_memory_reserved(device)
+    return peaks
+
+
+def _peak_rss_bytes() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def empty_cache(device: str) -> None:
+    """Give freed blocks back to the device's driver."""
+    import torch
+
+    if device != "cpu":
+        getattr(torch, device.partition(":")[0]).empty_cache()

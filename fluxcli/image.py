@@ -1,0 +1,115 @@
+"""Pixels to a jpg, png or webp file in memory with its metadata, and the metadata back from a file.
+
+Metadata, in one encode: the A1111 `parameters` text that every viewer reads (PNG text, EXIF UserComment), and an
+XMP packet with `trainedAlgorithmicMedia` and all of the metadata as JSON. Pixels are (H, W, 3) uint8, RGB.
+"""
+
+import hashlib
+import io
+import json
+import re
+from html import escape, unescape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fluxcli.errors import BadInputFile
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+PIL_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+MAX_PIXELS = 64 * 1024 * 1024
+XMP = (
+    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
+    '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
+    'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" xmlns:flux="urn:flux:1">'
+    "<Iptc4xmpExt:DigitalSourceType>http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+    "</Iptc4xmpExt:DigitalSourceType><flux:metadata>{json}</flux:metadata></rdf:Description></rdf:RDF></x:xmpmeta>"
+    '<?xpacket end="w"?>'
+)
+USER_COMMENT, EXIF_IFD = 0x9286, 0x8769
+
+
+def encode(pixels: "np.ndarray", format: str, *, quality: int, metadata: dict | None) -> bytes:
+    """Encode pixels (H, W, 3) uint8; `metadata` is JSON-able (see `engine.metadata`) or None for a bare picture."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    image, buffer = Image.fromarray(pixels, "RGB"), io.BytesIO()
+    text, xmp = (parameters_text(metadata), _xmp(metadata)) if metadata else ("", "")
+    options: dict = {}
+    if format == "png":
+        options["optimize"] = False
+        if text:
+            info = options["pnginfo"] = PngInfo()
+            info.add_itxt("parameters", text)
+            info.add_itxt("XML:com.adobe.xmp", xmp)
+    else:
+        options["quality"] = quality
+        options |= {"subsampling": 0} if format == "jpg" and quality >= 90 else {}
+        if text:
+            exif = Image.Exif()
+            exif.get_ifd(EXIF_IFD)[USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be", "surrogatepass")
+            options |= {"exif": exif.tobytes(), "xmp": xmp.encode()}
+    image.save(buffer, PIL_FORMATS[format], **options)
+    return buffer.getvalue()
+
+
+def pixels_sha256(pixels: "np.ndarray") -> str:
+    """sha256 of the size and the RGB bytes: equal for equal pictures, whatever the file format."""
+    return hashlib.sha256(f"{pixels.shape[1]}x{pixels.shape[0]}:".encode() + pixels.tobytes()).hexdigest()
+
+
+def parameters_text(metadata: dict) -> str:
+    """The text that A1111 and its readers know: the prompt, then a line of settings."""
+    request, (width, height) = metadata["request"], metadata["size"]
+    guidance = "" if request["guidance"] is None else f"Distilled CFG Scale: {request['guidance']:g}, "
+    return (
+        f"{request['prompt']}\nSteps: {request['steps']}, Sampler: Euler, Schedule type: Simple, CFG scale: 1, "
+        f"{guidance}Seed: {request['seed']}, Size: {width}x{height}, Model: {metadata['model']['name']}, "
+        f"Model hash: {metadata['model']['fingerprint'][:10]}, Version: flux {metadata['versions']['flux']}"
+    )
+
+
+def _xmp(metadata: dict) -> str:
+    return XMP.format(json=escape(json.dumps(metadata, ensure_ascii=False, sort_keys=True), quote=False))
+
+
+def read_metadata(path: Path) -> dict:
+    """The metadata that `encode` wrote; raises `BadInputFile` where there is none or the file is no picture."""
+    with open_picture(path) as image:
+        packet = image.info.get("xmp") or getattr(image, "text", {}).get("XML:com.adobe.xmp", "")
+    packet = packet.decode("utf-8", "replace") if isinstance(packet, bytes) else str(packet)
+    match = re.search(r"<flux:metadata>(.*)</flux:metadata>", packet, re.DOTALL)
+    try:
+        metadata = json.loads(unescape(match[1])) if match else None
+    except (ValueError, RecursionError):
+        metadata = None
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("request"), dict):
+        hint = "pictures made with --no-metadata, or edited since, cannot be replayed"
+        raise BadInputFile("no flux metadata", which=path, why="the picture carries none", hint=hint)
+    return metadata
+
+
+def read_pixels(path: Path) -> "np.ndarray":
+    """The picture as (H, W, 3) uint8."""
+    import numpy as np
+
+    with open_picture(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def open_picture(path: Path) -> "Image.Image":
+    """Open and fully decode a png, jpg or webp; raises `BadInputFile` for anything else, or one too large."""
+    from PIL import Image
+
+    try:
+        image = Image.open(path, formats=("PNG", "JPEG", "WEBP"))
+        if image.width * image.height > MAX_PIXELS:
+            raise BadInputFile("picture too large", which=path, why=f"{image.width}x{image.height} pixels")
+        image.load()
+        return image
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        why = getattr(error, "strerror", None) or "it is no readable png, jpg or webp"
+        raise BadInputFile("cannot read the picture", which=path, why=why) from error

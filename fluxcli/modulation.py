@@ -1,0 +1,136 @@
+"""adaLN modulation as tables: every shift, scale and gate of a run, computed before its first step.
+
+The modulation linears (27 % of FLUX.1's parameters) see only the embedding of timestep, guidance and pooled prompt,
+never the picture (Peebles & Xie 2022, "Scalable Diffusion Models with Transformers", adaLN). So one pass over their
+weights, read from the file one by one and dropped, gives the whole run's values. In the loop each norm holds a view
+of one static row; `select` copies a step's row into it before a forward. No forward is ever counted.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from fluxcli.loader import check_keys, read_tensors
+from fluxcli.plan import MODULATION
+from quant.checkpoint import Component
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class TableKey:
+    """Everything a table depends on; equal keys mean equal tables."""
+
+    weights: str  # the checkpoint's fingerprint
+    pooled: str  # digest of the pooled prompt embedding
+    guidance: float | None
+    timesteps: tuple[float, ...]  # sigmas x 1000, as the scheduler gives them
+    dtype: str
+    device: str
+    adapters: tuple[tuple[str, float], ...] = ()  # (identity, scale) of adapters that touch the modulation
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One prompt's run: its key and its pooled prompt embedding (1, pooled width)."""
+
+    key: TableKey
+    pooled: "torch.Tensor" = field(compare=False)
+
+
+def condition(pooled: "torch.Tensor", *, weights: str, guidance: float | None, timesteps: "torch.Tensor") -> Condition:
+    """Make the condition of one prompt; `pooled` (1, P) and `timesteps` (S,) in 0 to 1000."""
+    digest = hashlib.sha256(pooled.float().cpu().numpy().tobytes()).hexdigest()[:16]
+    dtype, device = str(pooled.dtype).removeprefix("torch."), str(pooled.device)
+    key = TableKey(weights, digest, guidance, tuple(timesteps.tolist()), dtype, device)
+    return Condition(key, pooled)
+
+
+def is_modulation(name: str) -> bool:
+    """Whether a transformer key is read in the condition phase only."""
+    return MODULATION.fullmatch(name) is not None
+
+
+def linear_names(transformer: Component) -> list[str]:
+    """Prefixes of the modulation linears, in file order of their names."""
+    suffix = ".linear.weight"
+    return sorted(n.removesuffix(".weight") for n in transformer.tensors if n.endswith(suffix) and is_modulation(n))
+
+
+def make_tables(transformer: Component, conditions: Sequence[Condition]) -> "dict[TableKey, torch.Tensor]":
+    """One pass over the modulation weights: a table (S, sum of outputs) per condition, rows in step order.
+
+    Each condition's rows are multiplied by themselves: float32 products depend on the number of rows.
+    """
+    import torch
+    from torch.nn import functional
+
+    with torch.no_grad():
+        activated = [functional.silu(_time_text_embedding(transformer, item)) for item in conditions]  # (S, D)
+        parts: list[list[torch.Tensor]] = [[] for _ in conditions]
+        at = conditions[0].pooled
+        for name in linear_names(transformer):
+            names = [f"{name}.weight", f"{name}.bias"]
+            pair = dict(read_tensors(transformer, names, dtype=at.dtype, device=str(at.device)))
+            for rows, outputs in zip(activated, parts, strict=True):
+                outputs.append(functional.linear(rows, pair[names[0]], pair[names[1]]))  # (S, 2, 3 or 6 x D)
+        return {item.key: torch.cat(outputs, dim=1) for item, outputs in zip(conditions, parts, strict=True)}
+
+
+def _time_text_embedding(transformer: Component, item: Condition) -> "torch.Tensor":
+    """temb (S, D) of every step, by diffusers' own embedding module."""
+    import torch
+
+    from fluxcli import classes
+
+    config, pooled, key = transformer.config, item.pooled, item.key
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    module = classes.time_text_embed(guidance=key.guidance is not None)(width, config["pooled_projection_dim"])
+    prefix = "time_text_embed."
+    stored = [name for name in transformer.tensors if name.startswith(prefix)]
+    tensors = read_tensors(transformer, stored, dtype=pooled.dtype, device=str(pooled.device))
+    state = {name.removeprefix(prefix): tensor for name, tensor in tensors}
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    check_keys(transformer, expected, {name: tuple(tensor.shape) for name, tensor in state.items()})
+    module.load_state_dict(state, assign=True)
+    steps = torch.tensor(key.timesteps, device=pooled.device).to(pooled.dtype) / 1000 * 1000  # diffusers' rounding
+    inputs = [steps]
+    if key.guidance is not None:
+        inputs.append(torch.full_like(steps, key.guidance, dtype=torch.float32).to(pooled.dtype) * 1000)
+    return module(*inputs, pooled.expand(len(steps), -1))
+
+
+class ModulationRow:
+    """The static row (1, sum of outputs) that a transformer's norms look at."""
+
+    def __init__(self, model: "nn.Module", transformer: Component, *, dtype: "torch.dtype", device: str) -> None:
+        """Put views of a fresh row where `model` had its modulation linears and time embedding (still on meta)."""
+        import torch
+
+        names = linear_names(transformer)
+        sizes = [transformer.tensors[f"{name}.weight"].shape[0] for name in names]
+        self._row = torch.zeros(1, sum(sizes), dtype=dtype, device=device)
+        for name, view in zip(names, self._row.split(sizes, dim=1), strict=True):
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, _constant(view))
+        temb = torch.zeros(1, model.inner_dim, dtype=dtype, device=device)  # no norm looks at it any more
+        model.time_text_embed = _constant(temb)
+
+    def select(self, table: "torch.Tensor", step: int) -> None:
+        """Make the next forward that of row `step` (from 0) of `table`."""
+        self._row.copy_(table[step : step + 1])
+
+
+def _constant(value: "torch.Tensor") -> "nn.Module":
+    from torch import nn
+
+    class Constant(nn.Module):
+        """Returns its tensor whatever it is given; holds no weight."""
+
+        def forward(self, *_: object) -> "torch.Tensor":
+            return value
+
+    return Constant()

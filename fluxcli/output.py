@@ -1,0 +1,208 @@
+"""Where pictures go: names, templates, and files that are whole or absent.
+
+Knows nothing of how a picture is made or encoded. Stdlib only. A file is written to a temporary one beside it,
+flushed to disk and moved into place; automatic names never replace a file, even when two processes race.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import shutil
+import string
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+
+from fluxcli.errors import OutputError, UsageError
+from fluxcli.request import FORMATS, GenerationRequest
+
+DEFAULT_TEMPLATE = "{slug}-{seed}"
+TEMPLATE_KEYS = ("seed", "n", "slug", "preset", "width", "height", "date")
+EXTENSIONS = {"jpg": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp"}
+SLUG_LENGTH = 48
+STDOUT = "-"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a run's pictures go. `pattern` has template fields and no extension unless `exact`."""
+
+    folder: Path
+    pattern: str
+    exact: bool = False  # one plain file the user named: replaced only with --force
+    force: bool = False
+    stdout: bool = False
+
+
+def parse_target(request: GenerationRequest, *, force: bool = False, format_given: bool = False) -> tuple:
+    """Return (request with the output's format, Target) for `request.output`; raises `UsageError`."""
+    text = request.output
+    if text == STDOUT:
+        if request.count > 1:
+            raise UsageError("-o - takes one picture", which=f"--count {request.count}")
+        return request, Target(Path(), STDOUT, stdout=True)
+    if text is None or text.endswith(("/", os.sep)) or Path(text).is_dir():
+        return request, Target(Path(text or "."), DEFAULT_TEMPLATE)
+    path = Path(text).expanduser()
+    suffix = path.suffix.lower().lstrip(".")
+    is_template = _check_template(path.name)
+    if not suffix and is_template:
+        return request, Target(path.parent, path.name)
+    if suffix not in EXTENSIONS:
+        hint = f"use one of {', '.join(FORMATS)}; a folder ends in /"
+        raise UsageError("unsupported picture format", which=text, why=f"extension {suffix!r}", hint=hint)
+    if format_given and EXTENSIONS[suffix] != request.format:
+        raise UsageError("--format contradicts the file name", which=text, why=f"--format {request.format}")
+    if request.count > 1 and not is_template:
+        hint = f"-o {path.stem}-{{seed}}{path.suffix}, or a folder"
+        raise UsageError("one file name for several pictures", which=text, hint=hint)
+    request = replace(request, format=EXTENSIONS[suffix])
+    if is_template:
+        return request, Target(path.parent, path.stem)
+    return request, Target(path.parent, path.name, exact=True, force=force)
+
+
+def _check_template(name: str) -> bool:
+    try:
+        keys = [key for _, key, spec, conversion in string.Formatter().parse(name) if key is not None]
+        if any(key not in TEMPLATE_KEYS for key in keys):
+            raise ValueError("fields are " + " ".join(f"{{{key}}}" for key in TEMPLATE_KEYS))
+        name.format(seed=1, n=1, slug="", preset="", width=1, height=1, date="")
+    except (ValueError, IndexError, KeyError) as error:
+        raise UsageError("bad template", which=name, why=str(error)) from error
+    return bool(keys)
+
+
+def slug(prompt: str) -> str:
+    """A short file name made of a prompt: ASCII letters and digits where it has any, joined by '-'."""
+    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode()
+    words = re.findall(r"[a-z0-9]+", plain.lower())
+    text = ""
+    for word in words:
+        if len(text) + len(word) > SLUG_LENGTH:
+            break
+        text = f"{text}-{word}" if text else word
+    return text or (words[0][:SLUG_LENGTH] if words else "image")
+
+
+def candidates(target: Target, request: GenerationRequest, n: int) -> Iterator[Path]:
+    """The names to try for picture `n` (from 1), best first; an exact target has one."""
+    if target.exact:
+        yield target.folder / target.pattern
+        return
+    width, height = request.size
+    values = {"seed": request.seed, "n": n, "slug": slug(request.prompt), "preset": slug(request.preset)}
+    stem = target.pattern.format(**values, width=width, height=height, date=date.today().isoformat())
+    yield target.folder / f"{stem}.{request.format}"
+    for k in range(2, 1_000_000):
+        yield target.folder / f"{stem}-{k}.{request.format}"
+
+
+def check_writable(target: Target, request: GenerationRequest) -> None:
+    """Raise `OutputError` before any compute if the pictures could not be written; creates the folder."""
+    if target.stdout:
+        if sys.stdout.isatty():
+            raise UsageError("a picture would garble the terminal", which="-o -", hint="flux generate ... -o - > x.jpg")
+        return
+    path = next(candidates(target, request, 1))
+    if target.exact and not target.force and (path.exists() or path.is_symlink()):
+        raise OutputError("the file exists", which=path, hint="--force replaces it; -o FOLDER/ picks a free name")
+    if path.is_dir():
+        raise OutputError("cannot write the picture", which=path, why="it is a folder")
+    try:
+        folder = Path(os.path.realpath(path)).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary, file = _open_temporary(folder / path.name)
+        file.close()
+        temporary.unlink()
+        width, height = request.size
+        need = request.count * (width * height * 3 + (1 << 20))
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise _output_error(path, error) from error
+    if free < need:
+        why = f"needs about {need // 2**20 + 1} MiB, {free // 2**20} MiB are free"
+        raise OutputError("the disk is full", which=folder, why=why)
+
+
+def save(data: bytes, target: Target, request: GenerationRequest, n: int) -> str:
+    """Write `data` as picture `n`; returns its path as the user would spell it ('-' for stdout)."""
+    if target.stdout:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+        return STDOUT
+    try:
+        for path in candidates(target, request, n):
+            if target.force:
+                write_atomically(Path(os.path.realpath(path)), data, place=os.replace)
+                return str(path)
+            if os.path.lexists(path):
+                if target.exact:
+                    break
+                continue
+            with contextlib.suppress(FileExistsError):
+                write_atomically(path, data, place=_move_if_free)
+                return str(path)
+    except OSError as error:
+        raise _output_error(path, error) from error
+    raise OutputError("the file exists", which=path, hint="--force replaces it")
+
+
+def write_atomically(path: Path, data: bytes, *, place: Callable[[Path, Path], None] = os.replace) -> None:
+    """Write `data` to `path`: a temporary file beside it, fsync, then `place(temporary, path)`; raises OSError."""
+    temporary, file = _open_temporary(path)
+    try:
+        with file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if place is os.replace and path.exists():
+            shutil.copymode(path, temporary)
+        place(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def _open_temporary(path: Path) -> tuple:
+    """A new file beside `path`, with the mode that the umask gives."""
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    return temporary, os.fdopen(descriptor, "wb")
+
+
+def _move_if_free(temporary: Path, path: Path) -> None:
+    """Give the file its name unless that is taken (FileExistsError): a hard link, or a rename that never replaces."""
+    if os.name == "nt":
+        os.rename(temporary, path)  # fails where the name exists
+        return
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))  # no links here (FAT): reserve, then replace
+        os.replace(temporary, path)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":
+        return
+    with contextlib.suppress(OSError):  # some file systems refuse to sync a folder; the file itself is synced
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _output_error(path: Path, error: OSError) -> OutputError:
+    reasons = {errno.ENOSPC: "the disk is full", errno.EROFS: "the file system is read-only"}
+    why = reasons.get(error.errno or 0, (error.strerror or str(error)).lower())
+    return OutputError("cannot write the picture", which=path, why=why, hint="-o FOLDER/ writes elsewhere")

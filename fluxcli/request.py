@@ -1,0 +1,188 @@
+"""The request: what picture is wanted. Its fields, their bounds, and how text becomes their values.
+
+Knows nothing of files, models or devices. Stdlib only. Sizes are in pixels, (width, height).
+"""
+
+import math
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
+
+from fluxcli.errors import UsageError
+
+ASPECT_RATIOS = ("1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21")
+FORMATS = ("jpg", "png", "webp")
+MULTIPLE_PX = 16  # 8x VAE, then 2x2 packing
+MIN_SIZE_PX, MAX_SIZE_PX = 64, 4096
+MAX_AREA_PX = 8 * 1024 * 1024
+MAX_RATIO = 4
+MAX_SEED = 2**64 - 1
+MAX_PROMPT_BYTES = 8192  # four times what 512 T5 tokens hold, and what fits into a jpg's metadata
+DEVICES = r"auto|cpu|mps|xpu(:\d+)?|cuda(:\d+)?"
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """Everything that decides a run. `seed` -1 asks for a random one; `guidance` None is for models without it."""
+
+    prompt: str
+    preset: str = "dev"
+    model: str = "black-forest-labs/FLUX.1-dev"
+    steps: int = 28
+    guidance: float | None = 3.5
+    seed: int = -1
+    count: int = 1
+    aspect_ratio: str = "1:1"
+    image_size: int = 1024
+    width: int | None = None
+    height: int | None = None
+    text_tokens: int = 512
+    format: str = "jpg"
+    quality: int = 80
+    device: str = "auto"
+    metadata: bool = True
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise UsageError("the prompt is empty", hint='flux generate "a red circle on a blue background" -p tiny')
+        if (size := len(self.prompt.encode("utf-8", "surrogatepass"))) > MAX_PROMPT_BYTES:
+            raise UsageError("the prompt is too long", why=f"{size} bytes, at most {MAX_PROMPT_BYTES} are taken")
+        for name, (low, high) in BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UsageError(f"{name} out of range", which=flag(name), why=f"{value} is not in {low} to {high}")
+        if self.seed + self.count - 1 > MAX_SEED:
+            raise UsageError("seed out of range", which="--seed", why=f"seed + count passes {MAX_SEED}")
+        for name, pattern in PATTERNS.items():
+            if not re.fullmatch(pattern, getattr(self, name)):
+                raise UsageError(f"unknown {name}", which=flag(name), why=f"{getattr(self, name)!r} is not {pattern}")
+        if (self.width is None) != (self.height is None):
+            raise UsageError("--width and --height go together", hint="or give --ar and --size")
+        check_size(*self.size)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the picture."""
+        if self.width is not None and self.height is not None:
+            return self.width, self.height
+        return size_of(self.aspect_ratio, self.image_size)
+
+    def with_seed(self) -> "GenerationRequest":
+        """The same request with a seed: a random 32-bit one where none was given."""
+        return self if self.seed >= 0 else replace(self, seed=secrets.randbelow(2**32 - self.count))
+
+    def picture(self, k: int) -> "GenerationRequest":
+        """The request that makes picture `k` of this one alone."""
+        return replace(self, seed=self.seed + k, count=1, output=None)
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+BOUNDS = {
+    "steps": (1, 1000),
+    "guidance": (0.0, 100.0),
+    "seed": (-1, MAX_SEED),
+    "count": (1, 10_000),
+    "quality": (1, 100),
+    "text_tokens": (1, 512),
+}
+PATTERNS = {"format": "|".join(FORMATS), "device": DEVICES}
+FLAGS = {"aspect_ratio": "--ar", "image_size": "--size", "metadata": "--no-metadata"}
+KEYS = tuple(field.name for field in fields(GenerationRequest) if field.name != "prompt")
+INTEGERS = ("steps", "seed", "count", "image_size", "width", "height", "text_tokens", "quality")
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a field."""
+    return FLAGS.get(name, "--" + name.replace("_", "-"))
+
+
+def size_of(aspect_ratio: str, image_size: int) -> tuple[int, int]:
+    """Return (width, height): the longest side exactly `image_size`, the other the nearest multiple of 16."""
+    wide, high = parse_ratio(aspect_ratio)
+    if not MIN_SIZE_PX <= image_size <= MAX_SIZE_PX or image_size % MULTIPLE_PX:
+        raise UsageError("size not possible", which="--size", why=_nearest(image_size, MIN_SIZE_PX))
+    longest, shortest = max(wide, high), min(wide, high)
+    other = max(MULTIPLE_PX, int(image_size * shortest / longest / MULTIPLE_PX + 0.5) * MULTIPLE_PX)
+    return (image_size, other) if wide >= high else (other, image_size)
+
+
+def parse_ratio(text: str) -> tuple[float, float]:
+    """Parse W:H; raises `UsageError` for anything that is no ratio from 1:4 to 4:1."""
+    match = re.fullmatch(r"(\d{1,5}(?:\.\d{1,4})?):(\d{1,5}(?:\.\d{1,4})?)", text)
+    wide, high = (float(match[1]), float(match[2])) if match else (0.0, 0.0)
+    if not wide or not high:
+        why = f"{text!r} is not W:H"
+        raise UsageError("aspect ratio not possible", which="--ar", why=why, hint=" ".join(ASPECT_RATIOS))
+    if max(wide, high) > MAX_RATIO * min(wide, high):
+        limit = f"{MAX_RATIO}:1" if wide > high else f"1:{MAX_RATIO}"
+        raise UsageError("aspect ratio not possible", which="--ar", why=f"{text} is beyond {limit}")
+    return wide, high
+
+
+def check_size(width: int, height: int) -> None:
+    """Raise `UsageError` with the nearest possible values if a picture cannot have this size."""
+    for name, value in (("--width", width), ("--height", height)):
+        if not MULTIPLE_PX <= value <= MAX_SIZE_PX or value % MULTIPLE_PX:
+            raise UsageError("size not possible", which=name, why=_nearest(value, MULTIPLE_PX))
+    if max(width, height) < MIN_SIZE_PX:
+        raise UsageError("size not possible", which=f"{width}x{height}", why=f"the longest side is below {MIN_SIZE_PX}")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise UsageError("size not possible", which=f"{width}x{height}", why=f"it is beyond {MAX_RATIO}:1")
+    if width * height > MAX_AREA_PX:
+        side = int(max(width, height) * math.sqrt(MAX_AREA_PX / (width * height))) // MULTIPLE_PX * MULTIPLE_PX
+        why = f"{width * height / 1e6:.1f} megapixels are more than {MAX_AREA_PX / 1e6:.1f}"
+        raise UsageError("size not possible", which=f"{width}x{height}", why=why, hint=f"--size {side} is the largest")
+
+
+def _nearest(value: int, low: int) -> str:
+    below = min(max(value // MULTIPLE_PX * MULTIPLE_PX, low), MAX_SIZE_PX)
+    above = min(max(below + MULTIPLE_PX, low), MAX_SIZE_PX)
+    nearest = f"the nearest are {below} and {above}" if above != below and value > low else f"the nearest is {below}"
+    return f"{value} is no multiple of {MULTIPLE_PX} from {low} to {MAX_SIZE_PX}; {nearest}"
+
+
+def coerce(name: str, value: object, *, where: str) -> object:
+    """Turn a setting's text or TOML value into the field's type; raises `UsageError` naming `where` it stood."""
+    if name not in KEYS:
+        near = get_close_matches(name, KEYS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else "known keys: " + " ".join(KEYS)
+        raise UsageError("unknown setting", which=where, why=f"{name!r} is no setting", hint=hint)
+    try:
+        if isinstance(value, bool) != (name == "metadata") and not isinstance(value, str):
+            raise ValueError
+        if name in INTEGERS:
+            return _integer(value)
+        if name == "guidance":
+            return None if value in ("none", "") else _finite(value)
+        if name == "metadata":
+            return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
+        if not isinstance(value, str):
+            raise ValueError
+        return value.lower() if name == "format" else value
+    except (ValueError, TypeError, KeyError) as error:
+        wanted = "a whole number" if name in INTEGERS else {"guidance": "a number", "metadata": "true or false"}
+        wanted = wanted if isinstance(wanted, str) else wanted.get(name, "a text")
+        raise UsageError("wrong value", which=where, why=f"{name} is {value!r}, not {wanted}") from error
+
+
+def _integer(value: object) -> int:
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError
+    return int(value)
+
+
+def _finite(value: object) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def from_settings(prompt: str, settings: Mapping[str, object]) -> GenerationRequest:
+    """Build the request from merged settings (keys are field names, values of the fields' types)."""
+    return GenerationRequest(prompt=prompt, **settings)

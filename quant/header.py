@@ -1,0 +1,132 @@
+"""Read and validate the header of a safetensors file; nothing of the data is read.
+
+Knows the file format only (https://github.com/huggingface/safetensors#format): 8 bytes little-endian length N,
+N bytes of JSON, then the data without gaps. Stdlib only. Offsets and sizes are in bytes.
+"""
+
+import json
+import math
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from quant.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000  # the reference implementation's bound
+MAX_DIMENSION = 1 << 48
+
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16,
+    "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64, "C64": 64,
+}  # fmt: skip
+
+LFS_POINTER = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a file: its name, safetensors dtype, shape and place (`start`, `stop`) behind the header."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Return the tensors of a safetensors file by name, in file order; raises `CheckpointError` on any defect."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointError("cannot open weights", which=path, why=error.strerror or "not accessible") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError("not a weight file", which=path, why="it is no regular file")
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = _header_length(path, start, status.st_size)
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError("cannot read weights", which=path, why=error.strerror or "read error") from error
+    return _parse(path, text, status.st_size - 8 - length)
+
+
+def _header_length(path: Path, start: bytes, size: int) -> int:
+    if len(start) < 8:
+        raise CheckpointError("not a safetensors file", which=path, why=f"it has only {size} bytes")
+    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
+        hint = "convert it with safetensors.torch.save_file in an environment you trust"
+        raise CheckpointError("refusing a pickle", which=path, why="loading it could run any code", hint=hint)
+    if start.lstrip()[:1] == b"<" or LFS_POINTER.startswith(start):
+        kind = "a web page" if start.lstrip()[:1] == b"<" else "a git-lfs pointer"
+        raise CheckpointError("not a safetensors file", which=path, why=f"it is {kind}", hint="download it again")
+    length = int.from_bytes(start, "little")
+    if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+        why = f"its header claims {length} bytes, the file has {size}"
+        raise CheckpointError("not a safetensors file", which=path, why=why, hint="download it again")
+    return length
+
+
+def _parse(path: Path, text: bytes, data_bytes: int) -> dict[str, TensorInfo]:
+    try:
+        pairs = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError("corrupt safetensors header", which=path, why=str(error)[:80]) from error
+    if not isinstance(pairs, dict):
+        raise CheckpointError("corrupt safetensors header", which=path, why="it is no JSON object")
+    pairs.pop("__metadata__", None)
+    if not pairs:
+        raise CheckpointError("empty safetensors file", which=path, why="it holds no tensors")
+    tensors = sorted((_tensor(path, name, value) for name, value in pairs.items()), key=lambda tensor: tensor.start)
+    at = 0
+    for tensor in tensors:
+        if tensor.start != at:
+            raise CheckpointError("corrupt safetensors header", which=path, why=f"{tensor.name} overlaps or has a gap")
+        at = tensor.stop
+    if at != data_bytes:
+        word = "truncated" if at > data_bytes else "longer than its header says"
+        why = f"it needs {at} bytes of data and has {data_bytes}"
+        raise CheckpointError(f"weight file is {word}", which=path, why=why, hint="download it again")
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def _no_duplicates(pairs: list) -> dict:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name stands twice")
+    return result
+
+
+def _tensor(path: Path, name: str, value: object) -> TensorInfo:
+    try:
+        dtype, shape, (start, stop) = value["dtype"], value["shape"], value["data_offsets"]
+        numbers = (*shape, start, stop)
+        if not all(type(n) is int and 0 <= n < MAX_DIMENSION for n in numbers) or dtype not in DTYPE_BITS:
+            raise ValueError
+        if stop - start != math.prod(shape) * DTYPE_BITS[dtype] // 8:
+            raise ValueError
+    except (TypeError, KeyError, ValueError) as error:
+        why = f"tensor {name[:60]!r} has an impossible dtype, shape or place"
+        raise CheckpointError("corrupt safetensors header", which=path, why=why) from error
+    return TensorInfo(name, dtype, tuple(shape), start, stop)
+
+
+def file_identity(path: Path, *, samples: int = 64, page_bytes: int = 4096) -> bytes:
+    """Bytes that identify a file's content without reading all of it: its size and evenly spread pages."""
+    size = os.path.getsize(path)
+    pages = [size.to_bytes(8, "little")]
+    with path.open("rb") as file:
+        for k in range(samples):
+            file.seek(max(0, size - page_bytes) * k // max(1, samples - 1))
+            pages.append(file.read(page_bytes))
+    return b"".join(pages)
