@@ -1,53 +1,90 @@
 """The model, scheduler and tokenizer classes of diffusers and transformers, imported one by one when first used.
 
-`from diffusers import FluxPipeline` costs seconds, most of it for models that are never used; these modules cost
-a good part of that less.
+`from diffusers import FluxPipeline` spends most of its seconds on what a picture never uses: torch._dynamo,
+torch.distributed.tensor with sympy, other models. `_frugally` leaves these out while the modules are imported; both
+libraries have code for environments without them, and torch.compile imports the real torch._dynamo when it is asked.
 """
+
+import contextlib
+import importlib
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+DECORATORS = ("allow_in_graph", "assume_constant_result", "disable")  # what class bodies take from torch._dynamo
 
 
 def transformer() -> type:
-    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
-
-    return FluxTransformer2DModel
+    return _class("diffusers.models.transformers.transformer_flux", "FluxTransformer2DModel")
 
 
 def time_text_embed(*, guidance: bool) -> type:
-    from diffusers.models import embeddings
-
-    if guidance:
-        return embeddings.CombinedTimestepGuidanceTextProjEmbeddings
-    return embeddings.CombinedTimestepTextProjEmbeddings
+    name = "CombinedTimestepGuidanceTextProjEmbeddings" if guidance else "CombinedTimestepTextProjEmbeddings"
+    return _class("diffusers.models.embeddings", name)
 
 
 def vae() -> type:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    return AutoencoderKL
+    return _class("diffusers.models.autoencoders.autoencoder_kl", "AutoencoderKL")
 
 
 def scheduler() -> type:
-    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-
-    return FlowMatchEulerDiscreteScheduler
+    return _class("diffusers.schedulers.scheduling_flow_match_euler_discrete", "FlowMatchEulerDiscreteScheduler")
 
 
 def clip() -> tuple[type, type]:
-    from transformers.models.clip.configuration_clip import CLIPTextConfig
-    from transformers.models.clip.modeling_clip import CLIPTextModel
-
-    return CLIPTextModel, CLIPTextConfig
+    """(model, config)."""
+    package = "transformers.models.clip"
+    return _class(f"{package}.modeling_clip", "CLIPTextModel"), _class(
+        f"{package}.configuration_clip", "CLIPTextConfig"
+    )
 
 
 def t5() -> tuple[type, type]:
-    from transformers.models.t5.configuration_t5 import T5Config
-    from transformers.models.t5.modeling_t5 import T5EncoderModel
-
-    return T5EncoderModel, T5Config
+    """(model, config)."""
+    package = "transformers.models.t5"
+    return _class(f"{package}.modeling_t5", "T5EncoderModel"), _class(f"{package}.configuration_t5", "T5Config")
 
 
 def tokenizers() -> tuple[type, type]:
     """(CLIP's, T5's)."""
-    from transformers.models.clip.tokenization_clip import CLIPTokenizer
-    from transformers.models.t5.tokenization_t5 import T5Tokenizer
+    clip_class = _class("transformers.models.clip.tokenization_clip", "CLIPTokenizer")
+    return clip_class, _class("transformers.models.t5.tokenization_t5", "T5Tokenizer")
 
-    return CLIPTokenizer, T5Tokenizer
+
+def _class(module: str, name: str) -> type:
+    """Import `name`; once more in the plain way where a library version cannot do without what was left out."""
+    try:
+        with _frugally():
+            return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, RuntimeError):
+        return getattr(importlib.import_module(module), name)
+
+
+@contextlib.contextmanager
+def _frugally() -> Iterator[None]:
+    """Imports inside see no torch.distributed, and a torch._dynamo that only has decorators without effect."""
+    import torch
+    import torch.compiler
+    import torch.distributed
+
+    loaded = "torch._dynamo" in sys.modules
+    available = torch.distributed.is_available
+    torch.distributed.is_available = lambda: False
+    if not loaded:
+        stand_in = types.ModuleType("torch._dynamo")
+        stand_in.__path__ = [str(Path(torch.__file__).parent / "_dynamo")]
+        for name in DECORATORS:
+            setattr(stand_in, name, _no_decorator)
+        sys.modules["torch._dynamo"] = stand_in
+    try:
+        yield
+    finally:
+        torch.distributed.is_available = available
+        if not loaded:
+            sys.modules.pop("torch._dynamo", None)
+            vars(torch).pop("_dynamo", None)
+
+
+def _no_decorator(function: Callable | None = None, *_: object, **__: object) -> Callable:
+    return function if function is not None else lambda decorated: decorated

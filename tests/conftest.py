@@ -1,0 +1,58 @@
+"""What every test has: a home of its own, no settings of the user, no network, and a way to run `flux`."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in an empty folder, with empty homes and caches, offline."""
+    for name in [name for name in os.environ if name.startswith("FLUX_")]:
+        monkeypatch.delenv(name)
+    for name in ("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "HF_HOME"):
+        folder = tmp_path / ".home" / name
+        folder.mkdir(parents=True)
+        monkeypatch.setenv(name, str(folder))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+
+
+@pytest.fixture
+def config_folder() -> Path:
+    """The user's settings folder (absent until a test makes it)."""
+    return Path(os.environ["XDG_CONFIG_HOME"]) / "flux"
+
+
+@pytest.fixture
+def flux() -> Callable[..., subprocess.CompletedProcess]:
+    """Run `flux` as a process of its own in the current folder."""
+
+    def run(*arguments: str, stdin: str | None = None, timeout: float = 120, **environment: str):
+        return subprocess.run(
+            [sys.executable, "-m", "fluxcli", *arguments],
+            input=stdin,
+            stdin=subprocess.DEVNULL if stdin is None else None,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_folder() -> Path:
+    """The bundled model."""
+    return ROOT / "presets" / "tiny"

@@ -1,0 +1,34 @@
+"""Requests and runs that several tests share."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from fluxcli import hardware, plan
+from fluxcli.engine import Engine
+from fluxcli.request import GenerationRequest
+from quant.checkpoint import Checkpoint
+
+TINY = GenerationRequest(
+    "a red circle on a blue background", preset="tiny", model="bundled/tiny", steps=3, seed=7, image_size=64,
+    text_tokens=16, format="png", device="cpu",
+)  # fmt: skip
+
+
+def tiny(**changes: object) -> GenerationRequest:
+    """A small, quick request of the bundled model."""
+    return replace(TINY, **changes)
+
+
+def engine_of(checkpoint: Checkpoint, request: GenerationRequest = TINY) -> Engine:
+    return Engine(checkpoint, plan.make_plan(request, checkpoint, hardware.probe("cpu")))
+
+
+def draw(engine: Engine, request: GenerationRequest) -> tuple[list, np.ndarray]:
+    """Run one picture to its end: (events, pixels)."""
+    events, run = [], engine.picture(request)
+    while True:
+        try:
+            events.append(next(run))
+        except StopIteration as finished:
+            return events, finished.value

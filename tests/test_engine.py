@@ -1,0 +1,166 @@
+"""The engine: phases in order, seeds that mean pictures, nothing not finite, nothing of the modulation kept."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fluxcli import output
+from fluxcli.errors import NotFinite
+from fluxcli.events import Notice, Phase, Saved, Step
+from fluxcli.image import pixels_sha256, read_metadata, read_pixels
+from quant.checkpoint import Checkpoint, inspect
+from tests.helpers import draw, engine_of, tiny
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_folder: Path) -> Checkpoint:
+    return inspect(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint: Checkpoint):
+    return engine_of(checkpoint)
+
+
+def phases(events: list) -> list[str]:
+    names = [event.name for event in events if isinstance(event, Phase)]
+    return [name for k, name in enumerate(names) if k == 0 or names[k - 1] != name]
+
+
+def test_phases_come_in_order_and_each_component_loads_once(checkpoint):
+    events, _ = draw(engine_of(checkpoint), tiny())
+    named = [name for name in phases(events) if name != "load"]
+    assert list(dict.fromkeys(named)) == ["encode", "condition", "denoise", "decode"]
+    loads = [event.detail for event in events if isinstance(event, Phase) and event.name == "load"]
+    assert loads == ["text_encoder", "text_encoder_2", "transformer", "vae"]
+    assert [event.index for event in events if isinstance(event, Step)] == [1, 2, 3]
+
+
+def test_a_new_seed_encodes_conditions_and_loads_nothing(engine):
+    draw(engine, tiny())
+    events, _ = draw(engine, tiny(seed=8))
+    assert phases(events) == ["denoise", "decode"]
+
+
+def test_a_new_guidance_makes_new_tables_but_no_new_embeddings(engine):
+    draw(engine, tiny())
+    events, _ = draw(engine, tiny(guidance=5.0))
+    assert phases(events) == ["condition", "denoise", "decode"]
+
+
+def test_encoders_leave_when_the_plan_does_not_keep_them(checkpoint):
+    from dataclasses import replace
+
+    engine = engine_of(checkpoint)
+    engine.plan = replace(engine.plan, keep=("transformer", "vae"))
+    draw(engine, tiny())
+    assert set(engine._models) == {"transformer", "vae"}
+
+
+def test_same_request_same_pixels_and_another_seed_other_pixels(checkpoint, engine):
+    _, first = draw(engine, tiny())
+    _, again = draw(engine_of(checkpoint), tiny())
+    _, other = draw(engine, tiny(seed=8))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_picture_k_of_count_is_the_picture_of_that_seed_alone(engine, tmp_path):
+    request, target = output.parse_target(tiny(count=3, output=f"{tmp_path}/"))
+    saved = [event.image for event in engine.run(request, target) if isinstance(event, Saved)]
+    assert [image.seed for image in saved] == [7, 8, 9]
+    for image in saved:
+        _, alone = draw(engine, tiny(seed=image.seed))
+        assert pixels_sha256(alone) == image.pixels_sha256
+
+
+def test_a_saved_picture_says_how_to_make_it_again(engine, checkpoint, tmp_path):
+    from fluxcli.request import GenerationRequest
+
+    request, target = output.parse_target(tiny(seed=-1, count=2, output=f"{tmp_path}/"))
+    for event in engine.run(request, target):
+        if isinstance(event, Saved):
+            path = Path(event.image.path)
+            metadata = read_metadata(path)
+            _, again = draw(engine, GenerationRequest(**metadata["request"]))
+            assert np.array_equal(again, read_pixels(path))
+            assert metadata["model"]["fingerprint"] == checkpoint.fingerprint
+            assert metadata["pixels_sha256"] == event.image.pixels_sha256
+
+
+def test_the_random_seed_is_reported(engine, tmp_path):
+    request, target = output.parse_target(tiny(seed=-1, output=f"{tmp_path}/"))
+    seeds = {next(e.image.seed for e in engine.run(request, target) if isinstance(e, Saved)) for _ in range(2)}
+    assert len(seeds) == 2
+    assert min(seeds) >= 0
+
+
+def test_a_prompt_beyond_the_text_tokens_names_what_is_lost(engine):
+    prompt = "a red circle on a blue background and then a yellow star on a black background"
+    events, _ = draw(engine, tiny(prompt=prompt, text_tokens=8))
+    (notice,) = [event.message for event in events if isinstance(event, Notice)]
+    assert "8 T5 tokens" in notice
+    assert "black background" in notice
+
+
+def test_nan_in_the_latents_is_an_error_and_no_file(checkpoint, tmp_path):
+    engine = engine_of(checkpoint)
+    draw(engine, tiny())
+    engine._models["transformer"].proj_out.weight.data[0, 0] = float("nan")
+    request, target = output.parse_target(tiny(output=f"{tmp_path}/out/"))
+    with pytest.raises(NotFinite):
+        list(engine.run(request, target))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_vae_that_overflows_is_run_once_more_in_float32(checkpoint):
+    engine = engine_of(checkpoint)
+    _, expected = draw(engine, tiny())
+    vae, calls = engine._models["vae"], []
+    real = vae.decode
+
+    def decode(latents, **options):
+        calls.append(latents.dtype)
+        (decoded,) = real(latents, **options)
+        return (decoded * float("inf"),) if len(calls) == 1 else (decoded,)
+
+    vae.decode = decode
+    events, pixels = draw(engine, tiny())
+    assert any("float32" in event.message for event in events if isinstance(event, Notice))
+    assert len(calls) == 2
+    assert np.array_equal(pixels, expected)
+    vae.decode = lambda latents, **_: (real(latents, return_dict=False)[0] * float("nan"),)
+    with pytest.raises(NotFinite, match="float32"):
+        draw(engine, tiny())
+
+
+def test_closing_the_generator_stops_within_a_step(engine):
+    run = engine.picture(tiny(steps=50))
+    for event in run:
+        if isinstance(event, Step) and event.index == 2:
+            break
+    run.close()
+    with pytest.raises(StopIteration):
+        next(run)
+    assert torch.is_grad_enabled()
+
+
+def test_the_frugal_imports_leave_out_what_a_picture_never_uses(flux):
+    """And torch.compile's machinery is still there for who asks."""
+    import subprocess
+    import sys
+
+    from tests.conftest import ROOT
+
+    code = (
+        "import sys; from fluxcli import classes\n"
+        "classes.transformer(); classes.vae(); classes.clip(); classes.t5(); classes.tokenizers()\n"
+        "classes.scheduler()\n"
+        "print(sorted({'sympy', 'torch._dynamo', 'torch.distributed.tensor'} & set(sys.modules)))\n"
+        "import torch; assert torch.distributed.is_available()\n"
+        "print(torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item(), 'sympy' in sys.modules)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert run.stdout.split("\n")[:2] == ["[]", "2.0 True"]
