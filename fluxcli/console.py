@@ -4,44 +4,58 @@ Knows events and errors, nothing of models.
 """
 
 import json
+import re
 import sys
 import time
 from typing import TYPE_CHECKING
 
+from fluxcli.errors import OutputError
 from fluxcli.events import Event, Notice, Phase, Saved, Step, to_json
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
 def data(text: str) -> None:
-    """One line of data on stdout, at once."""
-    sys.stdout.write(text + "\n")
+    """One line of data on stdout, at once; raises `OutputError` where stdout is closed."""
+    if sys.stdout is None:
+        raise OutputError("cannot write to stdout", why="it is closed")
+    try:
+        sys.stdout.write(text + "\n")
+    except UnicodeEncodeError:  # a file name that is no text, or a terminal that cannot show it: its bytes
+        sys.stdout.buffer.write((text + "\n").encode("utf-8", "surrogateescape"))
     sys.stdout.flush()
 
 
 def data_json(value: object, *, indent: int | None = None) -> None:
     """One JSON value on stdout: a single line unless indented."""
-    data(json.dumps(value, ensure_ascii=indent is None or _unicode_stdout(), indent=indent))
+    data(json.dumps(value, ensure_ascii=indent is None or not _utf8_stdout(), indent=indent))
 
 
-def _unicode_stdout() -> bool:
-    return (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+def _utf8_stdout() -> bool:
+    return (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
 
 
 def say(text: str) -> None:
     """One line for people on stderr."""
-    sys.stderr.write(f"flux: {text}\n")
+    sys.stderr.write(f"flux: {_one_line(text)}\n")
     sys.stderr.flush()
 
 
 def error(message: str, hint: str) -> None:
     """The error line and the hint; never anything else."""
-    line = " ".join(message.split())
-    sys.stderr.write(f"flux: error: {line.rstrip('.')}.\n")
+    sys.stderr.write(f"flux: error: {_one_line(message).rstrip('.')}.\n")
     if hint:
-        sys.stderr.write(f"hint: {' '.join(hint.split())}\n")
+        sys.stderr.write(f"hint: {_one_line(hint)}\n")
     sys.stderr.flush()
+
+
+def _one_line(text: str) -> str:
+    """The text on one line, control characters (a file name may hold some) spelled out."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), " ".join(text.split()))
 
 
 class Reporter:

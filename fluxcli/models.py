@@ -35,7 +35,7 @@ def locate(model: str, *, environment: Mapping[str, str] = os.environ) -> Path:
         if path.is_dir():
             return path
         raise WeightsUnavailable("no such bundled model", which=model, hint="flux presets")
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if path.is_dir():
         return path
     if path.exists():
@@ -53,7 +53,7 @@ def locate(model: str, *, environment: Mapping[str, str] = os.environ) -> Path:
 def hub_cache(environment: Mapping[str, str] = os.environ) -> Path:
     """The hub's cache folder, by the rules of huggingface_hub."""
     home = environment.get("HF_HOME") or Path(environment.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return Path(environment.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    return Path(os.path.expanduser(environment.get("HF_HUB_CACHE") or Path(home) / "hub"))
 
 
 def _cached(model: str, environment: Mapping[str, str]) -> Path | None:
@@ -61,7 +61,9 @@ def _cached(model: str, environment: Mapping[str, str]) -> Path | None:
     root = hub_cache(environment) / f"models--{model.replace('/', '--')}"
     try:
         snapshots = sorted((root / "snapshots").iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-        main = (root / "refs" / "main").read_text().strip() if (root / "refs" / "main").is_file() else ""
+        main = (
+            (root / "refs" / "main").read_text(errors="replace").strip() if (root / "refs" / "main").is_file() else ""
+        )
     except OSError:
         return None
     whole = [path for path in snapshots if (path / "model_index.json").is_file()]
@@ -84,6 +86,8 @@ def download(model: str, *, say: Callable[[str], None]) -> Path:
         commit = HfApi().model_info(model, timeout=20).sha
         options = {"revision": commit, "allow_patterns": FILES, "ignore_patterns": IGNORED}
         files = snapshot_download(model, dry_run=True, **options)
+        if "model_index.json" not in [file.filename for file in files]:
+            raise WeightsUnavailable("not a FLUX.1 model", which=model, why="it has no model_index.json")
         missing = sum(file.file_size or 0 for file in files if file.will_download)
         _check_disk(missing)
         say(f"{model}@{commit[:12]}: {len(files)} files, {missing / 1e9:.1f} GB to download")
@@ -112,7 +116,7 @@ def _hub_error(model: str, error: Exception) -> FluxError:
     if isinstance(error, errors.GatedRepoError):
         hint = f"accept the licence at {page}, then: hf auth login"
         return WeightsUnavailable("the model is gated", which=model, why="this account has no access", hint=hint)
-    if isinstance(error, errors.RepositoryNotFoundError):
+    if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
         why = "the hub knows no such model, or this account may not see it"
         return WeightsUnavailable("no such model", which=model, why=why, hint=f"look at {page}, then: hf auth login")
     if isinstance(error, (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
+from typing import BinaryIO
 
 from fluxcli.errors import OutputError, UsageError
 from fluxcli.request import FORMATS, GenerationRequest
@@ -30,7 +31,7 @@ STDOUT = "-"
 
 @dataclass(frozen=True)
 class Target:
-    """Where a run's pictures go. `pattern` has template fields and no extension unless `exact`."""
+    """Where a run's pictures go. `pattern` has template fields and no extension unless `exact`; `folder` has none."""
 
     folder: Path
     pattern: str
@@ -46,13 +47,16 @@ def parse_target(request: GenerationRequest, *, force: bool = False, format_give
         if request.count > 1:
             raise UsageError("-o - takes one picture", which=f"--count {request.count}")
         return request, Target(Path(), STDOUT, stdout=True)
-    if text is None or text.endswith(("/", os.sep)) or Path(text).is_dir():
-        return request, Target(Path(text or "."), DEFAULT_TEMPLATE)
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text or "."))
+    if os.path.isdir(path):
+        return request, Target(path, DEFAULT_TEMPLATE)
+    is_template = _check_template(str(path))
+    if text.endswith(("/", os.sep)):
+        folder = Target(Path(), str(path / DEFAULT_TEMPLATE)) if is_template else Target(path, DEFAULT_TEMPLATE)
+        return request, folder
     suffix = path.suffix.lower().lstrip(".")
-    is_template = _check_template(path.name)
     if not suffix and is_template:
-        return request, Target(path.parent, path.name)
+        return request, Target(Path(), str(path))
     if suffix not in EXTENSIONS:
         hint = f"use one of {', '.join(FORMATS)}; a folder ends in /"
         raise UsageError("unsupported picture format", which=text, why=f"extension {suffix!r}", hint=hint)
@@ -63,7 +67,7 @@ def parse_target(request: GenerationRequest, *, force: bool = False, format_give
         raise UsageError("one file name for several pictures", which=text, hint=hint)
     request = replace(request, format=EXTENSIONS[suffix])
     if is_template:
-        return request, Target(path.parent, path.stem)
+        return request, Target(Path(), str(path.with_suffix("")))
     return request, Target(path.parent, path.name, exact=True, force=force)
 
 
@@ -106,28 +110,35 @@ def candidates(target: Target, request: GenerationRequest, n: int) -> Iterator[P
 def check_writable(target: Target, request: GenerationRequest) -> None:
     """Raise `OutputError` before any compute if the pictures could not be written; creates the folder."""
     if target.stdout:
+        if sys.stdout is None:
+            raise OutputError("cannot write to stdout", which="-o -", why="it is closed")
         if sys.stdout.isatty():
             raise UsageError("a picture would garble the terminal", which="-o -", hint="flux generate ... -o - > x.jpg")
         return
     path = next(candidates(target, request, 1))
-    if target.exact and not target.force and (path.exists() or path.is_symlink()):
-        raise OutputError("the file exists", which=path, hint="--force replaces it; -o FOLDER/ picks a free name")
-    if path.is_dir():
-        raise OutputError("cannot write the picture", which=path, why="it is a folder")
+    width, height = request.size
+    need = request.count * (width * height * 3 + (1 << 20))
     try:
+        if _exists(path) and target.exact and not target.force:
+            raise OutputError("the file exists", which=path, hint="--force replaces it; -o FOLDER/ picks a free name")
         folder = Path(os.path.realpath(path)).parent
         folder.mkdir(parents=True, exist_ok=True)
-        temporary, file = _open_temporary(folder / path.name)
-        file.close()
-        temporary.unlink()
-        width, height = request.size
-        need = request.count * (width * height * 3 + (1 << 20))
+        with _temporary(folder) as temporary:
+            _create(temporary).close()
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise _output_error(path, error) from error
     if free < need:
         why = f"needs about {need // 2**20 + 1} MiB, {free // 2**20} MiB are free"
         raise OutputError("the disk is full", which=folder, why=why)
+
+
+def _exists(path: Path) -> bool:
+    """Whether the name is taken, also by a dangling link; raises OSError where it is no possible name."""
+    with contextlib.suppress(FileNotFoundError):
+        os.lstat(path)
+        return True
+    return False
 
 
 def save(data: bytes, target: Target, request: GenerationRequest, n: int) -> str:
@@ -138,12 +149,11 @@ def save(data: bytes, target: Target, request: GenerationRequest, n: int) -> str
         return STDOUT
     try:
         for path in candidates(target, request, n):
+            path.parent.mkdir(parents=True, exist_ok=True)
             if target.force:
                 write_atomically(Path(os.path.realpath(path)), data, place=os.replace)
                 return str(path)
-            if os.path.lexists(path):
-                if target.exact:
-                    break
+            if _exists(path):
                 continue
             with contextlib.suppress(FileExistsError):
                 write_atomically(path, data, place=_move_if_free)
@@ -155,9 +165,8 @@ def save(data: bytes, target: Target, request: GenerationRequest, n: int) -> str
 
 def write_atomically(path: Path, data: bytes, *, place: Callable[[Path, Path], None] = os.replace) -> None:
     """Write `data` to `path`: a temporary file beside it, fsync, then `place(temporary, path)`; raises OSError."""
-    temporary, file = _open_temporary(path)
-    try:
-        with file:
+    with _temporary(path.parent) as temporary:
+        with _create(temporary) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -165,16 +174,23 @@ def write_atomically(path: Path, data: bytes, *, place: Callable[[Path, Path], N
             shutil.copymode(path, temporary)
         place(temporary, path)
         _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _temporary(folder: Path) -> Iterator[Path]:
+    """The path of a temporary file in `folder`, gone afterwards, whatever happens."""
+    path = folder / f".flux-{secrets.token_hex(6)}.tmp"
+    try:
+        yield path
     finally:
         with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+            path.unlink()
 
 
-def _open_temporary(path: Path) -> tuple:
-    """A new file beside `path`, with the mode that the umask gives."""
-    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-    return temporary, os.fdopen(descriptor, "wb")
+def _create(path: Path) -> BinaryIO:
+    """Open a new file for writing, with the mode that the umask gives."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    return os.fdopen(descriptor, "wb")
 
 
 def _move_if_free(temporary: Path, path: Path) -> None:
@@ -188,7 +204,11 @@ def _move_if_free(temporary: Path, path: Path) -> None:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
             raise
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))  # no links here (FAT): reserve, then replace
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            path.unlink()
+            raise
 
 
 def _sync_folder(folder: Path) -> None:

@@ -149,13 +149,12 @@ def overlay(base: Mapping[str, object], changes: Mapping[str, object]) -> dict:
 def _apply(merged: Settings, layer: Mapping[str, object], origins: Mapping[str, str]) -> None:
     by_ratio, by_pixels = _names(layer, ("aspect_ratio", "image_size")), _names(layer, ("width", "height"))
     if by_ratio and by_pixels:
-        if any(origins[key] != "default" for key in by_pixels):
-            raise UsageError("--width/--height exclude --ar/--size", which=origins[by_pixels[0]])
-    elif by_ratio:
+        raise UsageError("--width/--height exclude --ar/--size", which=origins[by_pixels[0]])
+    if by_ratio:
         merged.values.update(width=None, height=None)
     merged.values.update(layer)
     merged.origins.update(origins)
 
 
 def _names(layer: Mapping[str, object], names: Iterable[str]) -> list[str]:
-    return [name for name in names if name in layer]
+    return [name for name in names if layer.get(name) is not None]

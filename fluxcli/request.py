@@ -46,22 +46,14 @@ class GenerationRequest:
     output: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.prompt.strip():
-            raise UsageError("the prompt is empty", hint='flux generate "a red circle on a blue background" -p tiny')
-        if (size := len(self.prompt.encode("utf-8", "surrogatepass"))) > MAX_PROMPT_BYTES:
-            raise UsageError("the prompt is too long", why=f"{size} bytes, at most {MAX_PROMPT_BYTES} are taken")
-        for name, (low, high) in BOUNDS.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise UsageError(f"{name} out of range", which=flag(name), why=f"{value} is not in {low} to {high}")
+        check_prompt(self.prompt)
+        for name in KEYS:
+            check(name, getattr(self, name), where=flag(name))
         if self.seed + self.count - 1 > MAX_SEED:
             raise UsageError("seed out of range", which="--seed", why=f"seed + count passes {MAX_SEED}")
-        for name, pattern in PATTERNS.items():
-            if not re.fullmatch(pattern, getattr(self, name)):
-                raise UsageError(f"unknown {name}", which=flag(name), why=f"{getattr(self, name)!r} is not {pattern}")
         if (self.width is None) != (self.height is None):
             raise UsageError("--width and --height go together", hint="or give --ar and --size")
-        check_size(*self.size)
+        check_size(*self.size, exact=self.width is not None)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -91,8 +83,10 @@ BOUNDS = {
     "text_tokens": (1, 512),
 }
 PATTERNS = {"format": "|".join(FORMATS), "device": DEVICES}
+SIDES = {"image_size": MIN_SIZE_PX, "width": MULTIPLE_PX, "height": MULTIPLE_PX}  # the least of each
 FLAGS = {"aspect_ratio": "--ar", "image_size": "--size", "metadata": "--no-metadata"}
 KEYS = tuple(field.name for field in fields(GenerationRequest) if field.name != "prompt")
+OPTIONAL = ("guidance", "width", "height", "output")  # None is a value of theirs
 INTEGERS = ("steps", "seed", "count", "image_size", "width", "height", "text_tokens", "quality")
 
 
@@ -101,37 +95,60 @@ def flag(name: str) -> str:
     return FLAGS.get(name, "--" + name.replace("_", "-"))
 
 
+def check_prompt(text: str) -> None:
+    """Raise `UsageError` for a prompt that is blank, too long or no text (lone surrogates)."""
+    if not text.strip():
+        raise UsageError("the prompt is empty", hint='flux generate "a red circle on a blue background" -p tiny')
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise UsageError("the prompt is not valid text", why=f"character {error.start}") from error
+    if size > MAX_PROMPT_BYTES:
+        raise UsageError("the prompt is too long", why=f"{size} bytes, at most {MAX_PROMPT_BYTES} are taken")
+
+
+def check(name: str, value: object, *, where: str) -> None:
+    """Raise `UsageError` naming `where` it stood if the field cannot have this value of its type; None always can."""
+    if value is None:
+        return
+    low, high = BOUNDS.get(name, (value, value))
+    if not low <= value <= high:
+        raise UsageError(f"{name} out of range", which=where, why=f"{value} is not in {low} to {high}")
+    if not re.fullmatch(PATTERNS.get(name, "(?s:.*)"), str(value)):
+        raise UsageError(f"unknown {name}", which=where, why=f"{value!r} is not {PATTERNS[name]}")
+    if name == "aspect_ratio":
+        parse_ratio(value, where=where)
+    if name in SIDES and (not SIDES[name] <= value <= MAX_SIZE_PX or value % MULTIPLE_PX):
+        raise UsageError("size not possible", which=where, why=_nearest(value, SIDES[name]))
+
+
 def size_of(aspect_ratio: str, image_size: int) -> tuple[int, int]:
     """Return (width, height): the longest side exactly `image_size`, the other the nearest multiple of 16."""
     wide, high = parse_ratio(aspect_ratio)
-    if not MIN_SIZE_PX <= image_size <= MAX_SIZE_PX or image_size % MULTIPLE_PX:
-        raise UsageError("size not possible", which="--size", why=_nearest(image_size, MIN_SIZE_PX))
+    check("image_size", image_size, where="--size")
     longest, shortest = max(wide, high), min(wide, high)
     other = max(MULTIPLE_PX, int(image_size * shortest / longest / MULTIPLE_PX + 0.5) * MULTIPLE_PX)
     return (image_size, other) if wide >= high else (other, image_size)
 
 
-def parse_ratio(text: str) -> tuple[float, float]:
+def parse_ratio(text: str, *, where: str = "--ar") -> tuple[float, float]:
     """Parse W:H; raises `UsageError` for anything that is no ratio from 1:4 to 4:1."""
     match = re.fullmatch(r"(\d{1,5}(?:\.\d{1,4})?):(\d{1,5}(?:\.\d{1,4})?)", text)
     wide, high = (float(match[1]), float(match[2])) if match else (0.0, 0.0)
     if not wide or not high:
         why = f"{text!r} is not W:H"
-        raise UsageError("aspect ratio not possible", which="--ar", why=why, hint=" ".join(ASPECT_RATIOS))
+        raise UsageError("aspect ratio not possible", which=where, why=why, hint=" ".join(ASPECT_RATIOS))
     if max(wide, high) > MAX_RATIO * min(wide, high):
         limit = f"{MAX_RATIO}:1" if wide > high else f"1:{MAX_RATIO}"
-        raise UsageError("aspect ratio not possible", which="--ar", why=f"{text} is beyond {limit}")
+        raise UsageError("aspect ratio not possible", which=where, why=f"{text} is beyond {limit}")
     return wide, high
 
 
-def check_size(width: int, height: int) -> None:
-    """Raise `UsageError` with the nearest possible values if a picture cannot have this size."""
-    for name, value in (("--width", width), ("--height", height)):
-        if not MULTIPLE_PX <= value <= MAX_SIZE_PX or value % MULTIPLE_PX:
-            raise UsageError("size not possible", which=name, why=_nearest(value, MULTIPLE_PX))
+def check_size(width: int, height: int, *, exact: bool) -> None:
+    """Raise `UsageError` if no picture can have these sides; `exact` says that they were asked for, not rounded."""
     if max(width, height) < MIN_SIZE_PX:
         raise UsageError("size not possible", which=f"{width}x{height}", why=f"the longest side is below {MIN_SIZE_PX}")
-    if max(width, height) > MAX_RATIO * min(width, height):
+    if exact and max(width, height) > MAX_RATIO * min(width, height):
         raise UsageError("size not possible", which=f"{width}x{height}", why=f"it is beyond {MAX_RATIO}:1")
     if width * height > MAX_AREA_PX:
         side = int(max(width, height) * math.sqrt(MAX_AREA_PX / (width * height))) // MULTIPLE_PX * MULTIPLE_PX
@@ -152,6 +169,12 @@ def coerce(name: str, value: object, *, where: str) -> object:
         near = get_close_matches(name, KEYS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else "known keys: " + " ".join(KEYS)
         raise UsageError("unknown setting", which=where, why=f"{name!r} is no setting", hint=hint)
+    converted = _converted(name, value, where)
+    check(name, converted, where=where)
+    return converted
+
+
+def _converted(name: str, value: object, where: str) -> object:
     try:
         if isinstance(value, bool) != (name == "metadata") and not isinstance(value, str):
             raise ValueError

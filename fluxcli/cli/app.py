@@ -1,6 +1,7 @@
 """The application: its commands, and the one boundary where errors and signals become an end of the process."""
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -46,9 +47,12 @@ def root(
 def main() -> NoReturn:
     """Run the command line and end the process with a documented exit code, or by the signal that ended it."""
     signals.install()
+    if sys.stderr is None:  # started with 2>&-
+        sys.stderr = io.StringIO()
     try:
         code = _run(sys.argv[1:])
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except Terminated as stop:
         signals.die_by(stop.signum)
     except BrokenPipeError:
@@ -62,28 +66,36 @@ def _run(arguments: list[str]) -> int:
     _quieten_libraries(debug)
     try:
         return app(args=arguments, standalone_mode=False, prog_name="flux") or ExitCode.OK
-    except BrokenPipeError:
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # typer makes an exit 1 of it
+            raise stop.__context__ from None
         raise
-    except (FluxError, QuantError) as error:
-        code = error.exit_code if isinstance(error, FluxError) else ExitCode.INPUT_FILE
-        message, hint = str(error), error.hint
-    except typer.TyperException as error:
-        code, message, hint = _usage_error(error)
-    except Exception as error:  # noqa: BLE001 - the boundary: whatever else arrives is a bug or the machine's limit
-        code, message, hint = _unexpected(error)
-    if debug:
-        traceback.print_exc()
+    except Exception as error:  # noqa: BLE001 - the boundary: whatever arrives here ends the process
+        if debug:
+            traceback.print_exc()
+        code, message, hint = _explained(error)
     console.error(message, hint)
     return code
 
 
+def _explained(error: Exception) -> tuple[int, str, str]:
+    """(exit code, message, hint) of whatever ended a command."""
+    if isinstance(error, FluxError | QuantError):
+        return getattr(error, "exit_code", ExitCode.INPUT_FILE), str(error), error.hint
+    if isinstance(error, typer.TyperException):
+        return _usage_error(error)
+    return _unexpected(error)
+
+
 def _usage_error(error: Exception) -> tuple[int, str, str]:
-    if type(error).__name__ == "NoArgsIsHelpError":
-        return ExitCode.USAGE, "no command given", "flux --help"
-    possible = list(getattr(error, "possibilities", None) or [])
     command = getattr(getattr(error, "ctx", None), "command_path", "flux")
-    hint = f"did you mean {' or '.join(possible[:2])}?" if possible else f"{command} --help"
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return ExitCode.USAGE, "no command given", f"{command} --help"
+    possible = list(getattr(error, "possibilities", None) or [])
     message = getattr(error, "message", "") if possible else error.format_message()
+    message, _, near = message.partition(" Did you mean ")
+    near = f"{' or '.join(possible[:2])}?" if possible else near
+    hint = f"did you mean {near}" if near else f"{command} --help"
     if "unexpected extra argument" in message:
         hint = 'quote a prompt of several words: flux generate "a red circle"'
     return ExitCode.USAGE, message, hint

@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import Annotated, Optional
 
 import typer
 
@@ -11,12 +11,9 @@ from fluxcli.cli.options import config_folder, given_settings, read_prompt, with
 from fluxcli.errors import BadInputFile, ExitCode, FluxError, UsageError
 from fluxcli.events import Done, Failed, Notice, Saved, to_json
 from fluxcli.plan import MemoryPlan, check_guidance, make_plan
-from fluxcli.request import GenerationRequest, coerce, from_settings
+from fluxcli.request import OPTIONAL, GenerationRequest, coerce, from_settings
 from quant.checkpoint import Checkpoint, inspect
 from quant.errors import QuantError
-
-if TYPE_CHECKING:
-    pass
 
 STARTED = time.perf_counter()
 
@@ -48,32 +45,50 @@ def replay(
 
     metadata = image.read_metadata(picture)
     given = given_settings(options)
-    request = _replayed(picture, metadata["request"], given, read_prompt(prompt) if prompt else None)
-    expected = metadata.get("model", {}).get("fingerprint")
+    request = _replayed(picture, metadata["request"], given, None if prompt is None else read_prompt(prompt))
     if check:
+        if options["output"] or options["json_output"] or options["events"]:
+            raise UsageError("--check excludes -o, --json and --events", why="it only says identical or different")
         return _check(picture, request, metadata, options)
+    model = metadata.get("model")
+    expected = model.get("fingerprint") if isinstance(model, dict) else None
     return _run(request, options, format_given="format" in given, expected=expected)
 
 
 def _replayed(picture: Path, stored: dict, given: dict, prompt: str | None) -> GenerationRequest:
     """The stored request with overrides. Under another preset only what the picture's own preset did not say stays."""
-    try:
-        text = prompt or str(stored.pop("prompt"))
-        values = {
-            key: value if value is None else coerce(key, value, where=str(picture)) for key, value in stored.items()
-        }
-    except (UsageError, KeyError) as error:
-        raise BadInputFile("damaged metadata", which=picture, why=str(error)) from error
+    folder = config_folder()
+    made = _stored_request(picture, stored)
+    text = made.prompt if prompt is None else prompt
+    values = {key: value for key, value in made.to_json().items() if key not in ("prompt", "output", "count")}
     if "preset" not in given:
-        return from_settings(text, presets.overlay(values, given))
+        here = presets.read_config(folder) | presets.from_environment()
+        return from_settings(text, presets.overlay(values | {"output": here.get("output")}, given))
     try:
-        own = presets.merge({"preset": values["preset"]}, config_folder(), {}).values
+        own = presets.merge({"preset": made.preset}, folder, {}).values
     except UsageError:  # the preset is gone: everything stored counts as said
         own = {}
     changed = {key: value for key, value in values.items() if key != "preset" and value != own.get(key, ...)}
-    return from_settings(
-        text, presets.overlay(presets.merge({"preset": given["preset"]}, config_folder()).values, changed) | given
-    )
+    base = presets.merge({"preset": given["preset"]}, folder).values
+    return from_settings(text, presets.overlay(presets.overlay(base, changed), given))
+
+
+def _stored_request(picture: Path, stored: dict) -> GenerationRequest:
+    """The request in a picture's metadata; raises `BadInputFile` for anything that flux does not write."""
+    try:
+        prompt, preset = stored["prompt"], stored["preset"]
+        if not isinstance(prompt, str) or not isinstance(preset, str):
+            raise UsageError("wrong value", why="prompt and preset are texts")
+        settings = {key: value for key, value in stored.items() if key != "prompt"}
+        checked = {
+            key: value if value is None and key in OPTIONAL else coerce(key, value, where="metadata")
+            for key, value in settings.items()
+        }
+        return from_settings(prompt, checked)
+    except KeyError as error:
+        raise BadInputFile("damaged metadata", which=picture, why=f"it has no {error}") from error
+    except UsageError as error:
+        raise BadInputFile("damaged metadata", which=picture, why=str(error)) from error
 
 
 def _check(picture: Path, request: GenerationRequest, metadata: dict, options: dict) -> int:
@@ -135,13 +150,13 @@ def _show_plan(request: GenerationRequest, plan: MemoryPlan, *, as_json: bool) -
         return ExitCode.OK
     width, height = request.size
     guidance = "none" if request.guidance is None else f"{request.guidance:g}"
-    console.data(f"picture  {width}x{height}, {request.steps} steps, guidance {guidance}, seed {request.seed}")
-    console.data(f"model    {request.model} (preset {request.preset})")
-    console.data(f"device   {plan.device}, {', '.join(f'{name} {dtype}' for name, dtype in plan.dtypes.items())}")
+    console.data(f"picture   {width}x{height}, {request.steps} steps, guidance {guidance}, seed {request.seed}")
+    console.data(f"model     {request.model} (preset {request.preset})")
+    console.data(f"device    {plan.device}, {', '.join(f'{name} {dtype}' for name, dtype in plan.dtypes.items())}")
     for phase, peak in plan.peak_bytes.items():
-        console.data(f"{phase:<9}{peak / 2**30:.2f} GiB")
+        console.data(f"{phase:<10}{peak / 2**30:.2f} GiB")
     for reason in plan.reasons:
-        console.data(f"because  {reason}")
+        console.data(f"because   {reason}")
     return ExitCode.OK
 
 

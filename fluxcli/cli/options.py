@@ -114,13 +114,13 @@ def read_prompt(text: str) -> str:
         except UnicodeEncodeError as error:
             raise UsageError("the prompt is not valid text", why=str(error)[:80]) from error
     if sys.stdin is None or sys.stdin.isatty():
-        hint = "echo 'a red circle' | flux generate - -p tiny"
-        raise UsageError("no prompt on stdin", which="-", why="it is a terminal", hint=hint)
+        hint, why = "echo 'a red circle' | flux generate - -p tiny", "it is a terminal" if sys.stdin else "it is closed"
+        raise UsageError("no prompt on stdin", which="-", why=why, hint=hint)
     return _decode(sys.stdin.buffer.read()).strip()
 
 
 def _decode(raw: bytes) -> str:
     try:
-        return raw.decode("utf-8-sig").replace("\r\n", "\n")
+        return raw.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise UsageError("the prompt is not valid UTF-8", why=f"byte {error.start}", hint="save it as UTF-8") from error
