@@ -78,8 +78,8 @@ class Engine:
         clip = yield from self._load("text_encoder")
         yield Phase("encode")
         pooled = encoders.pooled_embedding(clip, tokens.clip)
-        self._evict("text_encoder")
         del clip
+        self._evict("text_encoder")
         t5 = yield from self._load("text_encoder_2")
         yield Phase("encode")
         sequence = encoders.sequence_embedding(t5, tokens.t5)
@@ -144,8 +144,6 @@ class Engine:
 
     def _decode(self, request: GenerationRequest, tokens: "torch.Tensor") -> "Iterator[Event]":
         """Pixels (H, W, 3) uint8 of packed latents (1, S, 64); once more in float32 where they are not finite."""
-        import torch
-
         vae = yield from self._load("vae")
         yield Phase("decode")
         latents = sampling.unpack(tokens, request.size)
@@ -157,7 +155,6 @@ class Engine:
             if not sampling.is_finite(decoded):
                 why = "NaN or Inf in the decoded pixels, also in float32"
                 raise NotFinite("the picture is not finite", which=f"seed {request.seed}", why=why)
-        del latents, torch
         return sampling.to_pixels(decoded).numpy()
 
     def _save(self, request: GenerationRequest, pixels: "np.ndarray", target: output.Target, n: int) -> GeneratedImage:
