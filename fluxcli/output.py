@@ -203,8 +203,9 @@ def _move_if_free(temporary: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
             raise
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))  # no links here (FAT): reserve, then replace
+        reserved = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)  # no links here (FAT): reserve, then replace
         try:
+            os.close(reserved)
             os.replace(temporary, path)
         except BaseException:
             path.unlink()

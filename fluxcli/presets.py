@@ -14,7 +14,7 @@ from pathlib import Path
 from fluxcli.errors import UsageError
 from fluxcli.request import KEYS, GenerationRequest, coerce, flag
 
-BUNDLED = Path(__file__).resolve().parent / "presets"
+BUNDLED = Path(__file__).resolve().parent / "bundled"
 if not BUNDLED.is_dir():  # a checkout keeps them at the top level, a wheel inside the package
     BUNDLED = Path(__file__).resolve().parent.parent / "presets"
 DEFAULT_PRESET = "dev"

@@ -53,7 +53,7 @@ class GenerationRequest:
             raise UsageError("seed out of range", which="--seed", why=f"seed + count passes {MAX_SEED}")
         if (self.width is None) != (self.height is None):
             raise UsageError("--width and --height go together", hint="or give --ar and --size")
-        check_size(*self.size, exact=self.width is not None)
+        check_size(*self.size, aspect_ratio=None if self.width else self.aspect_ratio)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -144,16 +144,18 @@ def parse_ratio(text: str, *, where: str = "--ar") -> tuple[float, float]:
     return wide, high
 
 
-def check_size(width: int, height: int, *, exact: bool) -> None:
-    """Raise `UsageError` if no picture can have these sides; `exact` says that they were asked for, not rounded."""
+def check_size(width: int, height: int, *, aspect_ratio: str | None) -> None:
+    """Raise `UsageError` if no picture can have these sides, rounded from `aspect_ratio` or (None) asked for."""
     if max(width, height) < MIN_SIZE_PX:
         raise UsageError("size not possible", which=f"{width}x{height}", why=f"the longest side is below {MIN_SIZE_PX}")
-    if exact and max(width, height) > MAX_RATIO * min(width, height):
+    if not aspect_ratio and max(width, height) > MAX_RATIO * min(width, height):
         raise UsageError("size not possible", which=f"{width}x{height}", why=f"it is beyond {MAX_RATIO}:1")
     if width * height > MAX_AREA_PX:
-        side = int(max(width, height) * math.sqrt(MAX_AREA_PX / (width * height))) // MULTIPLE_PX * MULTIPLE_PX
-        why = f"{width * height / 1e6:.1f} megapixels are more than {MAX_AREA_PX / 1e6:.1f}"
-        raise UsageError("size not possible", which=f"{width}x{height}", why=why, hint=f"--size {side} is the largest")
+        smaller = (size_of(aspect_ratio or f"{width}:{height}", side) for side in range(MAX_SIZE_PX, 0, -MULTIPLE_PX))
+        wide, high = next(size for size in smaller if math.prod(size) <= MAX_AREA_PX)
+        possible = f"--size {max(wide, high)}" if aspect_ratio else f"--width {wide} --height {high}"
+        why = f"{width * height:,} pixels are more than {MAX_AREA_PX:,}"
+        raise UsageError("size not possible", which=f"{width}x{height}", why=why, hint=f"{possible} is the largest")
 
 
 def _nearest(value: int, low: int) -> str:
