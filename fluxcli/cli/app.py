@@ -20,7 +20,7 @@ app = typer.Typer(
     name="flux",
     help='Pictures by FLUX.1, on the card you have. Try: flux generate "a red circle on a blue background" -p tiny',
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )

@@ -12,64 +12,38 @@ import typer
 from fluxcli.errors import UsageError
 from fluxcli.request import ASPECT_RATIOS
 
-SIZE, OUT, RUN = "Picture", "Output", "Run"
+
+def _option(kind: type, *names: str, text: str, default: str | bool = False) -> object:
+    """The annotation of an option; `default` is what the help shows. A bool is a switch, others may be absent."""
+    shown = typer.Option(*names, help=text, show_default=default)
+    return Annotated[bool, shown] if kind is bool else Annotated[Optional[kind], shown]
+
 
 REQUEST_OPTIONS: dict[str, object] = {
-    "preset": Annotated[
-        Optional[str], typer.Option("-p", "--preset", help="Named settings (see flux presets).", show_default="dev")
-    ],
-    "model": Annotated[
-        Optional[str], typer.Option("-m", "--model", help="Model folder or hub id.", show_default="of the preset")
-    ],
-    "aspect_ratio": Annotated[
-        Optional[str], typer.Option("--ar", help=f"W:H, e.g. {' '.join(ASPECT_RATIOS)}.", rich_help_panel=SIZE)
-    ],
-    "image_size": Annotated[
-        Optional[int], typer.Option("--size", help="Longest side in pixels, a multiple of 16.", rich_help_panel=SIZE)
-    ],
-    "width": Annotated[Optional[int], typer.Option("--width", help="Pixels; with --height.", rich_help_panel=SIZE)],
-    "height": Annotated[Optional[int], typer.Option("--height", help="Pixels; with --width.", rich_help_panel=SIZE)],
-    "steps": Annotated[Optional[int], typer.Option("--steps", help="Denoising steps.", rich_help_panel=SIZE)],
-    "guidance": Annotated[
-        Optional[str],
-        typer.Option("--guidance", help="How closely to follow the prompt; none for schnell.", rich_help_panel=SIZE),
-    ],
-    "seed": Annotated[
-        Optional[int], typer.Option("--seed", help="-1 picks one; it is always reported.", rich_help_panel=SIZE)
-    ],
-    "count": Annotated[
-        Optional[int], typer.Option("-n", "--count", help="Pictures; number k uses seed+k.", rich_help_panel=SIZE)
-    ],
-    "text_tokens": Annotated[
-        Optional[int],
-        typer.Option("--text-tokens", help="T5 length; padding counts: it changes the picture.", rich_help_panel=SIZE),
-    ],
-    "output": Annotated[
-        Optional[str],
-        typer.Option(
-            "-o", "--output", rich_help_panel=OUT,
-            help="File, folder/, template of {seed} {n} {slug} {preset} {width} {height} {date}, or - for stdout.",
-        ),
-    ],
-    "format": Annotated[Optional[str], typer.Option("--format", help="jpg, png or webp.", rich_help_panel=OUT)],
-    "quality": Annotated[
-        Optional[int], typer.Option("--quality", help="1 to 100, for jpg and webp.", rich_help_panel=OUT)
-    ],
-    "no_metadata": Annotated[
-        bool, typer.Option("--no-metadata", help="Write the bare picture.", rich_help_panel=OUT)
-    ],
-    "force": Annotated[bool, typer.Option("--force", help="Replace an existing -o file.", rich_help_panel=OUT)],
-    "device": Annotated[
-        Optional[str], typer.Option("--device", help="auto, cpu, cuda[:n], mps or xpu[:n].", rich_help_panel=RUN)
-    ],
-    "json_output": Annotated[
-        bool, typer.Option("--json", help="One JSON object on stdout instead of paths.", rich_help_panel=RUN)
-    ],
-    "events": Annotated[
-        bool, typer.Option("--events", help="One JSON object a line while it goes on.", rich_help_panel=RUN)
-    ],
-    "quiet": Annotated[bool, typer.Option("-q", "--quiet", help="Only errors on stderr.", rich_help_panel=RUN)],
-    "debug": Annotated[bool, typer.Option("--debug", help="Tracebacks and library warnings.", rich_help_panel=RUN)],
+    "preset": _option(str, "-p", "--preset", text="Named settings: see flux presets.", default="dev"),
+    "model": _option(str, "-m", "--model", text="Model folder or hub id.", default="of the preset"),
+    "aspect_ratio": _option(str, "--ar", text=f"W:H, e.g. {' '.join(ASPECT_RATIOS)}."),
+    "image_size": _option(int, "--size", text="Longest side in pixels, a multiple of 16."),
+    "width": _option(int, "--width", text="Pixels; with --height, instead of --ar and --size."),
+    "height": _option(int, "--height", text="Pixels; with --width."),
+    "steps": _option(int, "--steps", text="Denoising steps."),
+    "guidance": _option(str, "--guidance", text="How closely to follow the prompt; none for schnell."),
+    "seed": _option(int, "--seed", text="-1 picks one; the seed used is always reported."),
+    "count": _option(int, "-n", "--count", text="Pictures; number k uses seed+k.", default="1"),
+    "text_tokens": _option(int, "--text-tokens", text="T5 length; padding counts: it changes the picture."),
+    "output": _option(
+        str, "-o", "--output", default="{slug}-{seed}",
+        text="File, folder/, template of {seed} {n} {slug} {preset} {width} {height} {date}, or - for stdout.",
+    ),
+    "format": _option(str, "--format", text="jpg, png or webp."),
+    "quality": _option(int, "--quality", text="1 to 100, for jpg and webp."),
+    "no_metadata": _option(bool, "--no-metadata", text="Write the bare picture."),
+    "force": _option(bool, "--force", text="Replace an existing -o file."),
+    "device": _option(str, "--device", text="auto, cpu, cuda[:n], mps or xpu[:n].", default="auto"),
+    "json_output": _option(bool, "--json", text="One JSON object on stdout instead of paths."),
+    "events": _option(bool, "--events", text="One JSON object a line while it goes on."),
+    "quiet": _option(bool, "-q", "--quiet", text="Only errors on stderr."),
+    "debug": _option(bool, "--debug", text="Tracebacks and library warnings."),
 }  # fmt: skip
 
 
