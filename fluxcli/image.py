@@ -105,11 +105,12 @@ def open_picture(path: Path) -> "Image.Image":
     from PIL import Image
 
     try:
-        image = Image.open(path, formats=("PNG", "JPEG", "WEBP"))
-        if image.width * image.height > MAX_PIXELS:
-            raise BadInputFile("picture too large", which=path, why=f"{image.width}x{image.height} pixels")
-        image.load()
-        return image
+        with path.open("rb") as file:
+            image = Image.open(file, formats=("PNG", "JPEG", "WEBP"))
+            if image.width * image.height > MAX_PIXELS:
+                raise BadInputFile("picture too large", which=path, why=f"{image.width}x{image.height} pixels")
+            image.load()
+            return image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         why = getattr(error, "strerror", None) or "it is no readable png, jpg or webp"
         raise BadInputFile("cannot read the picture", which=path, why=why) from error

@@ -13,15 +13,15 @@ from fluxcli.errors import UsageError
 from fluxcli.request import ASPECT_RATIOS
 
 
-def _option(kind: type, *names: str, text: str, default: str | bool = False) -> object:
-    """The annotation of an option; `default` is what the help shows. A bool is a switch, others may be absent."""
-    shown = typer.Option(*names, help=text, show_default=default)
+def _option(kind: type, *names: str, text: str) -> object:
+    """The annotation of an option: a bool is a switch, others may be absent."""
+    shown = typer.Option(*names, help=text, show_default=False)
     return Annotated[bool, shown] if kind is bool else Annotated[Optional[kind], shown]
 
 
 REQUEST_OPTIONS: dict[str, object] = {
-    "preset": _option(str, "-p", "--preset", text="Named settings: see flux presets.", default="dev"),
-    "model": _option(str, "-m", "--model", text="Model folder or hub id.", default="of the preset"),
+    "preset": _option(str, "-p", "--preset", text="Named settings, see flux presets; default dev."),
+    "model": _option(str, "-m", "--model", text="Model folder or hub id; default: the preset's."),
     "aspect_ratio": _option(str, "--ar", text=f"W:H, e.g. {' '.join(ASPECT_RATIOS)}."),
     "image_size": _option(int, "--size", text="Longest side in pixels, a multiple of 16."),
     "width": _option(int, "--width", text="Pixels; with --height, instead of --ar and --size."),
@@ -29,17 +29,17 @@ REQUEST_OPTIONS: dict[str, object] = {
     "steps": _option(int, "--steps", text="Denoising steps."),
     "guidance": _option(str, "--guidance", text="How closely to follow the prompt; none for schnell."),
     "seed": _option(int, "--seed", text="-1 picks one; the seed used is always reported."),
-    "count": _option(int, "-n", "--count", text="Pictures; number k uses seed+k.", default="1"),
+    "count": _option(int, "-n", "--count", text="Pictures; number k uses seed+k; default 1."),
     "text_tokens": _option(int, "--text-tokens", text="T5 length; padding counts: it changes the picture."),
     "output": _option(
         str, "-o", "--output", default="{slug}-{seed}",
-        text="File, folder/, template of {seed} {n} {slug} {preset} {width} {height} {date}, or - for stdout.",
+        text="File, folder/, template of {seed} {n} {slug} {preset} {width} {height} {date}, or - for stdout; default {slug}-{seed}.",
     ),
     "format": _option(str, "--format", text="jpg, png or webp."),
     "quality": _option(int, "--quality", text="1 to 100, for jpg and webp."),
     "no_metadata": _option(bool, "--no-metadata", text="Write the bare picture."),
     "force": _option(bool, "--force", text="Replace an existing -o file."),
-    "device": _option(str, "--device", text="auto, cpu, cuda[:n], mps or xpu[:n].", default="auto"),
+    "device": _option(str, "--device", text="auto, cpu, cuda[:n], mps or xpu[:n]."),
     "json_output": _option(bool, "--json", text="One JSON object on stdout instead of paths."),
     "events": _option(bool, "--events", text="One JSON object a line while it goes on."),
     "quiet": _option(bool, "-q", "--quiet", text="Only errors on stderr."),
