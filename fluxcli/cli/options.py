@@ -32,8 +32,8 @@ REQUEST_OPTIONS: dict[str, object] = {
     "count": _option(int, "-n", "--count", text="Pictures; number k uses seed+k; default 1."),
     "text_tokens": _option(int, "--text-tokens", text="T5 length; padding counts: it changes the picture."),
     "output": _option(
-        str, "-o", "--output", default="{slug}-{seed}",
-        text="File, folder/, template of {seed} {n} {slug} {preset} {width} {height} {date}, or - for stdout; default {slug}-{seed}.",
+        str, "-o", "--output",
+        text="File, folder/, - for stdout, or template of {seed} {n} {slug} {preset} {width} {height} {date}.",
     ),
     "format": _option(str, "--format", text="jpg, png or webp."),
     "quality": _option(int, "--quality", text="1 to 100, for jpg and webp."),
