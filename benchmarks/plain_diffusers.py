@@ -1,6 +1,6 @@
 """The shortest plain diffusers script that does what `flux generate -p tiny` does, to time flux against.
 
-    python benchmarks/plain_diffusers.py OUT.png
+python benchmarks/plain_diffusers.py OUT.png
 """
 
 import sys
