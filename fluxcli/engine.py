@@ -20,7 +20,7 @@ from fluxcli.events import Event, GeneratedImage, Notice, Phase, Saved, Step
 from fluxcli.loader import load_component
 from fluxcli.plan import MemoryPlan
 from fluxcli.request import GenerationRequest
-from quant.checkpoint import Checkpoint
+from quant.checkpoint import Checkpoint, is_modulation
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,7 +106,7 @@ class Engine:
             options = {"dtype": self._dtype(name), "device": self.plan.device}
             component = self.checkpoint.components[name]
             if name == "transformer":
-                model = load_component(component, **options, skip=modulation.is_modulation)
+                model = load_component(component, **options, skip=is_modulation)
                 self._row = modulation.ModulationRow(model, component, **options)
             else:
                 model = load_component(component, **options)

@@ -1,18 +1,18 @@
 """The errors a user can meet, and the exit code of each. Stdlib only.
 
-    FluxError
-    ├── UsageError            2   arguments, settings, presets, prompts
-    ├── WeightsUnavailable    3   missing, gated, offline
-    ├── BadInputFile          4   corrupt or unsafe input
-    ├── DoesNotFit            5   VRAM or RAM
-    ├── OutputError           6   the picture cannot be written
-    ├── DeviceUnusable        8   device or dependency
-    └── NotFinite             9   NaN or Inf in the result
-
-An error is one line, `what (which): why.`, and one hint: what to type next.
+FluxError
+├── UsageError            2   arguments, settings, presets, prompts
+├── WeightsUnavailable    3   missing, gated, offline
+├── BadInputFile          4   corrupt or unsafe input
+├── DoesNotFit            5   VRAM or RAM
+├── OutputError           6   the picture cannot be written
+├── DeviceUnusable        8   device or dependency
+└── NotFinite             9   NaN or Inf in the result
 """
 
 from enum import IntEnum
+
+from quant.errors import ExplainedError
 
 
 class ExitCode(IntEnum):
@@ -29,18 +29,10 @@ class ExitCode(IntEnum):
     NOT_FINITE = 9
 
 
-class FluxError(Exception):
-    """Base of every error that is not a bug."""
+class FluxError(ExplainedError):
+    """Base of the errors of `fluxcli`; those of `quant` are exit 4."""
 
     exit_code = ExitCode.BUG
-
-    def __init__(self, what: str, *, which: object = "", why: str = "", hint: str = "") -> None:
-        super().__init__(what)
-        self.what, self.which, self.why, self.hint = what, str(which), why, hint
-
-    def __str__(self) -> str:
-        subject = f"{self.what} ({self.which})" if self.which else self.what
-        return f"{subject}: {self.why}" if self.why else subject
 
 
 class UsageError(FluxError):
@@ -77,3 +69,8 @@ class Terminated(BaseException):
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
         self.signum = signum
+
+
+def exit_code_of(error: ExplainedError) -> ExitCode:
+    """The exit code an error ends the process with."""
+    return error.exit_code if isinstance(error, FluxError) else ExitCode.INPUT_FILE

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fluxcli.loader import check_keys, read_tensors
-from fluxcli.plan import MODULATION
-from quant.checkpoint import Component
+from quant.checkpoint import Component, is_modulation
 
 if TYPE_CHECKING:
     import torch
@@ -47,11 +46,6 @@ def condition(pooled: "torch.Tensor", *, weights: str, guidance: float | None, t
     dtype, device = str(pooled.dtype).removeprefix("torch."), str(pooled.device)
     key = TableKey(weights, digest, guidance, tuple(timesteps.tolist()), dtype, device)
     return Condition(key, pooled)
-
-
-def is_modulation(name: str) -> bool:
-    """Whether a transformer key is read in the condition phase only."""
-    return MODULATION.fullmatch(name) is not None
 
 
 def linear_names(transformer: Component) -> list[str]:

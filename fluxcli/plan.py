@@ -4,19 +4,17 @@ Sizes are in bytes. Formulas: weights are elements x bytes of the compute dtype;
 values of the full-size model (4608 tokens: 0.46 GiB; VAE decode of 1024x1024: 1.5 GiB, both in 16 bit).
 """
 
-import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from fluxcli.errors import DoesNotFit, UsageError
 from fluxcli.request import GenerationRequest
-from quant.checkpoint import Checkpoint, Component
+from quant.checkpoint import Checkpoint, Component, is_modulation
 
 if TYPE_CHECKING:
     from fluxcli.hardware import Hardware
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-MODULATION = re.compile(r"(?:.*\.)?(?:norm1|norm1_context|norm|norm_out)\.linear\.(?:weight|bias)|time_text_embed\..*")
 TOKEN_ACTIVATIONS = 18  # live (tokens, width) tensors at the peak of a block
 PIXEL_ACTIVATIONS = 6  # live (first VAE width, height, width) tensors at the peak of decode
 RESIDENT_SHARE = 0.25  # components all stay when together they take less than this share of memory
@@ -108,7 +106,7 @@ def phase_peaks(request: GenerationRequest, checkpoint: Checkpoint, dtypes: dict
 
 def modulation_numel(transformer: Component) -> int:
     """Parameters that only the condition phase reads: the adaLN linears and the time and text embedding."""
-    return sum(t.numel for name, t in transformer.tensors.items() if MODULATION.fullmatch(name))
+    return sum(t.numel for name, t in transformer.tensors.items() if is_modulation(name))
 
 
 def _largest(component: Component) -> int:

@@ -6,6 +6,7 @@ fingerprint. Stdlib only. Sizes are in bytes.
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -22,6 +23,9 @@ CLASSES = {
 }
 MAX_LAYERS = 256  # a hostile config must not make us build 10^9 modules
 FLUX_CHANNELS = 64
+CONDITION_KEYS = re.compile(
+    r"(?:.*\.)?(?:norm1|norm1_context|norm|norm_out)\.linear\.(?:weight|bias)|time_text_embed\..*"
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,11 @@ class Checkpoint:
         return digest.hexdigest()[:16]
 
 
+def is_modulation(name: str) -> bool:
+    """Whether a transformer key only makes adaLN modulation: no forward over the picture reads it."""
+    return CONDITION_KEYS.fullmatch(name) is not None
+
+
 def inspect(folder: Path) -> Checkpoint:
     """Return what a diffusers folder holds; raises `CheckpointError` naming the first part that is not usable."""
     index = _read_json(folder / "model_index.json", "not a FLUX model folder")
@@ -90,7 +99,8 @@ def _component(name: str, folder: Path) -> Component:
 
 
 def _check_config(name: str, folder: Path, config: dict) -> None:
-    found = config.get("_class_name") or (config.get("architectures") or [None])[0]
+    named = config.get("architectures")
+    found = config.get("_class_name") or (named[0] if isinstance(named, list) and named else None)
     if found not in (CLASSES[name], None):
         raise CheckpointError(f"wrong class of {name}", which=folder, why=f"{found!r} instead of {CLASSES[name]!r}")
     for key, value in config.items():
@@ -112,7 +122,7 @@ def _weight_files(folder: Path) -> list[Path]:
         why = f"only pickles are there ({pickles[0]})" if pickles else "no .safetensors file is there"
         raise CheckpointError("no weights", which=folder, why=why)
     weight_map = _read_json(indexes[0], "unreadable shard index").get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()) or not weight_map:
         raise CheckpointError("corrupt shard index", which=indexes[0], why="weight_map is no map of names")
     paths = []
     for shard in sorted(set(weight_map.values())):

@@ -1,14 +1,13 @@
-"""Errors of checkpoint files.
+"""Errors that explain themselves, and those of checkpoint files.
 
-    QuantError
-    └── CheckpointError      a file or folder that is not a usable checkpoint
-
-Every error carries `what` went wrong, `which` file and `why`, and a `hint` that says what to do next.
+ExplainedError           what went wrong, which thing, why, and a hint: what to do next
+└── QuantError           what this package raises on purpose
+    └── CheckpointError  a file or folder that is not a usable checkpoint
 """
 
 
-class QuantError(Exception):
-    """Base of everything this package raises on purpose."""
+class ExplainedError(Exception):
+    """Base of every error that is not a bug: one line, `what (which): why`, and one hint."""
 
     def __init__(self, what: str, *, which: object = "", why: str = "", hint: str = "") -> None:
         super().__init__(what)
@@ -17,6 +16,10 @@ class QuantError(Exception):
     def __str__(self) -> str:
         subject = f"{self.what} ({self.which})" if self.which else self.what
         return f"{subject}: {self.why}" if self.why else subject
+
+
+class QuantError(ExplainedError):
+    """Base of everything this package raises on purpose."""
 
 
 class CheckpointError(QuantError):

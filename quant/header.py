@@ -87,7 +87,8 @@ def _parse(path: Path, text: bytes, data_bytes: int) -> dict[str, TensorInfo]:
     pairs.pop("__metadata__", None)
     if not pairs:
         raise CheckpointError("empty safetensors file", which=path, why="it holds no tensors")
-    tensors = sorted((_tensor(path, name, value) for name, value in pairs.items()), key=lambda tensor: tensor.start)
+    tensors = [_tensor(path, name, value) for name, value in pairs.items()]
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
     at = 0
     for tensor in tensors:
         if tensor.start != at:

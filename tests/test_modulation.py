@@ -8,7 +8,7 @@ import torch
 
 from fluxcli import modulation
 from fluxcli.loader import load_component
-from quant.checkpoint import Checkpoint, inspect
+from quant.checkpoint import Checkpoint, inspect, is_modulation
 from tests.helpers import draw, engine_of, tiny
 
 STEPS = torch.tensor([1000.0, 600.0, 250.0])
@@ -73,7 +73,7 @@ def test_after_condition_no_modulation_weight_has_storage_and_no_linear_runs(che
     engine = engine_of(checkpoint)
     draw(engine, tiny())
     model = engine._models["transformer"]
-    owners = [name for name, _ in model.named_parameters() if modulation.is_modulation(name)]
+    owners = [name for name, _ in model.named_parameters() if is_modulation(name)]
     assert owners == []
     count = sum(p.numel() for p in model.parameters())
     whole = checkpoint.components["transformer"].numel

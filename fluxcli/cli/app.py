@@ -13,8 +13,9 @@ import typer
 import fluxcli
 from fluxcli import console, signals
 from fluxcli.cli import generate, info
-from fluxcli.errors import ExitCode, FluxError, Terminated
-from quant.errors import QuantError
+from fluxcli.errors import ExitCode, Terminated, exit_code_of
+from fluxcli.events import Failed, to_json
+from quant.errors import ExplainedError
 
 app = typer.Typer(
     name="flux",
@@ -74,14 +75,16 @@ def _run(arguments: list[str]) -> int:
         if debug:
             traceback.print_exc()
         code, message, hint = _explained(error)
+    if "--events" in options:
+        console.data_json(to_json(Failed(int(code), message, hint)))
     console.error(message, hint)
     return code
 
 
 def _explained(error: Exception) -> tuple[int, str, str]:
     """(exit code, message, hint) of whatever ended a command."""
-    if isinstance(error, FluxError | QuantError):
-        return getattr(error, "exit_code", ExitCode.INPUT_FILE), str(error), error.hint
+    if isinstance(error, ExplainedError):
+        return exit_code_of(error), str(error), error.hint
     if isinstance(error, typer.TyperException):
         return _usage_error(error)
     return _unexpected(error)

@@ -8,12 +8,11 @@ import typer
 
 from fluxcli import console, models, output, presets
 from fluxcli.cli.options import config_folder, given_settings, read_prompt, with_request_options
-from fluxcli.errors import BadInputFile, ExitCode, FluxError, UsageError
-from fluxcli.events import Done, Failed, Notice, Saved, to_json
+from fluxcli.errors import BadInputFile, ExitCode, UsageError
+from fluxcli.events import Done, Notice, Saved, to_json
 from fluxcli.plan import MemoryPlan, check_guidance, make_plan
 from fluxcli.request import OPTIONAL, GenerationRequest, coerce, from_settings
 from quant.checkpoint import Checkpoint, inspect
-from quant.errors import QuantError
 
 STARTED = time.perf_counter()
 
@@ -121,19 +120,13 @@ def _run(
     request, target = output.parse_target(request, force=options["force"], format_given=format_given)
     if sum((as_json, events, target.stdout)) > 1:
         raise UsageError("--json, --events and -o - exclude each other", why="each needs stdout for itself")
-    try:
-        output.check_writable(target, request) if not dry_run else None
-        request = request.with_seed()
-        planned = _prepare(request)
-        if dry_run:
-            return _show_plan(request, planned[1], as_json=as_json or events)
-        _draw(request, target, planned=planned, options=options, expected=expected)
-    except (FluxError, QuantError) as error:
-        if events:
-            code = getattr(error, "exit_code", ExitCode.INPUT_FILE)
-            console.data_json(to_json(Failed(int(code), str(error), error.hint)))
-        raise
-    return ExitCode.OK
+    if not dry_run:
+        output.check_writable(target, request)
+    request = request.with_seed()
+    checkpoint, plan = _prepare(request)
+    if dry_run:
+        return _show_plan(request, plan, as_json=as_json or events)
+    return _draw(request, target, checkpoint=checkpoint, plan=plan, options=options, expected=expected)
 
 
 def _prepare(request: GenerationRequest) -> tuple[Checkpoint, MemoryPlan]:
@@ -161,14 +154,23 @@ def _show_plan(request: GenerationRequest, plan: MemoryPlan, *, as_json: bool) -
 
 
 def _draw(
-    request: GenerationRequest, target: output.Target, *, planned: tuple, options: dict, expected: str | None
-) -> None:
+    request: GenerationRequest,
+    target: output.Target,
+    *,
+    checkpoint: Checkpoint,
+    plan: MemoryPlan,
+    options: dict,
+    expected: str | None,
+) -> int:
     from fluxcli import hardware
     from fluxcli.engine import Engine, versions
 
-    checkpoint, plan = planned
     images: list = []
     paths = not options["json_output"]
+    if not options["quiet"]:
+        width, height = request.size
+        what = f"{request.model} on {plan.device} in {plan.dtypes['transformer']}"
+        console.say(f"{width}x{height}, {request.steps} steps, seed {request.seed}, {what}")
     with console.Reporter(quiet=options["quiet"], events=options["events"], paths=paths, started=STARTED) as reporter:
         if expected and expected != checkpoint.fingerprint:
             reporter.show(Notice("the model here is not the one that made the picture: expect another one"))
@@ -182,3 +184,4 @@ def _draw(
         console.data_json(to_json(done))
     elif options["json_output"]:
         console.data_json({key: value for key, value in to_json(done).items() if key != "event"})
+    return ExitCode.OK
