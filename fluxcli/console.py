@@ -108,7 +108,7 @@ class Reporter:
             return
         if self._task is None:
             self._task = self._progress.add_task(text, total=None, speed="")
-        self._progress.update(self._task, description=text)
+        self._progress.update(self._task, description=text, speed="")
 
     def _show_step(self, step: Step) -> None:
         if self._progress is None or self._task is None:
@@ -119,7 +119,8 @@ class Reporter:
         seconds = (time.perf_counter() - self._step_since) / step.index
         picture = f"picture {step.image}/{step.images}, " if step.images > 1 else ""
         text = f"denoise {picture}step {step.index}/{step.total}"
-        speed = f"{seconds:.2f} s/it, {seconds * (step.total - step.index):.0f} s left"
+        left = seconds * (step.total - step.index + (step.images - step.image) * step.total)
+        speed = f"{seconds:.2f} s/it, {left:.0f} s left"
         self._progress.update(self._task, description=text, completed=step.index, speed=speed)
 
     def _show_saved(self, saved: Saved) -> None:

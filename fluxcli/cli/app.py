@@ -1,5 +1,6 @@
 """The application: its commands, and the one boundary where errors and signals become an end of the process."""
 
+import contextlib
 import errno
 import io
 import os
@@ -13,7 +14,7 @@ import typer
 import fluxcli
 from fluxcli import console, signals
 from fluxcli.cli import generate, info
-from fluxcli.errors import ExitCode, Terminated, exit_code_of
+from fluxcli.errors import ExitCode, OutputError, Terminated, exit_code_of
 from fluxcli.events import Failed, to_json
 from quant.errors import ExplainedError
 
@@ -76,7 +77,8 @@ def _run(arguments: list[str]) -> int:
             traceback.print_exc()
         code, message, hint = _explained(error)
     if "--events" in options:
-        console.data_json(to_json(Failed(int(code), message, hint)))
+        with contextlib.suppress(OutputError, OSError):  # stdout itself may be what failed
+            console.data_json(to_json(Failed(int(code), message, hint)))
     console.error(message, hint)
     return code
 

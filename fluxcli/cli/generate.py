@@ -67,7 +67,8 @@ def _replayed(picture: Path, stored: dict, given: dict, prompt: str | None) -> G
         own = presets.merge({"preset": made.preset}, folder, {}).values
     except UsageError:  # the preset is gone: everything stored counts as said
         own = {}
-    changed = {key: value for key, value in values.items() if key != "preset" and value != own.get(key, ...)}
+    ruled_out = ("preset", "aspect_ratio", "image_size") if made.width else ("preset",)
+    changed = {key: value for key, value in values.items() if key not in ruled_out and value != own.get(key, ...)}
     base = presets.merge({"preset": given["preset"]}, folder).values
     return from_settings(text, presets.overlay(presets.overlay(base, changed), given))
 
