@@ -3,12 +3,15 @@
 Knows events and errors, nothing of models.
 """
 
+import errno
 import json
+import os
 import re
 import sys
 import time
 from typing import TYPE_CHECKING
 
+from fluxcli import signals
 from fluxcli.errors import OutputError
 from fluxcli.events import Event, Notice, Phase, Saved, Step, to_json
 
@@ -16,23 +19,31 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 
+CURSOR_BACK = b"\r\x1b[2K\x1b[?25h"
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def data(text: str) -> None:
-    """One line of data on stdout, at once; raises `OutputError` where stdout is closed."""
+    """One line of data on stdout, at once; raises `OutputError` where that fails, BrokenPipeError for a closed pipe."""
     if sys.stdout is None:
         raise OutputError("cannot write to stdout", why="it is closed")
     try:
-        sys.stdout.write(text + "\n")
-    except UnicodeEncodeError:  # a file name that is no text, or a terminal that cannot show it: its bytes
-        sys.stdout.buffer.write((text + "\n").encode("utf-8", "surrogateescape"))
-    sys.stdout.flush()
+        try:
+            sys.stdout.write(text + "\n")
+        except UnicodeEncodeError:  # a file name that is no text, or a terminal that cannot show it: its bytes
+            sys.stdout.buffer.write((text + "\n").encode("utf-8", "surrogateescape"))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        raise OutputError("cannot write to stdout", why=why) from error
 
 
 def data_json(value: object, *, indent: int | None = None) -> None:
-    """One JSON value on stdout: a single line unless indented."""
-    data(json.dumps(value, ensure_ascii=indent is None or not _utf8_stdout(), indent=indent))
+    """One JSON value on stdout: a single line unless indented; control characters only as JSON escapes."""
+    text = json.dumps(value, ensure_ascii=indent is None or not _utf8_stdout(), indent=indent)
+    data(re.sub(r"[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
 def _utf8_stdout() -> bool:
@@ -65,15 +76,17 @@ class Reporter:
         """`started` is the perf_counter at the command's start; `paths` prints each picture's path on stdout."""
         self.timings_s: dict[str, float] = {}
         self._quiet, self._events, self._paths = quiet, events, paths
-        self._started, self._phase, self._since = started, "start", started
+        self._started, self._phase, self._since = started, "load", started
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._step_since = started
 
     def __enter__(self) -> "Reporter":
-        if not self._quiet and sys.stderr.isatty():
+        if not self._quiet and sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
             self._progress = _progress()
             self._progress.start()
+            if not self._progress.console.is_dumb_terminal:
+                signals.LAST_WORDS.append(CURSOR_BACK)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -81,9 +94,11 @@ class Reporter:
         self.timings_s["total"] = round(time.perf_counter() - self._started, 4)
         if self._progress:
             self._progress.stop()
+            signals.LAST_WORDS.clear()
 
     def show(self, event: Event) -> None:
-        """Show one event."""
+        """Show one event; raises `Terminated` if a signal arrived and was swallowed since the last one."""
+        signals.check()
         if self._events:
             data_json(to_json(event))
         match event:
@@ -125,11 +140,15 @@ class Reporter:
 
     def _show_saved(self, saved: Saved) -> None:
         image = saved.image
+        if self._progress:
+            self._progress.stop()  # stdout may be the same terminal
         if self._paths and not self._events and image.path != "-":
             data(image.path)
         if not self._quiet:
             taken = time.perf_counter() - self._started
             say(f"{image.path}: {image.width}x{image.height}, seed {image.seed}, {taken:.1f} s")
+        if self._progress:
+            self._progress.start()
 
 
 def _progress() -> "Progress":
@@ -137,4 +156,4 @@ def _progress() -> "Progress":
     from rich.progress import BarColumn, Progress, TextColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[speed]}"))
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    return Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fluxcli import classes
-from quant.errors import CheckpointError
+from fluxcli.loader import refusing
 
 if TYPE_CHECKING:
     import torch
@@ -39,11 +39,8 @@ def tokenize(folder: Path, prompt: str, text_tokens: int) -> Tokens:
 
 
 def _open(kind: type, folder: Path) -> object:
-    try:
+    with refusing("cannot read the tokenizer", folder):
         return kind.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        why = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise CheckpointError("cannot read the tokenizer", which=folder, why=why) from error
 
 
 def pooled_embedding(text_encoder: "nn.Module", ids: "torch.Tensor") -> "torch.Tensor":

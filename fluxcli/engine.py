@@ -8,7 +8,7 @@ diffusers' FluxPipeline on the same folder and seed.
 import gc
 import hashlib
 import platform
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ import fluxcli
 from fluxcli import classes, encoders, hardware, image, modulation, output, sampling
 from fluxcli.errors import NotFinite
 from fluxcli.events import Event, GeneratedImage, Notice, Phase, Saved, Step
-from fluxcli.loader import load_component
+from fluxcli.loader import load_component, refusing
 from fluxcli.plan import MemoryPlan
 from fluxcli.request import GenerationRequest
 from quant.checkpoint import Checkpoint, is_modulation
@@ -35,7 +35,8 @@ class Engine:
         self.checkpoint, self.plan = checkpoint, plan
         self._models: dict[str, nn.Module] = {}
         self._row: modulation.ModulationRow | None = None
-        self._embedded: tuple = ()  # (prompt, text_tokens), pooled (1, P), sequence (1, T, C)
+        self._prompt: tuple[str, int] | None = None  # whose embeddings are kept: the text and its T5 length
+        self._embeddings: tuple[torch.Tensor, torch.Tensor] | None = None  # pooled (1, P), sequence (1, T, C)
         self._tables: dict[modulation.TableKey, torch.Tensor] = {}
 
     def run(self, request: GenerationRequest, target: output.Target) -> Iterator[Event]:
@@ -47,12 +48,12 @@ class Engine:
             yield Phase("save")
             yield Saved(self._save(single, pixels, target, k + 1))
 
-    def picture(self, request: GenerationRequest, *, image: int = 1, images: int = 1) -> "Iterator[Event]":
+    def picture(
+        self, request: GenerationRequest, *, image: int = 1, images: int = 1
+    ) -> "Generator[Event, None, np.ndarray]":
         """Yield the events of one picture; returns its pixels (H, W, 3) uint8."""
         pooled, sequence = yield from self._encode(request)
-        scheduler = classes.scheduler().from_config(self.checkpoint.scheduler)
-        width, height = request.size
-        sampling.set_timesteps(scheduler, request.steps, width * height // 256)
+        scheduler = self._scheduler(request)
         table = yield from self._condition(request, pooled, scheduler)
         model = yield from self._load("transformer")
         yield Phase("denoise")
@@ -66,12 +67,20 @@ class Engine:
             raise NotFinite("the picture is not finite", which=f"seed {request.seed}", why="NaN or Inf in the latents")
         return (yield from self._decode(request, latents))
 
-    def _encode(self, request: GenerationRequest) -> Iterator[Event]:
+    def _scheduler(self, request: GenerationRequest) -> object:
+        """diffusers' scheduler with the timesteps of this request."""
+        kind, (width, height) = classes.scheduler(), request.size
+        with refusing("cannot use the scheduler's config", self.checkpoint.folder / "scheduler"):
+            scheduler = kind.from_config(self.checkpoint.scheduler)
+            sampling.set_timesteps(scheduler, request.steps, width * height // 256, self.plan.device)
+        return scheduler
+
+    def _encode(self, request: GenerationRequest) -> "Generator[Event, None, tuple[torch.Tensor, torch.Tensor]]":
         """Pooled (1, P) and sequence (1, T, C) embeddings of the prompt; the last prompt's are kept."""
         key = (request.prompt, request.text_tokens)
-        if self._embedded and self._embedded[0] == key:
-            return self._embedded[1:]
-        yield Phase("encode")
+        if self._prompt == key:
+            return self._embeddings
+        yield Phase("load", "tokenizers")
         tokens = encoders.tokenize(self.checkpoint.folder, *key)
         if tokens.lost:
             yield Notice(f"the prompt is longer than {request.text_tokens} T5 tokens; lost: {tokens.lost!r}")
@@ -86,10 +95,12 @@ class Engine:
         del t5
         self._evict("text_encoder_2")
         dtype = self._dtype("transformer")
-        self._embedded = (key, pooled.to(dtype), sequence.to(dtype))
-        return self._embedded[1:]
+        self._prompt, self._embeddings = key, (pooled.to(dtype), sequence.to(dtype))
+        return self._embeddings
 
-    def _condition(self, request: GenerationRequest, pooled: "torch.Tensor", scheduler: object) -> Iterator[Event]:
+    def _condition(
+        self, request: GenerationRequest, pooled: "torch.Tensor", scheduler: object
+    ) -> "Generator[Event, None, torch.Tensor]":
         """The run's modulation table (steps, sum of outputs); the last run's is kept."""
         wanted = modulation.condition(
             pooled, weights=self.checkpoint.fingerprint, guidance=request.guidance, timesteps=scheduler.timesteps
@@ -99,7 +110,7 @@ class Engine:
             self._tables = modulation.make_tables(self.checkpoint.components["transformer"], [wanted])
         return self._tables[wanted.key]
 
-    def _load(self, name: str) -> Iterator[Event]:
+    def _load(self, name: str) -> "Generator[Event, None, nn.Module]":
         """The component's module, loaded now unless it is there."""
         if name not in self._models:
             yield Phase("load", name)
@@ -142,19 +153,19 @@ class Engine:
             "img_ids": sampling.image_ids(request.size, dtype=options["dtype"], device=str(sequence.device)),
         }
 
-    def _decode(self, request: GenerationRequest, tokens: "torch.Tensor") -> "Iterator[Event]":
+    def _decode(self, request: GenerationRequest, tokens: "torch.Tensor") -> "Generator[Event, None, np.ndarray]":
         """Pixels (H, W, 3) uint8 of packed latents (1, S, 64); once more in float32 where they are not finite."""
         vae = yield from self._load("vae")
         yield Phase("decode")
         latents = sampling.unpack(tokens, request.size)
         decoded = _decode(vae, latents.to(self._dtype("vae")))
-        if not sampling.is_finite(decoded):
+        if not sampling.is_finite(decoded) and self.plan.dtypes["vae"] != "float32":
             yield Notice("the VAE overflowed: decoding once more in float32")
             decoded = _decode(vae.float(), latents.float())
             vae.to(self._dtype("vae"))
-            if not sampling.is_finite(decoded):
-                why = "NaN or Inf in the decoded pixels, also in float32"
-                raise NotFinite("the picture is not finite", which=f"seed {request.seed}", why=why)
+        if not sampling.is_finite(decoded):
+            why = "NaN or Inf in the pixels, decoded in float32"
+            raise NotFinite("the picture is not finite", which=f"seed {request.seed}", why=why)
         return sampling.to_pixels(decoded).numpy()
 
     def _save(self, request: GenerationRequest, pixels: "np.ndarray", target: output.Target, n: int) -> GeneratedImage:

@@ -47,7 +47,7 @@ def probe(device: str = "auto") -> Hardware:
     if number >= counts[kind]:
         exist = [f"{name}:{k}" for name, count in counts.items() for k in range(count)]
         why = f"usable are {' '.join(['cpu', *exist])}; {_why_no_gpu() if kind == 'cuda' else 'none of that kind'}"
-        raise DeviceUnusable("no such device", which=device, why=why, hint="--device cpu, or flux generate -p tiny")
+        raise DeviceUnusable("no such device", which=device, why=why, hint="--device auto takes what is here")
     return _accelerator(kind, number, ram.total, reason)
 
 

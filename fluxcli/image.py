@@ -105,6 +105,8 @@ def open_picture(path: Path) -> "Image.Image":
     from PIL import Image
 
     try:
+        if path.exists() and not path.is_file():
+            raise BadInputFile("cannot read the picture", which=path, why="it is no regular file")
         with path.open("rb") as file:
             image = Image.open(file, formats=("PNG", "JPEG", "WEBP"))
             if image.width * image.height > MAX_PIXELS:

@@ -50,23 +50,29 @@ def _set(module: "nn.Module", name: str, value: "torch.Tensor") -> None:
 def build(component: Component) -> "nn.Module":
     """Instantiate the component's class from its config, parameters on meta, buffers real."""
     factory = _factory(component)
-    with _parameters_on_meta():
-        try:
-            return factory()
-        except (TypeError, ValueError, AttributeError, ZeroDivisionError, RuntimeError) as error:
-            why = f"config.json does not describe this model: {str(error).splitlines()[0][:100]}"
-            raise CheckpointError(f"cannot build {component.name}", which=component.folder, why=why) from error
+    with _parameters_on_meta(), refusing(f"cannot build {component.name}", component.folder):
+        return factory()
+
+
+@contextlib.contextmanager
+def refusing(what: str, which: object) -> Iterator[None]:
+    """Turn whatever a library raises about a file's values into a `CheckpointError`."""
+    try:
+        yield
+    except Exception as error:
+        lines = str(error).split("\n")
+        why = f"its values make no model: {type(error).__name__}: {lines[0][:100]}"
+        raise CheckpointError(what, which=which, why=why) from error
 
 
 def _factory(component: Component) -> Callable:
     from fluxcli import classes
 
-    config = component.config
-    if component.name == "transformer":
-        return lambda: classes.transformer().from_config(config)
-    if component.name == "vae":
-        return lambda: classes.vae().from_config(config)
+    if component.name in ("transformer", "vae"):
+        kind = classes.transformer() if component.name == "transformer" else classes.vae()
+        return lambda: kind.from_config(component.config)
     model, config_class = classes.clip() if component.name == "text_encoder" else classes.t5()
+    config = {key: value for key, value in component.config.items() if "attn_implementation" not in key}
     return lambda: model(config_class(**config))
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from fluxcli.errors import FluxError, OutputError, UsageError, WeightsUnavailable
 from fluxcli.presets import BUNDLED
+from quant.checkpoint import is_complete
 
-BUNDLED_PREFIX = "bundled/"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILES = [
     "model_index.json", "scheduler/*.json", "tokenizer/*", "tokenizer_2/*",
@@ -28,36 +28,50 @@ TRY_TINY = 'or try at once: flux generate "a red circle on a blue background" -p
 def locate(model: str, *, environment: Mapping[str, str] = os.environ) -> Path:
     """Return the folder of `model` (bundled/NAME, a folder, or a hub id in the cache).
 
-    Raises `WeightsUnavailable` naming the command that gets it.
+    Raises `WeightsUnavailable` naming the command that gets it, `UsageError` for what can be no model.
     """
-    if model.startswith(BUNDLED_PREFIX):
-        path = BUNDLED / model.removeprefix(BUNDLED_PREFIX)
+    if match := re.fullmatch(r"bundled/([\w-]+)", model):
+        path = BUNDLED / match[1]
         if path.is_dir():
             return path
         raise WeightsUnavailable("no such bundled model", which=model, hint="flux presets")
-    path = Path(os.path.expanduser(model))
-    if path.is_dir():
+    if (path := folder_of(model)) is not None:
         return path
-    if path.exists():
+    if not HUB_ID.fullmatch(model) or ".." in model:
+        raise WeightsUnavailable("no such model folder", which=model[:100], hint=f"-m FOLDER, {TRY_TINY}")
+    whole, partial = _cached(model, environment)
+    if whole:
+        return whole
+    what = "the download is incomplete" if partial else f"the weights of {model.rpartition('/')[2]} are not here"
+    raise WeightsUnavailable(what, which=model, hint=f"flux models download {model}  ({TRY_TINY})")
+
+
+def folder_of(model: str) -> Path | None:
+    """The absolute folder that `model` names, None if it names none; raises `UsageError` for another kind of file."""
+    if not model or model.startswith(("\\\\", "//")):  # a share of another machine is never opened unasked
+        raise UsageError("no model", which=model, why="a folder or a hub id is needed", hint="-m FOLDER")
+    try:
+        path = Path(model).expanduser()
+        if path.is_dir():
+            return path.resolve()
+        present = path.exists()
+    except (OSError, ValueError, RuntimeError):  # too long a name, NUL, no home
+        return None
+    if present:
         why = "a model is a folder in the published diffusers layout"
         raise UsageError("not a model folder", which=model, why=why, hint=f"-m {path.parent}")
-    if HUB_ID.fullmatch(model) and ".." not in model:
-        if folder := _cached(model, environment):
-            return folder
-        name = model.rpartition("/")[2]
-        hint = f"flux models download {model}  ({TRY_TINY})"
-        raise WeightsUnavailable(f"the weights of {name} are not on this computer", which=model, hint=hint)
-    raise WeightsUnavailable("no such model folder", which=model, hint=TRY_TINY.removeprefix("or "))
+    return None
 
 
 def hub_cache(environment: Mapping[str, str] = os.environ) -> Path:
     """The hub's cache folder, by the rules of huggingface_hub."""
-    home = environment.get("HF_HOME") or Path(environment.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return Path(os.path.expanduser(environment.get("HF_HUB_CACHE") or Path(home) / "hub"))
+    home = environment.get("HF_HOME") or os.path.join(environment.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    given = environment.get("HF_HUB_CACHE") or environment.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
+    return Path(os.path.expanduser(os.path.expandvars(given)))  # without a home ~ stays as it is
 
 
-def _cached(model: str, environment: Mapping[str, str]) -> Path | None:
-    """The model's newest whole snapshot in the cache; the one that `main` names before others."""
+def _cached(model: str, environment: Mapping[str, str]) -> tuple[Path | None, bool]:
+    """(the model's newest complete snapshot, the one of `main` before others; whether any snapshot is there)."""
     root = hub_cache(environment) / f"models--{model.replace('/', '--')}"
     try:
         snapshots = sorted((root / "snapshots").iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
@@ -65,9 +79,9 @@ def _cached(model: str, environment: Mapping[str, str]) -> Path | None:
             (root / "refs" / "main").read_text(errors="replace").strip() if (root / "refs" / "main").is_file() else ""
         )
     except OSError:
-        return None
-    whole = [path for path in snapshots if (path / "model_index.json").is_file()]
-    return next((path for path in whole if path.name == main), whole[0] if whole else None)
+        return None, False
+    whole = [path for path in snapshots if is_complete(path)]
+    return next((path for path in whole if path.name == main), whole[0] if whole else None), bool(snapshots)
 
 
 def download(model: str, *, say: Callable[[str], None]) -> Path:

@@ -14,7 +14,7 @@ import string
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import BinaryIO
@@ -40,35 +40,48 @@ class Target:
     stdout: bool = False
 
 
-def parse_target(request: GenerationRequest, *, force: bool = False, format_given: bool = False) -> tuple:
-    """Return (request with the output's format, Target) for `request.output`; raises `UsageError`."""
+def format_of(text: str | None, *, given: str | None = None) -> str | None:
+    """The picture format that an output's extension decides, None where it leaves it open.
+
+    Raises `UsageError` for an extension of something else, or one that contradicts a `given` format.
+    """
+    if text in (None, STDOUT) or _is_folder(text):
+        return None
+    suffix = Path(text).suffix.lower().lstrip(".")
+    if not suffix and _check_template(text):
+        return None
+    if suffix not in EXTENSIONS:
+        why = f"extension {suffix!r}" if suffix else "it has no extension"
+        hint = f"use one of {', '.join(FORMATS)}; a folder ends in /"
+        raise UsageError("unsupported picture format", which=text, why=why, hint=hint)
+    if given and EXTENSIONS[suffix] != given:
+        raise UsageError("--format contradicts the file name", which=text, why=f"--format {given}")
+    return EXTENSIONS[suffix]
+
+
+def parse_target(request: GenerationRequest, *, force: bool = False) -> Target:
+    """Where the pictures of `request` go; raises `UsageError` for a template or a file name that cannot be."""
     text = request.output
     if text == STDOUT:
         if request.count > 1:
             raise UsageError("-o - takes one picture", which=f"--count {request.count}")
-        return request, Target(Path(), STDOUT, stdout=True)
+        return Target(Path(), STDOUT, stdout=True)
     path = Path(os.path.expanduser(text or "."))
     if os.path.isdir(path):
-        return request, Target(path, DEFAULT_TEMPLATE)
+        return Target(path, DEFAULT_TEMPLATE)
     is_template = _check_template(str(path))
-    if text.endswith(("/", os.sep)):
-        folder = Target(Path(), str(path / DEFAULT_TEMPLATE)) if is_template else Target(path, DEFAULT_TEMPLATE)
-        return request, folder
-    suffix = path.suffix.lower().lstrip(".")
-    if not suffix and is_template:
-        return request, Target(Path(), str(path))
-    if suffix not in EXTENSIONS:
-        hint = f"use one of {', '.join(FORMATS)}; a folder ends in /"
-        raise UsageError("unsupported picture format", which=text, why=f"extension {suffix!r}", hint=hint)
-    if format_given and EXTENSIONS[suffix] != request.format:
-        raise UsageError("--format contradicts the file name", which=text, why=f"--format {request.format}")
-    if request.count > 1 and not is_template:
+    if text and _is_folder(text):
+        return Target(Path(), str(path / DEFAULT_TEMPLATE)) if is_template else Target(path, DEFAULT_TEMPLATE)
+    if is_template:
+        return Target(Path(), str(path.with_suffix("")))
+    if request.count > 1:
         hint = f"-o {path.stem}-{{seed}}{path.suffix}, or a folder"
         raise UsageError("one file name for several pictures", which=text, hint=hint)
-    request = replace(request, format=EXTENSIONS[suffix])
-    if is_template:
-        return request, Target(Path(), str(path.with_suffix("")))
-    return request, Target(path.parent, path.name, exact=True, force=force)
+    return Target(path.parent, path.name, exact=True, force=force)
+
+
+def _is_folder(text: str) -> bool:
+    return text.endswith(("/", os.sep)) or os.path.isdir(os.path.expanduser(text))
 
 
 def _check_template(name: str) -> bool:
@@ -108,7 +121,7 @@ def candidates(target: Target, request: GenerationRequest, n: int) -> Iterator[P
 
 
 def check_writable(target: Target, request: GenerationRequest) -> None:
-    """Raise `OutputError` before any compute if the pictures could not be written; creates the folder."""
+    """Raise `OutputError` before any compute if the pictures could not be written; leaves nothing behind."""
     if target.stdout:
         if sys.stdout is None:
             raise OutputError("cannot write to stdout", which="-o -", why="it is closed")
@@ -122,7 +135,8 @@ def check_writable(target: Target, request: GenerationRequest) -> None:
         if _exists(path) and target.exact and not target.force:
             raise OutputError("the file exists", which=path, hint="--force replaces it; -o FOLDER/ picks a free name")
         folder = Path(os.path.realpath(path)).parent
-        folder.mkdir(parents=True, exist_ok=True)
+        while not folder.exists():
+            folder = folder.parent
         with _temporary(folder) as temporary:
             _create(temporary).close()
         free = shutil.disk_usage(folder).free
@@ -149,9 +163,10 @@ def save(data: bytes, target: Target, request: GenerationRequest, n: int) -> str
         return STDOUT
     try:
         for path in candidates(target, request, n):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            real = Path(os.path.realpath(path))
+            real.parent.mkdir(parents=True, exist_ok=True)
             if target.force:
-                write_atomically(Path(os.path.realpath(path)), data, place=os.replace)
+                write_atomically(real, data, place=os.replace)
                 return str(path)
             if _exists(path):
                 continue
@@ -160,7 +175,17 @@ def save(data: bytes, target: Target, request: GenerationRequest, n: int) -> str
                 return str(path)
     except OSError as error:
         raise _output_error(path, error) from error
-    raise OutputError("the file exists", which=path, hint="--force replaces it")
+    return _save_beside(data, path)
+
+
+def _save_beside(data: bytes, taken: Path) -> str:
+    """Keep a finished picture whose name was taken while it was drawn, and raise `OutputError` that says where."""
+    for k in range(2, 1_000_000):
+        path = taken.with_name(f"{taken.stem}-{k}{taken.suffix}")
+        with contextlib.suppress(FileExistsError):
+            write_atomically(path, data, place=_move_if_free)
+            break
+    raise OutputError("the file exists now", which=taken, why=f"the picture is kept as {path}", hint="--force replaces")
 
 
 def write_atomically(path: Path, data: bytes, *, place: Callable[[Path, Path], None] = os.replace) -> None:

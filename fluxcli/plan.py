@@ -4,6 +4,7 @@ Sizes are in bytes. Formulas: weights are elements x bytes of the compute dtype;
 values of the full-size model (4608 tokens: 0.46 GiB; VAE decode of 1024x1024: 1.5 GiB, both in 16 bit).
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -37,25 +38,21 @@ class MemoryPlan:
 
 
 def make_plan(request: GenerationRequest, checkpoint: Checkpoint, hardware: "Hardware") -> MemoryPlan:
-    """Plan a run; raises `UsageError` for settings this model has no use for, `DoesNotFit` when no way is left."""
-    check_guidance(request, checkpoint)
-    reasons = [f"{hardware.device}: {hardware.reason}"]
+    """Plan a run; raises `DoesNotFit` when its largest phase is more than the device has."""
     dtypes, why = _dtypes(request, checkpoint, hardware)
-    reasons.append(why)
-    peaks = phase_peaks(request, checkpoint, dtypes)
+    weights = sum(c.numel * DTYPE_BYTES[dtypes[c.name]] for c in checkpoint.components.values())
+    small = weights < hardware.total_bytes * RESIDENT_SHARE
+    keep = tuple(checkpoint.components) if small else ("transformer", "vae")
+    stay = "all components stay loaded: together they are small"
+    leave = "text encoders leave after encoding, so that the transformer has the memory"
+    reasons = (f"{hardware.device}: {hardware.reason}", why, stay if small else leave)
+    peaks = phase_peaks(request, checkpoint, dtypes, keep)
     phase = max(peaks, key=peaks.__getitem__)
     usable = int(hardware.total_bytes * USABLE_SHARE)
     if peaks[phase] > usable:
         needs = f"{phase} needs {peaks[phase] / GIB:.1f} GiB, {hardware.device} has {usable / GIB:.1f} GiB usable"
         raise DoesNotFit("the model does not fit", which=request.model, why=needs, hint="a smaller --size, or -p tiny")
-    weights = sum(c.numel * DTYPE_BYTES[dtypes[c.name]] for c in checkpoint.components.values())
-    keep = tuple(checkpoint.components) if weights < hardware.total_bytes * RESIDENT_SHARE else ("transformer", "vae")
-    reasons.append(
-        "all components stay loaded: together they are small"
-        if len(keep) > 2
-        else "text encoders leave after encoding, so that the transformer has the memory"
-    )
-    return MemoryPlan(hardware.device, dtypes, peaks, keep, tuple(reasons))
+    return MemoryPlan(hardware.device, dtypes, peaks, keep, reasons)
 
 
 def check_guidance(request: GenerationRequest, checkpoint: Checkpoint) -> None:
@@ -72,7 +69,7 @@ def _dtypes(request: GenerationRequest, checkpoint: Checkpoint, hardware: "Hardw
     if hardware.kind == "cpu":
         if hardware.bf16:
             return dict.fromkeys(every, "bfloat16"), "bfloat16: this CPU has matrix units for it"
-        if max(phase_peaks(request, checkpoint, every).values()) <= hardware.total_bytes * USABLE_SHARE:
+        if max(phase_peaks(request, checkpoint, every, ()).values()) <= hardware.total_bytes * USABLE_SHARE:
             return every, "float32: this CPU has no fast bfloat16"
         return dict.fromkeys(every, "bfloat16"), "bfloat16, slowly: float32 does not fit into this RAM"
     if hardware.bf16:
@@ -80,8 +77,10 @@ def _dtypes(request: GenerationRequest, checkpoint: Checkpoint, hardware: "Hardw
     return every | {"transformer": "float16"}, "float16 (encoders and VAE float32): the device has no bfloat16"
 
 
-def phase_peaks(request: GenerationRequest, checkpoint: Checkpoint, dtypes: dict[str, str]) -> dict[str, int]:
-    """Bytes in memory at the peak of each phase, only that phase's weights loaded."""
+def phase_peaks(
+    request: GenerationRequest, checkpoint: Checkpoint, dtypes: dict[str, str], keep: Sequence[str]
+) -> dict[str, int]:
+    """Bytes in memory at the peak of each phase: what the phase needs, and the encoders where `keep` names them."""
 
     def width_bytes(name: str) -> int:
         return DTYPE_BYTES[dtypes[name]]
@@ -96,11 +95,13 @@ def phase_peaks(request: GenerationRequest, checkpoint: Checkpoint, dtypes: dict
     denoise = (transformer.numel - modulation + TOKEN_ACTIVATIONS * tokens * inner) * width_bytes("transformer")
     first_width = vae.config["block_out_channels"][0]
     resident = (transformer.numel - modulation) * width_bytes("transformer")
+    encoders = [parts[name].numel * width_bytes(name) for name in ("text_encoder", "text_encoder_2")]
+    kept = sum(encoders) if "text_encoder_2" in keep else 0
     return {
-        "encode": max(parts[name].numel * width_bytes(name) for name in ("text_encoder", "text_encoder_2")),
-        "condition": tables + _largest(transformer) * width_bytes("transformer"),
-        "denoise": denoise + held,
-        "decode": resident + held + PIXEL_ACTIVATIONS * width * height * first_width * width_bytes("vae"),
+        "encode": max(kept, *encoders),
+        "condition": kept + tables + _largest(transformer) * width_bytes("transformer"),
+        "denoise": kept + denoise + held,
+        "decode": kept + resident + held + PIXEL_ACTIVATIONS * width * height * first_width * width_bytes("vae"),
     }
 
 

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from fluxcli.errors import UsageError
-from fluxcli.request import KEYS, GenerationRequest, coerce, flag
+from fluxcli.request import ALIASES, KEYS, GenerationRequest, coerce, flag
 
 BUNDLED = Path(__file__).resolve().parent / "bundled"
 if not BUNDLED.is_dir():  # a checkout keeps them at the top level, a wheel inside the package
@@ -39,11 +39,6 @@ class Settings:
     values: dict
     origins: dict
 
-    @property
-    def explicit(self) -> dict:
-        """What the user said with flags or variables: what stays when another preset is applied."""
-        return {key: value for key, value in self.values.items() if self.origins[key].startswith(("--", "FLUX_"))}
-
 
 def folders(config_folder: Path) -> tuple[Path, ...]:
     """Where presets are looked for, strongest first."""
@@ -66,9 +61,9 @@ def _listing(folder: Path) -> list[Path]:
         return []
 
 
-def load(name: str, config_folder: Path) -> Preset:
+def load(name: str, config_folder: Path, *, bundled: bool = False) -> Preset:
     """Read one preset; raises `UsageError` for an unknown name, malformed TOML, unknown keys or wrong types."""
-    known = available(config_folder)
+    known = {path.stem: path for path in _listing(BUNDLED)} if bundled else available(config_folder)
     if name not in known:
         near = get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "flux presets"
@@ -80,19 +75,21 @@ def load(name: str, config_folder: Path) -> Preset:
     settings = {key: value for key, value in table.items() if key not in PRESET_ONLY}
     if "preset" in settings:
         raise UsageError("unknown setting", which=known[name], why="'preset' is none here", hint="use extends = ...")
-    checked = {key: coerce(key, value, where=str(known[name])) for key, value in settings.items()}
+    checked = _checked(settings, known[name])
     return Preset(name, known[name], table.get("description", ""), table.get("extends"), checked)
 
 
 def chain(name: str, config_folder: Path) -> list[Preset]:
-    """The preset and what it extends, weakest first; raises `UsageError` on a cycle."""
-    presets: list[Preset] = []
-    following: str | None = name
-    while following:
-        if following in [preset.name for preset in presets]:
+    """The preset and what it extends, weakest first; a user's own may extend the bundled one of its name.
+
+    Raises `UsageError` on a cycle.
+    """
+    presets = [load(name, config_folder)]
+    while following := presets[-1].extends:
+        preset = load(following, config_folder, bundled=following == presets[-1].name)
+        if preset.path in [each.path for each in presets]:
             raise UsageError("presets extend each other", which=name, why=f"{following} comes round again")
-        presets.append(load(following, config_folder))
-        following = presets[-1].extends
+        presets.append(preset)
     return presets[::-1]
 
 
@@ -103,7 +100,13 @@ def read_config(config_folder: Path) -> dict:
         present = path.is_file()
     except OSError:
         return {}
-    return {key: coerce(key, value, where=str(path)) for key, value in _read_toml(path).items()} if present else {}
+    return _checked(_read_toml(path), path) if present else {}
+
+
+def _checked(table: Mapping[str, object], path: Path) -> dict:
+    return {
+        ALIASES.get(key, key): coerce(ALIASES.get(key, key), value, where=str(path)) for key, value in table.items()
+    }
 
 
 def _read_toml(path: Path) -> dict:
@@ -111,14 +114,20 @@ def _read_toml(path: Path) -> dict:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except tomllib.TOMLDecodeError as error:
         raise UsageError("malformed TOML", which=path, why=str(error)) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError("unreadable settings", which=path, why=str(error)) from error
 
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> dict:
-    """FLUX_* variables that name a field, e.g. FLUX_STEPS=20."""
-    names = {f"FLUX_{key.upper()}": key for key in KEYS}
-    return {names[v]: coerce(names[v], environment[v], where=v) for v in environment if v in names and environment[v]}
+    """FLUX_* variables that name a field, e.g. FLUX_STEPS=20; raises `UsageError` for a near miss of one."""
+    names = {f"FLUX_{key.upper()}": ALIASES.get(key, key) for key in (*KEYS, *ALIASES)}
+    found = {}
+    for variable, value in environment.items():
+        if variable in names:
+            found |= {names[variable]: coerce(names[variable], value, where=variable)} if value else {}
+        elif variable.startswith("FLUX_") and (near := get_close_matches(variable, names, n=1, cutoff=0.85)):
+            raise UsageError("unknown variable", which=variable, hint=f"did you mean {near[0]}?")
+    return found
 
 
 def merge(flags: Mapping[str, object], config_folder: Path, environment: Mapping[str, str] = os.environ) -> Settings:
@@ -126,7 +135,7 @@ def merge(flags: Mapping[str, object], config_folder: Path, environment: Mapping
     defaults = {field.name: field.default for field in fields(GenerationRequest) if field.name != "prompt"}
     config, variables = read_config(config_folder), from_environment(environment)
     given = {key: coerce(key, value, where=flag(key)) for key, value in flags.items()}
-    name = given.get("preset") or variables.get("preset") or config.get("preset") or DEFAULT_PRESET
+    name = {"preset": DEFAULT_PRESET, **config, **variables, **given}["preset"]
     layers: list[tuple[str, Mapping[str, object]]] = [("default", defaults), ("config.toml", config)]
     layers += [(f"preset {preset.name}", preset.settings) for preset in chain(name, config_folder)]
     merged = Settings({}, {})

@@ -20,7 +20,6 @@ MAX_AREA_PX = 8 * 1024 * 1024
 MAX_RATIO = 4
 MAX_SEED = 2**64 - 1
 MAX_PROMPT_BYTES = 8192  # four times what 512 T5 tokens hold, and what fits into a jpg's metadata
-DEVICES = r"auto|cpu|mps|xpu(:\d+)?|cuda(:\d+)?"
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,15 @@ BOUNDS = {
     "quality": (1, 100),
     "text_tokens": (1, 512),
 }
-PATTERNS = {"format": "|".join(FORMATS), "device": DEVICES}
+PATTERNS = {  # what a text must be, in a regular expression and in words
+    "format": ("|".join(FORMATS), "jpg, png or webp"),
+    "device": (r"auto|cpu|mps|xpu(:\d{1,3})?|cuda(:\d{1,3})?", "auto, cpu, cuda[:n], mps or xpu[:n]"),
+    "model": (r"[^\0]{1,1000}", "a folder or a hub id"),
+    "output": (r"[^\0]{1,4000}", "a file, a folder, a template or -"),
+}
 SIDES = {"image_size": MIN_SIZE_PX, "width": MULTIPLE_PX, "height": MULTIPLE_PX}  # the least of each
 FLAGS = {"aspect_ratio": "--ar", "image_size": "--size", "metadata": "--no-metadata"}
+ALIASES = {"ar": "aspect_ratio", "size": "image_size"}  # the flags' words, for settings files and variables
 KEYS = tuple(field.name for field in fields(GenerationRequest) if field.name != "prompt")
 OPTIONAL = ("guidance", "width", "height", "output")  # None is a value of theirs
 INTEGERS = ("steps", "seed", "count", "image_size", "width", "height", "text_tokens", "quality")
@@ -113,9 +118,10 @@ def check(name: str, value: object, *, where: str) -> None:
         return
     low, high = BOUNDS.get(name, (value, value))
     if not low <= value <= high:
-        raise UsageError(f"{name} out of range", which=where, why=f"{value} is not in {low} to {high}")
-    if not re.fullmatch(PATTERNS.get(name, "(?s:.*)"), str(value)):
-        raise UsageError(f"unknown {name}", which=where, why=f"{value!r} is not {PATTERNS[name]}")
+        raise UsageError(f"{name} out of range", which=where, why=f"{str(value)[:40]} is not in {low} to {high}")
+    pattern, words = PATTERNS.get(name, ("(?s:.*)", ""))
+    if not re.fullmatch(pattern, str(value)):
+        raise UsageError(f"unknown {name}", which=where, why=f"{str(value)[:60]!r} is not {words}")
     if name == "aspect_ratio":
         parse_ratio(value, where=where)
     if name in SIDES and (not SIDES[name] <= value <= MAX_SIZE_PX or value % MULTIPLE_PX):
@@ -159,10 +165,9 @@ def check_size(width: int, height: int, *, aspect_ratio: str | None) -> None:
 
 
 def _nearest(value: int, low: int) -> str:
-    below = min(max(value // MULTIPLE_PX * MULTIPLE_PX, low), MAX_SIZE_PX)
-    above = min(max(below + MULTIPLE_PX, low), MAX_SIZE_PX)
-    nearest = f"the nearest are {below} and {above}" if above != below and value > low else f"the nearest is {below}"
-    return f"{value} is no multiple of {MULTIPLE_PX} from {low} to {MAX_SIZE_PX}; {nearest}"
+    below = min(max(value // MULTIPLE_PX * MULTIPLE_PX, low), MAX_SIZE_PX - MULTIPLE_PX)
+    text = f"{str(value)[:20]} is no multiple of {MULTIPLE_PX} from {low} to {MAX_SIZE_PX}"
+    return f"{text}; the nearest are {below} and {below + MULTIPLE_PX}"
 
 
 def coerce(name: str, value: object, *, where: str) -> object:
@@ -188,11 +193,11 @@ def _converted(name: str, value: object, where: str) -> object:
             return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
         if not isinstance(value, str):
             raise ValueError
-        return value.lower() if name == "format" else value
+        return value.lower().replace("jpeg", "jpg") if name == "format" else value
     except (ValueError, TypeError, KeyError) as error:
         wanted = "a whole number" if name in INTEGERS else {"guidance": "a number", "metadata": "true or false"}
         wanted = wanted if isinstance(wanted, str) else wanted.get(name, "a text")
-        raise UsageError("wrong value", which=where, why=f"{name} is {value!r}, not {wanted}") from error
+        raise UsageError("wrong value", which=where, why=f"{name} is {str(value)[:60]!r}, not {wanted}") from error
 
 
 def _integer(value: object) -> int:

@@ -49,7 +49,7 @@ def image_ids(size: tuple[int, int], *, dtype: "torch.dtype", device: str) -> "t
     return ids.reshape(rows * columns, 3).to(device=device, dtype=dtype)
 
 
-def set_timesteps(scheduler: object, steps: int, tokens: int) -> None:
+def set_timesteps(scheduler: object, steps: int, tokens: int, device: str) -> None:
     """Set the scheduler's sigmas: linear from 1 to 1/steps, shifted by the picture's token count where it asks."""
     import numpy as np
 
@@ -57,7 +57,9 @@ def set_timesteps(scheduler: object, steps: int, tokens: int) -> None:
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     slope = (top - base) / (high - low)
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=tokens * slope + base - slope * low)
+    scheduler.set_timesteps(
+        sigmas=np.linspace(1.0, 1 / steps, steps), mu=tokens * slope + base - slope * low, device=device
+    )
     scheduler.set_begin_index(0)
 
 

@@ -6,10 +6,13 @@ A shell goes on looping after a child that merely exits 130; it stops after one 
 import os
 import signal
 import sys
+from types import FrameType
 
 from fluxcli.errors import Terminated
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+ARRIVED: list[int] = []
+LAST_WORDS: list[bytes] = []  # what a terminal must still be told when the stack is not unwound: the cursor back
 
 
 def install() -> None:
@@ -18,11 +21,36 @@ def install() -> None:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
             signal.signal(number, _unwind)
+    sys.unraisablehook = _report_unraisable
 
 
-def _unwind(number: int, _frame: object) -> None:
+def check() -> None:
+    """Raise `Terminated` if a signal arrived: libraries swallow the first one in a `__del__` or a bare `except`."""
+    if ARRIVED:
+        raise Terminated(ARRIVED[0])
+
+
+def _unwind(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)
+    ARRIVED.append(number)
+    if _importing(frame):  # nothing to clean up, and there an exception may be swallowed, or abort in a library's C++
+        for words in LAST_WORDS:
+            os.write(2, words)
+        die_by(number)
     raise Terminated(number)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    if not isinstance(unraisable.exc_value, Terminated):
+        sys.__unraisablehook__(unraisable)
 
 
 def die_by(number: int) -> None:

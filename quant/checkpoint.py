@@ -11,18 +11,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
+from quant.config import read_config, read_json, read_scheduler
 from quant.errors import CheckpointError
 from quant.header import TensorInfo, file_identity, read_header
 
 COMPONENTS = ("text_encoder", "text_encoder_2", "transformer", "vae")
-CLASSES = {
-    "text_encoder": "CLIPTextModel",
-    "text_encoder_2": "T5EncoderModel",
-    "transformer": "FluxTransformer2DModel",
-    "vae": "AutoencoderKL",
-}
-MAX_LAYERS = 256  # a hostile config must not make us build 10^9 modules
-FLUX_CHANNELS = 64
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+AGAIN = "download the model again"
 CONDITION_KEYS = re.compile(
     r"(?:.*\.)?(?:norm1|norm1_context|norm|norm_out)\.linear\.(?:weight|bias)|time_text_embed\..*"
 )
@@ -57,16 +52,18 @@ class Checkpoint:
 
     @property
     def takes_guidance(self) -> bool:
-        return bool(self.components["transformer"].config.get("guidance_embeds", False))
+        return self.components["transformer"].config["guidance_embeds"]
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that stand for configs and weights: headers' pages and 64 sampled pages of each file."""
+        """16 hex digits for configs, tokenizers and weights: of each weight file its size and 64 sampled pages."""
         digest = hashlib.sha256(json.dumps(self.scheduler, sort_keys=True).encode())
         for component in self.components.values():
             digest.update(json.dumps(component.config, sort_keys=True).encode())
             for path in sorted(set(component.files.values())):
                 digest.update(file_identity(path))
+        for path in sorted(path for name in TOKENIZERS for path in (self.folder / name).glob("*")):
+            digest.update(path.name.encode() + file_identity(path))
         return digest.hexdigest()[:16]
 
 
@@ -77,17 +74,30 @@ def is_modulation(name: str) -> bool:
 
 def inspect(folder: Path) -> Checkpoint:
     """Return what a diffusers folder holds; raises `CheckpointError` naming the first part that is not usable."""
-    index = _read_json(folder / "model_index.json", "not a FLUX model folder")
+    index = read_json(folder / "model_index.json", "not a FLUX model folder")
     if index.get("_class_name") != "FluxPipeline":
         why = f"its model_index.json names {str(index.get('_class_name'))[:60]!r}, not FluxPipeline"
         raise CheckpointError("not a FLUX.1 model", which=folder, why=why)
     components = {name: _component(name, folder / name) for name in COMPONENTS}
-    return Checkpoint(folder, components, _read_json(folder / "scheduler" / "scheduler_config.json", "no scheduler"))
+    for name in TOKENIZERS:
+        if not (folder / name).is_dir():
+            raise CheckpointError(f"no {name} in the model folder", which=folder, hint=AGAIN)
+    return Checkpoint(folder, components, read_scheduler(folder / "scheduler"))
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether every file that a model folder needs is there, by name alone (an interrupted download is not)."""
+    names = [f"{name}/config.json" for name in COMPONENTS] + ["model_index.json", "scheduler/scheduler_config.json"]
+    if not all((folder / name).is_file() for name in names) or not all((folder / n).is_dir() for n in TOKENIZERS):
+        return False
+    try:
+        return all(_weight_files(folder / name) for name in COMPONENTS)
+    except CheckpointError:
+        return False
 
 
 def _component(name: str, folder: Path) -> Component:
-    config = _read_json(folder / "config.json", f"no {name} in the model folder")
-    _check_config(name, folder, config)
+    config = read_config(name, folder)
     tensors, files = {}, {}
     for path in _weight_files(folder):
         header = read_header(path)
@@ -96,19 +106,6 @@ def _component(name: str, folder: Path) -> Component:
         tensors.update(header)
         files.update(dict.fromkeys(header, path))
     return Component(name, folder, config, tensors, files)
-
-
-def _check_config(name: str, folder: Path, config: dict) -> None:
-    named = config.get("architectures")
-    found = config.get("_class_name") or (named[0] if isinstance(named, list) and named else None)
-    if found not in (CLASSES[name], None):
-        raise CheckpointError(f"wrong class of {name}", which=folder, why=f"{found!r} instead of {CLASSES[name]!r}")
-    for key, value in config.items():
-        if "layers" in key and isinstance(value, int) and not 0 <= value <= MAX_LAYERS:
-            raise CheckpointError("impossible config.json", which=folder, why=f"{key} is {value}")
-    if name == "transformer" and config.get("in_channels", FLUX_CHANNELS) != FLUX_CHANNELS:
-        why = f"its transformer takes {config['in_channels']} channels (a Fill or control model), not {FLUX_CHANNELS}"
-        raise CheckpointError("another kind of FLUX model", which=folder, why=why)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -121,7 +118,7 @@ def _weight_files(folder: Path) -> list[Path]:
         pickles = [p.name for suffix in ("*.bin", "*.pt", "*.ckpt") for p in folder.glob(suffix)]
         why = f"only pickles are there ({pickles[0]})" if pickles else "no .safetensors file is there"
         raise CheckpointError("no weights", which=folder, why=why)
-    weight_map = _read_json(indexes[0], "unreadable shard index").get("weight_map")
+    weight_map = read_json(indexes[0], "unreadable shard index").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()) or not weight_map:
         raise CheckpointError("corrupt shard index", which=indexes[0], why="weight_map is no map of names")
     paths = []
@@ -130,20 +127,6 @@ def _weight_files(folder: Path) -> list[Path]:
         if len(pure.parts) != 1 or "\\" in shard or ".." in shard or not shard.endswith(".safetensors"):
             raise CheckpointError("unsafe shard index", which=indexes[0], why=f"it names {shard[:60]!r}")
         if not (folder / shard).exists():
-            raise CheckpointError("missing shard", which=folder / shard, hint="download the model again")
+            raise CheckpointError("missing shard", which=folder / shard, hint=AGAIN)
         paths.append(folder / shard)
     return paths
-
-
-def _read_json(path: Path, what: str) -> dict:
-    try:
-        if path.stat().st_size > 32 << 20:
-            raise CheckpointError(what, which=path, why="the file is too large")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(what, which=path, why=error.strerror or "not readable") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(what, which=path, why=f"not valid JSON: {str(error)[:80]}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(what, which=path, why="it is no JSON object")
-    return value

@@ -12,7 +12,8 @@ HEAVY = {"torch", "diffusers", "transformers", "bitsandbytes", "optimum", "numpy
 MAX_LINES, MAX_FUNCTION_LINES, MAX_TOTAL_LINES = 300, 60, 5000
 
 LAYERS = [
-    ["quant", "quant.errors", "quant.header", "fluxcli", "fluxcli.errors", "fluxcli.events", "fluxcli.request"],
+    ["quant", "quant.errors", "quant.header", "quant.config"],
+    ["fluxcli", "fluxcli.errors", "fluxcli.events", "fluxcli.request"],
     ["quant.checkpoint", "fluxcli.presets", "fluxcli.plan", "fluxcli.output", "fluxcli.models", "fluxcli.signals"],
     ["fluxcli.hardware"],
     ["fluxcli.image", "fluxcli.classes", "fluxcli.sampling"],
@@ -23,7 +24,7 @@ LAYERS = [
      "fluxcli.__main__"],
 ]  # fmt: skip
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-STDLIB_ONLY = {module for modules in LAYERS[:2] for module in modules}
+STDLIB_ONLY = {module for modules in LAYERS[:3] for module in modules}
 
 
 def sources() -> dict[str, Path]:

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fluxcli.loader import load_component
-from quant.checkpoint import CLASSES, inspect
+from quant.checkpoint import COMPONENTS, inspect
+from quant.config import CLASSES
 from quant.errors import CheckpointError
 
 
@@ -33,7 +34,7 @@ def load(folder: Path, name: str) -> torch.nn.Module:
     return load_component(inspect(folder).components[name], dtype=torch.float32, device="cpu")
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", COMPONENTS)
 def test_everything_is_loaded_in_the_dtype_asked_for(tiny_folder, name):
     module = load(tiny_folder, name)
     tensors = [*module.parameters(), *module.buffers()]
@@ -43,7 +44,7 @@ def test_everything_is_loaded_in_the_dtype_asked_for(tiny_folder, name):
     assert type(module).__name__ == CLASSES[name]
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", COMPONENTS)
 def test_missing_extra_and_misshapen_tensors_are_named(model, name):
     key = sorted(load_file(weights(model / name)))[-1]
     for change, word in (

@@ -1,12 +1,13 @@
 """The plan: bytes from headers, precision by what the device has, a reason for each decision."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fluxcli.errors import DoesNotFit, UsageError
 from fluxcli.hardware import Hardware
-from fluxcli.plan import GIB, make_plan, modulation_numel, phase_peaks
+from fluxcli.plan import GIB, check_guidance, make_plan, modulation_numel, phase_peaks
 from quant.checkpoint import Checkpoint, Component, inspect
 from quant.header import TensorInfo
 from tests.helpers import tiny
@@ -88,19 +89,26 @@ def test_more_pixels_steps_and_tokens_never_need_less(full_size):
         for a in (256, 1024) for b in (4, 28) for c in (64, 256)
     ]  # fmt: skip
     for small, large in grid:
-        low, high = phase_peaks(small, full_size, dtypes), phase_peaks(large, full_size, dtypes)
+        low, high = phase_peaks(small, full_size, dtypes, ()), phase_peaks(large, full_size, dtypes, ())
         assert all(low[phase] <= high[phase] for phase in low)
         assert low["decode"] < high["decode"]
 
 
 def test_guidance_that_does_nothing_or_is_missing_is_refused(checkpoint):
     schnell = {**checkpoint.components["transformer"].config, "guidance_embeds": False}
-    from dataclasses import replace
-
     part = replace(checkpoint.components["transformer"], config=schnell)
     without = replace(checkpoint, components={**checkpoint.components, "transformer": part})
     with pytest.raises(UsageError, match="without effect"):
-        make_plan(tiny(guidance=3.5), without, machine(16, "cpu"))
+        check_guidance(tiny(guidance=3.5), without)
     with pytest.raises(UsageError, match="needs a guidance"):
-        make_plan(tiny(guidance=None), checkpoint, machine(16, "cpu"))
-    assert make_plan(tiny(guidance=None), without, machine(16, "cpu"))
+        check_guidance(tiny(guidance=None), checkpoint)
+    check_guidance(tiny(guidance=None), without)
+    check_guidance(tiny(guidance=0.0), checkpoint)
+
+
+def test_what_stays_loaded_is_counted(checkpoint):
+    dtypes = dict.fromkeys(checkpoint.components, "float32")
+    alone, together = (phase_peaks(tiny(), checkpoint, dtypes, keep) for keep in ((), tuple(checkpoint.components)))
+    encoders = sum(4 * checkpoint.components[name].numel for name in ("text_encoder", "text_encoder_2"))
+    assert together["denoise"] - alone["denoise"] == encoders
+    assert make_plan(tiny(), checkpoint, machine(16, "cpu", bf16=False)).peak_bytes == together

@@ -53,6 +53,7 @@ def main() -> NoReturn:
         sys.stderr = io.StringIO()
     try:
         code = _run(sys.argv[1:])
+        signals.check()
         if sys.stdout is not None:
             sys.stdout.flush()
     except Terminated as stop:
@@ -73,6 +74,7 @@ def _run(arguments: list[str]) -> int:
             raise stop.__context__ from None
         raise
     except Exception as error:  # noqa: BLE001 - the boundary: whatever arrives here ends the process
+        signals.check()  # what a library made of it
         if debug:
             traceback.print_exc()
         code, message, hint = _explained(error)
@@ -101,6 +103,8 @@ def _usage_error(error: Exception) -> tuple[int, str, str]:
     message, _, near = message.partition(" Did you mean ")
     near = f"{' or '.join(possible[:2])}?" if possible else near
     hint = f"did you mean {near}" if near else f"{command} --help"
+    if message.startswith("No such option: -") and not message.startswith("No such option: --"):
+        hint = f"a prompt that begins with - goes after --: {command} -- PROMPT"
     if "unexpected extra argument" in message:
         hint = 'quote a prompt of several words: flux generate "a red circle"'
     return ExitCode.USAGE, message, hint

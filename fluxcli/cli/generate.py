@@ -2,17 +2,20 @@
 
 import time
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from fluxcli import console, models, output, presets
 from fluxcli.cli.options import config_folder, given_settings, read_prompt, with_request_options
-from fluxcli.errors import BadInputFile, ExitCode, UsageError
+from fluxcli.errors import BadInputFile, DeviceUnusable, ExitCode, UsageError
 from fluxcli.events import Done, Notice, Saved, to_json
 from fluxcli.plan import MemoryPlan, check_guidance, make_plan
-from fluxcli.request import OPTIONAL, GenerationRequest, coerce, from_settings
+from fluxcli.request import OPTIONAL, GenerationRequest, coerce, flag, from_settings
 from quant.checkpoint import Checkpoint, inspect
+
+if TYPE_CHECKING:
+    from fluxcli.engine import Engine
 
 STARTED = time.perf_counter()
 
@@ -26,8 +29,8 @@ def generate(
     """Draw a prompt. Without weights of your own: -p tiny, the bundled model."""
     given = given_settings(options)
     settings = presets.merge(given, config_folder())
-    request = from_settings(read_prompt(prompt), settings.values)
-    return _run(request, options, format_given="format" in given, dry_run=dry_run)
+    request = _settled(read_prompt(prompt), settings.values, given)
+    return _run(request, options, given, dry_run=dry_run)
 
 
 @with_request_options
@@ -37,6 +40,7 @@ def replay(
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; say whether the pixels are identical (exit 1: different).")
     ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
     **options: object,
 ) -> int:
     """Make a picture again from its own metadata; any option of generate overrides, e.g. -p quality."""
@@ -46,12 +50,26 @@ def replay(
     given = given_settings(options)
     request = _replayed(picture, metadata["request"], given, None if prompt is None else read_prompt(prompt))
     if check:
-        if options["output"] or options["json_output"] or options["events"]:
-            raise UsageError("--check excludes -o, --json and --events", why="it only says identical or different")
+        _refuse_with_check(options, given, dry_run=dry_run)
         return _check(picture, request, metadata, options)
-    model = metadata.get("model")
-    expected = model.get("fingerprint") if isinstance(model, dict) else None
-    return _run(request, options, format_given="format" in given, expected=expected)
+    return _run(request, options, given, dry_run=dry_run, made=metadata)
+
+
+def _refuse_with_check(options: dict, given: dict, *, dry_run: bool) -> None:
+    """Raise `UsageError` for options that say how to write what --check does not write."""
+    inert = [flag(name) for name in ("output", "format", "quality", "count", "metadata") if name in given]
+    switches = {"--force": options["force"], "--json": options["json_output"], "--events": options["events"]}
+    inert += [name for name, on in {**switches, "--dry-run": dry_run}.items() if on]
+    if inert:
+        raise UsageError(f"--check excludes {', '.join(inert)}", why="it writes nothing, it only says whether")
+
+
+def _settled(prompt: str, values: dict, given: dict) -> GenerationRequest:
+    """The request of merged settings: a file name decides the format, a model folder is stored absolute."""
+    decided = output.format_of(values["output"], given=given.get("format") and values["format"])
+    folder = None if values["model"].startswith("bundled/") else models.folder_of(values["model"])
+    settled = {"format": decided or values["format"], "model": str(folder) if folder else values["model"]}
+    return from_settings(prompt, values | settled)
 
 
 def _replayed(picture: Path, stored: dict, given: dict, prompt: str | None) -> GenerationRequest:
@@ -62,7 +80,7 @@ def _replayed(picture: Path, stored: dict, given: dict, prompt: str | None) -> G
     values = {key: value for key, value in made.to_json().items() if key not in ("prompt", "output", "count")}
     if "preset" not in given:
         here = presets.read_config(folder) | presets.from_environment()
-        return from_settings(text, presets.overlay(values | {"output": here.get("output")}, given))
+        return _settled(text, presets.overlay(values | {"output": here.get("output")}, given), given)
     try:
         own = presets.merge({"preset": made.preset}, folder, {}).values
     except UsageError:  # the preset is gone: everything stored counts as said
@@ -70,7 +88,7 @@ def _replayed(picture: Path, stored: dict, given: dict, prompt: str | None) -> G
     ruled_out = ("preset", "aspect_ratio", "image_size") if made.width else ("preset",)
     changed = {key: value for key, value in values.items() if key not in ruled_out and value != own.get(key, ...)}
     base = presets.merge({"preset": given["preset"]}, folder).values
-    return from_settings(text, presets.overlay(presets.overlay(base, changed), given))
+    return _settled(text, presets.overlay(presets.overlay(base, changed), given), given)
 
 
 def _stored_request(picture: Path, stored: dict) -> GenerationRequest:
@@ -95,39 +113,61 @@ def _check(picture: Path, request: GenerationRequest, metadata: dict, options: d
     from fluxcli.engine import Engine
     from fluxcli.image import pixels_sha256
 
+    expected = metadata.get("pixels_sha256")
+    if not isinstance(expected, str):
+        raise BadInputFile("damaged metadata", which=picture, why="it has no pixels_sha256")
     checkpoint, plan = _prepare(request)
+    engine = Engine(checkpoint, plan)
     with console.Reporter(quiet=options["quiet"], started=STARTED) as reporter:
-        run, pixels = Engine(checkpoint, plan).picture(request), None
+        for difference in _differences(metadata, engine.metadata(request)):
+            reporter.show(Notice(difference))
+        run, pixels = engine.picture(request), None
         while pixels is None:
             try:
                 reporter.show(next(run))
             except StopIteration as finished:
                 pixels = finished.value
-    identical = pixels_sha256(pixels) == metadata.get("pixels_sha256")
+    identical = pixels_sha256(pixels) == expected
     console.data(f"{picture}: {'identical' if identical else 'different'}")
     return ExitCode.OK if identical else ExitCode.BUG
 
 
+def _differences(made: dict, here: dict) -> list[str]:
+    """What may change the pixels between the picture's metadata and a run here: model, device, precision, versions."""
+    found = []
+    for group in ("model", "compute", "versions"):
+        then = made.get(group) if isinstance(made.get(group), dict) else {}
+        changed = [key for key in here[group] if key != "name" and then.get(key) != here[group][key]]
+        found += [
+            f"made with another {group} {key}: {then.get(key)!s:.60} there, {here[group][key]} here" for key in changed
+        ]
+    return found
+
+
 def _run(
-    request: GenerationRequest,
-    options: dict,
-    *,
-    format_given: bool,
-    dry_run: bool = False,
-    expected: str | None = None,
+    request: GenerationRequest, options: dict, given: dict, *, dry_run: bool = False, made: dict | None = None
 ) -> int:
-    """Plan, then run and show. `expected` is the fingerprint of the model that a replayed picture was made with."""
-    as_json, events = options["json_output"], options["events"]
-    request, target = output.parse_target(request, force=options["force"], format_given=format_given)
-    if sum((as_json, events, target.stdout)) > 1:
+    """Plan, then run and show. `given` is what the command line said; `made` the metadata of a replayed picture."""
+    target = output.parse_target(request, force=options["force"])
+    if sum((options["json_output"], options["events"], target.stdout)) > 1:
         raise UsageError("--json, --events and -o - exclude each other", why="each needs stdout for itself")
+    request = request.with_seed()
     if not dry_run:
         output.check_writable(target, request)
-    request = request.with_seed()
     checkpoint, plan = _prepare(request)
     if dry_run:
-        return _show_plan(request, plan, as_json=as_json or events)
-    return _draw(request, target, checkpoint=checkpoint, plan=plan, options=options, expected=expected)
+        return _show_plan(request, plan, as_json=options["json_output"] or options["events"])
+    if not options["quiet"]:
+        width, height = request.size
+        what = f"{request.model} on {plan.device} in {plan.dtypes['transformer']}"
+        console.say(f"{width}x{height}, {request.steps} steps, seed {request.seed}, {what}")
+        if "quality" in given and request.format == "png":
+            console.say("--quality does nothing for png")
+        if options["force"] and not target.exact:
+            console.say("--force does nothing here: automatic names never replace a file")
+    from fluxcli.engine import Engine
+
+    return _draw(request, target, engine=Engine(checkpoint, plan), options=options, made=made)
 
 
 def _prepare(request: GenerationRequest) -> tuple[Checkpoint, MemoryPlan]:
@@ -135,7 +175,17 @@ def _prepare(request: GenerationRequest) -> tuple[Checkpoint, MemoryPlan]:
 
     checkpoint = inspect(models.locate(request.model))
     check_guidance(request, checkpoint)
+    check_torch()
     return checkpoint, make_plan(request, checkpoint, hardware.probe(request.device))
+
+
+def check_torch() -> None:
+    """Raise `DeviceUnusable` where torch cannot be imported: a broken one fails with OSError and others, too."""
+    try:
+        import torch  # noqa: F401
+    except Exception as error:
+        why = f"{type(error).__name__}: {str(error)[:120]}"
+        raise DeviceUnusable("torch cannot be imported", why=why, hint="pip install --force-reinstall torch") from error
 
 
 def _show_plan(request: GenerationRequest, plan: MemoryPlan, *, as_json: bool) -> int:
@@ -155,32 +205,23 @@ def _show_plan(request: GenerationRequest, plan: MemoryPlan, *, as_json: bool) -
 
 
 def _draw(
-    request: GenerationRequest,
-    target: output.Target,
-    *,
-    checkpoint: Checkpoint,
-    plan: MemoryPlan,
-    options: dict,
-    expected: str | None,
+    request: GenerationRequest, target: output.Target, *, engine: "Engine", options: dict, made: dict | None
 ) -> int:
     from fluxcli import hardware
-    from fluxcli.engine import Engine, versions
+    from fluxcli.engine import versions
 
     images: list = []
     paths = not options["json_output"]
-    if not options["quiet"]:
-        width, height = request.size
-        what = f"{request.model} on {plan.device} in {plan.dtypes['transformer']}"
-        console.say(f"{width}x{height}, {request.steps} steps, seed {request.seed}, {what}")
     with console.Reporter(quiet=options["quiet"], events=options["events"], paths=paths, started=STARTED) as reporter:
-        if expected and expected != checkpoint.fingerprint:
+        model = made.get("model") if made else None
+        if made and not (isinstance(model, dict) and model.get("fingerprint") == engine.checkpoint.fingerprint):
             reporter.show(Notice("the model here is not the one that made the picture: expect another one"))
-        for event in Engine(checkpoint, plan).run(request, target):
+        for event in engine.run(request, target):
             reporter.show(event)
             if isinstance(event, Saved):
                 images.append(event.image)
-    peaks = hardware.peak_memory(plan.device)
-    done = Done(tuple(images), request.to_json(), plan.to_json(), reporter.timings_s, peaks, versions())
+    peaks, plan = hardware.peak_memory(engine.plan.device), engine.plan.to_json()
+    done = Done(tuple(images), request.to_json(), plan, reporter.timings_s, peaks, versions())
     if options["events"]:
         console.data_json(to_json(done))
     elif options["json_output"]:

@@ -7,7 +7,7 @@ import typer
 
 from fluxcli import console, models, presets
 from fluxcli.cli.options import config_folder
-from fluxcli.errors import ExitCode
+from fluxcli.errors import ExitCode, UsageError
 
 models_app = typer.Typer(help="Get the weights of a model.", no_args_is_help=True)
 
@@ -19,12 +19,7 @@ def presets_command(
     """List the presets, or show what one comes to."""
     folder = config_folder()
     if name is None:
-        found = [presets.load(each, folder) for each in presets.available(folder)]
-        if json_output:
-            console.data_json({each.name: {"description": each.description, **each.settings} for each in found})
-        for each in [] if json_output else found:
-            console.data(f"{each.name:<10} {each.description}")
-        return ExitCode.OK
+        return _list_presets(folder, json_output=json_output)
     merged = presets.merge({"preset": name}, folder)
     if json_output:
         rows = {key: {"value": value, "origin": merged.origins[key]} for key, value in merged.values.items()}
@@ -33,6 +28,20 @@ def presets_command(
     for key, value in merged.values.items():
         if value is not None or key == "guidance":
             console.data(f"{key:<13} {'none' if value is None else value!s:<32} {merged.origins[key]}")
+    return ExitCode.OK
+
+
+def _list_presets(folder: Path, *, json_output: bool) -> int:
+    found = []
+    for name in presets.available(folder):
+        try:
+            found.append(presets.load(name, folder))
+        except UsageError as error:
+            console.say(f"{name}: {error}")
+    if json_output:
+        console.data_json({each.name: {"description": each.description, **each.settings} for each in found})
+    for each in [] if json_output else found:
+        console.data(f"{each.name:<10} {each.description}")
     return ExitCode.OK
 
 
@@ -54,7 +63,7 @@ def download_command(
     model = name
     if name in presets.available(config_folder()):
         model = str(presets.merge({"preset": name}, config_folder(), {}).values["model"])
-    if model.startswith(models.BUNDLED_PREFIX):
+    if model.startswith("bundled/"):
         console.say(f"{name} comes with flux, there is nothing to download")
         console.data(str(models.locate(model)))
         return ExitCode.OK

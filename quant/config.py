@@ -1,0 +1,120 @@
+"""Read and check the JSON files of a model folder: classes, types and bounds of what this project relies on.
+
+Values that only the model classes read are theirs to refuse; here each number is bounded, so that a hostile config
+cannot make anybody build 10^9 layers or buffers. Stdlib only.
+"""
+
+import json
+from pathlib import Path
+
+from quant.errors import CheckpointError
+
+CLASSES = {
+    "text_encoder": "CLIPTextModel",
+    "text_encoder_2": "T5EncoderModel",
+    "transformer": "FluxTransformer2DModel",
+    "vae": "AutoencoderKL",
+    "scheduler": "FlowMatchEulerDiscreteScheduler",
+}
+MAX_JSON_BYTES = 32 << 20
+MAX_LAYERS, MAX_NUMBER = 256, 1_000_000
+FLUX_CHANNELS = 64
+NUMBER = (int, float)
+# Type and library default of each value that this project itself reads.
+READ: dict[str, dict[str, tuple[type | tuple, object]]] = {
+    "transformer": {
+        "num_attention_heads": (int, 24),
+        "attention_head_dim": (int, 128),
+        "pooled_projection_dim": (int, 768),
+        "in_channels": (int, FLUX_CHANNELS),
+        "guidance_embeds": (bool, False),
+    },
+    "vae": {
+        "block_out_channels": (list, [64]),
+        "scaling_factor": (NUMBER, 0.18215),
+        "shift_factor": (NUMBER, 0.0),
+    },
+    "scheduler": {
+        "base_image_seq_len": (int, 256),
+        "max_image_seq_len": (int, 4096),
+        "base_shift": (NUMBER, 0.5),
+        "max_shift": (NUMBER, 1.15),
+        "shift": (NUMBER, 1.0),
+        "num_train_timesteps": (int, 1000),
+    },
+}
+OTHER_SCHEDULES = (
+    "stochastic_sampling", "invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
+    "use_flow_sigmas",
+)  # fmt: skip
+
+
+def read_json(path: Path, what: str) -> dict:
+    """The JSON object in a file; raises `CheckpointError` saying `what` is wrong otherwise."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(what, which=path, why="the file is too large")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(what, which=path, why=error.strerror or "not readable") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(what, which=path, why=f"not valid JSON: {str(error)[:80]}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(what, which=path, why="it is no JSON object")
+    return value
+
+
+def read_config(name: str, folder: Path) -> dict:
+    """The config.json of a component, with defaults; raises `CheckpointError` for another class or wild values."""
+    path = folder / "config.json"
+    config = _checked(name, path, read_json(path, f"no {name} in the model folder"))
+    if "quantization_config" in config:
+        raise CheckpointError("a quantized model", which=folder, why="this version reads 16 and 32 bit weights")
+    if name == "vae" and not config["scaling_factor"]:
+        raise CheckpointError("impossible config", which=path, why="scaling_factor is 0")
+    if name == "transformer" and config["in_channels"] != FLUX_CHANNELS:
+        why = f"its transformer takes {config['in_channels']} channels (a Fill or control model), not {FLUX_CHANNELS}"
+        raise CheckpointError("another kind of FLUX model", which=folder, why=why)
+    return config
+
+
+def read_scheduler(folder: Path) -> dict:
+    """The scheduler's config, with defaults; raises `CheckpointError` for options with other maths."""
+    path = folder / "scheduler_config.json"
+    config = _checked("scheduler", path, read_json(path, "no scheduler in the model folder"))
+    if odd := [key for key in OTHER_SCHEDULES if config.get(key)]:
+        raise CheckpointError("another schedule than FLUX.1's", which=path, why=f"{odd[0]} is set")
+    if config["max_image_seq_len"] == config["base_image_seq_len"]:
+        raise CheckpointError("impossible config", which=path, why="base and max_image_seq_len are equal")
+    return config
+
+
+def _checked(name: str, path: Path, config: dict) -> dict:
+    """The config with the defaults of what is read; raises `CheckpointError` naming the first bad value."""
+    named = config.get("architectures")
+    found = config.get("_class_name") or (named[0] if isinstance(named, list) and named else None)
+    if found not in (CLASSES[name], None):
+        why = f"{str(found)[:60]!r} instead of {CLASSES[name]!r}"
+        raise CheckpointError(f"wrong class of {name}", which=path, why=why)
+    read = READ.get(name, {})
+    config = {key: default for key, (_, default) in read.items()} | config
+    for key, value in config.items():
+        if not _is_sane(key, value) or (key in read and not _is(read[key][0], value)):
+            raise CheckpointError("impossible config", which=path, why=f"{key} is {str(value)[:60]}")
+    return config
+
+
+def _is_sane(key: str, value: object) -> bool:
+    """Whether every number in a value is finite and within reason."""
+    low, high = (0, MAX_LAYERS) if "layers" in key else (-MAX_NUMBER, MAX_NUMBER)
+    numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, NUMBER)]
+    return all(low <= v <= high for v in numbers)  # False for NaN
+
+
+def _is(kind: type | tuple, value: object) -> bool:
+    """Whether a value has the type; whole numbers are positive, and lists hold such."""
+    if kind is bool:
+        return isinstance(value, bool)
+    if kind is list:
+        return isinstance(value, list) and bool(value) and all(_is(int, v) for v in value)
+    return isinstance(value, kind) and not isinstance(value, bool) and (kind is NUMBER or value > 0)

@@ -1,0 +1,119 @@
+"""The invariant of every failure, and what provokes one: a k-th call that fails, an engine without weights."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+from hypothesis import settings
+
+from fluxcli import hardware
+from fluxcli.cli import app, generate
+from fluxcli.engine import Engine
+from fluxcli.events import Phase, Step
+
+settings.register_profile("patient", deadline=None)  # other work shares the CPU
+settings.load_profile("patient")
+
+GIB = 2**30
+WRITE_CALLS = ("open", "fdopen", "fsync", "link", "replace", "unlink", "mkdir", "close")
+FILE_CALLS = ("write", "flush", "close")
+
+
+def call(capsys: pytest.CaptureFixture, *arguments: str) -> CompletedProcess:
+    """Run `flux ARGUMENTS` in this process."""
+    capsys.readouterr()
+    code = app._run(list(arguments))
+    captured = capsys.readouterr()
+    return CompletedProcess(arguments, int(code), captured.out, captured.err)
+
+
+def assert_failed(result: CompletedProcess, code: int) -> str:
+    """Check the invariant of an error (its code, one error line, at most one hint, nothing else); returns stderr."""
+    lines = result.stderr.splitlines()
+    errors = [line for line in lines if line.startswith("flux: error: ")]
+    hints = [line for line in lines if line.startswith("hint: ")]
+    assert result.returncode == code, result.stderr
+    assert len(errors) == 1 and len(hints) <= 1 and len(lines) == len(errors) + len(hints), result.stderr
+    assert errors[0].endswith(".") and "\x1b" not in result.stderr and "Traceback" not in result.stderr
+    return result.stderr
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder` by its relative path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def paint_instead(monkeypatch: pytest.MonkeyPatch, drawn: list | None = None) -> None:
+    """Pictures come from their seed alone, without weights or torch; `drawn` collects the requests."""
+    import numpy as np
+
+    def picture(self: Engine, request, *, image: int = 1, images: int = 1):
+        if drawn is not None:
+            drawn.append(request)
+        yield Phase("denoise")
+        yield Step(1, 1, image, images)
+        width, height = request.size
+        return np.random.default_rng(request.seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+    machine = hardware.Hardware("cpu", "a test", 64 * GIB, 64 * GIB, 64 * GIB, False, "a test")
+    monkeypatch.setattr(Engine, "picture", picture)
+    monkeypatch.setattr(hardware, "probe", lambda device="auto": machine)
+    monkeypatch.setattr(generate, "check_torch", lambda: None)
+
+
+class Fault:
+    """Counts the calls that write files, and does `what` before the k-th (from 1); hook it in with `install`."""
+
+    def __init__(self, k: int, what: Callable[[str], None]) -> None:
+        self.k, self.what, self.count, self.names = k, what, 0, []
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> "Fault":
+        for name in WRITE_CALLS:
+            monkeypatch.setattr(os, name, self._hooked(name, getattr(os, name)))
+        return self
+
+    def _hooked(self, name: str, real: Callable) -> Callable:
+        def hooked(*arguments: object, **options: object) -> object:
+            self._tick(name)
+            result = real(*arguments, **options)
+            return _File(result, self._tick) if name == "fdopen" else result
+
+        return hooked
+
+    def _tick(self, name: str) -> None:
+        self.count += 1
+        self.names.append(name)
+        if self.count == self.k:
+            self.what(name)
+
+
+class _File:
+    """A binary file whose every write is two, with the fault's count before, between and after them."""
+
+    def __init__(self, file: object, tick: Callable[[str], None]) -> None:
+        self._file, self._tick = file, tick
+
+    def __enter__(self) -> "_File":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def write(self, data: bytes) -> None:
+        for part in (data[: len(data) // 2], data[len(data) // 2 :]):
+            self._tick("write")
+            self._file.write(part)
+            self._file.flush()
+
+    def flush(self) -> None:
+        self._tick("flush")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self._tick("close")

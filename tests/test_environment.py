@@ -1,0 +1,188 @@
+"""Around the command line: settings files, variables, terminals, streams, broken and absent dependencies."""
+
+import io
+import os
+import select
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fluxcli import console
+from fluxcli.errors import ExitCode
+from fluxcli.events import GeneratedImage, Notice, Phase, Saved, Step
+from tests.conftest import ROOT
+from tests.invariant import assert_failed, call, paint_instead
+
+HEAVY = ("torch", "diffusers", "transformers", "numpy", "PIL", "safetensors", "huggingface_hub", "psutil")
+IMAGE = GeneratedImage("x.png", 5, 64, 64, "png", 9, "", "")
+posix = pytest.mark.skipif(os.name == "nt", reason="POSIX terminals and shells")
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+    )  # fmt: skip
+
+
+def test_help_settings_and_usage_errors_import_nothing_heavy():
+    commands = [["--help"], ["generate", "--help"], ["replay", "-h"], ["--version"], ["presets"], ["presets", "dev"],
+                ["generate", "x", "--ar", "0:9"], ["generate", "x"], ["models", "download", "tiny"]]  # fmt: skip
+    code = (
+        f"import sys\nfrom fluxcli.cli.app import _run\nfor c in {commands}: _run(c)\nprint(*sys.modules, sep=chr(10))"
+    )
+    result = python(code)
+    imported = {line.partition(".")[0] for line in result.stdout.splitlines()}
+    assert "typer" in imported and "Usage: flux generate" in result.stdout
+    assert imported.isdisjoint(HEAVY)
+
+
+@pytest.fixture(params=["ImportError", "OSError", "RuntimeError"])
+def broken_torch(request, tmp_path) -> dict[str, str]:
+    """An environment in which `import torch` fails."""
+    package = tmp_path / "broken" / "torch"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(f"raise {request.param}('libtorch.so: cannot open shared object file')")
+    return {"PYTHONPATH": f"{package.parent}{os.pathsep}{ROOT}"}
+
+
+def test_with_a_broken_torch_generate_is_exit_8_and_help_works(broken_torch, flux):
+    message = assert_failed(flux("generate", "a fox", "-p", "tiny", **broken_torch), ExitCode.DEVICE)
+    assert "torch" in message and "pip install" in message and not list(Path().iterdir())
+    if "ImportError" in message:
+        completion = {"COMP_WORDS": "flux generate --gui", "COMP_CWORD": "2", "_FLUX_COMPLETE": "complete_bash"}
+        assert flux(**completion, **broken_torch).stdout.split() == ["--guidance"]
+        assert "--guidance" in flux("generate", "--help", **broken_torch).stdout
+        assert "\x1b" not in flux("--help", **broken_torch).stdout
+
+
+def test_malformed_settings_are_exit_2_with_file_and_line(config_folder, capsys):
+    config_folder.mkdir(parents=True)
+    (config_folder / "config.toml").write_text("steps = 3\nguidance == 4\n")
+    message = assert_failed(call(capsys, "generate", "a fox"), ExitCode.USAGE)
+    assert str(config_folder / "config.toml") in message and "line 2" in message
+    (config_folder / "config.toml").write_text("stepz = 3\n")
+    assert "did you mean 'steps'" in assert_failed(call(capsys, "presets", "dev"), ExitCode.USAGE)
+
+
+def test_a_wrong_variable_is_exit_2_and_named(capsys, monkeypatch):
+    monkeypatch.setenv("FLUX_STEPS", "many")
+    assert "FLUX_STEPS" in assert_failed(call(capsys, "generate", "a fox", "-p", "tiny"), ExitCode.USAGE)
+    assert call(capsys, "--help").returncode == 0
+
+
+@pytest.mark.parametrize("home", [None, "", "/proc/none", "a file"])
+def test_without_a_usable_home_defaults_hold(home, capsys, monkeypatch, tmp_path):
+    paint_instead(monkeypatch)
+    for name in ("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "HF_HOME"):
+        monkeypatch.delenv(name)
+    if home is not None:
+        Path(tmp_path / "file").write_text("")
+        monkeypatch.setenv("HOME", home.replace("a file", str(tmp_path / "file")))
+    assert "28" in call(capsys, "presets", "dev").stdout
+    assert call(capsys, "generate", "a fox", "-p", "tiny", "--seed", "5").stdout == "a-fox-5.png\n"
+    assert_failed(call(capsys, "generate", "a fox"), ExitCode.WEIGHTS)
+
+
+@pytest.mark.parametrize("visible", ["", "9", "nonsense"])
+def test_a_device_that_is_not_there_is_exit_8_naming_those_that_are(visible, capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    message = assert_failed(call(capsys, "generate", "a fox", "-p", "tiny", "--device", "cuda:63"), ExitCode.DEVICE)
+    assert "cuda:63" in message and "usable are cpu" in message
+
+
+def test_offline_no_socket_is_opened_and_a_download_says_so():
+    code = """
+import socket, sys
+from fluxcli.cli.app import _run
+def refused(*arguments, **options): raise AssertionError("opened a socket")
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = refused
+codes = [_run(["generate", "a fox", "-p", "tiny", "--steps", "1", "--size", "64", "--seed", "1", "-q"]),
+         _run(["generate", "a fox", "-q"]), _run(["models", "download", "schnell"])]
+print(*map(int, codes))
+"""
+    result = python(code, HF_HUB_OFFLINE="1")
+    assert result.stdout.splitlines() == ["a-fox-1.png", "0 3 3"], result.stderr
+    assert "opened a socket" not in result.stderr and "offline" in result.stderr.lower()
+
+
+def _on_a_terminal(monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
+    """What a run's events show on a terminal."""
+    import pty
+
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLORTERM", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    terminal, ours = pty.openpty()
+    with open(ours, "w", encoding="utf-8") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stream)
+        patch.setattr(sys, "stdout", io.StringIO())
+        with console.Reporter(started=0.0) as reporter:
+            for event in (Phase("encode"), Notice("lost: x"), Phase("denoise"), Step(1, 2), Step(2, 2), Saved(IMAGE)):
+                reporter.show(event)
+        stream.flush()
+        shown = b""
+        while select.select([terminal], [], [], 0.3)[0]:
+            shown += os.read(terminal, 1 << 16)
+    os.close(terminal)
+    return shown.decode()
+
+
+@posix
+def test_a_terminal_shows_phase_step_speed_and_time_left(monkeypatch):
+    shown = _on_a_terminal(monkeypatch, TERM="xterm-256color")
+    assert all(word in shown for word in ("\x1b[", "step 2/2", "s/it", "s left", "flux: x.png: 64x64, seed 5"))
+
+
+@posix
+@pytest.mark.parametrize(
+    "environment", [{"TERM": "dumb"}, {"TERM": "unknown"}, {"TERM": "xterm", "NO_COLOR": "1"}], ids=str
+)
+def test_a_plain_terminal_gets_plain_text(environment, monkeypatch):
+    shown = _on_a_terminal(monkeypatch, **environment)
+    assert "\x1b" not in shown and "flux: x.png: 64x64, seed 5" in shown and "flux: lost: x" in shown
+
+
+def test_off_a_terminal_there_is_text_only_even_when_colour_is_forced(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with console.Reporter(started=0.0) as reporter:
+        for event in (Phase("denoise"), Step(1, 2), Saved(IMAGE)):
+            reporter.show(event)
+    assert "\x1b" not in capsys.readouterr().err
+    assert "\\x1b[31m" in assert_failed(call(capsys, "generate", "x", "-o", "\x1b[31m.gif"), ExitCode.USAGE)
+
+
+@pytest.mark.parametrize("path, expected", [("ü 🦊.png", "ü 🦊.png".encode()), ("\udcff.png", b"\xff.png")])
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_a_path_that_stdout_cannot_encode_is_its_bytes(path, expected, encoding, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="\n")
+    monkeypatch.setattr(sys, "stdout", stream)
+    console.data("before")
+    console.data(path)
+    assert stream.buffer.getvalue() == b"before\n" + expected + b"\n"
+
+
+@posix
+@pytest.mark.parametrize(
+    "command, code, word",
+    [
+        ("presets >&-", 6, "closed"),
+        ("presets >/dev/full", 6, "full"),
+        ("generate '' --events >&-", 2, "empty"),
+        ("generate '' --events >/dev/full", 2, "empty"),
+        ("presets nope 2>&-", 2, None),
+        ("generate - <&-", 2, "closed"),
+    ],
+)
+def test_streams_that_are_closed_or_full_are_an_exit_code_not_a_crash(command, code, word):
+    result = subprocess.run(
+        ["sh", "-c", f'exec "$0" -m fluxcli {command}', sys.executable], capture_output=True, text=True, check=False,
+        stdin=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    if word is None:
+        assert (result.returncode, result.stdout, result.stderr) == (code, "", "")
+    else:
+        assert word in assert_failed(result, code)
