@@ -240,3 +240,31 @@ def test_a_cache_that_does_not_exist_yet_has_the_disk_of_its_parent(tmp_path, mo
     models._check_disk(1)
     with pytest.raises(OutputError):
         models._check_disk(1 << 60)
+
+
+def test_an_interrupted_download_says_so_and_how_to_go_on(tiny_folder):
+    (snapshot,) = in_cache(DEV, "half").iterdir()
+    for part in ("vae", "text_encoder_2"):
+        next((snapshot / part).glob("*.safetensors")).unlink()
+        with pytest.raises(WeightsUnavailable, match="incomplete") as caught:
+            models.locate(DEV)
+        assert f"flux models download {DEV}" in caught.value.hint
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"])
+def test_the_cache_is_where_huggingface_hub_has_it(variable, tmp_path, monkeypatch):
+    monkeypatch.setenv("SOMEWHERE", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv(variable, "$SOMEWHERE/hub")
+    assert models.hub_cache() == tmp_path / "elsewhere" / "hub"
+
+
+@pytest.mark.parametrize("model", ["bundled/..", "bundled/../..", "x" * 5000, "a\0b"])
+def test_a_strangers_model_name_opens_nothing(model):
+    with pytest.raises(WeightsUnavailable):
+        models.locate(model)
+
+
+@pytest.mark.parametrize("model", ["", "//host/share", "\\\\host\\share"])
+def test_no_share_of_another_machine_is_opened(model):
+    with pytest.raises(UsageError):
+        models.locate(model)

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import tests.invariant  # noqa: F401 - hypothesis without deadlines
 from fluxcli import presets
 from fluxcli.errors import ExitCode, UsageError
 from fluxcli.request import KEYS, from_settings
+from tests.invariant import call
 
 BUNDLED = ("dev", "draft", "krea", "quality", "schnell", "tiny")
 VALUES = {
@@ -212,3 +212,40 @@ def test_without_a_settings_folder_defaults_hold(kind, config_folder, monkeypatc
 
         monkeypatch.setattr(Path, "stat", stat)
     assert merge(config_folder) == expected
+
+
+def test_a_users_preset_may_extend_the_bundled_one_of_its_name(config_folder):
+    (config_folder / "presets").mkdir(parents=True)
+    (config_folder / "presets" / "dev.toml").write_text('extends = "dev"\nsteps = 9\n')
+    values = presets.merge({}, config_folder, {}).values
+    assert (values["steps"], values["guidance"], values["text_tokens"]) == (9, 3.5, 512)
+
+
+def test_the_flags_words_are_settings_too(config_folder):
+    config_folder.mkdir(parents=True)
+    (config_folder / "config.toml").write_text('ar = "16:9"\n')
+    values = presets.merge({"preset": "tiny"}, config_folder, {"FLUX_SIZE": "256"}).values
+    assert (values["aspect_ratio"], values["image_size"]) == ("16:9", 256)
+
+
+@pytest.mark.parametrize("variable, near", [("FLUX_STPES", "FLUX_STEPS"), ("FLUX_GUIDENCE", "FLUX_GUIDANCE")])
+def test_a_misspelt_variable_is_an_error_with_the_nearest(config_folder, variable, near):
+    with pytest.raises(UsageError, match=variable) as caught:
+        presets.merge({}, config_folder, {variable: "3"})
+    assert near in caught.value.hint
+
+
+def test_a_broken_preset_does_not_hide_the_others(config_folder, capsys):
+    (config_folder / "presets").mkdir(parents=True)
+    (config_folder / "presets" / "mine.toml").write_text("stpes = 3\n")
+    result = call(capsys, "presets")
+    assert result.returncode == 0
+    assert "tiny" in result.stdout and "mine" not in result.stdout
+    assert "mine" in result.stderr and "steps" in result.stderr + str(presets.KEYS)
+
+
+def test_toml_nested_without_end_is_a_usage_error(config_folder):
+    config_folder.mkdir(parents=True)
+    (config_folder / "config.toml").write_text("a = " + "[" * 100_000)
+    with pytest.raises(UsageError):
+        presets.merge({}, config_folder, {})

@@ -204,3 +204,46 @@ def test_what_carries_no_request_is_exit_4(command, kind, picture, drawn, capsys
     before = files(Path())
     assert_failed(call(capsys, command, str(path)), ExitCode.INPUT_FILE)
     assert files(Path()) == before and not drawn
+
+
+def test_a_model_folder_is_stored_so_that_any_folder_finds_it(drawn, capsys, tiny_folder, tmp_path, monkeypatch):
+    import shutil
+
+    shutil.copytree(tiny_folder, "mymodel")
+    result = call(capsys, "generate", "a fox", "-p", "tiny", "-m", "./mymodel", "--seed", "1", "-o", "out/a.png")
+    assert result.returncode == 0, result.stderr
+    picture = Path("out/a.png").resolve()
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert call(capsys, "replay", str(picture), "--check").stdout.strip().endswith(": identical")
+
+
+def test_a_check_refuses_what_it_would_ignore(picture, capsys):
+    for option in (["--force"], ["--quality", "3"], ["--no-metadata"], ["--dry-run"], ["-n", "2"], ["-o", "x.png"]):
+        result = call(capsys, "replay", str(picture), "--check", *option)
+        assert "--check excludes" in assert_failed(result, ExitCode.USAGE)
+
+
+def test_a_check_says_what_differs_here(picture, capsys, monkeypatch):
+    from fluxcli import engine
+
+    same = call(capsys, "replay", str(picture), "--check")
+    assert same.stdout.endswith(": identical\n") and "another" not in same.stderr
+    monkeypatch.setattr(engine, "versions", lambda: {"torch": "9.9"})
+    result = call(capsys, "replay", str(picture), "--check")
+    assert "another versions torch" in result.stderr and "9.9" in result.stderr
+    changed = call(capsys, "replay", str(picture), "--check", "--seed", "6")
+    assert changed.returncode == 1 and changed.stdout.endswith(": different\n")
+
+
+def test_a_replay_can_be_a_dry_run(picture, drawn, capsys):
+    result = call(capsys, "replay", str(picture), "--dry-run")
+    assert result.returncode == 0 and "128x80, 3 steps" in result.stdout and drawn == []
+
+
+def test_a_pipe_is_no_picture(capsys, tmp_path):
+    import os
+
+    os.mkfifo("fifo.png")
+    for command in ("inspect", "replay"):
+        assert "regular file" in assert_failed(call(capsys, command, "fifo.png"), ExitCode.INPUT_FILE)

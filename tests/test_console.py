@@ -1,0 +1,89 @@
+"""What is printed where: data on stdout only, the rest on stderr, also when stderr is a terminal."""
+
+import io
+import json
+import os
+import select
+import sys
+import time
+
+import pytest
+
+from fluxcli import console
+from fluxcli.events import GeneratedImage, Notice, Phase, Saved, Step
+
+pty = pytest.importorskip("pty")
+IMAGE = GeneratedImage("a.png", 1, 64, 64, "png", 10, "0" * 64, "1" * 64)
+RUN = [Phase("encode"), Phase("denoise"), Step(1, 2), Step(2, 2), Notice("a word"), Phase("save"), Saved(IMAGE)]
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch):
+    """Stderr becomes a terminal; returns a function that reads what was shown on it."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    ours, theirs = pty.openpty()
+    stream = os.fdopen(theirs, "w", buffering=1)
+    monkeypatch.setattr(sys, "stderr", stream)
+
+    def shown() -> str:
+        stream.flush()
+        text = b""
+        while select.select([ours], [], [], 0.3)[0]:
+            text += os.read(ours, 65536)
+        return text.decode()
+
+    yield shown
+    monkeypatch.undo()
+    stream.close()
+    os.close(ours)
+
+
+def report(**options: object) -> console.Reporter:
+    with console.Reporter(started=time.perf_counter(), **options) as reporter:
+        for event in RUN:
+            reporter.show(event)
+            if isinstance(event, Step) and sys.stderr.isatty():
+                time.sleep(0.2)  # the bar is drawn ten times a second
+    return reporter
+
+
+def test_paths_go_to_stdout_while_the_bar_is_on_a_terminal(terminal, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    report()
+    assert sys.stdout.getvalue() == "a.png\n"
+    text = terminal()
+    assert "step 2/2" in text and "s/it" in text and "s left" in text
+    assert "a word" in text and "64x64, seed 1" in text
+
+
+def test_every_event_goes_to_stdout_while_the_bar_is_on_a_terminal(terminal, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    report(events=True)
+    kinds = [json.loads(line)["event"] for line in sys.stdout.getvalue().splitlines()]
+    assert kinds == ["phase", "phase", "step", "step", "notice", "phase", "saved"]
+    assert '"event"' not in terminal()
+
+
+@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_a_plain_terminal_gets_plain_text(terminal, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    report()
+    assert "\x1b" not in terminal()
+
+
+def test_seconds_add_up_per_phase():
+    reporter = report(quiet=True, paths=False)
+    phases = ("load", "encode", "denoise", "save")
+    assert set(reporter.timings_s) == {*phases, "total"}
+    assert sum(reporter.timings_s[name] for name in phases) == pytest.approx(reporter.timings_s["total"], abs=0.01)
+
+
+def test_control_characters_of_a_stranger_reach_no_terminal(capsys):
+    console.data_json({"prompt": "\x9b31m\x7f\x1b[2J"}, indent=2)
+    console.error("bad \x1b[2J name\n second line", "\x9b31m")
+    captured = capsys.readouterr()
+    assert not set("\x9b\x7f\x1b") & set(captured.out + captured.err)
+    assert json.loads(captured.out) == {"prompt": "\x9b31m\x7f\x1b[2J"}
+    assert captured.err.count("\n") == 2
