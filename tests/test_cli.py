@@ -277,26 +277,3 @@ def test_debug_adds_the_traceback_and_nothing_else_changes(capsys):
     assert result.returncode == ExitCode.USAGE and "Traceback" in result.stderr and "UsageError" in result.stderr
     assert "NoneType: None" not in result.stderr and result.stderr.count("flux: error:") == 1
     assert "Traceback" not in call(capsys, "generate", "x", "--ar", "0:9", "--", "--debug").stderr
-
-
-def test_a_prompt_that_begins_with_a_dash_is_told_about_the_double_dash(capsys):
-    message = assert_failed(call(capsys, "generate", "-5 degrees", "-p", "tiny"), ExitCode.USAGE)
-    assert "generate -- PROMPT" in message
-
-
-def test_options_without_effect_are_said(capsys, monkeypatch):
-    paint_instead(monkeypatch)
-    result = call(capsys, "generate", "x", "-p", "tiny", "--quality", "50", "--force", "-o", "out/")
-    assert result.returncode == 0
-    assert "--quality does nothing for png" in result.stderr and "--force does nothing" in result.stderr
-
-
-def test_jpeg_is_jpg(capsys, monkeypatch):
-    paint_instead(monkeypatch)
-    result = call(capsys, "generate", "x", "-p", "tiny", "--format", "jpeg", "-o", "out/")
-    assert result.stdout.strip().endswith(".jpg")
-
-
-def test_a_run_that_fails_early_leaves_no_folder(capsys):
-    assert_failed(call(capsys, "generate", "x", "-o", "new/{seed}/"), ExitCode.WEIGHTS)
-    assert not list(Path().iterdir())

@@ -19,12 +19,11 @@ RUN = [Phase("encode"), Phase("denoise"), Step(1, 2), Step(2, 2), Notice("a word
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch):
-    """Stderr becomes a terminal; returns a function that reads what was shown on it."""
+    """A function that makes stderr a terminal and stdout a buffer, and returns what reads that terminal."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     ours, theirs = pty.openpty()
     stream = os.fdopen(theirs, "w", buffering=1)
-    monkeypatch.setattr(sys, "stderr", stream)
 
     def shown() -> str:
         stream.flush()
@@ -33,7 +32,12 @@ def terminal(monkeypatch: pytest.MonkeyPatch):
             text += os.read(ours, 65536)
         return text.decode()
 
-    yield shown
+    def install():
+        monkeypatch.setattr(sys, "stderr", stream)  # not in the set-up: pytest sets it again before the test
+        monkeypatch.setattr(sys, "stdout", io.StringIO())
+        return shown
+
+    yield install
     monkeypatch.undo()
     stream.close()
     os.close(ours)
@@ -48,29 +52,30 @@ def report(**options: object) -> console.Reporter:
     return reporter
 
 
-def test_paths_go_to_stdout_while_the_bar_is_on_a_terminal(terminal, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
+def test_paths_go_to_stdout_while_the_bar_is_on_a_terminal(terminal):
+    shown = terminal()
     report()
     assert sys.stdout.getvalue() == "a.png\n"
-    text = terminal()
+    text = shown()
     assert "step 2/2" in text and "s/it" in text and "s left" in text
     assert "a word" in text and "64x64, seed 1" in text
 
 
-def test_every_event_goes_to_stdout_while_the_bar_is_on_a_terminal(terminal, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
+def test_every_event_goes_to_stdout_while_the_bar_is_on_a_terminal(terminal):
+    shown = terminal()
     report(events=True)
     kinds = [json.loads(line)["event"] for line in sys.stdout.getvalue().splitlines()]
     assert kinds == ["phase", "phase", "step", "step", "notice", "phase", "saved"]
-    assert '"event"' not in terminal()
+    assert '"event"' not in shown()
 
 
 @pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
 def test_a_plain_terminal_gets_plain_text(terminal, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    shown = terminal()
     report()
-    assert "\x1b" not in terminal()
+    text = shown()
+    assert "a word" in text and "\x1b" not in text
 
 
 def test_seconds_add_up_per_phase():
