@@ -13,7 +13,7 @@ image = pipe(
     "a red circle on a blue background",
     width=128,
     height=128,
-    num_inference_steps=8,
+    num_inference_steps=10,
     guidance_scale=3.5,
     max_sequence_length=24,
     generator=torch.Generator("cpu").manual_seed(1),
