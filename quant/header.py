@@ -21,6 +21,7 @@ DTYPE_BITS = {
     "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64, "C64": 64,
 }  # fmt: skip
 
+PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # a zip (torch.save), or pickle protocols
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -64,17 +65,16 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 def _header_length(path: Path, start: bytes, size: int) -> int:
     if len(start) < 8:
         raise CheckpointError("not a safetensors file", which=path, why=f"it has only {size} bytes")
-    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
+    length = int.from_bytes(start, "little")
+    if 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+        return length
+    if start[:2] in PICKLES:  # only now: a header of 640 bytes begins like a pickle
         hint = "convert it with safetensors.torch.save_file in an environment you trust"
         raise CheckpointError("refusing a pickle", which=path, why="loading it could run any code", hint=hint)
+    why = f"its header claims {length} bytes, the file has {size}"
     if start.lstrip()[:1] == b"<" or LFS_POINTER.startswith(start):
-        kind = "a web page" if start.lstrip()[:1] == b"<" else "a git-lfs pointer"
-        raise CheckpointError("not a safetensors file", which=path, why=f"it is {kind}", hint="download it again")
-    length = int.from_bytes(start, "little")
-    if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-        why = f"its header claims {length} bytes, the file has {size}"
-        raise CheckpointError("not a safetensors file", which=path, why=why, hint="download it again")
-    return length
+        why = "it is a web page" if start.lstrip()[:1] == b"<" else "it is a git-lfs pointer"
+    raise CheckpointError("not a safetensors file", which=path, why=why, hint="download it again")
 
 
 def _parse(path: Path, text: bytes, data_bytes: int) -> dict[str, TensorInfo]:

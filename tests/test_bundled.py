@@ -64,7 +64,7 @@ def test_the_checker_finds_every_word_of_true_renders():
     rng = random.Random(5)
     for ratio in data.RATIOS:
         for size in (128, 256):
-            facts = data.held_out_facts(60)
+            facts = data.held_out_facts(40)
             pictures = data.render(facts, data.picture_size(size, ratio), rng)
             for fact, picture in zip(facts, pictures, strict=True):
                 pixels = ((picture.permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8)

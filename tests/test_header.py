@@ -188,3 +188,11 @@ def test_a_file_is_identified_by_size_start_and_end(tmp_path):
             assert file_identity(path) != empty
         path.write_bytes(bytes(size + 1))
         assert file_identity(path) != empty
+
+
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580, 0x4B50])
+def test_a_header_whose_length_begins_like_a_pickle_is_no_pickle(tmp_path, length):
+    text = json.dumps({"x": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).ljust(length)
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + text.encode() + b"\0")
+    assert list(read_header(path)) == ["x"]
