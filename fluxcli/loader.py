@@ -78,7 +78,11 @@ def _factory(component: Component) -> Callable:
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules built inside have parameters without storage (their buffers are real): building 12 B costs nothing."""
+    """Modules built inside have parameters without storage (their buffers are real): building 12 B costs nothing.
+
+    `normal_` does nothing meanwhile: on meta it would import torch._dynamo, 1.2 s.
+    """
+    import torch
     from torch import nn
 
     register = nn.Module.register_parameter
@@ -88,10 +92,12 @@ def _parameters_on_meta() -> Iterator[None]:
         register(module, name, on_meta)
 
     nn.Module.register_parameter = register_on_meta
+    torch.Tensor.normal_ = lambda tensor, *_, **__: tensor  # hides the base class's
     try:
         yield
     finally:
         nn.Module.register_parameter = register
+        del torch.Tensor.normal_
 
 
 def _names_in_file(component: Component) -> dict[str, str]:

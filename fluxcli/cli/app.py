@@ -60,7 +60,10 @@ def main() -> NoReturn:
         signals.die_by(stop.signum)
     except BrokenPipeError:
         _die_by_pipe()
-    sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(code)  # everything is written and closed; tearing torch down would take a second
 
 
 def _run(arguments: list[str]) -> int:
