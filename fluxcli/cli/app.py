@@ -63,7 +63,7 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
-    os._exit(code)  # everything is written and closed; tearing torch down would take a second
+    os._exit(int(code or 0))  # everything is written and closed; tearing torch down would take a second
 
 
 def _run(arguments: list[str]) -> int:
