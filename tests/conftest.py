@@ -56,3 +56,13 @@ def flux() -> Callable[..., subprocess.CompletedProcess]:
 def tiny_folder() -> Path:
     """The bundled model."""
     return ROOT / "presets" / "tiny"
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The requests that a fake engine was given."""
+    from tests.invariant import paint_instead
+
+    requests: list = []
+    paint_instead(monkeypatch, requests)
+    return requests

@@ -12,7 +12,7 @@ from fluxcli.cli.generate import _replayed
 from fluxcli.errors import BadInputFile, ExitCode
 from fluxcli.image import encode, read_metadata, read_pixels
 from fluxcli.request import from_settings
-from tests.invariant import assert_failed, call, files, paint_instead
+from tests.invariant import assert_failed, call, files
 
 SAID = {
     "steps": st.integers(1, 60).map(str),
@@ -23,14 +23,6 @@ SAID = {
     "aspect_ratio": st.sampled_from(["1:1", "16:9", "9:16"]),
 }
 patient = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list:
-    """The requests that a fake engine was given."""
-    requests: list = []
-    paint_instead(monkeypatch, requests)
-    return requests
 
 
 @pytest.fixture
