@@ -19,6 +19,10 @@ def transformer() -> type:
     return _class("diffusers.models.transformers.transformer_flux", "FluxTransformer2DModel")
 
 
+def single_block() -> type:
+    return _class("diffusers.models.transformers.transformer_flux", "FluxSingleTransformerBlock")
+
+
 def time_text_embed(*, guidance: bool) -> type:
     name = "CombinedTimestepGuidanceTextProjEmbeddings" if guidance else "CombinedTimestepTextProjEmbeddings"
     return _class("diffusers.models.embeddings", name)

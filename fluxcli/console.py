@@ -157,3 +157,33 @@ def _progress() -> "Progress":
 
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[speed]}"))
     return Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False)
+
+
+class Meter:
+    """A bar with GB/s and time left on a terminal; nothing elsewhere."""
+
+    def __init__(self, what: str, *, quiet: bool) -> None:
+        self._what, self._started, self._progress = what, time.perf_counter(), None
+        if not quiet and sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
+            self._progress = _progress()
+
+    def __enter__(self) -> "Meter":
+        if self._progress:
+            self._progress.start()
+            self._task = self._progress.add_task(self._what, total=1.0, speed="")
+            if not self._progress.console.is_dumb_terminal:
+                signals.LAST_WORDS.append(CURSOR_BACK)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress:
+            self._progress.stop()
+            signals.LAST_WORDS.clear()
+
+    def show(self, done: int, total: int, detail: str) -> None:
+        """`done` of `total` bytes; raises `Terminated` if a signal arrived and was swallowed since the last call."""
+        signals.check()
+        if self._progress:
+            speed = done / max(1e-6, time.perf_counter() - self._started)
+            text = f"{done / 1e9:.1f}/{total / 1e9:.1f} GB, {speed / 1e9:.2f} GB/s, {(total - done) / speed:.0f} s left"
+            self._progress.update(self._task, completed=done / total, description=f"{self._what} {detail}", speed=text)

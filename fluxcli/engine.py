@@ -8,6 +8,7 @@ diffusers' FluxPipeline on the same folder and seed.
 import gc
 import hashlib
 import platform
+import time
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 from importlib.metadata import version
@@ -20,7 +21,8 @@ from fluxcli.events import Event, GeneratedImage, Notice, Phase, Saved, Step
 from fluxcli.loader import load_component, refusing
 from fluxcli.plan import MemoryPlan
 from fluxcli.request import GenerationRequest
-from quant.checkpoint import Checkpoint, is_modulation
+from quant.checkpoint import Checkpoint
+from quant.spec import SCHEMES, is_modulation
 
 if TYPE_CHECKING:
     import numpy as np
@@ -115,13 +117,16 @@ class Engine:
         if name not in self._models:
             yield Phase("load", name)
             options = {"dtype": self._dtype(name), "device": self.plan.device}
-            component = self.checkpoint.components[name]
+            component, since = self.checkpoint.components[name], time.perf_counter()
             if name == "transformer":
-                model = load_component(component, **options, skip=is_modulation)
+                model = load_component(component, **options, spec=self.plan.spec, skip=is_modulation)
                 self._row = modulation.ModulationRow(model, component, **options)
             else:
-                model = load_component(component, **options)
+                model = load_component(component, **options, spec=self.plan.spec)
             self._models[name] = model
+            if name == "transformer" and self.plan.spec:
+                taken, to = time.perf_counter() - since, self.plan.precision
+                yield Notice(f"packed to {to} in {taken:.1f} s while loading: flux quantize ... --to {to} saves that")
         return self._models[name]
 
     def _evict(self, name: str) -> None:
@@ -178,13 +183,27 @@ class Engine:
         sha256 = hashlib.sha256(data).hexdigest()
         return GeneratedImage(path, request.seed, width, height, request.format, len(data), sha256, digest)
 
+    @property
+    def multiply(self) -> str:
+        """How the transformer's blocks multiply here: in the dtype, by "scaled_mm", "int_mm" or "dequantize"."""
+        if self.plan.precision not in SCHEMES:
+            return self.plan.precision
+        from quant.linear import path_of
+
+        return path_of(self.plan.precision, self.plan.device)
+
     def metadata(self, request: GenerationRequest) -> dict:
         """What identifies a picture: the request that makes it alone, the model, what computed it, versions."""
         return {
             "request": replace(request, output=None).to_json(),
             "size": list(request.size),
             "model": {"name": request.model, "fingerprint": self.checkpoint.fingerprint},
-            "compute": {"device": self.plan.device.partition(":")[0], "dtypes": self.plan.dtypes},
+            "compute": {
+                "device": self.plan.device.partition(":")[0],
+                "precision": self.plan.precision,
+                "multiply": self.multiply,
+                "dtypes": self.plan.dtypes,
+            },
             "versions": versions(),
         }
 

@@ -12,7 +12,7 @@ FluxError
 
 from enum import IntEnum
 
-from quant.errors import ExplainedError
+from quant.errors import ExplainedError, SpecError, WriteError
 
 
 class ExitCode(IntEnum):
@@ -30,7 +30,7 @@ class ExitCode(IntEnum):
 
 
 class FluxError(ExplainedError):
-    """Base of the errors of `fluxcli`; those of `quant` are exit 4."""
+    """Base of the errors of `fluxcli`; those of `quant` are exit 4, 2 (a wish) or 6 (a write)."""
 
     exit_code = ExitCode.BUG
 
@@ -73,4 +73,7 @@ class Terminated(BaseException):
 
 def exit_code_of(error: ExplainedError) -> ExitCode:
     """The exit code an error ends the process with."""
-    return error.exit_code if isinstance(error, FluxError) else ExitCode.INPUT_FILE
+    if isinstance(error, FluxError):
+        return error.exit_code
+    codes = {SpecError: ExitCode.USAGE, WriteError: ExitCode.OUTPUT}
+    return codes.get(type(error), ExitCode.INPUT_FILE)

@@ -5,11 +5,17 @@ another shape is an error that names it: no layer is ever left randomly initiali
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fluxcli.fusion import fuse
+from quant import codecs
 from quant.checkpoint import Component
 from quant.errors import CheckpointError
+from quant.spec import QuantSpec
+from quant.tensors import Reader
+from quant.weights import Weight
 
 if TYPE_CHECKING:
     import torch
@@ -20,26 +26,105 @@ T5_SHARED, T5_TIED = "shared.weight", "encoder.embed_tokens.weight"
 
 
 def load_component(
-    component: Component, *, dtype: "torch.dtype", device: str, skip: Callable[[str], bool] = lambda name: False
-) -> "nn.Module":
-    """Return the component's module in eval mode, weights in `dtype` on `device`; names that `skip` takes stay meta.
+    component: Component, *, dtype: "torch.dtype", device: str, skip: Callable[[str], bool] = lambda name: False,
+    spec: QuantSpec | None = None,
+) -> "nn.Module":  # fmt: skip
+    """Return the component's module in eval mode, on `device`; names that `skip` takes stay meta.
 
-    Raises `CheckpointError` for missing, extra or misshapen tensors.
+    Packed weights stay packed, others become `dtype`; with `spec` it packs them itself, one by one. Raises
+    `CheckpointError` for missing, extra or misshapen tensors, and for values that are not finite.
     """
-    from torch import nn
-
     module = build(component)
-    names = _names_in_file(component)
+    weights = {name: component.weights[stored] for name, stored in _names_in_file(component).items()}
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    check_keys(component, expected, {name: component.tensors[stored].shape for name, stored in names.items()})
-    wanted = {stored: name for name, stored in names.items() if name != T5_TIED and not skip(name)}
-    for stored, tensor in read_tensors(component, list(wanted), dtype=dtype, device=device):
-        _set(module, wanted[stored], nn.Parameter(tensor, requires_grad=False))
+    check_keys(component, expected, {name: weight.shape for name, weight in weights.items()})
+    schemes = {name: _scheme(component, weight, spec) for name, weight in weights.items()}
+    parts_of = {}
+    if component.name == "transformer":
+        parts_of = fuse(module, lambda layers: _together(layers, weights, schemes))
+    arithmetic = component.name == "transformer"  # the encoders run once, on outlier-ridden activations
+    filler = _Filler(module, weights, schemes, parts_of, dtype, device, spec, arithmetic)
+    with Reader() as reader:
+        for name in module.state_dict():
+            if name != T5_TIED and not skip(name):
+                filler.fill(name, reader)
     for name, buffer in list(module.named_buffers()):
         _set(module, name, buffer.to(device))
-    if T5_TIED in names:
+    if T5_TIED in weights:
         module.encoder.embed_tokens.weight = module.shared.weight
     return module.eval()
+
+
+def _scheme(component: Component, weight: Weight, spec: QuantSpec | None) -> str:
+    return weight.scheme or (spec.scheme(component.name, weight.name, weight.shape) if spec else "")
+
+
+def _together(layers: Sequence[str], weights: dict[str, Weight], schemes: dict[str, str]) -> bool:
+    """Whether the weights of these layers can be those of one: all in one scheme, whose blocks end with each."""
+    from quant.linear import fits_together
+
+    found = {schemes[f"{layer}.weight"] for layer in layers}
+    shapes = [weights[f"{layer}.weight"].shape for layer in layers]
+    return len(found) == 1 and fits_together(next(iter(found)), shapes)
+
+
+@dataclass
+class _Filler:
+    """Gives a module's layers their tensors, packed ones as layers of their own."""
+
+    module: "nn.Module"
+    weights: dict[str, Weight]
+    schemes: dict[str, str]
+    parts_of: dict[str, tuple[str, ...]]  # fused layer -> the layers it holds
+    dtype: "torch.dtype"
+    device: str
+    spec: QuantSpec | None
+    arithmetic: bool  # 8-bit layers may multiply in 8 bit
+
+    def fill(self, name: str, reader: Reader) -> None:
+        """Fill the tensor `name` of the module; the bias of a packed layer comes with its weight."""
+        from torch import nn
+
+        layer, _, leaf = name.rpartition(".")
+        layers = self.parts_of.get(layer, (layer,))
+        scheme = self.schemes.get(f"{layers[0]}.weight", "")
+        if not scheme:
+            parts = [f"{part}.{leaf}" for part in layers]
+            _set(self.module, name, nn.Parameter(self._dense(parts, reader), requires_grad=False))
+        elif leaf == "weight":
+            _set(self.module, layer, self._packed(layers, scheme, reader))
+
+    def _dense(self, names: list[str], reader: Reader) -> "torch.Tensor":
+        import torch
+
+        options = {"dtype": self.dtype, "device": self.device}
+        parts = [read_dense(self.weights[name], reader, **options) for name in names]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _packed(self, layers: Sequence[str], scheme: str, reader: Reader) -> "nn.Module":
+        weights = [self.weights[f"{layer}.weight"] for layer in layers]
+        from quant.linear import make_linear
+
+        biases = [f"{layer}.bias" for layer in layers if f"{layer}.bias" in self.weights]
+        parts = [self._pieces(weight, scheme, reader) for weight in weights]
+        bias = self._dense(biases, reader) if biases else None
+        return make_linear(scheme, parts, [w.shape for w in weights], bias, arithmetic=self.arithmetic)
+
+    def _pieces(self, weight: Weight, scheme: str, reader: Reader) -> "dict[str, torch.Tensor]":
+        stored = {suffix: tensor.to(self.device) for suffix, tensor in reader.weight(weight).items()}
+        where = weight.pieces[""]
+        if not weight.scheme:
+            search = self.spec.scales == "search"
+            return codecs.encode(stored[""], scheme, name=weight.name, where=where, search=search).pieces
+        codecs.check(weight.name, stored, where)
+        return stored
+
+
+def read_dense(weight: Weight, reader: Reader, *, dtype: "torch.dtype", device: str) -> "torch.Tensor":
+    """The values of a weight, unpacked; raises `CheckpointError` where they are not finite."""
+    pieces = {suffix: tensor.to(device) for suffix, tensor in reader.weight(weight).items()}
+    codecs.check(weight.name, pieces, weight.pieces[""])
+    return codecs.decode(pieces, weight.scheme, weight.shape, dtype)
 
 
 def _set(module: "nn.Module", name: str, value: "torch.Tensor") -> None:
@@ -102,7 +187,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
 def _names_in_file(component: Component) -> dict[str, str]:
     """Module key -> key in the file, for the dialects that published folders use."""
-    names = {name.removeprefix(CLIP_PREFIX): name for name in component.tensors}
+    names = {name.removeprefix(CLIP_PREFIX): name for name in component.weights}
     if component.name == "text_encoder":
         names.pop(CLIP_POSITIONS, None)  # a buffer that old files carry along
     if component.name == "text_encoder_2":
@@ -125,11 +210,7 @@ def check_keys(component: Component, expected: dict[str, tuple], found: dict[str
 def read_tensors(
     component: Component, names: list[str], *, dtype: "torch.dtype", device: str
 ) -> "Iterator[tuple[str, torch.Tensor]]":
-    """Yield (name, tensor in `dtype` on `device`) for keys of the file, mapped file by mapped file."""
-    from safetensors import safe_open
-
-    for path in sorted({component.files[name] for name in names}):
-        with safe_open(path, framework="pt", device="cpu") as file:
-            for name in names:
-                if component.files[name] == path:
-                    yield name, file.get_tensor(name).to(device=device, dtype=dtype)
+    """Yield (name, values in `dtype` on `device`) of weights of the component."""
+    with Reader() as reader:
+        for name in names:
+            yield name, read_dense(component.weights[name], reader, dtype=dtype, device=device)

@@ -4,15 +4,18 @@
 of the diffusers layout, the disk checked first.
 """
 
+import contextlib
+import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fluxcli.errors import FluxError, OutputError, UsageError, WeightsUnavailable
 from fluxcli.presets import BUNDLED
-from quant.checkpoint import is_complete
+from quant.checkpoint import MANIFEST, is_complete
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILES = [
@@ -22,6 +25,7 @@ FILES = [
 ]  # fmt: skip
 IGNORED = ["*.py", "*.bin", "*.pt", "*.msgpack"]
 NON_COMMERCIAL = re.compile(r"black-forest-labs/FLUX\.1-.*dev")
+QUALITY = ("fp8", "int8", "nf4")  # of baked variants, best first
 TRY_TINY = 'or try at once: flux generate "a red circle on a blue background" -p tiny'
 
 
@@ -44,6 +48,44 @@ def locate(model: str, *, environment: Mapping[str, str] = os.environ) -> Path:
         return whole
     what = "the download is incomplete" if partial else f"the weights of {model.rpartition('/')[2]} are not here"
     raise WeightsUnavailable(what, which=model, hint=f"flux models download {model}  ({TRY_TINY})")
+
+
+def rungs(model: str, precision: str) -> list[Path]:
+    """The folders that can serve `model` at `precision`, best first: the model itself, and what was baked from it.
+
+    Raises what `locate` raises where there is none.
+    """
+    variants = baked(model)
+    if precision in variants:
+        return [variants[precision]]
+    found = [variants[name] for name in QUALITY if name in variants] if precision == "auto" else []
+    try:
+        return [locate(model), *found]
+    except WeightsUnavailable:
+        if not found:
+            raise
+        return found
+
+
+def baked(model: str) -> dict[str, Path]:
+    """What `flux quantize` made of `model` in the user's model folder, by precision; the newest of each."""
+    found = {}
+    for path in sorted(baked_folder().glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            if manifest["model"] == model:
+                found[manifest["recipe"]["to"]] = path.parent
+    return found
+
+
+def baked_folder(environment: Mapping[str, str] = os.environ) -> Path:
+    """Where quantized models go unless told: the user's data folder, by the rules of the platform."""
+    if os.name == "nt":
+        data = environment.get("LOCALAPPDATA") or "~/AppData/Local"
+    else:
+        default = "~/Library/Application Support" if sys.platform == "darwin" else "~/.local/share"
+        data = environment.get("XDG_DATA_HOME") or default
+    return Path(os.path.expanduser(data)) / "flux" / "models"
 
 
 def folder_of(model: str) -> Path | None:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fluxcli.loader import check_keys, read_tensors
-from quant.checkpoint import Component, is_modulation
+from quant.checkpoint import Component
+from quant.spec import is_modulation
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,7 @@ def condition(pooled: "torch.Tensor", *, weights: str, guidance: float | None, t
 def linear_names(transformer: Component) -> list[str]:
     """Prefixes of the modulation linears, in file order of their names."""
     suffix = ".linear.weight"
-    return sorted(n.removesuffix(".weight") for n in transformer.tensors if n.endswith(suffix) and is_modulation(n))
+    return sorted(n.removesuffix(".weight") for n in transformer.weights if n.endswith(suffix) and is_modulation(n))
 
 
 def make_tables(transformer: Component, conditions: Sequence[Condition]) -> "dict[TableKey, torch.Tensor]":
@@ -84,7 +85,7 @@ def _time_text_embedding(transformer: Component, item: Condition) -> "torch.Tens
     width = config["num_attention_heads"] * config["attention_head_dim"]
     module = classes.time_text_embed(guidance=key.guidance is not None)(width, config["pooled_projection_dim"])
     prefix = "time_text_embed."
-    stored = [name for name in transformer.tensors if name.startswith(prefix)]
+    stored = [name for name in transformer.weights if name.startswith(prefix)]
     tensors = read_tensors(transformer, stored, dtype=pooled.dtype, device=str(pooled.device))
     state = {name.removeprefix(prefix): tensor for name, tensor in tensors}
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -105,7 +106,7 @@ class ModulationRow:
         import torch
 
         names = linear_names(transformer)
-        sizes = [transformer.tensors[f"{name}.weight"].shape[0] for name in names]
+        sizes = [transformer.weights[f"{name}.weight"].shape[0] for name in names]
         self._row = torch.zeros(1, sum(sizes), dtype=dtype, device=device)
         for name, view in zip(names, self._row.split(sizes, dim=1), strict=True):
             owner, _, leaf = name.rpartition(".")

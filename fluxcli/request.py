@@ -41,6 +41,7 @@ class GenerationRequest:
     format: str = "jpg"
     quality: int = 80
     device: str = "auto"
+    precision: str = "auto"
     metadata: bool = True
     output: str | None = None
 
@@ -84,6 +85,7 @@ BOUNDS = {
 PATTERNS = {  # what a text must be, in a regular expression and in words
     "format": ("|".join(FORMATS), "jpg, png or webp"),
     "device": (r"auto|cpu|mps|xpu(:\d{1,3})?|cuda(:\d{1,3})?", "auto, cpu, cuda[:n], mps or xpu[:n]"),
+    "precision": ("auto|bf16|fp16|fp32|fp8|int8|nf4", "auto, bf16, fp16, fp32, fp8, int8 or nf4"),
     "model": (r"[^\0]{1,1000}", "a folder or a hub id"),
     "output": (r"[^\0]{1,4000}", "a file, a folder, a template or -"),
 }

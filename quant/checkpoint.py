@@ -6,40 +6,57 @@ fingerprint. Stdlib only. Sizes are in bytes.
 
 import hashlib
 import json
-import re
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from quant.config import read_config, read_json, read_scheduler
+from quant.config import check_config, read_config, read_json, read_scheduler
+from quant.dialects import from_bfl, is_bfl, kind_of
 from quant.errors import CheckpointError
-from quant.header import TensorInfo, file_identity, read_header
+from quant.header import file_identity, read_header
+from quant.spec import SCHEMES
+from quant.weights import Piece, Weight, group
 
 COMPONENTS = ("text_encoder", "text_encoder_2", "transformer", "vae")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 AGAIN = "download the model again"
-CONDITION_KEYS = re.compile(
-    r"(?:.*\.)?(?:norm1|norm1_context|norm|norm_out)\.linear\.(?:weight|bias)|time_text_embed\..*"
-)
+PLAIN_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+# Never under a plain name: from_pretrained would load these without their scales and draw noise.
+PACKED_FILES = {"fp8": "flux-fp8r.safetensors", "int8": "flux-int8.safetensors"}
+KEEP_FILE = "flux-keep.safetensors"
+MANIFEST = "flux-manifest.json"
 
 
 @dataclass(frozen=True)
 class Component:
-    """One model part: its folder, parsed config.json, and tensors (with the file that holds each)."""
+    """One model part: where it is, its parsed config.json, and its weights by their names in diffusers' layout."""
 
     name: str
     folder: Path
     config: dict
-    tensors: dict[str, TensorInfo]
-    files: dict[str, Path]  # tensor name -> file
+    weights: dict[str, Weight]
 
     @property
     def numel(self) -> int:
-        return sum(tensor.numel for tensor in self.tensors.values())
+        return sum(weight.numel for weight in self.weights.values())
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        return sum(weight.nbytes for weight in self.weights.values())
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({piece.file for weight in self.weights.values() for piece in weight.pieces.values()})
+
+    @cached_property
+    def precision(self) -> str:
+        """The scheme of most packed parameters, "" where nothing is packed."""
+        counts = dict.fromkeys(("", *SCHEMES), 0)
+        for weight in self.weights.values():
+            counts[weight.scheme] += weight.numel
+        packed = max(SCHEMES, key=counts.__getitem__)
+        return packed if counts[packed] else ""
 
 
 @dataclass(frozen=True)
@@ -60,16 +77,11 @@ class Checkpoint:
         digest = hashlib.sha256(json.dumps(self.scheduler, sort_keys=True).encode())
         for component in self.components.values():
             digest.update(json.dumps(component.config, sort_keys=True).encode())
-            for path in sorted(set(component.files.values())):
+            for path in component.files:
                 digest.update(file_identity(path))
         for path in sorted(path for name in TOKENIZERS for path in (self.folder / name).glob("*")):
             digest.update(path.name.encode() + file_identity(path))
         return digest.hexdigest()[:16]
-
-
-def is_modulation(name: str) -> bool:
-    """Whether a transformer key only makes adaLN modulation: no forward over the picture reads it."""
-    return CONDITION_KEYS.fullmatch(name) is not None
 
 
 def inspect(folder: Path) -> Checkpoint:
@@ -98,21 +110,39 @@ def is_complete(folder: Path) -> bool:
 
 def _component(name: str, folder: Path) -> Component:
     config = read_config(name, folder)
-    tensors, files = {}, {}
-    for path in _weight_files(folder):
+    weights = group(_pieces(_weight_files(folder)))
+    if (kept := folder / KEEP_FILE).is_file():  # 16-bit originals of what bitsandbytes' skip list could not spare
+        originals = group(_pieces([kept]))
+        if odd := [n for n, w in originals.items() if n not in weights or weights[n].shape != w.shape]:
+            raise CheckpointError("originals of other weights", which=kept, why=odd[0])
+        weights |= originals
+    return Component(name, folder, config, weights)
+
+
+def inspect_file(path: Path) -> Component:
+    """The transformer in a single file of BFL's layout; raises `CheckpointError` saying what else the file is."""
+    pieces = _pieces([path])
+    if not is_bfl(pieces):
+        raise CheckpointError("not a FLUX.1 transformer in one file", which=path, why=kind_of(pieces))
+    translated, config = from_bfl(pieces)
+    return Component("transformer", path, check_config("transformer", path, config), group(translated))
+
+
+def _pieces(files: list[Path]) -> dict[str, Piece]:
+    pieces: dict[str, Piece] = {}
+    for path in files:
         header = read_header(path)
-        if twice := sorted(set(header) & set(tensors)):
-            raise CheckpointError("a tensor stands in two shards", which=path, why=twice[0])
-        tensors.update(header)
-        files.update(dict.fromkeys(header, path))
-    return Component(name, folder, config, tensors, files)
+        if twice := sorted(set(header) & set(pieces)):
+            raise CheckpointError("a tensor stands in two shards", which=path, why=twice[0][:60])
+        pieces |= {name: Piece(path, info) for name, info in header.items()}
+    return pieces
 
 
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a component: those of its shard index, or its only file."""
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if not indexes:
-        found = [folder / n for n in ("diffusion_pytorch_model.safetensors", "model.safetensors")]
+        found = [folder / name for name in (*PLAIN_FILES, *PACKED_FILES.values())]
         if path := next((p for p in found if p.exists()), None):
             return [path]
         pickles = [p.name for suffix in ("*.bin", "*.pt", "*.ckpt") for p in folder.glob(suffix)]
@@ -126,7 +156,7 @@ def _weight_files(folder: Path) -> list[Path]:
         pure = PurePosixPath(shard)
         if len(pure.parts) != 1 or "\\" in shard or ".." in shard or not shard.endswith(".safetensors"):
             raise CheckpointError("unsafe shard index", which=indexes[0], why=f"it names {shard[:60]!r}")
-        if not (folder / shard).exists():
-            raise CheckpointError("missing shard", which=folder / shard, hint=AGAIN)
+        if not os.path.exists(folder / shard):
+            raise CheckpointError("missing shard", which=folder / shard[:100], hint=AGAIN)
         paths.append(folder / shard)
     return paths

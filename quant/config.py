@@ -5,6 +5,7 @@ cannot make anybody build 10^9 layers or buffers. Stdlib only.
 """
 
 import json
+import stat
 from pathlib import Path
 
 from quant.errors import CheckpointError
@@ -20,6 +21,7 @@ MAX_JSON_BYTES = 32 << 20
 MAX_LAYERS, MAX_NUMBER = 256, 1_000_000
 FLUX_CHANNELS = 64
 NUMBER = (int, float)
+READABLE_METHODS = ("bitsandbytes", "quanto")
 # Type and library default of each value that this project itself reads.
 READ: dict[str, dict[str, tuple[type | tuple, object]]] = {
     "transformer": {
@@ -52,7 +54,10 @@ OTHER_SCHEDULES = (
 def read_json(path: Path, what: str) -> dict:
     """The JSON object in a file; raises `CheckpointError` saying `what` is wrong otherwise."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(what, which=path, why="it is no regular file")
+        if status.st_size > MAX_JSON_BYTES:
             raise CheckpointError(what, which=path, why="the file is too large")
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -67,14 +72,22 @@ def read_json(path: Path, what: str) -> dict:
 def read_config(name: str, folder: Path) -> dict:
     """The config.json of a component, with defaults; raises `CheckpointError` for another class or wild values."""
     path = folder / "config.json"
-    config = _checked(name, path, read_json(path, f"no {name} in the model folder"))
-    if "quantization_config" in config:
-        raise CheckpointError("a quantized model", which=folder, why="this version reads 16 and 32 bit weights")
+    return check_config(name, path, read_json(path, f"no {name} in the model folder"))
+
+
+def check_config(name: str, path: Path, config: dict) -> dict:
+    """The config with the defaults of what is read; raises `CheckpointError` for another model or wild values."""
+    config = _checked(name, path, config)
+    packed = config.pop("quantization_config", {})
+    method = packed.get("quant_method") if isinstance(packed, dict) else packed
+    if packed and method not in READABLE_METHODS:
+        why = f"quant_method is {str(method)[:40]!r}, read are {' and '.join(READABLE_METHODS)}"
+        raise CheckpointError("a model quantized in another way", which=path, why=why)
     if name == "vae" and not config["scaling_factor"]:
         raise CheckpointError("impossible config", which=path, why="scaling_factor is 0")
     if name == "transformer" and config["in_channels"] != FLUX_CHANNELS:
         why = f"its transformer takes {config['in_channels']} channels (a Fill or control model), not {FLUX_CHANNELS}"
-        raise CheckpointError("another kind of FLUX model", which=folder, why=why)
+        raise CheckpointError("another kind of FLUX model", which=path.parent, why=why)
     return config
 
 
@@ -100,7 +113,7 @@ def _checked(name: str, path: Path, config: dict) -> dict:
     config = {key: default for key, (_, default) in read.items()} | config
     for key, value in config.items():
         if not _is_sane(key, value) or (key in read and not _is(read[key][0], value)):
-            raise CheckpointError("impossible config", which=path, why=f"{key} is {str(value)[:60]}")
+            raise CheckpointError("impossible config", which=path, why=f"{key[:60]} is {str(value)[:60]}")
     return config
 
 

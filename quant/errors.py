@@ -2,7 +2,9 @@
 
 ExplainedError           what went wrong, which thing, why, and a hint: what to do next
 └── QuantError           what this package raises on purpose
-    └── CheckpointError  a file or folder that is not a usable checkpoint
+    ├── CheckpointError  a file or folder that is not a usable checkpoint
+    ├── SpecError        a wish that cannot be: schemes that do not go together, a pattern without a match
+    └── WriteError       the destination cannot be written
 """
 
 
@@ -24,3 +26,11 @@ class QuantError(ExplainedError):
 
 class CheckpointError(QuantError):
     """A file or folder that cannot be read as the checkpoint it claims to be."""
+
+
+class SpecError(QuantError):
+    """A quantization that cannot be asked for."""
+
+
+class WriteError(QuantError):
+    """A destination that cannot be written."""

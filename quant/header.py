@@ -13,8 +13,8 @@ from pathlib import Path
 
 from quant.errors import CheckpointError
 
-MAX_HEADER_BYTES = 100_000_000  # the reference implementation's bound
-MAX_DIMENSION = 1 << 48
+MAX_HEADER_BYTES = 4 << 20  # 40,000 tensors; the reference allows 100 MB, which take minutes and gigabytes to parse
+MAX_DIMENSION, MAX_RANK = 1 << 48, 8
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16,
@@ -32,12 +32,15 @@ class TensorInfo:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    start: int
-    stop: int
+    start: int = 0
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.nbytes
 
     @property
     def nbytes(self) -> int:
-        return self.stop - self.start
+        return self.numel * DTYPE_BITS[self.dtype] // 8
 
     @property
     def numel(self) -> int:
@@ -71,6 +74,8 @@ def _header_length(path: Path, start: bytes, size: int) -> int:
     if start[:2] in PICKLES:  # only now: a header of 640 bytes begins like a pickle
         hint = "convert it with safetensors.torch.save_file in an environment you trust"
         raise CheckpointError("refusing a pickle", which=path, why="loading it could run any code", hint=hint)
+    if start[:4] == b"GGUF":
+        raise CheckpointError("a GGUF file", which=path, why="this version reads safetensors")
     why = f"its header claims {length} bytes, the file has {size}"
     if start.lstrip()[:1] == b"<" or LFS_POINTER.startswith(start):
         why = "it is a web page" if start.lstrip()[:1] == b"<" else "it is a git-lfs pointer"
@@ -92,7 +97,9 @@ def _parse(path: Path, text: bytes, data_bytes: int) -> dict[str, TensorInfo]:
     at = 0
     for tensor in tensors:
         if tensor.start != at:
-            raise CheckpointError("corrupt safetensors header", which=path, why=f"{tensor.name} overlaps or has a gap")
+            raise CheckpointError(
+                "corrupt safetensors header", which=path, why=f"{tensor.name[:60]} overlaps or has a gap"
+            )
         at = tensor.stop
     if at != data_bytes:
         word = "truncated" if at > data_bytes else "longer than its header says"
@@ -111,6 +118,8 @@ def _no_duplicates(pairs: list) -> dict:
 def _tensor(path: Path, name: str, value: object) -> TensorInfo:
     try:
         dtype, shape, (start, stop) = value["dtype"], value["shape"], value["data_offsets"]
+        if not isinstance(shape, list) or len(shape) > MAX_RANK:
+            raise ValueError
         numbers = (*shape, start, stop)
         if not all(type(n) is int and 0 <= n < MAX_DIMENSION for n in numbers) or dtype not in DTYPE_BITS:
             raise ValueError
@@ -119,7 +128,7 @@ def _tensor(path: Path, name: str, value: object) -> TensorInfo:
     except (TypeError, KeyError, ValueError) as error:
         why = f"tensor {name[:60]!r} has an impossible dtype, shape or place"
         raise CheckpointError("corrupt safetensors header", which=path, why=why) from error
-    return TensorInfo(name, dtype, tuple(shape), start, stop)
+    return TensorInfo(name, dtype, tuple(shape), start)
 
 
 def file_identity(path: Path, *, samples: int = 64, page_bytes: int = 4096) -> bytes:

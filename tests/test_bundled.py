@@ -99,7 +99,7 @@ def test_it_is_small_and_in_the_published_layout(tiny_folder):
     files = [path for path in tiny_folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= LIMIT_BYTES
     checkpoint = inspect(tiny_folder)
-    assert {t.dtype for part in checkpoint.components.values() for t in part.tensors.values()} == {"BF16"}
+    assert {w.info.dtype for part in checkpoint.components.values() for w in part.weights.values()} == {"BF16"}
     assert checkpoint.takes_guidance
     vae = checkpoint.components["vae"].config
     assert (vae["latent_channels"], len(vae["block_out_channels"])) == (16, 4)

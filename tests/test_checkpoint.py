@@ -67,9 +67,9 @@ def test_a_folder_is_its_components_and_their_tensors(folder):
     checkpoint = inspect(folder)
     assert tuple(checkpoint.components) == COMPONENTS and checkpoint.scheduler["shift"] == 3.0
     for name, component in checkpoint.components.items():
-        assert set(component.tensors) == set(component.files) == {"a", "b"}
+        assert set(component.weights) == {"a", "b"}
         assert (component.numel, component.nbytes) == (8, 16) and component.folder == folder / name
-    assert checkpoint.components["transformer"].files["b"].name == "d-2-of-2.safetensors"
+    assert checkpoint.components["transformer"].weights["b"].pieces[""].file.name == "d-2-of-2.safetensors"
 
 
 def test_the_bundled_model_is_a_model(tiny_folder):

@@ -19,7 +19,7 @@ HOSTILE = [
     ("transformer/config.json", {"guidance_embeds": "no"}),
     ("transformer/config.json", {"num_layers": 10**9}),
     ("transformer/config.json", {"num_single_layers": -1}),
-    ("transformer/config.json", {"quantization_config": {"quant_method": "bitsandbytes"}}),
+    ("transformer/config.json", {"quantization_config": {"quant_method": "gptq"}}),
     ("transformer/config.json", {"_class_name": "SD3Transformer2DModel"}),
     ("vae/config.json", {"block_out_channels": []}),
     ("vae/config.json", {"block_out_channels": "x"}),

@@ -10,6 +10,7 @@ from fluxcli.hardware import Hardware
 from fluxcli.plan import GIB, check_guidance, make_plan, modulation_numel, phase_peaks
 from quant.checkpoint import Checkpoint, Component, inspect
 from quant.header import TensorInfo
+from quant.weights import Piece, Weight
 from tests.helpers import tiny
 
 
@@ -21,6 +22,10 @@ def checkpoint(tiny_folder: Path) -> Checkpoint:
 def machine(gib: float, device: str = "cuda:0", *, bf16: bool = True) -> Hardware:
     size = int(gib * GIB)
     return Hardware(device, "test", size, size, size, bf16, "a test")
+
+
+def bf16(name: str, numel: int) -> Weight:
+    return Weight(name, (numel,), "", {"": Piece(Path(), TensorInfo(name, "BF16", (numel,)))})
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +41,7 @@ def full_size(checkpoint) -> Checkpoint:
         "transformer": {"blocks.weight": 8_632_000_000, "norm.linear.weight": 3_269_408_320},
     }  # fmt: skip
     parts = {
-        name: Component(
-            name, Path(), configs[name], {k: TensorInfo(k, "BF16", (n,), 0, 2 * n) for k, n in t.items()}, {}
-        )
+        name: Component(name, Path(), configs[name], {key: bf16(key, n) for key, n in t.items()})
         for name, t in sizes.items()
     }
     return Checkpoint(Path(), parts, {})

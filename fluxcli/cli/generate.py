@@ -8,7 +8,7 @@ import typer
 
 from fluxcli import console, models, output, presets
 from fluxcli.cli.options import config_folder, given_settings, read_prompt, with_request_options
-from fluxcli.errors import BadInputFile, DeviceUnusable, ExitCode, UsageError
+from fluxcli.errors import BadInputFile, DeviceUnusable, DoesNotFit, ExitCode, UsageError
 from fluxcli.events import Done, Notice, Saved, to_json
 from fluxcli.plan import MemoryPlan, check_guidance, make_plan
 from fluxcli.request import OPTIONAL, GenerationRequest, coerce, flag, from_settings
@@ -159,7 +159,7 @@ def _run(
         return _show_plan(request, plan, as_json=options["json_output"] or options["events"])
     if not options["quiet"]:
         width, height = request.size
-        what = f"{request.model} on {plan.device} in {plan.dtypes['transformer']}"
+        what = f"{request.model} on {plan.device} in {plan.precision}"
         console.say(f"{width}x{height}, {request.steps} steps, seed {request.seed}, {what}")
         if "quality" in given and request.format == "png":
             console.say("--quality does nothing for png")
@@ -171,12 +171,19 @@ def _run(
 
 
 def _prepare(request: GenerationRequest) -> tuple[Checkpoint, MemoryPlan]:
+    """The best folder of the model that fits, and its plan; raises `DoesNotFit` of the best where none does."""
     from fluxcli import hardware
 
-    checkpoint = inspect(models.locate(request.model))
-    check_guidance(request, checkpoint)
-    check_torch()
-    return checkpoint, make_plan(request, checkpoint, hardware.probe(request.device))
+    failure: DoesNotFit | None = None
+    for folder in models.rungs(request.model, request.precision):
+        checkpoint = inspect(folder)
+        check_guidance(request, checkpoint)
+        check_torch()
+        try:
+            return checkpoint, make_plan(request, checkpoint, hardware.probe(request.device))
+        except DoesNotFit as error:
+            failure = failure or error
+    raise failure
 
 
 def check_torch() -> None:
@@ -196,6 +203,7 @@ def _show_plan(request: GenerationRequest, plan: MemoryPlan, *, as_json: bool) -
     guidance = "none" if request.guidance is None else f"{request.guidance:g}"
     console.data(f"picture   {width}x{height}, {request.steps} steps, guidance {guidance}, seed {request.seed}")
     console.data(f"model     {request.model} (preset {request.preset})")
+    console.data(f"precision {plan.precision}")
     console.data(f"device    {plan.device}, {', '.join(f'{name} {dtype}' for name, dtype in plan.dtypes.items())}")
     for phase, peak in plan.peak_bytes.items():
         console.data(f"{phase:<10}{peak / 2**30:.2f} GiB")
@@ -220,7 +228,8 @@ def _draw(
             reporter.show(event)
             if isinstance(event, Saved):
                 images.append(event.image)
-    peaks, plan = hardware.peak_memory(engine.plan.device), engine.plan.to_json()
+    peaks = hardware.peak_memory(engine.plan.device)
+    plan = engine.plan.to_json() | {"multiply": engine.multiply}
     done = Done(tuple(images), request.to_json(), plan, reporter.timings_s, peaks, versions())
     if options["events"]:
         console.data_json(to_json(done))

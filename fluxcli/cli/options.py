@@ -39,6 +39,7 @@ REQUEST_OPTIONS: dict[str, object] = {
     "quality": _option(int, "--quality", text="1 to 100, for jpg and webp."),
     "no_metadata": _option(bool, "--no-metadata", text="Write the bare picture."),
     "force": _option(bool, "--force", text="Replace an existing -o file."),
+    "precision": _option(str, "--precision", text="auto, bf16, fp16, fp32, fp8, int8 or nf4."),
     "device": _option(str, "--device", text="auto, cpu, cuda[:n], mps or xpu[:n]."),
     "json_output": _option(bool, "--json", text="One JSON object on stdout instead of paths."),
     "events": _option(bool, "--events", text="One JSON object a line while it goes on."),

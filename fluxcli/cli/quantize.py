@@ -1,0 +1,189 @@
+"""`flux quantize`: a 16-bit model becomes an nf4, fp8 or int8 checkpoint."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+import fluxcli
+from fluxcli import console, models, presets
+from fluxcli.cli.options import config_folder
+from fluxcli.errors import ExitCode, UsageError, WeightsUnavailable
+from quant.bake import bake, check_disk
+from quant.checkpoint import MANIFEST, Checkpoint, Component, inspect, inspect_file
+from quant.errors import WriteError
+from quant.recipe import LAYOUTS, Recipe, make_file_recipe, make_recipe
+from quant.spec import QuantSpec, default_text_encoder, is_modulation, layout
+
+GB = 1e9
+SAMPLE_BYTES = 128 << 20  # read to learn how fast the source's disk is
+
+
+def quantize(  # noqa: PLR0917 - typer's options
+    source: Annotated[str, typer.Argument(help="Preset, model folder, hub id or BFL file.", show_default=False)],
+    target: Annotated[
+        Optional[str], typer.Argument(help="Folder (a file for bfl and comfy).", show_default=False)
+    ] = None,
+    to: Annotated[str, typer.Option("--to", help="nf4, fp8 or int8.", show_default=False)] = ...,
+    text_encoder: Annotated[
+        Optional[str], typer.Option(help="T5: nf4, fp8 or keep; nf4 goes with nf4, else keep.")
+    ] = None,
+    modulation: Annotated[str, typer.Option(help="keep, nf4 (with nf4) or fp8 (with fp8).")] = "keep",
+    scales: Annotated[str, typer.Option(help="nf4's: search (least error) or absmax (fast).")] = "search",
+    keep: Annotated[
+        Optional[list[str]], typer.Option(help="Pattern of tensors or layers left in 16 bit; repeatable.")
+    ] = None,
+    kind: Annotated[str, typer.Option("--layout", help="diffusers, or for fp8 bfl or comfy.")] = "diffusers",
+    device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda[:n].")] = "cpu",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be written, byte for byte, and stop.")
+    ] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read the result back.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only errors on stderr.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Tracebacks and library warnings.")] = False,
+) -> int:
+    """Make a quantized checkpoint once, instead of quantizing at every start."""
+    if kind not in LAYOUTS:
+        raise UsageError("unknown layout", which=f"--layout {kind}", why=f"known are {', '.join(LAYOUTS)}")
+    whole = kind == "diffusers"
+    if not whole and text_encoder not in (None, "keep"):
+        raise UsageError("--text-encoder does nothing here", which=f"--layout {kind}", why="the file has no T5")
+    spec = QuantSpec(
+        to, text_encoder or (default_text_encoder(to) if whole else "keep"), modulation, scales, tuple(keep or ())
+    )
+    model, parts, folder = _find(source, whole=whole)
+    recipe = make_recipe(parts, spec) if whole else make_file_recipe(parts, spec, kind)
+    path = _target(target, model, spec, kind)
+    _check_target(path, folder, force=force)
+    if not quiet:
+        _say_choices(recipe, parts.components["transformer"] if whole else parts)
+    if dry_run:
+        check_disk(recipe, path)
+        return _show(recipe, path, {}, json_output=json_output)
+    _check_device(device)
+    started, origin = time.perf_counter(), {"model": model, "flux": fluxcli.__version__}
+    with console.Meter("quantize", quiet=quiet) as meter:
+        for progress in bake(recipe, path, origin=origin, device=device, verify=not no_verify):
+            meter.show(progress.done, progress.total, progress.tensor)
+    seconds = time.perf_counter() - started
+    if not quiet:
+        console.say(
+            f"{recipe.source_nbytes / GB:.2f} GB in {seconds:.0f} s, {recipe.source_nbytes / GB / seconds:.2f} GB/s"
+        )
+    return _show(recipe, path, {"seconds": round(seconds, 2), "verified": not no_verify}, json_output=json_output)
+
+
+def _find(source: str, *, whole: bool) -> tuple[str, Checkpoint | Component, Path]:
+    """(the model's name, the folder's parts or the transformer alone, where it lies)."""
+    model = source
+    if source in presets.available(config_folder()):
+        model = str(presets.merge({"preset": source}, config_folder(), {}).values["model"])
+    if Path(model).is_file():
+        transformer = inspect_file(Path(model))
+        if not whole:
+            return str(Path(model).resolve()), transformer, Path(model).resolve()
+        return str(Path(model).resolve()), _with_parts_of_preset(transformer), Path(model).resolve()
+    folder = models.locate(model)
+    checkpoint = inspect(folder)
+    name = str(folder) if models.folder_of(model) else model
+    return name, checkpoint if whole else checkpoint.components["transformer"], folder
+
+
+def _with_parts_of_preset(transformer: Component) -> Checkpoint:
+    """A lone transformer with the encoders and VAE of the model that it is a variant of."""
+    name = "dev" if transformer.config["guidance_embeds"] else "schnell"
+    model = str(presets.load(name, config_folder(), bundled=True).settings["model"])
+    try:
+        base = inspect(models.locate(model))
+    except WeightsUnavailable as error:
+        why = f"a single file has no encoders and VAE, and {model} is not here"
+        hint = f"flux models download {name}, or --layout bfl"
+        raise WeightsUnavailable("not a whole model", which=transformer.folder, why=why, hint=hint) from error
+    return Checkpoint(base.folder, base.components | {"transformer": transformer}, base.scheduler)
+
+
+def _target(given: str | None, model: str, spec: QuantSpec, kind: str) -> Path:
+    """Where the result goes; by default the user's model folder, by the model's name and the scheme."""
+    if given:
+        path = Path(given).expanduser().absolute()
+        if kind != "diffusers" and path.suffix != ".safetensors":
+            raise UsageError("not a file name", which=given, why=f"--layout {kind} writes one .safetensors file")
+        return path
+    name = f"{Path(model).name.removesuffix('.safetensors')}-{spec.to}" + (
+        "" if spec.modulation == "keep" else "-small"
+    )
+    return models.baked_folder() / (name if kind == "diffusers" else f"{name}-{kind}.safetensors")
+
+
+def _check_target(path: Path, source: Path, *, force: bool) -> None:
+    real, origin, cache = path.resolve(), source.resolve(), models.hub_cache().resolve()
+    for other, what in ((origin, "the source"), (cache, "the hub's cache")):
+        if real == other or other in real.parents or (real in origin.parents and path.exists()):
+            raise UsageError("DST cannot be there", which=path, why=f"it is, or lies inside, or holds {what}")
+    if not path.exists():
+        return
+    if not force:
+        raise WriteError("the destination exists", which=path, hint="--force replaces it")
+    if path.is_dir() and not (path / MANIFEST).is_file() and any(path.iterdir()):
+        raise WriteError("not replaced", which=path, why="it is a folder that flux quantize did not make")
+
+
+def _check_device(device: str) -> None:
+    from fluxcli import hardware
+    from fluxcli.cli.generate import check_torch
+
+    check_torch()
+    hardware.probe(device)  # raises for one that is not there
+
+
+def _say_choices(recipe: Recipe, transformer: Component) -> None:
+    """Size of the transformer and seconds of the condition pass for each --modulation."""
+    speed = _read_speed(transformer)
+    packed = sum(info.nbytes for job in recipe.jobs for info in job.outputs if "text_encoder" not in job.file)
+    weights = [w for name, w in transformer.weights.items() if is_modulation(name) and len(w.shape) == 2]
+    choices = ("keep",) if recipe.spec.to == "int8" else ("keep", recipe.spec.to)
+    sizes = {}
+    for choice in choices:
+        spec = QuantSpec(recipe.spec.to, modulation=choice, keep=recipe.spec.keep)
+        schemes = [spec.scheme("transformer", weight.name, weight.shape) for weight in weights]
+        stored = [layout(scheme, w.info) for scheme, w in zip(schemes, weights, strict=True)]
+        sizes[choice] = sum(info.nbytes for infos in stored for info in infos)
+    for choice, size in sizes.items():
+        total = packed - sizes[recipe.spec.modulation] + size
+        chosen = " (chosen)" if choice == recipe.spec.modulation else ""
+        reads = f"each new prompt reads {size / GB:.2f} GB of it, {size / speed:.1f} s at this disk's speed"
+        console.say(f"--modulation {choice}{chosen}: transformer {total / GB:.2f} GB; {reads}")
+
+
+def _read_speed(transformer: Component) -> float:
+    """Bytes per second of reading the source, from a sample."""
+    largest = max(transformer.files, key=lambda path: path.stat().st_size)
+    started, count = time.perf_counter(), 0
+    with largest.open("rb", buffering=0) as file:
+        while count < SAMPLE_BYTES and (chunk := file.read(1 << 20)):
+            count += len(chunk)
+    return count / max(1e-6, time.perf_counter() - started)
+
+
+def _show(recipe: Recipe, path: Path, more: dict, *, json_output: bool) -> int:
+    sizes = {file or path.name: size for file, size in recipe.sizes.items()}
+    if json_output:
+        kept = [job.name for job in recipe.jobs if not job.scheme and len(job.info.shape) == 2]
+        packed = {job.name: job.scheme for job in recipe.jobs if job.scheme}
+        result = {
+            "path": str(path),
+            "bytes": sizes,
+            "total_bytes": sum(sizes.values()),
+            "recipe": recipe.spec.to_json(),
+        }
+        console.data_json(result | {"layout": recipe.layout, "packed": packed, "kept": kept} | more)
+    elif more:
+        console.data(str(path))
+    else:
+        for file, size in sizes.items():
+            console.data(f"{size:>14,} {file}")
+        console.data(f"{sum(sizes.values()):>14,} bytes to write to {path}; {len(recipe.links)} files linked or copied")
+    return ExitCode.OK

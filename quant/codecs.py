@@ -1,0 +1,131 @@
+"""Encode and decode one weight: nf4 by `quant.nf4`, fp8 and int8 by optimum-quanto's row-wise types.
+
+Pieces are keyed by their suffix behind the weight's name, as `quant.spec.layout` names them. The only module that
+imports optimum.quanto (seconds): where something is quantized, never where a quantized model runs.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from quant import nf4
+from quant.errors import CheckpointError, QuantError
+from quant.weights import Piece
+
+if TYPE_CHECKING:
+    import torch
+
+CHUNK = 1 << 18  # values that are encoded at a time: float32 copies of them stay in the cache
+LARGEST = {"fp8": 448.0, "int8": 127.0}
+SMALLEST_SCALE = 1e-12  # of a row of zeros
+NF4_BOUND = 0.15  # relative; Gaussian weights have 0.085 to 0.092
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A packed weight, with what the packing did to it: squared error, squared norm, and the scheme's bound."""
+
+    pieces: "dict[str, torch.Tensor]"
+    error: float
+    norm: float
+    bound: float
+
+    @property
+    def relative_error(self) -> float:
+        return math.sqrt(self.error / self.norm) if self.norm else 0.0
+
+
+def encode(
+    weight: "torch.Tensor", scheme: str, *, name: str, where: Piece, search: bool = True, scalar: bool = False
+) -> Encoded:
+    """Pack a (N, K) weight; `scalar` gives fp8 one scale for all rows.
+
+    Raises `CheckpointError` with the weight's name for NaN, Inf, or values that the scheme cannot hold.
+    """
+    import torch
+
+    if scheme == "nf4":
+        norm = sum(float(part.float().square_().sum()) for part in weight.split(256))
+        _check_finite(norm, name, where)
+        pieces = nf4.encode(weight, search=search)
+        error = _squared_error(weight, nf4.decode(pieces, tuple(weight.shape), torch.float32))
+        encoded = Encoded(pieces, error, norm, NF4_BOUND * math.sqrt(norm))
+    else:
+        encoded = _encode_rows(weight, scheme, scalar=scalar)
+        _check_finite(encoded.norm, name, where)
+    if encoded.error > encoded.bound**2:
+        why = f"{name} would differ by {encoded.relative_error:.3f} of its norm"
+        raise CheckpointError(f"weights that {scheme} cannot hold", which=where.file, why=why, hint=f"--keep {name}")
+    return encoded
+
+
+def _encode_rows(weight: "torch.Tensor", scheme: str, *, scalar: bool) -> Encoded:
+    """int8 errs by half a step, float8_e4m3 by 1/16 of the value or half a step of its subnormals."""
+    import torch
+
+    quanto = _quanto()
+    kind = quanto.qfloat8_e4m3fn if scheme == "fp8" else quanto.qint8
+    parts = weight.tensor_split(max(1, min(weight.shape[0] // 2, weight.numel() // CHUNK)))
+    one = weight.abs().amax().float().clamp(min=SMALLEST_SCALE) / LARGEST[scheme] if scalar else None
+    data, scales, error, norm = [], [], 0.0, 0.0
+    for part in parts:
+        values = part.float()
+        scale = values.abs().amax(1, keepdim=True).div_(LARGEST[scheme]).clamp_(min=SMALLEST_SCALE)
+        scale = scale if one is None else one.expand_as(scale).contiguous()
+        packed = quanto.quantize_weight(values, kind, 0, scale, optimized=False)._data
+        error += _squared_error(values, packed.float().mul_(scale))
+        norm += float(values.square().sum())
+        data.append(packed)
+        scales.append(scale.flatten())
+    scale = torch.cat(scales)
+    step = float(scale.norm()) * math.sqrt(weight.shape[1]) * (0.5 if scheme == "int8" else 2**-10)
+    bound = step + (math.sqrt(norm) / 16 if scheme == "fp8" else 0)
+    pieces = {"": torch.cat(data), "_scale": scale if one is None else one.reshape(())}
+    return Encoded(pieces, error, norm, bound * 1.001)
+
+
+def _quanto() -> object:
+    try:
+        from optimum import quanto
+    except ImportError as error:
+        hint = "pip install optimum-quanto"
+        raise QuantError("optimum-quanto cannot be imported", why=str(error)[:100], hint=hint) from error
+    return quanto
+
+
+def _squared_error(weight: "torch.Tensor", decoded: "torch.Tensor") -> float:
+    return sum(
+        float((part.float() - other).square_().sum())
+        for part, other in zip(weight.split(256), decoded.split(256), strict=True)
+    )
+
+
+def _check_finite(norm: float, name: str, where: Piece) -> None:
+    if not math.isfinite(norm):
+        raise CheckpointError("weights that are not finite", which=where.file, why=f"NaN or Inf in {name}")
+
+
+def decode(
+    pieces: "dict[str, torch.Tensor]", scheme: str, shape: tuple[int, ...], dtype: "torch.dtype"
+) -> "torch.Tensor":
+    """The values (N, K) of a packed weight in `dtype`."""
+    if not scheme:
+        return pieces[""].to(dtype)
+    if scheme == "nf4":
+        return nf4.decode(pieces, shape, dtype)
+    return (pieces[""].float() * pieces["_scale"].float().reshape(-1, 1)).to(dtype)
+
+
+def check(name: str, pieces: "dict[str, torch.Tensor]", where: Piece) -> None:
+    """Raise `CheckpointError` where a tensor or its scales hold NaN or Inf, or a scale is 0 or negative."""
+    import torch
+
+    for suffix, tensor in pieces.items():
+        if tensor.dtype == torch.float8_e4m3fn and bool((tensor.view(torch.uint8) & 127 == 127).any()):
+            raise CheckpointError("weights that are not finite", which=where.file, why=f"NaN in {name}")
+        if not tensor.is_floating_point() or tensor.dtype == torch.float8_e4m3fn:
+            continue
+        if not bool(tensor.sum(dtype=torch.float32).isfinite()) and not bool(tensor.isfinite().all()):
+            raise CheckpointError("weights that are not finite", which=where.file, why=f"NaN or Inf in {name}{suffix}")
+        if suffix == "_scale" and not bool((tensor > 0).all()):
+            raise CheckpointError("impossible scales", which=where.file, why=f"one of {name} is 0 or negative")

@@ -1,0 +1,164 @@
+"""Linear layers over packed weights: NF4Linear, FP8Linear, Int8Linear.
+
+Each holds plain tensors as buffers, so that it moves, streams and compiles like any module. A layer may be several
+weights one below the other (q, k and v): scales of rows simply follow each other, NF4 keeps the scales of each part.
+fp8 and int8 multiply in their own arithmetic, activations quantized row by row, where the device can; else, and for
+NF4 always, the weight is dequantized first. Shapes: weight (N, K), input (..., K), output (..., N).
+
+The one module that imports torch at its top: import it inside functions.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from quant.codecs import LARGEST, SMALLEST_SCALE
+from quant.nf4 import absmax_of, dequantize, offset_of
+from quant.spec import BLOCK
+
+Pieces = dict[str, Tensor]
+MIN_ROWS = 32  # CUDA's _int_mm wants more than 16
+ALIGNED = 16  # what the widths of both 8-bit products are multiples of
+MULTIPLIERS = {"fp8": "scaled_mm", "int8": "int_mm"}
+CAPABILITIES = {"fp8": (8, 9), "int8": (7, 5)}
+
+
+class PackedLinear(nn.Module):
+    """What the packed layers share: sizes, bias, and the product with the dequantized weight."""
+
+    def __init__(self, rows: Sequence[int], columns: int, bias: Tensor | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = columns, sum(rows)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.dequantize(x.dtype), self.bias)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight (N, K) in `dtype`."""
+        raise NotImplementedError
+
+
+class NF4Linear(PackedLinear):
+    """4-bit NormalFloat weights with doubly quantized scales, unpacked by bitsandbytes' own operators."""
+
+    def __init__(self, parts: Sequence[Pieces], rows: Sequence[int], columns: int, bias: Tensor | None) -> None:
+        super().__init__(rows, columns, bias)
+        self.register_buffer("weight", _stack([part[""].view(-1) for part in parts]))
+        self.register_buffer("absmax", _stack([part[".absmax"] for part in parts]))
+        self.register_buffer("nested_absmax", _stack([part[".nested_absmax"] for part in parts]))
+        self.register_buffer("nested_quant_map", parts[0][".nested_quant_map"])
+        self.register_buffer("offset", torch.tensor([offset_of(p) for p in parts], device=self.absmax.device))
+        self.blocks = [part[".absmax"].numel() for part in parts]
+        self.nested = [part[".nested_absmax"].numel() for part in parts]
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        scales = zip(self.absmax.split(self.blocks), self.nested_absmax.split(self.nested), self.offset, strict=True)
+        absmax = _stack([absmax_of(part, nested, self.nested_quant_map, at) for part, nested, at in scales])
+        return dequantize(self.weight, absmax, (self.out_features, self.in_features), dtype)
+
+
+class RowLinear(PackedLinear):
+    """8-bit weights with a float32 scale per row."""
+
+    scheme = ""
+
+    def __init__(
+        self, parts: Sequence[Pieces], rows: Sequence[int], columns: int, bias: Tensor | None, arithmetic: bool
+    ) -> None:
+        super().__init__(rows, columns, bias)
+        scales = [part["_scale"].float().view(-1).expand(n) for part, n in zip(parts, rows, strict=True)]
+        self.register_buffer("weight", _stack([part[""] for part in parts]))
+        self.register_buffer("weight_scale", _stack(scales).contiguous())
+        self.arithmetic = arithmetic and not (self.in_features % ALIGNED or self.out_features % ALIGNED)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.arithmetic and _multiplies(self.scheme, str(x.device))):
+            return super().forward(x)
+        values, scale = _quantize_rows(x.reshape(-1, self.in_features), self.scheme)
+        product = self.multiply(values, scale, x.dtype)
+        product = product if self.bias is None else product + self.bias
+        return product.view(*x.shape[:-1], self.out_features)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return (self.weight.float() * self.weight_scale[:, None]).to(dtype)
+
+    def multiply(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """(M, K) 8-bit activations and their scales (M, 1) -> (M, N) in `dtype`."""
+        raise NotImplementedError
+
+
+class FP8Linear(RowLinear):
+    """float8_e4m3fn weights; activations become float8 row by row."""
+
+    scheme = "fp8"
+
+    def multiply(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        wide = dtype if values.device.type == "cpu" else torch.bfloat16  # the only one of CUDA's row-wise kernel
+        scales = {"scale_a": scale, "scale_b": self.weight_scale[None]}
+        return torch._scaled_mm(values, self.weight.T, **scales, out_dtype=wide).to(dtype)
+
+
+class Int8Linear(RowLinear):
+    """int8 weights; activations become int8 row by row."""
+
+    scheme = "int8"
+
+    def multiply(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        missing = max(0, MIN_ROWS - len(values))
+        product = torch._int_mm(functional.pad(values, (0, 0, 0, missing)), self.weight.T)[: len(values)].float()
+        return product.mul_(scale).mul_(self.weight_scale).to(dtype)
+
+
+def make_linear(
+    scheme: str, parts: Sequence[Pieces], shapes: Sequence[tuple[int, int]], bias: Tensor | None, *, arithmetic: bool
+) -> PackedLinear:
+    """A layer of one or more packed weights of the same width; `arithmetic` allows the scheme's own products."""
+    rows, columns = [shape[0] for shape in shapes], shapes[0][1]
+    if scheme == "nf4":
+        return NF4Linear(parts, rows, columns, bias)
+    return (FP8Linear if scheme == "fp8" else Int8Linear)(parts, rows, columns, bias, arithmetic)
+
+
+def fits_together(scheme: str, shapes: Sequence[tuple[int, int]]) -> bool:
+    """Whether weights of these shapes can be one layer: NF4's blocks must not cross from one to the next."""
+    return scheme != "nf4" or all(rows * columns % BLOCK == 0 for rows, columns in shapes)
+
+
+def path_of(scheme: str, device: str) -> str:
+    """How a scheme multiplies on a device: "scaled_mm", "int_mm" or "dequantize"."""
+    return MULTIPLIERS[scheme] if scheme in MULTIPLIERS and _multiplies(scheme, device) else "dequantize"
+
+
+@functools.cache
+def _multiplies(scheme: str, device: str) -> bool:
+    """Whether the device has the scheme's arithmetic: by capability, then by a product that must be right."""
+    kind = torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        return False
+    if kind == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITIES[scheme]:
+        return False
+    ones = torch.ones(MIN_ROWS, MIN_ROWS, device=device)
+    packed = {"": ones.to(torch.int8 if scheme == "int8" else torch.float8_e4m3fn), "_scale": ones[0]}
+    layer = make_linear(scheme, [packed], [(MIN_ROWS, MIN_ROWS)], None, arithmetic=True)
+    try:
+        return bool((layer.multiply(packed[""], ones[:, :1], torch.float32) == MIN_ROWS).all())
+    except (RuntimeError, NotImplementedError, ValueError):
+        return False
+
+
+def _quantize_rows(x: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
+    """(values in 8 bit (M, K), float32 scales (M, 1)) of activations."""
+    scale = x.abs().amax(1, keepdim=True).float().div_(LARGEST[scheme]).clamp_(min=SMALLEST_SCALE)
+    values = x / scale
+    if scheme == "int8":
+        return values.round_().to(torch.int8), scale
+    return values.clamp_(-LARGEST["fp8"], LARGEST["fp8"]).to(torch.float8_e4m3fn), scale
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """One below the other; a single tensor stays where it is (mapped, perhaps)."""
+    return torch.cat(tuple(tensors)) if len(tensors) > 1 else tensors[0]

@@ -1,0 +1,187 @@
+"""Encode and decode weights in bitsandbytes' NF4 format, each block's scale either its absmax or searched.
+
+The format: 64 weights share a scale ("absmax" in the format's names) and are stored as 4-bit indexes into 16 values;
+256 scales share a second one and are stored as 8-bit indexes into 256 levels, after their mean was taken off. Any
+reader of the format gains from the search: it only moves the scales to where the squared error is least.
+
+Knows tensors; nothing of files, layers or models. Works on the tensor's device, in chunks of blocks.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import cache, partial
+from math import ceil, prod
+from typing import TYPE_CHECKING
+
+from quant.spec import BLOCK, NESTED_BLOCK, STATE, STATE_BYTES
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+READABLE = ("bfloat16", "float16", "float32")  # dtypes that readers decode to
+# Scales to try, as fractions of the block's absmax: chosen greedily for normal, Laplace and Student-t(4) weights.
+FRACTIONS = (0.86, 0.89, 0.91, 0.92, 0.94, 0.95, 0.97, 0.99, 1.02, 1.05, 1.08, 1.11, 1.25, 1.32, 1.37, 1.44)
+# The search sees integers: weights in -STEPS..STEPS, values in -UNITS..UNITS. As BLOCK * STEPS * UNITS < 2**24, its
+# float32 sums are exact: the same scales whatever the order of summation, the threads, the chunks or the device.
+STEPS, UNITS = 1023, 256
+
+
+def encode(weight: "Tensor", *, search: bool) -> "dict[str, Tensor]":
+    """Return the tensors that store `weight` (N, K), keyed by what follows its name in a state dict.
+
+    Without `search` they equal `bitsandbytes.functional.quantize_4bit` with nested statistics, on the CPU bit by bit.
+    A dtype that readers do not know is stored as float32. Raises ValueError for weights that are not finite.
+    """
+    import torch
+
+    blocks, tail = _blocks(weight), weight.numel() % BLOCK
+    parts = blocks.split(1 << (18 if weight.is_cuda else 12))  # of 16 Mi weights, or of 256 Ki: they stay in the cache
+    find = partial(_searched, table=_search_table(weight.device)) if search else _absmax
+    scales = torch.cat([find(part.float()) for part in parts])  # (blocks,) float32
+    if tail and not search:
+        scales[-1].clamp_(min=1e-38)
+    pieces, offset = _nested(scales)
+    scales = _read_back(pieces, offset) if search else scales
+    reciprocals = 1 / scales.clamp(min=1e-38)
+    pairs = zip(parts, reciprocals.split(len(parts[0])), strict=True)
+    packed = [_packed(part.float() * reciprocal[:, None]) for part, reciprocal in pairs]
+    if tail and not search:  # bitsandbytes divides here, where it multiplies by the reciprocal elsewhere
+        packed[-1][-1:] = _packed(blocks[-1:].float() / scales[-1])
+    codes = torch.cat(packed).view(-1, 1)[: ceil(weight.numel() / 2)]
+    return {"": codes, ".quant_map": _values(weight.device).clone(), **pieces, STATE: _state(weight, float(offset))}
+
+
+def decode(pieces: "dict[str, Tensor]", shape: Sequence[int], dtype: "torch.dtype") -> "Tensor":
+    """Return the weight (N, K) that `pieces` store. Raises ValueError for pieces that are not of this shape's size."""
+    import torch
+
+    blocks = ceil(prod(shape) / BLOCK)
+    sizes = {"": ceil(prod(shape) / 2), ".absmax": blocks, ".nested_absmax": ceil(blocks / NESTED_BLOCK)}
+    for suffix, size in sizes.items():  # kernels read past the end of what is too short
+        if pieces[suffix].numel() != size:
+            raise ValueError(f"{suffix or 'packed'} has {pieces[suffix].numel()} elements, not {size}")
+    offset = torch.tensor(offset_of(pieces), dtype=torch.float32, device=pieces[".absmax"].device)
+    absmax = absmax_of(pieces[".absmax"], pieces[".nested_absmax"], pieces[".nested_quant_map"], offset)
+    return dequantize(pieces[""], absmax, shape, dtype)
+
+
+def offset_of(pieces: "dict[str, Tensor]") -> float:
+    """What the scales' mean was: it is added to each that is read."""
+    return float(json.loads(bytes(pieces[STATE].tolist()))["nested_offset"])
+
+
+def absmax_of(absmax_u8: "Tensor", nested_absmax: "Tensor", nested_quant_map: "Tensor", offset: "Tensor") -> "Tensor":
+    """Return the scales (blocks,) float32 that every reader sees; `offset` is () float32."""
+    import bitsandbytes  # noqa: F401, for its operators
+    import torch
+
+    read = torch.ops.bitsandbytes.dequantize_blockwise.default
+    return read(absmax_u8, nested_absmax, nested_quant_map, NESTED_BLOCK, torch.float32) + offset
+
+
+def dequantize(packed: "Tensor", absmax: "Tensor", shape: Sequence[int], dtype: "torch.dtype") -> "Tensor":
+    """Return the weight (N, K) in one of the READABLE dtypes, from (N * K / 2,) uint8 and scales (blocks,) float32.
+
+    Blocks that cross rows are read as one row: for such rows bitsandbytes' AVX-512 kernel takes the wrong scales, and
+    for odd ones its CPU operator compiles C++.
+    """
+    import torch
+
+    rows = list(shape) if shape[-1] % BLOCK == 0 else [1, 2 * packed.numel()]
+    flat = torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, BLOCK, "nf4", rows, dtype).view(-1)
+    return flat[: prod(shape)].view(*shape)
+
+
+def _blocks(weight: "Tensor") -> "Tensor":
+    """(blocks, 64) in the weight's dtype: a view where that is possible; zeros fill up the last block."""
+    flat = weight.detach().reshape(-1)
+    if flat.numel() % BLOCK == 0:
+        return flat.view(-1, BLOCK)
+    padded = flat.new_zeros(ceil(flat.numel() / BLOCK) * BLOCK)
+    padded[: flat.numel()] = flat
+    return padded.view(-1, BLOCK)
+
+
+def _absmax(part: "Tensor") -> "Tensor":
+    """(b, 64) float32 -> (b,)."""
+    return part.abs().amax(1)
+
+
+def _searched(part: "Tensor", *, table: "Tensor") -> "Tensor":
+    """(b, 64) float32 -> (b,): the scale of least squared error among those that the fractions lead to.
+
+    Each fraction of the absmax gives codes c to the weights w; the best scale for these is <w,c> / <c,c>, and lowers
+    the error by <w,c>^2 / <c,c>. One table row per weight has its terms of both sums, for all fractions.
+    """
+    import torch
+    from torch.nn.functional import embedding_bag
+
+    absmax = _absmax(part)
+    steps = (part * (STEPS / absmax.clamp(min=1e-35))[:, None]).round_()
+    wc, cc = embedding_bag(steps.to(torch.int32).add_(STEPS), table, mode="sum").chunk(2, dim=1)  # (b, fractions)
+    cc = cc.clamp(min=1)  # of a block of zeros
+    best = (wc * wc / cc).argmax(1, keepdim=True)
+    return (wc / cc).gather(1, best).view(-1) * absmax * (UNITS / STEPS)
+
+
+@cache
+def _search_table(device: "torch.device") -> "Tensor":
+    """(2 * STEPS + 1, 2 * fractions) float32: row w has w * c, then c * c, for the code c by each fraction."""
+    import torch
+
+    values = _values(device)
+    w = torch.arange(-STEPS, STEPS + 1, dtype=torch.float32, device=device)[:, None]
+    midpoints = (values[:-1] + values[1:]) / 2 * STEPS
+    codes = torch.cat([torch.bucketize(w, midpoints * fraction) for fraction in FRACTIONS], dim=1)
+    c = (values * UNITS).round()[codes]
+    return torch.cat([w * c, c * c], dim=1)
+
+
+def _nested(scales: "Tensor") -> "tuple[dict[str, Tensor], Tensor]":
+    """Store scales (blocks,) float32 in 8 bits each: the pieces, and the offset () float32."""
+    import torch
+    from bitsandbytes.functional import create_dynamic_map
+
+    offset, levels = scales.mean(), create_dynamic_map().to(scales.device)
+    if not offset.isfinite():
+        raise ValueError("the weights are not all finite")
+    absmax_u8, nested = torch.ops.bitsandbytes.quantize_blockwise.default(scales - offset, levels, NESTED_BLOCK)
+    return {".absmax": absmax_u8, ".nested_absmax": nested, ".nested_quant_map": levels}, offset
+
+
+def _read_back(pieces: "dict[str, Tensor]", offset: "Tensor") -> "Tensor":
+    """The scales (blocks,) that readers see, after raising by a level those that rounding made negative."""
+    nested = pieces[".nested_absmax"], pieces[".nested_quant_map"], offset
+    pieces[".absmax"] += absmax_of(pieces[".absmax"], *nested) < 0
+    return absmax_of(pieces[".absmax"], *nested)
+
+
+def _packed(scaled: "Tensor") -> "Tensor":
+    """(b, 64) float32 in -1..1 -> (b, 32) uint8: indexes of the nearest values, the first of two in the high bits."""
+    import torch
+
+    values = _values(scaled.device)
+    index, above = torch.zeros_like(scaled), torch.empty_like(scaled)
+    for midpoint in ((values[:-1] + values[1:]) / 2).tolist():
+        index += torch.gt(scaled, midpoint, out=above)  # into floats: five times as fast as into bools
+    index = index.to(torch.uint8)
+    return index[:, ::2] << 4 | index[:, 1::2]
+
+
+@cache
+def _values(device: "torch.device") -> "Tensor":
+    """The 16 values, ascending, from -1 to 1."""
+    from bitsandbytes.functional import get_4bit_type
+
+    return get_4bit_type("nf4", device=device)
+
+
+def _state(weight: "Tensor", offset: float) -> "Tensor":
+    import torch
+
+    name = str(weight.dtype).removeprefix("torch.")
+    state = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": name if name in READABLE else "float32"}
+    state |= {"shape": list(weight.shape), "nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
+    blob = json.dumps(state | {"nested_offset": offset}).encode().ljust(STATE_BYTES)
+    return torch.tensor(list(blob), dtype=torch.uint8, device="cpu")

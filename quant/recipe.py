@@ -1,0 +1,170 @@
+"""What a quantized checkpoint will consist of: every file, tensor and byte, before anything is read or written.
+
+Knows the on-disk layouts: a diffusers folder (nf4, fp8, int8), or one file with BFL's names (fp8) or ComfyUI's scaled
+fp8. Stdlib only.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from quant.checkpoint import COMPONENTS, KEEP_FILE, PACKED_FILES, PLAIN_FILES, TOKENIZERS, Checkpoint, Component
+from quant.dialects import SWAPPED, bfl_leaf, table
+from quant.errors import CheckpointError, SpecError
+from quant.header import TensorInfo
+from quant.spec import QuantSpec, layout
+from quant.weights import Weight
+from quant.writer import SafetensorsWriter
+
+LAYOUTS = ("diffusers", "bfl", "comfy")
+COPIED = (".json", ".safetensors", ".txt", ".model", ".md")
+# diffusers matches these as parts of dotted names and as leaf names: "proj_out" here would spare every single block's.
+EMBEDDERS = ["x_embedder", "context_embedder", "time_text_embed", "norm_out"]
+MODULATION = ["norm1", "norm1_context", "norm"]
+BITSANDBYTES = {
+    "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """One tensor of the result, in `file` (relative; "" is the destination itself), from the rows of its sources."""
+
+    file: str
+    name: str
+    scheme: str
+    sources: tuple[Weight, ...]
+    swap: bool = False  # the halves of the rows change places
+    scalar: bool = False  # fp8 with one scale for all rows
+
+    @property
+    def info(self) -> TensorInfo:
+        """The tensor before it is packed."""
+        first = self.sources[0].info
+        rows = sum(source.shape[0] for source in self.sources) if first.shape else 0
+        return replace(first, name=self.name, shape=(rows, *first.shape[1:]) if first.shape else ())
+
+    @property
+    def outputs(self) -> tuple[TensorInfo, ...]:
+        stored = layout(self.scheme, self.info)
+        return (stored[0], replace(stored[1], shape=())) if self.scalar else stored
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole bake: jobs in reading order, texts to write and files to link, both by relative path."""
+
+    spec: QuantSpec
+    layout: str
+    jobs: tuple[Job, ...]
+    texts: dict[str, str]
+    links: dict[str, Path]
+
+    def writers(self, folder: Path) -> dict[str, SafetensorsWriter]:
+        """A writer for every weight file below `folder`; nothing is written yet."""
+        tensors: dict[str, list[TensorInfo]] = {}
+        for job in self.jobs:
+            tensors.setdefault(job.file, []).extend(job.outputs)
+        return {file: SafetensorsWriter(folder / file, infos, self._metadata(file)) for file, infos in tensors.items()}
+
+    def _metadata(self, file: str) -> dict[str, str]:
+        metadata = {"format": "pt", "flux_quant": json.dumps(self.spec.to_json(), sort_keys=True)}
+        if self.layout == "comfy":
+            layers = {
+                job.name.removesuffix(".weight"): {"format": "float8_e4m3fn"}
+                for job in self.jobs
+                if job.scheme and job.file == file
+            }
+            metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": layers})
+        return metadata
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every weight file that will be written."""
+        return {file: writer.nbytes for file, writer in self.writers(Path()).items()}
+
+    @property
+    def source_nbytes(self) -> int:
+        return sum(source.nbytes for job in self.jobs for source in job.sources)
+
+
+def make_recipe(source: Checkpoint, spec: QuantSpec) -> Recipe:
+    """The recipe of a diffusers folder; raises `CheckpointError` for a source that is quantized already."""
+    spec.check_keep(name for part in source.components.values() for name in part.weights)
+    jobs = _transformer_jobs(source.components["transformer"], spec)
+    texts = {"transformer/config.json": _config(source.components["transformer"], spec)}
+    packed = {"transformer"}
+    if spec.text_encoder != "keep":
+        packed.add("text_encoder_2")
+        jobs += _text_encoder_jobs(source.components["text_encoder_2"], spec)
+        texts["text_encoder_2/config.json"] = _config(source.components["text_encoder_2"], spec)
+    folders = [name for name in (*COMPONENTS, *TOKENIZERS, "scheduler") if name not in packed]
+    kept = [path for name in folders for path in sorted((source.folder / name).iterdir()) if path.suffix in COPIED]
+    kept += [path for path in source.folder.iterdir() if path.name.startswith(("model_index.json", "LICENSE"))]
+    links = {str(path.relative_to(source.folder)): path for path in kept if path.is_file()}
+    return Recipe(spec, "diffusers", _in_reading_order(jobs), texts, links)
+
+
+def make_file_recipe(transformer: Component, spec: QuantSpec, kind: str) -> Recipe:
+    """The recipe of one file with BFL's names (`kind` bfl) or ComfyUI's scaled fp8 (comfy)."""
+    if spec.to != "fp8":
+        raise SpecError("impossible choice", which=f"--layout {kind} --to {spec.to}", why="that layout is fp8")
+    spec.check_keep(transformer.weights)
+    config, weights = transformer.config, transformer.weights
+    counts = {"double": config["num_layers"], "single": config["num_single_layers"]}
+    jobs = []
+    for layer, ours in table(**counts, guidance=config["guidance_embeds"]).items():
+        for leaf in ("weight", "bias"):
+            sources = tuple(weights[f"{part}.{leaf}"] for part in ours if f"{part}.{leaf}" in weights)
+            if sources:
+                schemes = [_scheme(transformer, spec, source) for source in sources]
+                scheme = min(schemes)  # "" where one part is kept
+                scalar = bool(scheme) and kind == "comfy"
+                jobs.append(Job("", bfl_leaf(layer, leaf), scheme, sources, layer == SWAPPED, scalar))
+    if (read := sum(len(job.sources) for job in jobs)) != len(weights):
+        why = f"{len(weights)} tensors, of which {read} have a place in that layout"
+        raise CheckpointError("not a FLUX.1 transformer", which=transformer.folder, why=why)
+    return Recipe(spec, kind, _in_reading_order(jobs), {}, {})
+
+
+def _transformer_jobs(part: Component, spec: QuantSpec) -> list[Job]:
+    file = f"transformer/{PACKED_FILES.get(spec.to, PLAIN_FILES[0])}"
+    jobs = [Job(file, weight.name, _scheme(part, spec, weight), (weight,)) for weight in part.weights.values()]
+    if spec.to == "nf4":  # bitsandbytes' skip list cannot spare the last layer: packed there, its original beside
+        last = part.weights["proj_out.weight"]
+        jobs = [replace(job, scheme="nf4") if job.name == last.name else job for job in jobs]
+        jobs.append(Job(f"transformer/{KEEP_FILE}", last.name, "", (last,)))
+    return jobs
+
+
+def _text_encoder_jobs(part: Component, spec: QuantSpec) -> list[Job]:
+    file = f"text_encoder_2/{PACKED_FILES.get(spec.text_encoder, PLAIN_FILES[1])}"
+    return [Job(file, weight.name, _scheme(part, spec, weight), (weight,)) for weight in part.weights.values()]
+
+
+def _scheme(part: Component, spec: QuantSpec, weight: Weight) -> str:
+    if weight.scheme:
+        hint = "quantize the 16-bit model that it was made from"
+        raise CheckpointError(
+            "quantized already", which=part.folder, why=f"{weight.name} is {weight.scheme}", hint=hint
+        )
+    return spec.scheme(part.name, weight.name, weight.shape)
+
+
+def _config(part: Component, spec: QuantSpec) -> str:
+    """config.json of a packed component; nf4 says in it what bitsandbytes' readers need."""
+    config = dict(part.config)
+    if (spec.to if part.name == "transformer" else spec.text_encoder) == "nf4":
+        kept = [n.rpartition(".")[0] for n, w in part.weights.items() if len(w.shape) == 2 and spec.is_kept(n)]
+        skipped = ["wo"] if part.name == "text_encoder_2" else EMBEDDERS + MODULATION * (spec.modulation == "keep")
+        config["quantization_config"] = BITSANDBYTES | {"llm_int8_skip_modules": skipped + kept}
+    return json.dumps(config, indent=2) + "\n"
+
+
+def _in_reading_order(jobs: list[Job]) -> tuple[Job, ...]:
+    def place(job: Job) -> tuple:
+        first = next(iter(job.sources[0].pieces.values()))
+        return str(first.file), first.info.start, job.file
+
+    return tuple(sorted(jobs, key=place))

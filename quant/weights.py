@@ -1,0 +1,155 @@
+"""Logical weights: one tensor of the model by its diffusers name, and the pieces that store it in files.
+
+Knows the packed forms (bitsandbytes' NF4, fp8 and int8 with row scales, optimum-quanto's names for them), nothing of
+components or folders. Reads no data but the small state blobs of NF4. Stdlib only.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from quant.errors import CheckpointError
+from quant.header import TensorInfo
+from quant.spec import BLOCK, NESTED_BLOCK, STATE, layout
+
+MAX_STATE_BYTES = 4096
+FLOATS = ("F64", "F32", "F16", "BF16")
+PACKED = re.compile(
+    r"(.+\.weight)(\.(?:absmax|nested_absmax|nested_quant_map|quant_map|quant_state\.[a-z0-9_]+)|_scale)"
+)
+QUANTO = {"._data": "", "._scale": "_scale"}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of a file, or ranges of its rows in the order given."""
+
+    file: Path
+    info: TensorInfo
+    rows: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        first = sum(stop - start for start, stop in self.rows)
+        return (first, *self.info.shape[1:]) if self.rows else self.info.shape
+
+    @property
+    def nbytes(self) -> int:
+        return replace(self.info, shape=self.shape).nbytes
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of a model: `shape` is that of its values, `scheme` "" or how they are packed, pieces by suffix."""
+
+    name: str
+    shape: tuple[int, ...]
+    scheme: str
+    pieces: dict[str, Piece]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces.values())
+
+    @property
+    def info(self) -> TensorInfo:
+        """The unpacked tensor, in 16 bit where it is packed here."""
+        return TensorInfo(self.name, "BF16" if self.scheme else self.pieces[""].info.dtype, self.shape)
+
+
+def group(pieces: Mapping[str, Piece]) -> dict[str, Weight]:
+    """The logical weights that a file's tensors make; raises `CheckpointError` for a pack that is not whole."""
+    groups: dict[str, dict[str, Piece]] = {}
+    for name, piece in _without_quanto(pieces).items():
+        match = PACKED.fullmatch(name)
+        base, suffix = (match[1], match[2]) if match else (name, "")
+        groups.setdefault(base, {})[suffix] = piece
+    return {name: _weight(name, parts) for name, parts in groups.items()}
+
+
+def _without_quanto(pieces: Mapping[str, Piece]) -> Mapping[str, Piece]:
+    """optimum-quanto's names as ours; its activation scales (1 where only weights are quantized) are left out."""
+    modules = {name.removesuffix(".weight._data") for name in pieces if name.endswith(".weight._data")}
+    if not modules:
+        return pieces
+    found = {}
+    for name, piece in pieces.items():
+        owner, _, leaf = name.rpartition(".")
+        if leaf in ("input_scale", "output_scale") and owner in modules:
+            continue
+        found[owner + QUANTO[f".{leaf}"] if owner.endswith(".weight") and f".{leaf}" in QUANTO else name] = piece
+    return found
+
+
+def _weight(name: str, parts: dict[str, Piece]) -> Weight:
+    first = next(iter(parts.values()))
+    if "" not in parts:
+        raise CheckpointError("a packed weight is missing", which=first.file, why=f"{name} has only its scales")
+    dtype, shape = parts[""].info.dtype, parts[""].shape
+    if set(parts) == {"", "_scale"} and dtype in ("F8_E4M3", "I8") and len(shape) == 2:
+        if math.prod(parts["_scale"].shape) not in (1, shape[0]) or parts["_scale"].info.dtype not in FLOATS:
+            raise CheckpointError("impossible scales", which=first.file, why=f"of {name}: {parts['_scale'].shape}")
+        return Weight(name, shape, "fp8" if dtype == "F8_E4M3" else "int8", parts)
+    if set(parts) != {""}:
+        return _nf4(name, parts)
+    if dtype.startswith("F8") or (dtype in ("I8", "U8") and len(shape) == 2):
+        why = f"{name} is {dtype} and has no scale beside it"
+        raise CheckpointError("quantized weights without scales", which=first.file, why=why)
+    return Weight(name, shape, "", parts)
+
+
+def _nf4(name: str, parts: dict[str, Piece]) -> Weight:
+    """A weight packed by bitsandbytes: NF4, blocks of 64, scales quantized again."""
+    file = parts[""].file
+    wanted = {info.name.removeprefix(name) for info in layout("nf4", TensorInfo(name, "BF16", (2, BLOCK)))}
+    if set(parts) != wanted:
+        odd = sorted(wanted ^ set(parts))[0].lstrip("._")
+        why = f"{name} {'has no' if odd in [s.lstrip('._') for s in wanted] else 'also has'} {odd}"
+        hint = "nf4 with double quantization is read"
+        raise CheckpointError("an unreadable pack of 4-bit weights", which=file, why=why, hint=hint)
+    shape = _shape_in_state(name, parts[STATE])
+    stored = {info.name.removeprefix(name): info for info in layout("nf4", TensorInfo(name, "BF16", shape))}
+    for suffix, piece in parts.items():
+        same = math.prod(piece.shape) == stored[suffix].numel or suffix == STATE
+        if piece.info.dtype != stored[suffix].dtype or not same or piece.rows:
+            why = f"{name}{suffix} is {piece.info.dtype} {list(piece.shape)} for a weight of {list(shape)}"
+            raise CheckpointError("an unreadable pack of 4-bit weights", which=file, why=why[:160])
+    return Weight(name, shape, "nf4", parts)
+
+
+def _shape_in_state(name: str, piece: Piece) -> tuple[int, int]:
+    """The weight's shape by its state blob, all of whose values are checked."""
+    try:
+        if piece.info.nbytes > MAX_STATE_BYTES:
+            raise ValueError("it is too large")
+        with piece.file.open("rb") as file:
+            start = int.from_bytes(file.read(8), "little")
+            file.seek(8 + start + piece.info.start)
+            state = json.loads(file.read(piece.info.nbytes).decode("utf-8"))
+        return _checked_shape(state)
+    except OSError as error:
+        raise CheckpointError("cannot read weights", which=piece.file, why=error.strerror or "read error") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        why = f"{name[:60]}: {str(error)[:80]}"
+        raise CheckpointError("hostile or damaged quant state", which=piece.file, why=why) from error
+
+
+def _checked_shape(state: dict) -> tuple[int, int]:
+    known = {"quant_type": ("nf4",), "blocksize": (BLOCK,), "nested_blocksize": (NESTED_BLOCK,)}
+    known |= {"nested_dtype": ("float32",), "dtype": ("bfloat16", "float16", "float32")}
+    for key, values in known.items():
+        if state[key] not in values:
+            raise ValueError(f"{key} is {state[key]!r:.40}")
+    shape, offset = state["shape"], state["nested_offset"]
+    if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and 0 < n < 1 << 24 for n in shape):
+        raise ValueError(f"shape is {shape!r:.40}")
+    if type(offset) is not float or not math.isfinite(offset):
+        raise ValueError(f"nested_offset is {offset!r:.40}")
+    return shape[0], shape[1]
