@@ -55,6 +55,13 @@ def load_component(
     return module.eval()
 
 
+def matching(component: Component) -> tuple[int, int]:
+    """(how many tensors of the component have a place in its module, how many it needs)."""
+    expected = {name: tuple(tensor.shape) for name, tensor in build(component).state_dict().items()}
+    names = _names_in_file(component)
+    return sum(expected.get(n) == component.weights[stored].shape for n, stored in names.items()), len(expected)
+
+
 def _scheme(component: Component, weight: Weight, spec: QuantSpec | None) -> str:
     return weight.scheme or (spec.scheme(component.name, weight.name, weight.shape) if spec else "")
 

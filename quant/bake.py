@@ -13,7 +13,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,14 +21,16 @@ from typing import TYPE_CHECKING
 from quant import codecs
 from quant.checkpoint import MANIFEST
 from quant.errors import WriteError
+from quant.header import read_header
 from quant.recipe import Job, Recipe
-from quant.tensors import Reader
+from quant.weights import Piece
 from quant.writer import SafetensorsWriter
 
 if TYPE_CHECKING:
     import torch
 
 MARGIN = 64 << 20  # of free disk, beside what is written
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 HUB_BLOB = re.compile(r"[0-9a-f]{64}")  # the hub's cache names its files by their sha256
 
 
@@ -55,16 +57,9 @@ def bake(recipe: Recipe, target: Path, *, origin: dict, device: str = "cpu", ver
     try:
         with _explaining(target):
             writers = _prepare(recipe, temporary)
-            with ThreadPoolExecutor(1) as hashing:
-                files = sorted({piece.file for job in recipe.jobs for w in job.sources for piece in w.pieces.values()})
-                digests = {path: hashing.submit(_sha256, path) for path in files}
-                try:
-                    yield from _pack(recipe, writers, device, errors)
-                finally:
-                    hashing.shutdown(cancel_futures=True)
-                sources = {
-                    path.name: {"bytes": path.stat().st_size, "sha256": d.result()} for path, d in digests.items()
-                }
+            digests: dict[Path, str] = {}
+            yield from _pack(recipe, writers, device, errors, digests)
+            sources = {path.name: {"bytes": path.stat().st_size, "sha256": d} for path, d in digests.items()}
             for writer in writers.values():
                 writer.finish()
             if verify:
@@ -124,34 +119,75 @@ def _prepare(recipe: Recipe, temporary: Path) -> dict[str, SafetensorsWriter]:
 
 
 def _pack(
-    recipe: Recipe, writers: dict[str, SafetensorsWriter], device: str, errors: dict[str, float]
+    recipe: Recipe,
+    writers: dict[str, SafetensorsWriter],
+    device: str,
+    errors: dict[str, float],
+    digests: dict[Path, str],
 ) -> Iterator[Progress]:
-    """Read the next tensor and write the last one while this one is packed."""
-    done, total = 0, recipe.source_nbytes
-    with Reader() as reader, ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
-        ahead, written = reading.submit(_read, reader, recipe.jobs[0], device), Future()
-        written.set_result(None)
-        for k, job in enumerate(recipe.jobs):
-            tensor = ahead.result()
-            if k + 1 < len(recipe.jobs):
-                ahead = reading.submit(_read, reader, recipe.jobs[k + 1], device)
-            pieces = _encode(recipe, job, tensor, errors)
-            written.result()
-            written = writing.submit(_write, writers[job.file], job, pieces)
-            done += sum(source.nbytes for source in job.sources)
-            yield Progress(job.name, done, total)
+    """Read the next tensor and write the last ones while one is packed; a job begins when its last source is there."""
+    uses: dict[tuple[Path, str], list[tuple[int, int]]] = {}
+    for n, job in enumerate(recipe.jobs):
+        for k, source in enumerate(job.sources):
+            uses.setdefault((source.pieces[""].file, source.pieces[""].info.name), []).append((n, k))
+    files = sorted({path for path, _ in uses})
+    arrived: dict[int, dict[int, torch.Tensor]] = {}
+    done, total = 0, sum(path.stat().st_size for path in files)
+    tensors = _read(files, digests)
+    with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
+        ahead, written = reading.submit(next, tensors, None), writing.submit(int)
+        while item := ahead.result():
+            ahead = reading.submit(next, tensors, None)
+            path, name, tensor = item
+            for n, k in uses.get((path, name), ()):
+                job, parts = recipe.jobs[n], arrived.setdefault(n, {})
+                parts[k] = _rows(tensor, job.sources[k].pieces[""])
+                if len(parts) == len(job.sources):
+                    pieces = _encode(recipe, job, _joined(job, arrived.pop(n)).to(device), errors)
+                    written.result()
+                    written = writing.submit(_write, writers[job.file], job, pieces)
+            done += tensor.nbytes
+            yield Progress(name, done, total)
         written.result()
 
 
-def _read(reader: Reader, job: Job, device: str) -> "torch.Tensor":
-    """The job's tensor, unpacked, in memory of its own."""
+def _read(files: list[Path], digests: dict[Path, str]) -> "Iterator[tuple[Path, str, torch.Tensor]]":
+    """Every tensor of the files in their order, in memory of its own; on the way the sha256 of each file."""
     import torch
 
-    parts = [reader.weight(source)[""] for source in job.sources]
-    tensor = torch.cat(parts) if len(parts) > 1 else parts[0].clone()
-    if job.swap:
-        tensor = torch.cat(tensor.chunk(2)[::-1])
-    return tensor.to(device)
+    for path in files:
+        real = Path(os.path.realpath(path))
+        known, digest = HUB_BLOB.fullmatch(real.name), hashlib.sha256()
+        infos = read_header(path)
+        with path.open("rb", buffering=0) as file:
+            start = path.stat().st_size - sum(info.nbytes for info in infos.values())
+            digest.update(file.read(start))
+            for info in infos.values():
+                data = torch.empty(info.nbytes, dtype=torch.uint8)
+                view = memoryview(data.numpy())
+                while view and (count := file.readinto(view)):
+                    if not known:
+                        digest.update(view[:count])
+                    view = view[count:]
+                if hasattr(os, "posix_fadvise"):  # what was written shall stay in the page cache, to be verified
+                    os.posix_fadvise(file.fileno(), start + info.start, info.nbytes, os.POSIX_FADV_DONTNEED)
+                yield path, info.name, data.view(getattr(torch, DTYPES[info.dtype])).view(info.shape)
+        digests[path] = known[0] if known else digest.hexdigest()
+
+
+def _rows(tensor: "torch.Tensor", piece: Piece) -> "torch.Tensor":
+    import torch
+
+    ranges = [tensor[start:stop] for start, stop in piece.rows]
+    return torch.cat(ranges) if ranges else tensor
+
+
+def _joined(job: Job, parts: "dict[int, torch.Tensor]") -> "torch.Tensor":
+    """The job's tensor of its sources' rows."""
+    import torch
+
+    tensor = torch.cat([parts[k] for k in range(len(parts))]) if len(parts) > 1 else parts[0]
+    return torch.cat(tensor.chunk(2)[::-1]) if job.swap else tensor
 
 
 def _encode(recipe: Recipe, job: Job, tensor: "torch.Tensor", errors: dict[str, float]) -> "dict[str, torch.Tensor]":
@@ -197,14 +233,6 @@ def _place(recipe: Recipe, temporary: Path, target: Path, manifest: dict) -> Non
         os.rename(target, old)
     os.replace(temporary, target)
     _remove(old)
-
-
-def _sha256(path: Path) -> str:
-    real = Path(os.path.realpath(path))
-    if HUB_BLOB.fullmatch(real.name):
-        return real.name
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _remove(path: Path) -> None:

@@ -90,7 +90,7 @@ def inspect(folder: Path) -> Checkpoint:
     if index.get("_class_name") != "FluxPipeline":
         why = f"its model_index.json names {str(index.get('_class_name'))[:60]!r}, not FluxPipeline"
         raise CheckpointError("not a FLUX.1 model", which=folder, why=why)
-    components = {name: _component(name, folder / name) for name in COMPONENTS}
+    components = {name: inspect_component(name, folder / name) for name in COMPONENTS}
     for name in TOKENIZERS:
         if not (folder / name).is_dir():
             raise CheckpointError(f"no {name} in the model folder", which=folder, hint=AGAIN)
@@ -108,7 +108,8 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
-def _component(name: str, folder: Path) -> Component:
+def inspect_component(name: str, folder: Path) -> Component:
+    """Return one part of a model folder; raises `CheckpointError`."""
     config = read_config(name, folder)
     weights = group(_pieces(_weight_files(folder)))
     if (kept := folder / KEEP_FILE).is_file():  # 16-bit originals of what bitsandbytes' skip list could not spare

@@ -15,7 +15,7 @@ from quant.weights import Piece
 if TYPE_CHECKING:
     import torch
 
-CHUNK = 1 << 18  # values that are encoded at a time: float32 copies of them stay in the cache
+CHUNK = 1 << 20  # values that are encoded at a time
 LARGEST = {"fp8": 448.0, "int8": 127.0}
 SMALLEST_SCALE = 1e-12  # of a row of zeros
 NF4_BOUND = 0.15  # relative; Gaussian weights have 0.085 to 0.092
@@ -45,7 +45,7 @@ def encode(
     import torch
 
     if scheme == "nf4":
-        norm = sum(float(part.float().square_().sum()) for part in weight.split(256))
+        norm = sum(float(part.float().square().sum()) for part in weight.split(256))
         _check_finite(norm, name, where)
         pieces = nf4.encode(weight, search=search)
         error = _squared_error(weight, nf4.decode(pieces, tuple(weight.shape), torch.float32))
@@ -72,10 +72,10 @@ def _encode_rows(weight: "torch.Tensor", scheme: str, *, scalar: bool) -> Encode
         values = part.float()
         scale = values.abs().amax(1, keepdim=True).div_(LARGEST[scheme]).clamp_(min=SMALLEST_SCALE)
         scale = scale if one is None else one.expand_as(scale).contiguous()
-        packed = quanto.quantize_weight(values, kind, 0, scale, optimized=False)._data
-        error += _squared_error(values, packed.float().mul_(scale))
+        packed = quanto.quantize_weight(values, kind, 0, scale if len(values) > 1 else scale.view(()), optimized=False)
+        error += _squared_error(values, packed._data.float().mul_(scale))
         norm += float(values.square().sum())
-        data.append(packed)
+        data.append(packed._data)
         scales.append(scale.flatten())
     scale = torch.cat(scales)
     step = float(scale.norm()) * math.sqrt(weight.shape[1]) * (0.5 if scheme == "int8" else 2**-10)

@@ -87,7 +87,7 @@ def check_config(name: str, path: Path, config: dict) -> dict:
         raise CheckpointError("impossible config", which=path, why="scaling_factor is 0")
     if name == "transformer" and config["in_channels"] != FLUX_CHANNELS:
         why = f"its transformer takes {config['in_channels']} channels (a Fill or control model), not {FLUX_CHANNELS}"
-        raise CheckpointError("another kind of FLUX model", which=path.parent, why=why)
+        raise CheckpointError("another kind of FLUX model", which=path, why=why)
     return config
 
 

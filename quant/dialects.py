@@ -64,7 +64,9 @@ OTHERS = {
 
 def is_bfl(names: Iterable[str]) -> bool:
     """Whether these are the keys of a FLUX transformer as BFL names them."""
-    return any(BLOCK_KEY.match(name.removeprefix(PREFIX)) for name in names)
+    names = list(names)
+    other = any(part in name for part in ("double_stream_modulation", "lora") for name in names)
+    return not other and any(BLOCK_KEY.match(name.removeprefix(PREFIX)) for name in names)
 
 
 def kind_of(names: Iterable[str]) -> str:
@@ -88,7 +90,7 @@ def from_bfl(pieces: Mapping[str, Piece]) -> tuple[dict[str, Piece], dict]:
     found = {}
     for name, piece in pieces.items():
         layer, _, leaf = name.rpartition(".")
-        if layer not in known or leaf not in ("weight", "bias", "weight_scale", "scale"):
+        if layer not in known or name not in (bfl_leaf(layer, "weight"), f"{layer}.bias", f"{layer}.weight_scale"):
             raise CheckpointError("another model than FLUX.1", which=file, why=f"it has {name[:60]}")
         ours, weight = known[layer], pieces.get(f"{layer}.weight")
         for part, rows in zip(ours, _rows(layer, ours, piece, weight), strict=True):

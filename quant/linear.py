@@ -8,7 +8,6 @@ NF4 always, the weight is dequantized first. Shapes: weight (N, K), input (..., 
 The one module that imports torch at its top: import it inside functions.
 """
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +23,7 @@ MIN_ROWS = 32  # CUDA's _int_mm wants more than 16
 ALIGNED = 16  # what the widths of both 8-bit products are multiples of
 MULTIPLIERS = {"fp8": "scaled_mm", "int8": "int_mm"}
 CAPABILITIES = {"fp8": (8, 9), "int8": (7, 5)}
+PROBED: dict[tuple[str, str], bool] = {}  # torch.compile looks through functools.cache, not into this
 
 
 class PackedLinear(nn.Module):
@@ -74,14 +74,15 @@ class RowLinear(PackedLinear):
         self.register_buffer("weight", _stack([part[""] for part in parts]))
         self.register_buffer("weight_scale", _stack(scales).contiguous())
         self.arithmetic = arithmetic and not (self.in_features % ALIGNED or self.out_features % ALIGNED)
+        if self.arithmetic:
+            _multiplies(self.scheme, str(self.weight.device))  # probed before anything is compiled
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.arithmetic and _multiplies(self.scheme, str(x.device))):
             return super().forward(x)
         values, scale = _quantize_rows(x.reshape(-1, self.in_features), self.scheme)
         product = self.multiply(values, scale, x.dtype)
-        product = product if self.bias is None else product + self.bias
-        return product.view(*x.shape[:-1], self.out_features)
+        return (product if self.bias is None else product + self.bias).view(*x.shape[:-1], self.out_features)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         return (self.weight.float() * self.weight_scale[:, None]).to(dtype)
@@ -133,19 +134,22 @@ def path_of(scheme: str, device: str) -> str:
     return MULTIPLIERS[scheme] if scheme in MULTIPLIERS and _multiplies(scheme, device) else "dequantize"
 
 
-@functools.cache
 def _multiplies(scheme: str, device: str) -> bool:
+    if (scheme, device) not in PROBED:
+        PROBED[scheme, device] = _probe(scheme, device)
+    return PROBED[scheme, device]
+
+
+def _probe(scheme: str, device: str) -> bool:
     """Whether the device has the scheme's arithmetic: by capability, then by a product that must be right."""
     kind = torch.device(device).type
-    if kind not in ("cpu", "cuda"):
-        return False
-    if kind == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITIES[scheme]:
+    if kind != "cpu" and (kind != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITIES[scheme]):
         return False
     ones = torch.ones(MIN_ROWS, MIN_ROWS, device=device)
     packed = {"": ones.to(torch.int8 if scheme == "int8" else torch.float8_e4m3fn), "_scale": ones[0]}
-    layer = make_linear(scheme, [packed], [(MIN_ROWS, MIN_ROWS)], None, arithmetic=True)
+    layer = make_linear(scheme, [packed], [(MIN_ROWS, MIN_ROWS)], None, arithmetic=False)
     try:
-        return bool((layer.multiply(packed[""], ones[:, :1], torch.float32) == MIN_ROWS).all())
+        return bool((layer.multiply(packed[""], ones[:, :1].contiguous(), torch.float32) == MIN_ROWS).all())
     except (RuntimeError, NotImplementedError, ValueError):
         return False
 

@@ -9,7 +9,7 @@ Knows tensors; nothing of files, layers or models. Works on the tensor's device,
 
 import json
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache
 from math import ceil, prod
 from typing import TYPE_CHECKING
 
@@ -36,16 +36,15 @@ def encode(weight: "Tensor", *, search: bool) -> "dict[str, Tensor]":
     import torch
 
     blocks, tail = _blocks(weight), weight.numel() % BLOCK
-    parts = blocks.split(1 << (18 if weight.is_cuda else 12))  # of 16 Mi weights, or of 256 Ki: they stay in the cache
-    find = partial(_searched, table=_search_table(weight.device)) if search else _absmax
-    scales = torch.cat([find(part.float()) for part in parts])  # (blocks,) float32
-    if tail and not search:
+    parts = blocks.split(1 << (18 if weight.is_cuda else 13))  # of 16 Mi weights, or of 512 Ki: they stay in the cache
+    table = _search_table(weight.device) if search else None
+    scales = torch.cat([_scales(part.float(), table) for part in parts])  # (blocks,) float32
+    if tail:
         scales[-1].clamp_(min=1e-38)
     pieces, offset = _nested(scales)
     scales = _read_back(pieces, offset) if search else scales
-    reciprocals = 1 / scales.clamp(min=1e-38)
-    pairs = zip(parts, reciprocals.split(len(parts[0])), strict=True)
-    packed = [_packed(part.float() * reciprocal[:, None]) for part, reciprocal in pairs]
+    reciprocals = (1 / scales.clamp(min=1e-38))[:, None].split(len(parts[0]))
+    packed = [_packed(part.float() * reciprocal) for part, reciprocal in zip(parts, reciprocals, strict=True)]
     if tail and not search:  # bitsandbytes divides here, where it multiplies by the reciprocal elsewhere
         packed[-1][-1:] = _packed(blocks[-1:].float() / scales[-1])
     codes = torch.cat(packed).view(-1, 1)[: ceil(weight.numel() / 2)]
@@ -53,14 +52,16 @@ def encode(weight: "Tensor", *, search: bool) -> "dict[str, Tensor]":
 
 
 def decode(pieces: "dict[str, Tensor]", shape: Sequence[int], dtype: "torch.dtype") -> "Tensor":
-    """Return the weight (N, K) that `pieces` store. Raises ValueError for pieces that are not of this shape's size."""
+    """Return the weight (N, K) that `pieces` store. Raises ValueError for pieces not of this size, or another dtype."""
     import torch
 
     blocks = ceil(prod(shape) / BLOCK)
-    sizes = {"": ceil(prod(shape) / 2), ".absmax": blocks, ".nested_absmax": ceil(blocks / NESTED_BLOCK)}
-    for suffix, size in sizes.items():  # kernels read past the end of what is too short
+    sizes = ("", ceil(prod(shape) / 2)), (".absmax", blocks), (".nested_absmax", ceil(blocks / NESTED_BLOCK))
+    for suffix, size in sizes:  # kernels read past the end of what is too short, and leave float64 unwritten
         if pieces[suffix].numel() != size:
             raise ValueError(f"{suffix or 'packed'} has {pieces[suffix].numel()} elements, not {size}")
+    if str(dtype).removeprefix("torch.") not in READABLE:
+        raise ValueError(f"{dtype} is not one of {', '.join(READABLE)}")
     offset = torch.tensor(offset_of(pieces), dtype=torch.float32, device=pieces[".absmax"].device)
     absmax = absmax_of(pieces[".absmax"], pieces[".nested_absmax"], pieces[".nested_quant_map"], offset)
     return dequantize(pieces[""], absmax, shape, dtype)
@@ -81,13 +82,10 @@ def absmax_of(absmax_u8: "Tensor", nested_absmax: "Tensor", nested_quant_map: "T
 
 
 def dequantize(packed: "Tensor", absmax: "Tensor", shape: Sequence[int], dtype: "torch.dtype") -> "Tensor":
-    """Return the weight (N, K) in one of the READABLE dtypes, from (N * K / 2,) uint8 and scales (blocks,) float32.
-
-    Blocks that cross rows are read as one row: for such rows bitsandbytes' AVX-512 kernel takes the wrong scales, and
-    for odd ones its CPU operator compiles C++.
-    """
+    """Return the weight (N, K) in one of the READABLE dtypes, from (N * K / 2,) uint8 and scales (blocks,) float32."""
     import torch
 
+    # Blocks that cross rows: bitsandbytes' AVX-512 kernel takes wrong scales, and for odd rows it compiles C++.
     rows = list(shape) if shape[-1] % BLOCK == 0 else [1, 2 * packed.numel()]
     flat = torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, BLOCK, "nf4", rows, dtype).view(-1)
     return flat[: prod(shape)].view(*shape)
@@ -95,21 +93,14 @@ def dequantize(packed: "Tensor", absmax: "Tensor", shape: Sequence[int], dtype: 
 
 def _blocks(weight: "Tensor") -> "Tensor":
     """(blocks, 64) in the weight's dtype: a view where that is possible; zeros fill up the last block."""
-    flat = weight.detach().reshape(-1)
-    if flat.numel() % BLOCK == 0:
-        return flat.view(-1, BLOCK)
-    padded = flat.new_zeros(ceil(flat.numel() / BLOCK) * BLOCK)
-    padded[: flat.numel()] = flat
-    return padded.view(-1, BLOCK)
+    from torch.nn.functional import pad
+
+    flat, missing = weight.detach().reshape(-1), -weight.numel() % BLOCK
+    return (pad(flat, (0, missing)) if missing else flat).view(-1, BLOCK)
 
 
-def _absmax(part: "Tensor") -> "Tensor":
-    """(b, 64) float32 -> (b,)."""
-    return part.abs().amax(1)
-
-
-def _searched(part: "Tensor", *, table: "Tensor") -> "Tensor":
-    """(b, 64) float32 -> (b,): the scale of least squared error among those that the fractions lead to.
+def _scales(part: "Tensor", table: "Tensor | None") -> "Tensor":
+    """(b, 64) float32 -> (b,): the absmax, or with a table the scale of least squared error that the fractions lead to.
 
     Each fraction of the absmax gives codes c to the weights w; the best scale for these is <w,c> / <c,c>, and lowers
     the error by <w,c>^2 / <c,c>. One table row per weight has its terms of both sums, for all fractions.
@@ -117,10 +108,13 @@ def _searched(part: "Tensor", *, table: "Tensor") -> "Tensor":
     import torch
     from torch.nn.functional import embedding_bag
 
-    absmax = _absmax(part)
-    steps = (part * (STEPS / absmax.clamp(min=1e-35))[:, None]).round_()
-    wc, cc = embedding_bag(steps.to(torch.int32).add_(STEPS), table, mode="sum").chunk(2, dim=1)  # (b, fractions)
-    cc = cc.clamp(min=1)  # of a block of zeros
+    absmax = part.abs().amax(1)
+    if table is None:
+        return absmax
+    steps = (part * (STEPS / absmax.clamp(min=1e-35))[:, None]).round_().to(torch.int32)
+    rows = steps.clamp_(-STEPS, STEPS).add_(STEPS)  # NaN, which `_nested` refuses, has no row
+    wc, cc = embedding_bag(rows, table, mode="sum").chunk(2, dim=1)  # (b, fractions)
+    cc = cc.clamp(min=1)  # 0 for a block of zeros
     best = (wc * wc / cc).argmax(1, keepdim=True)
     return (wc / cc).gather(1, best).view(-1) * absmax * (UNITS / STEPS)
 
@@ -133,8 +127,7 @@ def _search_table(device: "torch.device") -> "Tensor":
     values = _values(device)
     w = torch.arange(-STEPS, STEPS + 1, dtype=torch.float32, device=device)[:, None]
     midpoints = (values[:-1] + values[1:]) / 2 * STEPS
-    codes = torch.cat([torch.bucketize(w, midpoints * fraction) for fraction in FRACTIONS], dim=1)
-    c = (values * UNITS).round()[codes]
+    c = (values * UNITS).round()[torch.cat([torch.bucketize(w, midpoints * part) for part in FRACTIONS], dim=1)]
     return torch.cat([w * c, c * c], dim=1)
 
 

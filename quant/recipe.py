@@ -156,7 +156,8 @@ def _config(part: Component, spec: QuantSpec) -> str:
     """config.json of a packed component; nf4 says in it what bitsandbytes' readers need."""
     config = dict(part.config)
     if (spec.to if part.name == "transformer" else spec.text_encoder) == "nf4":
-        kept = [n.rpartition(".")[0] for n, w in part.weights.items() if len(w.shape) == 2 and spec.is_kept(n)]
+        packed = [n for n, w in part.weights.items() if replace(spec, keep=()).scheme(part.name, n, w.shape)]
+        kept = [name.rpartition(".")[0] for name in packed if spec.is_kept(name)]  # never the top-level proj_out
         skipped = ["wo"] if part.name == "text_encoder_2" else EMBEDDERS + MODULATION * (spec.modulation == "keep")
         config["quantization_config"] = BITSANDBYTES | {"llm_int8_skip_modules": skipped + kept}
     return json.dumps(config, indent=2) + "\n"

@@ -150,6 +150,6 @@ def _checked_shape(state: dict) -> tuple[int, int]:
     shape, offset = state["shape"], state["nested_offset"]
     if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and 0 < n < 1 << 24 for n in shape):
         raise ValueError(f"shape is {shape!r:.40}")
-    if type(offset) is not float or not math.isfinite(offset):
+    if type(offset) is not float or not abs(offset) < 1e38:  # NaN too, and what is infinite in float32
         raise ValueError(f"nested_offset is {offset!r:.40}")
     return shape[0], shape[1]

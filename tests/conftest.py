@@ -1,5 +1,6 @@
 """What every test has: a home of its own, no settings of the user, no network, and a way to run `flux`."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -56,6 +57,22 @@ def flux() -> Callable[..., subprocess.CompletedProcess]:
 def tiny_folder() -> Path:
     """The bundled model."""
     return ROOT / "presets" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def baked(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Folders with the bundled model, each packed once: `baked("nf4", modulation="nf4")`. Copy before changing one."""
+
+    @functools.cache
+    def folder(to: str, **options: object) -> Path:
+        from quant import bake, checkpoint, recipe, spec
+
+        path = tmp_path_factory.mktemp("baked") / to
+        made = recipe.make_recipe(checkpoint.inspect(tiny_folder), spec.QuantSpec(to, **options))
+        assert list(bake.bake(made, path, origin={"model": "bundled/tiny"}))
+        return path
+
+    return folder
 
 
 @pytest.fixture

@@ -90,7 +90,7 @@ def test_real_widths_and_tokenizers(tmp_path):
 
 def write_random(folder: Path, name: str) -> None:
     config = json.loads((folder / "config.json").read_text())
-    module = build(Component(name, folder, config, {}, {}))
+    module = build(Component(name, folder, config, {}))
     generator, state = torch.Generator().manual_seed(1), {}
     noise = (torch.randn(1 << 22, generator=generator) * 0.02).to(torch.bfloat16)
     for key, parameter in module.state_dict().items():

@@ -23,7 +23,7 @@ LAYERS = [
     ["fluxcli.fusion", "fluxcli.loader", "fluxcli.encoders", "fluxcli.modulation"],
     ["fluxcli.engine"],
     ["fluxcli.console"],
-    ["fluxcli.cli", "fluxcli.cli.options", "fluxcli.cli.info", "fluxcli.cli.generate", "fluxcli.cli.quantize",
+    ["fluxcli.cli", "fluxcli.cli.options", "fluxcli.cli.info", "fluxcli.cli.inspect", "fluxcli.cli.generate", "fluxcli.cli.quantize",
      "fluxcli.cli.app", "fluxcli.__main__"],
 ]  # fmt: skip
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

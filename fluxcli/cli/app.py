@@ -13,7 +13,7 @@ import typer
 
 import fluxcli
 from fluxcli import console, signals
-from fluxcli.cli import generate, info, quantize
+from fluxcli.cli import generate, info, inspect, quantize
 from fluxcli.errors import ExitCode, OutputError, Terminated, exit_code_of
 from fluxcli.events import Failed, to_json
 from quant.errors import ExplainedError
@@ -30,7 +30,7 @@ app.command("generate")(generate.generate)
 app.command("replay")(generate.replay)
 app.command("quantize")(quantize.quantize)
 app.command("presets")(info.presets_command)
-app.command("inspect")(info.inspect_command)
+app.command("inspect")(inspect.inspect_command)
 app.add_typer(info.models_app, name="models")
 
 

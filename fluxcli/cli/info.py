@@ -1,4 +1,4 @@
-"""Commands that tell: `flux presets`, `flux inspect`, and `flux models download`."""
+"""Commands about models and settings: `flux presets`, `flux models download`."""
 
 from pathlib import Path
 from typing import Annotated, Optional
@@ -42,16 +42,6 @@ def _list_presets(folder: Path, *, json_output: bool) -> int:
         console.data_json({each.name: {"description": each.description, **each.settings} for each in found})
     for each in [] if json_output else found:
         console.data(f"{each.name:<10} {each.description}")
-    return ExitCode.OK
-
-
-def inspect_command(
-    picture: Annotated[Path, typer.Argument(help="A picture made by flux.", show_default=False)],
-) -> int:
-    """Print how a picture was made: its metadata as JSON."""
-    from fluxcli import image
-
-    console.data_json(image.read_metadata(picture), indent=2)
     return ExitCode.OK
 
 

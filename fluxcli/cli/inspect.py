@@ -1,0 +1,86 @@
+"""`flux inspect`: how a picture was made, or what a weight file or model folder is, from headers alone."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fluxcli import console
+from fluxcli.errors import ExitCode
+from quant.checkpoint import COMPONENTS, TOKENIZERS, Component, inspect_component, inspect_file
+from quant.config import CLASSES, read_json
+from quant.dialects import is_bfl, kind_of
+from quant.errors import CheckpointError
+from quant.header import read_header
+
+WEIGHTS = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".sft")
+WHOLE = (*COMPONENTS, *TOKENIZERS, "scheduler")
+
+
+def inspect_command(
+    path: Annotated[Path, typer.Argument(help="A picture, a .safetensors file or a model folder.", show_default=False)],
+) -> int:
+    """Say what a file is, as JSON: how a picture was made, or what weights hold and still need (exit 4: unusable)."""
+    if path.is_dir() or path.suffix.lower() in WEIGHTS:
+        described = _folder(path) if path.is_dir() else _file(path)
+        console.data_json(described, indent=2)
+        return ExitCode.INPUT_FILE if described["problems"] else ExitCode.OK
+    from fluxcli import image
+
+    console.data_json(image.read_metadata(path), indent=2)
+    return ExitCode.OK
+
+
+def _folder(path: Path) -> dict:
+    """What each part of a model folder (or the folder of one part) is."""
+    if (path / "model_index.json").is_file():
+        kind, parts = "model folder", {name: path / name for name in COMPONENTS if (path / name).is_dir()}
+        needs = [name for name in WHOLE if not (path / name).is_dir()]
+    else:
+        kind, parts, needs = "part of a model", {_part_of(path): path}, ["the other parts of a model folder"]
+    components, problems = {}, [f"{name} is missing" for name in needs if kind == "model folder"]
+    for name, folder in parts.items():
+        try:
+            components[name] = _component(inspect_component(name, folder), "diffusers")
+        except CheckpointError as error:
+            problems.append(f"{name}: {error}")
+    return {"path": str(path), "kind": kind, "components": components, "needs": needs, "problems": problems}
+
+
+def _part_of(folder: Path) -> str:
+    config = read_json(folder / "config.json", "neither a model folder nor a part of one")
+    named = config.get("_class_name") or (config.get("architectures") or [""])[0]
+    found = [name for name, kind in CLASSES.items() if kind == named and name in COMPONENTS]
+    if not found:
+        raise CheckpointError("not a part of FLUX.1", which=folder, why=f"its config names {named!r:.60}")
+    return found[0]
+
+
+def _file(path: Path) -> dict:
+    """What a single file is; one that is no FLUX transformer is named and counted."""
+    infos = read_header(path)
+    if is_bfl(infos):
+        part = _component(inspect_file(path), "bfl")
+        needs = ["text_encoder", "text_encoder_2", "vae", "tokenizers: a model folder has them"]
+        return {"path": str(path), "kind": "transformer", **part, "needs": needs, "problems": []}
+    numel = sum(info.numel for info in infos.values())
+    dtypes = Counter(info.dtype for info in infos.values())
+    return {
+        "path": str(path), "kind": kind_of(infos), "precision": dtypes.most_common(1)[0][0], "tensors": len(infos),
+        "parameters": numel, "truncated": False, "needs": ["the folder that it belongs to, with its config.json"],
+        "problems": [],
+    }  # fmt: skip
+
+
+def _component(part: Component, dialect: str) -> dict:
+    from fluxcli.loader import matching
+
+    matched, expected = matching(part)
+    dtypes = Counter({weight.info.dtype: 0 for weight in part.weights.values()})
+    for weight in part.weights.values():
+        dtypes[weight.info.dtype] += weight.numel
+    return {
+        "dialect": dialect, "precision": part.precision or dtypes.most_common(1)[0][0], "parameters": part.numel,
+        "bytes": part.nbytes, "tensors": len(part.weights), "loads": f"{matched} of {expected}", "truncated": False,
+    }  # fmt: skip

@@ -1,0 +1,221 @@
+"""Packed layers: the product that their values make, in the arithmetic that they say; plain tensors all through."""
+
+import copy
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+
+from quant import codecs, linear
+from quant.header import TensorInfo
+from quant.linear import FP8Linear, Int8Linear, NF4Linear, PackedLinear, fits_together, make_linear, path_of
+from quant.spec import SCHEMES
+from quant.weights import Piece
+
+K = 64
+QKV = [(96, K), (32, K), (160, K)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+KINDS = {"nf4": NF4Linear, "fp8": FP8Linear, "int8": Int8Linear}
+OPERATORS = {"fp8": "_scaled_mm", "int8": "_int_mm"}
+WHERE = Piece(Path("w.safetensors"), TensorInfo("w", "F32", (1, 1)))
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@functools.cache
+def pack(scheme: str, shape: tuple[int, int], seed: int = 1) -> dict[str, torch.Tensor]:
+    spread = 2 ** noise(shape[0], 1, seed=seed + 100)  # rows of very different size
+    return codecs.encode(noise(*shape, seed=seed) * spread, scheme, name="w", where=WHERE).pieces
+
+
+def make(scheme: str, shapes=QKV, *, bias: bool = True, arithmetic: bool = True) -> PackedLinear:
+    parts = [pack(scheme, shape, seed) for seed, shape in enumerate(shapes)]
+    rows = sum(shape[0] for shape in shapes)
+    return make_linear(scheme, parts, shapes, noise(rows, seed=9) if bias else None, arithmetic=arithmetic)
+
+
+def values(scheme: str, shapes=QKV) -> torch.Tensor:
+    """The weight (N, K) float64 that the pieces of `make` hold."""
+    parts = [codecs.decode(pack(scheme, s, seed), scheme, s, torch.float32) for seed, s in enumerate(shapes)]
+    return torch.cat(parts).double()
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple]:
+    """(operator, dtypes of both factors) of every 8-bit product."""
+    found: list[tuple] = []
+
+    def spy(name, original):
+        def call(a, b, *args, **kwargs):
+            found.append((name, a.dtype, b.dtype))
+            return original(a, b, *args, **kwargs)
+
+        monkeypatch.setattr(torch, name, call)
+
+    for name in OPERATORS.values():
+        spy(name, getattr(torch, name))
+    return found
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_fused_layer_is_its_parts_one_below_the_other(scheme):
+    fused = make(scheme, bias=False)
+    assert type(fused) is KINDS[scheme] and (fused.in_features, fused.out_features) == (K, 288)
+    parts = [make_linear(scheme, [pack(scheme, s, i)], [s], None, arithmetic=True) for i, s in enumerate(QKV)]
+    for dtype in DTYPES:
+        assert torch.equal(fused.dequantize(dtype), torch.cat([part.dequantize(dtype) for part in parts]))
+    x = noise(5, K)
+    torch.testing.assert_close(fused(x), torch.cat([part(x) for part in parts], -1), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_dequantized_products_are_those_of_the_decoded_weights(scheme, dtype, calls):
+    layer, x = make(scheme, arithmetic=False), noise(7, K).to(dtype)
+    layer.bias = layer.bias.to(dtype)
+    exact = x.double() @ values(scheme).T + layer.bias.double()
+    size = x.double().abs() @ values(scheme).T.abs() + layer.bias.double().abs()  # of all that is summed
+    assert ((layer(x).double() - exact).abs() <= 2 * torch.finfo(dtype).eps * size + 1e-5 * size).all()
+    assert layer(x).dtype == dtype and calls == []
+    torch.testing.assert_close(layer.dequantize(torch.float32).double(), values(scheme), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shapes", [QKV[:1], QKV], ids=["one part", "qkv"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scheme", OPERATORS)
+def test_8_bit_products_run_and_err_by_the_rounding_of_activations(scheme, dtype, shapes, calls):
+    layer, w = make(scheme, shapes), values(scheme, shapes)
+    x = (noise(33, K) * 2 ** noise(33, 1, seed=3)).to(dtype)  # rows of very different size: each has its own scale
+    layer.bias = layer.bias.to(dtype)
+    calls.clear()  # of the probe
+    y, exact = layer(x).double(), x.double() @ w.T + layer.bias.double()
+    kind = torch.int8 if scheme == "int8" else torch.float8_e4m3fn
+    assert calls == [(OPERATORS[scheme], kind, kind)]
+    x, largest = x.double(), x.double().abs().amax(1, keepdim=True)
+    step = largest / 254 if scheme == "int8" else torch.maximum(x.abs() / 16, largest / 448 * 2**-10)
+    rounding = step.expand_as(x) @ w.T.abs()  # the worst that rounding every activation can do
+    assert ((y - exact).abs() <= rounding + 3 * torch.finfo(dtype).eps * (x.abs() @ w.T.abs() + layer.bias.abs())).all()
+    relative = (y - exact).norm() / exact.norm()
+    assert 1e-3 < relative < (0.012 if scheme == "int8" else 0.035)
+
+
+@pytest.mark.parametrize("scheme", OPERATORS)
+def test_8_bit_products_are_exact_but_for_the_activations(scheme):
+    """The same rounding of activations, written another way, times the decoded weight."""
+    layer, x = make(scheme, bias=False), noise(40, K) * 5
+    scale = x.abs().amax(1, keepdim=True) / {"fp8": 448, "int8": 127}[scheme]
+    rounded = (x / scale).round() if scheme == "int8" else (x / scale).to(torch.float8_e4m3fn)
+    exact = (rounded.double() * scale) @ values(scheme).T
+    assert (layer(x) - exact).norm() / exact.norm() < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(48, 72), (40, 64), (3, 50), (1, 64)])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_odd_widths_are_dequantized(scheme, shape, calls):
+    layer, x = make(scheme, [shape]), noise(4, shape[1])
+    calls.clear()
+    exact = x.double() @ values(scheme, [shape]).T + layer.bias
+    assert (layer(x) - exact).norm() / exact.norm() < 1e-6
+    assert calls == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_shape_of_input(scheme, dtype):
+    layer = make(scheme)
+    layer.bias = layer.bias.to(dtype)
+    x = noise(2, 3, 20, K).to(dtype)
+    whole = layer(x)
+    assert whole.shape == (2, 3, 20, 288) and whole.dtype == dtype
+    options = {"rtol": 0, "atol": (1e-6 if dtype == torch.float32 else 0.02) * float(whole.abs().max())}
+    torch.testing.assert_close(layer(x[1, 2]), whole[1, 2], **options)
+    torch.testing.assert_close(layer(x[1, 2, :1]), whole[1, 2, :1], **options)  # one row
+    torch.testing.assert_close(layer(x[1, 2, 0]), whole[1, 2, 0], **options)  # no row dimension
+    torch.testing.assert_close(layer(x.transpose(1, 2)), whole.transpose(1, 2), **options)  # not contiguous
+    assert layer(x[:, :, :0]).shape == (2, 3, 0, 288)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_rows_of_zeros_are_no_nan(scheme, dtype):
+    weight = noise(32, K)
+    weight[3] = 0
+    pieces = codecs.encode(weight, scheme, name="w", where=WHERE).pieces
+    layer = make_linear(scheme, [pieces], [(32, K)], noise(32, seed=2).to(dtype), arithmetic=True)
+    x = noise(6, K).to(dtype)
+    x[2] = 0
+    y = layer(x)
+    assert y.isfinite().all()
+    assert torch.equal(y[2], layer.bias)
+    assert torch.equal(y[:, 3], layer.bias[3].expand(6))
+    assert torch.equal(layer(torch.zeros(2, K, dtype=dtype)), layer.bias.expand(2, 32))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_all_of_its_state_moves_copies_and_loads_as_plain_tensors(scheme):
+    layer, x = make(scheme), noise(5, K)
+    expected = layer(x)
+    state = layer.state_dict()
+    assert {type(tensor) for tensor in state.values()} == {torch.Tensor}
+    assert set(state) == {name for name, _ in layer.named_buffers()} and not list(layer.parameters())
+    assert not [name for name, value in vars(layer).items() if isinstance(value, torch.Tensor)]
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(x), expected)
+    assert not {t.data_ptr() for t in twin.buffers()} & {t.data_ptr() for t in layer.buffers()}
+    other = make_linear(scheme, [pack(scheme, s, 50) for s in QKV], QKV, torch.zeros(288), arithmetic=True)
+    assert not torch.equal(other(x), expected)
+    other.load_state_dict(state)
+    assert torch.equal(other(x), expected)
+    moved = twin.to("meta")
+    assert {tensor.device.type for tensor in moved.buffers()} == {"meta"}
+    assert moved(x.to("meta")).shape == expected.shape
+
+
+@pytest.mark.parametrize(("scheme", "most"), [("nf4", 0.54), ("fp8", 1.07), ("int8", 1.07)])
+def test_it_takes_the_bytes_of_its_scheme(scheme, most):
+    layer = make(scheme, [(256, K), (512, K)], bias=False)
+    tables = 1024 if scheme == "nf4" else 0  # one for all parts
+    assert sum(t.nbytes for t in layer.buffers()) - tables <= most * 768 * K
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_it_compiles_without_a_break(scheme, monkeypatch):
+    monkeypatch.setattr(linear, "PROBED", {})
+    layer, x = make(scheme), noise(5, K)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    try:
+        assert torch.equal(compiled(x), layer(x))
+    finally:
+        torch.compiler.reset()
+
+
+def test_the_path_is_named():
+    assert {scheme: path_of(scheme, "cpu") for scheme in (*SCHEMES, "bfloat16")} == {
+        "nf4": "dequantize", "fp8": "scaled_mm", "int8": "int_mm", "bfloat16": "dequantize",
+    }  # fmt: skip
+    assert path_of("fp8", "meta") == path_of("int8", "mps") == "dequantize"
+
+
+def refused(*_: object, **__: object) -> torch.Tensor:
+    raise RuntimeError("not implemented for this device")
+
+
+@pytest.mark.parametrize("operator", [refused, lambda a, b, **_: torch.zeros(len(a), b.shape[1])])
+@pytest.mark.parametrize("scheme", OPERATORS)
+def test_where_the_operator_is_missing_or_wrong_it_dequantizes(scheme, operator, monkeypatch):
+    monkeypatch.setattr(linear, "PROBED", {})
+    monkeypatch.setattr(torch, OPERATORS[scheme], operator)
+    assert path_of(scheme, "cpu") == "dequantize"
+    x = noise(5, K)
+    assert torch.equal(make(scheme)(x), make(scheme, arithmetic=False)(x))
+
+
+def test_only_nf4_minds_where_a_part_ends():
+    crossing = [(3, 50), (5, 50)]
+    assert [fits_together(scheme, QKV) for scheme in SCHEMES] == [True] * 3
+    assert [fits_together(scheme, crossing) for scheme in SCHEMES] == [False, True, True]
+    layer = make("int8", crossing)
+    torch.testing.assert_close(layer.dequantize(torch.float32).double(), values("int8", crossing), rtol=0, atol=0)

@@ -1,0 +1,119 @@
+"""Which tensors are quantized, and that what `layout` predicts is what the codecs store."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import _TYPES as DTYPES
+
+import tests.invariant  # noqa: F401 - hypothesis without deadlines
+from quant import codecs
+from quant.checkpoint import inspect
+from quant.errors import SpecError
+from quant.header import TensorInfo
+from quant.spec import SCHEMES, QuantSpec, default_text_encoder, is_modulation, layout
+from quant.weights import Piece
+
+BLOCK = {
+    "transformer_blocks.0.attn.to_q", "transformer_blocks.18.attn.add_v_proj", "transformer_blocks.3.attn.to_out.0",
+    "transformer_blocks.0.ff.net.0.proj", "transformer_blocks.9.ff_context.net.2", "transformer_blocks.1.attn.to_add_out",
+    "single_transformer_blocks.37.proj_mlp", "single_transformer_blocks.0.proj_out", "single_transformer_blocks.0.attn.to_k",
+}  # fmt: skip
+MODULATION = {
+    "transformer_blocks.0.norm1.linear", "transformer_blocks.0.norm1_context.linear",
+    "single_transformer_blocks.12.norm.linear",
+}  # fmt: skip
+ALWAYS_16_BIT = {
+    "x_embedder", "context_embedder", "time_text_embed.text_embedder.linear_1", "norm_out.linear", "proj_out",
+    "time_text_embed.guidance_embedder.linear_2",
+}  # fmt: skip
+T5 = {"encoder.block.0.layer.0.SelfAttention.q", "encoder.block.23.layer.1.DenseReluDense.wi_1"}
+T5_16_BIT = {
+    "encoder.block.0.layer.1.DenseReluDense.wo", "shared", "encoder.embed_tokens",
+    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
+}  # fmt: skip
+
+
+def schemes(spec: QuantSpec, component: str, layers: set[str], leaf: str = "weight", shape=(128, 128)) -> set[str]:
+    return {spec.scheme(component, f"{layer}.{leaf}", shape) for layer in layers}
+
+
+@pytest.mark.parametrize("to", SCHEMES)
+@pytest.mark.parametrize("text_encoder", ["keep", "nf4", "fp8"])
+def test_blocks_and_t5_are_quantized_and_nothing_else(to, text_encoder):
+    spec = QuantSpec(to, text_encoder)
+    assert schemes(spec, "transformer", BLOCK) == {to}
+    assert schemes(spec, "text_encoder_2", T5) == {"" if text_encoder == "keep" else text_encoder}
+    assert schemes(spec, "transformer", MODULATION | ALWAYS_16_BIT) == {""}
+    assert schemes(spec, "text_encoder_2", T5_16_BIT) == {""}
+    for component in ("text_encoder", "vae"):
+        assert schemes(spec, component, BLOCK | T5) == {""}
+    assert schemes(spec, "transformer", BLOCK, "bias", (128,)) == {""}
+    assert schemes(spec, "transformer", BLOCK, shape=(128,)) == {""}
+
+
+@pytest.mark.parametrize("to", ["nf4", "fp8"])
+def test_modulation_is_quantized_when_asked_for_and_alone_changes(to):
+    spec = QuantSpec(to, modulation=to)
+    assert schemes(spec, "transformer", MODULATION | BLOCK) == {to}
+    assert schemes(spec, "transformer", ALWAYS_16_BIT) == {""}
+    assert all(is_modulation(f"{layer}.{leaf}") for layer in MODULATION for leaf in ("weight", "bias"))
+    assert not any(is_modulation(f"{layer}.weight") for layer in BLOCK)
+
+
+@pytest.mark.parametrize("pattern, kept", [
+    ("transformer_blocks.0.attn.to_q", {"transformer_blocks.0.attn.to_q"}),
+    ("transformer_blocks.0.attn.to_q.weight", {"transformer_blocks.0.attn.to_q"}),
+    ("single_*", {layer for layer in BLOCK if layer.startswith("single_")}),
+    ("*.proj_out", {"single_transformer_blocks.0.proj_out"}),
+    ("*.0.attn.*", {layer for layer in BLOCK if ".0.attn." in layer}),
+    ("*", BLOCK),
+])  # fmt: skip
+def test_a_pattern_keeps_what_it_names(pattern, kept):
+    spec = QuantSpec("fp8", keep=(pattern,))
+    assert {layer for layer in BLOCK if not spec.scheme("transformer", f"{layer}.weight", (8, 8))} == kept
+    spec.check_keep(f"{layer}.weight" for layer in BLOCK)
+
+
+@pytest.mark.parametrize("pattern", ["", "to_q", "TRANSFORMER_BLOCKS.*", "*.lora", "transformer_blocks.0"])
+def test_a_pattern_without_a_match_is_refused(pattern):
+    with pytest.raises(SpecError, match="--keep matches nothing"):
+        QuantSpec("fp8", keep=("*.to_q", pattern)).check_keep(f"{layer}.weight" for layer in BLOCK)
+
+
+@pytest.mark.parametrize("wish, word", [
+    ({"to": "nf5"}, "--to nf5"), ({"to": ""}, "nf4 or fp8 or int8"), ({"to": "keep"}, "--to"),
+    ({"to": "nf4", "modulation": "fp8"}, "keep or nf4"), ({"to": "fp8", "modulation": "nf4"}, "keep or fp8"),
+    ({"to": "int8", "modulation": "int8"}, "--modulation int8"), ({"to": "int8", "modulation": "nf4"}, "--modulation"),
+    ({"to": "nf4", "text_encoder": "int8"}, "--text-encoder int8"), ({"to": "nf4", "scales": "best"}, "--scales best"),
+])  # fmt: skip
+def test_impossible_choices_are_refused_by_name(wish, word):
+    with pytest.raises(SpecError) as caught:
+        QuantSpec(**wish)
+    assert word in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_t5_goes_to_nf4_with_nf4_alone_and_the_policy_has_a_version():
+    assert [default_text_encoder(to) for to in SCHEMES] == ["nf4", "keep", "keep"]
+    assert QuantSpec("nf4").to_json()["policy"] == 1
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(SCHEMES), st.sampled_from(["BF16", "F16", "F32"]), st.integers(1, 80), st.integers(1, 300))
+def test_layout_is_what_the_codec_stores(scheme, dtype, rows, columns):
+    import torch
+
+    info = TensorInfo("a.weight", dtype, (rows, columns))
+    weight = torch.randn(rows, columns).to(DTYPES[dtype])
+    pieces = codecs.encode(weight, scheme, name=info.name, where=Piece(Path(), info)).pieces
+    predicted = {part.name: (DTYPES[part.dtype], part.shape, part.nbytes) for part in layout(scheme, info)}
+    assert predicted == {f"a.weight{suffix}": (t.dtype, tuple(t.shape), t.nbytes) for suffix, t in pieces.items()}
+
+
+def test_the_bundled_model_in_each_scheme_keeps_the_same_layers(tiny_folder):
+    weights = inspect(tiny_folder).components["transformer"].weights.values()
+    kept = {to: {w.name for w in weights if not QuantSpec(to).scheme("transformer", w.name, w.shape)} for to in SCHEMES}
+    assert kept["nf4"] == kept["fp8"] == kept["int8"]
+    wide = {name.removesuffix(".weight") for name in kept["nf4"] if name.endswith(".weight") and "attn.norm" not in name}
+    assert all("norm" in layer or "embed" in layer or layer == "proj_out" for layer in wide) and len(wide) == 19
