@@ -81,10 +81,10 @@ def bitsandbytes(folder: Path, files: list[Path]) -> dict:
     forget(files)
     part, spec = inspect(folder).components["transformer"], QuantSpec("nf4")
     started = time.perf_counter()
-    with Reader() as reader:
-        for weight in part.weights.values():
-            if spec.scheme("transformer", weight.name, weight.shape):
-                quantize_4bit(reader.weight(weight)[""], compress_statistics=True, quant_type="nf4")
+    reader = Reader()
+    for weight in part.weights.values():
+        if spec.scheme("transformer", weight.name, weight.shape):
+            quantize_4bit(reader.weight(weight)[""], compress_statistics=True, quant_type="nf4")
     return {"seconds": round(time.perf_counter() - started, 1)}
 
 

@@ -53,10 +53,10 @@ def measured(shape: tuple[int, int], pairs: int) -> dict:
 def main() -> None:
     pairs = int(sys.argv[1]) if len(sys.argv) > 1 else 9
     results = [measured(shape, pairs) for shape in SHAPES]
-    print(f"{'ns per weight':<16}{'bitsandbytes':>14}{'absmax':>20}{'searched':>20}")
+    print(f"{'ns per weight':<16}{'bitsandbytes':>14}{'absmax':>24}{'searched':>24}")
     for r in results:
         cells = [f"{r[f'{n}_ns']:.1f} ({r[f'{n}_speed']:.1f}x, {r[f'{n}_error']:.4f})" for n in ("absmax", "searched")]
-        print(f"{'x'.join(map(str, r['shape'])):<16}{r['bitsandbytes_ns']:>14.1f}{cells[0]:>20}{cells[1]:>20}")
+        print(f"{'x'.join(map(str, r['shape'])):<16}{r['bitsandbytes_ns']:>14.1f}{cells[0]:>24}{cells[1]:>24}")
     print(json.dumps({"pairs": pairs, "threads": torch.get_num_threads(), "weights": results}))
 
 

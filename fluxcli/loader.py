@@ -6,7 +6,6 @@ another shape is an error that names it: no layer is ever left randomly initiali
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fluxcli.fusion import fuse
@@ -38,16 +37,10 @@ def load_component(
     weights = {name: component.weights[stored] for name, stored in _names_in_file(component).items()}
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     check_keys(component, expected, {name: weight.shape for name, weight in weights.items()})
-    schemes = {name: _scheme(component, weight, spec) for name, weight in weights.items()}
-    parts_of = {}
-    if component.name == "transformer":
-        parts_of = fuse(module, lambda layers: _together(layers, weights, schemes))
-    arithmetic = component.name == "transformer"  # the encoders run once, on outlier-ridden activations
-    filler = _Filler(module, weights, schemes, parts_of, dtype, device, spec, arithmetic)
-    with Reader() as reader:
-        for name in module.state_dict():
-            if name != T5_TIED and not skip(name):
-                filler.fill(name, reader)
+    filler = _Filler(component, module, weights, dtype, device, spec)
+    for name in module.state_dict():
+        if name != T5_TIED and not skip(name):
+            filler.fill(name)
     for name, buffer in list(module.named_buffers()):
         _set(module, name, buffer.to(device))
     if T5_TIED in weights:
@@ -62,33 +55,31 @@ def matching(component: Component) -> tuple[int, int]:
     return sum(expected.get(n) == component.weights[stored].shape for n, stored in names.items()), len(expected)
 
 
-def _scheme(component: Component, weight: Weight, spec: QuantSpec | None) -> str:
-    return weight.scheme or (spec.scheme(component.name, weight.name, weight.shape) if spec else "")
-
-
-def _together(layers: Sequence[str], weights: dict[str, Weight], schemes: dict[str, str]) -> bool:
-    """Whether the weights of these layers can be those of one: all in one scheme, whose blocks end with each."""
-    from quant.linear import fits_together
-
-    found = {schemes[f"{layer}.weight"] for layer in layers}
-    shapes = [weights[f"{layer}.weight"].shape for layer in layers]
-    return len(found) == 1 and fits_together(next(iter(found)), shapes)
-
-
-@dataclass
 class _Filler:
-    """Gives a module's layers their tensors, packed ones as layers of their own."""
+    """Gives a module's layers their tensors: packed ones as layers of their own, fused where that is possible."""
 
-    module: "nn.Module"
-    weights: dict[str, Weight]
-    schemes: dict[str, str]
-    parts_of: dict[str, tuple[str, ...]]  # fused layer -> the layers it holds
-    dtype: "torch.dtype"
-    device: str
-    spec: QuantSpec | None
-    arithmetic: bool  # 8-bit layers may multiply in 8 bit
+    def __init__(  # noqa: PLR0917
+        self, component: Component, module: "nn.Module", weights: dict[str, Weight], dtype: "torch.dtype", device: str,
+        spec: QuantSpec | None,
+    ) -> None:  # fmt: skip
+        self.module, self.weights, self.spec, self.reader = module, weights, spec, Reader()
+        self.options = {"dtype": dtype, "device": device}
+        self.schemes = {
+            name: weight.scheme or (spec.scheme(component.name, weight.name, weight.shape) if spec else "")
+            for name, weight in weights.items()
+        }
+        self.arithmetic = component.name == "transformer"  # encoders run once, on activations full of outliers
+        self.parts_of = fuse(module, self._together) if component.name == "transformer" else {}
 
-    def fill(self, name: str, reader: Reader) -> None:
+    def _together(self, layers: Sequence[str]) -> bool:
+        """Whether the weights of these layers can be those of one: all in one scheme, whose blocks end with each."""
+        from quant.linear import fits_together
+
+        names = [f"{layer}.weight" for layer in layers]
+        schemes = {self.schemes[name] for name in names}
+        return len(schemes) == 1 and fits_together(schemes.pop(), [self.weights[name].shape for name in names])
+
+    def fill(self, name: str) -> None:
         """Fill the tensor `name` of the module; the bias of a packed layer comes with its weight."""
         from torch import nn
 
@@ -96,42 +87,44 @@ class _Filler:
         layers = self.parts_of.get(layer, (layer,))
         scheme = self.schemes.get(f"{layers[0]}.weight", "")
         if not scheme:
-            parts = [f"{part}.{leaf}" for part in layers]
-            _set(self.module, name, nn.Parameter(self._dense(parts, reader), requires_grad=False))
+            dense = self._dense([f"{part}.{leaf}" for part in layers])
+            _set(self.module, name, nn.Parameter(dense, requires_grad=False))
         elif leaf == "weight":
-            _set(self.module, layer, self._packed(layers, scheme, reader))
+            _set(self.module, layer, self._packed(layers, scheme))
 
-    def _dense(self, names: list[str], reader: Reader) -> "torch.Tensor":
+    def _dense(self, names: list[str]) -> "torch.Tensor":
         import torch
 
-        options = {"dtype": self.dtype, "device": self.device}
-        parts = [read_dense(self.weights[name], reader, **options) for name in names]
+        parts = [read_dense(self.weights[name], self.reader, **self.options) for name in names]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _packed(self, layers: Sequence[str], scheme: str, reader: Reader) -> "nn.Module":
-        weights = [self.weights[f"{layer}.weight"] for layer in layers]
+    def _packed(self, layers: Sequence[str], scheme: str) -> "nn.Module":
         from quant.linear import make_linear
 
+        weights = [self.weights[f"{layer}.weight"] for layer in layers]
         biases = [f"{layer}.bias" for layer in layers if f"{layer}.bias" in self.weights]
-        parts = [self._pieces(weight, scheme, reader) for weight in weights]
-        bias = self._dense(biases, reader) if biases else None
+        parts = [self._pieces(weight, scheme) for weight in weights]
+        bias = self._dense(biases) if biases else None
         return make_linear(scheme, parts, [w.shape for w in weights], bias, arithmetic=self.arithmetic)
 
-    def _pieces(self, weight: Weight, scheme: str, reader: Reader) -> "dict[str, torch.Tensor]":
-        stored = {suffix: tensor.to(self.device) for suffix, tensor in reader.weight(weight).items()}
-        where = weight.pieces[""]
-        if not weight.scheme:
-            search = self.spec.scales == "search"
-            return codecs.encode(stored[""], scheme, name=weight.name, where=where, search=search).pieces
-        codecs.check(weight.name, stored, where)
-        return stored
+    def _pieces(self, weight: Weight, scheme: str) -> "dict[str, torch.Tensor]":
+        if weight.scheme:
+            return _checked(weight, self.reader, self.options["device"])
+        stored = self.reader.weight(weight)[""].to(self.options["device"])
+        return codecs.encode(
+            stored, scheme, name=weight.name, where=weight.pieces[""], search=self.spec.scales == "search"
+        ).pieces
+
+
+def _checked(weight: Weight, reader: Reader, device: str) -> "dict[str, torch.Tensor]":
+    pieces = {suffix: tensor.to(device) for suffix, tensor in reader.weight(weight).items()}
+    codecs.check(weight.name, pieces, weight.pieces[""])
+    return pieces
 
 
 def read_dense(weight: Weight, reader: Reader, *, dtype: "torch.dtype", device: str) -> "torch.Tensor":
     """The values of a weight, unpacked; raises `CheckpointError` where they are not finite."""
-    pieces = {suffix: tensor.to(device) for suffix, tensor in reader.weight(weight).items()}
-    codecs.check(weight.name, pieces, weight.pieces[""])
-    return codecs.decode(pieces, weight.scheme, weight.shape, dtype)
+    return codecs.decode(_checked(weight, reader, device), weight.scheme, weight.shape, dtype)
 
 
 def _set(module: "nn.Module", name: str, value: "torch.Tensor") -> None:
@@ -218,6 +211,6 @@ def read_tensors(
     component: Component, names: list[str], *, dtype: "torch.dtype", device: str
 ) -> "Iterator[tuple[str, torch.Tensor]]":
     """Yield (name, values in `dtype` on `device`) of weights of the component."""
-    with Reader() as reader:
-        for name in names:
-            yield name, read_dense(component.weights[name], reader, dtype=dtype, device=device)
+    reader = Reader()
+    for name in names:
+        yield name, read_dense(component.weights[name], reader, dtype=dtype, device=device)

@@ -23,7 +23,7 @@ from quant.checkpoint import MANIFEST
 from quant.errors import WriteError
 from quant.header import read_header
 from quant.recipe import Job, Recipe
-from quant.weights import Piece
+from quant.tensors import rows_of
 from quant.writer import SafetensorsWriter
 
 if TYPE_CHECKING:
@@ -49,17 +49,18 @@ def bake(recipe: Recipe, target: Path, *, origin: dict, device: str = "cpu", ver
     `origin` goes into the manifest. Raises `WriteError`, and `CheckpointError` for a source that is not finite.
     """
     started = time.perf_counter()
-    remove_remains(target)
-    check_disk(recipe, target)
     temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     errors: dict[str, float] = {}
     writers: dict[str, SafetensorsWriter] = {}
     try:
         with _explaining(target):
+            remove_remains(target)
+            check_disk(recipe, target)
             writers = _prepare(recipe, temporary)
             digests: dict[Path, str] = {}
             yield from _pack(recipe, writers, device, errors, digests)
-            sources = {path.name: {"bytes": path.stat().st_size, "sha256": d} for path, d in digests.items()}
+            names = {path: f"{path.parent.name}/{path.name}" for path in digests}
+            sources = {names[path]: {"bytes": path.stat().st_size, "sha256": d} for path, d in digests.items()}
             for writer in writers.values():
                 writer.finish()
             if verify:
@@ -74,19 +75,19 @@ def bake(recipe: Recipe, target: Path, *, origin: dict, device: str = "cpu", ver
         for writer in writers.values():
             writer.close()
         _remove(temporary)
+        _remove(Path(f"{temporary}.json"))
 
 
-def remove_remains(target: Path) -> list[Path]:
-    """Remove what killed bakes of this target left; returns what was removed."""
+def remove_remains(target: Path) -> None:
+    """Remove what killed bakes of this target left; an old one that was out of the way comes back."""
     import psutil
 
-    found = []
-    for path in target.parent.glob(f"{target.name}.tmp-*") if target.parent.is_dir() else ():
+    for path in list(target.parent.iterdir()) if target.parent.is_dir() else ():
         match = re.fullmatch(re.escape(target.name) + r"\.tmp-(\d+)-[0-9a-f]{8}(\.json|\.old)?", path.name)
         if match and not psutil.pid_exists(int(match[1])):
+            if match[2] == ".old" and not target.exists():
+                os.rename(path, target)
             _remove(path)
-            found.append(path)
-    return found
 
 
 def check_disk(recipe: Recipe, target: Path) -> None:
@@ -141,7 +142,7 @@ def _pack(
             path, name, tensor = item
             for n, k in uses.get((path, name), ()):
                 job, parts = recipe.jobs[n], arrived.setdefault(n, {})
-                parts[k] = _rows(tensor, job.sources[k].pieces[""])
+                parts[k] = rows_of(tensor, job.sources[k].pieces[""])
                 if len(parts) == len(job.sources):
                     pieces = _encode(recipe, job, _joined(job, arrived.pop(n)).to(device), errors)
                     written.result()
@@ -173,13 +174,6 @@ def _read(files: list[Path], digests: dict[Path, str]) -> "Iterator[tuple[Path, 
                     os.posix_fadvise(file.fileno(), start + info.start, info.nbytes, os.POSIX_FADV_DONTNEED)
                 yield path, info.name, data.view(getattr(torch, DTYPES[info.dtype])).view(info.shape)
         digests[path] = known[0] if known else digest.hexdigest()
-
-
-def _rows(tensor: "torch.Tensor", piece: Piece) -> "torch.Tensor":
-    import torch
-
-    ranges = [tensor[start:stop] for start, stop in piece.rows]
-    return torch.cat(ranges) if ranges else tensor
 
 
 def _joined(job: Job, parts: "dict[int, torch.Tensor]") -> "torch.Tensor":
@@ -219,19 +213,22 @@ def _verify(writers: dict[str, SafetensorsWriter], target: Path) -> None:
 
 def _place(recipe: Recipe, temporary: Path, target: Path, manifest: dict) -> None:
     """Give the finished checkpoint its name. A folder that is replaced is out of the way for two renames."""
-    text = json.dumps(manifest, indent=1) + "\n"
-    beside = temporary.with_name(f"{temporary.name}.json")
-    described = temporary / MANIFEST if recipe.layout == "diffusers" else beside
+    described = temporary / MANIFEST if recipe.layout == "diffusers" else Path(f"{temporary}.json")
     with described.open("w", encoding="utf-8") as file:
-        file.write(text)
+        file.write(json.dumps(manifest, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    old = temporary.with_name(f"{temporary.name}.old")
+    old = Path(f"{temporary}.old")
+    try:
+        if recipe.layout == "diffusers" and target.exists():
+            os.rename(target, old)
+        os.replace(temporary, target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        raise
     if recipe.layout != "diffusers":
         os.replace(described, f"{target}.json")
-    elif target.exists():
-        os.rename(target, old)
-    os.replace(temporary, target)
     _remove(old)
 
 

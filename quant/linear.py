@@ -99,8 +99,8 @@ class FP8Linear(RowLinear):
 
     def multiply(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         wide = dtype if values.device.type == "cpu" else torch.bfloat16  # the only one of CUDA's row-wise kernel
-        scales = {"scale_a": scale, "scale_b": self.weight_scale[None]}
-        return torch._scaled_mm(values, self.weight.T, **scales, out_dtype=wide).to(dtype)
+        options = {"scale_a": scale, "scale_b": self.weight_scale[None], "use_fast_accum": values.is_cuda}
+        return torch._scaled_mm(values, self.weight.T, **options, out_dtype=wide).to(dtype)
 
 
 class Int8Linear(RowLinear):

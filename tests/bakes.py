@@ -12,8 +12,8 @@ from quant.recipe import Recipe
 ORIGIN = {"model": "a test", "flux": "0"}
 CALLS = ("fsync", "link", "rename", "replace", "mkdir", "unlink", "rmdir")
 MICRO = {
-    "transformer": ("x_embedder.weight", "x_embedder.bias", "transformer_blocks.0.attn.to_q.weight",
-                    "transformer_blocks.0.attn.to_q.bias", "transformer_blocks.0.norm1.linear.weight", "proj_out.weight"),
+    "transformer": ("x_embedder.weight", "x_embedder.bias", "proj_out.weight", "transformer_blocks.0.attn.to_q.weight",
+                    "transformer_blocks.0.attn.to_q.bias", "transformer_blocks.0.norm1.linear.weight"),
     "text_encoder_2": ("encoder.block.0.layer.0.SelfAttention.q.weight", "encoder.final_layer_norm.weight"),
     "text_encoder": ("text_model.final_layer_norm.bias",),
     "vae": ("decoder.conv_out.bias",),

@@ -63,16 +63,16 @@ def tiny_folder() -> Path:
 def baked(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Folders with the bundled model, each packed once: `baked("nf4", modulation="nf4")`. Copy before changing one."""
 
-    @functools.cache
-    def folder(to: str, **options: object) -> Path:
-        from quant import bake, checkpoint, recipe, spec
+    from quant import bake, checkpoint, recipe, spec
 
-        path = tmp_path_factory.mktemp("baked") / to
-        made = recipe.make_recipe(checkpoint.inspect(tiny_folder), spec.QuantSpec(to, **options))
+    @functools.cache
+    def folder(wanted: spec.QuantSpec) -> Path:
+        path = tmp_path_factory.mktemp("baked") / wanted.to
+        made = recipe.make_recipe(checkpoint.inspect(tiny_folder), wanted)
         assert list(bake.bake(made, path, origin={"model": "bundled/tiny"}))
         return path
 
-    return folder
+    return lambda to, **options: folder(spec.QuantSpec(to, **options))
 
 
 @pytest.fixture

@@ -14,6 +14,12 @@ TINY = GenerationRequest(
     text_tokens=16, format="png", device="cpu",
 )  # fmt: skip
 
+BAKED: dict[str, dict] = {  # specs of the packed bundled model that most tests share
+    "nf4": {"text_encoder": "nf4", "scales": "absmax"},
+    "fp8": {"text_encoder": "fp8"},
+    "int8": {},
+}
+
 
 def tiny(**changes: object) -> GenerationRequest:
     """A small, quick request of the bundled model."""

@@ -101,8 +101,9 @@ def test_a_pack_beyond_the_schemes_bound_is_refused_with_the_way_out(scheme, mon
 
 
 @pytest.mark.parametrize("suffix, place, value, word", [
-    ("_scale", 5, 0.0, "0 or negative"), ("_scale", 0, -1.0, "0 or negative"), ("_scale", 7, float("nan"), "NaN or Inf"),
-    ("_scale", 7, float("inf"), "NaN or Inf"), ("", (3, 3), float("nan"), "NaN in a.weight"),
+    ("_scale", 5, 0.0, "0 or negative"), ("_scale", 0, -1.0, "0 or negative"),
+    ("_scale", 7, float("nan"), "NaN or Inf"), ("_scale", 7, float("inf"), "NaN or Inf"),
+    ("", (3, 3), float("nan"), "NaN in a.weight"),
 ])  # fmt: skip
 def test_impossible_rows_are_found_when_they_are_read(suffix, place, value, word):
     pieces = encode(weight_of("normal", 8, 64), "fp8").pieces
@@ -123,7 +124,7 @@ def test_impossible_nf4_scales_are_found_when_they_are_read(suffix, value):
 @pytest.mark.parametrize("values", [[1.0, float("nan")], [-float("inf"), 1.0], [float("inf"), -float("inf")]])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_plain_tensors_are_checked_and_large_sums_are_no_fault(values, dtype):
-    with pytest.raises(CheckpointError, match="NaN or Inf in a.bias"):
+    with pytest.raises(CheckpointError, match=r"NaN or Inf in a\.bias"):
         codecs.check("a.bias", {"": torch.tensor(values, dtype=dtype)}, WHERE)
     codecs.check("a.bias", {"": torch.full((8,), 3e38, dtype=dtype)}, WHERE)
     codecs.check("ids", {"": torch.arange(5)}, WHERE)

@@ -19,8 +19,10 @@ from tests.bakes import bake_all
 
 REAL = {"in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,
         "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768}  # fmt: skip
-SMALL = REAL | {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1, "joint_attention_dim": 32,
-                "pooled_projection_dim": 16, "guidance_embeds": True, "_class_name": "FluxTransformer2DModel"}  # fmt: skip
+SMALL = REAL | {
+    "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1, "joint_attention_dim": 32,
+    "pooled_projection_dim": 16, "guidance_embeds": True, "_class_name": "FluxTransformer2DModel",
+}  # fmt: skip
 SWAPPED = "final_layer.adaLN_modulation.1"
 
 
@@ -115,7 +117,8 @@ def test_a_file_holds_what_bfls_modules_read(small, tmp_path):
         scale, shift = ours[f"norm_out.linear.{leaf}"].chunk(2)  # diffusers chunks scale first, BFL's LastLayer shift
         assert torch.equal(file[f"{SWAPPED}.{leaf}"], torch.cat([shift, scale]))
     pairs = {
-        "img_in.weight": "x_embedder.weight", "time_in.out_layer.bias": "time_text_embed.timestep_embedder.linear_2.bias",
+        "img_in.weight": "x_embedder.weight", "final_layer.linear.weight": "proj_out.weight",
+        "time_in.out_layer.bias": "time_text_embed.timestep_embedder.linear_2.bias",
         "vector_in.in_layer.weight": "time_text_embed.text_embedder.linear_1.weight",
         "double_blocks.0.txt_attn.norm.key_norm.scale": "transformer_blocks.0.attn.norm_added_k.weight",
         "double_blocks.0.txt_mod.lin.weight": "transformer_blocks.0.norm1_context.linear.weight",
@@ -123,7 +126,6 @@ def test_a_file_holds_what_bfls_modules_read(small, tmp_path):
         "double_blocks.0.txt_attn.proj.bias": "transformer_blocks.0.attn.to_add_out.bias",
         "single_blocks.0.linear2.weight": "single_transformer_blocks.0.proj_out.weight",
         "single_blocks.0.norm.query_norm.scale": "single_transformer_blocks.0.attn.norm_q.weight",
-        "final_layer.linear.weight": "proj_out.weight",
     }  # fmt: skip
     assert all(torch.equal(file[bfl], ours[name]) for bfl, name in pairs.items())
 
@@ -148,7 +150,8 @@ def test_a_file_reads_back_as_the_model_that_was_written(kind, keep, prefix, sma
         else:
             assert float((read[name] - ours[name]).norm() / ours[name].norm()) < 0.037, name
     packed = {name for name, weight in found.weights.items() if weight.scheme}
-    assert len(packed) == {("*",): 0, ("*.to_q",): 20 - 3 - 4}.get(keep, 20) and found.precision == ("fp8" * bool(packed))
+    assert len(packed) == {("*",): 0, ("*.to_q",): 20 - 3 - 4}.get(keep, 20)  # q, k and v lie in one tensor
+    assert found.precision == ("fp8" if packed else "")
 
 
 @pytest.mark.parametrize("spec", [QuantSpec("nf4"), QuantSpec("int8")])
@@ -159,7 +162,7 @@ def test_these_layouts_are_fp8(spec, small):
 
 def test_a_transformer_with_other_tensors_has_no_place_there(small):
     weights = small.weights | {"controlnet.weight": next(iter(small.weights.values()))}
-    with pytest.raises(CheckpointError, match="of which .* have a place"):
+    with pytest.raises(CheckpointError, match=r"of which .* have a place"):
         make_file_recipe(Component("transformer", Path("x"), SMALL, weights), QuantSpec("fp8"), "bfl")
 
 
@@ -171,17 +174,21 @@ def test_comfy_finds_its_scaled_layers_in_the_metadata(small, tmp_path):
     written(small, QuantSpec("fp8"), "comfy", tmp_path / "x.safetensors")
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         layers = json.loads(file.metadata()["_quantization_metadata"])["layers"]
-        scaled = {name.removesuffix(".weight_scale") for name in file.keys() if name.endswith(".weight_scale")}
+        scaled = {
+            name.removesuffix(".weight_scale")
+            for name in load_file(tmp_path / "x.safetensors")
+            if name.endswith(".weight_scale")
+        }
         assert set(layers) == scaled and len(scaled) == 10
         assert all(file.get_tensor(f"{name}.weight_scale").shape == () for name in scaled)
 
 
-QKV = "double_blocks.0.img_attn.qkv.weight"
+QKV, NORM = "double_blocks.0.img_attn.qkv.weight", "double_blocks.0.img_attn.norm.query_norm.scale"
 DEFECTS = {
     "no img_in": (lambda t: t.pop("img_in.weight"), "img_in.weight is missing"),
     "no vector_in": (lambda t: t.pop("vector_in.in_layer.weight"), "vector_in.in_layer.weight is missing"),
-    "no first block": (lambda t: t.pop("double_blocks.0.img_attn.norm.query_norm.scale"), "query_norm.scale is missing"),
-    "other heads": (lambda t: t.update({"double_blocks.0.img_attn.norm.query_norm.scale": torch.ones(64)}), "128 wide"),
+    "no first block": (lambda t: t.pop(NORM), "query_norm.scale is missing"),
+    "other heads": (lambda t: t.update({NORM: torch.ones(64)}), "128 wide"),
     "too few rows": (lambda t: t.update({QKV: t[QKV][:-1].clone()}), "has 383 rows"),
     "too many rows": (lambda t: t.update({QKV: torch.ones(512, 128)}), "has 512 rows"),
     "flat": (lambda t: t.update({QKV: torch.ones(384)}), "has 384 rows"),

@@ -22,6 +22,7 @@ from quant.linear import NF4Linear, PackedLinear, RowLinear
 from quant.recipe import make_file_recipe, make_recipe
 from quant.spec import STATE, QuantSpec
 from quant.weights import Piece, Weight
+from tests.helpers import BAKED
 from tests.test_equals_diffusers import write_random
 
 DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
@@ -31,13 +32,13 @@ PARTS = {
     "attn.to_added_qkv": [f"attn.add_{x}_proj" for x in "qkv"],
     "proj_in": [*QKV, "proj_mlp"],
 }
-KEPT = {  # pattern of --keep: how many layers it spares
-    "": "0",
-    "*.ff.net.2": "double",
-    "single_transformer_blocks.0.*": "5 + modulation",
-    "transformer_blocks.1.attn.to_q": "1",
-    "*proj_out": "single",  # the top-level one's original lies beside the packed one
-    "*norm*": "modulation * (2 * double + single)",
+KEPT: dict[str, Callable[[int, int, bool], int]] = {  # pattern of --keep: how many layers it spares
+    "": lambda double, single, modulation: 0,
+    "*.ff.net.2": lambda double, single, modulation: double,
+    "single_transformer_blocks.0.*": lambda double, single, modulation: 5 + modulation,
+    "transformer_blocks.1.attn.to_q": lambda double, single, modulation: 1,
+    "*proj_out": lambda double, single, modulation: single,  # the top-level one's original lies beside the packed one
+    "*norm*": lambda double, single, modulation: modulation * (2 * double + single),
 }
 FULL = {"num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128, "num_attention_heads": 24}
 FULL |= {"joint_attention_dim": 4096, "pooled_projection_dim": 768}
@@ -111,7 +112,7 @@ def replaced_by_diffusers(config: dict, quantization: dict) -> set[str]:
 
 @pytest.mark.parametrize("modulation", ["keep", "nf4"])
 def test_bitsandbytes_unpacks_exactly_the_weights_that_we_multiply_with(baked, modulation):
-    folder = baked("nf4", text_encoder="nf4", modulation=modulation) / "transformer"
+    folder = baked("nf4", **BAKED["nf4"], modulation=modulation) / "transformer"
     state = load_file(folder / "diffusion_pytorch_model.safetensors")
     model = load(inspect(folder.parent).components["transformer"])
     compared, fused = set(), 0
@@ -155,10 +156,11 @@ def full_size(tiny_folder) -> checkpoint.Checkpoint:
     )
 
 
-@pytest.mark.parametrize(("pattern", "spared"), KEPT.items())
+@pytest.mark.parametrize(
+    ("size", "pattern"), [*(("bundled", pattern) for pattern in KEPT), ("full", ""), ("full", "*proj_out")]
+)
 @pytest.mark.parametrize("modulation", ["keep", "nf4"])
-@pytest.mark.parametrize("size", ["bundled", "full"])
-def test_diffusers_replaces_exactly_the_packed_layers(tiny_folder, full_size, size, modulation, pattern, spared):
+def test_diffusers_replaces_exactly_the_packed_layers(tiny_folder, full_size, size, modulation, pattern):
     source = full_size if size == "full" else inspect(tiny_folder)
     keep = (pattern,) if pattern else ()
     recipe = make_recipe(source, QuantSpec("nf4", modulation=modulation, keep=keep))
@@ -168,14 +170,14 @@ def test_diffusers_replaces_exactly_the_packed_layers(tiny_folder, full_size, si
     assert replaced_by_diffusers(config, config.pop("quantization_config")) == packed
     double, single = config["num_layers"], config["num_single_layers"]
     whole = 12 * double + 5 * single + (2 * double + single) * (modulation == "nf4") + 1
-    assert len(packed) == whole - eval(spared, {"double": double, "single": single, "modulation": modulation == "nf4"})
+    assert len(packed) == whole - KEPT[pattern](double, single, modulation == "nf4")
 
 
 @pytest.mark.parametrize("keep", [(), ("encoder.block.1.*", "*.SelfAttention.o")], ids=str)
 def test_transformers_opens_the_nf4_t5(baked, tiny_folder, keep):
     from transformers import T5EncoderModel
 
-    folder = baked("nf4", text_encoder="nf4", keep=keep) / "text_encoder_2"
+    folder = baked("nf4", **BAKED["nf4"], keep=keep) / "text_encoder_2"
     theirs = T5EncoderModel.from_pretrained(folder, dtype=torch.bfloat16)
     four_bit = {name for name, layer in theirs.named_modules() if isinstance(layer, bitsandbytes.nn.Linear4bit)}
     assert four_bit == packed_in(folder / "model.safetensors")
@@ -206,7 +208,7 @@ def count_fp8(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("modulation", ["keep", "fp8"])
 def test_diffusers_opens_the_fp8_file_and_draws_what_we_draw(baked, modulation):
-    folder = baked("fp8", modulation=modulation)
+    folder = baked("fp8", **BAKED["fp8"], modulation=modulation)
     theirs = open_fp8r(folder / "transformer" / "flux-fp8r.safetensors", folder)
     assert count_fp8(theirs) == 2 * 12 + 5 * 5 + (9 if modulation == "fp8" else 0)
     expected = velocity(theirs)
@@ -237,7 +239,7 @@ def test_diffusers_opens_bfls_layout_at_real_width(tmp_path):
 
 
 def test_under_its_own_name_the_fp8_file_fails_loudly_under_the_usual_one_it_draws_noise(baked, tmp_path):
-    folder = baked("fp8")
+    folder = baked("fp8", **BAKED["fp8"])
     with pytest.raises(OSError, match="no file named diffusion_pytorch_model"):
         FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer")
     with pytest.raises(OSError, match="no file named diffusion_pytorch_model"):
@@ -301,7 +303,7 @@ def plain(tiny_folder) -> Callable[[Component], nn.Module]:
     ],
 )  # fmt: skip
 def test_fused_layers_draw_what_separate_ones_draw(tiny_folder, baked, plain, to, keep, fused):
-    folder = baked(to, keep=(keep,) if keep else (), scales="absmax") if to else tiny_folder
+    folder = baked(to, **BAKED[to], keep=(keep,) if keep else ()) if to else tiny_folder
     component = inspect(folder).components["transformer"]
     ours = dequantizing(load(component))
     layers = layers_fused(ours)
@@ -318,8 +320,9 @@ def layers_fused(model: nn.Module) -> list[str]:
 @pytest.mark.parametrize(
     ("to", "options"),
     [
-        ("nf4", {"text_encoder": "nf4"}), ("nf4", {"modulation": "nf4", "scales": "absmax"}),
-        ("fp8", {"text_encoder": "fp8", "modulation": "fp8"}), ("int8", {}),
+        ("nf4", BAKED["nf4"] | {"modulation": "nf4"}),
+        ("nf4", {"scales": "search", "keep": ("transformer_blocks.*", "single_transformer_blocks.[1-4].*")}),
+        ("fp8", BAKED["fp8"] | {"modulation": "fp8"}), ("int8", {}),
         ("int8", {"keep": ("transformer_blocks.1.attn.to_q",)}),
     ],
 )  # fmt: skip

@@ -23,8 +23,8 @@ LAYERS = [
     ["fluxcli.fusion", "fluxcli.loader", "fluxcli.encoders", "fluxcli.modulation"],
     ["fluxcli.engine"],
     ["fluxcli.console"],
-    ["fluxcli.cli", "fluxcli.cli.options", "fluxcli.cli.info", "fluxcli.cli.inspect", "fluxcli.cli.generate", "fluxcli.cli.quantize",
-     "fluxcli.cli.app", "fluxcli.__main__"],
+    ["fluxcli.cli", "fluxcli.cli.options", "fluxcli.cli.info", "fluxcli.cli.inspect", "fluxcli.cli.generate",
+     "fluxcli.cli.quantize", "fluxcli.cli.app", "fluxcli.__main__"],
 ]  # fmt: skip
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 STDLIB_ONLY = {module for modules in LAYERS[:3] for module in modules}

@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fluxcli.loader import load_component
-from quant.checkpoint import COMPONENTS, inspect
+from quant.checkpoint import COMPONENTS, KEEP_FILE, inspect
 from quant.config import CLASSES
 from quant.errors import CheckpointError
+from quant.spec import QuantSpec
+from tests.helpers import BAKED
 
 
 @pytest.fixture
@@ -21,7 +23,7 @@ def model(tiny_folder: Path, tmp_path: Path) -> Path:
 
 
 def weights(folder: Path) -> Path:
-    return next(folder.glob("*.safetensors"))
+    return next(path for path in folder.glob("*.safetensors") if path.name != KEEP_FILE)
 
 
 def rewrite(folder: Path, change) -> None:
@@ -129,3 +131,88 @@ def test_a_config_of_another_shape_is_refused_before_it_builds(model):
     path.write_text(json.dumps(config | {"attention_head_dim": "x"}))
     with pytest.raises(CheckpointError, match=r"config\.json"):
         load(model, "transformer")
+
+
+def test_packed_components_hold_layers_of_their_scheme(baked):
+    from quant.linear import FP8Linear, Int8Linear, NF4Linear, PackedLinear
+
+    for to, kind in (("nf4", NF4Linear), ("fp8", FP8Linear), ("int8", Int8Linear)):
+        module = load(baked(to, **BAKED[to]), "transformer")
+        packed = [layer for layer in module.modules() if isinstance(layer, PackedLinear)]
+        assert {type(layer) for layer in packed} == {kind}
+        assert len(packed) == 2 * (12 - 4) + 5 * (5 - 3)  # of 12 and 5, of which q, k, v (and the MLP) are one
+        assert {p.dtype for p in module.parameters()} == {torch.float32} == {layer.bias.dtype for layer in packed}
+        assert not any(p.requires_grad for p in module.parameters())
+        assert not [t for t in [*module.parameters(), *module.buffers()] if t.is_meta]
+        encoder = load(baked(to, **BAKED[to]), "text_encoder_2")
+        layers = [layer for layer in encoder.modules() if isinstance(layer, PackedLinear)]
+        assert len(layers) == (0 if to == "int8" else 12)
+        assert not [layer for layer in layers if getattr(layer, "arithmetic", False)]  # outliers: never in 8 bit
+
+
+def test_what_is_skipped_stays_meta_packed_or_not(baked):
+    from quant.spec import is_modulation
+
+    for folder in (baked("fp8", **BAKED["fp8"]), baked("fp8", **BAKED["fp8"], modulation="fp8")):
+        component = inspect(folder).components["transformer"]
+        module = load_component(component, dtype=torch.float32, device="cpu", skip=is_modulation)
+        meta = {name for name, tensor in module.named_parameters() if tensor.is_meta}
+        assert meta == {name for name in component.weights if is_modulation(name)}
+
+
+def put(value: float, at: int = 3):
+    """A change of one value of a tensor, of one byte where it is float8."""
+    return lambda t: (t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t).view(-1)[at : at + 1].fill_(value)
+
+
+NAN, INF = float("nan"), float("inf")
+FAULTS = {
+    "a NaN in a 16-bit tensor": ("fp8", "norm_out.linear.bias", put(NAN)),
+    "an Inf in a scale": ("fp8", "transformer_blocks.0.attn.to_q.weight_scale", put(INF)),
+    "a scale of 0": ("int8", "transformer_blocks.1.ff.net.2.weight_scale", put(0)),
+    "a negative scale": ("int8", "transformer_blocks.1.ff.net.2.weight_scale", put(-0.1)),
+    "a NaN byte": ("fp8", "single_transformer_blocks.0.proj_mlp.weight", put(0x7F)),
+    "a NaN byte with sign": ("fp8", "transformer_blocks.0.ff.net.2.weight", put(0xFF)),
+    "an Inf in a scale of scales": ("nf4", "single_transformer_blocks.2.proj_out.weight.nested_absmax", put(INF, 0)),
+    "a NaN in a level": ("nf4", "transformer_blocks.0.attn.to_k.weight.nested_quant_map", put(NAN)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_packed_weights_that_are_not_finite_are_refused_by_name(baked, tmp_path, fault):
+    to, name, damage = FAULTS[fault]
+    folder = shutil.copytree(baked(to, **BAKED[to]), tmp_path / "model")
+    load(folder, "transformer")
+    rewrite(folder / "transformer", lambda state: damage(state[name]))
+    with pytest.raises(CheckpointError) as caught:
+        load(folder, "transformer")
+    assert name.partition(".weight")[0] in str(caught.value)
+
+
+@pytest.mark.parametrize("to", ["nf4", "fp8", "int8"])
+def test_a_source_that_is_not_finite_is_not_packed_while_loading(model, to):
+    name = "transformer_blocks.1.attn.add_v_proj.weight"
+    rewrite(model / "transformer", lambda state: state[name][3, 4].fill_(float("nan")))
+    with pytest.raises(CheckpointError, match=name):
+        load_component(
+            inspect(model).components["transformer"], dtype=torch.float32, device="cpu",
+            spec=QuantSpec(to, scales="absmax"),
+        )  # fmt: skip
+
+
+def test_packs_that_are_not_whole_or_of_another_size_are_refused(baked, tmp_path):
+    name = "transformer_blocks.0.attn.to_q.weight"
+    for to, change in (
+        ("nf4", lambda state: state.pop(f"{name}.absmax")),
+        ("nf4", lambda state: state.update({f"{name}.absmax": state[f"{name}.absmax"][:-1].clone()})),
+        ("fp8", lambda state: state.pop(f"{name}_scale")),
+        ("fp8", lambda state: state.update({f"{name}_scale": torch.ones(3)})),
+        ("int8", lambda state: state.pop(name)),
+        ("int8", lambda state: state.update({name: state[name][:, :64].clone()})),
+    ):
+        source = baked(to, **BAKED[to])
+        folder = shutil.copytree(source, tmp_path / "model")
+        rewrite(folder / "transformer", change)
+        with pytest.raises(CheckpointError, match=name):
+            load(folder, "transformer")
+        shutil.rmtree(folder)

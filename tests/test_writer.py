@@ -48,7 +48,8 @@ def test_what_is_written_is_what_the_reference_library_reads(tmp_path, data):
     writer = write(path, data)
     assert path.stat().st_size == writer.nbytes and writer.damaged() == ""
     read = load_file(path)
-    assert {n: (t.dtype, tuple(t.shape)) for n, t in read.items()} == {n: (TYPES[d], s) for n, (d, s, _) in data.items()}
+    laid_out = {name: (TYPES[dtype], shape) for name, (dtype, shape, _) in data.items()}
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in read.items()} == laid_out
     assert all(bytes(t.view(-1).view(torch.uint8).tolist()) == data[n][2] for n, t in read.items() if t.numel())
     with safe_open(path, "pt") as file:
         assert file.metadata() == METADATA
@@ -73,9 +74,9 @@ def test_any_byte_that_changes_is_found(tmp_path):
     path = tmp_path / "x.safetensors"
     writer = write(path, DATA)
     whole = path.read_bytes()
-    names = [info for info in read_header(path).values()]
-    start = len(whole) - names[-1].stop
-    for info in names:
+    infos = list(read_header(path).values())
+    start = len(whole) - infos[-1].stop
+    for info in infos:
         for place in range(start + info.start, start + info.stop):
             path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
             assert writer.damaged() == info.name
@@ -115,7 +116,8 @@ def test_writes_that_stop_short_are_continued(step, tmp_path, monkeypatch):
         def __getattr__(self, name: str) -> object:
             return getattr(self.file, name)
 
-    monkeypatch.setattr("quant.writer.open", lambda *a, **options: Short(open(*a, **options)), raising=False)
+    real = open
+    monkeypatch.setattr("builtins.open", lambda *a, **options: Short(real(*a, **options)))
     assert write(tmp_path / "x", DATA).damaged() == ""
 
 

@@ -22,23 +22,15 @@ SAMPLE_BYTES = 128 << 20  # read to learn how fast the source's disk is
 
 def quantize(  # noqa: PLR0917 - typer's options
     source: Annotated[str, typer.Argument(help="Preset, model folder, hub id or BFL file.", show_default=False)],
-    target: Annotated[
-        Optional[str], typer.Argument(help="Folder (a file for bfl and comfy).", show_default=False)
-    ] = None,
+    target: Annotated[Optional[str], typer.Argument(help="Folder, or .safetensors file.", show_default=False)] = None,
     to: Annotated[str, typer.Option("--to", help="nf4, fp8 or int8.", show_default=False)] = ...,
-    text_encoder: Annotated[
-        Optional[str], typer.Option(help="T5: nf4, fp8 or keep; nf4 goes with nf4, else keep.")
-    ] = None,
+    text_encoder: Annotated[Optional[str], typer.Option(help="T5: nf4, fp8, keep; nf4 with nf4, else keep.")] = None,
     modulation: Annotated[str, typer.Option(help="keep, nf4 (with nf4) or fp8 (with fp8).")] = "keep",
-    scales: Annotated[str, typer.Option(help="nf4's: search (least error) or absmax (fast).")] = "search",
-    keep: Annotated[
-        Optional[list[str]], typer.Option(help="Pattern of tensors or layers left in 16 bit; repeatable.")
-    ] = None,
-    kind: Annotated[str, typer.Option("--layout", help="diffusers, or for fp8 bfl or comfy.")] = "diffusers",
+    scales: Annotated[str, typer.Option(help="nf4's: search (least error) or absmax.")] = "search",
+    keep: Annotated[Optional[list[str]], typer.Option(help="Tensors or layers left in 16 bit; repeatable.")] = None,
+    kind: Annotated[str, typer.Option("--layout", help="diffusers, or for fp8 bfl or comfy: one file.")] = "diffusers",
     device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda[:n].")] = "cpu",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be written, byte for byte, and stop.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, in bytes, and stop.")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read the result back.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,

@@ -1,0 +1,133 @@
+"""On a CUDA device: plain diffusers opens the NF4 folder whole; fp8 and int8 multiply in 8 bit there."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fluxcli import hardware, plan
+from fluxcli.engine import Engine
+from fluxcli.loader import load_component
+from quant import codecs
+from quant.checkpoint import KEEP_FILE, inspect
+from quant.linear import CAPABILITIES, RowLinear, make_linear, path_of
+from tests.helpers import BAKED, draw, tiny
+from tests.test_formats import apart, inputs
+from tests.test_linear import OPERATORS, WHERE, noise
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes"),
+]
+BF16 = torch.bfloat16
+
+
+def needs(scheme: str) -> None:
+    if torch.cuda.get_device_capability() < CAPABILITIES[scheme]:
+        pytest.skip(f"this device has no {OPERATORS[scheme]}")
+
+
+def on_cuda(values: dict) -> dict:
+    return {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in values.items()}
+
+
+@torch.no_grad()
+def velocity(model: torch.nn.Module) -> torch.Tensor:
+    return model(**on_cuda(inputs(model.config, dtype=BF16)))[0].float()
+
+
+@pytest.fixture
+def folder(baked, tmp_path) -> Path:
+    """The NF4 folder without the 16-bit original of the last layer, which diffusers does not know of."""
+    copy = shutil.copytree(baked("nf4", **BAKED["nf4"]), tmp_path / "nf4")
+    (copy / "transformer" / KEEP_FILE).unlink()
+    return copy
+
+
+def open_plainly(folder: Path) -> object:
+    from diffusers import FluxPipeline
+
+    pipe = FluxPipeline.from_pretrained(folder, torch_dtype=BF16).to("cuda")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_diffusers_opens_the_nf4_folder_and_both_models_give_our_values(folder):
+    import bitsandbytes
+
+    pipe = open_plainly(folder)
+    ours = {
+        name: load_component(inspect(folder).components[name], dtype=BF16, device="cuda")
+        for name in ("transformer", "text_encoder_2")
+    }
+    for name, layers in (("transformer", 2 * 12 + 5 * 5 + 1), ("text_encoder_2", 12)):
+        theirs = getattr(pipe, name)
+        assert sum(isinstance(m, bitsandbytes.nn.Linear4bit) for m in theirs.modules()) == layers
+    assert apart(velocity(ours["transformer"]), velocity(pipe.transformer)) < 0.02
+    ids = torch.randint(0, 512, (1, 24), generator=torch.Generator().manual_seed(0)).cuda()
+    with torch.no_grad():
+        found, expected = ours["text_encoder_2"](ids)[0], pipe.text_encoder_2(ids)[0]
+    assert apart(found.float(), expected.float()) < 0.02
+
+
+def test_the_nf4_folder_gives_the_same_picture_in_plain_diffusers(folder):
+    pipe = open_plainly(folder)
+    request = tiny(device="cuda", steps=8, image_size=128)
+    width, height = request.size
+    reference = pipe(
+        request.prompt, width=width, height=height, num_inference_steps=request.steps,
+        guidance_scale=request.guidance, max_sequence_length=request.text_tokens,
+        generator=torch.Generator("cpu").manual_seed(request.seed),
+    ).images[0]  # fmt: skip
+    checkpoint = inspect(folder)
+    _, pixels = draw(Engine(checkpoint, plan.make_plan(request, checkpoint, hardware.probe("cuda"))), request)
+    difference = np.abs(pixels.astype(int) - np.asarray(reference).astype(int))
+    assert pixels.std() > 5 and difference.mean() < 6, difference.mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, BF16], ids=str)
+@pytest.mark.parametrize("rows", [1, 16, 17, 300])
+@pytest.mark.parametrize("scheme", OPERATORS)
+def test_8_bit_products_run_and_err_by_the_rounding_of_activations(scheme, rows, dtype, monkeypatch):
+    needs(scheme)
+    assert path_of(scheme, "cuda") == path_of(scheme, "cuda:0") == {"fp8": "scaled_mm", "int8": "int_mm"}[scheme]
+    shapes = [(96, 64), (32, 64), (160, 64)]
+    weights = [noise(*shape, seed=seed).cuda() for seed, shape in enumerate(shapes)]
+    parts = [codecs.encode(weight, scheme, name="w", where=WHERE).pieces for weight in weights]
+    w = torch.cat([codecs.decode(part, scheme, s, torch.float32) for part, s in zip(parts, shapes, strict=True)])
+    layer = make_linear(scheme, parts, shapes, noise(288, seed=9).cuda().to(dtype), arithmetic=True)
+    calls, original = [], getattr(torch, OPERATORS[scheme])
+    monkeypatch.setattr(torch, OPERATORS[scheme], lambda *a, **k: calls.append(1) or original(*a, **k))
+    x = noise(rows, 64).cuda().to(dtype)
+    exact = x.double() @ w.double().T + layer.bias.double()
+    y = layer(x)
+    assert calls == [1] and y.dtype == dtype
+    assert 1e-3 < apart(y.double(), exact) < (0.015 if scheme == "int8" else 0.04)
+    x[0] = 0
+    assert torch.equal(layer(x)[0], layer.bias)
+
+
+@pytest.mark.parametrize("scheme", OPERATORS)
+def test_the_packed_transformer_gives_in_8_bit_what_it_gives_dequantized(baked, scheme):
+    needs(scheme)
+    folder = baked(scheme, **BAKED[scheme])
+    model = load_component(inspect(folder).components["transformer"], dtype=BF16, device="cuda")
+    found = velocity(model)
+    for layer in model.modules():
+        if isinstance(layer, RowLinear):
+            layer.arithmetic = False
+    assert 1e-4 < apart(found, velocity(model)) < 0.08
+
+
+def test_the_packer_gives_on_cuda_what_it_gives_on_the_cpu():
+    weight = noise(256, 320).to(BF16)
+    for scheme in ("nf4", "fp8", "int8"):
+        there = codecs.encode(weight.cuda(), scheme, name="w", where=WHERE)
+        here = codecs.encode(weight, scheme, name="w", where=WHERE)
+        values = codecs.decode({k: t.cpu() for k, t in there.pieces.items()}, scheme, (256, 320), torch.float32)
+        expected = codecs.decode(here.pieces, scheme, (256, 320), torch.float32)
+        assert apart(values, expected) < 0.01
+        assert there.relative_error == pytest.approx(here.relative_error, rel=0.01)
