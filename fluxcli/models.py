@@ -71,6 +71,8 @@ def baked(model: str) -> dict[str, Path]:
     """What `flux quantize` made of `model` in the user's model folder, by precision; the newest of each."""
     found = {}
     for path in sorted(baked_folder().glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime):
+        if ".tmp-" in path.parent.name:  # of a bake that goes on, or was killed
+            continue
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             manifest = json.loads(path.read_text(encoding="utf-8"))
             if manifest["model"] == model:

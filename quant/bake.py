@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from quant import codecs
 from quant.checkpoint import MANIFEST
-from quant.errors import WriteError
+from quant.errors import CheckpointError, WriteError
 from quant.header import read_header
 from quant.recipe import Job, Recipe
 from quant.tensors import rows_of
@@ -170,9 +170,11 @@ def _read(files: list[Path], digests: dict[Path, str]) -> "Iterator[tuple[Path, 
                     if not known:
                         digest.update(view[:count])
                     view = view[count:]
+                if view:
+                    raise CheckpointError("weight file is truncated", which=path, why=f"it ends in {info.name[:60]}")
                 if hasattr(os, "posix_fadvise"):  # what was written shall stay in the page cache, to be verified
                     os.posix_fadvise(file.fileno(), start + info.start, info.nbytes, os.POSIX_FADV_DONTNEED)
-                yield path, info.name, data.view(getattr(torch, DTYPES[info.dtype])).view(info.shape)
+                yield path, info.name, data.view(getattr(torch, DTYPES.get(info.dtype, "uint8"))).view(info.shape)
         digests[path] = known[0] if known else digest.hexdigest()
 
 

@@ -16,12 +16,6 @@ class Reader(dict):
 
         return self.setdefault(path, safe_open(path, framework="pt", device="cpu"))
 
-    def __enter__(self) -> "Reader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.clear()
-
     def weight(self, weight: Weight) -> "dict[str, torch.Tensor]":
         """The tensors of a weight by suffix, as they are stored."""
         return {suffix: rows_of(self[p.file].get_tensor(p.info.name), p) for suffix, p in weight.pieces.items()}

@@ -113,15 +113,15 @@ def _assert_same_model(source: Checkpoint, found: Checkpoint, spec: QuantSpec) -
     for name, part in source.components.items():
         weights = found.components[name].weights
         assert part.config == found.components[name].config and set(weights) == set(part.weights)
-        with Reader() as reader:
-            for weight in part.weights.values():
-                packed = weights[weight.name]
-                expected = "" if weight.name == "proj_out.weight" else spec.scheme(name, weight.name, weight.shape)
-                assert (packed.scheme, packed.shape) == (expected, weight.shape)
-                ours = reader.weight(weight)[""].float()
-                read = codecs.decode(reader.weight(packed), packed.scheme, packed.shape, torch.float32)
-                error = float((read - ours).norm())
-                assert error <= {"": 0, "nf4": 0.1, "fp8": 0.037, "int8": 0.025}[expected] * float(ours.norm())
+        reader = Reader()
+        for weight in part.weights.values():
+            packed = weights[weight.name]
+            expected = "" if weight.name == "proj_out.weight" else spec.scheme(name, weight.name, weight.shape)
+            assert (packed.scheme, packed.shape) == (expected, weight.shape)
+            ours = reader.weight(weight)[""].float()
+            read = codecs.decode(reader.weight(packed), packed.scheme, packed.shape, torch.float32)
+            error = float((read - ours).norm())
+            assert error <= {"": 0, "nf4": 0.1, "fp8": 0.037, "int8": 0.025}[expected] * float(ours.norm())
 
 
 @pytest.mark.parametrize("kind", ["bfl", "comfy"])

@@ -88,11 +88,11 @@ def small(tmp_path_factory) -> Component:
 
 
 def values_of(component: Component) -> dict[str, torch.Tensor]:
-    with Reader() as reader:
-        return {
-            name: codecs.decode(reader.weight(weight), weight.scheme, weight.shape, torch.float32)
-            for name, weight in component.weights.items()
-        }
+    reader = Reader()
+    return {
+        name: codecs.decode(reader.weight(weight), weight.scheme, weight.shape, torch.float32)
+        for name, weight in component.weights.items()
+    }
 
 
 def written(small: Component, spec: QuantSpec, kind: str, path: Path) -> Recipe:
