@@ -1,6 +1,6 @@
 """Quantizing a model folder: seconds, GB/s and memory of `flux quantize`, against bitsandbytes' loop and plain copying.
 
-    python -m benchmarks.bake MODEL_FOLDER SCRATCH_FOLDER [--only copy,fp8,int8,nf4 absmax,nf4 search,bitsandbytes]
+    python -m benchmarks.bake MODEL_FOLDER SCRATCH_FOLDER [--only copy;fp8;...]
 
 Only the transformer is quantized (--text-encoder keep). Source pages leave the page cache before every run. RssAnon
 and VmRSS are the peaks of the quantizing process, read from /proc 20 times a second. Prints a table and a JSON line.
@@ -92,11 +92,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("scratch", type=Path)
-    parser.add_argument("--only", default=",".join(["copy", "fp8", "int8", "nf4 absmax", "nf4 search", "bitsandbytes"]))
+    parser.add_argument("--only", default=";".join(["copy", "fp8", "int8", "nf4 absmax", "nf4 search", "bitsandbytes"]))
     options = parser.parse_args()
     part = inspect(options.folder).components["transformer"]
     results = {}
-    for name in options.only.split(","):
+    for name in options.only.split(";"):
         print(f"{name:16} ...", file=sys.stderr, flush=True)
         if name == "copy":
             packed = sum(

@@ -10,17 +10,10 @@ import importlib
 import sys
 import types
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 DECORATORS = ("allow_in_graph", "assume_constant_result", "disable")  # what class bodies take from torch._dynamo
-
-
-def transformer() -> type:
-    return _class("diffusers.models.transformers.transformer_flux", "FluxTransformer2DModel")
-
-
-def single_block() -> type:
-    return _class("diffusers.models.transformers.transformer_flux", "FluxSingleTransformerBlock")
 
 
 def time_text_embed(*, guidance: bool) -> type:
@@ -28,26 +21,16 @@ def time_text_embed(*, guidance: bool) -> type:
     return _class("diffusers.models.embeddings", name)
 
 
-def vae() -> type:
-    return _class("diffusers.models.autoencoders.autoencoder_kl", "AutoencoderKL")
-
-
-def scheduler() -> type:
-    return _class("diffusers.schedulers.scheduling_flow_match_euler_discrete", "FlowMatchEulerDiscreteScheduler")
-
-
 def clip() -> tuple[type, type]:
     """(model, config)."""
-    package = "transformers.models.clip"
-    return _class(f"{package}.modeling_clip", "CLIPTextModel"), _class(
-        f"{package}.configuration_clip", "CLIPTextConfig"
-    )
+    at = "transformers.models.clip"
+    return _class(f"{at}.modeling_clip", "CLIPTextModel"), _class(f"{at}.configuration_clip", "CLIPTextConfig")
 
 
 def t5() -> tuple[type, type]:
     """(model, config)."""
-    package = "transformers.models.t5"
-    return _class(f"{package}.modeling_t5", "T5EncoderModel"), _class(f"{package}.configuration_t5", "T5Config")
+    at = "transformers.models.t5"
+    return _class(f"{at}.modeling_t5", "T5EncoderModel"), _class(f"{at}.configuration_t5", "T5Config")
 
 
 def tokenizers() -> tuple[type, type]:
@@ -63,6 +46,14 @@ def _class(module: str, name: str) -> type:
             return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, RuntimeError):
         return getattr(importlib.import_module(module), name)
+
+
+transformer = partial(_class, "diffusers.models.transformers.transformer_flux", "FluxTransformer2DModel")
+single_block = partial(_class, "diffusers.models.transformers.transformer_flux", "FluxSingleTransformerBlock")
+vae = partial(_class, "diffusers.models.autoencoders.autoencoder_kl", "AutoencoderKL")
+scheduler = partial(
+    _class, "diffusers.schedulers.scheduling_flow_match_euler_discrete", "FlowMatchEulerDiscreteScheduler"
+)
 
 
 @contextlib.contextmanager

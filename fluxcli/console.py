@@ -9,15 +9,11 @@ import os
 import re
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import Self
 
 from fluxcli import signals
 from fluxcli.errors import OutputError
 from fluxcli.events import Event, Notice, Phase, Saved, Step, to_json
-
-if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
 
 CURSOR_BACK = b"\r\x1b[2K\x1b[?25h"
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -42,12 +38,9 @@ def data(text: str) -> None:
 
 def data_json(value: object, *, indent: int | None = None) -> None:
     """One JSON value on stdout: a single line unless indented; control characters only as JSON escapes."""
-    text = json.dumps(value, ensure_ascii=indent is None or not _utf8_stdout(), indent=indent)
+    encoding = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "")
+    text = json.dumps(value, ensure_ascii=indent is None or encoding != "utf8", indent=indent)
     data(re.sub(r"[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text))
-
-
-def _utf8_stdout() -> bool:
-    return (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
 
 
 def say(text: str) -> None:
@@ -69,32 +62,49 @@ def _one_line(text: str) -> str:
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), " ".join(text.split()))
 
 
-class Reporter:
-    """Shows a run's events as they come, and adds up seconds per phase."""
+class _Bar:
+    """What shows progress: a bar on a terminal, nothing elsewhere."""
 
-    def __init__(self, *, quiet: bool = False, events: bool = False, paths: bool = True, started: float) -> None:
-        """`started` is the perf_counter at the command's start; `paths` prints each picture's path on stdout."""
-        self.timings_s: dict[str, float] = {}
-        self._quiet, self._events, self._paths = quiet, events, paths
-        self._started, self._phase, self._since = started, "load", started
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
-        self._step_since = started
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet, self._progress, self._task = quiet, None, None
 
-    def __enter__(self) -> "Reporter":
+    def __enter__(self) -> Self:
         if not self._quiet and sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
-            self._progress = _progress()
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[speed]}"))
+            self._progress = Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False)
+            self._task = self._progress.add_task("", total=None, visible=False, speed="")
             self._progress.start()
             if not self._progress.console.is_dumb_terminal:
                 signals.LAST_WORDS.append(CURSOR_BACK)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close_phase()
-        self.timings_s["total"] = round(time.perf_counter() - self._started, 4)
         if self._progress:
             self._progress.stop()
             signals.LAST_WORDS.clear()
+
+    def _update(self, **fields: object) -> None:
+        if self._progress:
+            self._progress.update(self._task, visible=True, **fields)
+
+
+class Reporter(_Bar):
+    """Shows a run's events as they come, and adds up seconds per phase."""
+
+    def __init__(self, *, quiet: bool = False, events: bool = False, paths: bool = True, started: float) -> None:
+        """`started` is the perf_counter at the command's start; `paths` prints each picture's path on stdout."""
+        super().__init__(quiet=quiet)
+        self.timings_s: dict[str, float] = {}
+        self._events, self._paths = events, paths
+        self._started, self._phase, self._since, self._step_since = started, "load", started, started
+
+    def __exit__(self, *_: object) -> None:
+        self._close_phase()
+        self.timings_s["total"] = round(time.perf_counter() - self._started, 4)
+        super().__exit__()
 
     def show(self, event: Event) -> None:
         """Show one event; raises `Terminated` if a signal arrived and was swallowed since the last one."""
@@ -105,7 +115,7 @@ class Reporter:
             case Phase():
                 self._close_phase()
                 self._phase = event.name
-                self._describe(f"{event.name} {event.detail}".strip())
+                self._update(description=f"{event.name} {event.detail}".strip(), speed="")
             case Step():
                 self._show_step(event)
             case Notice() if not self._quiet:
@@ -118,25 +128,15 @@ class Reporter:
         self.timings_s[self._phase] = round(self.timings_s.get(self._phase, 0.0) + now - self._since, 4)
         self._since = now
 
-    def _describe(self, text: str) -> None:
-        if self._progress is None:
-            return
-        if self._task is None:
-            self._task = self._progress.add_task(text, total=None, speed="")
-        self._progress.update(self._task, description=text, speed="")
-
     def _show_step(self, step: Step) -> None:
-        if self._progress is None or self._task is None:
-            return
         if step.index == 1:
-            self._progress.reset(self._task, total=step.total)
             self._step_since = self._since
         seconds = (time.perf_counter() - self._step_since) / step.index
         picture = f"picture {step.image}/{step.images}, " if step.images > 1 else ""
         text = f"denoise {picture}step {step.index}/{step.total}"
         left = seconds * (step.total - step.index + (step.images - step.image) * step.total)
         speed = f"{seconds:.2f} s/it, {left:.0f} s left"
-        self._progress.update(self._task, description=text, completed=step.index, speed=speed)
+        self._update(description=text, completed=step.index, total=step.total, speed=speed)
 
     def _show_saved(self, saved: Saved) -> None:
         image = saved.image
@@ -151,39 +151,16 @@ class Reporter:
             self._progress.start()
 
 
-def _progress() -> "Progress":
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[speed]}"))
-    return Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False)
-
-
-class Meter:
+class Meter(_Bar):
     """A bar with GB/s and time left on a terminal; nothing elsewhere."""
 
     def __init__(self, what: str, *, quiet: bool) -> None:
-        self._what, self._started, self._progress = what, time.perf_counter(), None
-        if not quiet and sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
-            self._progress = _progress()
-
-    def __enter__(self) -> "Meter":
-        if self._progress:
-            self._progress.start()
-            self._task = self._progress.add_task(self._what, total=1.0, speed="")
-            if not self._progress.console.is_dumb_terminal:
-                signals.LAST_WORDS.append(CURSOR_BACK)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._progress:
-            self._progress.stop()
-            signals.LAST_WORDS.clear()
+        super().__init__(quiet=quiet)
+        self._what, self._started = what, time.perf_counter()
 
     def show(self, done: int, total: int, detail: str) -> None:
         """`done` of `total` bytes; raises `Terminated` if a signal arrived and was swallowed since the last call."""
         signals.check()
-        if self._progress:
-            speed = done / max(1e-6, time.perf_counter() - self._started)
-            text = f"{done / 1e9:.1f}/{total / 1e9:.1f} GB, {speed / 1e9:.2f} GB/s, {(total - done) / speed:.0f} s left"
-            self._progress.update(self._task, completed=done / total, description=f"{self._what} {detail}", speed=text)
+        speed = max(1, done) / max(1e-6, time.perf_counter() - self._started)
+        text = f"{done / 1e9:.1f}/{total / 1e9:.1f} GB, {speed / 1e9:.2f} GB/s, {(total - done) / speed:.0f} s left"
+        self._update(completed=done, total=total, description=f"{self._what} {detail}", speed=text)

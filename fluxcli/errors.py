@@ -73,7 +73,5 @@ class Terminated(BaseException):
 
 def exit_code_of(error: ExplainedError) -> ExitCode:
     """The exit code an error ends the process with."""
-    if isinstance(error, FluxError):
-        return error.exit_code
     codes = {SpecError: ExitCode.USAGE, WriteError: ExitCode.OUTPUT}
-    return codes.get(type(error), ExitCode.INPUT_FILE)
+    return getattr(error, "exit_code", codes.get(type(error), ExitCode.INPUT_FILE))

@@ -57,7 +57,7 @@ def _accelerators() -> dict[str, int]:
     try:
         return {
             "cuda": torch.cuda.device_count(),
-            "xpu": torch.xpu.device_count() if hasattr(torch, "xpu") else 0,
+            "xpu": torch.xpu.device_count(),
             "mps": int(torch.backends.mps.is_available()),
         }
     except RuntimeError as error:
@@ -95,12 +95,20 @@ def _cpu_has_bf16() -> bool:
     """Whether the CPU has bfloat16 matrix units: without them bfloat16 runs at a quarter of float32's speed."""
     import torch
 
-    return bool(torch.cpu._is_amx_tile_supported()) if hasattr(torch.cpu, "_is_amx_tile_supported") else False
+    return getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # private: a later torch may lack it
 
 
 def peak_memory(device: str) -> dict[str, int]:
     """The process's memory peaks so far, in bytes: resident RAM, and the device's allocator where there is one."""
-    peaks = {"rss_bytes": _peak_rss_bytes()}
+    if os.name == "nt":
+        import psutil
+
+        peaks = {"rss_bytes": psutil.Process().memory_info().peak_wset}
+    else:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peaks = {"rss_bytes": peak if platform.system() == "Darwin" else peak * 1024}
     if device.startswith(("cuda", "xpu")):
         import torch
 
@@ -108,20 +116,9 @@ def peak_memory(device: str) -> dict[str, int]:
     return peaks
 
 
-def _peak_rss_bytes() -> int:
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
-
-
 def empty_cache(device: str) -> None:
     """Give freed blocks back to the device's driver."""
-    import torch
-
     if device != "cpu":
+        import torch
+
         getattr(torch, device.partition(":")[0]).empty_cache()

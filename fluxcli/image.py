@@ -37,18 +37,17 @@ def encode(pixels: "np.ndarray", format: str, *, quality: int, metadata: dict | 
     from PIL.PngImagePlugin import PngInfo
 
     image, buffer = Image.fromarray(pixels, "RGB"), io.BytesIO()
-    text, xmp = (parameters_text(metadata), _xmp(metadata)) if metadata else ("", "")
-    options: dict = {}
-    if format == "png":
-        options["optimize"] = False
-        if text:
+    options: dict = {} if format == "png" else {"quality": quality}
+    if format == "jpg" and quality >= 90:
+        options["subsampling"] = 0
+    if metadata:
+        text = parameters_text(metadata)
+        xmp = XMP.format(json=escape(json.dumps(metadata, ensure_ascii=False, sort_keys=True), quote=False))
+        if format == "png":
             info = options["pnginfo"] = PngInfo()
             info.add_itxt("parameters", text)
             info.add_itxt("XML:com.adobe.xmp", xmp)
-    else:
-        options["quality"] = quality
-        options |= {"subsampling": 0} if format == "jpg" and quality >= 90 else {}
-        if text:
+        else:
             exif = Image.Exif()
             exif.get_ifd(EXIF_IFD)[USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be", "surrogatepass")
             options |= {"exif": exif.tobytes(), "xmp": xmp.encode()}
@@ -72,10 +71,6 @@ def parameters_text(metadata: dict) -> str:
     )
 
 
-def _xmp(metadata: dict) -> str:
-    return XMP.format(json=escape(json.dumps(metadata, ensure_ascii=False, sort_keys=True), quote=False))
-
-
 def read_metadata(path: Path) -> dict:
     """The metadata that `encode` wrote; raises `BadInputFile` where there is none or the file is no picture."""
     with open_picture(path) as image:
@@ -90,14 +85,6 @@ def read_metadata(path: Path) -> dict:
         hint = "pictures made with --no-metadata, or edited since, cannot be replayed"
         raise BadInputFile("no flux metadata", which=path, why="the picture carries none", hint=hint)
     return metadata
-
-
-def read_pixels(path: Path) -> "np.ndarray":
-    """The picture as (H, W, 3) uint8."""
-    import numpy as np
-
-    with open_picture(path) as image:
-        return np.asarray(image.convert("RGB"))
 
 
 def open_picture(path: Path) -> "Image.Image":

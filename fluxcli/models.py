@@ -69,15 +69,13 @@ def rungs(model: str, precision: str) -> list[Path]:
 
 def baked(model: str) -> dict[str, Path]:
     """What `flux quantize` made of `model` in the user's model folder, by precision; the newest of each."""
-    found = {}
-    for path in sorted(baked_folder().glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime):
-        if ".tmp-" in path.parent.name:  # of a bake that goes on, or was killed
-            continue
+    found = []
+    for path in baked_folder().glob(f"*/{MANIFEST}"):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             manifest = json.loads(path.read_text(encoding="utf-8"))
-            if manifest["model"] == model:
-                found[manifest["recipe"]["to"]] = path.parent
-    return found
+            if manifest["model"] == model and ".tmp-" not in path.parent.name:  # of a bake that goes on, or was killed
+                found.append((path.stat().st_mtime, str(manifest["recipe"]["to"]), path.parent))
+    return {to: folder for _, to, folder in sorted(found)}
 
 
 def baked_folder(environment: Mapping[str, str] = os.environ) -> Path:

@@ -16,6 +16,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
@@ -45,7 +46,7 @@ def format_of(text: str | None, *, given: str | None = None) -> str | None:
 
     Raises `UsageError` for an extension of something else, or one that contradicts a `given` format.
     """
-    if text in (None, STDOUT) or _is_folder(text):
+    if text in (None, STDOUT) or text.endswith(("/", os.sep)) or os.path.isdir(os.path.expanduser(text)):
         return None
     suffix = Path(text).suffix.lower().lstrip(".")
     if not suffix and _check_template(text):
@@ -70,7 +71,7 @@ def parse_target(request: GenerationRequest, *, force: bool = False) -> Target:
     if os.path.isdir(path):
         return Target(path, DEFAULT_TEMPLATE)
     is_template = _check_template(str(path))
-    if text and _is_folder(text):
+    if text and text.endswith(("/", os.sep)):
         return Target(Path(), str(path / DEFAULT_TEMPLATE)) if is_template else Target(path, DEFAULT_TEMPLATE)
     if is_template:
         return Target(Path(), str(path.with_suffix("")))
@@ -78,10 +79,6 @@ def parse_target(request: GenerationRequest, *, force: bool = False) -> Target:
         hint = f"-o {path.stem}-{{seed}}{path.suffix}, or a folder"
         raise UsageError("one file name for several pictures", which=text, hint=hint)
     return Target(path.parent, path.name, exact=True, force=force)
-
-
-def _is_folder(text: str) -> bool:
-    return text.endswith(("/", os.sep)) or os.path.isdir(os.path.expanduser(text))
 
 
 def _check_template(name: str) -> bool:
@@ -98,26 +95,23 @@ def _check_template(name: str) -> bool:
 def slug(prompt: str) -> str:
     """A short file name made of a prompt: ASCII letters and digits where it has any, joined by '-'."""
     plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode()
-    words = re.findall(r"[a-z0-9]+", plain.lower())
-    text = ""
-    for word in words:
-        if len(text) + len(word) > SLUG_LENGTH:
-            break
-        text = f"{text}-{word}" if text else word
-    return text or (words[0][:SLUG_LENGTH] if words else "image")
+    text = "-".join(re.findall(r"[a-z0-9]+", plain.lower()))
+    if len(text) > SLUG_LENGTH:
+        text = text[: SLUG_LENGTH + 1].rpartition("-")[0] or text[:SLUG_LENGTH]
+    return text or "image"
 
 
 def candidates(target: Target, request: GenerationRequest, n: int) -> Iterator[Path]:
-    """The names to try for picture `n` (from 1), best first; an exact target has one."""
-    if target.exact:
-        yield target.folder / target.pattern
-        return
-    width, height = request.size
-    values = {"seed": request.seed, "n": n, "slug": slug(request.prompt), "preset": slug(request.preset)}
-    stem = target.pattern.format(**values, width=width, height=height, date=date.today().isoformat())
-    yield target.folder / f"{stem}.{request.format}"
-    for k in range(2, 1_000_000):
-        yield target.folder / f"{stem}-{k}.{request.format}"
+    """The names to try for picture `n` (from 1), best first."""
+    name = target.pattern
+    if not target.exact:
+        width, height = request.size
+        values = {"seed": request.seed, "n": n, "slug": slug(request.prompt), "preset": slug(request.preset)}
+        name = name.format(**values, width=width, height=height, date=date.today().isoformat()) + f".{request.format}"
+    first = target.folder / name
+    yield first
+    for k in count(2):
+        yield first.with_name(f"{first.stem}-{k}{first.suffix}")
 
 
 def check_writable(target: Target, request: GenerationRequest) -> None:
@@ -137,8 +131,8 @@ def check_writable(target: Target, request: GenerationRequest) -> None:
         folder = Path(os.path.realpath(path)).parent
         while not folder.exists():
             folder = folder.parent
-        with _temporary(folder) as temporary:
-            _create(temporary).close()
+        with _temporary(folder) as (_, file):
+            file.close()
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise _output_error(path, error) from error
@@ -161,6 +155,7 @@ def save(data: bytes, target: Target, request: GenerationRequest, n: int) -> str
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
         return STDOUT
+    first = next(candidates(target, request, n))
     try:
         for path in candidates(target, request, n):
             real = Path(os.path.realpath(path))
@@ -172,26 +167,19 @@ def save(data: bytes, target: Target, request: GenerationRequest, n: int) -> str
                 continue
             with contextlib.suppress(FileExistsError):
                 write_atomically(path, data, place=_move_if_free)
-                return str(path)
+                break
     except OSError as error:
         raise _output_error(path, error) from error
-    return _save_beside(data, path)
+    if target.exact and path != first:
+        why = f"the picture is kept as {path}"
+        raise OutputError("the file exists now", which=first, why=why, hint="--force replaces")
+    return str(path)
 
 
-def _save_beside(data: bytes, taken: Path) -> str:
-    """Keep a finished picture whose name was taken while it was drawn, and raise `OutputError` that says where."""
-    for k in range(2, 1_000_000):
-        path = taken.with_name(f"{taken.stem}-{k}{taken.suffix}")
-        with contextlib.suppress(FileExistsError):
-            write_atomically(path, data, place=_move_if_free)
-            break
-    raise OutputError("the file exists now", which=taken, why=f"the picture is kept as {path}", hint="--force replaces")
-
-
-def write_atomically(path: Path, data: bytes, *, place: Callable[[Path, Path], None] = os.replace) -> None:
+def write_atomically(path: Path, data: bytes, *, place: Callable[[Path, Path], None]) -> None:
     """Write `data` to `path`: a temporary file beside it, fsync, then `place(temporary, path)`; raises OSError."""
-    with _temporary(path.parent) as temporary:
-        with _create(temporary) as file:
+    with _temporary(path.parent) as (temporary, file):
+        with file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -202,20 +190,14 @@ def write_atomically(path: Path, data: bytes, *, place: Callable[[Path, Path], N
 
 
 @contextlib.contextmanager
-def _temporary(folder: Path) -> Iterator[Path]:
-    """The path of a temporary file in `folder`, gone afterwards, whatever happens."""
+def _temporary(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """A new file in `folder`, open for writing, with the mode that the umask gives; gone afterwards, come what may."""
     path = folder / f".flux-{secrets.token_hex(6)}.tmp"
     try:
-        yield path
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        yield path, os.fdopen(descriptor, "wb")
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
-
-
-def _create(path: Path) -> BinaryIO:
-    """Open a new file for writing, with the mode that the umask gives."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-    return os.fdopen(descriptor, "wb")
+        path.unlink(missing_ok=True)
 
 
 def _move_if_free(temporary: Path, path: Path) -> None:
@@ -238,9 +220,7 @@ def _move_if_free(temporary: Path, path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":
-        return
-    with contextlib.suppress(OSError):  # some file systems refuse to sync a folder; the file itself is synced
+    with contextlib.suppress(OSError):  # Windows and some file systems refuse; the file itself is synced
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -4,9 +4,10 @@ Order: defaults < config.toml < preset (and what it extends) < FLUX_* variables 
 (`width`/`height` or `aspect_ratio`/`image_size`) replaces the other kind of an earlier layer. Stdlib only.
 """
 
+import contextlib
 import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -40,43 +41,31 @@ class Settings:
     origins: dict
 
 
-def folders(config_folder: Path) -> tuple[Path, ...]:
-    """Where presets are looked for, strongest first."""
-    return (config_folder / "presets", BUNDLED)
-
-
-def available(config_folder: Path) -> dict[str, Path]:
-    """Return every preset by name; a user's own hides a bundled one of the same name."""
+def available(config_folder: Path | None) -> dict[str, Path]:
+    """Return every preset by name; a user's own hides a bundled one of the same name. None: the bundled ones."""
     found: dict[str, Path] = {}
-    for folder in folders(config_folder):
-        for path in _listing(folder):
-            found.setdefault(path.stem, path)
+    for folder in (BUNDLED, config_folder / "presets") if config_folder else (BUNDLED,):
+        with contextlib.suppress(OSError):
+            found |= {path.stem: path for path in folder.glob("*.toml")}
     return dict(sorted(found.items()))
-
-
-def _listing(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.glob("*.toml"))
-    except OSError:
-        return []
 
 
 def load(name: str, config_folder: Path, *, bundled: bool = False) -> Preset:
     """Read one preset; raises `UsageError` for an unknown name, malformed TOML, unknown keys or wrong types."""
-    known = {path.stem: path for path in _listing(BUNDLED)} if bundled else available(config_folder)
+    known = available(None if bundled else config_folder)
     if name not in known:
         near = get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "flux presets"
         raise UsageError("unknown preset", which=name, why="known are " + " ".join(known), hint=hint)
-    table = _read_toml(known[name])
-    for key in PRESET_ONLY:
-        if not isinstance(table.get(key, ""), str):
-            raise UsageError("wrong value", which=f"{known[name]}", why=f"{key} is not a text")
-    settings = {key: value for key, value in table.items() if key not in PRESET_ONLY}
+    path = known[name]
+    settings = _read_toml(path)
+    said = {key: settings.pop(key) for key in PRESET_ONLY if key in settings}
+    for key, value in said.items():
+        if not isinstance(value, str):
+            raise UsageError("wrong value", which=path, why=f"{key} is not a text")
     if "preset" in settings:
-        raise UsageError("unknown setting", which=known[name], why="'preset' is none here", hint="use extends = ...")
-    checked = _checked(settings, known[name])
-    return Preset(name, known[name], table.get("description", ""), table.get("extends"), checked)
+        raise UsageError("unknown setting", which=path, why="'preset' is none here", hint="use extends = ...")
+    return Preset(name, path, said.get("description", ""), said.get("extends"), _checked(settings, path))
 
 
 def chain(name: str, config_folder: Path) -> list[Preset]:
@@ -96,17 +85,14 @@ def chain(name: str, config_folder: Path) -> list[Preset]:
 def read_config(config_folder: Path) -> dict:
     """The user's config.toml, checked; an absent or unreadable folder is an empty one."""
     path = config_folder / "config.toml"
-    try:
-        present = path.is_file()
-    except OSError:
-        return {}
-    return _checked(_read_toml(path), path) if present else {}
+    with contextlib.suppress(OSError):
+        if path.is_file():
+            return _checked(_read_toml(path), path)
+    return {}
 
 
 def _checked(table: Mapping[str, object], path: Path) -> dict:
-    return {
-        ALIASES.get(key, key): coerce(ALIASES.get(key, key), value, where=str(path)) for key, value in table.items()
-    }
+    return {(name := ALIASES.get(key, key)): coerce(name, value, where=str(path)) for key, value in table.items()}
 
 
 def _read_toml(path: Path) -> dict:
@@ -136,13 +122,13 @@ def merge(flags: Mapping[str, object], config_folder: Path, environment: Mapping
     config, variables = read_config(config_folder), from_environment(environment)
     given = {key: coerce(key, value, where=flag(key)) for key, value in flags.items()}
     name = {"preset": DEFAULT_PRESET, **config, **variables, **given}["preset"]
-    layers: list[tuple[str, Mapping[str, object]]] = [("default", defaults), ("config.toml", config)]
-    layers += [(f"preset {preset.name}", preset.settings) for preset in chain(name, config_folder)]
     merged = Settings({}, {})
-    for origin, layer in layers:
-        _apply(merged, layer, dict.fromkeys(layer, origin))
-    _apply(merged, variables, {key: f"FLUX_{key.upper()}" for key in variables})
-    _apply(merged, given, {key: flag(key) for key in given})
+    _apply(merged, defaults, lambda _: "default")
+    _apply(merged, config, lambda _: "config.toml")
+    for preset in chain(name, config_folder):
+        _apply(merged, preset.settings, lambda _, of=preset: f"preset {of.name}")
+    _apply(merged, variables, lambda key: f"FLUX_{key.upper()}")
+    _apply(merged, given, flag)
     merged.values["preset"] = name
     return merged
 
@@ -151,19 +137,16 @@ def overlay(base: Mapping[str, object], changes: Mapping[str, object]) -> dict:
     """`base` with `changes` on top, the one rule of sizes included; both by field name, values of any text form."""
     merged = Settings(dict(base), {})
     checked = {key: value if value is None else coerce(key, value, where=flag(key)) for key, value in changes.items()}
-    _apply(merged, checked, {key: flag(key) for key in checked if checked[key] is not None})
+    _apply(merged, checked, flag)
     return merged.values
 
 
-def _apply(merged: Settings, layer: Mapping[str, object], origins: Mapping[str, str]) -> None:
-    by_ratio, by_pixels = _names(layer, ("aspect_ratio", "image_size")), _names(layer, ("width", "height"))
+def _apply(merged: Settings, layer: Mapping[str, object], origin: Callable[[str], str]) -> None:
+    said = {key for key, value in layer.items() if value is not None}
+    by_ratio, by_pixels = said & {"aspect_ratio", "image_size"}, said & {"width", "height"}
     if by_ratio and by_pixels:
-        raise UsageError("--width/--height exclude --ar/--size", which=origins[by_pixels[0]])
+        raise UsageError("--width/--height exclude --ar/--size", which=origin(max(by_pixels)))
     if by_ratio:
         merged.values.update(width=None, height=None)
     merged.values.update(layer)
-    merged.origins.update(origins)
-
-
-def _names(layer: Mapping[str, object], names: Iterable[str]) -> list[str]:
-    return [name for name in names if layer.get(name) is not None]
+    merged.origins.update({key: origin(key) for key in layer})

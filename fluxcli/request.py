@@ -58,9 +58,7 @@ class GenerationRequest:
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) of the picture."""
-        if self.width is not None and self.height is not None:
-            return self.width, self.height
-        return size_of(self.aspect_ratio, self.image_size)
+        return (self.width, self.height) if self.width else size_of(self.aspect_ratio, self.image_size)
 
     def with_seed(self) -> "GenerationRequest":
         """The same request with a seed: a random 32-bit one where none was given."""
@@ -83,7 +81,7 @@ BOUNDS = {
     "text_tokens": (1, 512),
 }
 PATTERNS = {  # what a text must be, in a regular expression and in words
-    "format": ("|".join(FORMATS), "jpg, png or webp"),
+    "format": ("jpg|png|webp", "jpg, png or webp"),
     "device": (r"auto|cpu|mps|xpu(:\d{1,3})?|cuda(:\d{1,3})?", "auto, cpu, cuda[:n], mps or xpu[:n]"),
     "precision": ("auto|bf16|fp16|fp32|fp8|int8|nf4", "auto, bf16, fp16, fp32, fp8, int8 or nf4"),
     "model": (r"[^\0]{1,1000}", "a folder or a hub id"),
@@ -126,8 +124,12 @@ def check(name: str, value: object, *, where: str) -> None:
         raise UsageError(f"unknown {name}", which=where, why=f"{str(value)[:60]!r} is not {words}")
     if name == "aspect_ratio":
         parse_ratio(value, where=where)
-    if name in SIDES and (not SIDES[name] <= value <= MAX_SIZE_PX or value % MULTIPLE_PX):
-        raise UsageError("size not possible", which=where, why=_nearest(value, SIDES[name]))
+    least = SIDES.get(name)
+    if least and (not least <= value <= MAX_SIZE_PX or value % MULTIPLE_PX):
+        below = min(max(value // MULTIPLE_PX * MULTIPLE_PX, least), MAX_SIZE_PX - MULTIPLE_PX)
+        near = f"the nearest are {below} and {below + MULTIPLE_PX}"
+        why = f"{str(value)[:20]} is no multiple of {MULTIPLE_PX} from {least} to {MAX_SIZE_PX}; {near}"
+        raise UsageError("size not possible", which=where, why=why)
 
 
 def size_of(aspect_ratio: str, image_size: int) -> tuple[int, int]:
@@ -144,8 +146,8 @@ def parse_ratio(text: str, *, where: str = "--ar") -> tuple[float, float]:
     match = re.fullmatch(r"(\d{1,5}(?:\.\d{1,4})?):(\d{1,5}(?:\.\d{1,4})?)", text)
     wide, high = (float(match[1]), float(match[2])) if match else (0.0, 0.0)
     if not wide or not high:
-        why = f"{text!r} is not W:H"
-        raise UsageError("aspect ratio not possible", which=where, why=why, hint=" ".join(ASPECT_RATIOS))
+        hint = " ".join(ASPECT_RATIOS)
+        raise UsageError("aspect ratio not possible", which=where, why=f"{text!r} is not W:H", hint=hint)
     if max(wide, high) > MAX_RATIO * min(wide, high):
         limit = f"{MAX_RATIO}:1" if wide > high else f"1:{MAX_RATIO}"
         raise UsageError("aspect ratio not possible", which=where, why=f"{text} is beyond {limit}")
@@ -154,22 +156,17 @@ def parse_ratio(text: str, *, where: str = "--ar") -> tuple[float, float]:
 
 def check_size(width: int, height: int, *, aspect_ratio: str | None) -> None:
     """Raise `UsageError` if no picture can have these sides, rounded from `aspect_ratio` or (None) asked for."""
-    if max(width, height) < MIN_SIZE_PX:
-        raise UsageError("size not possible", which=f"{width}x{height}", why=f"the longest side is below {MIN_SIZE_PX}")
-    if not aspect_ratio and max(width, height) > MAX_RATIO * min(width, height):
-        raise UsageError("size not possible", which=f"{width}x{height}", why=f"it is beyond {MAX_RATIO}:1")
+    which, longest = f"{width}x{height}", max(width, height)
+    if longest < MIN_SIZE_PX:
+        raise UsageError("size not possible", which=which, why=f"the longest side is below {MIN_SIZE_PX}")
+    if not aspect_ratio and longest > MAX_RATIO * min(width, height):
+        raise UsageError("size not possible", which=which, why=f"it is beyond {MAX_RATIO}:1")
     if width * height > MAX_AREA_PX:
         smaller = (size_of(aspect_ratio or f"{width}:{height}", side) for side in range(MAX_SIZE_PX, 0, -MULTIPLE_PX))
         wide, high = next(size for size in smaller if math.prod(size) <= MAX_AREA_PX)
         possible = f"--size {max(wide, high)}" if aspect_ratio else f"--width {wide} --height {high}"
         why = f"{width * height:,} pixels are more than {MAX_AREA_PX:,}"
-        raise UsageError("size not possible", which=f"{width}x{height}", why=why, hint=f"{possible} is the largest")
-
-
-def _nearest(value: int, low: int) -> str:
-    below = min(max(value // MULTIPLE_PX * MULTIPLE_PX, low), MAX_SIZE_PX - MULTIPLE_PX)
-    text = f"{str(value)[:20]} is no multiple of {MULTIPLE_PX} from {low} to {MAX_SIZE_PX}"
-    return f"{text}; the nearest are {below} and {below + MULTIPLE_PX}"
+        raise UsageError("size not possible", which=which, why=why, hint=f"{possible} is the largest")
 
 
 def coerce(name: str, value: object, *, where: str) -> object:
@@ -178,41 +175,28 @@ def coerce(name: str, value: object, *, where: str) -> object:
         near = get_close_matches(name, KEYS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else "known keys: " + " ".join(KEYS)
         raise UsageError("unknown setting", which=where, why=f"{name!r} is no setting", hint=hint)
-    converted = _converted(name, value, where)
+    kinds = {"guidance": "a number", "metadata": "true or false"} | dict.fromkeys(INTEGERS, "a whole number")
+    try:
+        converted = _converted(name, value)
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        why = f"{name} is {str(value)[:60]!r}, not {kinds.get(name, 'a text')}"
+        raise UsageError("wrong value", which=where, why=why) from error
     check(name, converted, where=where)
     return converted
 
 
-def _converted(name: str, value: object, where: str) -> object:
-    try:
-        if isinstance(value, bool) != (name == "metadata") and not isinstance(value, str):
-            raise ValueError
-        if name in INTEGERS:
-            return _integer(value)
-        if name == "guidance":
-            return None if value in ("none", "") else _finite(value)
-        if name == "metadata":
-            return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
-        if not isinstance(value, str):
-            raise ValueError
-        return value.lower().replace("jpeg", "jpg") if name == "format" else value
-    except (ValueError, TypeError, KeyError) as error:
-        wanted = "a whole number" if name in INTEGERS else {"guidance": "a number", "metadata": "true or false"}
-        wanted = wanted if isinstance(wanted, str) else wanted.get(name, "a text")
-        raise UsageError("wrong value", which=where, why=f"{name} is {str(value)[:60]!r}, not {wanted}") from error
-
-
-def _integer(value: object) -> int:
-    if isinstance(value, float) and not value.is_integer():
+def _converted(name: str, value: object) -> object:
+    if name == "metadata" and isinstance(value, (bool, str)):
+        return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
+    if isinstance(value, bool) or (isinstance(value, float) and name in INTEGERS and not value.is_integer()):
         raise ValueError
-    return int(value)
-
-
-def _finite(value: object) -> float:
-    number = float(value)
-    if not math.isfinite(number):
+    if name in INTEGERS:
+        return int(value)
+    if name == "guidance":
+        return None if value in ("none", "") else float(value)
+    if not isinstance(value, str):
         raise ValueError
-    return number
+    return value.lower().replace("jpeg", "jpg") if name == "format" else value
 
 
 def from_settings(prompt: str, settings: Mapping[str, object]) -> GenerationRequest:

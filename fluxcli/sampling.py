@@ -4,7 +4,6 @@ Formulas as in black-forest-labs/flux, `sampling.py`, and diffusers' FluxPipelin
 pixels; latents (1, 16, height/8, width/8); packed latents (1, S, 64) with S = height/16 x width/16.
 """
 
-import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -54,12 +53,10 @@ def set_timesteps(scheduler: object, steps: int, tokens: int, device: str) -> No
     import numpy as np
 
     config = scheduler.config
-    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    slope = (top - base) / (high - low)
-    scheduler.set_timesteps(
-        sigmas=np.linspace(1.0, 1 / steps, steps), mu=tokens * slope + base - slope * low, device=device
-    )
+    low, base = config.base_image_seq_len, config.base_shift
+    slope = (config.max_shift - base) / (config.max_image_seq_len - low)
+    mu = tokens * slope + base - slope * low
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu, device=device)
     scheduler.set_begin_index(0)
 
 
@@ -73,4 +70,4 @@ def to_pixels(decoded: "torch.Tensor") -> "torch.Tensor":
 
 def is_finite(tensor: "torch.Tensor") -> bool:
     """Whether no element is NaN or infinite."""
-    return math.isfinite(float(tensor.float().abs().sum()))
+    return bool(tensor.isfinite().all())

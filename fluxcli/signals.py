@@ -6,6 +6,7 @@ A shell goes on looping after a child that merely exits 130; it stops after one 
 import os
 import signal
 import sys
+import traceback
 from types import FrameType
 
 from fluxcli.errors import Terminated
@@ -33,19 +34,12 @@ def check() -> None:
 def _unwind(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)
     ARRIVED.append(number)
-    if _importing(frame):  # nothing to clean up, and there an exception may be swallowed, or abort in a library's C++
+    importing = any(f.f_code.co_filename.startswith("<frozen importlib") for f, _ in traceback.walk_stack(frame))
+    if importing:  # nothing to clean up, and there an exception may be swallowed, or abort in a library's C++
         for words in LAST_WORDS:
             os.write(2, words)
         die_by(number)
     raise Terminated(number)
-
-
-def _importing(frame: FrameType | None) -> bool:
-    while frame:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:

@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from quant.writer import SafetensorsWriter
 if TYPE_CHECKING:
     import torch
 
+AHEAD = 6  # tensors that wait to be packed, and to be written
 MARGIN = 64 << 20  # of free disk, beside what is written
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 HUB_BLOB = re.compile(r"[0-9a-f]{64}")  # the hub's cache names its files by their sha256
@@ -127,6 +129,8 @@ def _pack(
     digests: dict[Path, str],
 ) -> Iterator[Progress]:
     """Read the next tensor and write the last ones while one is packed; a job begins when its last source is there."""
+    import torch
+
     uses: dict[tuple[Path, str], list[tuple[int, int]]] = {}
     for n, job in enumerate(recipe.jobs):
         for k, source in enumerate(job.sources):
@@ -134,22 +138,28 @@ def _pack(
     files = sorted({path for path, _ in uses})
     arrived: dict[int, dict[int, torch.Tensor]] = {}
     done, total = 0, sum(path.stat().st_size for path in files)
-    tensors = _read(files, digests)
-    with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
-        ahead, written = reading.submit(next, tensors, None), writing.submit(int)
-        while item := ahead.result():
-            ahead = reading.submit(next, tensors, None)
-            path, name, tensor = item
-            for n, k in uses.get((path, name), ()):
-                job, parts = recipe.jobs[n], arrived.setdefault(n, {})
-                parts[k] = rows_of(tensor, job.sources[k].pieces[""])
-                if len(parts) == len(job.sources):
-                    pieces = _encode(recipe, job, _joined(job, arrived.pop(n)).to(device), errors)
-                    written.result()
-                    written = writing.submit(_write, writers[job.file], job, pieces)
-            done += tensor.nbytes
-            yield Progress(name, done, total)
-        written.result()
+    tensors, threads = _read(files, digests), torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - 1))  # one core reads, hashes and writes
+    try:
+        with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
+            ahead = deque(reading.submit(next, tensors, None) for _ in range(AHEAD))
+            written = deque(writing.submit(int) for _ in range(AHEAD))
+            while item := ahead.popleft().result():
+                ahead.append(reading.submit(next, tensors, None))
+                path, name, tensor = item
+                for n, k in uses.get((path, name), ()):
+                    job, parts = recipe.jobs[n], arrived.setdefault(n, {})
+                    parts[k] = rows_of(tensor, job.sources[k].pieces[""])
+                    if len(parts) == len(job.sources):
+                        pieces = _encode(recipe, job, _joined(job, arrived.pop(n)).to(device), errors)
+                        written.append(writing.submit(_write, writers[job.file], job, pieces))
+                        written.popleft().result()
+                done += tensor.nbytes
+                yield Progress(name, done, total)
+            for future in written:
+                future.result()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _read(files: list[Path], digests: dict[Path, str]) -> "Iterator[tuple[Path, str, torch.Tensor]]":

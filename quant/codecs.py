@@ -73,10 +73,10 @@ def _encode_rows(weight: "torch.Tensor", scheme: str, *, scalar: bool) -> Encode
         scale = values.abs().amax(1, keepdim=True).div_(LARGEST[scheme]).clamp_(min=SMALLEST_SCALE)
         scale = scale if one is None else one.expand_as(scale).contiguous()
         packed = quanto.quantize_weight(values, kind, 0, scale if len(values) > 1 else scale.view(()), optimized=False)
-        error += _squared_error(values, packed._data.float().mul_(scale))
-        norm += float(values.square().sum())
         data.append(packed._data)
         scales.append(scale.flatten())
+        norm += _dot(values)
+        error += _dot(_widen(packed._data).mul_(scale).sub_(values))
     scale = torch.cat(scales)
     step = float(scale.norm()) * math.sqrt(weight.shape[1]) * (0.5 if scheme == "int8" else 2**-10)
     bound = step + (math.sqrt(norm) / 16 if scheme == "fp8" else 0)
@@ -91,6 +91,21 @@ def _quanto() -> object:
         hint = "pip install optimum-quanto"
         raise QuantError("optimum-quanto cannot be imported", why=str(error)[:100], hint=hint) from error
     return quanto
+
+
+def _dot(values: "torch.Tensor") -> float:
+    """The squared norm."""
+    return float(values.view(-1).dot(values.view(-1)))
+
+
+def _widen(packed: "torch.Tensor") -> "torch.Tensor":
+    """8-bit values as float32. e4m3's bits are float16's, shifted, of 2^-8 the value: much faster than torch's cast."""
+    import torch
+
+    if packed.dtype != torch.float8_e4m3fn:
+        return packed.float()
+    bits = packed.view(torch.int8).to(torch.int16)
+    return (bits & -(1 << 15) | (bits & 127) << 7).view(torch.float16).float().mul_(256)
 
 
 def _squared_error(weight: "torch.Tensor", decoded: "torch.Tensor") -> float:
@@ -113,7 +128,7 @@ def decode(
         return pieces[""].to(dtype)
     if scheme == "nf4":
         return nf4.decode(pieces, shape, dtype)
-    return (pieces[""].float() * pieces["_scale"].float().reshape(-1, 1)).to(dtype)
+    return _widen(pieces[""]).mul_(pieces["_scale"].float().reshape(-1, 1)).to(dtype)
 
 
 def check(name: str, pieces: "dict[str, torch.Tensor]", where: Piece) -> None:

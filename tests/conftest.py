@@ -17,7 +17,7 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run in an empty folder, with empty homes and caches, offline."""
     for name in [name for name in os.environ if name.startswith("FLUX_")]:
         monkeypatch.delenv(name)
-    for name in ("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "HF_HOME"):
+    for name in ("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "HF_HOME"):
         folder = tmp_path / ".home" / name
         folder.mkdir(parents=True)
         monkeypatch.setenv(name, str(folder))

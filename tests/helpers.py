@@ -1,11 +1,13 @@
 """Requests and runs that several tests share."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 from fluxcli import hardware, plan
 from fluxcli.engine import Engine
+from fluxcli.image import open_picture
 from fluxcli.request import GenerationRequest
 from quant.checkpoint import Checkpoint
 
@@ -38,3 +40,9 @@ def draw(engine: Engine, request: GenerationRequest) -> tuple[list, np.ndarray]:
             events.append(next(run))
         except StopIteration as finished:
             return events, finished.value
+
+
+def read_pixels(path: Path) -> np.ndarray:
+    """A picture as (H, W, 3) uint8."""
+    with open_picture(path) as image:
+        return np.asarray(image.convert("RGB"))

@@ -10,9 +10,9 @@ import torch
 from fluxcli import output
 from fluxcli.errors import NotFinite
 from fluxcli.events import Notice, Phase, Saved, Step
-from fluxcli.image import pixels_sha256, read_metadata, read_pixels
+from fluxcli.image import pixels_sha256, read_metadata
 from quant.checkpoint import Checkpoint, inspect
-from tests.helpers import draw, engine_of, tiny
+from tests.helpers import draw, engine_of, read_pixels, tiny
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,9 @@ from PIL import Image
 import tests.invariant  # noqa: F401 - hypothesis without deadlines
 from fluxcli.engine import versions
 from fluxcli.errors import BadInputFile, ExitCode
-from fluxcli.image import encode, pixels_sha256, read_metadata, read_pixels
+from fluxcli.image import encode, pixels_sha256, read_metadata
 from fluxcli.request import MAX_PROMPT_BYTES, GenerationRequest
+from tests.helpers import read_pixels
 
 FORMATS = ("png", "jpg", "webp")
 SIGNATURES = {"png": b"\x89PNG", "jpg": b"\xff\xd8\xff", "webp": b"RIFF"}

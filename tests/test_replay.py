@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from fluxcli import presets
 from fluxcli.cli.generate import _replayed
 from fluxcli.errors import BadInputFile, ExitCode
-from fluxcli.image import encode, read_metadata, read_pixels
+from fluxcli.image import encode, read_metadata
 from fluxcli.request import from_settings
+from tests.helpers import read_pixels
 from tests.invariant import assert_failed, call, files
 
 SAID = {

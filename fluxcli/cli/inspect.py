@@ -8,7 +8,7 @@ import typer
 
 from fluxcli import console
 from fluxcli.errors import ExitCode
-from quant.checkpoint import COMPONENTS, TOKENIZERS, Component, inspect_component, inspect_file
+from quant.checkpoint import COMPONENTS, TOKENIZERS, Component, inspect, inspect_component, inspect_file
 from quant.config import CLASSES, read_json
 from quant.dialects import is_bfl, kind_of
 from quant.errors import CheckpointError
@@ -42,18 +42,23 @@ def _folder(path: Path) -> dict:
     components, problems = {}, [f"{name} is missing" for name in needs if kind == "model folder"]
     for name, folder in parts.items():
         try:
-            components[name] = _component(inspect_component(name, folder), "diffusers")
+            components[name] = _component(inspect_component(name, folder), "diffusers", problems)
         except CheckpointError as error:
             problems.append(f"{name}: {error}")
+    if kind == "model folder" and not problems:
+        try:
+            inspect(path)
+        except CheckpointError as error:
+            problems.append(str(error))
     return {"path": str(path), "kind": kind, "components": components, "needs": needs, "problems": problems}
 
 
 def _part_of(folder: Path) -> str:
     config = read_json(folder / "config.json", "neither a model folder nor a part of one")
-    named = config.get("_class_name") or (config.get("architectures") or [""])[0]
-    found = [name for name, kind in CLASSES.items() if kind == named and name in COMPONENTS]
+    named = [config.get("_class_name"), config.get("architectures")]
+    found = [name for name in COMPONENTS if CLASSES[name] in named or [CLASSES[name]] in named]
     if not found:
-        raise CheckpointError("not a part of FLUX.1", which=folder, why=f"its config names {named!r:.60}")
+        raise CheckpointError("not a part of FLUX.1", which=folder, why=f"it names {named[0] or named[1]!r:.60}")
     return found[0]
 
 
@@ -61,9 +66,9 @@ def _file(path: Path) -> dict:
     """What a single file is; one that is no FLUX transformer is named and counted."""
     infos = read_header(path)
     if is_bfl(infos):
-        part = _component(inspect_file(path), "bfl")
+        part = _component(inspect_file(path), "bfl", problems := [])
         needs = ["text_encoder", "text_encoder_2", "vae", "tokenizers: a model folder has them"]
-        return {"path": str(path), "kind": "transformer", **part, "needs": needs, "problems": []}
+        return {"path": str(path), "kind": "transformer", **part, "needs": needs, "problems": problems}
     numel = sum(info.numel for info in infos.values())
     dtypes = Counter(info.dtype for info in infos.values())
     return {
@@ -73,10 +78,12 @@ def _file(path: Path) -> dict:
     }  # fmt: skip
 
 
-def _component(part: Component, dialect: str) -> dict:
+def _component(part: Component, dialect: str, problems: list[str]) -> dict:
     from fluxcli.loader import matching
 
     matched, expected = matching(part)
+    if matched < expected:
+        problems.append(f"{part.name}: only {matched} of its {expected} tensors are there")
     dtypes = Counter({weight.info.dtype: 0 for weight in part.weights.values()})
     for weight in part.weights.values():
         dtypes[weight.info.dtype] += weight.numel

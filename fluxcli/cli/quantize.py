@@ -1,5 +1,6 @@
 """`flux quantize`: a 16-bit model becomes an nf4, fp8 or int8 checkpoint."""
 
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Optional
@@ -10,6 +11,7 @@ import fluxcli
 from fluxcli import console, models, presets
 from fluxcli.cli.options import config_folder
 from fluxcli.errors import ExitCode, UsageError, WeightsUnavailable
+from fluxcli.request import coerce
 from quant.bake import bake, check_disk
 from quant.checkpoint import MANIFEST, Checkpoint, Component, inspect, inspect_file
 from quant.errors import WriteError
@@ -39,32 +41,31 @@ def quantize(  # noqa: PLR0917 - typer's options
 ) -> int:
     """Make a quantized checkpoint once, instead of quantizing at every start."""
     if kind not in LAYOUTS:
-        raise UsageError("unknown layout", which=f"--layout {kind}", why=f"known are {', '.join(LAYOUTS)}")
+        raise UsageError("unknown layout", which=kind, why=f"known are {', '.join(LAYOUTS)}", hint="--layout bfl")
     whole = kind == "diffusers"
     if not whole and text_encoder not in (None, "keep"):
-        raise UsageError("--text-encoder does nothing here", which=f"--layout {kind}", why="the file has no T5")
+        raise UsageError("the file has no T5", which=f"--layout {kind}", hint="leave --text-encoder out")
     spec = QuantSpec(
         to, text_encoder or (default_text_encoder(to) if whole else "keep"), modulation, scales, tuple(keep or ())
     )
     model, parts, folder = _find(source, whole=whole)
     recipe = make_recipe(parts, spec) if whole else make_file_recipe(parts, spec, kind)
     path = _target(target, model, spec, kind)
-    _check_target(path, folder, force=force)
+    _check_target(path, folder, whole=whole, force=force)
     if not quiet:
         _say_choices(recipe, parts.components["transformer"] if whole else parts)
     if dry_run:
         check_disk(recipe, path)
         return _show(recipe, path, {}, json_output=json_output)
-    _check_device(device)
+    device = _checked_device(device)
     started, origin = time.perf_counter(), {"model": model, "flux": fluxcli.__version__}
     with console.Meter("quantize", quiet=quiet) as meter:
         for progress in bake(recipe, path, origin=origin, device=device, verify=not no_verify):
             meter.show(progress.done, progress.total, progress.tensor)
     seconds = time.perf_counter() - started
     if not quiet:
-        console.say(
-            f"{recipe.source_nbytes / GB:.2f} GB in {seconds:.0f} s, {recipe.source_nbytes / GB / seconds:.2f} GB/s"
-        )
+        size = recipe.source_nbytes / GB
+        console.say(f"{size:.2f} GB in {seconds:.0f} s, {size / seconds:.2f} GB/s")
     return _show(recipe, path, {"seconds": round(seconds, 2), "verified": not no_verify}, json_output=json_output)
 
 
@@ -73,11 +74,9 @@ def _find(source: str, *, whole: bool) -> tuple[str, Checkpoint | Component, Pat
     model = source
     if source in presets.available(config_folder()):
         model = str(presets.merge({"preset": source}, config_folder(), {}).values["model"])
-    if Path(model).is_file():
-        transformer = inspect_file(Path(model))
-        if not whole:
-            return str(Path(model).resolve()), transformer, Path(model).resolve()
-        return str(Path(model).resolve()), _with_parts_of_preset(transformer), Path(model).resolve()
+    if os.path.isfile(model):
+        transformer, path = inspect_file(Path(model)), Path(model).resolve()
+        return str(path), _with_parts_of_preset(transformer) if whole else transformer, path
     folder = models.locate(model)
     checkpoint = inspect(folder)
     name = str(folder) if models.folder_of(model) else model
@@ -99,36 +98,38 @@ def _with_parts_of_preset(transformer: Component) -> Checkpoint:
 
 def _target(given: str | None, model: str, spec: QuantSpec, kind: str) -> Path:
     """Where the result goes; by default the user's model folder, by the model's name and the scheme."""
-    if given:
+    if given is not None:
         path = Path(given).expanduser().absolute()
         if kind != "diffusers" and path.suffix != ".safetensors":
-            raise UsageError("not a file name", which=given, why=f"--layout {kind} writes one .safetensors file")
+            why = f"--layout {kind} writes one .safetensors file"
+            raise UsageError("not a file name", which=given, why=why, hint=f"{path.name or 'x'}.safetensors")
         return path
-    name = f"{Path(model).name.removesuffix('.safetensors')}-{spec.to}" + (
-        "" if spec.modulation == "keep" else "-small"
-    )
+    small = "" if spec.modulation == "keep" else "-small"
+    name = f"{Path(model).name.removesuffix('.safetensors')}-{spec.to}{small}"
     return models.baked_folder() / (name if kind == "diffusers" else f"{name}-{kind}.safetensors")
 
 
-def _check_target(path: Path, source: Path, *, force: bool) -> None:
+def _check_target(path: Path, source: Path, *, whole: bool, force: bool) -> None:
     real, origin, cache = path.resolve(), source.resolve(), models.hub_cache().resolve()
     for other, what in ((origin, "the source"), (cache, "the hub's cache")):
-        if real == other or other in real.parents or (real in origin.parents and path.exists()):
-            raise UsageError("DST cannot be there", which=path, why=f"it is, or lies inside, or holds {what}")
-    if not path.exists():
+        if real == other or other in real.parents or real in origin.parents:
+            why = f"it is, or lies inside, or holds {what}"
+            raise UsageError("DST cannot be there", which=path, why=why, hint="another DST, or none")
+    if not os.path.lexists(path):
         return
+    made = (path / MANIFEST if whole else Path(f"{path}.json")).is_file()
+    if not made and not (whole and path.is_dir() and not any(path.iterdir())):
+        raise WriteError("not replaced", which=path, why="flux quantize did not make it", hint="another DST, or none")
     if not force:
         raise WriteError("the destination exists", which=path, hint="--force replaces it")
-    if path.is_dir() and not (path / MANIFEST).is_file() and any(path.iterdir()):
-        raise WriteError("not replaced", which=path, why="it is a folder that flux quantize did not make")
 
 
-def _check_device(device: str) -> None:
+def _checked_device(device: str) -> str:
     from fluxcli import hardware
     from fluxcli.cli.generate import check_torch
 
     check_torch()
-    hardware.probe(device)  # raises for one that is not there
+    return hardware.probe(coerce("device", device, where="--device")).device  # raises for one that is not there
 
 
 def _say_choices(recipe: Recipe, transformer: Component) -> None:
@@ -166,12 +167,10 @@ def _show(recipe: Recipe, path: Path, more: dict, *, json_output: bool) -> int:
         kept = [job.name for job in recipe.jobs if not job.scheme and len(job.info.shape) == 2]
         packed = {job.name: job.scheme for job in recipe.jobs if job.scheme}
         result = {
-            "path": str(path),
-            "bytes": sizes,
-            "total_bytes": sum(sizes.values()),
-            "recipe": recipe.spec.to_json(),
-        }
-        console.data_json(result | {"layout": recipe.layout, "packed": packed, "kept": kept} | more)
+            "path": str(path), "bytes": sizes, "total_bytes": sum(sizes.values()), "recipe": recipe.spec.to_json(),
+            "layout": recipe.layout, "packed": packed, "kept": kept,
+        }  # fmt: skip
+        console.data_json(result | more)
     elif more:
         console.data(str(path))
     else:
