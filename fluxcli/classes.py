@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-DECORATORS = ("allow_in_graph", "assume_constant_result", "disable")  # what class bodies take from torch._dynamo
-
 
 def time_text_embed(*, guidance: bool) -> type:
     name = "CombinedTimestepGuidanceTextProjEmbeddings" if guidance else "CombinedTimestepTextProjEmbeddings"
@@ -69,7 +67,7 @@ def _frugally() -> Iterator[None]:
     if not loaded:
         stand_in = types.ModuleType("torch._dynamo")
         stand_in.__path__ = [str(Path(torch.__file__).parent / "_dynamo")]
-        for name in DECORATORS:
+        for name in ("allow_in_graph", "assume_constant_result", "disable"):  # what class bodies take from it
             setattr(stand_in, name, _no_decorator)
         sys.modules["torch._dynamo"] = stand_in
     try:

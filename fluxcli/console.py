@@ -51,9 +51,8 @@ def say(text: str) -> None:
 
 def error(message: str, hint: str) -> None:
     """The error line and the hint; never anything else."""
-    sys.stderr.write(f"flux: error: {_one_line(message).rstrip('.')}.\n")
-    if hint:
-        sys.stderr.write(f"hint: {_one_line(hint)}\n")
+    below = f"hint: {_one_line(hint)}\n" if hint else ""
+    sys.stderr.write(f"flux: error: {_one_line(message).rstrip('.')}.\n{below}")
     sys.stderr.flush()
 
 

@@ -12,7 +12,7 @@ FluxError
 
 from enum import IntEnum
 
-from quant.errors import ExplainedError, SpecError, WriteError
+from quant.errors import ExplainedError, MissingLibrary, SpecError, WriteError
 
 
 class ExitCode(IntEnum):
@@ -64,14 +64,10 @@ class NotFinite(FluxError):
 
 
 class Terminated(BaseException):
-    """SIGTERM (or SIGHUP) arrived; unwinds like KeyboardInterrupt, so that temporary files go."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
+    """The signal of that number arrived; unwinds like KeyboardInterrupt, so that temporary files go."""
 
 
 def exit_code_of(error: ExplainedError) -> ExitCode:
     """The exit code an error ends the process with."""
-    codes = {SpecError: ExitCode.USAGE, WriteError: ExitCode.OUTPUT}
+    codes = {SpecError: ExitCode.USAGE, MissingLibrary: ExitCode.DEVICE, WriteError: ExitCode.OUTPUT}
     return getattr(error, "exit_code", codes.get(type(error), ExitCode.INPUT_FILE))

@@ -31,6 +31,7 @@ class Hardware:
 def probe(device: str = "auto") -> Hardware:
     """Return the device that `device` (auto, cpu, cuda[:n], mps, xpu[:n]) names; raises `DeviceUnusable`."""
     import psutil
+    import torch
 
     ram = psutil.virtual_memory()
     kind, _, index = device.partition(":")
@@ -42,7 +43,8 @@ def probe(device: str = "auto") -> Hardware:
         reason = "--device"
     if kind == "cpu":
         name = platform.processor() or platform.machine()
-        return Hardware("cpu", name, ram.total, ram.available, ram.total, _cpu_has_bf16(), reason)
+        matrix_units = getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # without: a quarter of float32's speed
+        return Hardware("cpu", name, ram.total, ram.available, ram.total, matrix_units, reason)
     number = int(index or 0)
     if number >= counts[kind]:
         exist = [f"{name}:{k}" for name, count in counts.items() for k in range(count)]
@@ -89,13 +91,6 @@ def _why_no_gpu() -> str:
     if driver and os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
         return f"CUDA_VISIBLE_DEVICES is {os.environ['CUDA_VISIBLE_DEVICES']!r}"
     return "no GPU was found"
-
-
-def _cpu_has_bf16() -> bool:
-    """Whether the CPU has bfloat16 matrix units: without them bfloat16 runs at a quarter of float32's speed."""
-    import torch
-
-    return getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # private: a later torch may lack it
 
 
 def peak_memory(device: str) -> dict[str, int]:

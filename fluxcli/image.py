@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-PIL_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 MAX_PIXELS = 64 * 1024 * 1024
 XMP = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
@@ -28,12 +27,11 @@ XMP = (
     "</Iptc4xmpExt:DigitalSourceType><flux:metadata>{json}</flux:metadata></rdf:Description></rdf:RDF></x:xmpmeta>"
     '<?xpacket end="w"?>'
 )
-USER_COMMENT, EXIF_IFD = 0x9286, 0x8769
 
 
 def encode(pixels: "np.ndarray", format: str, *, quality: int, metadata: dict | None) -> bytes:
     """Encode pixels (H, W, 3) uint8; `metadata` is JSON-able (see `engine.metadata`) or None for a bare picture."""
-    from PIL import Image
+    from PIL import ExifTags, Image
     from PIL.PngImagePlugin import PngInfo
 
     image, buffer = Image.fromarray(pixels, "RGB"), io.BytesIO()
@@ -49,9 +47,10 @@ def encode(pixels: "np.ndarray", format: str, *, quality: int, metadata: dict | 
             info.add_itxt("XML:com.adobe.xmp", xmp)
         else:
             exif = Image.Exif()
-            exif.get_ifd(EXIF_IFD)[USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be", "surrogatepass")
+            comment = b"UNICODE\0" + text.encode("utf-16-be", "surrogatepass")
+            exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
             options |= {"exif": exif.tobytes(), "xmp": xmp.encode()}
-    image.save(buffer, PIL_FORMATS[format], **options)
+    image.save(buffer, "jpeg" if format == "jpg" else format, **options)
     return buffer.getvalue()
 
 

@@ -126,8 +126,11 @@ def check_writable(target: Target, request: GenerationRequest) -> None:
     width, height = request.size
     need = request.count * (width * height * 3 + (1 << 20))
     try:
-        if _exists(path) and target.exact and not target.force:
-            raise OutputError("the file exists", which=path, hint="--force replaces it; -o FOLDER/ picks a free name")
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(path)  # raises where it is no possible name; a dangling link takes it, too
+            if target.exact and not target.force:
+                hint = "--force replaces it; -o FOLDER/ picks a free name"
+                raise OutputError("the file exists", which=path, hint=hint)
         folder = Path(os.path.realpath(path)).parent
         while not folder.exists():
             folder = folder.parent
@@ -139,14 +142,6 @@ def check_writable(target: Target, request: GenerationRequest) -> None:
     if free < need:
         why = f"needs about {need // 2**20 + 1} MiB, {free // 2**20} MiB are free"
         raise OutputError("the disk is full", which=folder, why=why)
-
-
-def _exists(path: Path) -> bool:
-    """Whether the name is taken, also by a dangling link; raises OSError where it is no possible name."""
-    with contextlib.suppress(FileNotFoundError):
-        os.lstat(path)
-        return True
-    return False
 
 
 def save(data: bytes, target: Target, request: GenerationRequest, n: int) -> str:
@@ -163,7 +158,7 @@ def save(data: bytes, target: Target, request: GenerationRequest, n: int) -> str
             if target.force:
                 write_atomically(real, data, place=os.replace)
                 return str(path)
-            if _exists(path):
+            if os.path.lexists(path):
                 continue
             with contextlib.suppress(FileExistsError):
                 write_atomically(path, data, place=_move_if_free)
@@ -186,7 +181,12 @@ def write_atomically(path: Path, data: bytes, *, place: Callable[[Path, Path], N
         if place is os.replace and path.exists():
             shutil.copymode(path, temporary)
         place(temporary, path)
-        _sync_folder(path.parent)
+        with contextlib.suppress(OSError):  # Windows and some file systems refuse to; the file itself is synced
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
 
 @contextlib.contextmanager
@@ -217,15 +217,6 @@ def _move_if_free(temporary: Path, path: Path) -> None:
         except BaseException:
             path.unlink()
             raise
-
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # Windows and some file systems refuse; the file itself is synced
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _output_error(path: Path, error: OSError) -> OutputError:

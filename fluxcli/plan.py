@@ -61,9 +61,7 @@ def make_plan(request: GenerationRequest, checkpoint: Checkpoint, hardware: "Har
     usable = int(hardware.total_bytes * USABLE_SHARE)
     if peaks[phase] > usable:
         needs = f"{phase} needs {peaks[phase] / GIB:.1f} GiB, {hardware.device} has {usable / GIB:.1f} GiB usable"
-        hint = (
-            "a smaller --size, or -p tiny" if spec or precision in SCHEMES else "--precision nf4, or a smaller --size"
-        )
+        hint = "a smaller --size, or -p tiny" if precision else "--precision nf4, or a smaller --size"
         raise DoesNotFit("the model does not fit", which=request.model, why=needs, hint=hint)
     return MemoryPlan(hardware.device, precision or SHORT[dtypes["transformer"]], dtypes, peaks, keep, reasons, spec)
 

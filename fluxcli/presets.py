@@ -18,8 +18,6 @@ from fluxcli.request import ALIASES, KEYS, GenerationRequest, coerce, flag
 BUNDLED = Path(__file__).resolve().parent / "bundled"
 if not BUNDLED.is_dir():  # a checkout keeps them at the top level, a wheel inside the package
     BUNDLED = Path(__file__).resolve().parent.parent / "presets"
-DEFAULT_PRESET = "dev"
-PRESET_ONLY = ("extends", "description")
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def load(name: str, config_folder: Path, *, bundled: bool = False) -> Preset:
         raise UsageError("unknown preset", which=name, why="known are " + " ".join(known), hint=hint)
     path = known[name]
     settings = _read_toml(path)
-    said = {key: settings.pop(key) for key in PRESET_ONLY if key in settings}
+    said = {key: settings.pop(key) for key in ("extends", "description") if key in settings}
     for key, value in said.items():
         if not isinstance(value, str):
             raise UsageError("wrong value", which=path, why=f"{key} is not a text")
@@ -121,7 +119,7 @@ def merge(flags: Mapping[str, object], config_folder: Path, environment: Mapping
     defaults = {field.name: field.default for field in fields(GenerationRequest) if field.name != "prompt"}
     config, variables = read_config(config_folder), from_environment(environment)
     given = {key: coerce(key, value, where=flag(key)) for key, value in flags.items()}
-    name = {"preset": DEFAULT_PRESET, **config, **variables, **given}["preset"]
+    name = {**defaults, **config, **variables, **given}["preset"]
     merged = Settings({}, {})
     _apply(merged, defaults, lambda _: "default")
     _apply(merged, config, lambda _: "config.toml")
@@ -129,7 +127,6 @@ def merge(flags: Mapping[str, object], config_folder: Path, environment: Mapping
         _apply(merged, preset.settings, lambda _, of=preset: f"preset {of.name}")
     _apply(merged, variables, lambda key: f"FLUX_{key.upper()}")
     _apply(merged, given, flag)
-    merged.values["preset"] = name
     return merged
 
 

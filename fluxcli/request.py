@@ -73,13 +73,9 @@ class GenerationRequest:
 
 
 BOUNDS = {
-    "steps": (1, 1000),
-    "guidance": (0.0, 100.0),
-    "seed": (-1, MAX_SEED),
-    "count": (1, 10_000),
-    "quality": (1, 100),
+    "steps": (1, 1000), "guidance": (0.0, 100.0), "seed": (-1, MAX_SEED), "count": (1, 10_000), "quality": (1, 100),
     "text_tokens": (1, 512),
-}
+}  # fmt: skip
 PATTERNS = {  # what a text must be, in a regular expression and in words
     "format": ("jpg|png|webp", "jpg, png or webp"),
     "device": (r"auto|cpu|mps|xpu(:\d{1,3})?|cuda(:\d{1,3})?", "auto, cpu, cuda[:n], mps or xpu[:n]"),
@@ -135,7 +131,6 @@ def check(name: str, value: object, *, where: str) -> None:
 def size_of(aspect_ratio: str, image_size: int) -> tuple[int, int]:
     """Return (width, height): the longest side exactly `image_size`, the other the nearest multiple of 16."""
     wide, high = parse_ratio(aspect_ratio)
-    check("image_size", image_size, where="--size")
     longest, shortest = max(wide, high), min(wide, high)
     other = max(MULTIPLE_PX, int(image_size * shortest / longest / MULTIPLE_PX + 0.5) * MULTIPLE_PX)
     return (image_size, other) if wide >= high else (other, image_size)

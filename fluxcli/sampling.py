@@ -41,11 +41,8 @@ def image_ids(size: tuple[int, int], *, dtype: "torch.dtype", device: str) -> "t
     """Positions (S, 3) of the tokens for RoPE: (0, row, column)."""
     import torch
 
-    rows, columns = size[1] // 16, size[0] // 16
-    ids = torch.zeros(rows, columns, 3)
-    ids[..., 1] += torch.arange(rows)[:, None]
-    ids[..., 2] += torch.arange(columns)[None, :]
-    return ids.reshape(rows * columns, 3).to(device=device, dtype=dtype)
+    rows, columns = torch.arange(size[1] // 16), torch.arange(size[0] // 16)
+    return torch.cartesian_prod(torch.tensor([0]), rows, columns).to(device=device, dtype=dtype)
 
 
 def set_timesteps(scheduler: object, steps: int, tokens: int, device: str) -> None:
@@ -62,10 +59,8 @@ def set_timesteps(scheduler: object, steps: int, tokens: int, device: str) -> No
 
 def to_pixels(decoded: "torch.Tensor") -> "torch.Tensor":
     """VAE output (1, 3, H, W) in -1 to 1 -> (H, W, 3) uint8."""
-    import torch
-
     unit = (decoded[0] * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0).float()
-    return (unit * 255).round().to(torch.uint8).cpu()
+    return (unit * 255).round().byte().cpu()
 
 
 def is_finite(tensor: "torch.Tensor") -> bool:

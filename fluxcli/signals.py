@@ -11,14 +11,13 @@ from types import FrameType
 
 from fluxcli.errors import Terminated
 
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 ARRIVED: list[int] = []
 LAST_WORDS: list[bytes] = []  # what a terminal must still be told when the stack is not unwound: the cursor back
 
 
 def install() -> None:
     """Make the first signal unwind the stack as `Terminated`; a second one of the kind kills at once."""
-    for name in NAMES:
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
             signal.signal(number, _unwind)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quant import nf4
-from quant.errors import CheckpointError, QuantError
+from quant.errors import CheckpointError, MissingLibrary
 from quant.weights import Piece
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _quanto() -> object:
         from optimum import quanto
     except ImportError as error:
         hint = "pip install optimum-quanto"
-        raise QuantError("optimum-quanto cannot be imported", why=str(error)[:100], hint=hint) from error
+        raise MissingLibrary("optimum-quanto cannot be imported", why=str(error)[:100], hint=hint) from error
     return quanto
 
 

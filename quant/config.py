@@ -22,33 +22,19 @@ MAX_LAYERS, MAX_NUMBER = 256, 1_000_000
 FLUX_CHANNELS = 64
 NUMBER = (int, float)
 READABLE_METHODS = ("bitsandbytes", "quanto")
-# Type and library default of each value that this project itself reads.
-READ: dict[str, dict[str, tuple[type | tuple, object]]] = {
+# Library defaults of the values that this project itself reads; each default has the type of its value.
+READ: dict[str, dict] = {
     "transformer": {
-        "num_attention_heads": (int, 24),
-        "attention_head_dim": (int, 128),
-        "pooled_projection_dim": (int, 768),
-        "in_channels": (int, FLUX_CHANNELS),
-        "guidance_embeds": (bool, False),
+        "num_attention_heads": 24, "attention_head_dim": 128, "pooled_projection_dim": 768,
+        "in_channels": FLUX_CHANNELS, "guidance_embeds": False,
     },
-    "vae": {
-        "block_out_channels": (list, [64]),
-        "scaling_factor": (NUMBER, 0.18215),
-        "shift_factor": (NUMBER, 0.0),
-    },
+    "vae": {"block_out_channels": [64], "scaling_factor": 0.18215, "shift_factor": 0.0},
     "scheduler": {
-        "base_image_seq_len": (int, 256),
-        "max_image_seq_len": (int, 4096),
-        "base_shift": (NUMBER, 0.5),
-        "max_shift": (NUMBER, 1.15),
-        "shift": (NUMBER, 1.0),
-        "num_train_timesteps": (int, 1000),
+        "base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15, "shift": 1.0,
+        "num_train_timesteps": 1000,
     },
-}
-OTHER_SCHEDULES = (
-    "stochastic_sampling", "invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
-    "use_flow_sigmas",
-)  # fmt: skip
+}  # fmt: skip
+OTHER_SIGMAS = ("invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas")
 
 
 def read_json(path: Path, what: str) -> dict:
@@ -95,7 +81,7 @@ def read_scheduler(folder: Path) -> dict:
     """The scheduler's config, with defaults; raises `CheckpointError` for options with other maths."""
     path = folder / "scheduler_config.json"
     config = _checked("scheduler", path, read_json(path, "no scheduler in the model folder"))
-    if odd := [key for key in OTHER_SCHEDULES if config.get(key)]:
+    if odd := [key for key in ("stochastic_sampling", *OTHER_SIGMAS) if config.get(key)]:
         raise CheckpointError("another schedule than FLUX.1's", which=path, why=f"{odd[0]} is set")
     if config["max_image_seq_len"] == config["base_image_seq_len"]:
         raise CheckpointError("impossible config", which=path, why="base and max_image_seq_len are equal")
@@ -110,9 +96,9 @@ def _checked(name: str, path: Path, config: dict) -> dict:
         why = f"{str(found)[:60]!r} instead of {CLASSES[name]!r}"
         raise CheckpointError(f"wrong class of {name}", which=path, why=why)
     read = READ.get(name, {})
-    config = {key: default for key, (_, default) in read.items()} | config
+    config = read | config
     for key, value in config.items():
-        if not _is_sane(key, value) or (key in read and not _is(read[key][0], value)):
+        if not _is_sane(key, value) or (key in read and not _is_like(read[key], value)):
             raise CheckpointError("impossible config", which=path, why=f"{key[:60]} is {str(value)[:60]}")
     return config
 
@@ -124,10 +110,10 @@ def _is_sane(key: str, value: object) -> bool:
     return all(low <= v <= high for v in numbers)  # False for NaN
 
 
-def _is(kind: type | tuple, value: object) -> bool:
-    """Whether a value has the type; whole numbers are positive, and lists hold such."""
-    if kind is bool:
-        return isinstance(value, bool)
-    if kind is list:
-        return isinstance(value, list) and bool(value) and all(_is(int, v) for v in value)
-    return isinstance(value, kind) and not isinstance(value, bool) and (kind is NUMBER or value > 0)
+def _is_like(default: object, value: object) -> bool:
+    """Whether a value has its default's type; whole numbers are positive, and lists hold such."""
+    if isinstance(default, list):
+        return isinstance(value, list) and bool(value) and all(_is_like(1, v) for v in value)
+    if isinstance(default, bool) or isinstance(value, bool):
+        return type(value) is type(default)
+    return isinstance(value, NUMBER) if isinstance(default, float) else isinstance(value, int) and value > 0

@@ -59,6 +59,7 @@ OTHERS = {
     "input_blocks.": "Stable Diffusion or SDXL", "cond_stage_model": "Stable Diffusion", "lora": "a LoRA",
     "down_blocks.0.attentions": "Stable Diffusion or SDXL", "text_model.encoder": "a CLIP text encoder",
     "encoder.block.": "a T5 text encoder", "decoder.up": "a VAE",
+    "single_transformer_blocks": "a FLUX.1 transformer in diffusers' layout",
 }  # fmt: skip
 
 

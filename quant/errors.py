@@ -3,6 +3,7 @@
 ExplainedError           what went wrong, which thing, why, and a hint: what to do next
 └── QuantError           what this package raises on purpose
     ├── CheckpointError  a file or folder that is not a usable checkpoint
+    ├── MissingLibrary   a library that packing needs cannot be imported
     ├── SpecError        a wish that cannot be: schemes that do not go together, a pattern without a match
     └── WriteError       the destination cannot be written
 """
@@ -26,6 +27,10 @@ class QuantError(ExplainedError):
 
 class CheckpointError(QuantError):
     """A file or folder that cannot be read as the checkpoint it claims to be."""
+
+
+class MissingLibrary(QuantError):
+    """A dependency that cannot be imported."""
 
 
 class SpecError(QuantError):

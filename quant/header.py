@@ -51,11 +51,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """Return the tensors of a safetensors file by name, in file order; raises `CheckpointError` on any defect."""
     try:
         status = path.stat()
-    except OSError as error:
-        raise CheckpointError("cannot open weights", which=path, why=error.strerror or "not accessible") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError("not a weight file", which=path, why="it is no regular file")
-    try:
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError("not a weight file", which=path, why="it is no regular file")
         with path.open("rb") as file:
             start = file.read(8)
             length = _header_length(path, start, status.st_size)
@@ -77,8 +74,10 @@ def _header_length(path: Path, start: bytes, size: int) -> int:
     if start[:4] == b"GGUF":
         raise CheckpointError("a GGUF file", which=path, why="this version reads safetensors")
     why = f"its header claims {length} bytes, the file has {size}"
-    if start.lstrip()[:1] == b"<" or LFS_POINTER.startswith(start):
-        why = "it is a web page" if start.lstrip()[:1] == b"<" else "it is a git-lfs pointer"
+    if start.lstrip().startswith(b"<"):
+        why = "it is a web page"
+    elif LFS_POINTER.startswith(start):
+        why = "it is a git-lfs pointer"
     raise CheckpointError("not a safetensors file", which=path, why=why, hint="download it again")
 
 
@@ -97,9 +96,8 @@ def _parse(path: Path, text: bytes, data_bytes: int) -> dict[str, TensorInfo]:
     at = 0
     for tensor in tensors:
         if tensor.start != at:
-            raise CheckpointError(
-                "corrupt safetensors header", which=path, why=f"{tensor.name[:60]} overlaps or has a gap"
-            )
+            why = f"{tensor.name[:60]} overlaps or has a gap"
+            raise CheckpointError("corrupt safetensors header", which=path, why=why)
         at = tensor.stop
     if at != data_bytes:
         word = "truncated" if at > data_bytes else "longer than its header says"
@@ -120,10 +118,8 @@ def _tensor(path: Path, name: str, value: object) -> TensorInfo:
         dtype, shape, (start, stop) = value["dtype"], value["shape"], value["data_offsets"]
         if not isinstance(shape, list) or len(shape) > MAX_RANK:
             raise ValueError
-        numbers = (*shape, start, stop)
-        if not all(type(n) is int and 0 <= n < MAX_DIMENSION for n in numbers) or dtype not in DTYPE_BITS:
-            raise ValueError
-        if stop - start != math.prod(shape) * DTYPE_BITS[dtype] // 8:
+        whole = all(type(n) is int and 0 <= n < MAX_DIMENSION for n in (*shape, start, stop))
+        if not whole or stop - start != math.prod(shape) * DTYPE_BITS[dtype] // 8:
             raise ValueError
     except (TypeError, KeyError, ValueError) as error:
         why = f"tensor {name[:60]!r} has an impossible dtype, shape or place"

@@ -45,9 +45,8 @@ class QuantSpec:
             ("--scales", self.scales, ("search", "absmax")),
         ):
             if value not in known:
-                raise SpecError(
-                    "impossible choice", which=f"{field} {value}", why=f"with {self.to}: {' or '.join(known)}"
-                )
+                why = f"known are {' or '.join(known)}" + f" with --to {self.to}" * (field != "--to")
+                raise SpecError("impossible choice", which=f"{field} {value}", why=why)
 
     def to_json(self) -> dict:
         return asdict(self) | {"policy": POLICY}

@@ -1,4 +1,4 @@
-"""`flux inspect` on weights: what a folder or a file is, by its headers; whatever is unusable is exit 4 and said why."""
+"""`flux inspect` on weights: what a folder or file is, by its headers; what is unusable is exit 4 and said why."""
 
 import json
 import shutil
@@ -89,7 +89,7 @@ def test_a_file_of_bfl_in_fp8_is_known_by_its_header(single, capsys):
     [("a LoRA", "double_blocks.0.img_attn.proj.lora_A.weight"), ("FLUX.2", "double_stream_modulation_img.lin.weight"),
      ("SDXL", "conditioner.embedders.0.x"), ("a T5 text encoder", "encoder.block.0.layer.0.SelfAttention.q.weight"),
      ("a CLIP text encoder", "text_model.encoder.layers.0.x"), ("a VAE", "decoder.up.0.x"),
-     ("its first key is something", "something.else")],
+     ("its first key is ", "something.else")],
 )  # fmt: skip
 def test_a_file_of_another_kind_is_named_and_counted(kind, name, capsys):
     save_file({name: torch.ones(3, 5, dtype=torch.float16), "x": torch.ones(2)}, "x.safetensors")

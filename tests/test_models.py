@@ -1,6 +1,7 @@
 """Where models are, and a download against a hub that refuses, is away, or delivers."""
 
 import errno
+import json
 import os
 import shutil
 from collections import namedtuple
@@ -268,3 +269,68 @@ def test_a_strangers_model_name_opens_nothing(model):
 def test_no_share_of_another_machine_is_opened(model):
     with pytest.raises(UsageError):
         models.locate(model)
+
+
+def bake(model: str, to: str, name: str = "", *, at: int = 0, manifest: str | None = None) -> Path:
+    """A folder in the user's models with nothing but a manifest."""
+    folder = models.baked_folder() / (name or f"x-{to}")
+    folder.mkdir(parents=True)
+    path = folder / "flux-manifest.json"
+    path.write_text(json.dumps({"model": model, "recipe": {"to": to}}) if manifest is None else manifest)
+    os.utime(path, (at, at))
+    return folder
+
+
+def test_rungs_are_the_model_and_what_was_baked_from_it_best_first(tiny_folder):
+    assert models.rungs("bundled/tiny", "auto") == models.rungs("bundled/tiny", "nf4") == [tiny_folder]
+    nf4, int8, fp8 = (bake("bundled/tiny", to) for to in ("nf4", "int8", "fp8"))
+    bake("bundled/other", "nf4", "other")
+    assert models.rungs("bundled/tiny", "auto") == [tiny_folder, fp8, int8, nf4]
+    assert [models.rungs("bundled/tiny", to) for to in ("nf4", "fp8", "int8")] == [[nf4], [fp8], [int8]]
+    for wide in ("bf16", "fp16", "fp32"):
+        assert models.rungs("bundled/tiny", wide) == [tiny_folder]
+
+
+def test_the_newest_of_a_precision_counts():
+    bake("bundled/tiny", "nf4", "b", at=2)
+    newest = bake("bundled/tiny", "nf4", "a", at=3)
+    bake("bundled/tiny", "nf4", "c", at=1)
+    assert models.baked("bundled/tiny") == {"nf4": newest}
+
+
+def test_where_only_a_baked_variant_is_here_it_is_taken_for_auto():
+    folder = bake(DEV, "nf4")
+    assert models.rungs(DEV, "auto") == models.rungs(DEV, "nf4") == [folder]
+    for precision in ("bf16", "fp8"):
+        with pytest.raises(WeightsUnavailable):
+            models.rungs(DEV, precision)
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    ["", "{", "[]", "3", "{}", "\udcff", '{"model": "bundled/tiny"}', '{"model": "bundled/tiny", "recipe": 3}',
+     '{"model": "bundled/tiny", "recipe": {"to": ["x"]}}', '{"model": {}, "recipe": {"to": "nf4"}}'],
+)  # fmt: skip
+def test_a_manifest_that_is_damaged_is_no_variant(manifest, tiny_folder):
+    bake("", "", "x", manifest="").joinpath("flux-manifest.json").write_text(manifest, errors="surrogateescape")
+    assert models.rungs("bundled/tiny", "auto") == models.rungs("bundled/tiny", "nf4") == [tiny_folder]
+
+
+def test_a_bake_that_goes_on_or_was_killed_is_no_variant(tiny_folder):
+    bake("bundled/tiny", "nf4", "tiny-nf4.tmp-123-0123abcd")
+    bake("bundled/tiny", "fp8", "tiny-fp8.tmp-123-0123abcd.old")
+    folder = bake("bundled/tiny", "int8")
+    (folder / "flux-manifest.json").unlink()
+    (folder / "flux-manifest.json").symlink_to("gone")
+    assert models.baked("bundled/tiny") == {} and models.rungs("bundled/tiny", "auto") == [tiny_folder]
+
+
+@pytest.mark.parametrize(
+    "environment, folder", [({"XDG_DATA_HOME": "/d"}, "/d/flux/models"), ({}, "~/.local/share/flux/models")]
+)
+def test_baked_models_are_in_the_users_data_folder(environment, folder, monkeypatch):
+    monkeypatch.setattr(models.sys, "platform", "linux")
+    assert models.baked_folder(environment) == Path(folder).expanduser()
+    monkeypatch.setattr(models.sys, "platform", "darwin")
+    if not environment:
+        assert models.baked_folder({}) == Path("~/Library/Application Support/flux/models").expanduser()

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from typing import NoReturn
 
 import typer
@@ -58,9 +59,12 @@ def main() -> NoReturn:
         if sys.stdout is not None:
             sys.stdout.flush()
     except Terminated as stop:
-        signals.die_by(stop.signum)
-    except BrokenPipeError:
-        _die_by_pipe()
+        signals.die_by(*stop.args)
+    except BrokenPipeError:  # stdout was closed: no message, and the death that a shell expects
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if hasattr(signal, "SIGPIPE"):
+            signals.die_by(signal.SIGPIPE)
+        sys.exit(ExitCode.OUTPUT)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
@@ -95,7 +99,14 @@ def _explained(error: Exception) -> tuple[int, str, str]:
         return exit_code_of(error), str(error), error.hint
     if isinstance(error, typer.TyperException):
         return _usage_error(error)
-    return _unexpected(error)
+    text = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}" if str(error) else type(error).__name__
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
+        return ExitCode.DOES_NOT_FIT, f"out of memory: {text}", "a smaller --size, or --device cpu"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return ExitCode.OUTPUT, f"the disk is full: {text}", "free some space and run the command again"
+    if isinstance(error, ImportError):
+        return ExitCode.DEVICE, f"a dependency cannot be imported: {text}", "pip install --force-reinstall fluxcli"
+    return ExitCode.BUG, f"this is a bug: {text}", "run it again with --debug and report what it prints"
 
 
 def _usage_error(error: Exception) -> tuple[int, str, str]:
@@ -114,32 +125,11 @@ def _usage_error(error: Exception) -> tuple[int, str, str]:
     return ExitCode.USAGE, message, hint
 
 
-def _unexpected(error: Exception) -> tuple[int, str, str]:
-    text = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}" if str(error) else type(error).__name__
-    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
-        return ExitCode.DOES_NOT_FIT, f"out of memory: {text}", "a smaller --size, or --device cpu"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return ExitCode.OUTPUT, f"the disk is full: {text}", "free some space and run the command again"
-    if isinstance(error, ImportError):
-        return ExitCode.DEVICE, f"a dependency cannot be imported: {text}", "pip install --force-reinstall fluxcli"
-    return ExitCode.BUG, f"this is a bug: {text}", "run it again with --debug and report what it prints"
-
-
 def _quieten_libraries(debug: bool) -> None:
     """Library chatter goes nowhere; no library runs a model's own code."""
     os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "true")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not debug:
-        import warnings
-
         warnings.simplefilter("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-
-
-def _die_by_pipe() -> None:
-    """Stdout was closed: no message, and the death that a shell expects."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    if hasattr(signal, "SIGPIPE"):
-        signals.die_by(signal.SIGPIPE)
-    sys.exit(ExitCode.OUTPUT)

@@ -1,6 +1,7 @@
 """`flux generate` and `flux replay`: settings to a request, the request to pictures."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -174,16 +175,17 @@ def _prepare(request: GenerationRequest) -> tuple[Checkpoint, MemoryPlan]:
     """The best folder of the model that fits, and its plan; raises `DoesNotFit` of the best where none does."""
     from fluxcli import hardware
 
-    failure: DoesNotFit | None = None
+    failures: list[DoesNotFit] = []
     for folder in models.rungs(request.model, request.precision):
         checkpoint = inspect(folder)
         check_guidance(request, checkpoint)
         check_torch()
         try:
-            return checkpoint, make_plan(request, checkpoint, hardware.probe(request.device))
+            plan = make_plan(request, checkpoint, hardware.probe(request.device))
+            return checkpoint, replace(plan, reasons=(*plan.reasons, *map(str, failures)))
         except DoesNotFit as error:
-            failure = failure or error
-    raise failure
+            failures.append(error)
+    raise failures[0]
 
 
 def check_torch() -> None:

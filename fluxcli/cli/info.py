@@ -1,13 +1,12 @@
 """Commands about models and settings: `flux presets`, `flux models download`."""
 
-from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from fluxcli import console, models, presets
 from fluxcli.cli.options import config_folder
-from fluxcli.errors import ExitCode, UsageError
+from fluxcli.errors import UsageError
 
 models_app = typer.Typer(help="Get the weights of a model.", no_args_is_help=True)
 
@@ -15,40 +14,37 @@ models_app = typer.Typer(help="Get the weights of a model.", no_args_is_help=Tru
 def presets_command(
     name: Annotated[Optional[str], typer.Argument(help="Show this one, merged, with each value's origin.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-) -> int:
+) -> None:
     """List the presets, or show what one comes to."""
-    folder = config_folder()
     if name is None:
-        return _list_presets(folder, json_output=json_output)
-    merged = presets.merge({"preset": name}, folder)
+        _list_presets(json_output=json_output)
+        return
+    merged = presets.merge({"preset": name}, config_folder())
     if json_output:
-        rows = {key: {"value": value, "origin": merged.origins[key]} for key, value in merged.values.items()}
-        console.data_json(rows)
-        return ExitCode.OK
+        console.data_json({k: {"value": v, "origin": merged.origins[k]} for k, v in merged.values.items()})
+        return
     for key, value in merged.values.items():
         if value is not None or key == "guidance":
             console.data(f"{key:<13} {'none' if value is None else value!s:<32} {merged.origins[key]}")
-    return ExitCode.OK
 
 
-def _list_presets(folder: Path, *, json_output: bool) -> int:
+def _list_presets(*, json_output: bool) -> None:
     found = []
-    for name in presets.available(folder):
+    for name in presets.available(config_folder()):
         try:
-            found.append(presets.load(name, folder))
+            found.append(presets.load(name, config_folder()))
         except UsageError as error:
             console.say(f"{name}: {error}")
     if json_output:
         console.data_json({each.name: {"description": each.description, **each.settings} for each in found})
     for each in [] if json_output else found:
         console.data(f"{each.name:<10} {each.description}")
-    return ExitCode.OK
 
 
 @models_app.command("download")
 def download_command(
     name: Annotated[str, typer.Argument(help="A preset's name or a hub id.", show_default=False)],
-) -> int:
+) -> None:
     """Download a model's weights into the hub's cache: 34 GB for dev."""
     model = name
     if name in presets.available(config_folder()):
@@ -56,11 +52,5 @@ def download_command(
     if model.startswith("bundled/"):
         console.say(f"{name} comes with flux, there is nothing to download")
         console.data(str(models.locate(model)))
-        return ExitCode.OK
-    console.data(str(models.download(model, say=console.say)))
-    return ExitCode.OK
-
-
-@models_app.callback()
-def models_root() -> None:
-    """Get the weights of a model."""
+    else:
+        console.data(str(models.download(model, say=console.say)))

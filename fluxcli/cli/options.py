@@ -1,6 +1,5 @@
 """The options that several commands share, declared once. Knows their names and help, not what they do."""
 
-import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -50,20 +49,15 @@ REQUEST_OPTIONS: dict[str, object] = {
 
 def with_request_options(command: Callable) -> Callable:
     """Give a command whose last parameter is `**options` every option of the table as a real parameter."""
-
-    @functools.wraps(command)
-    def wrapper(**arguments: object) -> object:
-        return command(**arguments)
-
     own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
     kind = inspect.Parameter.KEYWORD_ONLY
     shared = [
         inspect.Parameter(name, kind, annotation=hint, default=False if hint.__origin__ is bool else None)
         for name, hint in REQUEST_OPTIONS.items()
     ]
-    wrapper.__signature__ = inspect.Signature([p.replace(kind=kind) for p in own] + shared)
-    wrapper.__annotations__ = {p.name: p.annotation for p in own} | REQUEST_OPTIONS
-    return wrapper
+    command.__signature__ = inspect.Signature([p.replace(kind=kind) for p in own] + shared)
+    command.__annotations__ = {p.name: p.annotation for p in own} | REQUEST_OPTIONS
+    return command
 
 
 RUN_OPTIONS = ("force", "json_output", "events", "quiet", "debug", "no_metadata")
@@ -82,20 +76,12 @@ def config_folder() -> Path:
 
 def read_prompt(text: str) -> str:
     """The prompt: `text`, or all of stdin for '-'; raises `UsageError` on a terminal, for bad UTF-8 or none."""
-    if text != "-":
-        try:
-            raw = text.encode("utf-8", "surrogateescape")
-            return _decode(raw)
-        except UnicodeEncodeError as error:
-            raise UsageError("the prompt is not valid text", why=str(error)[:80]) from error
-    if sys.stdin is None or sys.stdin.isatty():
-        hint, why = "echo 'a red circle' | flux generate - -p tiny", "it is a terminal" if sys.stdin else "it is closed"
+    if text == "-" and (sys.stdin is None or sys.stdin.isatty()):
+        why, hint = "it is a terminal" if sys.stdin else "it is closed", "echo 'a red circle' | flux generate - -p tiny"
         raise UsageError("no prompt on stdin", which="-", why=why, hint=hint)
-    return _decode(sys.stdin.buffer.read()).strip()
-
-
-def _decode(raw: bytes) -> str:
     try:
-        return raw.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
+        raw = sys.stdin.buffer.read() if text == "-" else text.encode("utf-8", "surrogateescape")
+        prompt = raw.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
+    except UnicodeError as error:
         raise UsageError("the prompt is not valid UTF-8", why=f"byte {error.start}", hint="save it as UTF-8") from error
+    return prompt.strip() if text == "-" else prompt
