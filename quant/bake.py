@@ -7,6 +7,7 @@ nothing of models or pictures. Sizes are in bytes.
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import re
 import secrets
@@ -174,8 +175,9 @@ def _read(files: list[Path], digests: dict[Path, str]) -> "Iterator[tuple[Path, 
             start = path.stat().st_size - sum(info.nbytes for info in infos.values())
             digest.update(file.read(start))
             for info in infos.values():
-                data = torch.empty(info.nbytes, dtype=torch.uint8)
-                view = memoryview(data.numpy())
+                buffer = _huge_pages(info.nbytes)
+                data, view = torch.frombuffer(buffer, dtype=torch.uint8, count=info.nbytes), memoryview(buffer)
+                view = view[: info.nbytes]
                 while view and (count := file.readinto(view)):
                     if not known:
                         digest.update(view[:count])
@@ -186,6 +188,16 @@ def _read(files: list[Path], digests: dict[Path, str]) -> "Iterator[tuple[Path, 
                     os.posix_fadvise(file.fileno(), start + info.start, info.nbytes, os.POSIX_FADV_DONTNEED)
                 yield path, info.name, data.view(getattr(torch, DTYPES.get(info.dtype, "uint8"))).view(info.shape)
         digests[path] = known[0] if known else digest.hexdigest()
+
+
+def _huge_pages(nbytes: int) -> mmap.mmap:
+    """Anonymous memory, in huge pages where the system has them: 24 GB in small ones are ten seconds of page faults."""
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    buffer = mmap.mmap(-1, max(1, nbytes), **private)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            buffer.madvise(mmap.MADV_HUGEPAGE)
+    return buffer
 
 
 def _joined(job: Job, parts: "dict[int, torch.Tensor]") -> "torch.Tensor":
