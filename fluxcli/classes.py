@@ -37,6 +37,9 @@ def tokenizers() -> tuple[type, type]:
     return clip_class, _class("transformers.models.t5.tokenization_t5", "T5Tokenizer")
 
 
+UNUSED = ("bitsandbytes", "accelerate", "optimum")  # the libraries import these where they are installed
+
+
 def _class(module: str, name: str) -> type:
     """Import `name`; once more in the plain way where a library version cannot do without what was left out."""
     try:
@@ -56,7 +59,7 @@ scheduler = partial(
 
 @contextlib.contextmanager
 def _frugally() -> Iterator[None]:
-    """Imports inside see no torch.distributed, and a torch._dynamo that only has decorators without effect."""
+    """Imports inside see no torch.distributed, none of `UNUSED`, and a torch._dynamo of decorators without effect."""
     import torch
     import torch.compiler
     import torch.distributed
@@ -64,6 +67,8 @@ def _frugally() -> Iterator[None]:
     loaded = "torch._dynamo" in sys.modules
     available = torch.distributed.is_available
     torch.distributed.is_available = lambda: False
+    hidden = [name for name in UNUSED if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))
     if not loaded:
         stand_in = types.ModuleType("torch._dynamo")
         stand_in.__path__ = [str(Path(torch.__file__).parent / "_dynamo")]
@@ -74,6 +79,8 @@ def _frugally() -> Iterator[None]:
         yield
     finally:
         torch.distributed.is_available = available
+        for name in hidden:
+            del sys.modules[name]
         if not loaded:
             sys.modules.pop("torch._dynamo", None)
             vars(torch).pop("_dynamo", None)
