@@ -21,7 +21,7 @@ from fluxcli import hardware, models, plan
 from fluxcli.engine import Engine
 from fluxcli.request import GenerationRequest
 from quant.checkpoint import inspect
-from quant.spec import QuantSpec, default_text_encoder
+from quant.spec import QuantSpec, TEXT_ENCODER
 from training import check, data
 from training.evaluate import wilson
 
@@ -30,9 +30,9 @@ VARIANTS = {
     "fp8": QuantSpec("fp8"),
     "fp8, T5 fp8": QuantSpec("fp8", "fp8"),
     "int8": QuantSpec("int8"),
-    "nf4 search": QuantSpec("nf4", default_text_encoder("nf4")),
-    "nf4 absmax": QuantSpec("nf4", default_text_encoder("nf4"), scales="absmax"),
-    "nf4 search, modulation nf4": QuantSpec("nf4", default_text_encoder("nf4"), modulation="nf4"),
+    "nf4 search": QuantSpec("nf4", TEXT_ENCODER.get("nf4", "keep")),
+    "nf4 absmax": QuantSpec("nf4", TEXT_ENCODER.get("nf4", "keep"), scales="absmax"),
+    "nf4 search, modulation nf4": QuantSpec("nf4", TEXT_ENCODER.get("nf4", "keep"), modulation="nf4"),
 }
 SIZE = {"image_size": 128, "steps": 10, "text_tokens": 24, "format": "png"}
 

@@ -45,15 +45,9 @@ def _open(kind: type, folder: Path) -> object:
 
 def pooled_embedding(text_encoder: "nn.Module", ids: "torch.Tensor") -> "torch.Tensor":
     """CLIP-L's pooled output (1, P)."""
-    import torch
-
-    with torch.no_grad():
-        return text_encoder(ids.to(text_encoder.device)).pooler_output
+    return text_encoder(ids.to(text_encoder.device)).pooler_output
 
 
 def sequence_embedding(text_encoder_2: "nn.Module", ids: "torch.Tensor") -> "torch.Tensor":
     """T5-XXL's last hidden state (1, text_tokens, C)."""
-    import torch
-
-    with torch.no_grad():
-        return text_encoder_2(ids.to(text_encoder_2.device))[0]
+    return text_encoder_2(ids.to(text_encoder_2.device))[0]

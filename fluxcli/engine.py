@@ -59,7 +59,8 @@ class Engine:
         table = yield from self._condition(request, pooled, scheduler)
         model = yield from self._load("transformer")
         yield Phase("denoise")
-        latents = self._noise(request)
+        options = {"dtype": self._dtype("transformer"), "device": self.plan.device}
+        latents = sampling.noise(request.seed, request.size, **options)
         inputs = self._inputs(request, sequence, pooled)
         for index, timestep in enumerate(scheduler.timesteps):
             self._row.select(table, index)
@@ -140,10 +141,6 @@ class Engine:
 
         return getattr(torch, self.plan.dtypes[name])
 
-    def _noise(self, request: GenerationRequest) -> "torch.Tensor":
-        dtype, device = self._dtype("transformer"), self.plan.device
-        return sampling.noise(request.seed, request.size, dtype=dtype, device=device)
-
     def _inputs(self, request: GenerationRequest, sequence: "torch.Tensor", pooled: "torch.Tensor") -> dict:
         """What every forward of the transformer takes beside latents and timestep."""
         import torch
@@ -218,17 +215,11 @@ def _step(
     model: "nn.Module", scheduler: object, latents: "torch.Tensor", timestep: "torch.Tensor", inputs: dict
 ) -> "torch.Tensor":
     """One Euler step: packed latents (1, S, 64) at `timestep` -> at the next one."""
-    import torch
-
-    with torch.no_grad():
-        at = timestep.expand(1).to(latents) / 1000
-        velocity = model(hidden_states=latents, timestep=at, return_dict=False, **inputs)[0]
-        return scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+    at = timestep.expand(1).to(latents) / 1000
+    velocity = model(hidden_states=latents, timestep=at, return_dict=False, **inputs)[0]
+    return scheduler.step(velocity, timestep, latents, return_dict=False)[0]
 
 
 def _decode(vae: "nn.Module", latents: "torch.Tensor") -> "torch.Tensor":
     """VAE output (1, 3, H, W) of latents (1, 16, H/8, W/8)."""
-    import torch
-
-    with torch.no_grad():
-        return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
+    return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]

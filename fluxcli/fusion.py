@@ -23,24 +23,22 @@ def fuse(transformer: "nn.Module", together: Callable[[Sequence[str]], bool]) ->
 
     found: dict[str, tuple[str, ...]] = {}
     for i, block in enumerate(transformer.transformer_blocks):
-        names = {new: _names("transformer_blocks", i, old) for new, old in (("to_qkv", QKV), ("to_added_qkv", ADDED))}
+        path = f"transformer_blocks.{i}."
+        names = {new: tuple(path + name for name in old) for new, old in (("to_qkv", QKV), ("to_added_qkv", ADDED))}
         if all(together(parts) for parts in names.values()):
             for new, parts in names.items():
                 setattr(block.attn, new, _take(transformer, parts))
-                found[f"transformer_blocks.{i}.attn.{new}"] = parts
+                found[f"{path}attn.{new}"] = parts
             block.attn.fused_projections = True
     for i, block in enumerate(transformer.single_transformer_blocks):
-        parts = _names("single_transformer_blocks", i, (*QKV, "proj_mlp"))
+        path = f"single_transformer_blocks.{i}."
+        parts = tuple(path + name for name in (*QKV, "proj_mlp"))
         if together(parts):
             block.proj_in = _take(transformer, parts)
             block.attn.to_qkv, block.attn.fused_projections = nn.Identity(), True
             block.__class__ = _single_block()
-            found[f"single_transformer_blocks.{i}.proj_in"] = parts
+            found[f"{path}proj_in"] = parts
     return found
-
-
-def _names(blocks: str, i: int, layers: Sequence[str]) -> tuple[str, ...]:
-    return tuple(f"{blocks}.{i}.{layer}" for layer in layers)
 
 
 def _take(transformer: "nn.Module", parts: Sequence[str]) -> "nn.Linear":

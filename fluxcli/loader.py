@@ -5,7 +5,7 @@ another shape is an error that names it: no layer is ever left randomly initiali
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from fluxcli.fusion import fuse
@@ -134,9 +134,15 @@ def _set(module: "nn.Module", name: str, value: "torch.Tensor") -> None:
 
 def build(component: Component) -> "nn.Module":
     """Instantiate the component's class from its config, parameters on meta, buffers real."""
-    factory = _factory(component)
+    from fluxcli import classes
+
+    kinds = {"transformer": classes.transformer, "vae": classes.vae, "text_encoder": classes.clip}
+    kind, config = kinds.get(component.name, classes.t5)(), component.config
     with _parameters_on_meta(), refusing(f"cannot build {component.name}", component.folder):
-        return factory()
+        if isinstance(kind, type):  # diffusers' classes read a config themselves
+            return kind.from_config(config)
+        model, config_class = kind
+        return model(config_class(**{key: value for key, value in config.items() if "attn_implementation" not in key}))
 
 
 @contextlib.contextmanager
@@ -148,17 +154,6 @@ def refusing(what: str, which: object) -> Iterator[None]:
         lines = str(error).split("\n")
         why = f"its values make no model: {type(error).__name__}: {lines[0][:100]}"
         raise CheckpointError(what, which=which, why=why) from error
-
-
-def _factory(component: Component) -> Callable:
-    from fluxcli import classes
-
-    if component.name in ("transformer", "vae"):
-        kind = classes.transformer() if component.name == "transformer" else classes.vae()
-        return lambda: kind.from_config(component.config)
-    model, config_class = classes.clip() if component.name == "text_encoder" else classes.t5()
-    config = {key: value for key, value in component.config.items() if "attn_implementation" not in key}
-    return lambda: model(config_class(**config))
 
 
 @contextlib.contextmanager
@@ -208,9 +203,8 @@ def check_keys(component: Component, expected: dict[str, tuple], found: dict[str
 
 
 def read_tensors(
-    component: Component, names: list[str], *, dtype: "torch.dtype", device: str
-) -> "Iterator[tuple[str, torch.Tensor]]":
-    """Yield (name, values in `dtype` on `device`) of weights of the component."""
+    component: Component, names: Iterable[str], *, dtype: "torch.dtype", device: str
+) -> "dict[str, torch.Tensor]":
+    """The values of weights of the component, in `dtype` on `device`."""
     reader = Reader()
-    for name in names:
-        yield name, read_dense(component.weights[name], reader, dtype=dtype, device=device)
+    return {name: read_dense(component.weights[name], reader, dtype=dtype, device=device) for name in names}

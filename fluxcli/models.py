@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +15,8 @@ from pathlib import Path
 from fluxcli.errors import FluxError, OutputError, UsageError, WeightsUnavailable
 from fluxcli.presets import BUNDLED
 from quant.checkpoint import MANIFEST, is_complete
+from quant.errors import ExplainedError
+from quant.writer import check_room
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILES = [
@@ -145,23 +146,13 @@ def download(model: str, *, say: Callable[[str], None]) -> Path:
         if "model_index.json" not in [file.filename for file in files]:
             raise WeightsUnavailable("not a FLUX.1 model", which=model, why="it has no model_index.json")
         missing = sum(file.file_size or 0 for file in files if file.will_download)
-        _check_disk(missing)
+        check_room(hub_cache(), missing, hint="HF_HOME moves the cache elsewhere")
         say(f"{model}@{commit[:12]}: {len(files)} files, {missing / 1e9:.1f} GB to download")
         return Path(snapshot_download(model, **options))
-    except FluxError:
+    except ExplainedError:
         raise
     except Exception as error:
         raise _hub_error(model, error) from error
-
-
-def _check_disk(need: int) -> None:
-    folder = hub_cache()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        why = f"needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-        raise OutputError("the disk is too small", which=folder, why=why, hint="HF_HOME moves the cache elsewhere")
 
 
 def _hub_error(model: str, error: Exception) -> FluxError:

@@ -69,7 +69,7 @@ def make_tables(transformer: Component, conditions: Sequence[Condition]) -> "dic
         at = conditions[0].pooled
         for name in linear_names(transformer):
             names = [f"{name}.weight", f"{name}.bias"]
-            pair = dict(read_tensors(transformer, names, dtype=at.dtype, device=str(at.device)))
+            pair = read_tensors(transformer, names, dtype=at.dtype, device=str(at.device))
             for rows, outputs in zip(activated, parts, strict=True):
                 outputs.append(functional.linear(rows, pair[names[0]], pair[names[1]]))  # (S, 2, 3 or 6 x D)
         return {item.key: torch.cat(outputs, dim=1) for item, outputs in zip(conditions, parts, strict=True)}
@@ -87,7 +87,7 @@ def _time_text_embedding(transformer: Component, item: Condition) -> "torch.Tens
     prefix = "time_text_embed."
     stored = [name for name in transformer.weights if name.startswith(prefix)]
     tensors = read_tensors(transformer, stored, dtype=pooled.dtype, device=str(pooled.device))
-    state = {name.removeprefix(prefix): tensor for name, tensor in tensors}
+    state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     check_keys(transformer, expected, {name: tuple(tensor.shape) for name, tensor in state.items()})
     module.load_state_dict(state, assign=True)

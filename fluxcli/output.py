@@ -22,6 +22,7 @@ from typing import BinaryIO
 
 from fluxcli.errors import OutputError, UsageError
 from fluxcli.request import FORMATS, GenerationRequest
+from quant.writer import nearest
 
 DEFAULT_TEMPLATE = "{slug}-{seed}"
 TEMPLATE_KEYS = ("seed", "n", "slug", "preset", "width", "height", "date")
@@ -131,9 +132,7 @@ def check_writable(target: Target, request: GenerationRequest) -> None:
             if target.exact and not target.force:
                 hint = "--force replaces it; -o FOLDER/ picks a free name"
                 raise OutputError("the file exists", which=path, hint=hint)
-        folder = Path(os.path.realpath(path)).parent
-        while not folder.exists():
-            folder = folder.parent
+        folder = nearest(Path(os.path.realpath(path)).parent)
         with _temporary(folder) as (_, file):
             file.close()
         free = shutil.disk_usage(folder).free

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from fluxcli.errors import DoesNotFit, UsageError
 from fluxcli.request import GenerationRequest
 from quant.checkpoint import Checkpoint, Component
-from quant.spec import SCHEMES, QuantSpec, default_text_encoder, is_modulation, layout
+from quant.spec import SCHEMES, QuantSpec, TEXT_ENCODER, is_modulation, layout
 
 if TYPE_CHECKING:
     from fluxcli.hardware import Hardware
@@ -77,7 +77,7 @@ def _precision(request: GenerationRequest, checkpoint: Checkpoint) -> tuple[Quan
         return None, stored, (f"{stored}: the weights are stored so",)
     if wanted not in SCHEMES:
         return None, "", ()
-    spec = QuantSpec(wanted, default_text_encoder(wanted))
+    spec = QuantSpec(wanted, TEXT_ENCODER.get(wanted, "keep"))
     return spec, wanted, (f"{wanted}: asked for, packed while loading (flux quantize does that once for all)",)
 
 
@@ -147,7 +147,7 @@ def phase_peaks(
     decode = PIXEL_ACTIVATIONS * width * height * first_width * DTYPE_BYTES[dtypes["vae"]]
     return {
         "encode": max(kept, *encoders),
-        "condition": kept + tables + _largest(transformer) * wide,
+        "condition": kept + tables + max(weight.numel for weight in transformer.weights.values()) * wide,
         "denoise": kept + resident + unpacked + TOKEN_ACTIVATIONS * tokens * inner * wide + held,
         "decode": kept + resident + held + decode,
     }
@@ -156,7 +156,3 @@ def phase_peaks(
 def modulation_numel(transformer: Component) -> int:
     """Parameters that only the condition phase reads: the adaLN linears and the time and text embedding."""
     return sum(weight.numel for name, weight in transformer.weights.items() if is_modulation(name))
-
-
-def _largest(component: Component) -> int:
-    return max(weight.numel for weight in component.weights.values())

@@ -1,4 +1,1 @@
-"""Checkpoint files: their headers, what they are, how their tensors are stored.
-
-A library of its own: it knows nothing of prompts, pictures or `fluxcli`. Sizes are in bytes.
-"""
+"""Checkpoint files: headers, kinds, packing. Knows nothing of prompts, pictures or `fluxcli`; sizes are in bytes."""

@@ -4,10 +4,8 @@ Everything goes to `DST.tmp-PID-...`; killed at any point, DST is absent or the 
 nothing of models or pictures. Sizes are in bytes.
 """
 
-import contextlib
 import hashlib
 import json
-import mmap
 import os
 import re
 import secrets
@@ -26,7 +24,7 @@ from quant.errors import CheckpointError, WriteError
 from quant.header import read_header
 from quant.recipe import Job, Recipe
 from quant.tensors import rows_of
-from quant.writer import SafetensorsWriter
+from quant.writer import SafetensorsWriter, check_room, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -54,26 +52,27 @@ def bake(recipe: Recipe, target: Path, *, origin: dict, device: str = "cpu", ver
     started = time.perf_counter()
     temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     errors: dict[str, float] = {}
+    digests: dict[Path, str] = {}
     writers: dict[str, SafetensorsWriter] = {}
     try:
-        with _explaining(target):
-            remove_remains(target)
-            check_disk(recipe, target)
-            writers = _prepare(recipe, temporary)
-            digests: dict[Path, str] = {}
-            yield from _pack(recipe, writers, device, errors, digests)
-            names = {path: f"{path.parent.name}/{path.name}" for path in digests}
-            sources = {names[path]: {"bytes": path.stat().st_size, "sha256": d} for path, d in digests.items()}
-            for writer in writers.values():
-                writer.finish()
-            if verify:
-                _verify(writers, target)
-            manifest = {
-                "format": 1, **origin, "source": sources, "recipe": recipe.spec.to_json(), "layout": recipe.layout,
-                "verified": verify, "bytes": recipe.sizes, "relative_errors": errors,
-                "seconds": round(time.perf_counter() - started, 1),
-            }  # fmt: skip
-            _place(recipe, temporary, target, manifest)
+        remove_remains(target)
+        check_disk(recipe, target)
+        writers = _prepare(recipe, temporary)
+        yield from _pack(recipe, writers, device, errors, digests)
+        sources = {f"{p.parent.name}/{p.name}": {"bytes": p.stat().st_size, "sha256": d} for p, d in digests.items()}
+        for writer in writers.values():
+            writer.finish()
+        if name := next((name for w in writers.values() if verify and (name := w.damaged())), ""):
+            why = f"{name} does not read back as it was written"
+            raise WriteError("the file is damaged", which=target, why=why, hint="check the disk, then run it again")
+        manifest = {
+            "format": 1, **origin, "source": sources, "recipe": recipe.spec.to_json(), "layout": recipe.layout,
+            "verified": verify, "bytes": recipe.sizes, "relative_errors": errors,
+            "seconds": round(time.perf_counter() - started, 1),
+        }  # fmt: skip
+        _place(recipe, temporary, target, manifest)
+    except OSError as error:
+        raise WriteError("cannot write the checkpoint", which=target, why=error.strerror or str(error)) from error
     finally:
         for writer in writers.values():
             writer.close()
@@ -95,15 +94,10 @@ def remove_remains(target: Path) -> None:
 
 def check_disk(recipe: Recipe, target: Path) -> None:
     """Raise `WriteError` where the weights, and the links in case they must be copies, have no room."""
-    folder = target.parent
-    while not folder.exists():
-        folder = folder.parent
-    apart = [path for path in recipe.links.values() if path.stat().st_dev != folder.stat().st_dev]
-    need = sum(recipe.sizes.values()) + sum(path.stat().st_size for path in apart) + MARGIN
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        why = f"needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
-        raise WriteError("the disk is too small", which=folder, why=why, hint="another DST, or --modulation nf4")
+    there = nearest(target.parent).stat().st_dev
+    copies = [path.stat().st_size for path in recipe.links.values() if path.stat().st_dev != there]
+    hint = "another DST, or --modulation nf4"
+    check_room(target.parent, sum(recipe.sizes.values()) + sum(copies) + MARGIN, hint=hint)
 
 
 def _prepare(recipe: Recipe, temporary: Path) -> dict[str, SafetensorsWriter]:
@@ -123,12 +117,8 @@ def _prepare(recipe: Recipe, temporary: Path) -> dict[str, SafetensorsWriter]:
 
 
 def _pack(
-    recipe: Recipe,
-    writers: dict[str, SafetensorsWriter],
-    device: str,
-    errors: dict[str, float],
-    digests: dict[Path, str],
-) -> Iterator[Progress]:
+    recipe: Recipe, writers: dict[str, SafetensorsWriter], device: str, errors: dict[str, float], digests: dict
+) -> Iterator[Progress]:  # fmt: skip
     """Read the next tensor and write the last ones while one is packed; a job begins when its last source is there."""
     import torch
 
@@ -175,9 +165,8 @@ def _read(files: list[Path], digests: dict[Path, str]) -> "Iterator[tuple[Path, 
             start = path.stat().st_size - sum(info.nbytes for info in infos.values())
             digest.update(file.read(start))
             for info in infos.values():
-                buffer = _huge_pages(info.nbytes)
-                data, view = torch.frombuffer(buffer, dtype=torch.uint8, count=info.nbytes), memoryview(buffer)
-                view = view[: info.nbytes]
+                data = torch.empty(info.nbytes, dtype=torch.uint8)
+                view = memoryview(data.numpy())
                 while view and (count := file.readinto(view)):
                     if not known:
                         digest.update(view[:count])
@@ -188,16 +177,6 @@ def _read(files: list[Path], digests: dict[Path, str]) -> "Iterator[tuple[Path, 
                     os.posix_fadvise(file.fileno(), start + info.start, info.nbytes, os.POSIX_FADV_DONTNEED)
                 yield path, info.name, data.view(getattr(torch, DTYPES.get(info.dtype, "uint8"))).view(info.shape)
         digests[path] = known[0] if known else digest.hexdigest()
-
-
-def _huge_pages(nbytes: int) -> mmap.mmap:
-    """Anonymous memory, in huge pages where the system has them: 24 GB in small ones are ten seconds of page faults."""
-    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    buffer = mmap.mmap(-1, max(1, nbytes), **private)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):
-            buffer.madvise(mmap.MADV_HUGEPAGE)
-    return buffer
 
 
 def _joined(job: Job, parts: "dict[int, torch.Tensor]") -> "torch.Tensor":
@@ -227,14 +206,6 @@ def _write(writer: SafetensorsWriter, job: Job, pieces: "dict[str, torch.Tensor]
         writer.add(job.name + suffix, memoryview(flat.numpy()))
 
 
-def _verify(writers: dict[str, SafetensorsWriter], target: Path) -> None:
-    """Reopen every file: its header is the one laid out, and its bytes are those that were measured."""
-    for writer in writers.values():
-        if name := writer.damaged():
-            why = f"{name} does not read back as it was written"
-            raise WriteError("the file is damaged", which=target, why=why, hint="check the disk, then run it again")
-
-
 def _place(recipe: Recipe, temporary: Path, target: Path, manifest: dict) -> None:
     """Give the finished checkpoint its name. A folder that is replaced is out of the way for two renames."""
     described = temporary / MANIFEST if recipe.layout == "diffusers" else Path(f"{temporary}.json")
@@ -261,11 +232,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _explaining(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise WriteError("cannot write the checkpoint", which=target, why=error.strerror or str(error)) from error

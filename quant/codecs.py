@@ -23,16 +23,10 @@ NF4_BOUND = 0.15  # relative; Gaussian weights have 0.085 to 0.092
 
 @dataclass(frozen=True)
 class Encoded:
-    """A packed weight, with what the packing did to it: squared error, squared norm, and the scheme's bound."""
+    """A packed weight, and how far its values are from the weight's, as a share of the norm."""
 
     pieces: "dict[str, torch.Tensor]"
-    error: float
-    norm: float
-    bound: float
-
-    @property
-    def relative_error(self) -> float:
-        return math.sqrt(self.error / self.norm) if self.norm else 0.0
+    relative_error: float
 
 
 def encode(
@@ -42,28 +36,32 @@ def encode(
 
     Raises `CheckpointError` with the weight's name for NaN, Inf, or values that the scheme cannot hold.
     """
-    import torch
-
+    check(name, {"": weight}, where)
     if scheme == "nf4":
-        norm = sum(float(part.float().square().sum()) for part in weight.split(256))
-        _check_finite(norm, name, where)
         pieces = nf4.encode(weight, search=search)
-        error = _squared_error(weight, nf4.decode(pieces, tuple(weight.shape), torch.float32))
-        encoded = Encoded(pieces, error, norm, NF4_BOUND * math.sqrt(norm))
+        error, norm = _nf4_error(weight, pieces)
+        bound = NF4_BOUND * math.sqrt(norm)
     else:
-        encoded = _encode_rows(weight, scheme, scalar=scalar)
-        _check_finite(encoded.norm, name, where)
-    if encoded.error > encoded.bound**2:
-        why = f"{name} would differ by {encoded.relative_error:.3f} of its norm"
+        pieces, error, norm, bound = _encode_rows(weight, scheme, scalar=scalar)
+    relative = math.sqrt(error / norm) if norm else 0.0
+    if error > bound**2:
+        why = f"{name} would differ by {relative:.3f} of its norm"
         raise CheckpointError(f"weights that {scheme} cannot hold", which=where.file, why=why, hint=f"--keep {name}")
-    return encoded
+    return Encoded(pieces, relative)
 
 
-def _encode_rows(weight: "torch.Tensor", scheme: str, *, scalar: bool) -> Encoded:
-    """int8 errs by half a step, float8_e4m3 by 1/16 of the value or half a step of its subnormals."""
+def _encode_rows(weight: "torch.Tensor", scheme: str, *, scalar: bool) -> tuple[dict, float, float, float]:
+    """(pieces, squared error, squared norm, bound of the error).
+
+    int8 errs by half a step, float8_e4m3 by 1/16 of the value or half a step of its subnormals.
+    """
     import torch
 
-    quanto = _quanto()
+    try:
+        from optimum import quanto
+    except ImportError as error:
+        why, hint = str(error)[:100], "pip install optimum-quanto"
+        raise MissingLibrary("optimum-quanto cannot be imported", why=why, hint=hint) from error
     kind = quanto.qfloat8_e4m3fn if scheme == "fp8" else quanto.qint8
     parts = weight.tensor_split(max(1, min(weight.shape[0] // 2, weight.numel() // CHUNK)))
     one = weight.abs().amax().float().clamp(min=SMALLEST_SCALE) / LARGEST[scheme] if scalar else None
@@ -81,16 +79,7 @@ def _encode_rows(weight: "torch.Tensor", scheme: str, *, scalar: bool) -> Encode
     step = float(scale.norm()) * math.sqrt(weight.shape[1]) * (0.5 if scheme == "int8" else 2**-10)
     bound = step + (math.sqrt(norm) / 16 if scheme == "fp8" else 0)
     pieces = {"": torch.cat(data), "_scale": scale if one is None else one.reshape(())}
-    return Encoded(pieces, error, norm, bound * 1.001)
-
-
-def _quanto() -> object:
-    try:
-        from optimum import quanto
-    except ImportError as error:
-        hint = "pip install optimum-quanto"
-        raise MissingLibrary("optimum-quanto cannot be imported", why=str(error)[:100], hint=hint) from error
-    return quanto
+    return pieces, error, norm, bound * 1.001
 
 
 def _dot(values: "torch.Tensor") -> float:
@@ -108,16 +97,15 @@ def _widen(packed: "torch.Tensor") -> "torch.Tensor":
     return (bits & -(1 << 15) | (bits & 127) << 7).view(torch.float16).float().mul_(256)
 
 
-def _squared_error(weight: "torch.Tensor", decoded: "torch.Tensor") -> float:
-    return sum(
-        float((part.float() - other).square_().sum())
-        for part, other in zip(weight.split(256), decoded.split(256), strict=True)
-    )
+def _nf4_error(weight: "torch.Tensor", pieces: "dict[str, torch.Tensor]") -> tuple[float, float]:
+    """(squared error, squared norm)."""
+    import torch
 
-
-def _check_finite(norm: float, name: str, where: Piece) -> None:
-    if not math.isfinite(norm):
-        raise CheckpointError("weights that are not finite", which=where.file, why=f"NaN or Inf in {name}")
+    error, norm, decoded = 0.0, 0.0, nf4.decode(pieces, tuple(weight.shape), torch.float32)
+    for part, other in zip(weight.split(256), decoded.split(256), strict=True):
+        values = part.float()
+        norm, error = norm + _dot(values), error + _dot(other.sub_(values))
+    return error, norm
 
 
 def decode(

@@ -27,7 +27,7 @@ PROBED: dict[tuple[str, str], bool] = {}  # torch.compile looks through functool
 
 
 class PackedLinear(nn.Module):
-    """What the packed layers share: sizes, bias, and the product with the dequantized weight."""
+    """What the packed layers share: sizes, bias, and the product with `dequantize(dtype)`, the weight (N, K)."""
 
     def __init__(self, rows: Sequence[int], columns: int, bias: Tensor | None) -> None:
         super().__init__()
@@ -36,10 +36,6 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.dequantize(x.dtype), self.bias)
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight (N, K) in `dtype`."""
-        raise NotImplementedError
 
 
 class NF4Linear(PackedLinear):
@@ -62,7 +58,7 @@ class NF4Linear(PackedLinear):
 
 
 class RowLinear(PackedLinear):
-    """8-bit weights with a float32 scale per row."""
+    """8-bit weights with a float32 scale per row; `multiply` takes 8-bit activations (M, K) and scales (M, 1)."""
 
     scheme = ""
 
@@ -86,10 +82,6 @@ class RowLinear(PackedLinear):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         return (self.weight.float() * self.weight_scale[:, None]).to(dtype)
-
-    def multiply(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """(M, K) 8-bit activations and their scales (M, 1) -> (M, N) in `dtype`."""
-        raise NotImplementedError
 
 
 class FP8Linear(RowLinear):

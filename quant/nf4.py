@@ -111,6 +111,7 @@ def _scales(part: "Tensor", table: "Tensor | None") -> "Tensor":
     absmax = part.abs().amax(1)
     if table is None:
         return absmax
+    table = _search_table(part.device)
     steps = (part * (STEPS / absmax.clamp(min=1e-35))[:, None]).round_().to(torch.int32)
     rows = steps.clamp_(-STEPS, STEPS).add_(STEPS)  # NaN, which `_nested` refuses, has no row
     wc, cc = embedding_bag(rows, table, mode="sum").chunk(2, dim=1)  # (b, fractions)

@@ -53,7 +53,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole bake: jobs in reading order, texts to write and files to link, both by relative path."""
+    """A whole bake: jobs, texts to write and files to link, both by relative path."""
 
     spec: QuantSpec
     layout: str
@@ -84,29 +84,25 @@ class Recipe:
         """Bytes of every weight file that will be written."""
         return {file: writer.nbytes for file, writer in self.writers(Path()).items()}
 
-    @property
-    def source_nbytes(self) -> int:
-        return sum(source.nbytes for job in self.jobs for source in job.sources)
-
 
 def make_recipe(source: Checkpoint, spec: QuantSpec) -> Recipe:
     """The recipe of a diffusers folder; raises `CheckpointError` for a source that is quantized already."""
     spec.check_keep(name for part in source.components.values() for name in part.weights)
-    jobs = _transformer_jobs(source.components["transformer"], spec)
+    jobs = _jobs(source.components["transformer"], spec, spec.to, PLAIN_FILES[0])
     texts = {"transformer/config.json": _config(source.components["transformer"], spec)}
     packed = {"transformer"}
     if spec.text_encoder != "keep":
         packed.add("text_encoder_2")
-        jobs += _text_encoder_jobs(source.components["text_encoder_2"], spec)
+        jobs += _jobs(source.components["text_encoder_2"], spec, spec.text_encoder, PLAIN_FILES[1])
         texts["text_encoder_2/config.json"] = _config(source.components["text_encoder_2"], spec)
     folders = [name for name in (*COMPONENTS, *TOKENIZERS, "scheduler") if name not in packed]
     kept = [path for name in folders for path in sorted((source.folder / name).iterdir()) if path.suffix in COPIED]
     kept += [path for path in source.folder.iterdir() if path.name.startswith(("model_index.json", "LICENSE"))]
     links = {str(path.relative_to(source.folder)): path for path in kept if path.is_file()}
-    return Recipe(spec, "diffusers", _in_reading_order(jobs), texts, links)
+    return Recipe(spec, "diffusers", tuple(jobs), texts, links)
 
 
-def make_file_recipe(transformer: Component, spec: QuantSpec, kind: str) -> Recipe:
+def make_file_recipe(transformer: Component, spec: QuantSpec, *, kind: str) -> Recipe:
     """The recipe of one file with BFL's names (`kind` bfl) or ComfyUI's scaled fp8 (comfy)."""
     if spec.to != "fp8":
         raise SpecError("impossible choice", which=f"--layout {kind} --to {spec.to}", why="that layout is fp8")
@@ -125,22 +121,20 @@ def make_file_recipe(transformer: Component, spec: QuantSpec, kind: str) -> Reci
     if (read := sum(len(job.sources) for job in jobs)) != len(weights):
         why = f"{len(weights)} tensors, of which {read} have a place in that layout"
         raise CheckpointError("not a FLUX.1 transformer", which=transformer.folder, why=why)
-    return Recipe(spec, kind, _in_reading_order(jobs), {}, {})
+    return Recipe(spec, kind, tuple(jobs), {}, {})
 
 
-def _transformer_jobs(part: Component, spec: QuantSpec) -> list[Job]:
-    file = f"transformer/{PACKED_FILES.get(spec.to, PLAIN_FILES[0])}"
+def _jobs(part: Component, spec: QuantSpec, to: str, plain: str) -> list[Job]:
+    """Every tensor of a component whose file, packed `to` a scheme, would be called `plain` by its library."""
+    file = f"{part.name}/{PACKED_FILES.get(to, plain)}"
     jobs = [Job(file, weight.name, _scheme(part, spec, weight), (weight,)) for weight in part.weights.values()]
-    if spec.to == "nf4":  # bitsandbytes' skip list cannot spare the last layer: packed there, its original beside
+    if (
+        part.name == "transformer" and to == "nf4"
+    ):  # the skip list cannot spare the last layer: its original lies beside
         last = part.weights["proj_out.weight"]
         jobs = [replace(job, scheme="nf4") if job.name == last.name else job for job in jobs]
         jobs.append(Job(f"transformer/{KEEP_FILE}", last.name, "", (last,)))
     return jobs
-
-
-def _text_encoder_jobs(part: Component, spec: QuantSpec) -> list[Job]:
-    file = f"text_encoder_2/{PACKED_FILES.get(spec.text_encoder, PLAIN_FILES[1])}"
-    return [Job(file, weight.name, _scheme(part, spec, weight), (weight,)) for weight in part.weights.values()]
 
 
 def _scheme(part: Component, spec: QuantSpec, weight: Weight) -> str:
@@ -161,11 +155,3 @@ def _config(part: Component, spec: QuantSpec) -> str:
         skipped = ["wo"] if part.name == "text_encoder_2" else EMBEDDERS + MODULATION * (spec.modulation == "keep")
         config["quantization_config"] = BITSANDBYTES | {"llm_int8_skip_modules": skipped + kept}
     return json.dumps(config, indent=2) + "\n"
-
-
-def _in_reading_order(jobs: list[Job]) -> tuple[Job, ...]:
-    def place(job: Job) -> tuple:
-        first = next(iter(job.sources[0].pieces.values()))
-        return str(first.file), first.info.start, job.file
-
-    return tuple(sorted(jobs, key=place))

@@ -18,13 +18,12 @@ from quant.header import TensorInfo
 
 POLICY = 1  # of which tensors stay in 16 bit; raised when the rules below change
 SCHEMES = ("nf4", "fp8", "int8")
+TEXT_ENCODER = {"nf4": "nf4"}  # T5's scheme where none is asked for; kept with others
 BLOCK, NESTED_BLOCK, STATE_BYTES = 64, 256, 256
 STATE = ".quant_state.bitsandbytes__nf4"
 MODULATION = re.compile(r"(?:.*\.)?(?:norm1|norm1_context|norm|norm_out)\.linear\.(?:weight|bias)|time_text_embed\..*")
 BLOCK_WEIGHTS = re.compile(r"(?:single_)?transformer_blocks\.\d+\..+\.weight")
-T5_WEIGHTS = re.compile(
-    r"encoder\.block\.\d+\.layer\.\d+\.(?:SelfAttention\.[qkvo]|DenseReluDense\.wi(?:_[01])?)\.weight"
-)
+T5_WEIGHTS = re.compile(r"encoder\.block\..+\.(?:SelfAttention\.[qkvo]|DenseReluDense\.wi(?:_[01])?)\.weight")
 
 
 @dataclass(frozen=True)
@@ -72,11 +71,6 @@ class QuantSpec:
         for pattern in self.keep:
             if not any(QuantSpec(self.to, keep=(pattern,)).is_kept(name) for name in names):
                 raise SpecError("--keep matches nothing", which=pattern, hint="--dry-run --json lists the tensors")
-
-
-def default_text_encoder(to: str) -> str:
-    """T5's scheme where none is asked for."""
-    return "nf4" if to == "nf4" else "keep"
 
 
 def is_modulation(name: str) -> bool:

@@ -109,9 +109,8 @@ def _nf4(name: str, parts: dict[str, Piece]) -> Weight:
     """A weight packed by bitsandbytes: NF4, blocks of 64, scales quantized again."""
     file = parts[""].file
     wanted = {info.name.removeprefix(name) for info in layout("nf4", TensorInfo(name, "BF16", (2, BLOCK)))}
-    if set(parts) != wanted:
-        odd = sorted(wanted ^ set(parts))[0].lstrip("._")
-        why = f"{name} {'has no' if odd in [s.lstrip('._') for s in wanted] else 'also has'} {odd}"
+    if odd := sorted(wanted ^ set(parts)):
+        why = f"{name} {'has no' if odd[0] in wanted else 'also has'} {odd[0].lstrip('._')}"
         hint = "nf4 with double quantization is read"
         raise CheckpointError("an unreadable pack of 4-bit weights", which=file, why=why, hint=hint)
     shape = _shape_in_state(name, parts[STATE])

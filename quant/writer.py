@@ -5,13 +5,28 @@ Knows the file format only. Offsets and sizes are in bytes. Stdlib only; tensors
 
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from quant.errors import WriteError
 from quant.header import DTYPE_BITS, TensorInfo, read_header
 
 ALIGNMENT = 8
+
+
+def nearest(folder: Path) -> Path:
+    """The folder, or the first above it that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def check_room(folder: Path, need: int, *, hint: str) -> None:
+    """Raise `WriteError` where the disk of a folder (that may not exist yet) has less than `need` bytes free."""
+    free = shutil.disk_usage(nearest(folder)).free
+    if need > free:
+        why = f"needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+        raise WriteError("the disk is too small", which=nearest(folder), why=why, hint=hint)
 
 
 class SafetensorsWriter:
@@ -70,9 +85,6 @@ class SafetensorsWriter:
         with self.path.open("rb") as file:
             for name, info in sorted(self.infos.items(), key=lambda item: item[1].start):
                 file.seek(8 + len(self._header) + info.start)
-                left, checksum = info.nbytes, 0
-                while left and (chunk := file.read(min(left, 1 << 22))):
-                    left, checksum = left - len(chunk), zlib.crc32(chunk, checksum)
-                if left or checksum != self._checksums[name]:
+                if zlib.crc32(file.read(info.nbytes)) != self._checksums[name]:
                     return name
         return ""

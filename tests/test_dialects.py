@@ -66,10 +66,10 @@ def unread(config: dict) -> Component:
 
 @pytest.mark.parametrize("guidance, count", [(True, 780), (False, 776)], ids=["dev", "schnell"])
 def test_a_full_size_file_has_the_published_names_and_shapes(guidance, count):
-    recipe = make_file_recipe(unread(REAL | {"guidance_embeds": guidance}), QuantSpec("fp8", keep=("*",)), "bfl")
+    recipe = make_file_recipe(unread(REAL | {"guidance_embeds": guidance}), QuantSpec("fp8", keep=("*",)), kind="bfl")
     written = {job.name: job.info.shape for job in recipe.jobs}
     assert written == published(REAL, guidance=guidance) and len(recipe.jobs) == len(written) == count
-    packed = make_file_recipe(unread(REAL | {"guidance_embeds": guidance}), QuantSpec("fp8"), "bfl")
+    packed = make_file_recipe(unread(REAL | {"guidance_embeds": guidance}), QuantSpec("fp8"), kind="bfl")
     assert sum(bool(job.scheme) for job in packed.jobs) == 19 * 8 + 38 * 2
 
 
@@ -96,7 +96,7 @@ def values_of(component: Component) -> dict[str, torch.Tensor]:
 
 
 def written(small: Component, spec: QuantSpec, kind: str, path: Path) -> Recipe:
-    recipe = make_file_recipe(small, spec, kind)
+    recipe = make_file_recipe(small, spec, kind=kind)
     bake_all(recipe, path)
     return recipe
 
@@ -157,13 +157,13 @@ def test_a_file_reads_back_as_the_model_that_was_written(kind, keep, prefix, sma
 @pytest.mark.parametrize("spec", [QuantSpec("nf4"), QuantSpec("int8")])
 def test_these_layouts_are_fp8(spec, small):
     with pytest.raises(SpecError, match="--layout bfl --to"):
-        make_file_recipe(small, spec, "bfl")
+        make_file_recipe(small, spec, kind="bfl")
 
 
 def test_a_transformer_with_other_tensors_has_no_place_there(small):
     weights = small.weights | {"controlnet.weight": next(iter(small.weights.values()))}
     with pytest.raises(CheckpointError, match=r"of which .* have a place"):
-        make_file_recipe(Component("transformer", Path("x"), SMALL, weights), QuantSpec("fp8"), "bfl")
+        make_file_recipe(Component("transformer", Path("x"), SMALL, weights), QuantSpec("fp8"), kind="bfl")
 
 
 def test_comfy_finds_its_scaled_layers_in_the_metadata(small, tmp_path):

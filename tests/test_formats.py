@@ -228,7 +228,7 @@ def test_diffusers_opens_bfls_layout_at_real_width(tmp_path):
     write_random(tmp_path / "transformer", "transformer")
     file = tmp_path / "flux1-dev-fp8r.safetensors"
     source = checkpoint.inspect_component("transformer", tmp_path / "transformer")
-    assert list(bake(make_file_recipe(source, QuantSpec("fp8"), "bfl"), file, origin={}, verify=False))
+    assert list(bake(make_file_recipe(source, QuantSpec("fp8"), kind="bfl"), file, origin={}, verify=False))
     assert {"double_blocks.0.img_attn.qkv.weight_scale", "final_layer.linear.weight"} <= set(checkpoint._pieces([file]))
     component = inspect_file(file)
     assert component.config | config == component.config
@@ -270,7 +270,7 @@ def test_optimum_quantos_checkpoints_are_read(tiny_folder, tmp_path, weights, sc
     assert len(layers) > 60 and not [name for name in layers if name.endswith("proj_mlp")]
     assert {f"{n}.weight" for n in layers} == {n for n, w in component.weights.items() if w.scheme == scheme}
     names = [f"{name}.weight" for name in layers]
-    for name, found in read_tensors(component, names, dtype=torch.float32, device="cpu"):
+    for name, found in read_tensors(component, names, dtype=torch.float32, device="cpu").items():
         assert torch.equal(found, layers[name.removesuffix(".weight")].weight.dequantize()), name
     ours = load(component)
     assert {type(layer.proj_out) for layer in ours.single_transformer_blocks} == {type(ours.x_embedder)}

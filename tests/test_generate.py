@@ -8,7 +8,7 @@ import pytest
 from fluxcli import models
 from fluxcli.errors import ExitCode
 from fluxcli.image import read_metadata
-from quant.spec import SCHEMES, default_text_encoder
+from quant.spec import SCHEMES, TEXT_ENCODER
 from tests.helpers import read_pixels
 from tests.invariant import assert_failed, call, paint_instead
 
@@ -42,7 +42,7 @@ def test_a_run_that_fails_early_leaves_no_folder(capsys):
 def test_a_precision_is_the_same_picture_packed_while_loading_baked_or_found(to, baked, capsys):
     from quant.linear import path_of
 
-    folder = baked(to, text_encoder=default_text_encoder(to))
+    folder = baked(to, text_encoder=TEXT_ENCODER.get(to, "keep"))
     packed = call(capsys, *TINY, "--precision", to, "-o", "packed.png", "--json")
     assert packed.returncode == 0 and f"flux quantize ... --to {to} saves that" in packed.stderr
     models.baked_folder().mkdir(parents=True)

@@ -12,7 +12,7 @@ from quant import codecs
 from quant.checkpoint import inspect
 from quant.errors import SpecError
 from quant.header import TensorInfo
-from quant.spec import SCHEMES, QuantSpec, default_text_encoder, is_modulation, layout
+from quant.spec import SCHEMES, QuantSpec, TEXT_ENCODER, is_modulation, layout
 from quant.weights import Piece
 
 BLOCK = {
@@ -96,7 +96,7 @@ def test_impossible_choices_are_refused_by_name(wish, word):
 
 
 def test_t5_goes_to_nf4_with_nf4_alone_and_the_policy_has_a_version():
-    assert [default_text_encoder(to) for to in SCHEMES] == ["nf4", "keep", "keep"]
+    assert [TEXT_ENCODER.get(to, "keep") for to in SCHEMES] == ["nf4", "keep", "keep"]
     assert QuantSpec("nf4").to_json()["policy"] == 1
 
 

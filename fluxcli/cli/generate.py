@@ -205,8 +205,8 @@ def _show_plan(request: GenerationRequest, plan: MemoryPlan, *, as_json: bool) -
     guidance = "none" if request.guidance is None else f"{request.guidance:g}"
     console.data(f"picture   {width}x{height}, {request.steps} steps, guidance {guidance}, seed {request.seed}")
     console.data(f"model     {request.model} (preset {request.preset})")
-    console.data(f"precision {plan.precision}")
-    console.data(f"device    {plan.device}, {', '.join(f'{name} {dtype}' for name, dtype in plan.dtypes.items())}")
+    dtypes = ", ".join(f"{name} {dtype}" for name, dtype in plan.dtypes.items())
+    console.data(f"device    {plan.device}, {plan.precision}; computes {dtypes}")
     for phase, peak in plan.peak_bytes.items():
         console.data(f"{phase:<10}{peak / 2**30:.2f} GiB")
     for reason in plan.reasons:

@@ -1,6 +1,5 @@
 """`flux inspect`: how a picture was made, or what a weight file or model folder is, from headers alone."""
 
-from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -69,10 +68,9 @@ def _file(path: Path) -> dict:
         part = _component(inspect_file(path), "bfl", problems := [])
         needs = ["text_encoder", "text_encoder_2", "vae", "tokenizers: a model folder has them"]
         return {"path": str(path), "kind": "transformer", **part, "needs": needs, "problems": problems}
-    numel = sum(info.numel for info in infos.values())
-    dtypes = Counter(info.dtype for info in infos.values())
+    numel, largest = sum(info.numel for info in infos.values()), max(infos.values(), key=lambda info: info.numel)
     return {
-        "path": str(path), "kind": kind_of(infos), "precision": dtypes.most_common(1)[0][0], "tensors": len(infos),
+        "path": str(path), "kind": kind_of(infos), "precision": largest.dtype, "tensors": len(infos),
         "parameters": numel, "truncated": False, "needs": ["the folder that it belongs to, with its config.json"],
         "problems": [],
     }  # fmt: skip
@@ -84,10 +82,8 @@ def _component(part: Component, dialect: str, problems: list[str]) -> dict:
     matched, expected = matching(part)
     if matched < expected:
         problems.append(f"{part.name}: only {matched} of its {expected} tensors are there")
-    dtypes = Counter({weight.info.dtype: 0 for weight in part.weights.values()})
-    for weight in part.weights.values():
-        dtypes[weight.info.dtype] += weight.numel
+    largest = max(part.weights.values(), key=lambda weight: weight.numel)
     return {
-        "dialect": dialect, "precision": part.precision or dtypes.most_common(1)[0][0], "parameters": part.numel,
+        "dialect": dialect, "precision": part.precision or largest.info.dtype, "parameters": part.numel,
         "bytes": part.nbytes, "tensors": len(part.weights), "loads": f"{matched} of {expected}", "truncated": False,
     }  # fmt: skip

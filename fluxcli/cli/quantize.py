@@ -2,13 +2,17 @@
 
 import os
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 import fluxcli
-from fluxcli import console, models, presets
+from fluxcli import console, hardware, models, presets
+from fluxcli.cli.generate import check_torch
 from fluxcli.cli.options import config_folder
 from fluxcli.errors import ExitCode, UsageError, WeightsUnavailable
 from fluxcli.request import coerce
@@ -16,7 +20,7 @@ from quant.bake import bake, check_disk
 from quant.checkpoint import MANIFEST, Checkpoint, Component, inspect, inspect_file
 from quant.errors import WriteError
 from quant.recipe import LAYOUTS, Recipe, make_file_recipe, make_recipe
-from quant.spec import QuantSpec, default_text_encoder, is_modulation, layout
+from quant.spec import QuantSpec, TEXT_ENCODER, is_modulation
 
 GB = 1e9
 SAMPLE_BYTES = 128 << 20  # read to learn how fast the source's disk is
@@ -45,26 +49,27 @@ def quantize(  # noqa: PLR0917 - typer's options
     whole = kind == "diffusers"
     if not whole and text_encoder not in (None, "keep"):
         raise UsageError("the file has no T5", which=f"--layout {kind}", hint="leave --text-encoder out")
-    spec = QuantSpec(
-        to, text_encoder or (default_text_encoder(to) if whole else "keep"), modulation, scales, tuple(keep or ())
-    )
+    text_encoder = text_encoder or (TEXT_ENCODER.get(to, "keep") if whole else "keep")
+    spec = QuantSpec(to, text_encoder, modulation, scales, tuple(keep or ()))
     model, parts, folder = _find(source, whole=whole)
-    recipe = make_recipe(parts, spec) if whole else make_file_recipe(parts, spec, kind)
+    make = partial(make_recipe, parts) if whole else partial(make_file_recipe, parts, kind=kind)
+    recipe = make(spec)
     path = _target(target, model, spec, kind)
     _check_target(path, folder, whole=whole, force=force)
     if not quiet:
-        _say_choices(recipe, parts.components["transformer"] if whole else parts)
+        _say_choices(recipe, parts.components["transformer"] if whole else parts, make)
     if dry_run:
         check_disk(recipe, path)
         return _show(recipe, path, {}, json_output=json_output)
-    device = _checked_device(device)
+    check_torch()
+    device = hardware.probe(coerce("device", device, where="--device")).device  # raises for one that is not there
     started, origin = time.perf_counter(), {"model": model, "flux": fluxcli.__version__}
     with console.Meter("quantize", quiet=quiet) as meter:
         for progress in bake(recipe, path, origin=origin, device=device, verify=not no_verify):
             meter.show(progress.done, progress.total, progress.tensor)
     seconds = time.perf_counter() - started
     if not quiet:
-        size = recipe.source_nbytes / GB
+        size = progress.total / GB
         console.say(f"{size:.2f} GB in {seconds:.0f} s, {size / seconds:.2f} GB/s")
     return _show(recipe, path, {"seconds": round(seconds, 2), "verified": not no_verify}, json_output=json_output)
 
@@ -124,40 +129,24 @@ def _check_target(path: Path, source: Path, *, whole: bool, force: bool) -> None
         raise WriteError("the destination exists", which=path, hint="--force replaces it")
 
 
-def _checked_device(device: str) -> str:
-    from fluxcli import hardware
-    from fluxcli.cli.generate import check_torch
-
-    check_torch()
-    return hardware.probe(coerce("device", device, where="--device")).device  # raises for one that is not there
-
-
-def _say_choices(recipe: Recipe, transformer: Component) -> None:
+def _say_choices(recipe: Recipe, transformer: Component, make: Callable[[QuantSpec], Recipe]) -> None:
     """Size of the transformer and seconds of the condition pass for each --modulation."""
     speed = _read_speed(transformer)
-    packed = sum(info.nbytes for job in recipe.jobs for info in job.outputs if "text_encoder" not in job.file)
-    weights = [w for name, w in transformer.weights.items() if is_modulation(name) and len(w.shape) == 2]
-    choices = ("keep",) if recipe.spec.to == "int8" else ("keep", recipe.spec.to)
-    sizes = {}
-    for choice in choices:
-        spec = QuantSpec(recipe.spec.to, modulation=choice, keep=recipe.spec.keep)
-        schemes = [spec.scheme("transformer", weight.name, weight.shape) for weight in weights]
-        stored = [layout(scheme, w.info) for scheme, w in zip(schemes, weights, strict=True)]
-        sizes[choice] = sum(info.nbytes for infos in stored for info in infos)
-    for choice, size in sizes.items():
-        total = packed - sizes[recipe.spec.modulation] + size
+    for choice in ("keep",) if recipe.spec.to == "int8" else ("keep", recipe.spec.to):
+        jobs = make(replace(recipe.spec, modulation=choice)).jobs
+        size = {job.name: sum(info.nbytes for info in job.outputs) for job in jobs if "text_encoder" not in job.file}
+        read = sum(size[job.name] for job in jobs if job.name in size and is_modulation(job.sources[0].name))
         chosen = " (chosen)" if choice == recipe.spec.modulation else ""
-        reads = f"each new prompt reads {size / GB:.2f} GB of it, {size / speed:.1f} s at this disk's speed"
-        console.say(f"--modulation {choice}{chosen}: transformer {total / GB:.2f} GB; {reads}")
+        reads = f"each new prompt reads {read / GB:.2f} GB of it, {read / speed:.1f} s at this disk's speed"
+        console.say(f"--modulation {choice}{chosen}: transformer {sum(size.values()) / GB:.2f} GB; {reads}")
 
 
 def _read_speed(transformer: Component) -> float:
     """Bytes per second of reading the source, from a sample."""
     largest = max(transformer.files, key=lambda path: path.stat().st_size)
-    started, count = time.perf_counter(), 0
+    started = time.perf_counter()
     with largest.open("rb", buffering=0) as file:
-        while count < SAMPLE_BYTES and (chunk := file.read(1 << 20)):
-            count += len(chunk)
+        count = len(file.read(SAMPLE_BYTES))
     return count / max(1e-6, time.perf_counter() - started)
 
 
