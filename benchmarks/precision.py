@@ -21,7 +21,7 @@ from fluxcli import hardware, models, plan
 from fluxcli.engine import Engine
 from fluxcli.request import GenerationRequest
 from quant.checkpoint import inspect
-from quant.spec import QuantSpec, TEXT_ENCODER
+from quant.spec import TEXT_ENCODER, QuantSpec
 from training import check, data
 from training.evaluate import wilson
 

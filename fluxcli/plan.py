@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from fluxcli.errors import DoesNotFit, UsageError
 from fluxcli.request import GenerationRequest
 from quant.checkpoint import Checkpoint, Component
-from quant.spec import SCHEMES, QuantSpec, TEXT_ENCODER, is_modulation, layout
+from quant.spec import SCHEMES, TEXT_ENCODER, QuantSpec, is_modulation, layout
 
 if TYPE_CHECKING:
     from fluxcli.hardware import Hardware

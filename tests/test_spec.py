@@ -12,7 +12,7 @@ from quant import codecs
 from quant.checkpoint import inspect
 from quant.errors import SpecError
 from quant.header import TensorInfo
-from quant.spec import SCHEMES, QuantSpec, TEXT_ENCODER, is_modulation, layout
+from quant.spec import SCHEMES, TEXT_ENCODER, QuantSpec, is_modulation, layout
 from quant.weights import Piece
 
 BLOCK = {

@@ -20,7 +20,7 @@ from quant.bake import bake, check_disk
 from quant.checkpoint import MANIFEST, Checkpoint, Component, inspect, inspect_file
 from quant.errors import WriteError
 from quant.recipe import LAYOUTS, Recipe, make_file_recipe, make_recipe
-from quant.spec import QuantSpec, TEXT_ENCODER, is_modulation
+from quant.spec import TEXT_ENCODER, QuantSpec, is_modulation
 
 GB = 1e9
 SAMPLE_BYTES = 128 << 20  # read to learn how fast the source's disk is
