@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from collections import namedtuple
 from fnmatch import fnmatch
@@ -14,7 +15,9 @@ import pytest
 from huggingface_hub import errors
 
 from fluxcli import models
-from fluxcli.errors import ExitCode, FluxError, OutputError, UsageError, WeightsUnavailable
+from fluxcli.errors import ExitCode, FluxError, UsageError, WeightsUnavailable, exit_code_of
+from quant.errors import WriteError
+from quant.writer import check_room
 from tests.invariant import assert_failed, call
 
 DEV = "black-forest-labs/FLUX.1-dev"
@@ -120,8 +123,9 @@ def test_a_free_licence_is_no_warning(hub):
 def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(hub, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**10, 0, 10**10))
-    with pytest.raises(OutputError, match=r"needs 15\.4 GB, 10\.0 GB are free") as caught:
+    with pytest.raises(WriteError, match=r"needs 15\.42 GB, 10\.00 GB are free") as caught:
         download()
+    assert exit_code_of(caught.value) == ExitCode.OUTPUT
     assert "HF_HOME" in caught.value.hint and [dry for _, dry, _ in hub.calls] == [True]
 
 
@@ -236,11 +240,10 @@ def test_the_cache_is_where_the_hubs_own_library_has_it(environment, folder):
     assert models.hub_cache(environment) == Path(folder)
 
 
-def test_a_cache_that_does_not_exist_yet_has_the_disk_of_its_parent(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "not" / "yet"))
-    models._check_disk(1)
-    with pytest.raises(OutputError):
-        models._check_disk(1 << 60)
+def test_a_cache_that_does_not_exist_yet_has_the_disk_of_its_parent(tmp_path):
+    check_room(tmp_path / "not" / "yet", 1, hint="")
+    with pytest.raises(WriteError, match=re.escape(f"({tmp_path})")):
+        check_room(tmp_path / "not" / "yet", 1 << 60, hint="")
 
 
 def test_an_interrupted_download_says_so_and_how_to_go_on(tiny_folder):
