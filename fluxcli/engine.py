@@ -183,11 +183,10 @@ class Engine:
     @property
     def multiply(self) -> str:
         """How the transformer's blocks multiply here: in the dtype, by "scaled_mm", "int_mm" or "dequantize"."""
-        if self.plan.precision not in SCHEMES:
-            return self.plan.precision
         from quant.linear import path_of
 
-        return path_of(self.plan.precision, self.plan.device)
+        precision = self.plan.precision
+        return path_of(precision, self.plan.device) if precision in SCHEMES else precision
 
     def metadata(self, request: GenerationRequest) -> dict:
         """What identifies a picture: the request that makes it alone, the model, what computed it, versions."""

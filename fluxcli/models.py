@@ -15,7 +15,6 @@ from pathlib import Path
 from fluxcli.errors import FluxError, OutputError, UsageError, WeightsUnavailable
 from fluxcli.presets import BUNDLED
 from quant.checkpoint import MANIFEST, is_complete
-from quant.errors import ExplainedError
 from quant.writer import check_room
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -69,14 +68,14 @@ def rungs(model: str, precision: str) -> list[Path]:
 
 
 def baked(model: str) -> dict[str, Path]:
-    """What `flux quantize` made of `model` in the user's model folder, by precision; the newest of each."""
+    """What `flux quantize` made of `model` in the user's model folder, by precision; of several the first by name."""
     found = []
     for path in baked_folder().glob(f"*/{MANIFEST}"):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             manifest = json.loads(path.read_text(encoding="utf-8"))
             if manifest["model"] == model and ".tmp-" not in path.parent.name:  # of a bake that goes on, or was killed
-                found.append((path.stat().st_mtime, str(manifest["recipe"]["to"]), path.parent))
-    return {to: folder for _, to, folder in sorted(found)}
+                found.append((path.parent.name, str(manifest["recipe"]["to"]), path.parent))
+    return {to: folder for _, to, folder in sorted(found, reverse=True)}
 
 
 def baked_folder(environment: Mapping[str, str] = os.environ) -> Path:
@@ -128,11 +127,7 @@ def _cached(model: str, environment: Mapping[str, str]) -> tuple[Path | None, bo
 
 
 def download(model: str, *, say: Callable[[str], None]) -> Path:
-    """Download a hub model into the hub's cache and return its folder.
-
-    Raises `UsageError` for what is no hub id, `WeightsUnavailable` when the hub refuses or is out of reach, and
-    `OutputError` when the disk is too small.
-    """
+    """The folder of a hub model, downloaded; raises `UsageError`, `WeightsUnavailable`, `WriteError`."""
     if not HUB_ID.fullmatch(model):
         raise UsageError("nothing to download", which=model, why="it is no hub id ORG/NAME")
     if NON_COMMERCIAL.fullmatch(model):
@@ -149,14 +144,12 @@ def download(model: str, *, say: Callable[[str], None]) -> Path:
         check_room(hub_cache(), missing, hint="HF_HOME moves the cache elsewhere")
         say(f"{model}@{commit[:12]}: {len(files)} files, {missing / 1e9:.1f} GB to download")
         return Path(snapshot_download(model, **options))
-    except ExplainedError:
-        raise
     except Exception as error:
         raise _hub_error(model, error) from error
 
 
 def _hub_error(model: str, error: Exception) -> FluxError:
-    """The user's view of what huggingface_hub raised; an unknown exception is returned as it is."""
+    """The user's view of what huggingface_hub raised; ours, or an unknown one, is returned as it is."""
     from huggingface_hub import errors
 
     page = f"huggingface.co/{model}"

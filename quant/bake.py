@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 AHEAD = 6  # tensors that wait to be packed, and to be written
 MARGIN = 64 << 20  # of free disk, beside what is written
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
-HUB_BLOB = re.compile(r"[0-9a-f]{64}")  # the hub's cache names its files by their sha256
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,8 @@ def bake(recipe: Recipe, target: Path, *, origin: dict, device: str = "cpu", ver
     try:
         remove_remains(target)
         check_disk(recipe, target)
+        for scheme in {job.scheme for job in recipe.jobs if job.scheme}:
+            codecs.library(scheme)  # now: a signal in an import kills at once, and would leave the folder
         writers = _prepare(recipe, temporary)
         yield from _pack(recipe, writers, device, errors, digests)
         sources = {f"{p.parent.name}/{p.name}": {"bytes": p.stat().st_size, "sha256": d} for p, d in digests.items()}
@@ -67,8 +68,8 @@ def bake(recipe: Recipe, target: Path, *, origin: dict, device: str = "cpu", ver
             raise WriteError("the file is damaged", which=target, why=why, hint="check the disk, then run it again")
         manifest = {
             "format": 1, **origin, "source": sources, "recipe": recipe.spec.to_json(), "layout": recipe.layout,
-            "verified": verify, "bytes": recipe.sizes, "relative_errors": errors,
-            "seconds": round(time.perf_counter() - started, 1),
+            "verified": verify, "bytes": recipe.sizes, "seconds": round(time.perf_counter() - started, 1),
+            "relative_errors": errors,
         }  # fmt: skip
         _place(recipe, temporary, target, manifest)
     except OSError as error:
@@ -158,9 +159,7 @@ def _read(files: list[Path], digests: dict[Path, str]) -> "Iterator[tuple[Path, 
     import torch
 
     for path in files:
-        real = Path(os.path.realpath(path))
-        known, digest = HUB_BLOB.fullmatch(real.name), hashlib.sha256()
-        infos = read_header(path)
+        digest, infos = hashlib.sha256(), read_header(path)
         with path.open("rb", buffering=0) as file:
             start = path.stat().st_size - sum(info.nbytes for info in infos.values())
             digest.update(file.read(start))
@@ -168,15 +167,15 @@ def _read(files: list[Path], digests: dict[Path, str]) -> "Iterator[tuple[Path, 
                 data = torch.empty(info.nbytes, dtype=torch.uint8)
                 view = memoryview(data.numpy())
                 while view and (count := file.readinto(view)):
-                    if not known:
-                        digest.update(view[:count])
+                    digest.update(view[:count])
                     view = view[count:]
                 if view:
                     raise CheckpointError("weight file is truncated", which=path, why=f"it ends in {info.name[:60]}")
                 if hasattr(os, "posix_fadvise"):  # what was written shall stay in the page cache, to be verified
                     os.posix_fadvise(file.fileno(), start + info.start, info.nbytes, os.POSIX_FADV_DONTNEED)
-                yield path, info.name, data.view(getattr(torch, DTYPES.get(info.dtype, "uint8"))).view(info.shape)
-        digests[path] = known[0] if known else digest.hexdigest()
+                known = DTYPES.get(info.dtype)  # of others nothing but the bytes matters
+                yield path, info.name, data.view(getattr(torch, known)).view(info.shape) if known else data
+        digests[path] = digest.hexdigest()
 
 
 def _joined(job: Job, parts: "dict[int, torch.Tensor]") -> "torch.Tensor":

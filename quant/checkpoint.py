@@ -159,5 +159,8 @@ def _weight_files(folder: Path) -> list[Path]:
             raise CheckpointError("unsafe shard index", which=indexes[0], why=f"it names {shard[:60]!r}")
         if not os.path.exists(folder / shard):
             raise CheckpointError("missing shard", which=folder / shard[:100], hint=AGAIN)
+        real, root = (folder / shard).resolve(), folder.resolve()
+        if not real.is_relative_to(root) and real.parent != root.parent.parent.parent / "blobs":  # the hub's cache
+            raise CheckpointError("unsafe shard index", which=indexes[0], why=f"{shard[:60]} is a link to elsewhere")
         paths.append(folder / shard)
     return paths

@@ -4,8 +4,10 @@ Pieces are keyed by their suffix behind the weight's name, as `quant.spec.layout
 imports optimum.quanto (seconds): where something is quantized, never where a quantized model runs.
 """
 
+import importlib
 import math
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from quant import nf4
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 CHUNK = 1 << 19  # values that are encoded at a time
+LIBRARIES = {"nf4": "bitsandbytes", "fp8": "optimum-quanto", "int8": "optimum-quanto"}
 LARGEST = {"fp8": 448.0, "int8": 127.0}
 SMALLEST_SCALE = 1e-12  # of a row of zeros
 NF4_BOUND = 0.15  # relative; Gaussian weights have 0.085 to 0.092
@@ -27,6 +30,15 @@ class Encoded:
 
     pieces: "dict[str, torch.Tensor]"
     relative_error: float
+
+
+def library(scheme: str) -> ModuleType:
+    """Import what packs in a scheme, seconds the first time; raises `MissingLibrary`."""
+    name = LIBRARIES[scheme]
+    try:
+        return importlib.import_module(name.replace("-", "."))
+    except ImportError as error:
+        raise MissingLibrary(f"{name} is missing", why=str(error)[:100], hint=f"pip install {name}") from error
 
 
 def encode(
@@ -44,7 +56,7 @@ def encode(
     else:
         pieces, error, norm, bound = _encode_rows(weight, scheme, scalar=scalar)
     relative = math.sqrt(error / norm) if norm else 0.0
-    if error > bound**2:
+    if not (math.isfinite(norm) and error <= bound**2):
         why = f"{name} would differ by {relative:.3f} of its norm"
         raise CheckpointError(f"weights that {scheme} cannot hold", which=where.file, why=why, hint=f"--keep {name}")
     return Encoded(pieces, relative)
@@ -57,11 +69,7 @@ def _encode_rows(weight: "torch.Tensor", scheme: str, *, scalar: bool) -> tuple[
     """
     import torch
 
-    try:
-        from optimum import quanto
-    except ImportError as error:
-        why, hint = str(error)[:100], "pip install optimum-quanto"
-        raise MissingLibrary("optimum-quanto cannot be imported", why=why, hint=hint) from error
+    quanto = library(scheme)
     kind = quanto.qfloat8_e4m3fn if scheme == "fp8" else quanto.qint8
     parts = weight.tensor_split(max(1, min(weight.shape[0] // 2, weight.numel() // CHUNK)))
     one = weight.abs().amax().float().clamp(min=SMALLEST_SCALE) / LARGEST[scheme] if scalar else None
@@ -128,7 +136,7 @@ def check(name: str, pieces: "dict[str, torch.Tensor]", where: Piece) -> None:
             raise CheckpointError("weights that are not finite", which=where.file, why=f"NaN in {name}")
         if not tensor.is_floating_point() or tensor.dtype == torch.float8_e4m3fn or not tensor.numel():
             continue
-        low, high = (float(end) for end in tensor.aminmax())  # NaN wins both; far faster than isfinite
+        low, high = (float(end.float()) for end in tensor.aminmax())  # NaN wins both; far faster than isfinite
         if not math.isfinite(low) or not math.isfinite(high):
             raise CheckpointError("weights that are not finite", which=where.file, why=f"NaN or Inf in {name}{suffix}")
         if suffix == "_scale" and low <= 0:

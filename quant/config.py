@@ -25,8 +25,8 @@ READABLE_METHODS = ("bitsandbytes", "quanto")
 # Library defaults of the values that this project itself reads; each default has the type of its value.
 READ: dict[str, dict] = {
     "transformer": {
-        "num_attention_heads": 24, "attention_head_dim": 128, "pooled_projection_dim": 768,
-        "in_channels": FLUX_CHANNELS, "guidance_embeds": False,
+        "num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "attention_head_dim": 128,
+        "pooled_projection_dim": 768, "in_channels": FLUX_CHANNELS, "guidance_embeds": False,
     },
     "vae": {"block_out_channels": [64], "scaling_factor": 0.18215, "shift_factor": 0.0},
     "scheduler": {

@@ -3,9 +3,8 @@
 Each holds plain tensors as buffers, so that it moves, streams and compiles like any module. A layer may be several
 weights one below the other (q, k and v): scales of rows simply follow each other, NF4 keeps the scales of each part.
 fp8 and int8 multiply in their own arithmetic, activations quantized row by row, where the device can; else, and for
-NF4 always, the weight is dequantized first. Shapes: weight (N, K), input (..., K), output (..., N).
-
-The one module that imports torch at its top: import it inside functions.
+NF4 always, the weight is dequantized first. Shapes: weight (N, K), input (..., K), output (..., N). The one module
+that imports torch at its top: import it inside functions.
 """
 
 from collections.abc import Sequence

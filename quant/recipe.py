@@ -114,6 +114,9 @@ def make_file_recipe(transformer: Component, spec: QuantSpec, *, kind: str) -> R
         for leaf in ("weight", "bias"):
             sources = tuple(weights[f"{part}.{leaf}"] for part in ours if f"{part}.{leaf}" in weights)
             if sources:
+                if len(sources) < len(ours) or len({source.info.dtype for source in sources}) > 1:
+                    why = f"{layer}.{leaf} is not all there, or of several dtypes"
+                    raise CheckpointError("not a whole transformer", which=transformer.folder, why=why)
                 schemes = [_scheme(transformer, spec, source) for source in sources]
                 scheme = min(schemes)  # "" where one part is kept
                 scalar = bool(scheme) and kind == "comfy"
@@ -131,7 +134,8 @@ def _jobs(part: Component, spec: QuantSpec, to: str, plain: str) -> list[Job]:
     if (
         part.name == "transformer" and to == "nf4"
     ):  # the skip list cannot spare the last layer: its original lies beside
-        last = part.weights["proj_out.weight"]
+        if (last := part.weights.get("proj_out.weight")) is None:
+            raise CheckpointError("not a whole transformer", which=part.folder, why="proj_out.weight is missing")
         jobs = [replace(job, scheme="nf4") if job.name == last.name else job for job in jobs]
         jobs.append(Job(f"transformer/{KEEP_FILE}", last.name, "", (last,)))
     return jobs

@@ -41,7 +41,7 @@ class QuantSpec:
             ("--to", self.to, SCHEMES),
             ("--text-encoder", self.text_encoder, ("keep", "nf4", "fp8")),
             ("--modulation", self.modulation, ("keep", self.to)[: 1 if self.to == "int8" else 2]),
-            ("--scales", self.scales, ("search", "absmax")),
+            ("--scales", self.scales, ("search", "absmax")[: 2 if "nf4" in (self.to, self.text_encoder) else 1]),
         ):
             if value not in known:
                 why = f"known are {' or '.join(known)}" + f" with --to {self.to}" * (field != "--to")
@@ -52,7 +52,7 @@ class QuantSpec:
 
     def scheme(self, component: str, name: str, shape: tuple[int, ...]) -> str:
         """The scheme of a 16-bit tensor by its diffusers name, "" where it stays as it is."""
-        if len(shape) != 2 or self.is_kept(name):
+        if len(shape) != 2 or not all(shape) or self.is_kept(name):
             return ""
         if component == "text_encoder_2":
             return self.text_encoder if self.text_encoder != "keep" and T5_WEIGHTS.fullmatch(name) else ""

@@ -189,3 +189,19 @@ def test_a_folder_in_the_place_of_a_file_or_a_file_in_that_of_a_folder(part, fol
     (folder / part).rename(folder / "away")
     (folder / part).write_bytes(b"") if part == "vae" else (folder / part).mkdir()
     refusal(folder)
+
+
+def test_a_shard_that_is_a_link_to_elsewhere_is_refused_but_for_the_hubs_own(folder, tmp_path):
+    snapshot = tmp_path / "models--x" / "snapshots" / "c"
+    snapshot.parent.mkdir(parents=True)
+    folder.rename(snapshot)
+    shard = snapshot / "transformer" / "d-1-of-2.safetensors"
+    for place in (tmp_path, tmp_path / "models--x" / "blobs"):
+        place.mkdir(exist_ok=True)
+        real = shard.resolve().rename(place / "weights")
+        shard.unlink(missing_ok=True)
+        shard.symlink_to(real)
+        if place == tmp_path:
+            with pytest.raises(CheckpointError, match="link to elsewhere"):
+                inspect(snapshot)
+    assert set(inspect(snapshot).components["transformer"].weights) == {"a", "b"}

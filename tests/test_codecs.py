@@ -134,6 +134,16 @@ def test_plain_tensors_are_checked_and_large_sums_are_no_fault(values, dtype):
 def test_a_missing_optimum_quanto_is_explained(monkeypatch):
     import sys
 
-    monkeypatch.setitem(sys.modules, "optimum", None)
-    with pytest.raises(codecs.MissingLibrary, match="optimum-quanto cannot be imported"):
+    monkeypatch.setitem(sys.modules, "optimum.quanto", None)
+    with pytest.raises(codecs.MissingLibrary, match="optimum-quanto is missing"):
         encode(weight_of("normal", 4, 4), "fp8")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_values_beyond_float32_are_refused_not_packed_as_infinity(scheme):
+    weight = weight_of("normal", 8, 64, torch.float64)
+    weight[3, 3] = 1e300
+    with pytest.raises(CheckpointError, match="not finite"):
+        encode(weight, scheme)
+    with pytest.raises(CheckpointError, match="cannot hold"):
+        encode(weight_of("normal", 8, 64, torch.float32) * 1e30, scheme)  # the norm overflows

@@ -294,11 +294,11 @@ def test_rungs_are_the_model_and_what_was_baked_from_it_best_first(tiny_folder):
         assert models.rungs("bundled/tiny", wide) == [tiny_folder]
 
 
-def test_the_newest_of_a_precision_counts():
-    bake("bundled/tiny", "nf4", "b", at=2)
-    newest = bake("bundled/tiny", "nf4", "a", at=3)
-    bake("bundled/tiny", "nf4", "c", at=1)
-    assert models.baked("bundled/tiny") == {"nf4": newest}
+def test_of_several_of_a_precision_the_first_by_name_counts_whenever_it_was_made():
+    bake("bundled/tiny", "nf4", "x-nf4-small", at=3)
+    plain = bake("bundled/tiny", "nf4", "x-nf4", at=2)
+    bake("bundled/tiny", "nf4", "y", at=4)
+    assert models.baked("bundled/tiny") == {"nf4": plain}
 
 
 def test_where_only_a_baked_variant_is_here_it_is_taken_for_auto():

@@ -22,8 +22,7 @@ from quant.errors import WriteError
 from quant.recipe import LAYOUTS, Recipe, make_file_recipe, make_recipe
 from quant.spec import TEXT_ENCODER, QuantSpec, is_modulation
 
-GB = 1e9
-SAMPLE_BYTES = 128 << 20  # read to learn how fast the source's disk is
+GB, SAMPLE_BYTES = 1e9, 128 << 20  # the sample tells how fast the source's disk is
 
 
 def quantize(  # noqa: PLR0917 - typer's options
