@@ -12,8 +12,9 @@ from quant.recipe import Recipe
 ORIGIN = {"model": "a test", "flux": "0"}
 CALLS = ("fsync", "link", "rename", "replace", "mkdir", "unlink", "rmdir")
 MICRO = {
-    "transformer": ("x_embedder.weight", "x_embedder.bias", "proj_out.weight", "transformer_blocks.0.attn.to_q.weight",
-                    "transformer_blocks.0.attn.to_q.bias", "transformer_blocks.0.norm1.linear.weight"),
+    "transformer": ("x_embedder.weight", "x_embedder.bias", "proj_out.weight",
+                    "transformer_blocks.0.norm1.linear.weight",
+                    *(f"transformer_blocks.0.attn.to_{part}.{leaf}" for part in "qkv" for leaf in ("weight", "bias"))),
     "text_encoder_2": ("encoder.block.0.layer.0.SelfAttention.q.weight", "encoder.final_layer_norm.weight"),
     "text_encoder": ("text_model.final_layer_norm.bias",),
     "vae": ("decoder.conv_out.bias",),
@@ -25,7 +26,7 @@ def bake_all(recipe: Recipe, target: Path, **options: object) -> list[Progress]:
 
 
 def make_micro(tiny: Path, folder: Path) -> Path:
-    """The bundled model cut down to ten tensors."""
+    """The bundled model cut down to a few tensors."""
     from safetensors.torch import load_file, save_file
 
     for path in tiny.rglob("*config.json"):

@@ -129,7 +129,8 @@ def test_the_json_says_what_was_made(micro, capsys):
         "nf4", "keep", "keep", "absmax"
     )  # fmt: skip
     assert recipe["keep"] == ["transformer_blocks.0.attn.to_q"] and recipe["policy"] == 1
-    assert made["packed"] == {"proj_out.weight": "nf4"} and "transformer_blocks.0.attn.to_q.weight" in made["kept"]
+    packed = {"proj_out.weight", "transformer_blocks.0.attn.to_k.weight", "transformer_blocks.0.attn.to_v.weight"}
+    assert made["packed"] == dict.fromkeys(packed, "nf4") and "transformer_blocks.0.attn.to_q.weight" in made["kept"]
     assert made["verified"] is False and json.loads(Path("out", MANIFEST).read_text())["verified"] is False
 
 
