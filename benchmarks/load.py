@@ -32,10 +32,11 @@ from diffusers import FluxTransformer2DModel
 from bitsandbytes.functional import quantize_4bit
 from quant.spec import QuantSpec
 model = FluxTransformer2DModel.from_pretrained(sys.argv[1], subfolder="transformer", torch_dtype=torch.bfloat16)
+packed = {}
 for name, parameter in model.named_parameters():
     if QuantSpec("nf4").scheme("transformer", name, tuple(parameter.shape)):
-        packed, state = quantize_4bit(parameter.data, compress_statistics=True, quant_type="nf4")
-        parameter.data, parameter.state = packed, state
+        packed[name] = quantize_4bit(parameter.data, compress_statistics=True, quant_type="nf4")
+        parameter.requires_grad_(False).data = parameter.data[:0]
 """
 
 
