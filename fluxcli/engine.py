@@ -119,12 +119,10 @@ class Engine:
             yield Phase("load", name)
             options = {"dtype": self._dtype(name), "device": self.plan.device}
             component, since = self.checkpoint.components[name], time.perf_counter()
+            skip = is_modulation if name == "transformer" else lambda _: False
+            model = self._models[name] = load_component(component, **options, spec=self.plan.spec, skip=skip)
             if name == "transformer":
-                model = load_component(component, **options, spec=self.plan.spec, skip=is_modulation)
                 self._row = modulation.ModulationRow(model, component, **options)
-            else:
-                model = load_component(component, **options, spec=self.plan.spec)
-            self._models[name] = model
             if name == "transformer" and self.plan.spec:
                 taken, to = time.perf_counter() - since, self.plan.precision
                 yield Notice(f"packed to {to} in {taken:.1f} s while loading: flux quantize ... --to {to} saves that")

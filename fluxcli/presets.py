@@ -80,6 +80,11 @@ def chain(name: str, config_folder: Path) -> list[Preset]:
     return presets[::-1]
 
 
+def model_of(name: str, config_folder: Path) -> str:
+    """The model of a preset; any other name is a model's own."""
+    return str(merge({"preset": name}, config_folder, {}).values["model"]) if name in available(config_folder) else name
+
+
 def read_config(config_folder: Path) -> dict:
     """The user's config.toml, checked; an absent or unreadable folder is an empty one."""
     path = config_folder / "config.toml"

@@ -187,7 +187,7 @@ def _joined(job: Job, parts: "dict[int, torch.Tensor]") -> "torch.Tensor":
 
 
 def _encode(recipe: Recipe, job: Job, tensor: "torch.Tensor", errors: dict[str, float]) -> "dict[str, torch.Tensor]":
-    where = next(iter(job.sources[0].pieces.values()))
+    where = job.sources[0].pieces[""]
     if not job.scheme:
         codecs.check(job.name, {"": tensor}, where)
         return {"": tensor}

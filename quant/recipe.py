@@ -6,6 +6,7 @@ fp8. Stdlib only.
 
 import json
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from quant.checkpoint import COMPONENTS, KEEP_FILE, PACKED_FILES, PLAIN_FILES, TOKENIZERS, Checkpoint, Component
@@ -66,20 +67,18 @@ class Recipe:
         tensors: dict[str, list[TensorInfo]] = {}
         for job in self.jobs:
             tensors.setdefault(job.file, []).extend(job.outputs)
-        return {file: SafetensorsWriter(folder / file, infos, self._metadata(file)) for file, infos in tensors.items()}
+        metadata = self._metadata()
+        return {file: SafetensorsWriter(folder / file, infos, metadata) for file, infos in tensors.items()}
 
-    def _metadata(self, file: str) -> dict[str, str]:
+    def _metadata(self) -> dict[str, str]:
         metadata = {"format": "pt", "flux_quant": json.dumps(self.spec.to_json(), sort_keys=True)}
         if self.layout == "comfy":
-            layers = {
-                job.name.removesuffix(".weight"): {"format": "float8_e4m3fn"}
-                for job in self.jobs
-                if job.scheme and job.file == file
-            }
+            packed = [job.name.removesuffix(".weight") for job in self.jobs if job.scheme]
+            layers = {name: {"format": "float8_e4m3fn"} for name in packed}
             metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": layers})
         return metadata
 
-    @property
+    @cached_property
     def sizes(self) -> dict[str, int]:
         """Bytes of every weight file that will be written."""
         return {file: writer.nbytes for file, writer in self.writers(Path()).items()}

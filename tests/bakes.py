@@ -2,12 +2,20 @@
 
 import builtins
 import io
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quant.bake import Progress, bake
-from quant.recipe import Recipe
+from quant.checkpoint import MANIFEST, inspect
+from quant.recipe import Recipe, make_file_recipe, make_recipe
+from quant.spec import QuantSpec
+from tests.invariant import Fault, files
+
+if TYPE_CHECKING:
+    import torch
 
 ORIGIN = {"model": "a test", "flux": "0"}
 CALLS = ("fsync", "link", "rename", "replace", "mkdir", "unlink", "rmdir")
@@ -40,16 +48,35 @@ def make_micro(tiny: Path, folder: Path) -> Path:
     return folder
 
 
-class Hook:
-    """Counts every call that changes the disk, and does `what` before the k-th (from 1)."""
+def recipe_of(folder: Path, kind: str = "diffusers", spec: QuantSpec | None = None) -> Recipe:
+    checkpoint = inspect(folder)
+    if kind == "diffusers":
+        return make_recipe(checkpoint, spec or QuantSpec("nf4", "nf4", scales="absmax"))
+    return make_file_recipe(checkpoint.components["transformer"], spec or QuantSpec("fp8"), kind=kind)
 
-    def __init__(self, k: int, what: Callable[[str], None]) -> None:
-        self.k, self.what, self.names = k, what, []
 
-    def tick(self, name: str) -> None:
-        self.names.append(name)
-        if len(self.names) == self.k:
-            self.what(name)
+def change(folder: Path, name: str, values: "torch.Tensor") -> None:
+    """Give a tensor of the model, wherever it is, other values."""
+    from safetensors.torch import load_file, save_file
+
+    for path in folder.rglob("*.safetensors"):
+        tensors = load_file(path)
+        if name in tensors:
+            save_file(tensors | {name: values}, path)
+
+
+def content(target: Path) -> dict[str, bytes]:
+    """The files of a checkpoint, without the manifest's seconds."""
+    beside = [path for path in (target, Path(f"{target}.json")) if path.is_file()]
+    found = files(target) if target.is_dir() else {path.name: path.read_bytes() for path in beside}
+    for name in (MANIFEST, f"{target.name}.json"):
+        if found.get(name, b"old") != b"old":
+            found[name] = json.dumps(json.loads(found[name]) | {"seconds": 0}).encode()
+    return found
+
+
+class Hook(Fault):
+    """A fault for bakes, which open their files by `open` and read while they write."""
 
     def install(self, set_attribute: Callable[[object, str, object], None] = setattr) -> "Hook":
         for name in CALLS:
@@ -59,19 +86,12 @@ class Hook:
         set_attribute(builtins, "open", opened)
         return self
 
-    def _hooked(self, name: str, real: Callable) -> Callable:
-        def hooked(*arguments: object, **options: object) -> object:
-            self.tick(name)
-            return real(*arguments, **options)
-
-        return hooked
-
     def _open(self, real: Callable) -> Callable:
         def hooked(file: object, mode: str = "r", *arguments: object, **options: object) -> object:
             if not set(mode) & set("wxa+"):
                 return real(file, mode, *arguments, **options)
-            self.tick("open")
-            return _File(real(file, mode, *arguments, **options), self.tick)
+            self._tick("open")
+            return _File(real(file, mode, *arguments, **options), self._tick)
 
         return hooked
 

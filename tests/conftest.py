@@ -2,9 +2,11 @@
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -83,3 +85,25 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list:
     requests: list = []
     paint_instead(monkeypatch, requests)
     return requests
+
+
+@pytest.fixture(scope="session")
+def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model cut down to a few tensors."""
+    from tests.bakes import make_micro
+
+    return make_micro(ROOT / "presets" / "tiny", tmp_path_factory.mktemp("micro"))
+
+
+@pytest.fixture
+def copy(micro: Path, tmp_path: Path) -> Path:
+    """A micro model that a test may change."""
+    return Path(shutil.copytree(micro, tmp_path / "copy"))
+
+
+@pytest.fixture
+def ram(micro: Path) -> Iterator[Path]:
+    """A folder in memory, where fsync and rmdir are quick, with the micro model in it; on the disk elsewhere."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
+        shutil.copytree(micro, Path(folder) / "micro")
+        yield Path(folder)

@@ -184,12 +184,17 @@ def test_transformers_opens_the_nf4_t5(baked, tiny_folder, keep):
     assert len(four_bit) == (12 if not keep else 5) and not [name for name in four_bit if name.endswith("wo")]
     ours = load_component(inspect(folder.parent).components["text_encoder_2"], dtype=torch.bfloat16, device="cpu")
     assert {name for name, layer in ours.named_modules() if isinstance(layer, NF4Linear)} == four_bit
+    for name in four_bit:
+        weight = theirs.get_submodule(name).weight
+        values = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+        assert torch.equal(values, ours.get_submodule(name).dequantize(torch.bfloat16)), name
     ids = torch.randint(0, 512, (1, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found, expected = ours(ids)[0], theirs(ids)[0]
-        assert apart(found.float(), expected.float()) < 0.01  # bfloat16's rounding; here it is 0
+        # 0 where bitsandbytes multiplies as we do, 0.019 where its CPU kernel for AVX512-BF16 rounds in other places
+        assert apart(found.float(), expected.float()) < 0.03
         plain = T5EncoderModel.from_pretrained(tiny_folder / folder.name, dtype=torch.bfloat16)(ids)[0]
-    assert apart(found.float(), plain.float()) > 0.02  # it is packed indeed
+    assert apart(found.float(), plain.float()) > 0.05  # it is packed indeed
 
 
 # --- fp8r: diffusers

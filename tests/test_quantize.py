@@ -20,17 +20,11 @@ from fluxcli.cli import quantize
 from fluxcli.errors import ExitCode
 from quant.checkpoint import KEEP_FILE, MANIFEST, inspect, inspect_file
 from quant.spec import SCHEMES
-from tests.bakes import make_micro
 from tests.conftest import ROOT
 from tests.invariant import assert_failed, call, files
 
 FAST = ("--scales", "absmax", "-q")
 USAGE = namedtuple("usage", "total used free")
-
-
-@pytest.fixture(scope="session")
-def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_micro(ROOT / "presets" / "tiny", tmp_path_factory.mktemp("micro"))
 
 
 @pytest.fixture

@@ -125,8 +125,8 @@ def sheet(pictures: list[Image.Image], path: Path, columns: int = 10) -> None:
     canvas.save(path)
 
 
-def main() -> None:
-    """Reads the command line, draws, prints."""
+def read_options() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description="score a tiny model on held-out facts")
     parser.add_argument("folder", type=Path)
     for name, default in (
@@ -143,7 +143,12 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=type(default), default=default)
     parser.add_argument("--ratio", choices=data.RATIOS, default="1:1")
     parser.add_argument("--sheet", type=Path, help="also write the first 40 pictures as one PNG")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Draws, checks, prints."""
+    options = read_options()
     torch.set_flush_denormal(True)
     parts, encoders = load(options.folder)
     size = data.picture_size(options.size, options.ratio)

@@ -120,21 +120,26 @@ def train(work: Path, minutes: float) -> None:
                 f"t5 {loss_2.item():.3f} {right_2:.2f}",
                 flush=True,
             )
-    with torch.no_grad():
-        facts, prompts = batch(random.Random(3), 400, held_out=True)
-        for length in (24, 64):
-            pooled, tokens = encoders(prompts, length)
-            print(
-                length,
-                "held out: clip",
-                heads_loss(heads[0], pooled, labels(facts))[1],
-                "t5 first, last",
-                [heads_loss(heads[1], tokens[:, i], labels(facts))[1] for i in (0, -1)],
-                flush=True,
-            )
+    report(encoders, heads)
     torch.save(
         {"text_encoder": encoders.clip.state_dict(), "text_encoder_2": encoders.t5.state_dict()}, work / "text.pt"
     )
+
+
+@torch.no_grad()
+def report(encoders: Encoders, heads: list[torch.nn.ModuleList]) -> None:
+    """Prints the shares of held-out facts that the heads read off the encoders' features."""
+    facts, prompts = batch(random.Random(3), 400, held_out=True)
+    for length in (24, 64):
+        pooled, tokens = encoders(prompts, length)
+        print(
+            length,
+            "held out: clip",
+            heads_loss(heads[0], pooled, labels(facts))[1],
+            "t5 first, last",
+            [heads_loss(heads[1], tokens[:, i], labels(facts))[1] for i in (0, -1)],
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

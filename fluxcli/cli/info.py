@@ -46,9 +46,7 @@ def download_command(
     name: Annotated[str, typer.Argument(help="A preset's name or a hub id.", show_default=False)],
 ) -> None:
     """Download a model's weights into the hub's cache: 34 GB for dev."""
-    model = name
-    if name in presets.available(config_folder()):
-        model = str(presets.merge({"preset": name}, config_folder(), {}).values["model"])
+    model = presets.model_of(name, config_folder())
     if model.startswith("bundled/"):
         console.say(f"{name} comes with flux, there is nothing to download")
         console.data(str(models.locate(model)))

@@ -39,14 +39,16 @@ def _folder(path: Path) -> dict:
     else:
         kind, parts, needs = "part of a model", {_part_of(path): path}, ["the other parts of a model folder"]
     components, problems = {}, [f"{name} is missing" for name in needs if kind == "model folder"]
-    for name, folder in [*parts.items(), ("whole", path)]:
+    for name, folder in parts.items():
         try:
-            if name != "whole":
-                components[name] = _component(inspect_component(name, folder), "diffusers", problems)
-            elif kind == "model folder" and not problems:
-                inspect(path)
+            components[name] = _component(inspect_component(name, folder), "diffusers", problems)
         except CheckpointError as error:
             problems.append(f"{name}: {error}")
+    if kind == "model folder" and not problems:
+        try:
+            inspect(path)
+        except CheckpointError as error:
+            problems.append(str(error))
     return {"path": str(path), "kind": kind, "components": components, "needs": needs, "problems": problems}
 
 

@@ -16,7 +16,6 @@ from fluxcli.cli.generate import check_torch
 from fluxcli.cli.options import config_folder
 from fluxcli.errors import ExitCode, UsageError, WeightsUnavailable
 from fluxcli.request import coerce
-from quant.bake import bake, check_disk
 from quant.checkpoint import MANIFEST, Checkpoint, Component, inspect, inspect_file
 from quant.errors import WriteError
 from quant.recipe import LAYOUTS, Recipe, make_file_recipe, make_recipe
@@ -43,6 +42,8 @@ def quantize(  # noqa: PLR0917 - typer's options
     debug: Annotated[bool, typer.Option("--debug", help="Tracebacks and library warnings.")] = False,
 ) -> int:
     """Make a quantized checkpoint once, instead of quantizing at every start."""
+    from quant.bake import bake, check_disk
+
     if kind not in LAYOUTS:
         raise UsageError("unknown layout", which=kind, why=f"known are {', '.join(LAYOUTS)}", hint="--layout bfl")
     whole = kind == "diffusers"
@@ -75,9 +76,7 @@ def quantize(  # noqa: PLR0917 - typer's options
 
 def _find(source: str, *, whole: bool) -> tuple[str, Checkpoint | Component, Path]:
     """(the model's name, the folder's parts or the transformer alone, where it lies)."""
-    model = source
-    if source in presets.available(config_folder()):
-        model = str(presets.merge({"preset": source}, config_folder(), {}).values["model"])
+    model = presets.model_of(source, config_folder())
     if os.path.isfile(model):
         transformer, path = inspect_file(Path(model)), Path(model).resolve()
         return str(path), _with_parts_of_preset(transformer) if whole else transformer, path
@@ -108,8 +107,7 @@ def _target(given: str | None, model: str, spec: QuantSpec, kind: str) -> Path:
             why = f"--layout {kind} writes one .safetensors file"
             raise UsageError("not a file name", which=given, why=why, hint=f"{path.name or 'x'}.safetensors")
         return path
-    small = "" if spec.modulation == "keep" else "-small"
-    name = f"{Path(model).name.removesuffix('.safetensors')}-{spec.to}{small}"
+    name = f"{Path(model).name.removesuffix('.safetensors')}-{spec.to}" + "-small" * (spec.modulation != "keep")
     return models.baked_folder() / (name if kind == "diffusers" else f"{name}-{kind}.safetensors")
 
 
