@@ -9,39 +9,19 @@ import contextlib
 import importlib
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 
 def time_text_embed(*, guidance: bool) -> type:
     name = "CombinedTimestepGuidanceTextProjEmbeddings" if guidance else "CombinedTimestepTextProjEmbeddings"
-    return _class("diffusers.models.embeddings", name)
+    return _class(f"diffusers.models.embeddings.{name}")
 
 
-def clip() -> tuple[type, type]:
-    """(model, config)."""
-    at = "transformers.models.clip"
-    return _class(f"{at}.modeling_clip", "CLIPTextModel"), _class(f"{at}.configuration_clip", "CLIPTextConfig")
-
-
-def t5() -> tuple[type, type]:
-    """(model, config)."""
-    at = "transformers.models.t5"
-    return _class(f"{at}.modeling_t5", "T5EncoderModel"), _class(f"{at}.configuration_t5", "T5Config")
-
-
-def tokenizers() -> tuple[type, type]:
-    """(CLIP's, T5's)."""
-    clip_class = _class("transformers.models.clip.tokenization_clip", "CLIPTokenizer")
-    return clip_class, _class("transformers.models.t5.tokenization_t5", "T5Tokenizer")
-
-
-UNUSED = ("bitsandbytes", "accelerate", "optimum")  # the libraries import these where they are installed
-
-
-def _class(module: str, name: str) -> type:
-    """Import `name`; once more in the plain way where a library version cannot do without what was left out."""
+def _class(path: str) -> type:
+    """Import a class; once more in the plain way where a library version cannot do without what was left out."""
+    module, _, name = path.rpartition(".")
     try:
         with _frugally():
             return getattr(importlib.import_module(module), name)
@@ -49,42 +29,38 @@ def _class(module: str, name: str) -> type:
         return getattr(importlib.import_module(module), name)
 
 
-transformer = partial(_class, "diffusers.models.transformers.transformer_flux", "FluxTransformer2DModel")
-single_block = partial(_class, "diffusers.models.transformers.transformer_flux", "FluxSingleTransformerBlock")
-vae = partial(_class, "diffusers.models.autoencoders.autoencoder_kl", "AutoencoderKL")
-scheduler = partial(
-    _class, "diffusers.schedulers.scheduling_flow_match_euler_discrete", "FlowMatchEulerDiscreteScheduler"
-)
+def _pair(*paths: str) -> tuple[type, ...]:
+    return tuple(_class(f"transformers.models.{path}") for path in paths)
+
+
+transformer = partial(_class, "diffusers.models.transformers.transformer_flux.FluxTransformer2DModel")
+single_block = partial(_class, "diffusers.models.transformers.transformer_flux.FluxSingleTransformerBlock")
+vae = partial(_class, "diffusers.models.autoencoders.autoencoder_kl.AutoencoderKL")
+scheduler = partial(_class, "diffusers.schedulers.scheduling_flow_match_euler_discrete.FlowMatchEulerDiscreteScheduler")
+clip = partial(_pair, "clip.modeling_clip.CLIPTextModel", "clip.configuration_clip.CLIPTextConfig")  # (model, config)
+t5 = partial(_pair, "t5.modeling_t5.T5EncoderModel", "t5.configuration_t5.T5Config")
+tokenizers = partial(_pair, "clip.tokenization_clip.CLIPTokenizer", "t5.tokenization_t5.T5Tokenizer")
 
 
 @contextlib.contextmanager
 def _frugally() -> Iterator[None]:
-    """Imports inside see no torch.distributed, none of `UNUSED`, and a torch._dynamo of decorators without effect."""
-    import torch
+    """Imports inside see no torch.distributed, none that are merely installed, and a torch._dynamo without effect."""
     import torch.compiler
     import torch.distributed
 
-    loaded = "torch._dynamo" in sys.modules
-    available = torch.distributed.is_available
-    torch.distributed.is_available = lambda: False
-    hidden = [name for name in UNUSED if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))
-    if not loaded:
-        stand_in = types.ModuleType("torch._dynamo")
-        stand_in.__path__ = [str(Path(torch.__file__).parent / "_dynamo")]
-        for name in ("allow_in_graph", "assume_constant_result", "disable"):  # what class bodies take from it
-            setattr(stand_in, name, _no_decorator)
-        sys.modules["torch._dynamo"] = stand_in
+    dynamo = types.ModuleType("torch._dynamo")
+    dynamo.__path__ = [str(Path(torch.__file__).parent / "_dynamo")]
+    for name in ("allow_in_graph", "assume_constant_result", "disable"):  # what class bodies take from it: decorators
+        setattr(dynamo, name, lambda function=None, *_, **__: function or (lambda decorated: decorated))
+    instead = {"bitsandbytes": None, "accelerate": None, "optimum": None, "torch._dynamo": dynamo}
+    hidden = {name: module for name, module in instead.items() if name not in sys.modules}
+    available, torch.distributed.is_available = torch.distributed.is_available, lambda: False
+    sys.modules.update(hidden)
     try:
         yield
     finally:
         torch.distributed.is_available = available
         for name in hidden:
-            del sys.modules[name]
-        if not loaded:
-            sys.modules.pop("torch._dynamo", None)
+            sys.modules.pop(name, None)
+        if dynamo in hidden.values():
             vars(torch).pop("_dynamo", None)
-
-
-def _no_decorator(function: Callable | None = None, *_: object, **__: object) -> Callable:
-    return function if function is not None else lambda decorated: decorated

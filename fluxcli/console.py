@@ -1,7 +1,4 @@
-"""The only printer: data on stdout, everything else on stderr; plain text where stderr is no terminal.
-
-Knows events and errors, nothing of models.
-"""
+"""The only printer: data on stdout, the rest on stderr, plain where that is no terminal. Knows nothing of models."""
 
 import errno
 import json
@@ -15,7 +12,6 @@ from fluxcli import signals
 from fluxcli.errors import OutputError
 from fluxcli.events import Event, Notice, Phase, Saved, Step, to_json
 
-CURSOR_BACK = b"\r\x1b[2K\x1b[?25h"
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -45,15 +41,13 @@ def data_json(value: object, *, indent: int | None = None) -> None:
 
 def say(text: str) -> None:
     """One line for people on stderr."""
-    sys.stderr.write(f"flux: {_one_line(text)}\n")
-    sys.stderr.flush()
+    sys.stderr.write(f"flux: {_one_line(text)}\n")  # a line is flushed at once
 
 
 def error(message: str, hint: str) -> None:
     """The error line and the hint; never anything else."""
     below = f"hint: {_one_line(hint)}\n" if hint else ""
     sys.stderr.write(f"flux: error: {_one_line(message).rstrip('.')}.\n{below}")
-    sys.stderr.flush()
 
 
 def _one_line(text: str) -> str:
@@ -61,11 +55,15 @@ def _one_line(text: str) -> str:
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), " ".join(text.split()))
 
 
-class _Bar:
-    """What shows progress: a bar on a terminal, nothing elsewhere."""
+class Reporter:
+    """Shows a run's events, or a bake's bytes: on a terminal with a bar; adds up seconds per phase."""
 
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet, self._progress, self._task = quiet, None, None
+    def __init__(self, *, quiet: bool = False, events: bool = False, paths: bool = True, started: float) -> None:
+        """`started` is the perf_counter at the command's start; `paths` prints each picture's path on stdout."""
+        self.timings_s: dict[str, float] = {}
+        self._quiet, self._events, self._paths = quiet, events, paths
+        self._started, self._phase, self._since = started, "load", started
+        self._progress = self._task = None
 
     def __enter__(self) -> Self:
         if not self._quiet and sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
@@ -77,33 +75,15 @@ class _Bar:
             self._task = self._progress.add_task("", total=None, visible=False, speed="")
             self._progress.start()
             if not self._progress.console.is_dumb_terminal:
-                signals.LAST_WORDS.append(CURSOR_BACK)
+                signals.LAST_WORDS.append(b"\r\x1b[2K\x1b[?25h")  # the line wiped, the cursor back
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._close_phase()
+        self.timings_s["total"] = round(self._since - self._started, 4)
         if self._progress:
             self._progress.stop()
             signals.LAST_WORDS.clear()
-
-    def _update(self, **fields: object) -> None:
-        if self._progress:
-            self._progress.update(self._task, visible=True, **fields)
-
-
-class Reporter(_Bar):
-    """Shows a run's events as they come, and adds up seconds per phase."""
-
-    def __init__(self, *, quiet: bool = False, events: bool = False, paths: bool = True, started: float) -> None:
-        """`started` is the perf_counter at the command's start; `paths` prints each picture's path on stdout."""
-        super().__init__(quiet=quiet)
-        self.timings_s: dict[str, float] = {}
-        self._events, self._paths = events, paths
-        self._started, self._phase, self._since, self._step_since = started, "load", started, started
-
-    def __exit__(self, *_: object) -> None:
-        self._close_phase()
-        self.timings_s["total"] = round(time.perf_counter() - self._started, 4)
-        super().__exit__()
 
     def show(self, event: Event) -> None:
         """Show one event; raises `Terminated` if a signal arrived and was swallowed since the last one."""
@@ -115,51 +95,37 @@ class Reporter(_Bar):
                 self._close_phase()
                 self._phase = event.name
                 self._update(description=f"{event.name} {event.detail}".strip(), speed="")
-            case Step():
-                self._show_step(event)
+            case Step(index, total, image, images):
+                seconds = (time.perf_counter() - self._since) / index
+                left = seconds * (total - index + (images - image) * total)
+                text = f"picture {image}/{images}, step {index}/{total}" if images > 1 else f"step {index}/{total}"
+                speed = f"{seconds:.2f} s/it, {left:.0f} s left"
+                self._update(description=f"denoise {text}", completed=index, total=total, speed=speed)
             case Notice() if not self._quiet:
                 say(event.message)
-            case Saved():
-                self._show_saved(event)
+            case Saved(image):
+                if self._progress:
+                    self._progress.stop()  # stdout may be the same terminal
+                if self._paths and not self._events and image.path != "-":
+                    data(image.path)
+                if not self._quiet:
+                    taken = time.perf_counter() - self._started
+                    say(f"{image.path}: {image.width}x{image.height}, seed {image.seed}, {taken:.1f} s")
+                if self._progress:
+                    self._progress.start()
+
+    def show_bytes(self, done: int, total: int, detail: str) -> None:
+        """Show `done` of `total` bytes with GB/s and time left; raises `Terminated` as `show` does."""
+        signals.check()
+        speed = max(1, done) / max(1e-6, time.perf_counter() - self._started)
+        text = f"{done / 1e9:.1f}/{total / 1e9:.1f} GB, {speed / 1e9:.2f} GB/s, {(total - done) / speed:.0f} s left"
+        self._update(completed=done, total=total, description=detail, speed=text)
+
+    def _update(self, **fields: object) -> None:
+        if self._progress:
+            self._progress.update(self._task, visible=True, **fields)
 
     def _close_phase(self) -> None:
         now = time.perf_counter()
         self.timings_s[self._phase] = round(self.timings_s.get(self._phase, 0.0) + now - self._since, 4)
         self._since = now
-
-    def _show_step(self, step: Step) -> None:
-        if step.index == 1:
-            self._step_since = self._since
-        seconds = (time.perf_counter() - self._step_since) / step.index
-        picture = f"picture {step.image}/{step.images}, " if step.images > 1 else ""
-        text = f"denoise {picture}step {step.index}/{step.total}"
-        left = seconds * (step.total - step.index + (step.images - step.image) * step.total)
-        speed = f"{seconds:.2f} s/it, {left:.0f} s left"
-        self._update(description=text, completed=step.index, total=step.total, speed=speed)
-
-    def _show_saved(self, saved: Saved) -> None:
-        image = saved.image
-        if self._progress:
-            self._progress.stop()  # stdout may be the same terminal
-        if self._paths and not self._events and image.path != "-":
-            data(image.path)
-        if not self._quiet:
-            taken = time.perf_counter() - self._started
-            say(f"{image.path}: {image.width}x{image.height}, seed {image.seed}, {taken:.1f} s")
-        if self._progress:
-            self._progress.start()
-
-
-class Meter(_Bar):
-    """A bar with GB/s and time left on a terminal; nothing elsewhere."""
-
-    def __init__(self, what: str, *, quiet: bool) -> None:
-        super().__init__(quiet=quiet)
-        self._what, self._started = what, time.perf_counter()
-
-    def show(self, done: int, total: int, detail: str) -> None:
-        """`done` of `total` bytes; raises `Terminated` if a signal arrived and was swallowed since the last call."""
-        signals.check()
-        speed = max(1, done) / max(1e-6, time.perf_counter() - self._started)
-        text = f"{done / 1e9:.1f}/{total / 1e9:.1f} GB, {speed / 1e9:.2f} GB/s, {(total - done) / speed:.0f} s left"
-        self._update(completed=done, total=total, description=f"{self._what} {detail}", speed=text)

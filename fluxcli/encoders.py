@@ -1,21 +1,14 @@
 """Prompt to embeddings: CLIP-L's pooled vector and T5-XXL's sequence, by transformers' own classes.
 
-Knows tokenizers and text encoders, nothing of pictures. Padding is not masked in FLUX.1, so the T5 length changes
-the picture.
+Knows nothing of pictures. Padding is not masked in FLUX.1, so the T5 length changes the picture.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fluxcli import classes
 from fluxcli.loader import refusing
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-CLIP_TOKENS = 77
+from quant.lazy import nn, torch
 
 
 @dataclass(frozen=True)
@@ -29,18 +22,16 @@ class Tokens:
 
 def tokenize(folder: Path, prompt: str, text_tokens: int) -> Tokens:
     """Tokenize `prompt` for both encoders with the tokenizers in a model folder; raises `CheckpointError`."""
-    clip_class, t5_class = classes.tokenizers()
-    clip, t5 = _open(clip_class, folder / "tokenizer"), _open(t5_class, folder / "tokenizer_2")
+    opened = []
+    for kind, path in zip(classes.tokenizers(), (folder / "tokenizer", folder / "tokenizer_2"), strict=True):
+        with refusing("cannot read the tokenizer", path):
+            opened.append(kind.from_pretrained(path, local_files_only=True))
+    clip, t5 = opened
     options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     ids = t5(prompt, max_length=text_tokens, **options).input_ids
     every = t5(prompt, truncation=False).input_ids
     lost = t5.decode(every[text_tokens - 1 :], skip_special_tokens=True) if len(every) > text_tokens else ""
-    return Tokens(clip(prompt, max_length=CLIP_TOKENS, **options).input_ids, ids, lost)
-
-
-def _open(kind: type, folder: Path) -> object:
-    with refusing("cannot read the tokenizer", folder):
-        return kind.from_pretrained(folder, local_files_only=True)
+    return Tokens(clip(prompt, max_length=77, **options).input_ids, ids, lost)
 
 
 def pooled_embedding(text_encoder: "nn.Module", ids: "torch.Tensor") -> "torch.Tensor":

@@ -9,73 +9,122 @@ import gc
 import hashlib
 import platform
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING
 
 import fluxcli
-from fluxcli import classes, encoders, hardware, image, modulation, output, sampling
-from fluxcli.errors import NotFinite
+from fluxcli import classes, costs, encoders, hardware, image, modulation, output, residency, sampling
+from fluxcli.errors import DoesNotFit, NotFinite
 from fluxcli.events import Event, GeneratedImage, Notice, Phase, Saved, Step
+from fluxcli.latents import Latents
 from fluxcli.loader import load_component, refusing
-from fluxcli.plan import MemoryPlan
+from fluxcli.placement import load_placed
 from fluxcli.request import GenerationRequest
-from quant.checkpoint import Checkpoint
+from fluxcli.residency import GIB, MemoryPlan
+from quant.checkpoint import Checkpoint, Component
+from quant.lazy import nn, np, torch
 from quant.spec import SCHEMES, is_modulation
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from torch import nn
 
 
 class Engine:
-    """Runs requests on one checkpoint under one plan, and keeps what the plan says between them."""
+    """Runs requests on one checkpoint under one plan, and keeps what the plan says between them.
 
-    def __init__(self, checkpoint: Checkpoint, plan: MemoryPlan) -> None:
-        self.checkpoint, self.plan = checkpoint, plan
+    Where memory runs out it goes on under the plan's next rung, with the same latents, until none is left.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, plan: MemoryPlan, machine: hardware.Hardware) -> None:
+        self.checkpoint, self.plan, self.machine = checkpoint, plan, machine
+        self.latents: Latents | None = None  # of the picture that is under way
+        self.measured: dict[str, int] = {}  # peaks by "phase level", of phases that ended or ran out of memory
         self._models: dict[str, nn.Module] = {}
         self._row: modulation.ModulationRow | None = None
         self._prompt: tuple[str, int] | None = None  # whose embeddings are kept: the text and its T5 length
         self._embeddings: tuple[torch.Tensor, torch.Tensor] | None = None  # pooled (1, P), sequence (1, T, C)
         self._tables: dict[modulation.TableKey, torch.Tensor] = {}
+        self._modulation: dict[str, torch.Tensor] = {}  # the weights, where the plan keeps them
+        hardware.cap(plan.device, plan.budget_bytes)
 
-    def run(self, request: GenerationRequest, target: output.Target) -> Iterator[Event]:
+    def run(
+        self, request: GenerationRequest, target: output.Target, *, resume: Latents | None = None
+    ) -> Iterator[Event]:
         """Yield the run's events; each `Saved` names a finished picture. Raises `FluxError` and `QuantError`."""
         request = request.with_seed()
         for k in range(request.count):
             single = request.picture(k)
-            pixels = yield from self.picture(single, image=k + 1, images=request.count)
+            pixels = yield from self.picture(single, image=k + 1, images=request.count, resume=resume)
             yield Phase("save")
             yield Saved(self._save(single, pixels, target, k + 1))
 
     def picture(
-        self, request: GenerationRequest, *, image: int = 1, images: int = 1
+        self, request: GenerationRequest, *, image: int = 1, images: int = 1, resume: Latents | None = None
     ) -> "Generator[Event, None, np.ndarray]":
-        """Yield the events of one picture; returns its pixels (H, W, 3) uint8."""
-        pooled, sequence = yield from self._encode(request)
-        scheduler = self._scheduler(request)
-        table = yield from self._condition(request, pooled, scheduler)
+        """Yield the events of one picture, or of what `resume` has left of it; returns its pixels (H, W, 3) uint8."""
+        dtype = self._dtype("transformer")
+        noise = sampling.noise(request.seed, request.size, dtype=dtype)
+        self.latents = resume or Latents(request, noise, model=self.checkpoint.fingerprint)
+        if self.latents.step < request.steps:
+            pooled, sequence = yield from self._surviving("encode", request, self._encode)
+            table = yield from self._surviving("condition", request, self._condition, pooled)
+            inputs = self._inputs(request, sequence, pooled)
+            yield from self._surviving("denoise", request, self._denoise, table, inputs, image, images)
+        if not sampling.is_finite(self.latents.tokens):
+            raise NotFinite("the picture is not finite", which=f"seed {request.seed}", why="NaN or Inf in the latents")
+        return (yield from self._surviving("decode", request, self._decode))
+
+    def _surviving(
+        self, phase: str, request: GenerationRequest, attempt: Callable, *arguments: object
+    ) -> "Generator[Event, None, object]":  # fmt: skip
+        """The phase's result; where memory runs out, by the plan's next rung. Raises `DoesNotFit` after the last."""
+        while True:
+            level, failed = self.plan.residency.level(phase), ""
+            hardware.reset_peak(self.plan.device)
+            try:
+                result = yield from attempt(request, *arguments)
+                if peak := hardware.peak_memory(self.plan.device).get("vram_bytes"):
+                    self.measured[f"{phase} {level}"] = peak + costs.CONTEXT_BYTES
+                return result
+            except Exception as error:
+                if not hardware.is_out_of_memory(error):
+                    raise
+                failed = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+            self.measured[f"{phase} {level}"] = max(self.plan.budget_bytes, self.plan.peak_bytes[phase]) + 1
+            self._evict(*self._models)
+            now = self.plan
+            offer = residency.make_offer(request, self.checkpoint, self.machine, now.precision, now.spec, now.dtypes)
+            following = residency.relaxed(self.plan, phase, offer, self.machine)
+            if following is None:
+                raise self._exhausted(phase, request, failed)
+            self.plan, words = following
+            yield Notice(f"out of memory in {phase} ({level or 'as planned'}): once more, {words}")
+
+    def _exhausted(self, phase: str, request: GenerationRequest, failed: str) -> DoesNotFit:
+        needs, free = self.plan.peak_bytes[phase] / GIB, hardware.free_memory(self.plan.device) / GIB
+        why = f"{phase} needs about {needs:.1f} GiB by plan, {free:.1f} GiB are free: {failed}"
+        return DoesNotFit("out of memory, and no rung is left", which=self.plan.device, why=why)
+
+    def _denoise(
+        self, request: GenerationRequest, table: "torch.Tensor", inputs: dict, image: int, images: int
+    ) -> Iterator[Event]:  # fmt: skip
+        """The steps that are left."""
         model = yield from self._load("transformer")
         yield Phase("denoise")
-        options = {"dtype": self._dtype("transformer"), "device": self.plan.device}
-        latents = sampling.noise(request.seed, request.size, **options)
-        inputs = self._inputs(request, sequence, pooled)
-        for index, timestep in enumerate(scheduler.timesteps):
+        scheduler, latents = self._scheduler(request), self.latents
+        scheduler.set_begin_index(latents.step)
+        latents.tokens = latents.tokens.to(self.plan.device)
+        for index in range(latents.step, request.steps):
             self._row.select(table, index)
-            latents = _step(model, scheduler, latents, timestep, inputs)
+            latents.tokens = sampling.step(model, scheduler, latents.tokens, scheduler.timesteps[index], inputs)
+            latents.step = index + 1
             yield Step(index + 1, request.steps, image, images)
-        if not sampling.is_finite(latents):
-            raise NotFinite("the picture is not finite", which=f"seed {request.seed}", why="NaN or Inf in the latents")
-        return (yield from self._decode(request, latents))
 
     def _scheduler(self, request: GenerationRequest) -> object:
         """diffusers' scheduler with the timesteps of this request."""
         kind, (width, height) = classes.scheduler(), request.size
         with refusing("cannot use the scheduler's config", self.checkpoint.folder / "scheduler"):
             scheduler = kind.from_config(self.checkpoint.scheduler)
-            sampling.set_timesteps(scheduler, request.steps, width * height // 256, self.plan.device)
+            sampling.set_timesteps(scheduler, request.steps, width * height // 256)
         return scheduler
 
     def _encode(self, request: GenerationRequest) -> "Generator[Event, None, tuple[torch.Tensor, torch.Tensor]]":
@@ -91,58 +140,75 @@ class Engine:
         yield Phase("encode")
         pooled = encoders.pooled_embedding(clip, tokens.clip)
         del clip
-        self._evict("text_encoder")
         t5 = yield from self._load("text_encoder_2")
         yield Phase("encode")
         sequence = encoders.sequence_embedding(t5, tokens.t5)
         del t5
-        self._evict("text_encoder_2")
         dtype = self._dtype("transformer")
         self._prompt, self._embeddings = key, (pooled.to(dtype), sequence.to(dtype))
         return self._embeddings
 
-    def _condition(
-        self, request: GenerationRequest, pooled: "torch.Tensor", scheduler: object
-    ) -> "Generator[Event, None, torch.Tensor]":
+    def _condition(self, request: GenerationRequest, pooled: "torch.Tensor") -> "Generator[Event, None, torch.Tensor]":
         """The run's modulation table (steps, sum of outputs); the last run's is kept."""
+        timesteps = self._scheduler(request).timesteps
         wanted = modulation.condition(
-            pooled, weights=self.checkpoint.fingerprint, guidance=request.guidance, timesteps=scheduler.timesteps
+            pooled, weights=self.checkpoint.fingerprint, guidance=request.guidance, timesteps=timesteps
         )
         if wanted.key not in self._tables:
+            self._make_room("transformer")
             yield Phase("condition")
-            self._tables = modulation.make_tables(self.checkpoint.components["transformer"], [wanted])
+            keep = self._modulation if "modulation" in self.plan.residency.keep else None
+            self._tables = modulation.make_tables(self.checkpoint.components["transformer"], [wanted], keep=keep)
         return self._tables[wanted.key]
 
     def _load(self, name: str) -> "Generator[Event, None, nn.Module]":
-        """The component's module, loaded now unless it is there."""
+        """The component's module, placed as the plan says; loaded now unless it is there."""
+        self._make_room(name)
         if name not in self._models:
             yield Phase("load", name)
             options = {"dtype": self._dtype(name), "device": self.plan.device}
             component, since = self.checkpoint.components[name], time.perf_counter()
             skip = is_modulation if name == "transformer" else lambda _: False
-            model = self._models[name] = load_component(component, **options, spec=self.plan.spec, skip=skip)
+            load, blocks = load_component, self._passing(name, component)
+            if blocks:
+                arena = name == "transformer" and self.plan.residency.denoise == "streamed"
+                load = partial(load_placed, blocks=blocks, arena=arena)
+            model = load(component, **options, spec=self.plan.spec, skip=skip)
             if name == "transformer":
                 self._row = modulation.ModulationRow(model, component, **options)
+            self._models[name] = model
             if name == "transformer" and self.plan.spec:
                 taken, to = time.perf_counter() - since, self.plan.precision
                 yield Notice(f"packed to {to} in {taken:.1f} s while loading: flux quantize ... --to {to} saves that")
         return self._models[name]
 
-    def _evict(self, name: str) -> None:
-        if name not in self.plan.keep:
-            self._models.pop(name, None)
+    def _passing(self, name: str, component: Component) -> list[str]:
+        """The component's blocks that pass through the device instead of staying on it."""
+        placed = self.plan.residency
+        if name == "text_encoder_2":
+            return costs.t5_block_names(component) if placed.encode == "sequential" else []
+        if name != "transformer" or placed.denoise == "resident":
+            return []
+        blocks = costs.block_names(component)
+        return blocks if placed.denoise == "sequential" else [blocks[i] for i in placed.streamed]
+
+    def _make_room(self, name: str) -> None:
+        """Evict what may not stay beside a component."""
+        keep = self.plan.residency.keep
+        self._evict(*(other for other in self._models if other != name and not {other, name} <= set(keep)))
+
+    def _evict(self, *names: str) -> None:
+        if names:
+            for name in names:
+                self._models.pop(name, None)
             gc.collect()
             hardware.empty_cache(self.plan.device)
 
     def _dtype(self, name: str) -> "torch.dtype":
-        import torch
-
         return getattr(torch, self.plan.dtypes[name])
 
     def _inputs(self, request: GenerationRequest, sequence: "torch.Tensor", pooled: "torch.Tensor") -> dict:
         """What every forward of the transformer takes beside latents and timestep."""
-        import torch
-
         options = {"dtype": sequence.dtype, "device": sequence.device}
         guidance = None if request.guidance is None else torch.full([1], request.guidance, device=sequence.device)
         return {
@@ -153,15 +219,17 @@ class Engine:
             "img_ids": sampling.image_ids(request.size, dtype=options["dtype"], device=str(sequence.device)),
         }
 
-    def _decode(self, request: GenerationRequest, tokens: "torch.Tensor") -> "Generator[Event, None, np.ndarray]":
-        """Pixels (H, W, 3) uint8 of packed latents (1, S, 64); once more in float32 where they are not finite."""
+    def _decode(self, request: GenerationRequest) -> "Generator[Event, None, np.ndarray]":
+        """Pixels (H, W, 3) uint8 of the latents; once more in float32 where they are not finite."""
         vae = yield from self._load("vae")
         yield Phase("decode")
-        latents = sampling.unpack(tokens, request.size)
-        decoded = _decode(vae, latents.to(self._dtype("vae")))
+        tile = costs.TILE_PX if self.plan.residency.decode == "tiled" else 0
+        vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = bool(tile), tile, tile // 8
+        latents = sampling.unpack(self.latents.tokens.to(self.plan.device), request.size)
+        decoded = sampling.decode(vae, latents.to(self._dtype("vae")))
         if not sampling.is_finite(decoded) and self.plan.dtypes["vae"] != "float32":
             yield Notice("the VAE overflowed: decoding once more in float32")
-            decoded = _decode(vae.float(), latents.float())
+            decoded = sampling.decode(vae.float(), latents.float())
             vae.to(self._dtype("vae"))
         if not sampling.is_finite(decoded):
             why = "NaN or Inf in the pixels, decoded in float32"
@@ -197,6 +265,7 @@ class Engine:
                 "precision": self.plan.precision,
                 "multiply": self.multiply,
                 "dtypes": self.plan.dtypes,
+                "tiled": self.plan.residency.decode == "tiled",
             },
             "versions": versions(),
         }
@@ -206,17 +275,3 @@ def versions() -> dict[str, str]:
     """Versions of what decides the pixels."""
     libraries = {name: version(name) for name in ("torch", "diffusers", "transformers")}
     return {"flux": fluxcli.__version__, "python": platform.python_version()} | libraries
-
-
-def _step(
-    model: "nn.Module", scheduler: object, latents: "torch.Tensor", timestep: "torch.Tensor", inputs: dict
-) -> "torch.Tensor":
-    """One Euler step: packed latents (1, S, 64) at `timestep` -> at the next one."""
-    at = timestep.expand(1).to(latents) / 1000
-    velocity = model(hidden_states=latents, timestep=at, return_dict=False, **inputs)[0]
-    return scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-
-
-def _decode(vae: "nn.Module", latents: "torch.Tensor") -> "torch.Tensor":
-    """VAE output (1, 3, H, W) of latents (1, 16, H/8, W/8)."""
-    return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]

@@ -1,7 +1,4 @@
-"""What a run says while it goes on: the same objects in process, on a wire and for `--events`. Stdlib only.
-
-Each event is a frozen dataclass; `to_json` gives one JSON-able dict with its kind under "event". Seconds are floats.
-"""
+"""What a run says while it goes on: in process as it is, on a wire and for `--events` as `to_json`. Stdlib only."""
 
 from dataclasses import asdict, dataclass
 
@@ -77,5 +74,5 @@ Event = Phase | Step | Notice | Saved | Done | Failed
 
 
 def to_json(event: Event) -> dict:
-    """Return the event as a dict of JSON types."""
+    """Return the event as a dict of JSON types, its kind under "event"."""
     return {"event": type(event).__name__.lower()} | asdict(event)

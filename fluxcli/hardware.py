@@ -1,38 +1,39 @@
-"""What this machine has: the one place that asks drivers and the operating system for devices and memory.
+"""What this machine has: the one place that asks drivers and the operating system for devices, memory and speeds.
 
-Imports torch inside functions only. Sizes are in bytes.
+Imports torch inside functions only. Sizes are in bytes. `card` describes a machine that is not here, without torch.
 """
 
 import os
 import platform
+import re
 import shutil
-from dataclasses import dataclass
+import time
+import tomllib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
-from fluxcli.errors import DeviceUnusable
+from fluxcli import state
+from fluxcli.costs import CONTEXT_BYTES, Hardware, Speeds
+from fluxcli.errors import DeviceUnusable, UsageError
+from fluxcli.presets import BUNDLED
+from fluxcli.request import parse_bytes
+from quant.lazy import psutil, torch
+
+FP8_SINCE, INT8_SINCE, BF16_SINCE = (8, 9), (7, 5), (8, 0)
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|not enough memory|can't allocate memory|alloc(ation)? failed|ALLOC_FAILED"
+    r"|insufficient (memory|resources)|Invalid buffer size|hipErrorMemoryAllocation|OUT_OF_(DEVICE|HOST|RESOURCES)",
+    re.IGNORECASE,
+)
 
 
-@dataclass(frozen=True)
-class Hardware:
-    """The device to compute on. `total_bytes` and `free_bytes` are the device's memory (the RAM for a CPU)."""
+def probe(device: str = "auto", *, measure: bool = False, sample: Path | None = None) -> Hardware:
+    """Return the device that `device` (auto, cpu, cuda[:n], mps, xpu[:n]) names; raises `DeviceUnusable`.
 
-    device: str  # as torch names it: cpu, cuda:0, mps, xpu:0
-    name: str
-    total_bytes: int
-    free_bytes: int
-    ram_bytes: int
-    bf16: bool  # computes bfloat16 at full speed
-    reason: str  # why this device
-
-    @property
-    def kind(self) -> str:
-        return self.device.partition(":")[0]
-
-
-def probe(device: str = "auto") -> Hardware:
-    """Return the device that `device` (auto, cpu, cuda[:n], mps, xpu[:n]) names; raises `DeviceUnusable`."""
-    import psutil
-    import torch
-
+    The speeds of an accelerator are measured for two seconds when it is first seen, or again with `measure`;
+    `sample` is a large file on the disk of the weights.
+    """
     ram = psutil.virtual_memory()
     kind, _, index = device.partition(":")
     counts = _accelerators()
@@ -44,18 +45,60 @@ def probe(device: str = "auto") -> Hardware:
     if kind == "cpu":
         name = platform.processor() or platform.machine()
         matrix_units = getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # without: a quarter of float32's speed
-        return Hardware("cpu", name, ram.total, ram.available, ram.total, matrix_units, reason)
-    number = int(index or 0)
-    if number >= counts[kind]:
-        exist = [f"{name}:{k}" for name, count in counts.items() for k in range(count)]
-        why = f"usable are {' '.join(['cpu', *exist])}; {_why_no_gpu() if kind == 'cuda' else 'none of that kind'}"
-        raise DeviceUnusable("no such device", which=device, why=why, hint="--device auto takes what is here")
-    return _accelerator(kind, number, ram.total, reason)
+        found = _hardware("cpu", name, ram.total, ram.available, ram, bf16=matrix_units, reason=reason, identity="cpu")
+    else:
+        number = int(index or 0)
+        if number >= counts[kind]:
+            exist = [f"{name}:{k}" for name, count in counts.items() for k in range(count)]
+            why = f"usable are {' '.join(['cpu', *exist])}; {_why_no_gpu() if kind == 'cuda' else 'none of that kind'}"
+            raise DeviceUnusable("no such device", which=device, why=why, hint="--device auto takes what is here")
+        found = _accelerator(kind, number, ram, reason)
+    key = f"{found.identity} {found.name} torch {torch.__version__}"
+    if measure or (found.kind != "cpu" and key not in state.read("speeds")):
+        state.update("speeds", {key: _measured(found, sample)})
+    try:
+        stored = state.read("speeds")[key]
+        return replace(found, speeds=Speeds(**stored))
+    except (KeyError, TypeError):
+        return found
+
+
+def card(text: str) -> Hardware:
+    """The hardware that `SIZE[:smNN]` describes, e.g. 12GiB:sm89; raises `UsageError`."""
+    match = re.fullmatch(r"([^:]+)(?::sm(\d{2,3}))?", text)
+    try:
+        total = parse_bytes(match[1]) if match else 0
+    except ValueError:
+        total = 0
+    if not total:
+        raise UsageError("no such card", which=f"--card {text}", why="it is SIZE[:smNN]", hint="--card 12GiB:sm89")
+    digits = match[2] or "89"
+    capability, ram = (int(digits[:-1]), int(digits[-1])), psutil.virtual_memory()
+    options = {"bf16": capability >= BF16_SINCE, "reason": "--card", "identity": text, "capability": capability}
+    return _hardware("cuda:0", f"a card of {match[1]}, sm{digits}", total, total, ram, **options)
+
+
+def _hardware(device: str, name: str, total: int, free: int, ram: object, **more: object) -> Hardware:
+    table = _table(device, name, more.get("capability", (0, 0)))
+    return Hardware(device, name, total, free, ram.total, ram.available, speeds=table, table=table, **more)
+
+
+def _table(device: str, name: str, capability: tuple[int, int]) -> Speeds:
+    """The speeds of a card by its name, or by its capability."""
+    with (BUNDLED / "cards.toml").open("rb") as file:
+        table = tomllib.load(file)
+    cards, fallback = table["cards"], "cpu" if device == "cpu" else "gpu"
+    by_name = next((key for key in cards if re.search(rf"\b{key}\b", name)), "")
+    known = [key for key in cards if key.startswith("sm") and capability >= (int(key[2:-1]), int(key[-1]))]
+    found = cards[by_name or (known[0] if known else fallback)]
+    capable = {"fp8": capability >= FP8_SINCE, "int8": capability >= INT8_SINCE}
+    reached = {scheme: share * 1e12 for scheme, share in table["efficiency"].items()}
+    rates = {scheme: found[scheme] * reached[scheme] for scheme, can in capable.items() if can and scheme in found}
+    source = f"a table's {by_name}" if by_name else f"a table's guess for {known[0] if known else fallback}"
+    return Speeds(found["wide"] * reached["wide"], rates, found["bus"] * 1e9, table["disk"] * 1e9, source)
 
 
 def _accelerators() -> dict[str, int]:
-    import torch
-
     try:
         return {
             "cuda": torch.cuda.device_count(),
@@ -66,25 +109,24 @@ def _accelerators() -> dict[str, int]:
         raise DeviceUnusable("the GPU driver does not answer", why=str(error)[:120]) from error
 
 
-def _accelerator(kind: str, number: int, ram_bytes: int, reason: str) -> Hardware:
-    import torch
-
+def _accelerator(kind: str, number: int, ram: object, reason: str) -> Hardware:
     if kind == "mps":
         total = torch.mps.recommended_max_memory()
-        return Hardware("mps", "Apple GPU", total, total, ram_bytes, True, reason)
+        return _hardware("mps", "Apple GPU", total, total, ram, bf16=True, reason=reason, identity="mps")
     module = getattr(torch, kind)
     try:
         free, total = module.mem_get_info(number)
-        name = module.get_device_name(number)
-        bf16 = kind != "cuda" or torch.cuda.get_device_capability(number) >= (8, 0)
+        found = module.get_device_properties(number)
+        capability = torch.cuda.get_device_capability(number) if kind == "cuda" else (0, 0)
     except RuntimeError as error:
         raise DeviceUnusable("the device does not answer", which=f"{kind}:{number}", why=str(error)[:120]) from error
-    return Hardware(f"{kind}:{number}", name, total, free, ram_bytes, bf16, reason)
+    more = {"bf16": kind != "cuda" or capability >= BF16_SINCE, "capability": capability, "reason": reason}
+    identity = f"{kind} {getattr(found, 'uuid', number)}"
+    free = min(total, free + CONTEXT_BYTES)  # asking has made the context
+    return _hardware(f"{kind}:{number}", found.name, total, free, ram, identity=identity, **more)
 
 
 def _why_no_gpu() -> str:
-    import torch
-
     driver = shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia/version")
     if driver and not torch.version.cuda:
         return "this torch is CPU-only beside an NVIDIA driver: install a CUDA build (pytorch.org, Get Started)"
@@ -93,11 +135,95 @@ def _why_no_gpu() -> str:
     return "no GPU was found"
 
 
+# --- speeds
+
+
+def _measured(hardware: Hardware, sample: Path | None) -> dict:
+    """About two seconds of products, copies and reads: the fields of `Speeds`."""
+    from quant.linear import make_linear, path_of
+
+    device, rows, columns = hardware.device, 4608, 3072 if hardware.kind != "cpu" else 768
+    dtype = torch.bfloat16 if hardware.bf16 else torch.float32 if hardware.kind == "cpu" else torch.float16
+    inputs, weight = (torch.ones(n, columns, dtype=dtype, device=device) for n in (rows, 4 * columns))
+    work = 2 * rows * weight.numel()
+    rates = {}
+    for scheme, kind in (("fp8", torch.float8_e4m3fn), ("int8", torch.int8)):
+        if path_of(scheme, device) != "dequantize":
+            pieces = {"": weight.to(kind), "_scale": weight[:, 0].float()}
+            layer = make_linear(scheme, [pieces], [tuple(weight.shape)], None, arithmetic=True)
+            rates[scheme] = work / _seconds(lambda layer=layer: layer(inputs), device)
+    wide = work / _seconds(lambda: inputs @ weight.T, device)
+    host = torch.empty(128 << 20, dtype=torch.uint8, pin_memory=hardware.kind == "cuda")
+    target = torch.empty_like(host, device=device, pin_memory=False)
+    bus = host.numel() / _seconds(lambda: target.copy_(host, non_blocking=True), device)
+    return {
+        "wide": wide, "eight_bit": rates, "bus_bytes": bus,
+        "disk_bytes": read_speed(sample) if sample else hardware.table.disk_bytes, "source": "measured here",
+    }  # fmt: skip
+
+
+def _seconds(run: Callable[[], object], device: str) -> float:
+    """Median seconds of a call, after one that does not count."""
+    taken = []
+    for _ in range(6):
+        started = time.perf_counter()
+        run()
+        synchronize(device)
+        taken.append(time.perf_counter() - started)
+    return sorted(taken[1:])[2]
+
+
+def read_speed(path: Path, size: int = 128 << 20) -> float:
+    """Bytes per second of reading the start of a file from its disk (from memory, where it cannot be dropped there)."""
+    with path.open("rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, size, os.POSIX_FADV_DONTNEED)
+        started = time.perf_counter()
+        count = len(file.read(size))
+    return count / max(1e-6, time.perf_counter() - started)
+
+
+# --- memory
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out: some back ends report that as a mere RuntimeError."""
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
+        return True
+    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def cap(device: str, budget_bytes: int) -> None:
+    """Make the allocator fail beyond the budget (the context beside it): a driver that spills into RAM never would."""
+    module = getattr(torch, device.partition(":")[0], None)
+    if hasattr(module, "set_per_process_memory_fraction") and not device.startswith("cpu"):
+        at = [device] if device != "mps" else []
+        total = torch.mps.recommended_max_memory() if device == "mps" else module.mem_get_info(device)[1]
+        module.set_per_process_memory_fraction(min(1.0, max(0, budget_bytes - CONTEXT_BYTES) / total), *at)
+
+
+def free_memory(device: str) -> int:
+    """Bytes that are free on the device now (of RAM, for a CPU)."""
+    if device.startswith(("cuda", "xpu")):
+        return getattr(torch, device.partition(":")[0]).mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has computed what it was given."""
+    if not device.startswith("cpu"):
+        getattr(torch, device.partition(":")[0]).synchronize()
+
+
+def reset_peak(device: str) -> None:
+    """Begin to count the allocator's peak anew."""
+    if device.startswith(("cuda", "xpu")):
+        getattr(torch, device.partition(":")[0]).reset_peak_memory_stats(device)
+
+
 def peak_memory(device: str) -> dict[str, int]:
     """The process's memory peaks so far, in bytes: resident RAM, and the device's allocator where there is one."""
     if os.name == "nt":
-        import psutil
-
         peaks = {"rss_bytes": psutil.Process().memory_info().peak_wset}
     else:
         import resource
@@ -105,15 +231,11 @@ def peak_memory(device: str) -> dict[str, int]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peaks = {"rss_bytes": peak if platform.system() == "Darwin" else peak * 1024}
     if device.startswith(("cuda", "xpu")):
-        import torch
-
         peaks["vram_bytes"] = getattr(torch, device.partition(":")[0]).max_memory_reserved(device)
     return peaks
 
 
 def empty_cache(device: str) -> None:
     """Give freed blocks back to the device's driver."""
-    if device != "cpu":
-        import torch
-
+    if not device.startswith("cpu"):
         getattr(torch, device.partition(":")[0]).empty_cache()

@@ -1,43 +1,35 @@
 """Pixels to a jpg, png or webp file in memory with its metadata, and the metadata back from a file.
 
-Metadata, in one encode: the A1111 `parameters` text that every viewer reads (PNG text, EXIF UserComment), and an
-XMP packet with `trainedAlgorithmicMedia` and all of the metadata as JSON. Pixels are (H, W, 3) uint8, RGB.
+Metadata: the A1111 `parameters` text that every viewer reads (PNG text, EXIF UserComment), and an XMP packet with
+`trainedAlgorithmicMedia` and all of it as JSON. Pixels are (H, W, 3) uint8, RGB.
 """
 
 import hashlib
 import io
 import json
-import re
 from html import escape, unescape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fluxcli.errors import BadInputFile
-
-if TYPE_CHECKING:
-    import numpy as np
-    from PIL import Image
+from quant.lazy import Image, np
 
 MAX_PIXELS = 64 * 1024 * 1024
 XMP = (
-    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
-    '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
-    'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" xmlns:flux="urn:flux:1">'
-    "<Iptc4xmpExt:DigitalSourceType>http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-    "</Iptc4xmpExt:DigitalSourceType><flux:metadata>{json}</flux:metadata></rdf:Description></rdf:RDF></x:xmpmeta>"
-    '<?xpacket end="w"?>'
+    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf='
+    '"http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" xmlns:Iptc4xmpExt='
+    '"http://iptc.org/std/Iptc4xmpExt/2008-02-29/" xmlns:flux="urn:flux:1"><Iptc4xmpExt:DigitalSourceType>'
+    "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia</Iptc4xmpExt:DigitalSourceType>"
+    '<flux:metadata>{json}</flux:metadata></rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
 )
 
 
 def encode(pixels: "np.ndarray", format: str, *, quality: int, metadata: dict | None) -> bytes:
     """Encode pixels (H, W, 3) uint8; `metadata` is JSON-able (see `engine.metadata`) or None for a bare picture."""
-    from PIL import ExifTags, Image
+    from PIL import ExifTags
     from PIL.PngImagePlugin import PngInfo
 
     image, buffer = Image.fromarray(pixels, "RGB"), io.BytesIO()
-    options: dict = {} if format == "png" else {"quality": quality}
-    if format == "jpg" and quality >= 90:
-        options["subsampling"] = 0
+    options: dict = {"quality": quality, "subsampling": 0 if quality >= 90 else -1}  # each format takes what it knows
     if metadata:
         text = parameters_text(metadata)
         xmp = XMP.format(json=escape(json.dumps(metadata, ensure_ascii=False, sort_keys=True), quote=False))
@@ -73,11 +65,10 @@ def parameters_text(metadata: dict) -> str:
 def read_metadata(path: Path) -> dict:
     """The metadata that `encode` wrote; raises `BadInputFile` where there is none or the file is no picture."""
     with open_picture(path) as image:
-        packet = image.info.get("xmp") or getattr(image, "text", {}).get("XML:com.adobe.xmp", "")
-    packet = packet.decode("utf-8", "replace") if isinstance(packet, bytes) else str(packet)
-    match = re.search(r"<flux:metadata>(.*)</flux:metadata>", packet, re.DOTALL)
+        packet = image.info.get("xmp", b"").decode("utf-8", "replace")
+    text = packet.partition("<flux:metadata>")[2].rpartition("</flux:metadata>")[0]
     try:
-        metadata = json.loads(unescape(match[1])) if match else None
+        metadata = json.loads(unescape(text))
     except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict) or not isinstance(metadata.get("request"), dict):
@@ -88,8 +79,6 @@ def read_metadata(path: Path) -> dict:
 
 def open_picture(path: Path) -> "Image.Image":
     """Open and fully decode a png, jpg or webp; raises `BadInputFile` for anything else, or one too large."""
-    from PIL import Image
-
     try:
         if path.exists() and not path.is_file():
             raise BadInputFile("cannot read the picture", which=path, why="it is no regular file")

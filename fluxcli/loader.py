@@ -6,46 +6,27 @@ another shape is an error that names it: no layer is ever left randomly initiali
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from fluxcli.fusion import fuse
 from quant import codecs
 from quant.checkpoint import Component
 from quant.errors import CheckpointError
-from quant.spec import QuantSpec
+from quant.lazy import nn, torch
+from quant.spec import QuantSpec, layout
 from quant.tensors import Reader
 from quant.weights import Weight
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 CLIP_PREFIX, CLIP_POSITIONS = "text_model.", "embeddings.position_ids"
 T5_SHARED, T5_TIED = "shared.weight", "encoder.embed_tokens.weight"
 
 
-def load_component(
-    component: Component, *, dtype: "torch.dtype", device: str, skip: Callable[[str], bool] = lambda name: False,
-    spec: QuantSpec | None = None,
-) -> "nn.Module":  # fmt: skip
-    """Return the component's module in eval mode, on `device`; names that `skip` takes stay meta.
-
-    Packed weights stay packed, others become `dtype`; with `spec` it packs them itself, one by one. Raises
-    `CheckpointError` for missing, extra or misshapen tensors, and for values that are not finite.
-    """
-    module = build(component)
-    weights = {name: component.weights[stored] for name, stored in _names_in_file(component).items()}
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    check_keys(component, expected, {name: weight.shape for name, weight in weights.items()})
-    filler = _Filler(component, module, weights, dtype, device, spec)
-    for name in module.state_dict():
-        if name != T5_TIED and not skip(name):
+def load_component(component: Component, *, skip: Callable[[str], bool] = lambda name: False, **options) -> "nn.Module":
+    """Return the component's module in eval mode; names that `skip` takes stay meta. `options` go to `Filler`."""
+    filler = Filler(component, **options)
+    for name in filler.names:
+        if not skip(name):
             filler.fill(name)
-    for name, buffer in list(module.named_buffers()):
-        _set(module, name, buffer.to(device))
-    if T5_TIED in weights:
-        module.encoder.embed_tokens.weight = module.shared.weight
-    return module.eval()
+    return filler.finish()
 
 
 def matching(component: Component) -> tuple[int, int]:
@@ -55,21 +36,50 @@ def matching(component: Component) -> tuple[int, int]:
     return sum(expected.get(n) == component.weights[stored].shape for n, stored in names.items()), len(expected)
 
 
-class _Filler:
-    """Gives a module's layers their tensors: packed ones as layers of their own, fused where that is possible."""
+class Filler:
+    """Gives a module's layers their tensors: packed ones as layers of their own, fused where that is possible.
 
-    def __init__(  # noqa: PLR0917
-        self, component: Component, module: "nn.Module", weights: dict[str, Weight], dtype: "torch.dtype", device: str,
-        spec: QuantSpec | None,
+    Packed weights stay packed, others become `dtype`; with `spec` it packs them itself, one by one. Raises
+    `CheckpointError` for missing, extra or misshapen tensors, and for values that are not finite.
+    """
+
+    def __init__(
+        self, component: Component, *, dtype: "torch.dtype", device: str, spec: QuantSpec | None = None
     ) -> None:  # fmt: skip
-        self.module, self.weights, self.spec, self.reader = module, weights, spec, Reader()
-        self.options = {"dtype": dtype, "device": device}
+        self.module = build(component)
+        self.weights = {name: component.weights[stored] for name, stored in _names_in_file(component).items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in self.module.state_dict().items()}
+        check_keys(component, expected, {name: weight.shape for name, weight in self.weights.items()})
+        self.spec, self.reader = spec, Reader()
+        self.dtype, self.device = dtype, device
         self.schemes = {
             name: weight.scheme or (spec.scheme(component.name, weight.name, weight.shape) if spec else "")
-            for name, weight in weights.items()
+            for name, weight in self.weights.items()
         }
         self.arithmetic = component.name == "transformer"  # encoders run once, on activations full of outliers
-        self.parts_of = fuse(module, self._together) if component.name == "transformer" else {}
+        self.parts_of = fuse(self.module, self._together) if component.name == "transformer" else {}
+        self.names = [name for name in self.module.state_dict() if name != T5_TIED]
+
+    def finish(self) -> "nn.Module":
+        """The module in eval mode, its own buffers on the device."""
+        for name, buffer in list(self.module.named_buffers()):
+            _set(self.module, name, buffer.to(self.device))
+        if T5_TIED in self.weights:
+            self.module.encoder.embed_tokens.weight = self.module.shared.weight
+        return self.module.eval()
+
+    def packs(self, block: str) -> bool:
+        """Whether filling the block packs weights that are stored in 16 bit: work for the device."""
+        return any(s and not self.weights[n].scheme for n, s in self.schemes.items() if n.startswith(f"{block}."))
+
+    def nbytes(self, block: str, skip: Callable[[str], bool]) -> int:
+        """Bytes that the block's tensors take at most, but for the names that `skip` takes."""
+        wide, total = self.dtype.itemsize, 0
+        for name, weight in self.weights.items():
+            if name.startswith(f"{block}.") and not skip(name):
+                stored = layout(self.schemes[name], weight.info) if self.schemes[name] else ()
+                total += sum(info.nbytes for info in stored) or weight.numel * wide
+        return total
 
     def _together(self, layers: Sequence[str]) -> bool:
         """Whether the weights of these layers can be those of one: all in one scheme, whose blocks end with each."""
@@ -80,9 +90,7 @@ class _Filler:
         return len(schemes) == 1 and fits_together(schemes.pop(), [self.weights[name].shape for name in names])
 
     def fill(self, name: str) -> None:
-        """Fill the tensor `name` of the module; the bias of a packed layer comes with its weight."""
-        from torch import nn
-
+        """Fill the tensor `name` of the module on `device`; the bias of a packed layer comes with its weight."""
         layer, _, leaf = name.rpartition(".")
         layers = self.parts_of.get(layer, (layer,))
         scheme = self.schemes.get(f"{layers[0]}.weight", "")
@@ -93,9 +101,7 @@ class _Filler:
             _set(self.module, layer, self._packed(layers, scheme))
 
     def _dense(self, names: list[str]) -> "torch.Tensor":
-        import torch
-
-        parts = [read_dense(self.weights[name], self.reader, **self.options) for name in names]
+        parts = [read_dense(self.weights[name], self.reader, dtype=self.dtype, device=self.device) for name in names]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _packed(self, layers: Sequence[str], scheme: str) -> "nn.Module":
@@ -109,8 +115,8 @@ class _Filler:
 
     def _pieces(self, weight: Weight, scheme: str) -> "dict[str, torch.Tensor]":
         if weight.scheme:
-            return _checked(weight, self.reader, self.options["device"])
-        stored = self.reader.weight(weight)[""].to(self.options["device"])
+            return _checked(weight, self.reader, self.device)
+        stored = self.reader.weight(weight)[""].to(self.device)
         return codecs.encode(
             stored, scheme, name=weight.name, where=weight.pieces[""], search=self.spec.scales == "search"
         ).pieces
@@ -162,9 +168,6 @@ def _parameters_on_meta() -> Iterator[None]:
 
     `normal_` does nothing meanwhile: on meta it would import torch._dynamo, 1.2 s.
     """
-    import torch
-    from torch import nn
-
     register = nn.Module.register_parameter
 
     def register_on_meta(module: "nn.Module", name: str, parameter: "nn.Parameter | None") -> None:

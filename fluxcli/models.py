@@ -14,7 +14,10 @@ from pathlib import Path
 
 from fluxcli.errors import FluxError, OutputError, UsageError, WeightsUnavailable
 from fluxcli.presets import BUNDLED
-from quant.checkpoint import MANIFEST, is_complete
+from quant.checkpoint import MANIFEST, Checkpoint, Component, is_complete
+from quant.config import READ
+from quant.header import TensorInfo
+from quant.weights import Piece, Weight
 from quant.writer import check_room
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -25,7 +28,7 @@ FILES = [
 ]  # fmt: skip
 IGNORED = ["*.py", "*.bin", "*.pt", "*.msgpack"]
 NON_COMMERCIAL = re.compile(r"black-forest-labs/FLUX\.1-.*dev")
-QUALITY = ("fp8", "int8", "nf4")  # of baked variants, best first
+KNOWN = re.compile(r"black-forest-labs/FLUX\.1-(dev|schnell|Krea-dev)")
 TRY_TINY = 'or try at once: flux generate "a red circle on a blue background" -p tiny'
 
 
@@ -50,21 +53,36 @@ def locate(model: str, *, environment: Mapping[str, str] = os.environ) -> Path:
     raise WeightsUnavailable(what, which=model, hint=f"flux models download {model}  ({TRY_TINY})")
 
 
-def rungs(model: str, precision: str) -> list[Path]:
-    """The folders that can serve `model` at `precision`, best first: the model itself, and what was baked from it.
+def folders(model: str) -> list[Path]:
+    """Every folder that can serve `model`: what was baked from it, then the model itself, where it is here.
 
     Raises what `locate` raises where there is none.
     """
-    variants = baked(model)
-    if precision in variants:
-        return [variants[precision]]
-    found = [variants[name] for name in QUALITY if name in variants] if precision == "auto" else []
+    found = list(baked(model).values())
     try:
-        return [locate(model), *found]
+        return [*found, locate(model)]
     except WeightsUnavailable:
         if not found:
             raise
         return found
+
+
+def known_shapes(model: str) -> Checkpoint | None:
+    """The published model's sizes without its files, for planning; None for a model that is not known."""
+    if not KNOWN.fullmatch(model):
+        return None
+    table, guided = json.loads((BUNDLED / "shapes" / "flux1.json").read_text(encoding="utf-8")), "schnell" not in model
+    parts = {}
+    for name, part in table.items():
+        names = {}
+        for pattern, shape in part["tensors"].items():
+            start, count, end = re.fullmatch(r"(.*?)(?:\{(\d+)\})?([^{}]*)", pattern).groups()
+            names |= {f"{start}{k}{end}" if count else pattern: tuple(shape) for k in range(int(count or 1))}
+        infos = [TensorInfo(key, "BF16", shape) for key, shape in names.items() if guided or "guidance" not in key]
+        weights = {info.name: Weight(info.name, info.shape, "", {"": Piece(Path(), info)}) for info in infos}
+        config = part["config"] | ({"guidance_embeds": guided} if name == "transformer" else {})
+        parts[name] = Component(name, Path(), config, weights)
+    return Checkpoint(Path(), parts, dict(READ["scheduler"]))
 
 
 def baked(model: str) -> dict[str, Path]:

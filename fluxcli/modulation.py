@@ -9,15 +9,11 @@ of one static row; `select` copies a step's row into it before a forward. No for
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from fluxcli.loader import check_keys, read_tensors
 from quant.checkpoint import Component
+from quant.lazy import functional, nn, torch
 from quant.spec import is_modulation
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -43,10 +39,14 @@ class Condition:
 
 def condition(pooled: "torch.Tensor", *, weights: str, guidance: float | None, timesteps: "torch.Tensor") -> Condition:
     """Make the condition of one prompt; `pooled` (1, P) and `timesteps` (S,) in 0 to 1000."""
-    digest = hashlib.sha256(pooled.float().cpu().numpy().tobytes()).hexdigest()[:16]
     dtype, device = str(pooled.dtype).removeprefix("torch."), str(pooled.device)
-    key = TableKey(weights, digest, guidance, tuple(timesteps.tolist()), dtype, device)
+    key = TableKey(weights, digest_of(pooled), guidance, tuple(timesteps.tolist()), dtype, device)
     return Condition(key, pooled)
+
+
+def digest_of(tensor: "torch.Tensor") -> str:
+    """16 hex digits that identify a tensor's values."""
+    return hashlib.sha256(tensor.float().cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def linear_names(transformer: Component) -> list[str]:
@@ -55,21 +55,23 @@ def linear_names(transformer: Component) -> list[str]:
     return sorted(n.removesuffix(".weight") for n in transformer.weights if n.endswith(suffix) and is_modulation(n))
 
 
-def make_tables(transformer: Component, conditions: Sequence[Condition]) -> "dict[TableKey, torch.Tensor]":
+def make_tables(
+    transformer: Component, conditions: Sequence[Condition], *, keep: "dict[str, torch.Tensor] | None" = None
+) -> "dict[TableKey, torch.Tensor]":  # fmt: skip
     """One pass over the modulation weights: a table (S, sum of outputs) per condition, rows in step order.
 
-    Each condition's rows are multiplied by themselves: float32 products depend on the number of rows.
+    With `keep` the weights stay in it, for the next pass. Each condition's rows are multiplied by themselves: float32
+    products depend on the number of rows.
     """
-    import torch
-    from torch.nn import functional
-
     with torch.no_grad():
         activated = [functional.silu(_time_text_embedding(transformer, item)) for item in conditions]  # (S, D)
         parts: list[list[torch.Tensor]] = [[] for _ in conditions]
-        at = conditions[0].pooled
+        at, where = conditions[0].pooled, str(conditions[0].pooled.device)
         for name in linear_names(transformer):
             names = [f"{name}.weight", f"{name}.bias"]
-            pair = read_tensors(transformer, names, dtype=at.dtype, device=str(at.device))
+            pair = keep if keep and names[0] in keep else read_tensors(transformer, names, dtype=at.dtype, device=where)
+            if keep is not None:
+                keep |= pair
             for rows, outputs in zip(activated, parts, strict=True):
                 outputs.append(functional.linear(rows, pair[names[0]], pair[names[1]]))  # (S, 2, 3 or 6 x D)
         return {item.key: torch.cat(outputs, dim=1) for item, outputs in zip(conditions, parts, strict=True)}
@@ -77,8 +79,6 @@ def make_tables(transformer: Component, conditions: Sequence[Condition]) -> "dic
 
 def _time_text_embedding(transformer: Component, item: Condition) -> "torch.Tensor":
     """temb (S, D) of every step, by diffusers' own embedding module."""
-    import torch
-
     from fluxcli import classes
 
     config, pooled, key = transformer.config, item.pooled, item.key
@@ -91,7 +91,7 @@ def _time_text_embedding(transformer: Component, item: Condition) -> "torch.Tens
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     check_keys(transformer, expected, {name: tuple(tensor.shape) for name, tensor in state.items()})
     module.load_state_dict(state, assign=True)
-    steps = torch.tensor(key.timesteps, device=pooled.device).to(pooled.dtype) / 1000 * 1000  # diffusers' rounding
+    steps = torch.tensor(key.timesteps).to(pooled) / 1000 * 1000  # diffusers' rounding
     inputs = [steps]
     if key.guidance is not None:
         inputs.append(torch.full_like(steps, key.guidance, dtype=torch.float32).to(pooled.dtype) * 1000)
@@ -103,8 +103,6 @@ class ModulationRow:
 
     def __init__(self, model: "nn.Module", transformer: Component, *, dtype: "torch.dtype", device: str) -> None:
         """Put views of a fresh row where `model` had its modulation linears and time embedding (still on meta)."""
-        import torch
-
         names = linear_names(transformer)
         sizes = [transformer.weights[f"{name}.weight"].shape[0] for name in names]
         self._row = torch.zeros(1, sum(sizes), dtype=dtype, device=device)
@@ -120,8 +118,6 @@ class ModulationRow:
 
 
 def _constant(value: "torch.Tensor") -> "nn.Module":
-    from torch import nn
-
     class Constant(nn.Module):
         """Returns its tensor whatever it is given; holds no weight."""
 

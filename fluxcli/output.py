@@ -1,7 +1,7 @@
 """Where pictures go: names, templates, and files that are whole or absent.
 
-Knows nothing of how a picture is made or encoded. Stdlib only. A file is written to a temporary one beside it,
-flushed to disk and moved into place; automatic names never replace a file, even when two processes race.
+Knows nothing of how a picture is made. Stdlib only. A file is written to a temporary one beside it, flushed to disk
+and moved into place; automatic names never replace a file, even when two processes race.
 """
 
 import contextlib
@@ -43,10 +43,7 @@ class Target:
 
 
 def format_of(text: str | None, *, given: str | None = None) -> str | None:
-    """The picture format that an output's extension decides, None where it leaves it open.
-
-    Raises `UsageError` for an extension of something else, or one that contradicts a `given` format.
-    """
+    """The format that an extension decides, None if open; raises `UsageError` for others and against a `given` one."""
     if text in (None, STDOUT) or text.endswith(("/", os.sep)) or os.path.isdir(os.path.expanduser(text)):
         return None
     suffix = Path(text).suffix.lower().lstrip(".")
@@ -69,10 +66,8 @@ def parse_target(request: GenerationRequest, *, force: bool = False) -> Target:
             raise UsageError("-o - takes one picture", which=f"--count {request.count}")
         return Target(Path(), STDOUT, stdout=True)
     path = Path(os.path.expanduser(text or "."))
-    if os.path.isdir(path):
-        return Target(path, DEFAULT_TEMPLATE)
-    is_template = _check_template(str(path))
-    if text and text.endswith(("/", os.sep)):
+    is_template = not os.path.isdir(path) and _check_template(str(path))
+    if os.path.isdir(path) or (text and text.endswith(("/", os.sep))):
         return Target(Path(), str(path / DEFAULT_TEMPLATE)) if is_template else Target(path, DEFAULT_TEMPLATE)
     if is_template:
         return Target(Path(), str(path.with_suffix("")))
@@ -149,24 +144,19 @@ def save(data: bytes, target: Target, request: GenerationRequest, n: int) -> str
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
         return STDOUT
-    first = next(candidates(target, request, n))
     try:
         for path in candidates(target, request, n):
             real = Path(os.path.realpath(path))
             real.parent.mkdir(parents=True, exist_ok=True)
-            if target.force:
-                write_atomically(real, data, place=os.replace)
-                return str(path)
-            if os.path.lexists(path):
-                continue
             with contextlib.suppress(FileExistsError):
-                write_atomically(path, data, place=_move_if_free)
-                break
+                if target.force or not os.path.lexists(path):
+                    write_atomically(real, data, place=os.replace if target.force else move_if_free)
+                    break
     except OSError as error:
         raise _output_error(path, error) from error
-    if target.exact and path != first:
+    if target.exact and path.name != target.pattern:
         why = f"the picture is kept as {path}"
-        raise OutputError("the file exists now", which=first, why=why, hint="--force replaces")
+        raise OutputError("the file exists now", which=target.folder / target.pattern, why=why, hint="--force replaces")
     return str(path)
 
 
@@ -199,13 +189,10 @@ def _temporary(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
         path.unlink(missing_ok=True)
 
 
-def _move_if_free(temporary: Path, path: Path) -> None:
+def move_if_free(temporary: Path, path: Path) -> None:
     """Give the file its name unless that is taken (FileExistsError): a hard link, or a rename that never replaces."""
-    if os.name == "nt":
-        os.rename(temporary, path)  # fails where the name exists
-        return
     try:
-        os.link(temporary, path)
+        (os.rename if os.name == "nt" else os.link)(temporary, path)
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
             raise

@@ -1,84 +1,146 @@
-"""The plan: which precision, what is in memory in which phase, and why. Arithmetic on headers only. Stdlib only.
+"""The planner: which precision, and why. Every precision that a model's folders offer is a rung.
 
-Sizes are in bytes. Formulas: weights are elements x bytes of the compute dtype; activations were fitted to counted
-values of the full-size model (4608 tokens: 0.46 GiB; VAE decode of 1024x1024: 1.5 GiB, both in 16 bit).
+By the device's TOTAL memory the best one is taken that is not predicted slower than 1.25 times the fastest that fits
+(by the table of cards, not by the moment's measurement: this decides pixels); by its FREE memory only where weights
+are (`residency`). Arithmetic on headers; docs/memory.md explains it. Stdlib only. Sizes are in bytes.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+from fluxcli import costs
+from fluxcli.costs import Hardware
 from fluxcli.errors import DoesNotFit, UsageError
-from fluxcli.request import GenerationRequest
-from quant.checkpoint import Checkpoint, Component
-from quant.spec import SCHEMES, TEXT_ENCODER, QuantSpec, is_modulation, layout
+from fluxcli.request import GenerationRequest, flag
+from fluxcli.residency import MemoryPlan, Offer, fit, make_offer
+from quant.checkpoint import Checkpoint
+from quant.spec import SCHEMES, TEXT_ENCODER, QuantSpec
 
-if TYPE_CHECKING:
-    from fluxcli.hardware import Hardware
-
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 LONG = {short: long for long, short in SHORT.items()}
-TOKEN_ACTIVATIONS = 18  # live (tokens, width) tensors at the peak of a block
-UNPACKED_ROWS = 9  # a packed layer's weight while it is unpacked: at most (7 x width, width), and its scales
-PIXEL_ACTIVATIONS = 6  # live (first VAE width, height, width) tensors at the peak of decode
-RESIDENT_SHARE = 0.25  # components all stay when together they take less than this share of memory
-USABLE_SHARE = 0.92
-GIB = 2**30
+QUALITY = ("fp32", "bf16", "fp16", "fp8", "int8", "nf4")  # best first
+USABLE_SHARE = 0.92  # of the total: the rest is the desktop's and the driver's
+RAM_SHARE, FREE_RAM_SHARE = 0.6, 0.8  # of all RAM, and of what is free now, that streamed blocks may take
+CPU_SHARE = 0.8  # of the RAM, that weights in float32 may take
+SLOWER = 1.25
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
-    """What a run will do. `dtypes` by component, `peak_bytes` by phase, `keep` what stays loaded after its phase.
+class Rung:
+    """An offer and its verdict: chosen, fits, too slow, does not fit, or not now (in what is free)."""
 
-    `precision` is that of the transformer's blocks; `spec` says what is packed while loading.
-    """
-
-    device: str
-    precision: str
-    dtypes: dict[str, str]
-    peak_bytes: dict[str, int]
-    keep: tuple[str, ...]
-    reasons: tuple[str, ...]
-    spec: QuantSpec | None = None
-
-    def to_json(self) -> dict:
-        return asdict(self)
+    offer: Offer
+    verdict: str
+    why: str
+    plan: MemoryPlan | None
 
 
-def make_plan(request: GenerationRequest, checkpoint: Checkpoint, hardware: "Hardware") -> MemoryPlan:
-    """Plan a run; raises `DoesNotFit` when its largest phase is more than the device has."""
-    spec, precision, how = _precision(request, checkpoint)
-    dtypes, why = _dtypes(request, checkpoint, hardware, spec)
-    weights = sum(weight_bytes(c, dtypes[c.name], spec) for c in checkpoint.components.values())
-    small = weights < hardware.total_bytes * RESIDENT_SHARE
-    keep = tuple(checkpoint.components) if small else ("transformer", "vae")
-    stay = "all components stay loaded: together they are small"
-    leave = "text encoders leave after encoding, so that the transformer has the memory"
-    reasons = (f"{hardware.device}: {hardware.reason}", *how, why, stay if small else leave)
-    peaks = phase_peaks(request, checkpoint, dtypes, keep, spec)
-    phase = max(peaks, key=peaks.__getitem__)
-    usable = int(hardware.total_bytes * USABLE_SHARE)
-    if peaks[phase] > usable:
-        needs = f"{phase} needs {peaks[phase] / GIB:.1f} GiB, {hardware.device} has {usable / GIB:.1f} GiB usable"
-        hint = "a smaller --size, or -p tiny" if precision else "--precision nf4, or a smaller --size"
-        raise DoesNotFit("the model does not fit", which=request.model, why=needs, hint=hint)
-    return MemoryPlan(hardware.device, precision or SHORT[dtypes["transformer"]], dtypes, peaks, keep, reasons, spec)
+def make_plan(
+    request: GenerationRequest, checkpoints: Sequence[Checkpoint], hardware: Hardware, learned: Mapping = {}
+) -> tuple[Checkpoint, MemoryPlan]:  # fmt: skip
+    """The folder and the plan to take; raises `DoesNotFit` with the numbers and with what would fit."""
+    rungs = survey(request, checkpoints, hardware, learned)
+    for rung in rungs:
+        if rung.verdict == "chosen":
+            return rung.offer.checkpoint, rung.plan
+    worst = next((rung for rung in rungs if rung.verdict == "not now"), rungs[0])
+    hint = suggestion(request, checkpoints, hardware) or "another device, or -p tiny"
+    why = f"{worst.offer.precision}: {worst.why}"
+    raise DoesNotFit("the model does not fit", which=request.model, why=why, hint=hint)
 
 
-def _precision(request: GenerationRequest, checkpoint: Checkpoint) -> tuple[QuantSpec | None, str, tuple[str, ...]]:
-    """(what is packed while loading, the scheme of the blocks or "", reasons)."""
-    stored, wanted = checkpoint.components["transformer"].precision, request.precision
-    if stored and wanted not in ("auto", stored):
-        why = f"its weights are {stored}"
+def survey(
+    request: GenerationRequest, checkpoints: Sequence[Checkpoint], hardware: Hardware, learned: Mapping = {}
+) -> list[Rung]:  # fmt: skip
+    """Every rung with its verdict, best quality first. `learned` has measured peaks by `learned_key`."""
+    check_offload(request, hardware)
+    total = int(min(request.vram_limit or hardware.total_bytes, hardware.total_bytes * USABLE_SHARE))
+    free = total if hardware.kind == "cpu" else min(total, hardware.free_bytes)
+    offers = sorted(_offers(request, checkpoints, hardware), key=lambda offer: QUALITY.index(offer.precision))
+    ever = {"budget": total, "host": int(hardware.ram_bytes * RAM_SHARE), "speeds": hardware.table}
+    now = {"budget": free, "host": int(hardware.ram_free_bytes * FREE_RAM_SHARE), "speeds": hardware.speeds}
+    by_total = [fit(request, offer, hardware, **ever) for offer in offers]
+    seconds = [sum(plan.seconds.values()) for plan, _ in by_total if plan]
+    limit, rungs = SLOWER * min(seconds, default=0.0), []
+    for offer, (whole, over) in zip(offers, by_total, strict=True):
+        known = learned.get(learned_key(hardware, offer.precision, request), {})
+        plan, short, taken = None, "", any(rung.verdict in ("chosen", "not now") for rung in rungs)
+        if whole:
+            tiled = whole.residency.decode == "tiled" or known.get("decode alone", 0) > total
+            plan, short = fit(request, offer, hardware, **now, learned=known, tiled=tiled)
+        slow = sum(whole.seconds.values()) / limit * SLOWER if whole else 0.0
+        verdict, why = (
+            ("does not fit", over) if not whole
+            else ("too slow", f"{slow:.1f} times the fastest that fits") if slow > SLOWER
+            else ("fits", "a better one fits") if taken
+            else ("chosen", offer.why) if plan
+            else ("not now", f"{short} free")
+        )  # fmt: skip
+        if verdict == "chosen":
+            because = [f"{offer.precision}: {why}", *(f"not {rung.offer.precision}: {rung.why}" for rung in rungs)]
+            plan = replace(plan, reasons=(*plan.reasons, *because))
+        rungs.append(Rung(offer, verdict, why, plan))
+    return rungs
+
+
+def check_offload(request: GenerationRequest, hardware: Hardware) -> None:
+    """Raise `UsageError` for an --offload that does nothing."""
+    if hardware.kind == "cpu" and request.offload != "auto":
+        why = "on the CPU weights are in RAM already, or in their mapped files"
+        raise UsageError(f"--offload {request.offload} without effect", which="cpu", why=why, hint="leave it out")
+
+
+def learned_key(hardware: Hardware, precision: str, request: GenerationRequest) -> str:
+    """What measured peaks depend on, beside the phase's level."""
+    width, height = request.size
+    return f"{hardware.name} {hardware.total_bytes >> 20} MiB, {precision}, {width}x{height}, {request.text_tokens}"
+
+
+# --- precision
+
+
+def _offers(request: GenerationRequest, checkpoints: Sequence[Checkpoint], hardware: Hardware) -> Iterator[Offer]:
+    """Every precision of every folder that was asked for; raises `UsageError` where there is none."""
+    found, stored_as, wanted = set(), [], request.precision
+    for checkpoint in checkpoints:
+        stored = checkpoint.components["transformer"].precision
+        stored_as.append(stored or "16 bit")
+        for precision in [stored] if stored else [wanted if wanted in LONG else "auto", *SCHEMES]:
+            spec = (
+                QuantSpec(precision, TEXT_ENCODER.get(precision, "keep"))
+                if precision in SCHEMES and not stored
+                else None
+            )
+            dtypes, why = _dtypes(precision, checkpoint, hardware, spec)
+            name = precision if precision in SCHEMES else SHORT[dtypes["transformer"]]
+            if name in found or wanted not in ("auto", name):
+                continue
+            found.add(name)
+            why = "the weights are stored so" if stored else why
+            why = "packed while loading (flux quantize does that once for all)" if spec else why
+            yield make_offer(request, checkpoint, hardware, name, spec, dtypes, why)
+    if not found:
+        why = f"its weights are {' and '.join(dict.fromkeys(stored_as))}"
         hint = "the 16-bit model, or --precision auto"
         raise UsageError(f"--precision {wanted} is impossible", which=request.model, why=why, hint=hint)
-    if stored:
-        return None, stored, (f"{stored}: the weights are stored so",)
-    if wanted not in SCHEMES:
-        return None, "", ()
-    spec = QuantSpec(wanted, TEXT_ENCODER.get(wanted, "keep"))
-    return spec, wanted, (f"{wanted}: asked for, packed while loading (flux quantize does that once for all)",)
+
+
+def _dtypes(
+    asked: str, checkpoint: Checkpoint, hardware: Hardware, spec: QuantSpec | None
+) -> tuple[dict[str, str], str]:  # fmt: skip
+    """The dtype that each component computes in, and why."""
+    every = dict.fromkeys(checkpoint.components, "float32")
+    if asked in LONG:
+        dtypes = every | {"transformer": LONG[asked]}
+        return dtypes | (dict.fromkeys(every, "bfloat16") if asked == "bf16" else {}), "asked for"
+    if hardware.bf16:
+        return dict.fromkeys(every, "bfloat16"), "the device computes it"
+    if hardware.kind != "cpu":
+        return every | {"transformer": "float16"}, "the device has no bfloat16 (encoders and VAE compute in float32)"
+    sizes = costs.sizes_of(checkpoint, every, spec)
+    if max(sizes.t5, sizes.transformer + sizes.vae) <= hardware.total_bytes * CPU_SHARE:
+        return every, "this CPU has no fast bfloat16"
+    return dict.fromkeys(every, "bfloat16"), "slowly: float32 does not fit into this RAM"
 
 
 def check_guidance(request: GenerationRequest, checkpoint: Checkpoint) -> None:
@@ -90,69 +152,19 @@ def check_guidance(request: GenerationRequest, checkpoint: Checkpoint) -> None:
         raise UsageError("guidance without effect", which=request.model, why=why, hint="--guidance none")
 
 
-def _dtypes(
-    request: GenerationRequest, checkpoint: Checkpoint, hardware: "Hardware", spec: QuantSpec | None
-) -> tuple[dict[str, str], str]:
-    every = dict.fromkeys(checkpoint.components, "float32")
-    if request.precision in LONG:
-        asked = every | {"transformer": LONG[request.precision]}
-        asked |= dict.fromkeys(every, "bfloat16") if request.precision == "bf16" else {}
-        return asked, f"{asked['transformer']}: asked for"
-    if hardware.kind == "cpu":
-        if hardware.bf16:
-            return dict.fromkeys(every, "bfloat16"), "bfloat16: this CPU has matrix units for it"
-        if max(phase_peaks(request, checkpoint, every, (), spec).values()) <= hardware.total_bytes * USABLE_SHARE:
-            return every, "float32: this CPU has no fast bfloat16"
-        return dict.fromkeys(every, "bfloat16"), "bfloat16, slowly: float32 does not fit into this RAM"
-    if hardware.bf16:
-        return dict.fromkeys(every, "bfloat16"), "bfloat16: the device computes it"
-    return every | {"transformer": "float16"}, "float16 (encoders and VAE float32): the device has no bfloat16"
-
-
-def weight_bytes(
-    component: Component,
-    dtype: str,
-    spec: QuantSpec | None = None,
-    *,
-    select: Callable[[str], bool] = lambda name: True,
-) -> int:
-    """Bytes of a component's weights in memory: packed ones as stored (or as `spec` will), others in `dtype`."""
-    total = 0
-    for name, weight in component.weights.items():
-        scheme = weight.scheme or (spec.scheme(component.name, name, weight.shape) if spec else "")
-        if select(name):
-            packed = sum(info.nbytes for info in layout(scheme, weight.info)) if scheme else 0
-            total += packed or weight.numel * DTYPE_BYTES[dtype]
-    return total
-
-
-def phase_peaks(
-    request: GenerationRequest, checkpoint: Checkpoint, dtypes: dict[str, str], keep: Sequence[str],
-    spec: QuantSpec | None = None,
-) -> dict[str, int]:  # fmt: skip
-    """Bytes in memory at the peak of each phase: what the phase needs, and the encoders where `keep` names them."""
-    parts, (width, height) = checkpoint.components, request.size
-    bytes_of = {name: weight_bytes(part, dtypes[name], spec) for name, part in parts.items()}
-    transformer, vae = parts["transformer"], parts["vae"]
-    wide = DTYPE_BYTES[dtypes["transformer"]]
-    inner = transformer.config["num_attention_heads"] * transformer.config["attention_head_dim"]
-    tables = request.steps * modulation_numel(transformer) // max(1, inner) * wide
-    tokens = width * height // 256 + request.text_tokens
-    held = bytes_of["vae"] + tables
-    resident = weight_bytes(transformer, dtypes["transformer"], spec, select=lambda name: not is_modulation(name))
-    unpacked = UNPACKED_ROWS * inner * inner * wide if spec or transformer.precision else 0
-    first_width = vae.config["block_out_channels"][0]
-    encoders = [bytes_of[name] for name in ("text_encoder", "text_encoder_2")]
-    kept = sum(encoders) if "text_encoder_2" in keep else 0
-    decode = PIXEL_ACTIVATIONS * width * height * first_width * DTYPE_BYTES[dtypes["vae"]]
-    return {
-        "encode": max(kept, *encoders),
-        "condition": kept + tables + max(weight.numel for weight in transformer.weights.values()) * wide,
-        "denoise": kept + resident + unpacked + TOKEN_ACTIVATIONS * tokens * inner * wide + held,
-        "decode": kept + resident + held + decode,
-    }
-
-
-def modulation_numel(transformer: Component) -> int:
-    """Parameters that only the condition phase reads: the adaLN linears and the time and text embedding."""
-    return sum(weight.numel for name, weight in transformer.weights.items() if is_modulation(name))
+def suggestion(request: GenerationRequest, checkpoints: Sequence[Checkpoint], hardware: Hardware) -> str:
+    """Options with which the request would fit, "" where none of the usual ones helps."""
+    tries = [{"offload": "auto"}, {"precision": "nf4"}, {"precision": "auto"}]
+    tries += [{"precision": "nf4", "image_size": side, "width": None, "height": None} for side in (1024, 768, 512, 256)]
+    for changes in tries:
+        tried = replace(request, **changes)
+        if tried == request or max(tried.size) > max(request.size):
+            continue
+        try:
+            fits = any(rung.verdict == "chosen" for rung in survey(tried, checkpoints, hardware))
+        except UsageError:  # a precision that these weights do not have
+            continue
+        if fits:
+            changed = {key: value for key, value in changes.items() if value != getattr(request, key) and value}
+            return " ".join(f"{flag(key)} {value}" for key, value in changed.items())
+    return ""

@@ -15,9 +15,8 @@ from pathlib import Path
 from fluxcli.errors import UsageError
 from fluxcli.request import ALIASES, KEYS, GenerationRequest, coerce, flag
 
-BUNDLED = Path(__file__).resolve().parent / "bundled"
-if not BUNDLED.is_dir():  # a checkout keeps them at the top level, a wheel inside the package
-    BUNDLED = Path(__file__).resolve().parent.parent / "presets"
+HERE = Path(__file__).resolve().parent  # a checkout keeps presets at the top level, a wheel inside the package
+BUNDLED = HERE / "bundled" if (HERE / "bundled").is_dir() else HERE.parent / "presets"
 
 
 @dataclass(frozen=True)
@@ -57,20 +56,16 @@ def load(name: str, config_folder: Path, *, bundled: bool = False) -> Preset:
         raise UsageError("unknown preset", which=name, why="known are " + " ".join(known), hint=hint)
     path = known[name]
     settings = _read_toml(path)
-    said = {key: settings.pop(key) for key in ("extends", "description") if key in settings}
-    for key, value in said.items():
-        if not isinstance(value, str):
+    for key in ("extends", "description"):
+        if not isinstance(settings.get(key, ""), str):
             raise UsageError("wrong value", which=path, why=f"{key} is not a text")
     if "preset" in settings:
         raise UsageError("unknown setting", which=path, why="'preset' is none here", hint="use extends = ...")
-    return Preset(name, path, said.get("description", ""), said.get("extends"), _checked(settings, path))
+    return Preset(name, path, settings.pop("description", ""), settings.pop("extends", None), _checked(settings, path))
 
 
 def chain(name: str, config_folder: Path) -> list[Preset]:
-    """The preset and what it extends, weakest first; a user's own may extend the bundled one of its name.
-
-    Raises `UsageError` on a cycle.
-    """
+    """The preset and what it extends (a user's own: the bundled one, too), weakest first; `UsageError` on a cycle."""
     presets = [load(name, config_folder)]
     while following := presets[-1].extends:
         preset = load(following, config_folder, bundled=following == presets[-1].name)
@@ -101,22 +96,19 @@ def _checked(table: Mapping[str, object], path: Path) -> dict:
 def _read_toml(path: Path) -> dict:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError("malformed TOML", which=path, why=str(error)) from error
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError("unreadable settings", which=path, why=str(error)) from error
+    except (OSError, ValueError, RecursionError) as error:
+        what = "malformed TOML" if isinstance(error, tomllib.TOMLDecodeError) else "unreadable settings"
+        raise UsageError(what, which=path, why=str(error)) from error
 
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> dict:
     """FLUX_* variables that name a field, e.g. FLUX_STEPS=20; raises `UsageError` for a near miss of one."""
     names = {f"FLUX_{key.upper()}": ALIASES.get(key, key) for key in (*KEYS, *ALIASES)}
-    found = {}
-    for variable, value in environment.items():
-        if variable in names:
-            found |= {names[variable]: coerce(names[variable], value, where=variable)} if value else {}
-        elif variable.startswith("FLUX_") and (near := get_close_matches(variable, names, n=1, cutoff=0.85)):
-            raise UsageError("unknown variable", which=variable, hint=f"did you mean {near[0]}?")
-    return found
+    for unknown in (name for name in environment if name.startswith("FLUX_") and name not in names):
+        if near := get_close_matches(unknown, names, n=1, cutoff=0.85):
+            raise UsageError("unknown variable", which=unknown, hint=f"did you mean {near[0]}?")
+    given = {name: value for name, value in environment.items() if name in names and value}
+    return {names[name]: coerce(names[name], value, where=name) for name, value in given.items()}
 
 
 def merge(flags: Mapping[str, object], config_folder: Path, environment: Mapping[str, str] = os.environ) -> Settings:
@@ -148,7 +140,5 @@ def _apply(merged: Settings, layer: Mapping[str, object], origin: Callable[[str]
     by_ratio, by_pixels = said & {"aspect_ratio", "image_size"}, said & {"width", "height"}
     if by_ratio and by_pixels:
         raise UsageError("--width/--height exclude --ar/--size", which=origin(max(by_pixels)))
-    if by_ratio:
-        merged.values.update(width=None, height=None)
-    merged.values.update(layer)
+    merged.values.update(dict.fromkeys(("width", "height") if by_ratio else ()) | dict(layer))
     merged.origins.update({key: origin(key) for key in layer})

@@ -42,6 +42,8 @@ class GenerationRequest:
     quality: int = 80
     device: str = "auto"
     precision: str = "auto"
+    vram_limit: int | None = None
+    offload: str = "auto"
     metadata: bool = True
     output: str | None = None
 
@@ -74,12 +76,13 @@ class GenerationRequest:
 
 BOUNDS = {
     "steps": (1, 1000), "guidance": (0.0, 100.0), "seed": (-1, MAX_SEED), "count": (1, 10_000), "quality": (1, 100),
-    "text_tokens": (1, 512),
+    "text_tokens": (1, 512), "vram_limit": (1 << 20, 1 << 50),
 }  # fmt: skip
 PATTERNS = {  # what a text must be, in a regular expression and in words
     "format": ("jpg|png|webp", "jpg, png or webp"),
     "device": (r"auto|cpu|mps|xpu(:\d{1,3})?|cuda(:\d{1,3})?", "auto, cpu, cuda[:n], mps or xpu[:n]"),
     "precision": ("auto|bf16|fp16|fp32|fp8|int8|nf4", "auto, bf16, fp16, fp32, fp8, int8 or nf4"),
+    "offload": ("auto|none|stream|sequential", "auto, none, stream or sequential"),
     "model": (r"[^\0]{1,1000}", "a folder or a hub id"),
     "output": (r"[^\0]{1,4000}", "a file, a folder, a template or -"),
 }
@@ -87,7 +90,7 @@ SIDES = {"image_size": MIN_SIZE_PX, "width": MULTIPLE_PX, "height": MULTIPLE_PX}
 FLAGS = {"aspect_ratio": "--ar", "image_size": "--size", "metadata": "--no-metadata"}
 ALIASES = {"ar": "aspect_ratio", "size": "image_size"}  # the flags' words, for settings files and variables
 KEYS = tuple(field.name for field in fields(GenerationRequest) if field.name != "prompt")
-OPTIONAL = ("guidance", "width", "height", "output")  # None is a value of theirs
+OPTIONAL = ("guidance", "width", "height", "output", "vram_limit")  # None is a value of theirs
 INTEGERS = ("steps", "seed", "count", "image_size", "width", "height", "text_tokens", "quality")
 
 
@@ -170,7 +173,9 @@ def coerce(name: str, value: object, *, where: str) -> object:
         near = get_close_matches(name, KEYS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else "known keys: " + " ".join(KEYS)
         raise UsageError("unknown setting", which=where, why=f"{name!r} is no setting", hint=hint)
-    kinds = {"guidance": "a number", "metadata": "true or false"} | dict.fromkeys(INTEGERS, "a whole number")
+    kinds = {"guidance": "a number", "metadata": "true or false", "vram_limit": "a size like 8GiB"} | dict.fromkeys(
+        INTEGERS, "a whole number"
+    )
     try:
         converted = _converted(name, value)
     except (ValueError, TypeError, KeyError, OverflowError) as error:
@@ -187,11 +192,22 @@ def _converted(name: str, value: object) -> object:
         raise ValueError
     if name in INTEGERS:
         return int(value)
+    if name == "vram_limit":
+        return parse_bytes(str(value))
     if name == "guidance":
         return None if value in ("none", "") else float(value)
     if not isinstance(value, str):
         raise ValueError
     return value.lower().replace("jpeg", "jpg") if name == "format" else value
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size like 8GiB, 8 GB, 8G (binary) or a plain number; raises ValueError."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([kmgt]?)(i?b)?", text.strip().lower())
+    if not match:
+        raise ValueError(text)
+    base = 1000 if match[3] == "b" else 1024
+    return int(float(match[1]) * base ** " kmgt".index(match[2] or " "))
 
 
 def from_settings(prompt: str, settings: Mapping[str, object]) -> GenerationRequest:

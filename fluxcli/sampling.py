@@ -4,65 +4,58 @@ Formulas as in black-forest-labs/flux, `sampling.py`, and diffusers' FluxPipelin
 pixels; latents (1, 16, height/8, width/8); packed latents (1, S, 64) with S = height/16 x width/16.
 """
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
-
-LATENT_CHANNELS = 16
+from quant.lazy import nn, np, torch
 
 
-def noise(seed: int, size: tuple[int, int], *, dtype: "torch.dtype", device: str) -> "torch.Tensor":
-    """Packed noise (1, S, 64) of one picture, from a CPU generator of its own: the same on every device."""
-    import torch
-
-    width, height = size
+def noise(seed: int, size: tuple[int, int], *, dtype: "torch.dtype") -> "torch.Tensor":
+    """Packed noise (1, S, 64) of one picture on the CPU, from a generator of its own: the same for every device."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    latents = torch.randn((1, LATENT_CHANNELS, height // 8, width // 8), generator=generator)
-    return pack(latents).to(device=device, dtype=dtype)
-
-
-def pack(latents: "torch.Tensor") -> "torch.Tensor":
-    """(B, C, H, W) -> (B, H/2 x W/2, 4C): each 2x2 patch becomes one token."""
-    batch, channels, height, width = latents.shape
-    patches = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return patches.reshape(batch, height // 2 * (width // 2), channels * 4)
+    latents = torch.randn((1, 16, size[1] // 8, size[0] // 8), generator=generator)
+    tokens = torch.pixel_unshuffle(latents, 2).flatten(2).mT  # each 2x2 patch becomes one token
+    return tokens.to(dtype).contiguous()
 
 
 def unpack(tokens: "torch.Tensor", size: tuple[int, int]) -> "torch.Tensor":
     """(B, S, 4C) -> (B, C, height/8, width/8)."""
-    batch, _, channels = tokens.shape
-    width, height = size[0] // 8, size[1] // 8
-    patches = tokens.view(batch, height // 2, width // 2, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return patches.reshape(batch, channels // 4, height, width)
+    patches = tokens.unflatten(1, (size[1] // 16, size[0] // 16)).unflatten(3, (-1, 2, 2))  # (B, H/2, W/2, C, 2, 2)
+    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
 def image_ids(size: tuple[int, int], *, dtype: "torch.dtype", device: str) -> "torch.Tensor":
     """Positions (S, 3) of the tokens for RoPE: (0, row, column)."""
-    import torch
-
     rows, columns = torch.arange(size[1] // 16), torch.arange(size[0] // 16)
     return torch.cartesian_prod(torch.tensor([0]), rows, columns).to(device=device, dtype=dtype)
 
 
-def set_timesteps(scheduler: object, steps: int, tokens: int, device: str) -> None:
-    """Set the scheduler's sigmas: linear from 1 to 1/steps, shifted by the picture's token count where it asks."""
-    import numpy as np
-
+def set_timesteps(scheduler: object, steps: int, tokens: int) -> None:
+    """Set the scheduler's sigmas, on the CPU: linear from 1 to 1/steps, shifted by the token count where it asks."""
     config = scheduler.config
     low, base = config.base_image_seq_len, config.base_shift
     slope = (config.max_shift - base) / (config.max_image_seq_len - low)
     mu = tokens * slope + base - slope * low
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu, device=device)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
     scheduler.set_begin_index(0)
 
 
 def to_pixels(decoded: "torch.Tensor") -> "torch.Tensor":
     """VAE output (1, 3, H, W) in -1 to 1 -> (H, W, 3) uint8."""
-    unit = (decoded[0] * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0).float()
-    return (unit * 255).round().byte().cpu()
+    return ((decoded[0] * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0).float() * 255).round().byte().cpu()
 
 
 def is_finite(tensor: "torch.Tensor") -> bool:
     """Whether no element is NaN or infinite."""
     return bool(tensor.isfinite().all())
+
+
+def step(
+    model: "nn.Module", scheduler: object, latents: "torch.Tensor", timestep: "torch.Tensor", inputs: dict
+) -> "torch.Tensor":
+    """One Euler step: packed latents (1, S, 64) at `timestep` -> at the next one."""
+    at = timestep.expand(1).to(latents) / 1000
+    velocity = model(hidden_states=latents, timestep=at, return_dict=False, **inputs)[0]
+    return scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+
+
+def decode(vae: "nn.Module", latents: "torch.Tensor") -> "torch.Tensor":
+    """VAE output (1, 3, H, W) of latents (1, 16, H/8, W/8)."""
+    return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]

@@ -17,11 +17,10 @@ LAST_WORDS: list[bytes] = []  # what a terminal must still be told when the stac
 
 def install() -> None:
     """Make the first signal unwind the stack as `Terminated`; a second one of the kind kills at once."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
             signal.signal(number, _unwind)
-    sys.unraisablehook = _report_unraisable
+    sys.unraisablehook = lambda it: isinstance(it.exc_value, Terminated) or sys.__unraisablehook__(it)
 
 
 def check() -> None:
@@ -33,17 +32,12 @@ def check() -> None:
 def _unwind(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)
     ARRIVED.append(number)
-    importing = any(f.f_code.co_filename.startswith("<frozen importlib") for f, _ in traceback.walk_stack(frame))
-    if importing:  # nothing to clean up, and there an exception may be swallowed, or abort in a library's C++
+    if any(f.f_code.co_filename.startswith("<frozen importlib") for f, _ in traceback.walk_stack(frame)):
+        # nothing to clean up, and there an exception may be swallowed, or abort in a library's C++
         for words in LAST_WORDS:
             os.write(2, words)
         die_by(number)
     raise Terminated(number)
-
-
-def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    if not isinstance(unraisable.exc_value, Terminated):
-        sys.__unraisablehook__(unraisable)
 
 
 def die_by(number: int) -> None:

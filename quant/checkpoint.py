@@ -1,7 +1,6 @@
 """What is at this path? Components of a model folder in the published diffusers layout, from headers alone.
 
-Knows the folder layout, shard indexes and key dialects; reads no tensor data but the sampled pages of the
-fingerprint. Stdlib only. Sizes are in bytes.
+Knows the folder layout and shard indexes; reads no data but pages for the fingerprint. Stdlib only; sizes in bytes.
 """
 
 import hashlib
@@ -11,21 +10,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from quant.config import check_config, read_config, read_json, read_scheduler
+from quant.config import check_config, read_config, read_json
 from quant.dialects import from_bfl, is_bfl, kind_of
 from quant.errors import CheckpointError
 from quant.header import file_identity, read_header
 from quant.spec import SCHEMES
 from quant.weights import Piece, Weight, group
 
-COMPONENTS = ("text_encoder", "text_encoder_2", "transformer", "vae")
-TOKENIZERS = ("tokenizer", "tokenizer_2")
+COMPONENTS, TOKENIZERS = ("text_encoder", "text_encoder_2", "transformer", "vae"), ("tokenizer", "tokenizer_2")
 AGAIN = "download the model again"
 PLAIN_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 # Never under a plain name: from_pretrained would load these without their scales and draw noise.
 PACKED_FILES = {"fp8": "flux-fp8r.safetensors", "int8": "flux-int8.safetensors"}
-KEEP_FILE = "flux-keep.safetensors"
-MANIFEST = "flux-manifest.json"
+KEEP_FILE, MANIFEST = "flux-keep.safetensors", "flux-manifest.json"
 
 
 @dataclass(frozen=True)
@@ -52,11 +49,8 @@ class Component:
     @cached_property
     def precision(self) -> str:
         """The scheme of most packed parameters, "" where nothing is packed."""
-        counts = dict.fromkeys(("", *SCHEMES), 0)
-        for weight in self.weights.values():
-            counts[weight.scheme] += weight.numel
-        packed = max(SCHEMES, key=counts.__getitem__)
-        return packed if counts[packed] else ""
+        counts = {to: sum(w.numel for w in self.weights.values() if w.scheme == to) for to in SCHEMES}
+        return max(SCHEMES, key=counts.__getitem__) if any(counts.values()) else ""
 
 
 @dataclass(frozen=True)
@@ -77,8 +71,7 @@ class Checkpoint:
         digest = hashlib.sha256(json.dumps(self.scheduler, sort_keys=True).encode())
         for component in self.components.values():
             digest.update(json.dumps(component.config, sort_keys=True).encode())
-            for path in component.files:
-                digest.update(file_identity(path))
+            digest.update(b"".join(map(file_identity, component.files)))
         for path in sorted(path for name in TOKENIZERS for path in (self.folder / name).glob("*")):
             digest.update(path.name.encode() + file_identity(path))
         return digest.hexdigest()[:16]
@@ -89,33 +82,31 @@ def inspect(folder: Path) -> Checkpoint:
     index = read_json(folder / "model_index.json", "not a FLUX model folder")
     if index.get("_class_name") != "FluxPipeline":
         why = f"its model_index.json names {str(index.get('_class_name'))[:60]!r}, not FluxPipeline"
-        raise CheckpointError("not a FLUX.1 model", which=folder, why=why)
+        raise CheckpointError("not a FLUX.1 model", folder, why=why)
     components = {name: inspect_component(name, folder / name) for name in COMPONENTS}
-    for name in TOKENIZERS:
-        if not (folder / name).is_dir():
-            raise CheckpointError(f"no {name} in the model folder", which=folder, hint=AGAIN)
-    return Checkpoint(folder, components, read_scheduler(folder / "scheduler"))
+    if missing := [name for name in TOKENIZERS if not (folder / name).is_dir()]:
+        raise CheckpointError(f"no {missing[0]} in the model folder", folder, hint=AGAIN)
+    return Checkpoint(folder, components, read_config("scheduler", folder / "scheduler" / "scheduler_config.json"))
 
 
 def is_complete(folder: Path) -> bool:
     """Whether every file that a model folder needs is there, by name alone (an interrupted download is not)."""
-    names = [f"{name}/config.json" for name in COMPONENTS] + ["model_index.json", "scheduler/scheduler_config.json"]
-    if not all((folder / name).is_file() for name in names) or not all((folder / n).is_dir() for n in TOKENIZERS):
-        return False
+    files = [f"{name}/config.json" for name in COMPONENTS] + ["model_index.json", "scheduler/scheduler_config.json"]
+    there = all((folder / name).is_file() for name in files) and all((folder / name).is_dir() for name in TOKENIZERS)
     try:
-        return all(_weight_files(folder / name) for name in COMPONENTS)
+        return there and all(_weight_files(folder / name) for name in COMPONENTS)
     except CheckpointError:
         return False
 
 
 def inspect_component(name: str, folder: Path) -> Component:
     """Return one part of a model folder; raises `CheckpointError`."""
-    config = read_config(name, folder)
+    config = read_config(name, folder / "config.json")
     weights = group(_pieces(_weight_files(folder)))
     if (kept := folder / KEEP_FILE).is_file():  # 16-bit originals of what bitsandbytes' skip list could not spare
         originals = group(_pieces([kept]))
         if odd := [n for n, w in originals.items() if n not in weights or weights[n].shape != w.shape]:
-            raise CheckpointError("originals of other weights", which=kept, why=odd[0])
+            raise CheckpointError("originals of other weights", kept, why=odd[0])
         weights |= originals
     return Component(name, folder, config, weights)
 
@@ -124,17 +115,17 @@ def inspect_file(path: Path) -> Component:
     """The transformer in a single file of BFL's layout; raises `CheckpointError` saying what else the file is."""
     pieces = _pieces([path])
     if not is_bfl(pieces):
-        raise CheckpointError("not a FLUX.1 transformer in one file", which=path, why=kind_of(pieces))
+        raise CheckpointError("not a FLUX.1 transformer in one file", path, why=kind_of(pieces))
     translated, config = from_bfl(pieces)
     return Component("transformer", path, check_config("transformer", path, config), group(translated))
 
 
 def _pieces(files: list[Path]) -> dict[str, Piece]:
-    pieces: dict[str, Piece] = {}
+    pieces = {}
     for path in files:
         header = read_header(path)
         if twice := sorted(set(header) & set(pieces)):
-            raise CheckpointError("a tensor stands in two shards", which=path, why=twice[0][:60])
+            raise CheckpointError("a tensor stands in two shards", path, why=twice[0][:60])
         pieces |= {name: Piece(path, info) for name, info in header.items()}
     return pieces
 
@@ -148,19 +139,18 @@ def _weight_files(folder: Path) -> list[Path]:
             return [path]
         pickles = [p.name for suffix in ("*.bin", "*.pt", "*.ckpt") for p in folder.glob(suffix)]
         why = f"only pickles are there ({pickles[0]})" if pickles else "no .safetensors file is there"
-        raise CheckpointError("no weights", which=folder, why=why)
-    weight_map = read_json(indexes[0], "unreadable shard index").get("weight_map")
+        raise CheckpointError("no weights", folder, why=why)
+    index, root = indexes[0], folder.resolve()
+    weight_map = read_json(index, "unreadable shard index").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()) or not weight_map:
-        raise CheckpointError("corrupt shard index", which=indexes[0], why="weight_map is no map of names")
-    paths = []
-    for shard in sorted(set(weight_map.values())):
-        pure = PurePosixPath(shard)
-        if len(pure.parts) != 1 or "\\" in shard or ".." in shard or not shard.endswith(".safetensors"):
-            raise CheckpointError("unsafe shard index", which=indexes[0], why=f"it names {shard[:60]!r}")
+        raise CheckpointError("corrupt shard index", index, why="weight_map is no map of names")
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if len(PurePosixPath(shard).parts) != 1 or "\\" in shard or ".." in shard or not shard.endswith(".safetensors"):
+            raise CheckpointError("unsafe shard index", index, why=f"it names {shard[:60]!r}")
         if not os.path.exists(folder / shard):
-            raise CheckpointError("missing shard", which=folder / shard[:100], hint=AGAIN)
-        real, root = (folder / shard).resolve(), folder.resolve()
+            raise CheckpointError("missing shard", folder / shard[:100], hint=AGAIN)
+        real = (folder / shard).resolve()
         if not real.is_relative_to(root) and real.parent != root.parent.parent.parent / "blobs":  # the hub's cache
-            raise CheckpointError("unsafe shard index", which=indexes[0], why=f"{shard[:60]} is a link to elsewhere")
-        paths.append(folder / shard)
-    return paths
+            raise CheckpointError("unsafe shard index", index, why=f"{shard[:60]} is a link to elsewhere")
+    return [folder / shard for shard in shards]

@@ -1,21 +1,17 @@
 """Encode and decode one weight: nf4 by `quant.nf4`, fp8 and int8 by optimum-quanto's row-wise types.
 
-Pieces are keyed by their suffix behind the weight's name, as `quant.spec.layout` names them. The only module that
-imports optimum.quanto (seconds): where something is quantized, never where a quantized model runs.
+Pieces are keyed by suffix, as in `quant.spec.layout`. Imports optimum.quanto (seconds) only where it quantizes.
 """
 
 import importlib
 import math
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 from quant import nf4
 from quant.errors import CheckpointError, MissingLibrary
+from quant.lazy import torch
 from quant.weights import Piece
-
-if TYPE_CHECKING:
-    import torch
 
 CHUNK = 1 << 19  # values that are encoded at a time
 LIBRARIES = {"nf4": "bitsandbytes", "fp8": "optimum-quanto", "int8": "optimum-quanto"}
@@ -44,50 +40,38 @@ def library(scheme: str) -> ModuleType:
 def encode(
     weight: "torch.Tensor", scheme: str, *, name: str, where: Piece, search: bool = True, scalar: bool = False
 ) -> Encoded:
-    """Pack a (N, K) weight; `scalar` gives fp8 one scale for all rows.
-
-    Raises `CheckpointError` with the weight's name for NaN, Inf, or values that the scheme cannot hold.
-    """
+    """Pack a (N, K) weight, fp8 with one scale if `scalar`; raises `CheckpointError` for what a scheme cannot hold."""
     check(name, {"": weight}, where)
     if scheme == "nf4":
-        pieces = nf4.encode(weight, search=search)
-        error, norm = _nf4_error(weight, pieces)
+        pieces, error, norm = nf4.encode(weight, search=search), 0.0, 0.0
+        decoded = nf4.decode(pieces, tuple(weight.shape), torch.float32)
+        for part, other in zip(weight.split(256), decoded.split(256), strict=True):
+            values = part.float()
+            norm, error = norm + _dot(values), error + _dot(other.sub_(values))
         bound = NF4_BOUND * math.sqrt(norm)
     else:
-        pieces, error, norm, bound = _encode_rows(weight, scheme, scalar=scalar)
+        quanto, data, scales, error, norm = library(scheme), [], [], 0.0, 0.0
+        kind = quanto.qfloat8_e4m3fn if scheme == "fp8" else quanto.qint8
+        one = weight.abs().amax().float().clamp(min=SMALLEST_SCALE) / LARGEST[scheme] if scalar else None
+        for part in weight.tensor_split(max(1, min(weight.shape[0] // 2, weight.numel() // CHUNK))):
+            values = part.float()
+            scale = values.abs().amax(1, keepdim=True).div_(LARGEST[scheme]).clamp_(min=SMALLEST_SCALE)
+            scale = scale if one is None else one.expand_as(scale).contiguous()
+            given = scale if len(values) > 1 else scale.view(())
+            packed = quanto.quantize_weight(values, kind, 0, given, optimized=False)._data
+            data.append(packed)
+            scales.append(scale.flatten())
+            norm, error = norm + _dot(values), error + _dot(_widen(packed).mul_(scale).sub_(values))
+        scale = torch.cat(scales)
+        # int8 errs by half a step, float8_e4m3 by 1/16 of the value or half a step of its subnormals.
+        step = float(scale.norm()) * math.sqrt(weight.shape[1]) * (0.5 if scheme == "int8" else 2**-10)
+        bound = (step + (math.sqrt(norm) / 16 if scheme == "fp8" else 0)) * 1.001
+        pieces = {"": torch.cat(data), "_scale": scale if one is None else one.reshape(())}
     relative = math.sqrt(error / norm) if norm else 0.0
     if not (math.isfinite(norm) and error <= bound**2):
         why = f"{name} would differ by {relative:.3f} of its norm"
-        raise CheckpointError(f"weights that {scheme} cannot hold", which=where.file, why=why, hint=f"--keep {name}")
+        raise CheckpointError(f"weights that {scheme} cannot hold", where.file, why=why, hint=f"--keep {name}")
     return Encoded(pieces, relative)
-
-
-def _encode_rows(weight: "torch.Tensor", scheme: str, *, scalar: bool) -> tuple[dict, float, float, float]:
-    """(pieces, squared error, squared norm, bound of the error).
-
-    int8 errs by half a step, float8_e4m3 by 1/16 of the value or half a step of its subnormals.
-    """
-    import torch
-
-    quanto = library(scheme)
-    kind = quanto.qfloat8_e4m3fn if scheme == "fp8" else quanto.qint8
-    parts = weight.tensor_split(max(1, min(weight.shape[0] // 2, weight.numel() // CHUNK)))
-    one = weight.abs().amax().float().clamp(min=SMALLEST_SCALE) / LARGEST[scheme] if scalar else None
-    data, scales, error, norm = [], [], 0.0, 0.0
-    for part in parts:
-        values = part.float()
-        scale = values.abs().amax(1, keepdim=True).div_(LARGEST[scheme]).clamp_(min=SMALLEST_SCALE)
-        scale = scale if one is None else one.expand_as(scale).contiguous()
-        packed = quanto.quantize_weight(values, kind, 0, scale if len(values) > 1 else scale.view(()), optimized=False)
-        data.append(packed._data)
-        scales.append(scale.flatten())
-        norm += _dot(values)
-        error += _dot(_widen(packed._data).mul_(scale).sub_(values))
-    scale = torch.cat(scales)
-    step = float(scale.norm()) * math.sqrt(weight.shape[1]) * (0.5 if scheme == "int8" else 2**-10)
-    bound = step + (math.sqrt(norm) / 16 if scheme == "fp8" else 0)
-    pieces = {"": torch.cat(data), "_scale": scale if one is None else one.reshape(())}
-    return pieces, error, norm, bound * 1.001
 
 
 def _dot(values: "torch.Tensor") -> float:
@@ -97,23 +81,10 @@ def _dot(values: "torch.Tensor") -> float:
 
 def _widen(packed: "torch.Tensor") -> "torch.Tensor":
     """8-bit values as float32. e4m3's bits are float16's, shifted, of 2^-8 the value: much faster than torch's cast."""
-    import torch
-
     if packed.dtype != torch.float8_e4m3fn:
         return packed.float()
     bits = packed.view(torch.int8).to(torch.int16)
     return (bits & -(1 << 15) | (bits & 127) << 7).view(torch.float16).float().mul_(256)
-
-
-def _nf4_error(weight: "torch.Tensor", pieces: "dict[str, torch.Tensor]") -> tuple[float, float]:
-    """(squared error, squared norm)."""
-    import torch
-
-    error, norm, decoded = 0.0, 0.0, nf4.decode(pieces, tuple(weight.shape), torch.float32)
-    for part, other in zip(weight.split(256), decoded.split(256), strict=True):
-        values = part.float()
-        norm, error = norm + _dot(values), error + _dot(other.sub_(values))
-    return error, norm
 
 
 def decode(
@@ -129,15 +100,13 @@ def decode(
 
 def check(name: str, pieces: "dict[str, torch.Tensor]", where: Piece) -> None:
     """Raise `CheckpointError` where a tensor or its scales hold NaN or Inf, or a scale is 0 or negative."""
-    import torch
-
     for suffix, tensor in pieces.items():
         if tensor.dtype == torch.float8_e4m3fn and bool((tensor.view(torch.uint8) & 127 == 127).any()):
-            raise CheckpointError("weights that are not finite", which=where.file, why=f"NaN in {name}")
+            raise CheckpointError("weights that are not finite", where.file, why=f"NaN in {name}")
         if not tensor.is_floating_point() or tensor.dtype == torch.float8_e4m3fn or not tensor.numel():
             continue
         low, high = (float(end.float()) for end in tensor.aminmax())  # NaN wins both; far faster than isfinite
         if not math.isfinite(low) or not math.isfinite(high):
-            raise CheckpointError("weights that are not finite", which=where.file, why=f"NaN or Inf in {name}{suffix}")
+            raise CheckpointError("weights that are not finite", where.file, why=f"NaN or Inf in {name}{suffix}")
         if suffix == "_scale" and low <= 0:
-            raise CheckpointError("impossible scales", which=where.file, why=f"one of {name} is 0 or negative")
+            raise CheckpointError("impossible scales", where.file, why=f"one of {name} is 0 or negative")

@@ -1,7 +1,6 @@
 """Read and check the JSON files of a model folder: classes, types and bounds of what this project relies on.
 
-Values that only the model classes read are theirs to refuse; here each number is bounded, so that a hostile config
-cannot make anybody build 10^9 layers or buffers. Stdlib only.
+Other values are the model classes' to refuse, but every number is bounded: nobody builds 10^9 layers. Stdlib only.
 """
 
 import json
@@ -10,104 +9,73 @@ from pathlib import Path
 
 from quant.errors import CheckpointError
 
-CLASSES = {
-    "text_encoder": "CLIPTextModel",
-    "text_encoder_2": "T5EncoderModel",
-    "transformer": "FluxTransformer2DModel",
-    "vae": "AutoencoderKL",
-    "scheduler": "FlowMatchEulerDiscreteScheduler",
-}
+CLASSES = {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel", "vae": "AutoencoderKL",
+           "transformer": "FluxTransformer2DModel", "scheduler": "FlowMatchEulerDiscreteScheduler"}  # fmt: skip
 MAX_JSON_BYTES = 32 << 20
-MAX_LAYERS, MAX_NUMBER = 256, 1_000_000
-FLUX_CHANNELS = 64
-NUMBER = (int, float)
-READABLE_METHODS = ("bitsandbytes", "quanto")
+MAX_LAYERS, MAX_NUMBER, FLUX_CHANNELS = 256, 1_000_000, 64
+NUMBER, READABLE_METHODS = (int, float), ("bitsandbytes", "quanto")
 # Library defaults of the values that this project itself reads; each default has the type of its value.
 READ: dict[str, dict] = {
-    "transformer": {
-        "num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "attention_head_dim": 128,
-        "pooled_projection_dim": 768, "in_channels": FLUX_CHANNELS, "guidance_embeds": False,
-    },
+    "transformer": {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "attention_head_dim": 128,
+                    "pooled_projection_dim": 768, "in_channels": FLUX_CHANNELS, "guidance_embeds": False},
     "vae": {"block_out_channels": [64], "scaling_factor": 0.18215, "shift_factor": 0.0},
-    "scheduler": {
-        "base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15, "shift": 1.0,
-        "num_train_timesteps": 1000,
-    },
+    "scheduler": {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15,
+                  "shift": 1.0, "num_train_timesteps": 1000},
 }  # fmt: skip
-OTHER_SIGMAS = ("invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas")
+OTHER_MATHS = ("stochastic_sampling", "invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas",
+               "use_beta_sigmas", "use_flow_sigmas")  # fmt: skip
 
 
 def read_json(path: Path, what: str) -> dict:
     """The JSON object in a file; raises `CheckpointError` saying `what` is wrong otherwise."""
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(what, which=path, why="it is no regular file")
-        if status.st_size > MAX_JSON_BYTES:
-            raise CheckpointError(what, which=path, why="the file is too large")
+        if not (regular := stat.S_ISREG(status.st_mode)) or status.st_size > MAX_JSON_BYTES:
+            raise CheckpointError(what, path, why="the file is too large" if regular else "it is no regular file")
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(what, which=path, why=error.strerror or "not readable") from error
+        raise CheckpointError(what, path, why=error.strerror or "not readable") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(what, which=path, why=f"not valid JSON: {str(error)[:80]}") from error
+        raise CheckpointError(what, path, why=f"not valid JSON: {str(error)[:80]}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(what, which=path, why="it is no JSON object")
+        raise CheckpointError(what, path, why="it is no JSON object")
     return value
 
 
-def read_config(name: str, folder: Path) -> dict:
-    """The config.json of a component, with defaults; raises `CheckpointError` for another class or wild values."""
-    path = folder / "config.json"
+def read_config(name: str, path: Path) -> dict:
+    """The config of a component, with defaults; raises `CheckpointError` for another class or wild values."""
     return check_config(name, path, read_json(path, f"no {name} in the model folder"))
 
 
 def check_config(name: str, path: Path, config: dict) -> dict:
     """The config with the defaults of what is read; raises `CheckpointError` for another model or wild values."""
-    config = _checked(name, path, config)
+    named = config.get("architectures")
+    found = config.get("_class_name") or (named[0] if isinstance(named, list) and named else None)
+    if found not in (CLASSES[name], None):
+        raise CheckpointError(f"wrong class of {name}", path, why=f"{str(found)[:60]!r} instead of {CLASSES[name]!r}")
+    read = READ.get(name, {})
+    config = read | config
+    for key, value in config.items():
+        low, high = (0, MAX_LAYERS) if "layers" in key else (-MAX_NUMBER, MAX_NUMBER)
+        numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, NUMBER)]
+        sane = all(low <= v <= high for v in numbers)  # False for NaN
+        if not sane or (key in read and not _is_like(read[key], value)):
+            raise CheckpointError("impossible config", path, why=f"{key[:60]} is {str(value)[:60]}")
     packed = config.pop("quantization_config", {})
     method = packed.get("quant_method") if isinstance(packed, dict) else packed
     if packed and method not in READABLE_METHODS:
         why = f"quant_method is {str(method)[:40]!r}, read are {' and '.join(READABLE_METHODS)}"
-        raise CheckpointError("a model quantized in another way", which=path, why=why)
+        raise CheckpointError("a model quantized in another way", path, why=why)
     if name == "vae" and not config["scaling_factor"]:
-        raise CheckpointError("impossible config", which=path, why="scaling_factor is 0")
+        raise CheckpointError("impossible config", path, why="scaling_factor is 0")
     if name == "transformer" and config["in_channels"] != FLUX_CHANNELS:
         why = f"its transformer takes {config['in_channels']} channels (a Fill or control model), not {FLUX_CHANNELS}"
-        raise CheckpointError("another kind of FLUX model", which=path, why=why)
+        raise CheckpointError("another kind of FLUX model", path, why=why)
+    if name == "scheduler" and (odd := [key for key in OTHER_MATHS if config.get(key)]):
+        raise CheckpointError("another schedule than FLUX.1's", path, why=f"{odd[0]} is set")
+    if name == "scheduler" and config["max_image_seq_len"] == config["base_image_seq_len"]:
+        raise CheckpointError("impossible config", path, why="base and max_image_seq_len are equal")
     return config
-
-
-def read_scheduler(folder: Path) -> dict:
-    """The scheduler's config, with defaults; raises `CheckpointError` for options with other maths."""
-    path = folder / "scheduler_config.json"
-    config = _checked("scheduler", path, read_json(path, "no scheduler in the model folder"))
-    if odd := [key for key in ("stochastic_sampling", *OTHER_SIGMAS) if config.get(key)]:
-        raise CheckpointError("another schedule than FLUX.1's", which=path, why=f"{odd[0]} is set")
-    if config["max_image_seq_len"] == config["base_image_seq_len"]:
-        raise CheckpointError("impossible config", which=path, why="base and max_image_seq_len are equal")
-    return config
-
-
-def _checked(name: str, path: Path, config: dict) -> dict:
-    """The config with the defaults of what is read; raises `CheckpointError` naming the first bad value."""
-    named = config.get("architectures")
-    found = config.get("_class_name") or (named[0] if isinstance(named, list) and named else None)
-    if found not in (CLASSES[name], None):
-        why = f"{str(found)[:60]!r} instead of {CLASSES[name]!r}"
-        raise CheckpointError(f"wrong class of {name}", which=path, why=why)
-    read = READ.get(name, {})
-    config = read | config
-    for key, value in config.items():
-        if not _is_sane(key, value) or (key in read and not _is_like(read[key], value)):
-            raise CheckpointError("impossible config", which=path, why=f"{key[:60]} is {str(value)[:60]}")
-    return config
-
-
-def _is_sane(key: str, value: object) -> bool:
-    """Whether every number in a value is finite and within reason."""
-    low, high = (0, MAX_LAYERS) if "layers" in key else (-MAX_NUMBER, MAX_NUMBER)
-    numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, NUMBER)]
-    return all(low <= v <= high for v in numbers)  # False for NaN
 
 
 def _is_like(default: object, value: object) -> bool:

@@ -1,24 +1,18 @@
-"""Errors that explain themselves, and those of checkpoint files.
+"""Errors that explain themselves: what went wrong, which thing, why, and a hint that says what to do next.
 
-ExplainedError           what went wrong, which thing, why, and a hint: what to do next
-└── QuantError           what this package raises on purpose
-    ├── CheckpointError  a file or folder that is not a usable checkpoint
-    ├── MissingLibrary   a library that packing needs cannot be imported
-    ├── SpecError        a wish that cannot be: schemes that do not go together, a pattern without a match
-    └── WriteError       the destination cannot be written
+ExplainedError <- QuantError <- CheckpointError, MissingLibrary, SpecError, WriteError
 """
 
 
 class ExplainedError(Exception):
     """Base of every error that is not a bug: one line, `what (which): why`, and one hint."""
 
-    def __init__(self, what: str, *, which: object = "", why: str = "", hint: str = "") -> None:
+    def __init__(self, what: str, which: object = "", *, why: str = "", hint: str = "") -> None:
         super().__init__(what)
         self.what, self.which, self.why, self.hint = what, str(which), why, hint
 
     def __str__(self) -> str:
-        subject = f"{self.what} ({self.which})" if self.which else self.what
-        return f"{subject}: {self.why}" if self.why else subject
+        return self.what + f" ({self.which})" * bool(self.which) + f": {self.why}" * bool(self.why)
 
 
 class QuantError(ExplainedError):
@@ -34,7 +28,7 @@ class MissingLibrary(QuantError):
 
 
 class SpecError(QuantError):
-    """A quantization that cannot be asked for."""
+    """A wish that cannot be: schemes that do not go together, a pattern without a match."""
 
 
 class WriteError(QuantError):

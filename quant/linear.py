@@ -1,10 +1,8 @@
 """Linear layers over packed weights: NF4Linear, FP8Linear, Int8Linear.
 
-Each holds plain tensors as buffers, so that it moves, streams and compiles like any module. A layer may be several
-weights one below the other (q, k and v): scales of rows simply follow each other, NF4 keeps the scales of each part.
-fp8 and int8 multiply in their own arithmetic, activations quantized row by row, where the device can; else, and for
-NF4 always, the weight is dequantized first. Shapes: weight (N, K), input (..., K), output (..., N). The one module
-that imports torch at its top: import it inside functions.
+A layer may be several weights one below the other (q, k and v). fp8 and int8 multiply in their own arithmetic,
+activations quantized row by row, where the device can; else, and for NF4 always, the weight is dequantized first.
+Shapes: weight (N, K), input (..., K), output (..., N). It alone imports torch at its top: import it inside functions.
 """
 
 from collections.abc import Sequence
@@ -16,10 +14,11 @@ from torch.nn import functional
 from quant.codecs import LARGEST, SMALLEST_SCALE
 from quant.nf4 import absmax_of, dequantize, offset_of
 from quant.spec import BLOCK
+from quant.tensors import stacked
 
-Pieces = dict[str, Tensor]
-MIN_ROWS = 32  # CUDA's _int_mm wants more than 16
-ALIGNED = 16  # what the widths of both 8-bit products are multiples of
+Parts, Shapes = Sequence[dict[str, Tensor]], Sequence[tuple[int, int]]
+ROWS = 1024  # that are multiplied in int8 at a time: the sums are four bytes wide, twice
+MIN_ROWS, ALIGNED = 32, 16  # CUDA's _int_mm wants more rows than 16, both 8-bit products widths that 16 divides
 MULTIPLIERS = {"fp8": "scaled_mm", "int8": "int_mm"}
 CAPABILITIES = {"fp8": (8, 9), "int8": (7, 5)}
 PROBED: dict[tuple[str, str], bool] = {}  # torch.compile looks through functools.cache, not into this
@@ -28,9 +27,9 @@ PROBED: dict[tuple[str, str], bool] = {}  # torch.compile looks through functool
 class PackedLinear(nn.Module):
     """What the packed layers share: sizes, bias, and the product with `dequantize(dtype)`, the weight (N, K)."""
 
-    def __init__(self, rows: Sequence[int], columns: int, bias: Tensor | None) -> None:
+    def __init__(self, shapes: Shapes, bias: Tensor | None) -> None:
         super().__init__()
-        self.in_features, self.out_features = columns, sum(rows)
+        self.in_features, self.out_features = shapes[0][1], sum(rows for rows, _ in shapes)
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,11 +39,10 @@ class PackedLinear(nn.Module):
 class NF4Linear(PackedLinear):
     """4-bit NormalFloat weights with doubly quantized scales, unpacked by bitsandbytes' own operators."""
 
-    def __init__(self, parts: Sequence[Pieces], rows: Sequence[int], columns: int, bias: Tensor | None) -> None:
-        super().__init__(rows, columns, bias)
-        self.register_buffer("weight", _stack([part[""].view(-1) for part in parts]))
-        self.register_buffer("absmax", _stack([part[".absmax"] for part in parts]))
-        self.register_buffer("nested_absmax", _stack([part[".nested_absmax"] for part in parts]))
+    def __init__(self, parts: Parts, shapes: Shapes, bias: Tensor | None) -> None:
+        super().__init__(shapes, bias)
+        for name, suffix in (("weight", ""), ("absmax", ".absmax"), ("nested_absmax", ".nested_absmax")):
+            self.register_buffer(name, stacked([part[suffix].view(-1) for part in parts]))
         self.register_buffer("nested_quant_map", parts[0][".nested_quant_map"])
         self.register_buffer("offset", torch.tensor([offset_of(p) for p in parts], device=self.absmax.device))
         self.blocks = [part[".absmax"].numel() for part in parts]
@@ -52,22 +50,18 @@ class NF4Linear(PackedLinear):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         scales = zip(self.absmax.split(self.blocks), self.nested_absmax.split(self.nested), self.offset, strict=True)
-        absmax = _stack([absmax_of(part, nested, self.nested_quant_map, at) for part, nested, at in scales])
+        absmax = stacked([absmax_of(part, nested, self.nested_quant_map, at) for part, nested, at in scales])
         return dequantize(self.weight, absmax, (self.out_features, self.in_features), dtype)
 
 
 class RowLinear(PackedLinear):
     """8-bit weights with a float32 scale per row; `multiply` takes 8-bit activations (M, K) and scales (M, 1)."""
 
-    scheme = ""
-
-    def __init__(
-        self, parts: Sequence[Pieces], rows: Sequence[int], columns: int, bias: Tensor | None, arithmetic: bool
-    ) -> None:
-        super().__init__(rows, columns, bias)
-        scales = [part["_scale"].float().view(-1).expand(n) for part, n in zip(parts, rows, strict=True)]
-        self.register_buffer("weight", _stack([part[""] for part in parts]))
-        self.register_buffer("weight_scale", _stack(scales).contiguous())
+    def __init__(self, parts: Parts, shapes: Shapes, bias: Tensor | None, arithmetic: bool) -> None:
+        super().__init__(shapes, bias)
+        scales = [part["_scale"].float().view(-1).expand(rows) for part, (rows, _) in zip(parts, shapes, strict=True)]
+        self.register_buffer("weight", stacked([part[""] for part in parts]))
+        self.register_buffer("weight_scale", stacked(scales).contiguous())
         self.arithmetic = arithmetic and not (self.in_features % ALIGNED or self.out_features % ALIGNED)
         if self.arithmetic:
             _multiplies(self.scheme, str(self.weight.device))  # probed before anything is compiled
@@ -75,12 +69,15 @@ class RowLinear(PackedLinear):
     def forward(self, x: Tensor) -> Tensor:
         if not (self.arithmetic and _multiplies(self.scheme, str(x.device))):
             return super().forward(x)
-        values, scale = _quantize_rows(x.reshape(-1, self.in_features), self.scheme)
+        rows, most = x.reshape(-1, self.in_features), LARGEST[self.scheme]
+        scale = rows.abs().amax(1, keepdim=True).float().div_(most).clamp_(min=SMALLEST_SCALE)  # (M, 1)
+        values = rows / scale
+        values = values.round_().char() if self.scheme == "int8" else values.clamp_(-most, most).to(torch.float8_e4m3fn)
         product = self.multiply(values, scale, x.dtype)
         return (product if self.bias is None else product + self.bias).view(*x.shape[:-1], self.out_features)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        return (self.weight.float() * self.weight_scale[:, None]).to(dtype)
+        return self.weight.float().mul_(self.weight_scale[:, None]).to(dtype)
 
 
 class FP8Linear(RowLinear):
@@ -100,22 +97,22 @@ class Int8Linear(RowLinear):
     scheme = "int8"
 
     def multiply(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        missing = max(0, MIN_ROWS - len(values))
-        product = torch._int_mm(functional.pad(values, (0, 0, 0, missing)), self.weight.T)[: len(values)].float()
-        return product.mul_(scale).mul_(self.weight_scale).to(dtype)
+        products = []
+        for part, by in zip(values.split(ROWS), scale.split(ROWS), strict=True):
+            padded = functional.pad(part, (0, 0, 0, max(0, MIN_ROWS - len(part))))
+            product = torch._int_mm(padded, self.weight.T)[: len(part)].float()
+            products.append(product.mul_(by).mul_(self.weight_scale).to(dtype))
+        return stacked(products)
 
 
-def make_linear(
-    scheme: str, parts: Sequence[Pieces], shapes: Sequence[tuple[int, int]], bias: Tensor | None, *, arithmetic: bool
-) -> PackedLinear:
+def make_linear(scheme: str, parts: Parts, shapes: Shapes, bias: Tensor | None, *, arithmetic: bool) -> PackedLinear:
     """A layer of one or more packed weights of the same width; `arithmetic` allows the scheme's own products."""
-    rows, columns = [shape[0] for shape in shapes], shapes[0][1]
     if scheme == "nf4":
-        return NF4Linear(parts, rows, columns, bias)
-    return (FP8Linear if scheme == "fp8" else Int8Linear)(parts, rows, columns, bias, arithmetic)
+        return NF4Linear(parts, shapes, bias)
+    return (FP8Linear if scheme == "fp8" else Int8Linear)(parts, shapes, bias, arithmetic)
 
 
-def fits_together(scheme: str, shapes: Sequence[tuple[int, int]]) -> bool:
+def fits_together(scheme: str, shapes: Shapes) -> bool:
     """Whether weights of these shapes can be one layer: NF4's blocks must not cross from one to the next."""
     return scheme != "nf4" or all(rows * columns % BLOCK == 0 for rows, columns in shapes)
 
@@ -143,17 +140,3 @@ def _probe(scheme: str, device: str) -> bool:
         return bool((layer.multiply(packed[""], ones[:, :1].contiguous(), torch.float32) == MIN_ROWS).all())
     except (RuntimeError, NotImplementedError, ValueError):
         return False
-
-
-def _quantize_rows(x: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
-    """(values in 8 bit (M, K), float32 scales (M, 1)) of activations."""
-    scale = x.abs().amax(1, keepdim=True).float().div_(LARGEST[scheme]).clamp_(min=SMALLEST_SCALE)
-    values = x / scale
-    if scheme == "int8":
-        return values.round_().to(torch.int8), scale
-    return values.clamp_(-LARGEST["fp8"], LARGEST["fp8"]).to(torch.float8_e4m3fn), scale
-
-
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    """One below the other; a single tensor stays where it is (mapped, perhaps)."""
-    return torch.cat(tuple(tensors)) if len(tensors) > 1 else tensors[0]

@@ -1,23 +1,17 @@
 """Encode and decode weights in bitsandbytes' NF4 format, each block's scale either its absmax or searched.
 
-The format: 64 weights share a scale ("absmax" in the format's names) and are stored as 4-bit indexes into 16 values;
-256 scales share a second one and are stored as 8-bit indexes into 256 levels, after their mean was taken off. Any
-reader of the format gains from the search: it only moves the scales to where the squared error is least.
-
-Knows tensors; nothing of files, layers or models. Works on the tensor's device, in chunks of blocks.
+64 weights share a scale ("absmax" in the format's names) and are stored as 4-bit indexes into 16 values; 256 scales
+share a second one and are stored as 8-bit indexes into 256 levels, after their mean was taken off. The search moves
+the scales to where the squared error is least. Knows nothing of files, layers or models; works on the tensor's device.
 """
 
 import json
 from collections.abc import Sequence
 from functools import cache
 from math import ceil, prod
-from typing import TYPE_CHECKING
 
+from quant.lazy import torch
 from quant.spec import BLOCK, NESTED_BLOCK, STATE, STATE_BYTES
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 READABLE = ("bfloat16", "float16", "float32")  # dtypes that readers decode to
 # Scales to try, as fractions of the block's absmax: chosen greedily for normal, Laplace and Student-t(4) weights.
@@ -27,34 +21,45 @@ FRACTIONS = (0.86, 0.89, 0.91, 0.92, 0.94, 0.95, 0.97, 0.99, 1.02, 1.05, 1.08, 1
 STEPS, UNITS = 1023, 256
 
 
-def encode(weight: "Tensor", *, search: bool) -> "dict[str, Tensor]":
-    """Return the tensors that store `weight` (N, K), keyed by what follows its name in a state dict.
+def encode(weight: "torch.Tensor", *, search: bool) -> "dict[str, torch.Tensor]":
+    """Return the tensors that store `weight` (N, K), by what follows its name; raises ValueError unless it is finite.
 
     Without `search` they equal `bitsandbytes.functional.quantize_4bit` with nested statistics, on the CPU bit by bit.
-    A dtype that readers do not know is stored as float32. Raises ValueError for weights that are not finite.
     """
-    import torch
+    from bitsandbytes.functional import create_dynamic_map, get_4bit_type
+    from torch.nn.functional import pad
 
-    blocks, tail = _blocks(weight), weight.numel() % BLOCK
+    flat, missing = weight.detach().reshape(-1), -weight.numel() % BLOCK
+    blocks = (pad(flat, (0, missing)) if missing else flat).view(-1, BLOCK)
     parts = blocks.split(1 << (18 if weight.is_cuda else 13))  # of 16 Mi weights, or of 512 Ki: they stay in the cache
     table = _search_table(weight.device) if search else None
     scales = torch.cat([_scales(part.float(), table) for part in parts])  # (blocks,) float32
-    if tail:
+    if missing:
         scales[-1].clamp_(min=1e-38)
-    pieces, offset = _nested(scales)
-    scales = _read_back(pieces, offset) if search else scales
+    offset, levels = scales.mean(), create_dynamic_map().to(scales.device)
+    if not offset.isfinite():
+        raise ValueError("the weights are not all finite")
+    absmax, nested = torch.ops.bitsandbytes.quantize_blockwise.default(scales - offset, levels, NESTED_BLOCK)
+    if search:  # for what readers will see; a level more where rounding made it negative
+        absmax += absmax_of(absmax, nested, levels, offset) < 0
+        scales = absmax_of(absmax, nested, levels, offset)
     reciprocals = (1 / scales.clamp(min=1e-38))[:, None].split(len(parts[0]))
-    packed = [_packed(part.float() * reciprocal) for part, reciprocal in zip(parts, reciprocals, strict=True)]
-    if tail and not search:  # bitsandbytes divides here, where it multiplies by the reciprocal elsewhere
-        packed[-1][-1:] = _packed(blocks[-1:].float() / scales[-1])
+    values = get_4bit_type("nf4", device=weight.device)  # 16, ascending, from -1 to 1
+    midpoints = ((values[:-1] + values[1:]) / 2).tolist()
+    packed = [_packed(part.float() * scale, midpoints) for part, scale in zip(parts, reciprocals, strict=True)]
+    if missing and not search:  # bitsandbytes divides here, where it multiplies by the reciprocal elsewhere
+        packed[-1][-1:] = _packed(blocks[-1:].float() / scales[-1], midpoints)
+    dtype = str(weight.dtype).removeprefix("torch.")
+    state = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": dtype if dtype in READABLE else "float32"}
+    state |= {"shape": list(weight.shape), "nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
+    blob = list(json.dumps(state | {"nested_offset": float(offset)}).encode().ljust(STATE_BYTES))
     codes = torch.cat(packed).view(-1, 1)[: ceil(weight.numel() / 2)]
-    return {"": codes, ".quant_map": _values(weight.device).clone(), **pieces, STATE: _state(weight, float(offset))}
+    pieces = {"": codes, ".quant_map": values, ".absmax": absmax, ".nested_absmax": nested, ".nested_quant_map": levels}
+    return pieces | {STATE: torch.tensor(blob, dtype=torch.uint8, device="cpu")}
 
 
-def decode(pieces: "dict[str, Tensor]", shape: Sequence[int], dtype: "torch.dtype") -> "Tensor":
+def decode(pieces: "dict[str, torch.Tensor]", shape: Sequence[int], dtype: "torch.dtype") -> "torch.Tensor":
     """Return the weight (N, K) that `pieces` store. Raises ValueError for pieces not of this size, or another dtype."""
-    import torch
-
     blocks = ceil(prod(shape) / BLOCK)
     sizes = ("", ceil(prod(shape) / 2)), (".absmax", blocks), (".nested_absmax", ceil(blocks / NESTED_BLOCK))
     for suffix, size in sizes:  # kernels read past the end of what is too short, and leave float64 unwritten
@@ -62,58 +67,49 @@ def decode(pieces: "dict[str, Tensor]", shape: Sequence[int], dtype: "torch.dtyp
             raise ValueError(f"{suffix or 'packed'} has {pieces[suffix].numel()} elements, not {size}")
     if str(dtype).removeprefix("torch.") not in READABLE:
         raise ValueError(f"{dtype} is not one of {', '.join(READABLE)}")
-    offset = torch.tensor(offset_of(pieces), dtype=torch.float32, device=pieces[".absmax"].device)
-    absmax = absmax_of(pieces[".absmax"], pieces[".nested_absmax"], pieces[".nested_quant_map"], offset)
+    nested = pieces[".nested_absmax"]
+    absmax = absmax_of(pieces[".absmax"], nested, pieces[".nested_quant_map"], nested.new_tensor(offset_of(pieces)))
     return dequantize(pieces[""], absmax, shape, dtype)
 
 
-def offset_of(pieces: "dict[str, Tensor]") -> float:
+def offset_of(pieces: "dict[str, torch.Tensor]") -> float:
     """What the scales' mean was: it is added to each that is read."""
     return float(json.loads(bytes(pieces[STATE].tolist()))["nested_offset"])
 
 
-def absmax_of(absmax_u8: "Tensor", nested_absmax: "Tensor", nested_quant_map: "Tensor", offset: "Tensor") -> "Tensor":
+def absmax_of(
+    absmax_u8: "torch.Tensor", nested_absmax: "torch.Tensor", nested_quant_map: "torch.Tensor", offset: "torch.Tensor"
+) -> "torch.Tensor":
     """Return the scales (blocks,) float32 that every reader sees; `offset` is () float32."""
     import bitsandbytes  # noqa: F401, for its operators
-    import torch
 
     read = torch.ops.bitsandbytes.dequantize_blockwise.default
     return read(absmax_u8, nested_absmax, nested_quant_map, NESTED_BLOCK, torch.float32) + offset
 
 
-def dequantize(packed: "Tensor", absmax: "Tensor", shape: Sequence[int], dtype: "torch.dtype") -> "Tensor":
+def dequantize(
+    packed: "torch.Tensor", absmax: "torch.Tensor", shape: Sequence[int], dtype: "torch.dtype"
+) -> "torch.Tensor":
     """Return the weight (N, K) in one of the READABLE dtypes, from (N * K / 2,) uint8 and scales (blocks,) float32."""
-    import torch
-
     # Blocks that cross rows: bitsandbytes' AVX-512 kernel takes wrong scales, and for odd rows it compiles C++.
     rows = list(shape) if shape[-1] % BLOCK == 0 else [1, 2 * packed.numel()]
     flat = torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, BLOCK, "nf4", rows, dtype).view(-1)
     return flat[: prod(shape)].view(*shape)
 
 
-def _blocks(weight: "Tensor") -> "Tensor":
-    """(blocks, 64) in the weight's dtype: a view where that is possible; zeros fill up the last block."""
-    from torch.nn.functional import pad
-
-    flat, missing = weight.detach().reshape(-1), -weight.numel() % BLOCK
-    return (pad(flat, (0, missing)) if missing else flat).view(-1, BLOCK)
-
-
-def _scales(part: "Tensor", table: "Tensor | None") -> "Tensor":
+def _scales(part: "torch.Tensor", table: "torch.Tensor | None") -> "torch.Tensor":
     """(b, 64) float32 -> (b,): the absmax, or with a table the scale of least squared error that the fractions lead to.
 
     Each fraction of the absmax gives codes c to the weights w; the best scale for these is <w,c> / <c,c>, and lowers
     the error by <w,c>^2 / <c,c>. One table row per weight has its terms of both sums, for all fractions.
     """
-    import torch
     from torch.nn.functional import embedding_bag
 
     absmax = part.abs().amax(1)
     if table is None:
         return absmax
-    table = _search_table(part.device)
-    steps = (part * (STEPS / absmax.clamp(min=1e-35))[:, None]).round_().to(torch.int32)
-    rows = steps.clamp_(-STEPS, STEPS).add_(STEPS)  # NaN, which `_nested` refuses, has no row
+    steps = (part * (STEPS / absmax.clamp(min=1e-35))[:, None]).round_().int()
+    rows = steps.clamp_(-STEPS, STEPS).add_(STEPS)  # NaN, which `encode` refuses, has no row
     wc, cc = embedding_bag(rows, table, mode="sum").chunk(2, dim=1)  # (b, fractions)
     cc = cc.clamp(min=1)  # 0 for a block of zeros
     best = (wc * wc / cc).argmax(1, keepdim=True)
@@ -121,61 +117,21 @@ def _scales(part: "Tensor", table: "Tensor | None") -> "Tensor":
 
 
 @cache
-def _search_table(device: "torch.device") -> "Tensor":
+def _search_table(device: "torch.device") -> "torch.Tensor":
     """(2 * STEPS + 1, 2 * fractions) float32: row w has w * c, then c * c, for the code c by each fraction."""
-    import torch
+    from bitsandbytes.functional import get_4bit_type
 
-    values = _values(device)
+    values = get_4bit_type("nf4", device=device)
     w = torch.arange(-STEPS, STEPS + 1, dtype=torch.float32, device=device)[:, None]
     midpoints = (values[:-1] + values[1:]) / 2 * STEPS
     c = (values * UNITS).round()[torch.cat([torch.bucketize(w, midpoints * part) for part in FRACTIONS], dim=1)]
     return torch.cat([w * c, c * c], dim=1)
 
 
-def _nested(scales: "Tensor") -> "tuple[dict[str, Tensor], Tensor]":
-    """Store scales (blocks,) float32 in 8 bits each: the pieces, and the offset () float32."""
-    import torch
-    from bitsandbytes.functional import create_dynamic_map
-
-    offset, levels = scales.mean(), create_dynamic_map().to(scales.device)
-    if not offset.isfinite():
-        raise ValueError("the weights are not all finite")
-    absmax_u8, nested = torch.ops.bitsandbytes.quantize_blockwise.default(scales - offset, levels, NESTED_BLOCK)
-    return {".absmax": absmax_u8, ".nested_absmax": nested, ".nested_quant_map": levels}, offset
-
-
-def _read_back(pieces: "dict[str, Tensor]", offset: "Tensor") -> "Tensor":
-    """The scales (blocks,) that readers see, after raising by a level those that rounding made negative."""
-    nested = pieces[".nested_absmax"], pieces[".nested_quant_map"], offset
-    pieces[".absmax"] += absmax_of(pieces[".absmax"], *nested) < 0
-    return absmax_of(pieces[".absmax"], *nested)
-
-
-def _packed(scaled: "Tensor") -> "Tensor":
+def _packed(scaled: "torch.Tensor", midpoints: list[float]) -> "torch.Tensor":
     """(b, 64) float32 in -1..1 -> (b, 32) uint8: indexes of the nearest values, the first of two in the high bits."""
-    import torch
-
-    values = _values(scaled.device)
     index, above = torch.zeros_like(scaled), torch.empty_like(scaled)
-    for midpoint in ((values[:-1] + values[1:]) / 2).tolist():
+    for midpoint in midpoints:
         index += torch.gt(scaled, midpoint, out=above)  # into floats: five times as fast as into bools
     index = index.to(torch.uint8)
     return index[:, ::2] << 4 | index[:, 1::2]
-
-
-@cache
-def _values(device: "torch.device") -> "Tensor":
-    """The 16 values, ascending, from -1 to 1."""
-    from bitsandbytes.functional import get_4bit_type
-
-    return get_4bit_type("nf4", device=device)
-
-
-def _state(weight: "Tensor", offset: float) -> "Tensor":
-    import torch
-
-    name = str(weight.dtype).removeprefix("torch.")
-    state = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": name if name in READABLE else "float32"}
-    state |= {"shape": list(weight.shape), "nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
-    blob = json.dumps(state | {"nested_offset": offset}).encode().ljust(STATE_BYTES)
-    return torch.tensor(list(blob), dtype=torch.uint8, device="cpu")

@@ -1,7 +1,6 @@
 """What a quantized checkpoint will consist of: every file, tensor and byte, before anything is read or written.
 
-Knows the on-disk layouts: a diffusers folder (nf4, fp8, int8), or one file with BFL's names (fp8) or ComfyUI's scaled
-fp8. Stdlib only.
+Knows the layouts: a diffusers folder, or one file with BFL's names or ComfyUI's scaled fp8. Stdlib only.
 """
 
 import json
@@ -22,10 +21,9 @@ COPIED = (".json", ".safetensors", ".txt", ".model", ".md")
 # diffusers matches these as parts of dotted names and as leaf names: "proj_out" here would spare every single block's.
 EMBEDDERS = ["x_embedder", "context_embedder", "time_text_embed", "norm_out"]
 MODULATION = ["norm1", "norm1_context", "norm"]
-BITSANDBYTES = {
-    "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
-    "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8",
-}  # fmt: skip
+BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False,
+                "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+                "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,8 @@ class Job:
     def info(self) -> TensorInfo:
         """The tensor before it is packed."""
         first = self.sources[0].info
-        rows = sum(source.shape[0] for source in self.sources) if first.shape else 0
-        return replace(first, name=self.name, shape=(rows, *first.shape[1:]) if first.shape else ())
+        shape = first.shape and (sum(source.shape[0] for source in self.sources), *first.shape[1:])
+        return replace(first, name=self.name, shape=shape)
 
     @property
     def outputs(self) -> tuple[TensorInfo, ...]:
@@ -67,16 +65,11 @@ class Recipe:
         tensors: dict[str, list[TensorInfo]] = {}
         for job in self.jobs:
             tensors.setdefault(job.file, []).extend(job.outputs)
-        metadata = self._metadata()
-        return {file: SafetensorsWriter(folder / file, infos, metadata) for file, infos in tensors.items()}
-
-    def _metadata(self) -> dict[str, str]:
         metadata = {"format": "pt", "flux_quant": json.dumps(self.spec.to_json(), sort_keys=True)}
         if self.layout == "comfy":
-            packed = [job.name.removesuffix(".weight") for job in self.jobs if job.scheme]
-            layers = {name: {"format": "float8_e4m3fn"} for name in packed}
+            layers = {job.name.removesuffix(".weight"): {"format": "float8_e4m3fn"} for job in self.jobs if job.scheme}
             metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": layers})
-        return metadata
+        return {file: SafetensorsWriter(folder / file, infos, metadata) for file, infos in tensors.items()}
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -87,14 +80,20 @@ class Recipe:
 def make_recipe(source: Checkpoint, spec: QuantSpec) -> Recipe:
     """The recipe of a diffusers folder; raises `CheckpointError` for a source that is quantized already."""
     spec.check_keep(name for part in source.components.values() for name in part.weights)
-    jobs = _jobs(source.components["transformer"], spec, spec.to, PLAIN_FILES[0])
-    texts = {"transformer/config.json": _config(source.components["transformer"], spec)}
-    packed = {"transformer"}
-    if spec.text_encoder != "keep":
-        packed.add("text_encoder_2")
-        jobs += _jobs(source.components["text_encoder_2"], spec, spec.text_encoder, PLAIN_FILES[1])
-        texts["text_encoder_2/config.json"] = _config(source.components["text_encoder_2"], spec)
-    folders = [name for name in (*COMPONENTS, *TOKENIZERS, "scheduler") if name not in packed]
+    jobs, texts = [], {}
+    wishes = (("transformer", spec.to, PLAIN_FILES[0]), ("text_encoder_2", spec.text_encoder, PLAIN_FILES[1]))
+    for name, to, plain in wishes:
+        if to == "keep":
+            continue
+        part, file = source.components[name], f"{name}/{PACKED_FILES.get(to, plain)}"
+        jobs += [Job(file, weight.name, _scheme(part, spec, weight), (weight,)) for weight in part.weights.values()]
+        texts[f"{name}/config.json"] = _config(part, spec, to)
+        if to == "nf4" and name == "transformer":  # the skip list cannot spare the last layer: its original is beside
+            if (last := part.weights.get("proj_out.weight")) is None:
+                raise CheckpointError("not a whole transformer", part.folder, why="proj_out.weight is missing")
+            jobs = [replace(job, scheme="nf4") if job.name == last.name else job for job in jobs]
+            jobs.append(Job(f"transformer/{KEEP_FILE}", last.name, "", (last,)))
+    folders = [name for name in (*COMPONENTS, *TOKENIZERS, "scheduler") if f"{name}/config.json" not in texts]
     kept = [path for name in folders for path in sorted((source.folder / name).iterdir()) if path.suffix in COPIED]
     kept += [path for path in source.folder.iterdir() if path.name.startswith(("model_index.json", "LICENSE"))]
     links = {str(path.relative_to(source.folder)): path for path in kept if path.is_file()}
@@ -104,55 +103,37 @@ def make_recipe(source: Checkpoint, spec: QuantSpec) -> Recipe:
 def make_file_recipe(transformer: Component, spec: QuantSpec, *, kind: str) -> Recipe:
     """The recipe of one file with BFL's names (`kind` bfl) or ComfyUI's scaled fp8 (comfy)."""
     if spec.to != "fp8":
-        raise SpecError("impossible choice", which=f"--layout {kind} --to {spec.to}", why="that layout is fp8")
-    spec.check_keep(transformer.weights)
-    config, weights = transformer.config, transformer.weights
-    counts = {"double": config["num_layers"], "single": config["num_single_layers"]}
-    jobs = []
-    for layer, ours in table(**counts, guidance=config["guidance_embeds"]).items():
+        raise SpecError("impossible choice", f"--layout {kind} --to {spec.to}", why="that layout is fp8")
+    weights, jobs = transformer.weights, []
+    spec.check_keep(weights)
+    for layer, ours in table(transformer.config).items():
         for leaf in ("weight", "bias"):
             sources = tuple(weights[f"{part}.{leaf}"] for part in ours if f"{part}.{leaf}" in weights)
-            if sources:
-                if len(sources) < len(ours) or len({source.info.dtype for source in sources}) > 1:
-                    why = f"{layer}.{leaf} is not all there, or of several dtypes"
-                    raise CheckpointError("not a whole transformer", which=transformer.folder, why=why)
-                schemes = [_scheme(transformer, spec, source) for source in sources]
-                scheme = min(schemes)  # "" where one part is kept
-                scalar = bool(scheme) and kind == "comfy"
-                jobs.append(Job("", bfl_leaf(layer, leaf), scheme, sources, layer == SWAPPED, scalar))
+            if not sources:
+                continue
+            if len(sources) < len(ours) or len({source.info.dtype for source in sources}) > 1:
+                why = f"{layer}.{leaf} is not all there, or of several dtypes"
+                raise CheckpointError("not a whole transformer", transformer.folder, why=why)
+            scheme = min(_scheme(transformer, spec, source) for source in sources)  # "" where one part is kept
+            scalar = kind == "comfy" and scheme != ""
+            jobs.append(Job("", bfl_leaf(layer, leaf), scheme, sources, layer == SWAPPED, scalar))
     if (read := sum(len(job.sources) for job in jobs)) != len(weights):
         why = f"{len(weights)} tensors, of which {read} have a place in that layout"
-        raise CheckpointError("not a FLUX.1 transformer", which=transformer.folder, why=why)
+        raise CheckpointError("not a FLUX.1 transformer", transformer.folder, why=why)
     return Recipe(spec, kind, tuple(jobs), {}, {})
-
-
-def _jobs(part: Component, spec: QuantSpec, to: str, plain: str) -> list[Job]:
-    """Every tensor of a component whose file, packed `to` a scheme, would be called `plain` by its library."""
-    file = f"{part.name}/{PACKED_FILES.get(to, plain)}"
-    jobs = [Job(file, weight.name, _scheme(part, spec, weight), (weight,)) for weight in part.weights.values()]
-    if (
-        part.name == "transformer" and to == "nf4"
-    ):  # the skip list cannot spare the last layer: its original lies beside
-        if (last := part.weights.get("proj_out.weight")) is None:
-            raise CheckpointError("not a whole transformer", which=part.folder, why="proj_out.weight is missing")
-        jobs = [replace(job, scheme="nf4") if job.name == last.name else job for job in jobs]
-        jobs.append(Job(f"transformer/{KEEP_FILE}", last.name, "", (last,)))
-    return jobs
 
 
 def _scheme(part: Component, spec: QuantSpec, weight: Weight) -> str:
     if weight.scheme:
-        hint = "quantize the 16-bit model that it was made from"
-        raise CheckpointError(
-            "quantized already", which=part.folder, why=f"{weight.name} is {weight.scheme}", hint=hint
-        )
+        why, hint = f"{weight.name} is {weight.scheme}", "quantize the 16-bit model that it was made from"
+        raise CheckpointError("quantized already", part.folder, why=why, hint=hint)
     return spec.scheme(part.name, weight.name, weight.shape)
 
 
-def _config(part: Component, spec: QuantSpec) -> str:
+def _config(part: Component, spec: QuantSpec, to: str) -> str:
     """config.json of a packed component; nf4 says in it what bitsandbytes' readers need."""
     config = dict(part.config)
-    if (spec.to if part.name == "transformer" else spec.text_encoder) == "nf4":
+    if to == "nf4":
         packed = [n for n, w in part.weights.items() if replace(spec, keep=()).scheme(part.name, n, w.shape)]
         kept = [name.rpartition(".")[0] for name in packed if spec.is_kept(name)]  # never the top-level proj_out
         skipped = ["wo"] if part.name == "text_encoder_2" else EMBEDDERS + MODULATION * (spec.modulation == "keep")

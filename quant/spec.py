@@ -1,11 +1,8 @@
 """Which tensors of a model are quantized, in which scheme, and what then lies in the file for each. Pure arithmetic.
 
-`layout` is the hinge: the writer lays out files with it, the loader knows by it which keys must exist, the planner
-prices a precision before any quantized file exists. Knows names and shapes, no data. Stdlib only.
-
-    nf4    bitsandbytes' 4-bit NormalFloat: blocks of 64, scales quantized again in blocks of 256
-    fp8    float8_e4m3fn with one float32 scale per row ("fp8r")
-    int8   int8 with one float32 scale per row
+By `layout` the writer lays out files, the loader knows which keys must exist, the planner prices a precision before
+any quantized file exists. nf4 is bitsandbytes': blocks of 64, scales quantized again in blocks of 256. fp8 ("fp8r",
+float8_e4m3fn) and int8 have one float32 scale per row. Knows names and shapes, no data. Stdlib only.
 """
 
 import re
@@ -22,8 +19,10 @@ TEXT_ENCODER = {"nf4": "nf4"}  # T5's scheme where none is asked for; kept with 
 BLOCK, NESTED_BLOCK, STATE_BYTES = 64, 256, 256
 STATE = ".quant_state.bitsandbytes__nf4"
 MODULATION = re.compile(r"(?:.*\.)?(?:norm1|norm1_context|norm|norm_out)\.linear\.(?:weight|bias)|time_text_embed\..*")
-BLOCK_WEIGHTS = re.compile(r"(?:single_)?transformer_blocks\.\d+\..+\.weight")
-T5_WEIGHTS = re.compile(r"encoder\.block\..+\.(?:SelfAttention\.[qkvo]|DenseReluDense\.wi(?:_[01])?)\.weight")
+PACKABLE = {
+    "transformer": r"(?:single_)?transformer_blocks\.\d+\..+\.weight",
+    "text_encoder_2": r"encoder\.block\..+\.(?:SelfAttention\.[qkvo]|DenseReluDense\.wi(?:_[01])?)\.weight",
+}
 
 
 @dataclass(frozen=True)
@@ -45,21 +44,18 @@ class QuantSpec:
         ):
             if value not in known:
                 why = f"known are {' or '.join(known)}" + f" with --to {self.to}" * (field != "--to")
-                raise SpecError("impossible choice", which=f"{field} {value}", why=why)
+                raise SpecError("impossible choice", f"{field} {value}", why=why)
 
     def to_json(self) -> dict:
         return asdict(self) | {"policy": POLICY}
 
     def scheme(self, component: str, name: str, shape: tuple[int, ...]) -> str:
         """The scheme of a 16-bit tensor by its diffusers name, "" where it stays as it is."""
-        if len(shape) != 2 or not all(shape) or self.is_kept(name):
+        if len(shape) != 2 or not all(shape) or not re.fullmatch(PACKABLE.get(component, ""), name):
             return ""
-        if component == "text_encoder_2":
-            return self.text_encoder if self.text_encoder != "keep" and T5_WEIGHTS.fullmatch(name) else ""
-        if component != "transformer" or not BLOCK_WEIGHTS.fullmatch(name):
-            return ""
-        modulation = "" if self.modulation == "keep" else self.modulation
-        return modulation if is_modulation(name) else self.to
+        part = self.text_encoder if component == "text_encoder_2" else self.to
+        wish = self.modulation if component == "transformer" and is_modulation(name) else part
+        return "" if wish == "keep" or self.is_kept(name) else wish
 
     def is_kept(self, name: str) -> bool:
         """Whether a pattern of `keep` names this tensor or its layer."""
@@ -70,7 +66,7 @@ class QuantSpec:
         names = list(names)
         for pattern in self.keep:
             if not any(QuantSpec(self.to, keep=(pattern,)).is_kept(name) for name in names):
-                raise SpecError("--keep matches nothing", which=pattern, hint="--dry-run --json lists the tensors")
+                raise SpecError("--keep matches nothing", pattern, hint="--dry-run --json lists the tensors")
 
 
 def is_modulation(name: str) -> bool:
@@ -80,18 +76,12 @@ def is_modulation(name: str) -> bool:
 
 def layout(scheme: str, tensor: TensorInfo) -> tuple[TensorInfo, ...]:
     """The tensors that store one (N, K) weight in a scheme, with the names and dtypes of the file."""
-    name, shape = tensor.name, tensor.shape
-    if scheme == "nf4":
-        blocks = -(-tensor.numel // BLOCK)
-        return (
-            TensorInfo(name, "U8", (-(-tensor.numel // 2), 1)),
-            TensorInfo(f"{name}.absmax", "U8", (blocks,)),
-            TensorInfo(f"{name}.nested_absmax", "F32", (-(-blocks // NESTED_BLOCK),)),
-            TensorInfo(f"{name}.nested_quant_map", "F32", (256,)),
-            TensorInfo(f"{name}.quant_map", "F32", (16,)),
-            TensorInfo(f"{name}{STATE}", "U8", (STATE_BYTES,)),
-        )
-    if scheme in ("fp8", "int8"):
-        data = TensorInfo(name, "F8_E4M3" if scheme == "fp8" else "I8", shape)
-        return data, TensorInfo(f"{name}_scale", "F32", shape[:1])
-    return (TensorInfo(name, tensor.dtype, shape),)
+    codes, blocks = -(-tensor.numel // 2), -(-tensor.numel // BLOCK)
+    stored = {
+        "fp8": [("", "F8_E4M3", tensor.shape), ("_scale", "F32", tensor.shape[:1])],
+        "int8": [("", "I8", tensor.shape), ("_scale", "F32", tensor.shape[:1])],
+        "nf4": [("", "U8", (codes, 1)), (".absmax", "U8", (blocks,)),
+                (".nested_absmax", "F32", (-(-blocks // NESTED_BLOCK),)), (".nested_quant_map", "F32", (256,)),
+                (".quant_map", "F32", (16,)), (STATE, "U8", (STATE_BYTES,))],
+    }.get(scheme, [("", tensor.dtype, tensor.shape)])  # fmt: skip
+    return tuple(TensorInfo(tensor.name + suffix, dtype, shape) for suffix, dtype, shape in stored)

@@ -1,11 +1,9 @@
 """Read the data of weights from mapped safetensors files. Knows no scheme; headers were validated before."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
+from quant.lazy import torch
 from quant.weights import Piece, Weight
-
-if TYPE_CHECKING:
-    import torch
 
 
 class Reader(dict):
@@ -23,7 +21,9 @@ class Reader(dict):
 
 def rows_of(tensor: "torch.Tensor", piece: Piece) -> "torch.Tensor":
     """The piece's rows of the tensor that holds it, where it is not the whole."""
-    import torch
+    return stacked([tensor[start:stop] for start, stop in piece.rows] or [tensor])
 
-    ranges = [tensor[start:stop] for start, stop in piece.rows] or [tensor]
-    return torch.cat(ranges) if len(ranges) > 1 else ranges[0]
+
+def stacked(tensors: "Sequence[torch.Tensor]") -> "torch.Tensor":
+    """One below the other; a single tensor stays where it is (mapped, perhaps)."""
+    return torch.cat(tuple(tensors)) if len(tensors) > 1 else tensors[0]

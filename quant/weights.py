@@ -1,7 +1,6 @@
 """Logical weights: one tensor of the model by its diffusers name, and the pieces that store it in files.
 
-Knows the packed forms (bitsandbytes' NF4, fp8 and int8 with row scales, optimum-quanto's names for them), nothing of
-components or folders. Reads no data but the small state blobs of NF4. Stdlib only.
+Knows the packed forms (bitsandbytes' NF4; fp8 and int8 rows, also optimum-quanto's), no folders. Stdlib only.
 """
 
 import json
@@ -15,12 +14,10 @@ from quant.errors import CheckpointError
 from quant.header import TensorInfo
 from quant.spec import BLOCK, NESTED_BLOCK, STATE, layout
 
-MAX_STATE_BYTES = 4096
-FLOATS = ("F64", "F32", "F16", "BF16")
-PACKED = re.compile(
-    r"(.+\.weight)(\.(?:absmax|nested_absmax|nested_quant_map|quant_map|quant_state\.[a-z0-9_]+)|_scale)"
-)
-QUANTO = {"._data": "", "._scale": "_scale"}
+MAX_STATE_BYTES, FLOATS = 4096, ("F64", "F32", "F16", "BF16")
+PACKED = re.compile(r"(.+\.weight)(\.(?:(?:nested_)?absmax|(?:nested_)?quant_map|quant_state\.[a-z0-9_]+)|_scale)")
+UNREADABLE = "an unreadable pack of 4-bit weights"
+QUANTO = {"_data": "", "_scale": "_scale"}
 
 
 @dataclass(frozen=True)
@@ -66,81 +63,66 @@ class Weight:
 
 def group(pieces: Mapping[str, Piece]) -> dict[str, Weight]:
     """The logical weights that a file's tensors make; raises `CheckpointError` for a pack that is not whole."""
-    groups: dict[str, dict[str, Piece]] = {}
-    for name, piece in _without_quanto(pieces).items():
-        match = PACKED.fullmatch(name)
-        base, suffix = (match[1], match[2]) if match else (name, "")
-        groups.setdefault(base, {})[suffix] = piece
-    return {name: _weight(name, parts) for name, parts in groups.items()}
-
-
-def _without_quanto(pieces: Mapping[str, Piece]) -> Mapping[str, Piece]:
-    """optimum-quanto's names as ours; its activation scales (1 where only weights are quantized) are left out."""
     modules = {name.removesuffix(".weight._data") for name in pieces if name.endswith(".weight._data")}
-    if not modules:
-        return pieces
-    found = {}
+    groups: dict[str, dict[str, Piece]] = {}
     for name, piece in pieces.items():
         owner, _, leaf = name.rpartition(".")
-        if leaf in ("input_scale", "output_scale") and owner in modules:
-            continue
-        found[owner + QUANTO[f".{leaf}"] if owner.endswith(".weight") and f".{leaf}" in QUANTO else name] = piece
-    return found
+        if owner in modules and leaf in ("input_scale", "output_scale"):
+            continue  # optimum-quanto's scales of activations are 1 where only weights are quantized
+        ours = owner + QUANTO[leaf] if modules and owner.endswith(".weight") and leaf in QUANTO else name
+        base, suffix = match.groups() if (match := PACKED.fullmatch(ours)) else (ours, "")
+        groups.setdefault(base, {})[suffix] = piece
+    return {name: _weight(name, parts) for name, parts in groups.items()}
 
 
 def _weight(name: str, parts: dict[str, Piece]) -> Weight:
     first = next(iter(parts.values()))
     if "" not in parts:
-        raise CheckpointError("a packed weight is missing", which=first.file, why=f"{name} has only its scales")
+        raise CheckpointError("a packed weight is missing", first.file, why=f"{name} has only its scales")
     dtype, shape = parts[""].info.dtype, parts[""].shape
     if set(parts) == {"", "_scale"} and dtype in ("F8_E4M3", "I8") and len(shape) == 2:
-        if math.prod(parts["_scale"].shape) not in (1, shape[0]) or parts["_scale"].info.dtype not in FLOATS:
-            raise CheckpointError("impossible scales", which=first.file, why=f"of {name}: {parts['_scale'].shape}")
+        if math.prod((scale := parts["_scale"]).shape) not in (1, shape[0]) or scale.info.dtype not in FLOATS:
+            raise CheckpointError("impossible scales", first.file, why=f"of {name}: {scale.shape}")
         return Weight(name, shape, "fp8" if dtype == "F8_E4M3" else "int8", parts)
     if set(parts) != {""}:
         return _nf4(name, parts)
     if dtype.startswith("F8") or (dtype in ("I8", "U8") and len(shape) == 2):
         why = f"{name} is {dtype} and has no scale beside it"
-        raise CheckpointError("quantized weights without scales", which=first.file, why=why)
+        raise CheckpointError("quantized weights without scales", first.file, why=why)
     return Weight(name, shape, "", parts)
 
 
 def _nf4(name: str, parts: dict[str, Piece]) -> Weight:
     """A weight packed by bitsandbytes: NF4, blocks of 64, scales quantized again."""
     file = parts[""].file
-    wanted = {info.name.removeprefix(name) for info in layout("nf4", TensorInfo(name, "BF16", (2, BLOCK)))}
+    wanted = {info.name for info in layout("nf4", TensorInfo("", "BF16", (2, BLOCK)))}
     if odd := sorted(wanted ^ set(parts)):
         why = f"{name} {'has no' if odd[0] in wanted else 'also has'} {odd[0].lstrip('._')}"
-        hint = "nf4 with double quantization is read"
-        raise CheckpointError("an unreadable pack of 4-bit weights", which=file, why=why, hint=hint)
-    shape = _shape_in_state(name, parts[STATE])
-    stored = {info.name.removeprefix(name): info for info in layout("nf4", TensorInfo(name, "BF16", shape))}
-    for suffix, piece in parts.items():
-        same = math.prod(piece.shape) == stored[suffix].numel or suffix == STATE
-        if piece.info.dtype != stored[suffix].dtype or not same or piece.rows:
-            why = f"{name}{suffix} is {piece.info.dtype} {list(piece.shape)} for a weight of {list(shape)}"
-            raise CheckpointError("an unreadable pack of 4-bit weights", which=file, why=why[:160])
+        raise CheckpointError(UNREADABLE, file, why=why, hint="nf4 with double quantization is read")
+    state = parts[STATE]
+    try:
+        shape = _shape_in_state(state)
+    except OSError as error:
+        raise CheckpointError("cannot read weights", state.file, why=error.strerror or "read error") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        what, why = "hostile or damaged quant state", f"{name[:60]}: {str(error)[:80]}"
+        raise CheckpointError(what, state.file, why=why) from error
+    for info in layout("nf4", TensorInfo("", "BF16", shape)):
+        piece = parts[info.name]
+        same = info.name == STATE or math.prod(piece.shape) == info.numel
+        if piece.info.dtype != info.dtype or not same or piece.rows:
+            why = f"{name}{info.name} is {piece.info.dtype} {list(piece.shape)} for a weight of {list(shape)}"
+            raise CheckpointError(UNREADABLE, file, why=why[:160])
     return Weight(name, shape, "nf4", parts)
 
 
-def _shape_in_state(name: str, piece: Piece) -> tuple[int, int]:
+def _shape_in_state(piece: Piece) -> tuple[int, int]:
     """The weight's shape by its state blob, all of whose values are checked."""
-    try:
-        if piece.info.nbytes > MAX_STATE_BYTES:
-            raise ValueError("it is too large")
-        with piece.file.open("rb") as file:
-            start = int.from_bytes(file.read(8), "little")
-            file.seek(8 + start + piece.info.start)
-            state = json.loads(file.read(piece.info.nbytes).decode("utf-8"))
-        return _checked_shape(state)
-    except OSError as error:
-        raise CheckpointError("cannot read weights", which=piece.file, why=error.strerror or "read error") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        why = f"{name[:60]}: {str(error)[:80]}"
-        raise CheckpointError("hostile or damaged quant state", which=piece.file, why=why) from error
-
-
-def _checked_shape(state: dict) -> tuple[int, int]:
+    if piece.info.nbytes > MAX_STATE_BYTES:
+        raise ValueError("it is too large")
+    with piece.file.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little") + piece.info.start)
+        state = json.loads(file.read(piece.info.nbytes).decode("utf-8"))
     known = {"quant_type": ("nf4",), "blocksize": (BLOCK,), "nested_blocksize": (NESTED_BLOCK,)}
     known |= {"nested_dtype": ("float32",), "dtype": ("bfloat16", "float16", "float32")}
     for key, values in known.items():

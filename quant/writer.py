@@ -8,12 +8,11 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from quant.errors import WriteError
 from quant.header import DTYPE_BITS, TensorInfo, read_header
-
-ALIGNMENT = 8
 
 
 def nearest(folder: Path) -> Path:
@@ -23,10 +22,9 @@ def nearest(folder: Path) -> Path:
 
 def check_room(folder: Path, need: int, *, hint: str) -> None:
     """Raise `WriteError` where the disk of a folder (that may not exist yet) has less than `need` bytes free."""
-    free = shutil.disk_usage(nearest(folder)).free
-    if need > free:
+    if need > (free := shutil.disk_usage(nearest(folder)).free):
         why = f"needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
-        raise WriteError("the disk is too small", which=nearest(folder), why=why, hint=hint)
+        raise WriteError("the disk is too small", nearest(folder), why=why, hint=hint)
 
 
 class SafetensorsWriter:
@@ -34,20 +32,15 @@ class SafetensorsWriter:
 
     def __init__(self, path: Path, tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> None:
         """Lay the file out: wide dtypes first, so that each tensor is aligned; nothing is written yet."""
-        self.path, at = path, 0
-        self.infos: dict[str, TensorInfo] = {}
+        self.path, self.infos, at, header = path, {}, 0, {"__metadata__": dict(metadata)}
         for info in sorted(tensors, key=lambda info: -DTYPE_BITS[info.dtype]):
-            self.infos[info.name] = TensorInfo(info.name, info.dtype, info.shape, at)
+            self.infos[info.name] = replace(info, start=at)
+            header[info.name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [at, at + info.nbytes]}
             at += info.nbytes
-        header = {"__metadata__": dict(metadata)} | {
-            name: {"dtype": info.dtype, "shape": info.shape, "data_offsets": [info.start, info.stop]}
-            for name, info in self.infos.items()
-        }
         text = json.dumps(header, separators=(",", ":")).encode()
-        self._header = text.ljust(-(-len(text) // ALIGNMENT) * ALIGNMENT)
+        self._header = text.ljust(-(-len(text) // 8) * 8)  # aligned
         self.nbytes = 8 + len(self._header) + at
-        self._checksums: dict[str, int] = {}
-        self._file = None
+        self._checksums, self._file = {}, None
 
     def add(self, name: str, data: memoryview) -> None:
         """Write one tensor's bytes; its size must be the one laid out."""
@@ -69,7 +62,6 @@ class SafetensorsWriter:
     def finish(self) -> None:
         """Bring the file to the disk; every tensor must have been added."""
         assert set(self._checksums) == set(self.infos), sorted(set(self.infos) - set(self._checksums))[:3]
-        self._file.flush()
         os.fsync(self._file.fileno())
         self.close()
 
@@ -79,11 +71,10 @@ class SafetensorsWriter:
 
     def damaged(self) -> str:
         """The first tensor whose bytes in the reopened file are not those that were written, "" if none."""
-        found = read_header(self.path)
-        if found != self.infos:
+        if read_header(self.path) != self.infos:
             return "the header"
         with self.path.open("rb") as file:
-            for name, info in sorted(self.infos.items(), key=lambda item: item[1].start):
+            for name, info in self.infos.items():
                 file.seek(8 + len(self._header) + info.start)
                 if zlib.crc32(file.read(info.nbytes)) != self._checksums[name]:
                     return name

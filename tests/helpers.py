@@ -29,7 +29,8 @@ def tiny(**changes: object) -> GenerationRequest:
 
 
 def engine_of(checkpoint: Checkpoint, request: GenerationRequest = TINY) -> Engine:
-    return Engine(checkpoint, plan.make_plan(request, checkpoint, hardware.probe("cpu")))
+    machine = hardware.probe("cpu")
+    return Engine(*plan.make_plan(request, [checkpoint], machine), machine)
 
 
 def draw(engine: Engine, request: GenerationRequest) -> tuple[list, np.ndarray]:

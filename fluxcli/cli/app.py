@@ -14,21 +14,19 @@ import typer
 
 import fluxcli
 from fluxcli import console, signals
-from fluxcli.cli import generate, info, inspect, quantize
+from fluxcli.cli import generate, info, inspect, plan, quantize
 from fluxcli.errors import ExitCode, OutputError, Terminated, exit_code_of
 from fluxcli.events import Failed, to_json
 from quant.errors import ExplainedError
 
 app = typer.Typer(
-    name="flux",
-    help='Pictures by FLUX.1, on the card you have. Try: flux generate "a red circle on a blue background" -p tiny',
-    no_args_is_help=True,
-    rich_markup_mode=None,
+    name="flux", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    pretty_exceptions_enable=False,
-)
+)  # fmt: skip
 app.command("generate")(generate.generate)
 app.command("replay")(generate.replay)
+app.command("plan")(plan.plan_command)
+app.command("decode")(plan.decode_command)
 app.command("quantize")(quantize.quantize)
 app.command("presets")(info.presets_command)
 app.command("inspect")(inspect.inspect_command)
@@ -45,14 +43,13 @@ def _print_version(wanted: bool) -> None:
 def root(
     version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
 ) -> None:
-    """Pictures by FLUX.1, on the card you have."""
+    """Pictures by FLUX.1, on the card you have. Try: flux generate "a red circle on a blue background" -p tiny"""
 
 
 def main() -> NoReturn:
     """Run the command line and end the process with a documented exit code, or by the signal that ended it."""
     signals.install()
-    if sys.stderr is None:  # started with 2>&-
-        sys.stderr = io.StringIO()
+    sys.stderr = sys.stderr or io.StringIO()  # started with 2>&-
     try:
         code = _run(sys.argv[1:])
         signals.check()
@@ -61,13 +58,11 @@ def main() -> NoReturn:
     except Terminated as stop:
         signals.die_by(*stop.args)
     except BrokenPipeError:  # stdout was closed: no message, and the death that a shell expects
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if hasattr(signal, "SIGPIPE"):
             signals.die_by(signal.SIGPIPE)
-        sys.exit(ExitCode.OUTPUT)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            stream.flush()
+        os._exit(ExitCode.OUTPUT)
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
     os._exit(int(code or 0))  # everything is written and closed; tearing torch down would take a second
 
 
@@ -113,9 +108,8 @@ def _usage_error(error: Exception) -> tuple[int, str, str]:
     command = getattr(getattr(error, "ctx", None), "command_path", "flux")
     if type(error).__name__ == "NoArgsIsHelpError":
         return ExitCode.USAGE, "no command given", f"{command} --help"
-    possible = list(getattr(error, "possibilities", None) or [])
-    message = getattr(error, "message", "") if possible else error.format_message()
-    message, _, near = message.partition(" Did you mean ")
+    possible = getattr(error, "possibilities", None)
+    message, _, near = (error.message if possible else error.format_message()).partition(" Did you mean ")
     near = f"{' or '.join(possible[:2])}?" if possible else near
     hint = f"did you mean {near}" if near else f"{command} --help"
     if message.startswith("No such option: -") and not message.startswith("No such option: --"):

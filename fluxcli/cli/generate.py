@@ -1,24 +1,30 @@
 """`flux generate` and `flux replay`: settings to a request, the request to pictures."""
 
+import contextlib
+import os
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from fluxcli import console, models, output, presets
+from fluxcli import console, hardware, models, output, presets, state
 from fluxcli.cli.options import config_folder, given_settings, read_prompt, with_request_options
 from fluxcli.errors import BadInputFile, DeviceUnusable, DoesNotFit, ExitCode, UsageError
-from fluxcli.events import Done, Notice, Saved, to_json
-from fluxcli.plan import MemoryPlan, check_guidance, make_plan
+from fluxcli.events import Done, Event, Notice, Saved, to_json
+from fluxcli.plan import check_guidance, learned_key, make_plan, suggestion
 from fluxcli.request import OPTIONAL, GenerationRequest, coerce, flag, from_settings
+from fluxcli.residency import MemoryPlan
 from quant.checkpoint import Checkpoint, inspect
+from quant.errors import CheckpointError
 
 if TYPE_CHECKING:
     from fluxcli.engine import Engine
 
 STARTED = time.perf_counter()
+LOCKED_SHARE = 0.25  # of the RAM: a run on the CPU that takes less disturbs nobody
 
 
 @with_request_options
@@ -30,7 +36,7 @@ def generate(
     """Draw a prompt. Without weights of your own: -p tiny, the bundled model."""
     given = given_settings(options)
     settings = presets.merge(given, config_folder())
-    request = _settled(read_prompt(prompt), settings.values, given)
+    request = settled(read_prompt(prompt), settings.values, given)
     return _run(request, options, given, dry_run=dry_run)
 
 
@@ -65,7 +71,7 @@ def _refuse_with_check(options: dict, given: dict, *, dry_run: bool) -> None:
         raise UsageError(f"--check excludes {', '.join(inert)}", why="it writes nothing, it only says whether")
 
 
-def _settled(prompt: str, values: dict, given: dict) -> GenerationRequest:
+def settled(prompt: str, values: dict, given: dict) -> GenerationRequest:
     """The request of merged settings: a file name decides the format, a model folder is stored absolute."""
     decided = output.format_of(values["output"], given=given.get("format") and values["format"])
     folder = None if values["model"].startswith("bundled/") else models.folder_of(values["model"])
@@ -81,7 +87,7 @@ def _replayed(picture: Path, stored: dict, given: dict, prompt: str | None) -> G
     values = {key: value for key, value in made.to_json().items() if key not in ("prompt", "output", "count")}
     if "preset" not in given:
         here = presets.read_config(folder) | presets.from_environment()
-        return _settled(text, presets.overlay(values | {"output": here.get("output")}, given), given)
+        return settled(text, presets.overlay(values | {"output": here.get("output")}, given), given)
     try:
         own = presets.merge({"preset": made.preset}, folder, {}).values
     except UsageError:  # the preset is gone: everything stored counts as said
@@ -89,7 +95,7 @@ def _replayed(picture: Path, stored: dict, given: dict, prompt: str | None) -> G
     ruled_out = ("preset", "aspect_ratio", "image_size") if made.width else ("preset",)
     changed = {key: value for key, value in values.items() if key not in ruled_out and value != own.get(key, ...)}
     base = presets.merge({"preset": given["preset"]}, folder).values
-    return _settled(text, presets.overlay(presets.overlay(base, changed), given), given)
+    return settled(text, presets.overlay(presets.overlay(base, changed), given), given)
 
 
 def _stored_request(picture: Path, stored: dict) -> GenerationRequest:
@@ -111,15 +117,15 @@ def _stored_request(picture: Path, stored: dict) -> GenerationRequest:
 
 
 def _check(picture: Path, request: GenerationRequest, metadata: dict, options: dict) -> int:
-    from fluxcli.engine import Engine
     from fluxcli.image import pixels_sha256
 
     expected = metadata.get("pixels_sha256")
     if not isinstance(expected, str):
         raise BadInputFile("damaged metadata", which=picture, why="it has no pixels_sha256")
-    checkpoint, plan = _prepare(request)
-    engine = Engine(checkpoint, plan)
-    with console.Reporter(quiet=options["quiet"], started=STARTED) as reporter:
+    with (
+        session(request, options) as engine,
+        console.Reporter(quiet=options["quiet"], started=STARTED) as reporter,
+    ):
         for difference in _differences(metadata, engine.metadata(request)):
             reporter.show(Notice(difference))
         run, pixels = engine.picture(request), None
@@ -155,37 +161,64 @@ def _run(
     request = request.with_seed()
     if not dry_run:
         output.check_writable(target, request)
-    checkpoint, plan = _prepare(request)
-    if dry_run:
-        return _show_plan(request, plan, as_json=options["json_output"] or options["events"])
-    if not options["quiet"]:
-        width, height = request.size
-        what = f"{request.model} on {plan.device} in {plan.precision}"
-        console.say(f"{width}x{height}, {request.steps} steps, seed {request.seed}, {what}")
-        if "quality" in given and request.format == "png":
-            console.say("--quality does nothing for png")
-        if options["force"] and not target.exact:
-            console.say("--force does nothing here: automatic names never replace a file")
+    with session(request, options, lock=not dry_run) as engine:
+        plan = engine.plan
+        if dry_run:
+            return _show_plan(request, plan, as_json=options["json_output"] or options["events"])
+        if not options["quiet"]:
+            width, height = request.size
+            what = f"{request.model} on {plan.device} in {plan.precision}"
+            console.say(f"{width}x{height}, {request.steps} steps, seed {request.seed}, {what}")
+            if "quality" in given and request.format == "png":
+                console.say("--quality does nothing for png")
+            if options["force"] and not target.exact:
+                console.say("--force does nothing here: automatic names never replace a file")
+        return draw(engine.run(request, target), request, target, engine=engine, options=options, made=made)
+
+
+@contextlib.contextmanager
+def session(request: GenerationRequest, options: dict, *, lock: bool = True) -> Iterator["Engine"]:
+    """An engine with its plan, under the device's lock unless that is off; what it measured is remembered."""
     from fluxcli.engine import Engine
 
-    return _draw(request, target, engine=Engine(checkpoint, plan), options=options, made=made)
-
-
-def _prepare(request: GenerationRequest) -> tuple[Checkpoint, MemoryPlan]:
-    """The best folder of the model that fits, and its plan; raises `DoesNotFit` of the best where none does."""
-    from fluxcli import hardware
-
-    failures: list[DoesNotFit] = []
-    for folder in models.rungs(request.model, request.precision):
-        checkpoint = inspect(folder)
-        check_guidance(request, checkpoint)
-        check_torch()
+    checkpoints = checkpoints_of(request)
+    check_torch()
+    say = console.say if not options["quiet"] else lambda _: None
+    with contextlib.ExitStack() as held:
+        largest = max((path for path in checkpoints[-1].components["transformer"].files), key=os.path.getsize)
+        machine = hardware.probe(request.device, sample=largest)
+        checkpoint, plan = make_plan(request, checkpoints, machine, state.read("peaks"))
+        large = machine.kind != "cpu" or max(plan.peak_bytes.values()) > machine.total_bytes * LOCKED_SHARE
+        if lock and large:
+            locked = state.device_lock(machine.identity, wait=not options["no_wait"], say=say)
+            if held.enter_context(locked):  # somebody was there: what is free is another now
+                machine = hardware.probe(request.device)
+                checkpoint, plan = make_plan(request, checkpoints, machine, state.read("peaks"))
+        engine = Engine(checkpoint, plan, machine)
         try:
-            plan = make_plan(request, checkpoint, hardware.probe(request.device))
-            return checkpoint, replace(plan, reasons=(*plan.reasons, *map(str, failures)))
+            yield engine
         except DoesNotFit as error:
-            failures.append(error)
-    raise failures[0]
+            error.hint = suggestion(replace(request, vram_limit=int(plan.budget_bytes * 0.8)), checkpoints, machine)
+            raise
+        finally:
+            if engine.measured:
+                key = learned_key(machine, plan.precision, request)
+                state.update("peaks", {key: state.read("peaks").get(key, {}) | engine.measured})
+
+
+def checkpoints_of(request: GenerationRequest) -> list[Checkpoint]:
+    """Every folder that can serve the request's model; a damaged one that was baked is left out and named."""
+    found, folders = [], models.folders(request.model)
+    for folder in folders:
+        try:
+            found.append(inspect(folder))
+        except CheckpointError as error:
+            if folder == folders[-1] and not found:
+                raise
+            console.say(f"left out: {error}")
+    for checkpoint in found:
+        check_guidance(request, checkpoint)
+    return found
 
 
 def check_torch() -> None:
@@ -214,10 +247,12 @@ def _show_plan(request: GenerationRequest, plan: MemoryPlan, *, as_json: bool) -
     return ExitCode.OK
 
 
-def _draw(
-    request: GenerationRequest, target: output.Target, *, engine: "Engine", options: dict, made: dict | None
-) -> int:
-    from fluxcli import hardware
+def draw(
+    events: Iterator[Event], request: GenerationRequest, target: output.Target, *, engine: "Engine", options: dict,
+    made: dict | None = None,
+) -> int:  # fmt: skip
+    """Show a run to its end; where memory runs out for good, what is left of the picture is kept."""
+    from fluxcli import latents
     from fluxcli.engine import versions
 
     images: list = []
@@ -226,10 +261,16 @@ def _draw(
         model = made.get("model") if made else None
         if made and not (isinstance(model, dict) and model.get("fingerprint") == engine.checkpoint.fingerprint):
             reporter.show(Notice("the model here is not the one that made the picture: expect another one"))
-        for event in engine.run(request, target):
-            reporter.show(event)
-            if isinstance(event, Saved):
-                images.append(event.image)
+        try:
+            for event in events:
+                reporter.show(event)
+                if isinstance(event, Saved):
+                    images.append(event.image)
+        except DoesNotFit:
+            if engine.latents and engine.latents.step:
+                place = latents.save(engine.latents, target)
+                reporter.show(Notice(f"the latents are kept: flux decode {place} finishes them"))
+            raise
     peaks = hardware.peak_memory(engine.plan.device)
     plan = engine.plan.to_json() | {"multiply": engine.multiply}
     done = Done(tuple(images), request.to_json(), plan, reporter.timings_s, peaks, versions())

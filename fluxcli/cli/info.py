@@ -17,7 +17,16 @@ def presets_command(
 ) -> None:
     """List the presets, or show what one comes to."""
     if name is None:
-        _list_presets(json_output=json_output)
+        found = []
+        for known in presets.available(config_folder()):
+            try:
+                found.append(presets.load(known, config_folder()))
+            except UsageError as error:
+                console.say(f"{known}: {error}")
+        if json_output:
+            console.data_json({each.name: {"description": each.description, **each.settings} for each in found})
+        for each in [] if json_output else found:
+            console.data(f"{each.name:<10} {each.description}")
         return
     merged = presets.merge({"preset": name}, config_folder())
     if json_output:
@@ -28,23 +37,8 @@ def presets_command(
             console.data(f"{key:<13} {'none' if value is None else value!s:<32} {merged.origins[key]}")
 
 
-def _list_presets(*, json_output: bool) -> None:
-    found = []
-    for name in presets.available(config_folder()):
-        try:
-            found.append(presets.load(name, config_folder()))
-        except UsageError as error:
-            console.say(f"{name}: {error}")
-    if json_output:
-        console.data_json({each.name: {"description": each.description, **each.settings} for each in found})
-    for each in [] if json_output else found:
-        console.data(f"{each.name:<10} {each.description}")
-
-
-@models_app.command("download")
-def download_command(
-    name: Annotated[str, typer.Argument(help="A preset's name or a hub id.", show_default=False)],
-) -> None:
+@models_app.command()
+def download(name: Annotated[str, typer.Argument(help="A preset's name or a hub id.", show_default=False)]) -> None:
     """Download a model's weights into the hub's cache: 34 GB for dev."""
     model = presets.model_of(name, config_folder())
     if model.startswith("bundled/"):

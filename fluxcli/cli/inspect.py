@@ -14,7 +14,6 @@ from quant.errors import CheckpointError
 from quant.header import read_header
 
 WEIGHTS = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".sft")
-WHOLE = (*COMPONENTS, *TOKENIZERS, "scheduler")
 
 
 def inspect_command(
@@ -33,22 +32,21 @@ def inspect_command(
 
 def _folder(path: Path) -> dict:
     """What each part of a model folder (or the folder of one part) is."""
-    if (path / "model_index.json").is_file():
-        kind, parts = "model folder", {name: path / name for name in COMPONENTS if (path / name).is_dir()}
-        needs = [name for name in WHOLE if not (path / name).is_dir()]
-    else:
-        kind, parts, needs = "part of a model", {_part_of(path): path}, ["the other parts of a model folder"]
-    components, problems = {}, [f"{name} is missing" for name in needs if kind == "model folder"]
+    whole = (path / "model_index.json").is_file()
+    parts = {name: path / name for name in COMPONENTS if (path / name).is_dir()} if whole else {_part_of(path): path}
+    missing = [name for name in (*COMPONENTS, *TOKENIZERS, "scheduler") if whole and not (path / name).is_dir()]
+    components, problems = {}, [f"{name} is missing" for name in missing]
     for name, folder in parts.items():
         try:
             components[name] = _component(inspect_component(name, folder), "diffusers", problems)
         except CheckpointError as error:
             problems.append(f"{name}: {error}")
-    if kind == "model folder" and not problems:
+    if whole and not problems:
         try:
             inspect(path)
         except CheckpointError as error:
             problems.append(str(error))
+    kind, needs = ("model folder", missing) if whole else ("part of a model", ["the other parts of a model folder"])
     return {"path": str(path), "kind": kind, "components": components, "needs": needs, "problems": problems}
 
 
@@ -63,17 +61,15 @@ def _part_of(folder: Path) -> str:
 
 def _file(path: Path) -> dict:
     """What a single file is; one that is no FLUX transformer is named and counted."""
-    infos = read_header(path)
+    infos, problems = read_header(path), []
     if is_bfl(infos):
-        part = _component(inspect_file(path), "bfl", problems := [])
+        kind, part = "transformer", _component(inspect_file(path), "bfl", problems)
         needs = ["text_encoder", "text_encoder_2", "vae", "tokenizers: a model folder has them"]
-        return {"path": str(path), "kind": "transformer", **part, "needs": needs, "problems": problems}
-    numel, largest = sum(info.numel for info in infos.values()), max(infos.values(), key=lambda info: info.numel)
-    return {
-        "path": str(path), "kind": kind_of(infos), "precision": largest.dtype, "tensors": len(infos),
-        "parameters": numel, "truncated": False, "needs": ["the folder that it belongs to, with its config.json"],
-        "problems": [],
-    }  # fmt: skip
+    else:
+        numel, largest = sum(info.numel for info in infos.values()), max(infos.values(), key=lambda info: info.numel)
+        part = {"precision": largest.dtype, "tensors": len(infos), "parameters": numel, "truncated": False}
+        kind, needs = kind_of(infos), ["the folder that it belongs to, with its config.json"]
+    return {"path": str(path), "kind": kind, **part, "needs": needs, "problems": problems}
 
 
 def _component(part: Component, dialect: str, problems: list[str]) -> dict:

@@ -39,6 +39,9 @@ REQUEST_OPTIONS: dict[str, object] = {
     "no_metadata": _option(bool, "--no-metadata", text="Write the bare picture."),
     "force": _option(bool, "--force", text="Replace an existing -o file."),
     "precision": _option(str, "--precision", text="auto, bf16, fp16, fp32, fp8, int8 or nf4."),
+    "vram_limit": _option(str, "--vram-limit", text="Plan as if the device had only so much, e.g. 8GiB."),
+    "offload": _option(str, "--offload", text="auto, none, stream (blocks pass through) or sequential (least memory)."),
+    "no_wait": _option(bool, "--no-wait", text="Fail (exit 5) where another flux has the device, instead of waiting."),
     "device": _option(str, "--device", text="auto, cpu, cuda[:n], mps or xpu[:n]."),
     "json_output": _option(bool, "--json", text="One JSON object on stdout instead of paths."),
     "events": _option(bool, "--events", text="One JSON object a line while it goes on."),
@@ -60,7 +63,7 @@ def with_request_options(command: Callable) -> Callable:
     return command
 
 
-RUN_OPTIONS = ("force", "json_output", "events", "quiet", "debug", "no_metadata")
+RUN_OPTIONS = ("force", "json_output", "events", "quiet", "debug", "no_metadata", "no_wait")
 
 
 def given_settings(options: dict) -> dict:

@@ -54,8 +54,7 @@ def quantize(  # noqa: PLR0917 - typer's options
     model, parts, folder = _find(source, whole=whole)
     make = partial(make_recipe, parts) if whole else partial(make_file_recipe, parts, kind=kind)
     recipe = make(spec)
-    path = _target(target, model, spec, kind)
-    _check_target(path, folder, whole=whole, force=force)
+    path = _target(target, model, spec, kind=kind, source=folder, force=force)
     if not quiet:
         _say_choices(recipe, parts.components["transformer"] if whole else parts, make)
     if dry_run:
@@ -63,13 +62,12 @@ def quantize(  # noqa: PLR0917 - typer's options
         return _show(recipe, path, {}, json_output=json_output)
     check_torch()
     device = hardware.probe(coerce("device", device, where="--device")).device  # raises for one that is not there
-    started, origin = time.perf_counter(), {"model": model, "flux": fluxcli.__version__}
-    with console.Meter("quantize", quiet=quiet) as meter:
+    origin = {"model": model, "flux": fluxcli.__version__}
+    with console.Reporter(quiet=quiet, started=time.perf_counter()) as reporter:
         for progress in bake(recipe, path, origin=origin, device=device, verify=not no_verify):
-            meter.show(progress.done, progress.total, progress.tensor)
-    seconds = time.perf_counter() - started
+            reporter.show_bytes(progress.done, progress.total, f"quantize {progress.tensor}")
+    seconds, size = reporter.timings_s["total"], progress.total / GB
     if not quiet:
-        size = progress.total / GB
         console.say(f"{size:.2f} GB in {seconds:.0f} s, {size / seconds:.2f} GB/s")
     return _show(recipe, path, {"seconds": round(seconds, 2), "verified": not no_verify}, json_output=json_output)
 
@@ -81,8 +79,7 @@ def _find(source: str, *, whole: bool) -> tuple[str, Checkpoint | Component, Pat
         transformer, path = inspect_file(Path(model)), Path(model).resolve()
         return str(path), _with_parts_of_preset(transformer) if whole else transformer, path
     folder = models.locate(model)
-    checkpoint = inspect(folder)
-    name = str(folder) if models.folder_of(model) else model
+    checkpoint, name = inspect(folder), str(folder) if models.folder_of(model) else model
     return name, checkpoint if whole else checkpoint.components["transformer"], folder
 
 
@@ -99,31 +96,28 @@ def _with_parts_of_preset(transformer: Component) -> Checkpoint:
     return Checkpoint(base.folder, base.components | {"transformer": transformer}, base.scheduler)
 
 
-def _target(given: str | None, model: str, spec: QuantSpec, kind: str) -> Path:
-    """Where the result goes; by default the user's model folder, by the model's name and the scheme."""
-    if given is not None:
-        path = Path(given).expanduser().absolute()
-        if kind != "diffusers" and path.suffix != ".safetensors":
-            why = f"--layout {kind} writes one .safetensors file"
-            raise UsageError("not a file name", which=given, why=why, hint=f"{path.name or 'x'}.safetensors")
-        return path
+def _target(given: str | None, model: str, spec: QuantSpec, *, kind: str, source: Path, force: bool) -> Path:
+    """Where the result goes, by default the user's model folder; raises for what is there and must not be replaced."""
+    whole = kind == "diffusers"
     name = f"{Path(model).name.removesuffix('.safetensors')}-{spec.to}" + "-small" * (spec.modulation != "keep")
-    return models.baked_folder() / (name if kind == "diffusers" else f"{name}-{kind}.safetensors")
-
-
-def _check_target(path: Path, source: Path, *, whole: bool, force: bool) -> None:
+    automatic = models.baked_folder() / (name if whole else f"{name}-{kind}.safetensors")
+    path = automatic if given is None else Path(given).expanduser().absolute()
+    if not whole and path.suffix != ".safetensors":
+        why = f"--layout {kind} writes one .safetensors file"
+        raise UsageError("not a file name", which=given, why=why, hint=f"{path.name or 'x'}.safetensors")
     real, origin, cache = path.resolve(), source.resolve(), models.hub_cache().resolve()
     for other, what in ((origin, "the source"), (cache, "the hub's cache")):
         if real == other or other in real.parents or real in origin.parents:
             why = f"it is, or lies inside, or holds {what}"
             raise UsageError("DST cannot be there", which=path, why=why, hint="another DST, or none")
     if not os.path.lexists(path):
-        return
+        return path
     made = (path / MANIFEST if whole else Path(f"{path}.json")).is_file()
     if not made and not (whole and path.is_dir() and not any(path.iterdir())):
         raise WriteError("not replaced", which=path, why="flux quantize did not make it", hint="another DST, or none")
     if not force:
         raise WriteError("the destination exists", which=path, hint="--force replaces it")
+    return path
 
 
 def _say_choices(recipe: Recipe, transformer: Component, make: Callable[[QuantSpec], Recipe]) -> None:
@@ -152,11 +146,8 @@ def _show(recipe: Recipe, path: Path, more: dict, *, json_output: bool) -> int:
     if json_output:
         kept = [job.name for job in recipe.jobs if not job.scheme and len(job.info.shape) == 2]
         packed = {job.name: job.scheme for job in recipe.jobs if job.scheme}
-        result = {
-            "path": str(path), "bytes": sizes, "total_bytes": sum(sizes.values()), "recipe": recipe.spec.to_json(),
-            "layout": recipe.layout, "packed": packed, "kept": kept,
-        }  # fmt: skip
-        console.data_json(result | more)
+        made = {"recipe": recipe.spec.to_json(), "layout": recipe.layout, "packed": packed, "kept": kept}
+        console.data_json({"path": str(path), "bytes": sizes, "total_bytes": sum(sizes.values())} | made | more)
     elif more:
         console.data(str(path))
     else:

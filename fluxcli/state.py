@@ -1,0 +1,72 @@
+"""What is remembered between runs in the user's cache folder: speeds, memory peaks; and a lock for each device.
+
+Everything here may be lost or unwritable: then it is measured again, or not remembered. Knows no torch.
+"""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from fluxcli.errors import DoesNotFit
+
+
+def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
+    """The user's cache folder for flux, by the rules of the platform."""
+    if os.name == "nt":
+        base = environment.get("LOCALAPPDATA") or "~/AppData/Local"
+    else:
+        base = environment.get("XDG_CACHE_HOME") or ("~/Library/Caches" if sys.platform == "darwin" else "~/.cache")
+    return Path(os.path.expanduser(base)) / "flux"
+
+
+def read(name: str) -> dict:
+    """The JSON object of that name, {} where there is none that can be read."""
+    try:
+        value = json.loads((cache_folder() / f"{name}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def update(name: str, entries: Mapping[str, object]) -> None:
+    """Add entries to the object of that name; a reader sees it before or after. Nothing happens where that fails."""
+    path = cache_folder() / f"{name}.json"
+    temporary = path.with_name(f".{name}-{secrets.token_hex(4)}.tmp")
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(json.dumps(read(name) | entries, indent=1), encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def device_lock(identity: str, *, wait: bool, say: Callable[[str], None]) -> Iterator[bool]:
+    """Hold the advisory lock of a device; yields whether it had to wait. Raises `DoesNotFit` instead unless `wait`."""
+    from filelock import FileLock, Timeout
+
+    folder, waited = cache_folder() / "locks", False
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', identity)}.lock")
+        lock.acquire(timeout=0)
+    except OSError as error:
+        if not isinstance(error, Timeout):  # nowhere to put it: advisory means that the run goes on
+            yield False
+            return
+        if not wait:
+            why, hint = "another flux computes on it", "leave --no-wait out to wait for it"
+            raise DoesNotFit("the device is busy", which=identity, why=why, hint=hint) from error
+        say(f"{identity} is busy with another flux: waiting for it (--no-wait gives up instead)")
+        lock.acquire()
+        waited = True
+    try:
+        yield waited
+    finally:
+        lock.release()

@@ -1,0 +1,95 @@
+"""Runs of the real engine on a simulated card: with the bundled model, or with the full-size one on FakeTensors."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from fluxcli import encoders, loader, models, modulation, sampling
+from fluxcli.engine import Engine
+from fluxcli.hardware import Hardware
+from fluxcli.latents import Latents
+from fluxcli.request import GenerationRequest
+from fluxcli.residency import MemoryPlan
+from quant import codecs, linear
+from quant.checkpoint import Checkpoint, Component
+from quant.spec import SCHEMES, QuantSpec, layout
+from quant.tensors import Reader
+from quant.weights import Piece, Weight
+from tests.counter import CARD, Counter
+
+DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "U8": torch.uint8, "I8": torch.int8}
+DTYPES["F8_E4M3"] = torch.float8_e4m3fn
+
+
+def on_card(checkpoint: Checkpoint, plan: MemoryPlan, machine: Hardware) -> Engine:
+    """An engine that runs on the simulated card whatever the plan's device is."""
+    return Engine(checkpoint, replace(plan, device=CARD), machine)
+
+
+def follow(engine: Engine, request: GenerationRequest, counter: Counter, resume: Latents | None = None) -> tuple:
+    """Run one picture under the counter, which learns the phases: (events, pixels)."""
+    events, run = [], engine.picture(request, resume=resume)
+    with torch.no_grad(), counter:
+        while True:
+            try:
+                event = next(run)
+            except StopIteration as finished:
+                return events, finished.value
+            events.append(event)
+            if getattr(event, "name", "") in ("encode", "condition", "denoise", "decode"):
+                counter.phase = event.name
+            elif getattr(event, "detail", "") in ("transformer", "vae"):  # loading is part of the phase that it is for
+                counter.phase = {"transformer": "denoise", "vae": "decode"}[event.detail]
+
+
+def packed(checkpoint: Checkpoint, spec: QuantSpec) -> Checkpoint:
+    """The same model as if it had been baked."""
+    parts = {}
+    for name, part in checkpoint.components.items():
+        weights = {}
+        for key, weight in part.weights.items():
+            scheme = spec.scheme(name, key, weight.shape)
+            stored = layout(scheme, weight.info)
+            pieces = {info.name.removeprefix(key): Piece(weight.pieces[""].file, info) for info in stored}
+            weights[key] = Weight(key, weight.shape, scheme, pieces)
+        parts[name] = Component(name, part.folder, part.config, weights)
+    return replace(checkpoint, components=parts)
+
+
+@contextlib.contextmanager
+def full_size(monkeypatch: pytest.MonkeyPatch, *, arithmetic: bool = True) -> Iterator[Checkpoint]:
+    """The full-size model by its shapes, and engines that compute nothing: only what needs numbers is left out."""
+    monkeypatch.setattr(Reader, "weight", lambda _, weight: {
+        suffix: torch.empty(piece.shape, dtype=DTYPES[piece.info.dtype]) for suffix, piece in weight.pieces.items()
+    })  # fmt: skip
+    for module in (codecs, loader.codecs):
+        monkeypatch.setattr(module, "check", lambda *_: None)
+    monkeypatch.setattr(linear, "offset_of", lambda _: 0.0)
+    monkeypatch.setattr(sampling, "is_finite", lambda _: True)
+    monkeypatch.setattr(sampling, "to_pixels", lambda decoded: SimpleNamespace(numpy=lambda: decoded.shape))
+    monkeypatch.setattr(Checkpoint, "fingerprint", "full size")
+    monkeypatch.setattr(modulation, "digest_of", lambda _: "")
+    monkeypatch.setattr(encoders, "tokenize", _tokens)
+    real = Engine._scheduler
+
+    def scheduler(self, request):
+        with _disable_current_modes():
+            return real(self, request)
+
+    monkeypatch.setattr(Engine, "_scheduler", scheduler)
+    for scheme in SCHEMES:  # as on a card that computes it
+        monkeypatch.setitem(linear.PROBED, (scheme, CARD), arithmetic)
+        monkeypatch.setitem(linear.PROBED, (scheme, "cpu"), arithmetic)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield models.known_shapes("black-forest-labs/FLUX.1-dev")
+
+
+def _tokens(folder: object, prompt: str, text_tokens: int) -> encoders.Tokens:
+    ids = torch.zeros(1, text_tokens, dtype=torch.long)
+    return encoders.Tokens(torch.zeros(1, 77, dtype=torch.long), ids, "")
