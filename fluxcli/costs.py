@@ -184,13 +184,14 @@ def work_of(
     image_tokens, text_tokens = width * height // 256, request.text_tokens
     lines = ((a * (image_tokens + text_tokens) + b * inner) * inner * wide for a, b in ACTIVATIONS[scheme])
     pixel = PIXEL_ACTIVATIONS * parts["vae"].config["block_out_channels"][0] * DTYPE_BYTES[dtypes["vae"]]
+    pixel_bytes = 2 * 3 * DTYPE_BYTES[dtypes["vae"]]  # of the tiles that are done, and of the joined picture
     tile = min(width, TILE_PX) * min(height, TILE_PX)
     t5 = {"num_heads": 64, "d_ff": 10240, "d_model": 4096} | parts["text_encoder_2"].config
     scores = ENCODER_SCORES * t5["num_heads"] * text_tokens**2 + ENCODER_WIDE * t5["d_ff"] * text_tokens
     return Work(
         int((scores + t5["d_ff"] * t5["d_model"] * packed_t5) * DTYPE_BYTES[dtypes["text_encoder_2"]]),
         request.steps * modulation_outputs(parts["transformer"]) * wide, int(max(lines)),
-        pixel * width * height + DECODE_BYTES, pixel * tile + width * height * 3 * 4 * 3 + DECODE_BYTES,
+        pixel * width * height + DECODE_BYTES, pixel * tile + pixel_bytes * width * height + DECODE_BYTES,
         image_tokens, text_tokens, inner, width * height, request.steps,
     )  # fmt: skip
 

@@ -112,7 +112,7 @@ class Engine:
         yield Phase("denoise")
         scheduler, latents = self._scheduler(request), self.latents
         scheduler.set_begin_index(latents.step)
-        latents.tokens = latents.tokens.to(self.plan.device)
+        latents.tokens = latents.tokens.to(self.plan.device, self._dtype("transformer"))
         for index in range(latents.step, request.steps):
             self._row.select(table, index)
             latents.tokens = sampling.step(model, scheduler, latents.tokens, scheduler.timesteps[index], inputs)

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 from fluxcli import classes
-from quant.lazy import nn, torch
+from quant.lazy import nn
 
 QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
 FUSED: dict[str, dict[str, tuple[str, ...]]] = {  # of each block of a kind: new layers, and the old ones in each
@@ -40,6 +40,7 @@ def fuse(transformer: "nn.Module", together: Callable[[Sequence[str]], bool]) ->
 @functools.cache
 def _single_block() -> type:
     """diffusers' single block with one layer for q, k, v and the MLP's input."""
+    import torch  # itself: torch.compile does not look through a lazy one
 
     class FusedSingleBlock(classes.single_block()):
         """`proj_in` gives (B, S, 3 D + M); the attention gets q, k and v ready."""

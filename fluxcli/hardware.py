@@ -3,6 +3,7 @@
 Imports torch inside functions only. Sizes are in bytes. `card` describes a machine that is not here, without torch.
 """
 
+import contextlib
 import os
 import platform
 import re
@@ -22,16 +23,16 @@ from quant.lazy import psutil, torch
 
 FP8_SINCE, INT8_SINCE, BF16_SINCE = (8, 9), (7, 5), (8, 0)
 OUT_OF_MEMORY = re.compile(
-    r"out of memory|not enough memory|can't allocate memory|alloc(ation)? failed|ALLOC_FAILED"
+    r"out of memory|not enough memory|(can't|cannot) allocate memory|alloc(ation)? failed|ALLOC_FAILED"
     r"|insufficient (memory|resources)|Invalid buffer size|hipErrorMemoryAllocation|OUT_OF_(DEVICE|HOST|RESOURCES)",
     re.IGNORECASE,
 )
 
 
-def probe(device: str = "auto", *, measure: bool = False, sample: Path | None = None) -> Hardware:
+def probe(device: str = "auto", *, measure: bool | None = None, sample: Path | None = None) -> Hardware:
     """Return the device that `device` (auto, cpu, cuda[:n], mps, xpu[:n]) names; raises `DeviceUnusable`.
 
-    The speeds of an accelerator are measured for two seconds when it is first seen, or again with `measure`;
+    The speeds of an accelerator are measured for two seconds when it is first seen, or whenever `measure` says;
     `sample` is a large file on the disk of the weights.
     """
     ram = psutil.virtual_memory()
@@ -54,8 +55,10 @@ def probe(device: str = "auto", *, measure: bool = False, sample: Path | None = 
             raise DeviceUnusable("no such device", which=device, why=why, hint="--device auto takes what is here")
         found = _accelerator(kind, number, ram, reason)
     key = f"{found.identity} {found.name} torch {torch.__version__}"
-    if measure or (found.kind != "cpu" and key not in state.read("speeds")):
-        state.update("speeds", {key: _measured(found, sample)})
+    first = found.kind != "cpu" and key not in state.read("speeds")
+    if measure or (measure is None and first):
+        with contextlib.suppress(RuntimeError, MemoryError):  # on a card that is full
+            state.update("speeds", {key: _measured(found, sample)})
     try:
         stored = state.read("speeds")[key]
         return replace(found, speeds=Speeds(**stored))
@@ -85,10 +88,10 @@ def _hardware(device: str, name: str, total: int, free: int, ram: object, **more
 
 def _table(device: str, name: str, capability: tuple[int, int]) -> Speeds:
     """The speeds of a card by its name, or by its capability."""
-    with (BUNDLED / "cards.toml").open("rb") as file:
+    with (BUNDLED / "shapes" / "cards.toml").open("rb") as file:
         table = tomllib.load(file)
     cards, fallback = table["cards"], "cpu" if device == "cpu" else "gpu"
-    by_name = next((key for key in cards if re.search(rf"\b{key}\b", name)), "")
+    by_name = next((key for key in cards if not key.startswith("sm") and re.search(rf"\b{key}\b", name)), "")
     known = [key for key in cards if key.startswith("sm") and capability >= (int(key[2:-1]), int(key[-1]))]
     found = cards[by_name or (known[0] if known else fallback)]
     capable = {"fp8": capability >= FP8_SINCE, "int8": capability >= INT8_SINCE}

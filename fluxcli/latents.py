@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fluxcli import output
 from fluxcli.errors import BadInputFile, UsageError
-from fluxcli.request import GenerationRequest, from_settings
+from fluxcli.request import OPTIONAL, GenerationRequest, coerce, from_settings
 from quant.errors import CheckpointError
 from quant.header import read_header
 from quant.lazy import torch
@@ -40,6 +40,7 @@ def save(latents: Latents, target: output.Target) -> Path:
         place = path.with_name(path.stem + SUFFIX)
         with suppress(FileExistsError):
             if not os.path.lexists(place):
+                place.parent.mkdir(parents=True, exist_ok=True)
                 output.write_atomically(place, data, place=output.move_if_free)
                 return place
     raise AssertionError("names never end")
@@ -47,17 +48,22 @@ def save(latents: Latents, target: output.Target) -> Path:
 
 def load(path: Path) -> Latents:
     """Read what `save` wrote; raises `CheckpointError` or `BadInputFile` for anything else."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    infos = read_header(path)
+    info = read_header(path).get("latents")
     try:
         with safe_open(path, framework="pt") as file:
             described = json.loads((file.metadata() or {})["flux_latents"])
-            request = from_settings(described["request"].pop("prompt"), described["request"])
+            prompt, step, model = described["request"].pop("prompt"), described["step"], described["model"]
+            request = from_settings(prompt, {
+                key: value if value is None and key in OPTIONAL else coerce(key, value, where="metadata")
+                for key, value in described["request"].items()
+            })  # fmt: skip
             width, height = request.size
-            if infos["latents"].shape != (1, width * height // 256, 64) or not 0 <= described["step"] <= request.steps:
+            fits = info.shape == (1, width * height // 256, 64) and info.dtype in ("F32", "F16", "BF16")
+            if not fits or step not in range(request.steps + 1):
                 raise CheckpointError("damaged latents", which=path, why="they are not of the request's size or steps")
-            return Latents(request, file.get_tensor("latents"), described["step"], described["model"])
-    except (KeyError, ValueError, TypeError, AttributeError, UsageError) as error:
+            return Latents(request, file.get_tensor("latents"), int(step), model)
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError, SafetensorError, UsageError) as error:
         why = f"it holds no picture of flux: {str(error)[:80]}"
         raise BadInputFile("no latents to finish", which=path, why=why) from error

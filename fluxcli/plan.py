@@ -68,6 +68,8 @@ def survey(
         if whole:
             tiled = whole.residency.decode == "tiled" or known.get("decode alone", 0) > total
             plan, short = fit(request, offer, hardware, **now, learned=known, tiled=tiled)
+            if plan is None and known:  # what was measured in another moment orders the placements, and forbids none
+                plan, short = fit(request, offer, hardware, **now, tiled=tiled)
         slow = sum(whole.seconds.values()) / limit * SLOWER if whole else 0.0
         verdict, why = (
             ("does not fit", over) if not whole

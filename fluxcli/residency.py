@@ -153,6 +153,7 @@ def _peaks(offer: Offer, residency: Residency, *, cpu: bool) -> dict[str, int]:
     transformer = sizes.transformer - sum(passing) + 2 * max(passing, default=0)
     if residency.denoise == "sequential":
         transformer = sizes.rest + max(block.nbytes for block in sizes.blocks)
+    left = sizes.rest if residency.denoise == "sequential" else transformer
     beside = sizes.vae if "transformer" in keep else 0
     t5 = sizes.t5 if residency.encode == "resident" else sizes.t5_rest + sizes.t5_block * (2 if offer.spec else 1)
     alone = max(t5 + work.encode, sizes.clip)
@@ -163,7 +164,7 @@ def _peaks(offer: Offer, residency: Residency, *, cpu: bool) -> dict[str, int]:
         "encode": stay + together,
         "condition": stay + encoders + 2 * work.tables + copies * sizes.largest_modulation,
         "denoise": stay + encoders + transformer + beside + work.tables + work.denoise,
-        "decode": stay + encoders + sizes.vae + decode + transformer * (residency.decode == "together"),
+        "decode": stay + encoders + sizes.vae + decode + left * (residency.decode == "together"),
     }
 
 
@@ -234,7 +235,7 @@ def relaxed(plan: MemoryPlan, phase: str, offer: Offer, hardware: Hardware) -> t
         following, words = replace(now, decode="tiled"), "the VAE decodes in tiles (the pixels differ a little)"
     elif phase in ("condition", "denoise") and now.denoise != "sequential":
         count = len(offer.sizes.blocks)
-        more = [n for n in _counts(count) if n >= len(now.streamed) + count // 8]
+        more = [n for n in _counts(count) if n >= len(now.streamed) + max(1, count // 8) and hardware.kind != "cpu"]
         if more:
             compute = costs.block_seconds(offer.sizes, offer.work, hardware.speeds, offer.scheme)
             chosen = costs.spread(offer.sizes, compute, more[0], hardware.speeds.bus_bytes)
@@ -246,4 +247,4 @@ def relaxed(plan: MemoryPlan, phase: str, offer: Offer, hardware: Hardware) -> t
             following, words = replace(now, denoise="sequential", streamed=()), "every block from its file"
     if following is None:
         return None
-    return _planned(offer, following, hardware, plan.budget_bytes, hardware.speeds), words
+    return replace(_planned(offer, following, hardware, plan.budget_bytes, hardware.speeds), device=plan.device), words

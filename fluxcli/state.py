@@ -21,7 +21,8 @@ def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
         base = environment.get("LOCALAPPDATA") or "~/AppData/Local"
     else:
         base = environment.get("XDG_CACHE_HOME") or ("~/Library/Caches" if sys.platform == "darwin" else "~/.cache")
-    return Path(os.path.expanduser(base)) / "flux"
+    folder = Path(os.path.expanduser(base))
+    return (folder if folder.is_absolute() else Path(os.devnull)) / "flux"  # without a home: nowhere
 
 
 def read(name: str) -> dict:
@@ -44,6 +45,12 @@ def update(name: str, entries: Mapping[str, object]) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def peaks() -> dict[str, dict[str, int]]:
+    """Memory peaks that runs have measured, by `plan.learned_key`, then by phase and level."""
+    found = {key: value for key, value in read("peaks").items() if isinstance(value, dict)}
+    return {key: {k: v for k, v in value.items() if isinstance(v, int)} for key, value in found.items()}
 
 
 @contextlib.contextmanager

@@ -82,6 +82,7 @@ def absmax_of(
 ) -> "torch.Tensor":
     """Return the scales (blocks,) float32 that every reader sees; `offset` is () float32."""
     import bitsandbytes  # noqa: F401, for its operators
+    import torch  # itself: torch.compile does not look through a lazy one
 
     read = torch.ops.bitsandbytes.dequantize_blockwise.default
     return read(absmax_u8, nested_absmax, nested_quant_map, NESTED_BLOCK, torch.float32) + offset
@@ -91,6 +92,8 @@ def dequantize(
     packed: "torch.Tensor", absmax: "torch.Tensor", shape: Sequence[int], dtype: "torch.dtype"
 ) -> "torch.Tensor":
     """Return the weight (N, K) in one of the READABLE dtypes, from (N * K / 2,) uint8 and scales (blocks,) float32."""
+    import torch
+
     # Blocks that cross rows: bitsandbytes' AVX-512 kernel takes wrong scales, and for odd rows it compiles C++.
     rows = list(shape) if shape[-1] % BLOCK == 0 else [1, 2 * packed.numel()]
     flat = torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, BLOCK, "nf4", rows, dtype).view(-1)

@@ -26,4 +26,6 @@ def rows_of(tensor: "torch.Tensor", piece: Piece) -> "torch.Tensor":
 
 def stacked(tensors: "Sequence[torch.Tensor]") -> "torch.Tensor":
     """One below the other; a single tensor stays where it is (mapped, perhaps)."""
+    import torch  # itself: torch.compile does not look through a lazy one
+
     return torch.cat(tuple(tensors)) if len(tensors) > 1 else tensors[0]

@@ -21,7 +21,7 @@ class Counter(TorchDispatchMode):
     def __init__(self, budget: int | None = None) -> None:
         super().__init__()
         self.budget, self.phase, self.allocations = budget, "", 0
-        self.live, self.peaks = {True: 0, False: 0}, {}
+        self.live, self.peaks, self.starts = {True: 0, False: 0}, {}, {}
         self.host = 0
         self.fail_at: int | None = None  # the allocation on the card that fails
         self._on_card = weakref.WeakKeyDictionary()
@@ -49,6 +49,7 @@ class Counter(TorchDispatchMode):
         size = storage.nbytes()
         if on_card:
             self.allocations += 1
+            self.starts.setdefault(self.phase, self.allocations)  # the first of each phase
             over = self.budget is not None and self.live[True] + size > self.budget
             if over or self.allocations == self.fail_at:
                 raise torch.OutOfMemoryError(f"{self.live[True]} bytes live, {size} more, {self.budget} allowed")

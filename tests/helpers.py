@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from fluxcli import hardware, plan
+from fluxcli import hardware, loader, plan
+from fluxcli.costs import Hardware, Speeds
 from fluxcli.engine import Engine
 from fluxcli.image import open_picture
 from fluxcli.request import GenerationRequest
-from quant.checkpoint import Checkpoint
+from fluxcli.residency import GIB
+from quant.checkpoint import Checkpoint, Component
 
 TINY = GenerationRequest(
     "a red circle on a blue background", preset="tiny", model="bundled/tiny", steps=3, seed=7, image_size=64,
@@ -23,6 +25,16 @@ BAKED: dict[str, dict] = {  # specs of the packed bundled model that most tests 
 }
 
 
+def machine(
+    gib: float, device: str = "cuda:0", *, bf16: bool = True, sm: tuple[int, int] = (8, 9), **more: object
+) -> Hardware:
+    """A machine of that much memory on the device, all of it free, and 64 GiB of RAM; speeds as a table has them."""
+    size = int(gib * GIB)
+    table = Speeds(50e12, {"fp8": 80e12} if sm >= (8, 9) else {}, 24e9, 2e9, "a test's")
+    made = Hardware(device, "a test", size, size, 64 * GIB, 64 * GIB, bf16, "a test", table, table, "test", sm)
+    return replace(made, **more)
+
+
 def tiny(**changes: object) -> GenerationRequest:
     """A small, quick request of the bundled model."""
     return replace(TINY, **changes)
@@ -33,9 +45,9 @@ def engine_of(checkpoint: Checkpoint, request: GenerationRequest = TINY) -> Engi
     return Engine(*plan.make_plan(request, [checkpoint], machine), machine)
 
 
-def draw(engine: Engine, request: GenerationRequest) -> tuple[list, np.ndarray]:
+def draw(engine: Engine, request: GenerationRequest, **options: object) -> tuple[list, np.ndarray]:
     """Run one picture to its end: (events, pixels)."""
-    events, run = [], engine.picture(request)
+    events, run = [], engine.picture(request, **options)
     while True:
         try:
             events.append(next(run))
@@ -47,3 +59,10 @@ def read_pixels(path: Path) -> np.ndarray:
     """A picture as (H, W, 3) uint8."""
     with open_picture(path) as image:
         return np.asarray(image.convert("RGB"))
+
+
+def expected_shapes(part: Component) -> tuple[dict, dict]:
+    """(shapes that the component's class wants, shapes that the component has), by the module's keys."""
+    expected = {name: tuple(tensor.shape) for name, tensor in loader.build(part).state_dict().items()}
+    names = loader._names_in_file(part)
+    return expected, {name: part.weights[stored].shape for name, stored in names.items()}

@@ -12,11 +12,11 @@ from fluxcli import hardware
 from fluxcli.cli import app, generate
 from fluxcli.engine import Engine
 from fluxcli.events import Phase, Step
+from tests.helpers import machine
 
 settings.register_profile("patient", deadline=None, derandomize="CI" in os.environ)  # other work shares the CPU
 settings.load_profile("patient")
 
-GIB = 2**30
 WRITE_CALLS = ("open", "fdopen", "fsync", "link", "replace", "unlink", "mkdir", "close")
 FILE_CALLS = ("write", "flush", "close")
 
@@ -49,7 +49,7 @@ def paint_instead(monkeypatch: pytest.MonkeyPatch, drawn: list | None = None) ->
     """Pictures come from their seed alone, without weights or torch; `drawn` collects the requests."""
     import numpy as np
 
-    def picture(self: Engine, request, *, image: int = 1, images: int = 1):
+    def picture(self: Engine, request, *, image: int = 1, images: int = 1, resume: object = None):
         if drawn is not None:
             drawn.append(request)
         yield Phase("denoise")
@@ -57,9 +57,9 @@ def paint_instead(monkeypatch: pytest.MonkeyPatch, drawn: list | None = None) ->
         width, height = request.size
         return np.random.default_rng(request.seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
-    machine = hardware.Hardware("cpu", "a test", 64 * GIB, 64 * GIB, 64 * GIB, False, "a test")
+    here = machine(64, "cpu", bf16=False)
     monkeypatch.setattr(Engine, "picture", picture)
-    monkeypatch.setattr(hardware, "probe", lambda device="auto": machine)
+    monkeypatch.setattr(hardware, "probe", lambda device="auto", **_: here)
     monkeypatch.setattr(generate, "check_torch", lambda: None)
 
 

@@ -11,6 +11,7 @@ from fluxcli import output
 from fluxcli.errors import NotFinite
 from fluxcli.events import Notice, Phase, Saved, Step
 from fluxcli.image import pixels_sha256, read_metadata
+from fluxcli.residency import Residency
 from quant.checkpoint import Checkpoint, inspect
 from tests.helpers import draw, engine_of, read_pixels, tiny
 
@@ -53,7 +54,7 @@ def test_a_new_guidance_makes_new_tables_but_no_new_embeddings(engine):
 
 def test_encoders_leave_when_the_plan_does_not_keep_them(checkpoint):
     engine = engine_of(checkpoint)
-    engine.plan = replace(engine.plan, keep=("transformer", "vae"))
+    engine.plan = replace(engine.plan, residency=Residency(keep=("transformer", "vae")))
     draw(engine, tiny())
     assert set(engine._models) == {"transformer", "vae"}
 

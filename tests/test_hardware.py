@@ -1,14 +1,37 @@
-"""The probe: what exists is used, what does not is named, and why."""
+"""The probe: what exists is used, what does not is named, and why; cards by name; what counts as out of memory."""
+
+import tomllib
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fluxcli import hardware
-from fluxcli.errors import DeviceUnusable
+from fluxcli import hardware, state
+from fluxcli.costs import CONTEXT_BYTES
+from fluxcli.errors import DeviceUnusable, ExitCode, UsageError
+from fluxcli.presets import BUNDLED
+from fluxcli.residency import GIB
+from tests.invariant import assert_failed, call
+
+NONE = {"cuda": 0, "xpu": 0, "mps": 0}
+
+
+@pytest.fixture
+def two_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cards of 8 GiB, sm86, that are not here; both have been measured before."""
+    monkeypatch.setattr(hardware, "_accelerators", lambda: NONE | {"cuda": 2})
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (7 * GIB, 8 * GIB))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (8, 6))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda number: SimpleNamespace(name=f"card {number}", uuid=f"id{number}")
+    )
+    monkeypatch.setattr(hardware, "_measured", lambda *_: {})
 
 
 def test_auto_takes_the_cpu_where_nothing_else_is(monkeypatch):
-    monkeypatch.setattr(hardware, "_accelerators", lambda: {"cuda": 0, "xpu": 0, "mps": 0})
+    monkeypatch.setattr(hardware, "_accelerators", lambda: NONE)
     found = hardware.probe()
     assert found.device == found.kind == "cpu"
     assert found.total_bytes >= found.free_bytes > 0
@@ -17,7 +40,7 @@ def test_auto_takes_the_cpu_where_nothing_else_is(monkeypatch):
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:3", "mps", "xpu:1"])
 def test_a_device_that_is_not_there_names_what_is(monkeypatch, device):
-    monkeypatch.setattr(hardware, "_accelerators", lambda: {"cuda": 0, "xpu": 0, "mps": 0})
+    monkeypatch.setattr(hardware, "_accelerators", lambda: NONE)
     with pytest.raises(DeviceUnusable, match="usable are cpu") as caught:
         hardware.probe(device)
     assert caught.value.exit_code == 8
@@ -25,7 +48,7 @@ def test_a_device_that_is_not_there_names_what_is(monkeypatch, device):
 
 
 def test_a_cpu_only_torch_beside_an_nvidia_driver_is_said(monkeypatch):
-    monkeypatch.setattr(hardware, "_accelerators", lambda: {"cuda": 0, "xpu": 0, "mps": 0})
+    monkeypatch.setattr(hardware, "_accelerators", lambda: NONE)
     monkeypatch.setattr(hardware.shutil, "which", lambda name: "/bin/nvidia-smi")
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "CPU-only beside an NVIDIA driver" in hardware.probe().reason
@@ -34,7 +57,7 @@ def test_a_cpu_only_torch_beside_an_nvidia_driver_is_said(monkeypatch):
 
 
 def test_an_empty_cuda_visible_devices_is_said(monkeypatch):
-    monkeypatch.setattr(hardware, "_accelerators", lambda: {"cuda": 0, "xpu": 0, "mps": 0})
+    monkeypatch.setattr(hardware, "_accelerators", lambda: NONE)
     monkeypatch.setattr(hardware.shutil, "which", lambda name: "/bin/nvidia-smi")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -42,17 +65,31 @@ def test_an_empty_cuda_visible_devices_is_said(monkeypatch):
         hardware.probe("cuda:0")
 
 
-def test_a_card_without_bfloat16_is_told_apart(monkeypatch):
-    monkeypatch.setattr(hardware, "_accelerators", lambda: {"cuda": 2, "xpu": 0, "mps": 0})
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (7 * 2**30, 8 * 2**30))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"card {number}")
+def test_a_card_is_described_by_its_number_name_and_memory(two_cards, monkeypatch):
     for capability, bf16 in (((7, 5), False), ((8, 6), True), ((12, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number, c=capability: c)
         found = hardware.probe("cuda:1")
-        assert (found.device, found.name, found.bf16) == ("cuda:1", "card 1", bf16)
-        assert (found.free_bytes, found.total_bytes) == (7 * 2**30, 8 * 2**30)
+        assert (found.device, found.kind, found.name, found.bf16) == ("cuda:1", "cuda", "card 1", bf16)
+        assert (found.capability, found.identity, found.reason) == (capability, "cuda id1", "--device")
+        assert (found.free_bytes, found.total_bytes) == (7 * GIB + CONTEXT_BYTES, 8 * GIB)  # asking made the context
+    assert hardware.probe().device == hardware.probe("cuda").device == "cuda:0"
     with pytest.raises(DeviceUnusable, match="cuda:0 cuda:1"):
         hardware.probe("cuda:2")
+
+
+def test_free_memory_is_never_more_than_all_of_it(two_cards, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (8 * GIB - 1, 8 * GIB))
+    found = hardware.probe()
+    assert found.free_bytes == found.total_bytes == 8 * GIB
+
+
+def test_a_card_that_does_not_answer_is_the_devices_fault(two_cards, monkeypatch):
+    def lost(number: int) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lost)
+    with pytest.raises(DeviceUnusable, match=r"does not answer \(cuda:0\).*unspecified"):
+        hardware.probe()
 
 
 def test_a_driver_that_does_not_answer_is_the_devices_fault(monkeypatch):
@@ -66,3 +103,215 @@ def test_a_driver_that_does_not_answer_is_the_devices_fault(monkeypatch):
 
 def test_the_memory_peak_is_of_this_process():
     assert 50 << 20 < hardware.peak_memory("cpu")["rss_bytes"] < 64 << 30
+
+
+# --- a card that is not here
+
+
+@pytest.mark.parametrize(
+    ("text", "total", "capability", "bf16"),
+    [
+        ("12GiB:sm89", 12 * GIB, (8, 9), True),
+        ("8 GB:sm75", 8 * 10**9, (7, 5), False),
+        ("24G", 24 * GIB, (8, 9), True),
+        ("16GiB:sm120", 16 * GIB, (12, 0), True),
+        ("0.5TiB:sm100", 512 * GIB, (10, 0), True),
+    ],
+)
+def test_a_card_is_its_size_and_capability(text, total, capability, bf16):
+    found = hardware.card(text)
+    assert (found.total_bytes, found.free_bytes, found.capability, found.bf16) == (total, total, capability, bf16)
+    assert found.kind == "cuda" and found.speeds == found.table and found.ram_bytes >= found.ram_free_bytes > 0
+    assert ("fp8" in found.table.eight_bit) == (capability >= (8, 9))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0GiB", "GiB:sm89", "12GiB:", "12GiB:89", "12GiB:sm8", "12GiB:sm8x", "12GiB:sm8999", "-1GiB",
+             "12GiB:sm89:sm89", "RTX 4090", "1e3GiB", "nan", "12 parsecs"]
+)  # fmt: skip
+def test_what_describes_no_card_is_exit_2_with_an_example(text, capsys):
+    with pytest.raises(UsageError):
+        hardware.card(text)
+    if text:
+        message = assert_failed(call(capsys, "plan", f"--card={text}"), ExitCode.USAGE)
+        assert "--card 12GiB:sm89" in message
+
+
+@given(st.text(max_size=12))
+def test_any_text_is_a_card_or_refused(text):
+    try:
+        assert hardware.card(text).total_bytes > 0
+    except UsageError as error:
+        assert error.hint
+
+
+# --- the table of cards
+
+
+def table() -> dict[str, dict]:
+    return tomllib.loads((BUNDLED / "shapes" / "cards.toml").read_text())["cards"]
+
+
+NAMED = {
+    "NVIDIA GeForce RTX 4070 Ti SUPER": ("RTX 4070 Ti SUPER", (8, 9)),
+    "NVIDIA GeForce RTX 4070 Ti": ("RTX 4070 Ti", (8, 9)),
+    "NVIDIA GeForce RTX 4070 SUPER": ("RTX 4070 SUPER", (8, 9)),
+    "NVIDIA GeForce RTX 4070": ("RTX 4070", (8, 9)),
+    "NVIDIA GeForce RTX 3060 Ti": ("RTX 3060 Ti", (8, 6)),
+    "NVIDIA GeForce RTX 3060": ("RTX 3060", (8, 6)),
+    "NVIDIA RTX 6000 Ada Generation": ("RTX 6000 Ada", (8, 9)),
+    "NVIDIA L4": ("L4", (8, 9)),
+    "NVIDIA L40S": ("L40S", (8, 9)),
+    "NVIDIA H100 80GB HBM3": ("H100", (9, 0)),
+    "NVIDIA A100-SXM4-80GB": ("A100", (8, 0)),
+    "Tesla T4": ("T4", (7, 5)),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_card_in_the_table_is_found_by_its_whole_name(name):
+    key, capability = NAMED[name]
+    found = hardware._table("cuda:0", name, capability)
+    assert found.source == f"a table's {key}"
+    assert found.bus_bytes == table()[key]["bus"] * 1e9 and found.wide < table()[key]["wide"] * 1e12
+
+
+def test_no_name_in_the_table_is_taken_for_another():
+    for key in table():
+        if not key.startswith("sm"):
+            assert hardware._table("cuda:0", f"NVIDIA GeForce {key}", (12, 0)).source == f"a table's {key}"
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "key"),
+    [("NVIDIA RTX PRO 4500", (12, 0), "sm120"), ("NVIDIA RTX 4000", (8, 9), "sm89"), ("Orin", (8, 7), "sm86"),
+     ("NVIDIA B200", (10, 3), "sm100"), ("a card of tomorrow", (15, 0), "sm120"), ("GTX 1080", (6, 1), "gpu"),
+     ("L400", (8, 6), "sm86"), ("Apple GPU", (0, 0), "gpu")],
+)  # fmt: skip
+def test_an_unknown_name_goes_by_its_capability_and_is_called_a_guess(name, capability, key):
+    found = hardware._table("cuda:0", name, capability)
+    assert found.source == f"a table's guess for {key}" and found.bus_bytes == table()[key]["bus"] * 1e9
+
+
+@given(st.sampled_from([*NAMED, "unknown"]), st.tuples(st.integers(5, 12), st.integers(0, 9)))
+def test_8_bit_speeds_are_only_of_cards_that_compute_them(name, capability):
+    rates = hardware._table("cuda:0", name, capability).eight_bit
+    assert ("fp8" not in rates or capability >= (8, 9)) and ("int8" not in rates or capability >= (7, 5))
+    assert all(rate > 0 for rate in rates.values())
+
+
+# --- speeds
+
+
+def test_speeds_are_measured_once_asked_for_stored_and_read_back(monkeypatch, tmp_path):
+    sample = tmp_path / "weights"
+    sample.write_bytes(bytes(1 << 20))
+    monkeypatch.setattr(hardware, "_accelerators", lambda: NONE)
+    monkeypatch.setattr(hardware, "_seconds", lambda run, device: run() is None or 0.25)  # once, whatever it takes
+    assert hardware.probe("cpu").speeds.source != "measured here" and not state.read("speeds")
+    measured = hardware.probe("cpu", measure=True, sample=sample)
+    assert measured.speeds.source == "measured here" != measured.table.source
+    assert measured.speeds.bus_bytes == (128 << 20) / 0.25 and measured.speeds.disk_bytes > 0
+    assert set(measured.speeds.eight_bit) <= {"fp8", "int8"}
+    again = hardware.probe("cpu")
+    assert again.speeds == measured.speeds and again.table == measured.table
+
+
+def test_a_card_is_measured_when_first_seen_and_not_again(two_cards, monkeypatch):
+    calls = []
+    speeds = {"wide": 1.0, "eight_bit": {}, "bus_bytes": 2.0, "disk_bytes": 3.0, "source": "measured here"}
+    monkeypatch.setattr(hardware, "_measured", lambda found, sample: calls.append(found.device) or speeds)
+    for device in ("cuda:0", "cuda:0", "auto", "cuda:1"):
+        assert hardware.probe(device).speeds.wide == 1.0
+    assert calls == ["cuda:0", "cuda:1"]
+    hardware.probe("cuda:1", measure=True)
+    assert calls == ["cuda:0", "cuda:1", "cuda:1"]
+
+
+@pytest.mark.parametrize("damage", [5, [], {}, {"wide": 1}, {"wide": 1, "nonsense": 2}], ids=str)
+def test_speeds_of_another_version_are_those_of_the_table(two_cards, monkeypatch, damage):
+    monkeypatch.setattr(hardware, "_measured", lambda *_: damage)
+    found = hardware.probe()
+    assert found.speeds == found.table
+
+
+# --- memory
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 7.78 GiB"),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("HIP out of memory. Tried to allocate 20.00 MiB (GPU 0; 11.98 GiB total capacity)"),
+    RuntimeError("HIP error: hipErrorMemoryAllocation"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 17.50 GB, other allocations: 300 MB, max allowed: 18 GB)"),
+    RuntimeError("Invalid buffer size: 32.00 GB"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("XPU out of memory. Tried to allocate 16.00 GiB (GPU 0; 15.56 GiB total capacity)"),
+    RuntimeError("level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"),
+    RuntimeError("Native API failed. Native API returns: -5 (PI_ERROR_OUT_OF_RESOURCES)"),
+    RuntimeError("Native API failed. Native API returns: -6 (PI_ERROR_OUT_OF_HOST_MEMORY)"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
+                 "to allocate 4398046511104 bytes. Error code 12 (Cannot allocate memory)"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to "
+                 "allocate 4398046511104 bytes."),
+    MemoryError(), MemoryError("Unable to allocate 4.00 TiB for an array"),
+]  # fmt: skip
+SOMETHING_ELSE = [
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("CUDA error: device-side assert triggered"),
+    RuntimeError("CUDA error: unspecified launch failure"),
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"),
+    RuntimeError("The size of tensor a (3) must match the size of tensor b (4) at non-singleton dimension 0"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    RuntimeError("Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"),
+    RuntimeError("view size is not compatible with input tensor's size and stride"),
+    ValueError("out of memory"), KeyError("out of memory"), OSError(28, "No space left on device"), KeyboardInterrupt(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:40])
+def test_every_back_ends_way_to_say_it_counts_as_out_of_memory(error):
+    assert hardware.is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("error", SOMETHING_ELSE, ids=lambda error: str(error)[:40])
+def test_other_errors_are_not_out_of_memory(error):
+    assert not hardware.is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("size", [1 << 50, 1 << 62])
+def test_this_machines_own_allocator_counts(size):
+    with pytest.raises(RuntimeError) as failed:
+        torch.empty(size, dtype=torch.uint8)
+    assert hardware.is_out_of_memory(failed.value)
+    with pytest.raises(RuntimeError) as failed:
+        torch.ones(2, 3) @ torch.ones(2, 3)
+    assert not hardware.is_out_of_memory(failed.value)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+def test_a_cpu_has_no_device_memory_to_manage(device, monkeypatch):
+    def touched(*_: object, **__: object) -> None:
+        raise AssertionError("asked a device")
+
+    for module in (torch.cuda, torch.xpu, torch.mps, torch.cpu):
+        for name in ("empty_cache", "synchronize", "reset_peak_memory_stats", "set_per_process_memory_fraction"):
+            monkeypatch.setattr(module, name, touched, raising=False)
+    hardware.cap(device, 1 << 30)
+    hardware.empty_cache(device)
+    hardware.synchronize(device)
+    hardware.reset_peak(device)
+    assert hardware.free_memory(device) > 0 and "vram_bytes" not in hardware.peak_memory(device)
+
+
+@given(st.integers(0, 40 * GIB))
+def test_the_cap_and_the_context_together_are_the_budget(budget):
+    capped = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * GIB, 24 * GIB))
+        patch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: capped.append(given))
+        hardware.cap("cuda:1", budget)
+    ((share, device),) = capped
+    assert device == "cuda:1" and 0 <= share <= 1
+    assert abs(share * 24 * GIB + CONTEXT_BYTES - budget) < 1 or share in (0, 1)

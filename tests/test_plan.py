@@ -1,23 +1,31 @@
-"""The plan: bytes from headers, precision by what the device has, a reason for each decision."""
+"""The planner: precision by what the device has in total, placement by what is free, a reason for each decision."""
 
-import functools
 import json
+import math
 from dataclasses import replace
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
 
-from fluxcli import hardware, models
+from fluxcli import costs, hardware, models, plan
 from fluxcli.cli import generate
+from fluxcli.costs import Hardware
 from fluxcli.errors import DoesNotFit, ExitCode, UsageError
-from fluxcli.hardware import Hardware
-from fluxcli.plan import GIB, check_guidance, make_plan, modulation_numel, phase_peaks, weight_bytes
-from quant.checkpoint import Checkpoint, Component, inspect
-from quant.header import TensorInfo
+from fluxcli.plan import QUALITY, SLOWER, USABLE_SHARE, check_guidance, make_plan, survey
+from fluxcli.request import GenerationRequest
+from fluxcli.residency import GIB, PHASES
+from quant.checkpoint import Checkpoint, inspect
 from quant.spec import SCHEMES, QuantSpec
-from quant.weights import Piece, Weight
-from tests.helpers import BAKED, tiny
+from tests.conftest import ROOT
+from tests.helpers import BAKED, machine, tiny
 from tests.invariant import assert_failed, call
+from tests.simulate import packed
+
+GOLDEN = ROOT / "tests" / "golden_plans.txt"
+DEV = "black-forest-labs/FLUX.1-dev"
+CARDS = ["6GiB:sm75", "8GiB:sm86", "8GiB:sm89", "10GiB:sm86", "12GiB:sm86", "12GiB:sm89", "16GiB:sm89", "16GiB:sm120",
+         "24GiB:sm86", "24GiB:sm89", "32GiB:sm120", "48GiB:sm89", "80GiB:sm90"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -25,39 +33,168 @@ def checkpoint(tiny_folder: Path) -> Checkpoint:
     return inspect(tiny_folder)
 
 
-def machine(gib: float, device: str = "cuda:0", *, bf16: bool = True) -> Hardware:
-    size = int(gib * GIB)
-    return Hardware(device, "test", size, size, size, bf16, "a test")
-
-
-def bf16(name: str, numel: int) -> Weight:
-    shape = (numel,) if numel % 64 else (numel // 64, 64)
-    return Weight(name, shape, "", {"": Piece(Path(), TensorInfo(name, "BF16", shape))})
+@pytest.fixture(scope="module")
+def dev() -> Checkpoint:
+    return models.known_shapes(DEV)
 
 
 @pytest.fixture(scope="module")
-def full_size(checkpoint) -> Checkpoint:
-    """The published model's sizes without its files: few tensors stand for each kind of weight."""
-    configs = {
-        "text_encoder": {}, "text_encoder_2": {},
-        "transformer": {"num_attention_heads": 24, "attention_head_dim": 128, "guidance_embeds": True},
-        "vae": {"block_out_channels": [128, 256, 512, 512]},
-    }  # fmt: skip
-    sizes = {
-        "text_encoder": {"w": 123_060_480}, "vae": {"w": 83_819_683},
-        "text_encoder_2": {"encoder.block.0.layer.0.SelfAttention.q.weight": 3_754_310_656, "wo": 1_008_000_000},
-        "transformer": {f"transformer_blocks.{k}.ff.weight": 172_640_000 for k in range(50)}
-        | {f"transformer_blocks.{k}.norm1.linear.weight": 81_735_208 for k in range(40)},
-    }  # fmt: skip
-    parts = {
-        name: Component(name, Path(), configs[name], {key: bf16(key, n) for key, n in t.items()})
-        for name, t in sizes.items()
-    }
-    return Checkpoint(Path(), parts, {})
+def variants(dev) -> list[Checkpoint]:
+    """The model with everything that can be baked from it."""
+    baked = [packed(dev, QuantSpec("nf4", "nf4")), packed(dev, QuantSpec("fp8")), packed(dev, QuantSpec("int8"))]
+    return [*baked, dev]
+
+
+def request(**changes: object) -> GenerationRequest:
+    return GenerationRequest("a fox", **changes)
+
+
+def card(text: str, *, ram_gib: int = 64) -> Hardware:
+    return replace(hardware.card(text), ram_bytes=ram_gib * GIB, ram_free_bytes=ram_gib * GIB)
+
+
+def chosen(found: list[plan.Rung]) -> plan.Rung | None:
+    return next((rung for rung in found if rung.verdict == "chosen"), None)
+
+
+# --- properties over a grid
+
+
+@pytest.mark.parametrize("size", [512, 1024, 2048])
+@pytest.mark.parametrize("sm", ["sm75", "sm86", "sm89"])
+def test_never_over_budget_and_more_memory_is_never_slower_or_worse(size, sm, variants):
+    by_precision: dict[str, list[float]] = {}
+    qualities = []
+    for gib in (4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96):
+        found = survey(request(image_size=size), variants, card(f"{gib}GiB:{sm}"))
+        assert [rung.offer.precision for rung in found] == sorted(
+            (rung.offer.precision for rung in found), key=QUALITY.index
+        )
+        for rung in found:
+            assert rung.why
+            if rung.plan:
+                assert max(rung.plan.peak_bytes.values()) <= gib * GIB * USABLE_SHARE
+                assert rung.plan.reasons and tuple(rung.plan.peak_bytes) == PHASES
+                by_precision.setdefault(rung.offer.precision, []).append(sum(rung.plan.seconds.values()))
+            else:
+                assert "GiB" in rung.why
+        best = chosen(found)
+        qualities.append(-QUALITY.index(best.offer.precision) if best else -math.inf)
+        if best:
+            assert len(best.plan.reasons) >= 3
+    for precision, seconds in by_precision.items():
+        assert all(more <= less + 1e-6 for less, more in pairwise(seconds)), precision
+    assert qualities[-1] == max(qualities) and qualities[-1] > -math.inf
+
+
+@pytest.mark.parametrize("gib, size", [*product((8, 12, 24), (512, 1024))])
+def test_the_choice_is_the_best_within_a_quarter_of_the_fastest(gib, size, variants):
+    found = survey(request(image_size=size), variants, card(f"{gib}GiB:sm89"))
+    seconds = {rung.offer.precision: sum(rung.plan.seconds.values()) for rung in found if rung.plan}
+    fast = [name for name, taken in seconds.items() if taken <= SLOWER * min(seconds.values())]
+    assert chosen(found).offer.precision == min(fast, key=QUALITY.index)
+    assert {rung.verdict for rung in found} <= {"chosen", "fits", "too slow", "does not fit"}
+
+
+@pytest.mark.parametrize("precision", ["bf16", *SCHEMES])
+def test_less_free_memory_streams_more_and_changes_no_pixel(precision, variants):
+    whole, plans = card("24GiB:sm89"), []
+    for free in (24, 20, 16, 12, 10, 8, 6, 5):
+        found = survey(request(precision=precision), variants, replace(whole, free_bytes=free * GIB))
+        assert {rung.offer.precision for rung in found} == {precision}
+        plans.append(found[0].plan)
+        assert found[0].plan.budget_bytes <= free * GIB
+    assert len({each.precision for each in plans}) == 1 and len({str(each.dtypes) for each in plans}) == 1
+    assert all(each.residency.decode != "tiled" for each in plans)
+    passing = [len(each.residency.streamed) for each in plans]
+    assert passing == sorted(passing) and passing[0] == 0
+    automatic = {survey(request(), variants, replace(whole, free_bytes=free * GIB))[0].offer.precision
+                 for free in (24, 16, 8)}  # fmt: skip
+    assert len(automatic) == 1
+
+
+def test_a_moment_without_free_memory_is_refused_not_answered_with_another_precision(variants):
+    busy = replace(card("24GiB:sm89"), free_bytes=GIB)
+    found = survey(request(), variants, busy)
+    assert [rung.verdict for rung in found].count("not now") == 1 and not chosen(found)
+    with pytest.raises(DoesNotFit, match=r"1\.0 GiB free"):
+        make_plan(request(), variants, busy)
+
+
+def test_measured_speeds_change_seconds_and_no_precision(variants):
+    usual = card("12GiB:sm89")
+    slow_bus = replace(usual, speeds=replace(usual.speeds, bus_bytes=2e9, source="measured here"))
+    one, other = chosen(survey(request(), variants, usual)), chosen(survey(request(), variants, slow_bus))
+    assert one.offer.precision == other.offer.precision
+    assert other.plan.seconds["encode"] >= one.plan.seconds["encode"]
+    wide = [survey(request(precision="bf16"), variants, here)[0].plan.seconds for here in (usual, slow_bus)]
+    assert wide[1]["denoise"] > 2 * wide[0]["denoise"]
+    assert any("measured here" in reason for reason in other.plan.reasons)
+
+
+def test_fp8_is_fast_only_where_the_card_computes_it(variants):
+    with_units, without = (
+        {rung.offer.precision: rung.plan.seconds["denoise"] for rung in survey(request(), variants, card(text))}
+        for text in ("24GiB:sm89", "24GiB:sm86")
+    )
+    assert with_units["fp8"] < with_units["bf16"] and without["fp8"] > without["bf16"]
+
+
+def test_little_ram_reads_from_files_instead_of_pinning(dev):
+    found = survey(request(precision="bf16"), [dev], card("8GiB:sm89", ram_gib=8))[0]
+    assert found.plan.residency.denoise == "sequential" and found.plan.host_bytes == 0
+    plenty = survey(request(precision="bf16"), [dev], card("8GiB:sm89"))[0]
+    assert plenty.plan.residency.denoise == "streamed" and plenty.plan.host_bytes > 4 * GIB
+
+
+def test_the_table_under_review(variants):
+    """Which precision and placement common cards get; regenerate with `python -m tests.test_plan` and read the diff."""
+    assert golden(variants) == GOLDEN.read_text()
+
+
+def golden(variants: list[Checkpoint]) -> str:
+    rows = []
+    for text, size, baked in product(CARDS, (1024, 1536), (True, False)):
+        for rung in survey(request(image_size=size), variants if baked else variants[-1:], card(text)):
+            placed = rung.plan and rung.plan.residency
+            how = f"{placed.encode}/{placed.level('denoise')}/{placed.decode}" if placed else ""
+            peak = f"{max(rung.plan.peak_bytes.values()) / GIB:6.2f} GiB" if rung.plan else ""
+            name = f"{text} {size} {'baked' if baked else 'source'}"
+            rows.append(f"{name:<24} {rung.offer.precision:<5} {rung.verdict:<13} {how:<34} {peak}".rstrip())
+    return "\n".join(rows) + "\n"
+
+
+# --- the goals
+
+
+def test_bf16_on_24_fp8_on_12_and_nf4_on_8_gib_keep_every_block_on_the_card(variants):
+    for precision, gib, most in (("bf16", 24, 18.5), ("fp8", 12, 10.8), ("nf4", 8, 6.9)):
+        found = survey(request(precision=precision), variants, card(f"{gib}GiB:sm89"))[0].plan
+        assert found.residency.denoise == "resident"
+        assert max(found.peak_bytes.values()) / GIB <= most
+
+
+def test_streaming_keeps_up_with_the_bus(variants):
+    """A step takes at most 1.1 times the longer of computing and copying, for every count that a plan may have."""
+    for precision, text in product(("bf16", *SCHEMES), ("16GiB:sm86", "16GiB:sm89")):
+        offer = survey(request(precision=precision), variants, card(text))[0].offer
+        for bus in (12e9, 24e9, 50e9):
+            speeds = replace(card(text).table, bus_bytes=bus)
+            compute = costs.block_seconds(offer.sizes, offer.work, speeds, offer.scheme)
+            for count in range(4, 52, 4):
+                streamed = costs.spread(offer.sizes, compute, count, bus)
+                assert len(set(streamed)) == count and list(streamed) == sorted(streamed)
+                copying = sum(offer.sizes.blocks[i].nbytes for i in streamed) / bus
+                step = costs.step_seconds(offer.sizes, compute, streamed, bus)
+                assert max(sum(compute), copying) <= step + 1e-9
+                assert step <= 1.1 * max(sum(compute), copying), (precision, text, bus, count)
+
+
+# --- dtypes, offers, overrides
 
 
 @pytest.mark.parametrize(
-    ("hardware", "expected"),
+    ("here", "expected"),
     [
         (machine(24), "bfloat16"),
         (machine(24, bf16=False), "float16"),
@@ -65,45 +202,71 @@ def full_size(checkpoint) -> Checkpoint:
         (machine(16, "cpu"), "bfloat16"),
     ],
 )
-def test_precision_follows_the_device_and_says_why(checkpoint, hardware, expected):
-    plan = make_plan(tiny(), checkpoint, hardware)
-    assert plan.dtypes["transformer"] == expected
-    assert any(expected in reason for reason in plan.reasons)
+def test_the_compute_dtype_follows_the_device(checkpoint, here, expected):
+    _, found = make_plan(tiny(), [checkpoint], here)
+    assert found.dtypes["transformer"] == expected
     if expected == "float16":  # T5 and the VAE overflow in float16
-        assert {plan.dtypes[name] for name in ("text_encoder", "text_encoder_2", "vae")} == {"float32"}
+        assert {found.dtypes[name] for name in ("text_encoder", "text_encoder_2", "vae")} == {"float32"}
 
 
-def test_modulation_is_the_share_that_leaves(checkpoint):
-    transformer = checkpoint.components["transformer"]
-    assert 0.2 < modulation_numel(transformer) / transformer.numel < 0.4
+def test_a_cpu_computes_float32_where_that_fits_and_says_slowly_where_not(dev, variants):
+    cpu = machine(24, "cpu", bf16=False)
+    by_name = {rung.offer.precision: rung for rung in survey(request(image_size=256), [dev], cpu)}
+    assert by_name["bf16"].offer.dtypes["transformer"] == "bfloat16" and "slowly" in by_name["bf16"].offer.why
+    assert by_name["nf4"].offer.dtypes["transformer"] == "float32"
+    assert all(rung.plan.residency.denoise == "resident" for rung in by_name.values() if rung.plan)
 
 
-def test_the_full_size_model_in_16_bit_fits_24_gib_and_not_16(full_size):
-    request = tiny(image_size=1024, steps=28, text_tokens=512)
-    plan = make_plan(request, full_size, machine(24))
-    assert 16.0 < plan.peak_bytes["denoise"] / GIB < 17.5
-    assert plan.peak_bytes["decode"] / GIB < 18.5
-    assert plan.keep == ("transformer", "vae")
+def test_an_offload_on_the_cpu_is_refused(checkpoint):
+    with pytest.raises(UsageError, match="without effect"):
+        make_plan(tiny(offload="stream"), [checkpoint], machine(16, "cpu", bf16=False))
+
+
+@pytest.mark.parametrize("offload", ["none", "stream", "sequential"])
+def test_an_offload_leaves_one_placement_or_is_refused_with_the_numbers(offload, variants):
+    small, large = card("12GiB:sm89"), card("24GiB:sm89")
+    asked = request(precision="bf16", offload=offload)
+    found = make_plan(asked, variants, large)[1].residency
+    expected = {"none": "resident", "stream": "streamed 56", "sequential": "sequential"}[offload]
+    assert found.level("denoise") == expected and (found.encode == "sequential") == (offload == "sequential")
+    if offload == "none":
+        with pytest.raises(DoesNotFit, match=r"needs 1\d\.\d GiB") as refused:
+            make_plan(asked, variants, small)
+        assert "--offload auto" in refused.value.hint or "--precision" in refused.value.hint
+    else:
+        assert max(make_plan(asked, variants, small)[1].peak_bytes.values()) < 11.5 * GIB
+
+
+def test_a_limit_is_a_smaller_card(variants):
+    limited = survey(request(vram_limit=12 * GIB), variants, card("24GiB:sm89"))
+    for rung in limited:
+        assert rung.plan is None or max(rung.plan.peak_bytes.values()) <= 12 * GIB
+    assert limited[0].offer.precision == "bf16" and limited[0].plan.residency.streamed
+
+
+def test_what_would_fit_is_said(variants, dev):
+    with pytest.raises(DoesNotFit) as refused:
+        make_plan(request(image_size=2048, offload="none", precision="bf16"), variants, card("12GiB:sm89"))
+    assert refused.value.hint.startswith("--")
     with pytest.raises(DoesNotFit, match="GiB"):
-        make_plan(request, full_size, machine(16))
+        make_plan(request(), [dev], card("1GiB:sm89"))
 
 
-def test_a_cpu_without_room_for_float32_takes_bfloat16_and_says_slowly(full_size):
-    plan = make_plan(tiny(image_size=256), full_size, machine(24, "cpu", bf16=False))
-    assert plan.dtypes["transformer"] == "bfloat16"
-    assert any("slowly" in reason for reason in plan.reasons)
+def test_small_models_stay_whole(checkpoint):
+    _, found = make_plan(tiny(), [checkpoint], machine(16, "cpu", bf16=False))
+    assert {"text_encoder_2", "transformer", "vae", "modulation"} <= set(found.residency.keep)
+    assert any("small" in reason for reason in found.reasons)
 
 
-def test_more_pixels_steps_and_tokens_never_need_less(full_size):
-    dtypes = dict.fromkeys(full_size.components, "bfloat16")
-    grid = [
-        (tiny(image_size=a, steps=b, text_tokens=c), tiny(image_size=a + 256, steps=b + 4, text_tokens=c + 64))
-        for a in (256, 1024) for b in (4, 28) for c in (64, 256)
-    ]  # fmt: skip
-    for small, large in grid:
-        low, high = phase_peaks(small, full_size, dtypes, ()), phase_peaks(large, full_size, dtypes, ())
-        assert all(low[phase] <= high[phase] for phase in low)
-        assert low["decode"] < high["decode"]
+def test_a_learned_peak_moves_the_placement_and_not_the_precision(variants):
+    here, asked = card("24GiB:sm89"), request(precision="bf16")
+    key = plan.learned_key(here, "bf16", asked)
+    _, usual = make_plan(asked, variants, here)
+    _, warned = make_plan(asked, variants, here, {key: {"denoise resident": 30 * GIB}})
+    assert (usual.residency.denoise, warned.residency.denoise) == ("resident", "streamed")
+    _, tiled = make_plan(asked, variants, here, {key: {"decode together": 30 * GIB, "decode alone": 30 * GIB}})
+    assert tiled.residency.decode == "tiled" and tiled.precision == usual.precision
+    assert make_plan(asked, variants, here, {"another": {"denoise resident": 30 * GIB}})[1] == usual
 
 
 def test_guidance_that_does_nothing_or_is_missing_is_refused(checkpoint):
@@ -118,53 +281,36 @@ def test_guidance_that_does_nothing_or_is_missing_is_refused(checkpoint):
     check_guidance(tiny(guidance=0.0), checkpoint)
 
 
-def test_what_stays_loaded_is_counted(checkpoint):
-    dtypes = dict.fromkeys(checkpoint.components, "float32")
-    alone, together = (phase_peaks(tiny(), checkpoint, dtypes, keep) for keep in ((), tuple(checkpoint.components)))
-    encoders = sum(4 * checkpoint.components[name].numel for name in ("text_encoder", "text_encoder_2"))
-    assert together["denoise"] - alone["denoise"] == encoders
-    assert make_plan(tiny(), checkpoint, machine(16, "cpu", bf16=False)).peak_bytes == together
+def test_more_pixels_steps_and_tokens_never_need_less(dev):
+    dtypes = dict.fromkeys(dev.components, "bfloat16")
+    for a, b, c in product((256, 1024), (4, 28), (64, 256)):
+        low = costs.work_of(request(image_size=a, steps=b, text_tokens=c), dev, dtypes, "")
+        high = costs.work_of(request(image_size=a + 256, steps=b + 4, text_tokens=c + 64), dev, dtypes, "")
+        assert low.encode < high.encode and low.tables < high.tables
+        assert low.denoise <= high.denoise and low.decode < high.decode
 
 
 # --- precision
-
-
-@pytest.mark.parametrize("to, gib", [("nf4", 7.5), ("fp8", 10.5), ("int8", 10.5)])
-def test_a_precision_that_is_asked_for_is_packed_while_loading_and_smaller(to, gib, full_size):
-    request = tiny(image_size=1024, steps=28, text_tokens=512)
-    plan, wide = (
-        make_plan(replace(request, precision=to), full_size, machine(24)),
-        make_plan(request, full_size, machine(24)),
-    )
-    assert (plan.precision, plan.spec.to, wide.precision, wide.spec) == (to, to, "bf16", None)
-    assert plan.spec.text_encoder == ("nf4" if to == "nf4" else "keep")
-    assert plan.peak_bytes["denoise"] / GIB < gib < wide.peak_bytes["denoise"] / GIB
-    assert all(plan.peak_bytes[phase] <= wide.peak_bytes[phase] for phase in wide.peak_bytes)
-    assert any(to in reason and "flux quantize" in reason for reason in plan.reasons)
-    assert json.loads(json.dumps(plan.to_json()))["spec"]["to"] == to
-
-
-def test_a_model_that_does_not_fit_is_told_of_nf4_unless_it_is_that(full_size):
-    request = tiny(image_size=1024, steps=28, text_tokens=512, precision="nf4")
-    assert make_plan(request, full_size, machine(9)).precision == "nf4"
-    with pytest.raises(DoesNotFit) as caught:
-        make_plan(request, full_size, machine(6))
-    assert "--precision" not in caught.value.hint
-    with pytest.raises(DoesNotFit) as caught:
-        make_plan(replace(request, precision="auto"), full_size, machine(9))
-    assert "--precision nf4" in caught.value.hint
 
 
 @pytest.mark.parametrize("to", SCHEMES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_price_of_a_precision_is_that_of_its_files(to, dtype, checkpoint, baked):
     stored = inspect(baked(to, **BAKED[to]))
-    for name, part in checkpoint.components.items():
-        spec = QuantSpec(to, **BAKED[to])
-        assert weight_bytes(part, dtype, spec) == weight_bytes(stored.components[name], dtype)
-    plan = make_plan(tiny(), stored, machine(24))
-    assert (plan.precision, plan.spec) == (to, None) and any("stored" in reason for reason in plan.reasons)
-    assert make_plan(tiny(precision=to), stored, machine(24)) == plan
+    dtypes = dict.fromkeys(checkpoint.components, dtype)
+    spec = QuantSpec(to, **BAKED[to])
+    one, other = costs.sizes_of(checkpoint, dtypes, spec), costs.sizes_of(stored, dtypes, None)
+    assert replace(one, stored=0) == replace(other, stored=0)
+    _, found = make_plan(tiny(), [stored], machine(24))
+    assert (found.precision, found.spec) == (to, None) and any("stored" in reason for reason in found.reasons)
+    assert make_plan(tiny(precision=to), [stored], machine(24))[1] == found
+
+
+def test_a_precision_that_is_asked_for_is_packed_while_loading(dev):
+    _, found = make_plan(request(precision="nf4"), [dev], machine(24))
+    assert (found.precision, found.spec) == ("nf4", QuantSpec("nf4", "nf4"))
+    assert any("flux quantize" in reason for reason in found.reasons)
+    assert json.loads(json.dumps(found.to_json()))["spec"]["to"] == "nf4"
 
 
 @pytest.mark.parametrize(
@@ -177,47 +323,41 @@ def test_a_precision_that_the_weights_do_not_have_is_refused(asked, there, baked
     assert asked in message and there in message and "--precision auto" in message
 
 
-@pytest.fixture
-def variants(baked) -> dict[str, Path]:
-    """What was baked from the bundled model, in the user's model folder."""
+def test_what_was_baked_is_found_and_taken_before_packing(baked, monkeypatch):
     models.baked_folder().mkdir(parents=True)
     for to in SCHEMES:
         (models.baked_folder() / f"tiny-{to}").symlink_to(baked(to, **BAKED[to]))
-    return {to: models.baked_folder() / f"tiny-{to}" for to in SCHEMES}
+    found = generate.checkpoints_of(tiny())
+    assert sorted(each.components["transformer"].precision for each in found) == ["", "fp8", "int8", "nf4"]
+    here = machine(24, "cpu", bf16=False)
+    for precision in SCHEMES:
+        checkpoint, made = make_plan(tiny(precision=precision), found, here)
+        assert (checkpoint.components["transformer"].precision, made.spec) == (precision, None)
+    assert make_plan(tiny(), found, here)[1].precision == "fp32"
 
 
-def chosen(monkeypatch: pytest.MonkeyPatch, size_bytes: int, precision: str = "auto") -> str:
-    """The precision of the plan on a device of this size, "" where nothing fits."""
-    monkeypatch.setattr(hardware, "probe", lambda _: machine(size_bytes / GIB))
-    try:
-        checkpoint, plan = generate._prepare(tiny(precision=precision))
-    except DoesNotFit:
-        return ""
-    assert checkpoint.components["transformer"].precision == ("" if plan.precision == "bf16" else plan.precision)
-    assert (plan.precision == "bf16" or precision != "auto") or any("does not fit" in why for why in plan.reasons)
-    return plan.precision
+def test_a_damaged_variant_is_left_out_and_named(tiny_folder, capsys):
+    broken = models.baked_folder() / "tiny-nf4"
+    (broken / "transformer").mkdir(parents=True)
+    (broken / "flux-manifest.json").write_text(json.dumps({"model": "bundled/tiny", "recipe": {"to": "nf4"}}))
+    assert len(generate.checkpoints_of(tiny())) == 1
+    assert "left out" in capsys.readouterr().err
 
 
-def test_auto_takes_the_model_itself_where_it_fits_else_the_best_that_was_baked(variants, monkeypatch):
-    monkeypatch.setattr(generate, "inspect", functools.cache(inspect))
-    by_size = [chosen(monkeypatch, kib << 10) for kib in range(2_000, 12_000, 50)]
-    found = [name for k, name in enumerate(by_size) if not k or name != by_size[k - 1]]
-    assert found == ["", "nf4", "fp8", "bf16"]  # more memory is never less precision
-    variants["fp8"].unlink()
-    assert "int8" in [chosen(monkeypatch, kib << 10) for kib in range(2_000, 12_000, 50)]
+def test_known_shapes_are_those_of_the_model_classes(dev):
+    """What is planned without a download: names and shapes as the real classes have them."""
+    from fluxcli.loader import check_keys
+    from tests.helpers import expected_shapes
+
+    schnell = models.known_shapes("black-forest-labs/FLUX.1-schnell")
+    for checkpoint in (dev, schnell, models.known_shapes("black-forest-labs/FLUX.1-Krea-dev")):
+        for part in checkpoint.components.values():
+            check_keys(part, *expected_shapes(part))
+    assert sum(part.numel for part in dev.components.values()) == 16_870_599_139
+    assert not schnell.takes_guidance and models.known_shapes("somebody/else") is None
 
 
-def test_a_precision_that_is_asked_for_takes_no_other(variants, monkeypatch):
-    for precision in (*SCHEMES, "bf16"):
-        assert chosen(monkeypatch, 1 << 30, precision) == precision
-        assert chosen(monkeypatch, 1 << 20, precision) == ""
-    for path in variants.values():
-        path.unlink()
-    monkeypatch.setattr(hardware, "probe", lambda _: machine(1))
-    assert generate._prepare(tiny(precision="nf4"))[1].spec == QuantSpec("nf4", "nf4")
-
-
-def test_where_nothing_fits_the_error_is_that_of_the_best(variants, monkeypatch, capsys):
-    monkeypatch.setattr(hardware, "probe", lambda _: machine(0.001))
-    result = call(capsys, "generate", "x", "-p", "tiny", "-q")
-    assert "--precision nf4" in assert_failed(result, ExitCode.DOES_NOT_FIT)
+if __name__ == "__main__":
+    shapes = models.known_shapes(DEV)
+    specs = [QuantSpec("nf4", "nf4"), QuantSpec("fp8"), QuantSpec("int8")]
+    GOLDEN.write_text(golden([*(packed(shapes, spec) for spec in specs), shapes]))

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import logging
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ from typing import NoReturn
 import typer
 
 import fluxcli
-from fluxcli import console, signals
+from fluxcli import console, hardware, signals
 from fluxcli.cli import generate, info, inspect, plan, quantize
 from fluxcli.errors import ExitCode, OutputError, Terminated, exit_code_of
 from fluxcli.events import Failed, to_json
@@ -28,6 +29,7 @@ app.command("replay")(generate.replay)
 app.command("plan")(plan.plan_command)
 app.command("decode")(plan.decode_command)
 app.command("quantize")(quantize.quantize)
+app.command("doctor")(info.doctor_command)
 app.command("presets")(info.presets_command)
 app.command("inspect")(inspect.inspect_command)
 app.add_typer(info.models_app, name="models")
@@ -95,12 +97,16 @@ def _explained(error: Exception) -> tuple[int, str, str]:
     if isinstance(error, typer.TyperException):
         return _usage_error(error)
     text = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}" if str(error) else type(error).__name__
-    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
-        return ExitCode.DOES_NOT_FIT, f"out of memory: {text}", "a smaller --size, or --device cpu"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return ExitCode.OUTPUT, f"the disk is full: {text}", "free some space and run the command again"
-    if isinstance(error, ImportError):
-        return ExitCode.DEVICE, f"a dependency cannot be imported: {text}", "pip install --force-reinstall fluxcli"
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    for applies, code, what, hint in (
+        (hardware.is_out_of_memory(error), ExitCode.DOES_NOT_FIT, "out of memory", "a smaller --size, or --device cpu"),
+        (full, ExitCode.OUTPUT, "the disk is full", "free some space and run the command again"),
+        ("CUDA error" in text, ExitCode.DEVICE, "the device failed", "run it again; if it stays: flux doctor"),
+        (isinstance(error, ImportError), ExitCode.DEVICE, "a dependency cannot be imported",
+         "pip install --force-reinstall fluxcli"),
+    ):  # fmt: skip
+        if applies:
+            return code, f"{what}: {text}", hint
     return ExitCode.BUG, f"this is a bug: {text}", "run it again with --debug and report what it prints"
 
 
@@ -125,5 +131,6 @@ def _quieten_libraries(debug: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not debug:
         warnings.simplefilter("ignore")
+        logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

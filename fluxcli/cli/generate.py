@@ -187,23 +187,24 @@ def session(request: GenerationRequest, options: dict, *, lock: bool = True) -> 
     with contextlib.ExitStack() as held:
         largest = max((path for path in checkpoints[-1].components["transformer"].files), key=os.path.getsize)
         machine = hardware.probe(request.device, sample=largest)
-        checkpoint, plan = make_plan(request, checkpoints, machine, state.read("peaks"))
+        checkpoint, plan = make_plan(request, checkpoints, machine, state.peaks())
         large = machine.kind != "cpu" or max(plan.peak_bytes.values()) > machine.total_bytes * LOCKED_SHARE
         if lock and large:
             locked = state.device_lock(machine.identity, wait=not options["no_wait"], say=say)
             if held.enter_context(locked):  # somebody was there: what is free is another now
                 machine = hardware.probe(request.device)
-                checkpoint, plan = make_plan(request, checkpoints, machine, state.read("peaks"))
+                checkpoint, plan = make_plan(request, checkpoints, machine, state.peaks())
         engine = Engine(checkpoint, plan, machine)
         try:
             yield engine
         except DoesNotFit as error:
-            error.hint = suggestion(replace(request, vram_limit=int(plan.budget_bytes * 0.8)), checkpoints, machine)
+            less = suggestion(replace(request, vram_limit=int(plan.budget_bytes * 0.8)), checkpoints, machine)
+            error.hint = " or ".join(filter(None, (error.hint, less and f"again with {less}")))
             raise
         finally:
             if engine.measured:
                 key = learned_key(machine, plan.precision, request)
-                state.update("peaks", {key: state.read("peaks").get(key, {}) | engine.measured})
+                state.update("peaks", {key: state.peaks().get(key, {}) | engine.measured})
 
 
 def checkpoints_of(request: GenerationRequest) -> list[Checkpoint]:
@@ -266,10 +267,10 @@ def draw(
                 reporter.show(event)
                 if isinstance(event, Saved):
                     images.append(event.image)
-        except DoesNotFit:
+        except DoesNotFit as error:
             if engine.latents and engine.latents.step:
                 place = latents.save(engine.latents, target)
-                reporter.show(Notice(f"the latents are kept: flux decode {place} finishes them"))
+                error.why, error.hint = f"{error.why}; the latents are kept in {place}", f"flux decode {place}"
             raise
     peaks = hardware.peak_memory(engine.plan.device)
     plan = engine.plan.to_json() | {"multiply": engine.multiply}

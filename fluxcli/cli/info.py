@@ -1,12 +1,14 @@
-"""Commands about models and settings: `flux presets`, `flux models download`."""
+"""Commands about settings, the machine and models: `flux presets`, `flux doctor`, `flux models download`."""
 
+from dataclasses import asdict
 from typing import Annotated, Optional
 
 import typer
 
 from fluxcli import console, models, presets
 from fluxcli.cli.options import config_folder
-from fluxcli.errors import UsageError
+from fluxcli.errors import ExitCode, UsageError
+from fluxcli.request import coerce
 
 models_app = typer.Typer(help="Get the weights of a model.", no_args_is_help=True)
 
@@ -35,6 +37,25 @@ def presets_command(
     for key, value in merged.values.items():
         if value is not None or key == "guidance":
             console.data(f"{key:<13} {'none' if value is None else value!s:<32} {merged.origins[key]}")
+
+
+def doctor_command(
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda[:n], mps or xpu[:n].")] = "auto",
+    json_output: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> int:
+    """Check driver, device, memory, disk, hub and libraries: ok, warn or bad, each with a fix (exit 8: one is bad)."""
+    from fluxcli import doctor
+
+    checks = []
+    for check in doctor.examine(coerce("device", device, where="--device")):
+        checks.append(check)
+        if not json_output:
+            console.data(f"{check.verdict:<4}  {check.name:<15} {check.found}")
+            if check.fix:
+                console.data(f"{'':<22}{check.fix}")
+    if json_output:
+        console.data_json({"checks": [asdict(check) for check in checks]})
+    return ExitCode.DEVICE if any(check.verdict == "bad" for check in checks) else ExitCode.OK
 
 
 @models_app.command()

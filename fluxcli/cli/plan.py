@@ -11,7 +11,7 @@ from fluxcli.cli.generate import check_torch, checkpoints_of, draw, session, set
 from fluxcli.cli.options import config_folder, given_settings, read_prompt, with_request_options
 from fluxcli.errors import DoesNotFit, ExitCode, UsageError, WeightsUnavailable
 from fluxcli.plan import Rung, check_guidance, suggestion, survey
-from fluxcli.request import GenerationRequest
+from fluxcli.request import GenerationRequest, flag
 from fluxcli.residency import GIB, PHASES
 from quant.checkpoint import Checkpoint
 
@@ -38,11 +38,10 @@ def plan_command(
     largest = max(files, key=lambda path: path.stat().st_size, default=None)
     if not card:
         check_torch()
-    machine = hardware.card(card) if card else hardware.probe(request.device, measure=measure, sample=largest)
-    rungs = survey(request, checkpoints, machine, {} if card else state.read("peaks"))
+    machine = hardware.card(card) if card else hardware.probe(request.device, measure=measure or None, sample=largest)
+    rungs = survey(request, checkpoints, machine, {} if card else state.peaks())
     chosen = next((rung for rung in rungs if rung.verdict == "chosen"), None)
     missing = 0 if here else sum(part.nbytes for part in checkpoints[-1].components.values())
-    hint = "" if chosen else suggestion(request, checkpoints, machine)
     if options["json_output"]:
         console.data_json({
             "request": request.to_json(), "size": request.size, "hardware": asdict(machine), "download_bytes": missing,
@@ -50,9 +49,10 @@ def plan_command(
         })  # fmt: skip
     else:
         _show(request, machine, rungs, missing)
-    if chosen is None and not options["json_output"]:
-        raise DoesNotFit("nothing fits", which=machine.name, why=rungs[0].why, hint=hint or "a larger card, or -p tiny")
-    return ExitCode.OK if chosen else ExitCode.DOES_NOT_FIT
+    if chosen is None:
+        hint = suggestion(request, checkpoints, machine) or "a larger card, or -p tiny"
+        raise DoesNotFit("nothing fits", which=machine.name, why=rungs[0].why, hint=hint)
+    return ExitCode.OK
 
 
 def _checkpoints(request: GenerationRequest) -> tuple[list[Checkpoint], bool]:
@@ -108,16 +108,16 @@ def decode_command(
     given = given_settings(options)
     where = {"output", "format", "quality", "metadata", "device", "vram_limit", "offload"}
     if odd := sorted(set(given) - where):
-        raise UsageError("the latents say what is drawn", which=f"--{odd[0]}", hint="flux generate draws another")
+        raise UsageError("the latents say what is drawn", which=flag(odd[0]), hint="flux generate draws another")
     kept = latents.load(path)
-    values = kept.request.to_json() | {"output": None}
+    values = kept.request.to_json() | {"output": None, "count": 1}
     request = settled(
         kept.request.prompt, presets.overlay({k: v for k, v in values.items() if k != "prompt"}, given), given
     )
     target = output.parse_target(request, force=options["force"])
     output.check_writable(target, request)
     with session(request, options) as engine:
-        if kept.model != engine.checkpoint.fingerprint:
+        if kept.model != engine.checkpoint.fingerprint and not options["quiet"]:
             console.say("the model here is not the one that made the latents: expect another picture")
         return draw(engine.run(request, target, resume=replace(kept, request=request)), request, target,
                     engine=engine, options=options)  # fmt: skip

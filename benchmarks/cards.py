@@ -1,0 +1,231 @@
+"""Every rung on cards of 8, 12, 16 and 24 GiB: measured peaks against the plan, seconds a step against their bound.
+
+    python -m benchmarks.cards [--caps 8,12,16,24] [--sizes 1024x1024,768x1344] [--steps 4] [--out FILE]
+    python -m benchmarks.cards --shrunk
+
+Needs a CUDA card of 80 GB or so, which each run caps by the allocator; the full-size weights are random and lie in one
+host buffer, as mapped files would. diffusers' FluxPipeline runs beside it: resident, model- and group-offloaded. With
+--shrunk it is the bundled model on the CPU as a simulated card, in seconds, so that this script is never broken: peaks
+are counted, and budgets are MiB. A table for people, then one JSON line.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from fluxcli import costs, encoders, hardware, models, residency, sampling
+from fluxcli.engine import Engine
+from fluxcli.events import Phase, Step
+from fluxcli.plan import survey
+from fluxcli.request import GenerationRequest
+from fluxcli.residency import GIB, PHASES
+from quant import linear
+from quant.checkpoint import Checkpoint, inspect
+from quant.spec import SCHEMES, QuantSpec
+from quant.tensors import Reader
+from tests.counter import CARD, Counter
+from tests.simulate import packed
+
+TINY = Path(__file__).resolve().parent.parent / "presets" / "tiny"
+DEV = "black-forest-labs/FLUX.1-dev"
+DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "U8": torch.uint8, "I8": torch.int8}
+DTYPES["F8_E4M3"] = torch.float8_e4m3fn
+
+
+@contextlib.contextmanager
+def random_model() -> Iterator[Checkpoint]:
+    """The full-size model: every tensor is a view of one random host buffer, read without checks."""
+    noise = torch.empty(140_000_000, dtype=torch.bfloat16).normal_(0, 0.02)
+    pools = {torch.bfloat16: noise, torch.float8_e4m3fn: noise.to(torch.float8_e4m3fn)}
+    pools |= {torch.uint8: noise.view(torch.uint8), torch.int8: noise.view(torch.int8)}
+
+    def weight(_: Reader, found: object) -> dict[str, torch.Tensor]:
+        tensors = {}
+        for suffix, piece in found.pieces.items():
+            dtype, shape = DTYPES[piece.info.dtype], piece.shape
+            flat = pools[dtype][: piece.info.numel] if dtype in pools else torch.full([piece.info.numel], 1e-3)
+            tensors[suffix] = flat.view(shape)
+        return tensors
+
+    tokens = encoders.Tokens(torch.ones(1, 77, dtype=torch.long), torch.ones(1, 512, dtype=torch.long), "")
+    with (
+        mock.patch.object(Reader, "weight", weight),
+        mock.patch("quant.codecs.check", lambda *_: None),
+        mock.patch.object(linear, "offset_of", lambda _: 0.0),
+        mock.patch.object(sampling, "is_finite", lambda _: True),
+        mock.patch.object(encoders, "tokenize", lambda *_: tokens),
+        mock.patch.object(Checkpoint, "fingerprint", "random"),
+    ):
+        yield models.known_shapes(DEV)
+
+
+def run(engine: Engine, request: GenerationRequest, counter: Counter | None) -> tuple[dict, list[float]]:
+    """(peak bytes of each phase, seconds of each step but the first) of one picture."""
+    peaks, seconds, phase, since = {}, [], "encode", 0.0
+
+    def close() -> None:
+        if counter is None:
+            peaks[phase] = max(peaks.get(phase, 0), torch.cuda.max_memory_reserved() + costs.CONTEXT_BYTES)
+            torch.cuda.reset_peak_memory_stats()
+
+    with torch.no_grad(), counter or contextlib.nullcontext():
+        for event in engine.picture(request):
+            if isinstance(event, Phase):
+                close()
+                loads = {"transformer": "denoise", "vae": "decode"}.get(event.detail, phase)
+                phase = event.name if event.name in PHASES else loads
+                if counter:
+                    counter.phase = phase
+            elif isinstance(event, Step):
+                hardware.synchronize(engine.plan.device)
+                now = time.perf_counter()
+                seconds += [now - since] if event.index > 1 else []
+                since = now
+    close()
+    return (counter.peaks if counter else peaks), seconds
+
+
+def rung(made: object, offer: object, machine: object, request: GenerationRequest, *, shrunk: bool) -> dict:
+    """One plan, carried out."""
+    counter = Counter(budget=made.budget_bytes) if shrunk else None
+    engine = Engine(offer.checkpoint, replace(made, device=CARD) if shrunk else made, machine)
+    peaks, seconds = run(engine, request, counter)
+    compute = costs.block_seconds(offer.sizes, offer.work, machine.speeds, offer.scheme)
+    copied = sum(offer.sizes.blocks[i].nbytes for i in made.residency.streamed)
+    row = {
+        "precision": made.precision, "placed": made.residency.level("denoise"), "encode": made.residency.encode,
+        "decode": made.residency.decode, "went_on_as_planned": engine.plan.residency == made.residency,
+        "plan_bytes": made.peak_bytes, "measured_bytes": {phase: peaks.get(phase, 0) for phase in PHASES},
+        "step_s": round(statistics.median(seconds), 4), "planned_step_s": round(sum(compute), 4),
+        "bus_s": round(copied / machine.speeds.bus_bytes, 4),
+    }  # fmt: skip
+    del engine
+    gc.collect()
+    hardware.empty_cache(CARD if shrunk else made.device)
+    return row
+
+
+def rungs(checkpoint: Checkpoint, machine: object, request: GenerationRequest, *, shrunk: bool) -> Iterator[dict]:
+    """Every precision that fits, as planned; and 16 bit with all blocks on the card, streamed, and from their files."""
+    specs = [QuantSpec("nf4", "nf4"), QuantSpec("fp8"), QuantSpec("int8")]
+    folders = [checkpoint] if shrunk else [*(packed(checkpoint, spec) for spec in specs), checkpoint]
+    wide = "fp32" if shrunk else "bf16"
+    wanted = [(to, "auto") for to in (wide, *SCHEMES)] + [(wide, offload) for offload in ("stream", "sequential")]
+    for precision, offload in wanted:
+        asked = replace(request, precision=precision, offload=offload)
+        found = survey(asked, folders, machine)[0]
+        if found.plan:
+            yield rung(found.plan, found.offer, machine, asked, shrunk=shrunk) | {"offload": offload}
+
+
+def diffusers_rows(machine: object, request: GenerationRequest, *, shrunk: bool) -> Iterator[dict]:
+    """diffusers' own pipeline from prepared embeddings: seconds a step, and the allocator's peak."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    checkpoint = inspect(TINY) if shrunk else models.known_shapes(DEV)
+    configs = {name: dict(part.config) for name, part in checkpoint.components.items()}
+    dtype = torch.float32 if shrunk else torch.bfloat16
+    width = configs["transformer"].get("joint_attention_dim", 4096)
+    embeddings = {
+        "prompt_embeds": torch.zeros(1, request.text_tokens, width, dtype=dtype, device=machine.device),
+        "pooled_prompt_embeds": torch.zeros(1, configs["transformer"]["pooled_projection_dim"], dtype=dtype,
+                                            device=machine.device),
+    }  # fmt: skip
+    for way in ("resident",) if shrunk else ("resident", "model offload", "group offload"):
+        with torch.device("cpu" if way != "resident" else machine.device):
+            torch.set_default_dtype(dtype)
+            transformer = FluxTransformer2DModel.from_config(configs["transformer"])
+            vae = AutoencoderKL.from_config(configs["vae"])
+            torch.set_default_dtype(torch.float32)
+        parts = {"text_encoder": None, "text_encoder_2": None, "tokenizer": None, "tokenizer_2": None}
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(checkpoint.scheduler | {"use_dynamic_shifting": True})
+        pipe = FluxPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **parts)
+        pipe.set_progress_bar_config(disable=True)
+        if way == "model offload":
+            pipe.enable_model_cpu_offload()
+        elif way == "group offload":
+            on = torch.device(machine.device)
+            transformer.enable_group_offload(onload_device=on, offload_type="block_level", num_blocks_per_group=1,
+                                             use_stream=True)  # fmt: skip
+            vae.to(on)
+        hardware.reset_peak(machine.device)
+        times: list[float] = []
+
+        def tick(*_: object, times: list[float] = times) -> dict:
+            hardware.synchronize(machine.device)
+            times.append(time.perf_counter())
+            return {}
+
+        pipe(**embeddings, width=request.size[0], height=request.size[1], num_inference_steps=request.steps,
+             callback_on_step_end=tick, output_type="np")  # fmt: skip
+        steps = [b - a for a, b in pairwise(times)]
+        peak = hardware.peak_memory(machine.device).get("vram_bytes", 0)
+        yield {"way": f"diffusers {way}", "step_s": round(statistics.median(steps), 4), "peak_bytes": peak}
+        del pipe, transformer, vae
+        gc.collect()
+        hardware.empty_cache(machine.device)
+
+
+def main() -> None:
+    """Reads the command line, runs, prints."""
+    parser = argparse.ArgumentParser(description="measured against planned, for cards that a large one stands for")
+    parser.add_argument("--caps", default="8,12,16,24", help="GiB (MiB with --shrunk)")
+    parser.add_argument("--sizes", default="1024x1024,768x1344")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--shrunk", action="store_true")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    shrunk = given.shrunk
+    if shrunk:  # the tiny model: what is fixed for the real one would be all there is
+        costs.DECODE_BYTES, residency.CONTEXT_BYTES, residency.RESIDENT_SHARE = 64 << 10, 0, 0.0
+        given.caps, given.sizes = ("9,12,30", "64x64") if given.caps == "8,12,16,24" else (given.caps, given.sizes)
+    here = hardware.probe("cpu" if shrunk else "cuda")
+    unit, rows, peers = 2**20 if shrunk else GIB, [], []
+    with contextlib.nullcontext(inspect(TINY)) if shrunk else random_model() as checkpoint:
+        for size in given.sizes.split(","):
+            width, height = map(int, size.split("x"))
+            tokens = {"text_tokens": 24, "model": "bundled/tiny"} if shrunk else {}
+            request = GenerationRequest("x", steps=given.steps, width=width, height=height, seed=1, **tokens)
+            for cap in map(int, given.caps.split(",")):
+                machine = replace(here, device="cuda:0", total_bytes=cap * unit, free_bytes=cap * unit)
+                for row in rungs(checkpoint, machine, request, shrunk=shrunk):
+                    rows.append({"cap": cap, "size": size, **row})
+                    show(rows[-1], unit)
+            peers += [{"size": size, **row} for row in diffusers_rows(here, request, shrunk=shrunk)]
+            for peer in peers:
+                print(
+                    f"{peer['size']:<10} {peer['way']:<24} {peer['step_s']:.3f} s/step  {peer['peak_bytes'] / GIB:6.2f} GiB"
+                )
+    name = platform.machine() if shrunk else here.name
+    line = json.dumps({"card": name, "torch": torch.__version__, "shrunk": shrunk, "rungs": rows, "diffusers": peers})
+    print(line)
+    if given.out:
+        given.out.write_text(line + "\n")
+
+
+def show(row: dict, unit: int) -> None:
+    """One line of the table: the phase that needs most, planned and measured."""
+    phase = max(PHASES, key=row["measured_bytes"].__getitem__)
+    plan, measured = row["plan_bytes"][phase] / unit, row["measured_bytes"][phase] / unit
+    bound = max(row["planned_step_s"], row["bus_s"])
+    kept = "" if row["went_on_as_planned"] else "  not as planned"
+    print(
+        f"cap {row['cap']:<3} {row['size']:<10} {row['precision']:<5} {row['placed']:<12} {phase:<9}"
+        f" plan {plan:6.2f} measured {measured:6.2f} ({measured / plan:.2f})  {row['step_s']:.3f} s/step,"
+        f" bound {bound:.3f}{kept}"
+    )
+
+
+if __name__ == "__main__":
+    main()

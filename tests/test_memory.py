@@ -1,0 +1,94 @@
+"""The plan's bytes against counted ones: live storages of the real engine, for the full-size model on FakeTensors.
+
+The counter knows nothing of plan.py, residency.py or costs.py.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fluxcli import costs, hardware, plan, residency
+from fluxcli.plan import make_plan
+from fluxcli.request import GenerationRequest
+from fluxcli.residency import PHASES
+from quant.checkpoint import Checkpoint, inspect
+from quant.spec import QuantSpec
+from tests.counter import Counter
+from tests.helpers import BAKED, machine, tiny
+from tests.simulate import follow, full_size, on_card, packed
+
+MIB = 2**20
+BAKES = {"nf4": QuantSpec("nf4", "nf4"), "fp8": QuantSpec("fp8"), "int8": QuantSpec("int8")}
+COMBINATIONS = [  # card, request
+    ("24GiB:sm89", {"precision": "bf16"}),
+    ("16GiB:sm89", {"precision": "bf16", "image_size": 1344, "aspect_ratio": "4:7"}),
+    ("12GiB:sm89", {"precision": "bf16"}),
+    ("8GiB:sm86", {"precision": "bf16", "text_tokens": 256}),
+    ("6GiB:sm89", {"precision": "bf16", "image_size": 1536}),
+    ("24GiB:sm75", {"precision": "fp16"}),
+    ("12GiB:sm89", {"precision": "fp8"}),
+    ("8GiB:sm89", {"precision": "fp8", "image_size": 1536, "aspect_ratio": "16:9"}),
+    ("8GiB:sm89", {"precision": "nf4"}),
+    ("6GiB:sm89", {"precision": "nf4", "image_size": 1536}),
+    ("6GiB:sm89", {"precision": "nf4", "offload": "sequential"}),
+    ("12GiB:sm86", {"precision": "int8"}),
+    ("24GiB:sm89", {"precision": "bf16", "image_size": 512}),
+]
+
+
+@pytest.mark.parametrize(("card", "wanted"), COMBINATIONS, ids=str)
+def test_the_plan_is_within_five_percent_of_what_is_counted(card, wanted, monkeypatch):
+    with full_size(monkeypatch) as dev:
+        request = GenerationRequest("x", steps=2, seed=1, **wanted)
+        folders = [packed(dev, BAKES[request.precision])] if request.precision in BAKES else [dev]
+        here = hardware.card(card)
+        checkpoint, made = make_plan(request, folders, here)
+        counter, engine = Counter(), on_card(checkpoint, made, here)
+        follow(engine, request, counter)
+        follow(engine, GenerationRequest("x", steps=2, seed=2, **wanted), counter)  # with the VAE there, or loaded anew
+    for phase in PHASES:
+        predicted = made.peak_bytes[phase] - residency.CONTEXT_BYTES
+        slack = 24 * MIB  # of small things, where nearly everything is evicted
+        assert counter.peaks[phase] <= predicted * 1.01 + slack, (phase, made.residency.level(phase))
+        assert predicted <= counter.peaks[phase] * 1.05 + slack, (phase, made.residency.level(phase))
+    arena = made.host_bytes
+    assert arena <= counter.host + MIB and counter.host < arena + 600 * MIB  # beside it one tensor and its block
+
+
+# --- under a budget
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_folder: Path) -> Checkpoint:
+    return inspect(tiny_folder)
+
+
+@pytest.mark.parametrize("precision", ["fp32", *BAKED])
+def test_under_its_budget_the_engine_completes_every_rung_that_was_planned(precision, checkpoint, baked, monkeypatch):
+    """Every residency, from all in memory to everything passing through; the same pixels on each."""
+    monkeypatch.setattr(residency, "CONTEXT_BYTES", 0)
+    monkeypatch.setattr(costs, "DECODE_BYTES", 64 << 10)
+    monkeypatch.setattr(residency, "RESIDENT_SHARE", 0.01)
+    monkeypatch.setattr(plan, "USABLE_SHARE", 1.0)
+    if precision in BAKED:
+        checkpoint = inspect(baked(precision, **BAKED[precision]))
+    request, pictures, levels = tiny(precision=precision), {}, set()
+    for kib in range(40 << 10, 1 << 10, -128):
+        here = machine(kib / 2**20)
+        try:
+            _, made = make_plan(request, [checkpoint], here)
+        except plan.DoesNotFit:
+            break
+        placed = made.residency
+        if (placed.encode, placed.level("denoise"), placed.decode) in levels:
+            continue
+        levels.add((placed.encode, placed.level("denoise"), placed.decode))
+        counter = Counter(budget=made.budget_bytes)
+        events, pixels = follow(on_card(checkpoint, made, here), request, counter)
+        assert not [event for event in events if "out of memory" in str(event)], (kib, placed)
+        assert counter.peak <= made.budget_bytes
+        pictures.setdefault(placed.decode == "tiled", []).append(pixels)
+    assert {level for _, level, _ in levels} >= {"resident", "sequential"} and len(levels) >= 4, levels
+    for same in pictures.values():
+        assert all(np.array_equal(each, same[0]) for each in same)

@@ -1,0 +1,239 @@
+"""Placement: wherever blocks are, the result is that of all on the device, bit for bit; and copies run ahead."""
+
+import gc
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fluxcli import costs, modulation, placement
+from fluxcli.fusion import _single_block
+from fluxcli.loader import load_component
+from fluxcli.placement import Bus, load_placed
+from quant.checkpoint import Component, inspect
+from quant.spec import QuantSpec, is_modulation
+from tests.counter import CARD, Counter
+from tests.helpers import BAKED
+
+PRECISIONS = ["fp32", "bf16", "nf4", "fp8", "int8"]
+WAYS = {  # which blocks of seven pass through, and whether from an arena
+    "none": ((), True), "two": ((2, 5), True), "four": ((1, 3, 4, 6), True), "odd": ((0, 2, 5), True),
+    "all": (range(7), True), "two from their file": ((2, 5), False), "all from their file": (range(7), False),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def component(tiny_folder: Path) -> Component:
+    return inspect(tiny_folder).components["transformer"]
+
+
+def place(
+    component: Component, blocks: Sequence[int], *, arena: bool = True, dtype: torch.dtype = torch.float32,
+    spec: QuantSpec | None = None,
+) -> nn.Module:  # fmt: skip
+    """The transformer on the simulated card, every modulation value 0.1."""
+    names = [costs.block_names(component)[i] for i in blocks]
+    options = {"dtype": dtype, "device": CARD, "spec": spec, "skip": is_modulation}
+    model = (
+        load_placed(component, blocks=names, arena=arena, **options) if names else load_component(component, **options)
+    )
+    modulation.ModulationRow(model, component, dtype=dtype, device=CARD)._row.fill_(0.1)
+    return model
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> dict:
+    made = torch.Generator().manual_seed(0)
+    shapes = {"hidden_states": (1, 64, 64), "encoder_hidden_states": (1, 16, 128), "pooled_projections": (1, 96)}
+    drawn = {name: torch.randn(shape, generator=made).to(CARD, dtype) for name, shape in shapes.items()}
+    rest = {"timestep": torch.ones(1), "guidance": torch.ones(1), "img_ids": torch.zeros(64, 3)}
+    return drawn | {name: value.to(CARD, dtype) for name, value in rest.items()} | {"txt_ids": torch.zeros(16, 3)}
+
+
+@torch.no_grad()
+def forward(model: nn.Module, given: dict) -> torch.Tensor:
+    return model(**given, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("precision", [*PRECISIONS, *(f"{to} packed while loading" for to in BAKED)])
+def test_every_placement_gives_the_resident_result_bit_for_bit(component, baked, precision, way):
+    to, _, packs = precision.partition(" ")
+    dtype, spec = torch.bfloat16 if to == "bf16" else torch.float32, None
+    if packs:
+        spec = QuantSpec(to, **BAKED[to])
+    elif to in BAKED:
+        component = inspect(baked(to, **BAKED[to])).components["transformer"]
+    blocks, arena = WAYS[way]
+    given = inputs(dtype)
+    expected = forward(place(component, (), dtype=dtype, spec=spec), given)
+    model = place(component, blocks, arena=arena, dtype=dtype, spec=spec)
+    for _ in range(3):
+        assert torch.equal(forward(model, given), expected)
+
+
+# --- the order of copies
+
+
+class Recorded(Bus):
+    """A bus that writes down what happens, and copies either at once or at the last moment allowed."""
+
+    def __init__(self, *, late: bool) -> None:
+        self.late, self.log, self._waiting = late, [], {}
+
+    def copy(self, slot, target, source):
+        assert slot not in self._waiting, "a slot was filled twice without use"
+        self.log.append(("copy", slot))
+        if self.late:
+            target.fill_(0xFF)  # NaN until it is there
+            self._waiting[slot] = (target, source)
+        else:
+            target.copy_(source)
+
+    def wait(self, slot):
+        self.log.append(("wait", slot))
+        if slot in self._waiting:
+            target, source = self._waiting.pop(slot)
+            target.copy_(source)
+
+    def computed(self, slot):
+        self.log.append(("computed", slot))
+
+
+@pytest.fixture(params=[False, True], ids=["copies at once", "copies at the last moment"])
+def bus(request, monkeypatch) -> Iterator[Recorded]:
+    recorded = Recorded(late=request.param)
+    monkeypatch.setattr(placement, "bus_of", lambda _: recorded)
+    return recorded
+
+
+def test_the_next_copy_begins_before_a_block_has_computed(component, bus):
+    """For every wait but the first two: its copy was begun before the streamed block before it was computed."""
+    given = inputs()
+    expected = forward(place(component, ()), given)
+    model = place(component, (1, 3, 4, 6))
+    for _ in range(3):
+        assert torch.equal(forward(model, given), expected)
+    waits = [n for n, (what, _) in enumerate(bus.log) if what == "wait"]
+    assert len(waits) == 12
+    for before, at in pairwise(waits):
+        slot = bus.log[at][1]
+        begun = max(n for n, entry in enumerate(bus.log[:at]) if entry == ("copy", slot))
+        assert begun < bus.log.index(("computed", bus.log[before][1]), before)
+    copies = [slot for what, slot in bus.log if what == "copy"]
+    assert len(copies) == 2 + 12 and copies.count(0) == copies.count(1)  # each once a step, and two ahead
+
+
+def test_a_slot_is_filled_only_after_its_block_has_computed(component, bus):
+    model = place(component, (0, 1, 2, 3, 4, 5))
+    forward(model, inputs())
+    free = {0: True, 1: True}
+    for what, slot in bus.log:
+        if what == "copy":
+            assert free[slot]
+            free[slot] = False
+        elif what == "computed":
+            free[slot] = True
+
+
+def test_skipped_blocks_and_broken_forwards_do_no_harm(component, bus):
+    """Step caches skip blocks; memory runs out in the middle of a forward."""
+    given = inputs()
+    expected = forward(place(component, ()), given)
+    model = place(component, (1, 3, 4, 6))
+    block, bus.late = model.single_transformer_blocks[2], False
+    real = block.forward
+
+    def broken(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("as if")
+
+    block.forward = broken
+    with pytest.raises(torch.OutOfMemoryError):
+        forward(model, given)
+    block.forward = lambda hidden_states, encoder_hidden_states, **_: (encoder_hidden_states, hidden_states)
+    assert not torch.equal(forward(model, given), expected)
+    block.forward = real
+    bus._waiting.clear()
+    assert torch.equal(forward(model, given), expected)
+
+
+# --- memory
+
+
+def test_streaming_allocates_nothing_after_it_is_set_up_and_leaves_nothing_behind(component):
+    counter, counts = Counter(), {}
+    with torch.no_grad(), counter:
+        given = inputs()
+        before = counter.live[True]
+        for blocks in ((), (1, 3, 4, 6)):
+            model, counts[blocks] = place(component, blocks), []
+            for _ in range(4):
+                made, peak = counter.allocations, counter.peaks.pop("", 0)
+                forward(model, given)
+                counts[blocks].append((counter.allocations - made, counter.live[True]))
+                assert peak
+            del model
+            gc.collect()
+            assert counter.live[True] == before
+    assert len({live for _, live in counts[()]}) == len({live for _, live in counts[1, 3, 4, 6]}) == 1
+    assert {made for made, _ in counts[()]} == {made for made, _ in counts[1, 3, 4, 6]}  # activations alone
+
+
+@pytest.mark.parametrize("to", [None, *BAKED])
+def test_the_card_holds_two_slots_and_the_host_an_arena_of_the_blocks_size(component, baked, to, monkeypatch):
+    made = []
+    real = placement.Conveyor.__init__
+    monkeypatch.setattr(placement.Conveyor, "__init__", lambda self, *args: (made.append(self), real(self, *args))[1])
+    if to:
+        component = inspect(baked(to, **BAKED[to])).components["transformer"]
+    blocks = (0, 1, 2, 3)
+    counter = Counter()
+    with torch.no_grad(), counter:
+        kept = place(component, (), dtype=torch.bfloat16)
+        resident = counter.live[True]
+        del kept
+        gc.collect()
+        model = place(component, blocks, dtype=torch.bfloat16)
+        streamed = counter.live[True]
+    sizes = costs.sizes_of(inspect(component.folder.parent), _all("bfloat16"), None).blocks
+    passing = [sizes[i].nbytes for i in blocks]
+    padding = 40 * placement.ALIGNMENT * len(blocks)
+    assert abs((resident - streamed) - (sum(passing) - 2 * max(passing))) < padding
+    assert abs(made[0]._arena.nbytes - sum(passing)) < 4 * padding and model is not None
+
+
+def _all(dtype: str) -> dict[str, str]:
+    return dict.fromkeys(("transformer", "vae", "text_encoder", "text_encoder_2"), dtype)
+
+
+def test_sequential_blocks_hold_no_memory(component):
+    counter = Counter()
+    with torch.no_grad(), counter:
+        model = place(component, range(7), arena=False)
+        forward(model, inputs())
+        gc.collect()
+        held = [p for name, p in model.named_parameters() if "transformer_blocks" in name and not p.is_meta]
+    assert held == []
+    whole = 4 * sum(weight.numel for weight in component.weights.values())
+    assert counter.live[True] < whole / 4
+
+
+# --- what is around it
+
+
+def test_compiled_blocks_stream(component, monkeypatch):
+    """The block's own forward is compiled, without a break; what streams stays outside of it."""
+    given = inputs()
+    expected = forward(place(component, ()), given)
+    kind = _single_block()
+    monkeypatch.setattr(kind, "forward", torch.compile(kind.forward, backend="eager", fullgraph=True))
+    model = place(component, (2, 3, 4, 6))
+    for _ in range(2):
+        assert torch.equal(forward(model, given), expected)
+
+
+def test_only_cuda_has_a_bus_of_its_own():
+    for device in ("cpu", "mps", "xpu:0"):
+        assert type(placement.bus_of(device)) is Bus

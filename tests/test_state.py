@@ -1,0 +1,227 @@
+"""What is kept between runs: whole or not at all, never an error; and one run at a time on a device."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fluxcli import console, hardware, state
+from fluxcli.errors import DoesNotFit, ExitCode
+from tests.conftest import ROOT
+from tests.helpers import machine
+from tests.invariant import assert_failed, call, files
+
+CARD = "cuda GPU-1234"
+HOLDER = """
+import sys
+from fluxcli.state import device_lock
+with device_lock(sys.argv[1], wait=True, say=print):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+WRITER = """
+import sys
+from fluxcli.state import update
+print("ready", flush=True)
+sys.stdin.readline()
+for k in range(60):
+    update("peaks", {f"{sys.argv[1]} {k}": "x" * 5000})
+"""
+
+
+def process(code: str, *arguments: str) -> subprocess.Popen:
+    pipe = subprocess.PIPE
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    started = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdin=pipe, stdout=pipe, text=True, env=environment
+    )
+    assert started.stdout.readline() in ("held\n", "ready\n")
+    return started
+
+
+@pytest.fixture
+def hold() -> Iterator[Callable[[str], subprocess.Popen]]:
+    """Another process that holds a device until it is told otherwise."""
+    started: list[subprocess.Popen] = []
+
+    def holder(identity: str) -> subprocess.Popen:
+        started.append(process(HOLDER, identity))
+        return started[-1]
+
+    yield holder
+    for each in started:
+        each.kill()
+        each.communicate()
+
+
+@pytest.fixture(params=["/proc/none", "a file", "no home"])
+def nowhere(request, monkeypatch, tmp_path) -> None:
+    """A cache folder that cannot be made."""
+    if request.param == "no home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    else:
+        (tmp_path / "file").write_text("kept")
+        monkeypatch.setenv("XDG_CACHE_HOME", request.param.replace("a file", str(tmp_path / "file")))
+
+
+# --- the folder
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX homes")
+@pytest.mark.parametrize(
+    ("system", "platform", "environment", "expected"),
+    [
+        ("posix", "linux", {"XDG_CACHE_HOME": "/x"}, "/x/flux"),
+        ("posix", "linux", {}, "/home/me/.cache/flux"),
+        ("posix", "linux", {"XDG_CACHE_HOME": ""}, "/home/me/.cache/flux"),
+        ("posix", "darwin", {}, "/home/me/Library/Caches/flux"),
+        ("nt", "win32", {"LOCALAPPDATA": "/c/local"}, "/c/local/flux"),
+        ("nt", "win32", {}, "/home/me/AppData/Local/flux"),
+    ],
+)
+def test_the_folder_is_the_platforms(system, platform, environment, expected, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setattr(state, "os", SimpleNamespace(name=system, path=os.path, devnull=os.devnull))
+    monkeypatch.setattr(state, "sys", SimpleNamespace(platform=platform))
+    assert state.cache_folder(environment) == Path(expected)
+
+
+# --- what is remembered
+
+
+def test_what_was_written_is_read_and_other_entries_stay():
+    assert state.read("speeds") == {}
+    state.update("speeds", {"a": 1, "b": [1, 2]})
+    state.update("speeds", {"b": {"ü": 2.5}})
+    assert state.read("speeds") == {"a": 1, "b": {"ü": 2.5}} and state.read("peaks") == {}
+    assert list(files(state.cache_folder())) == ["speeds.json"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b"7", b"\xff\xfe", b'{"a": 1', b"[" * 100_000], ids=len)
+def test_a_corrupt_file_is_an_empty_one_and_is_replaced(damage):
+    state.update("peaks", {"a": 1})
+    (state.cache_folder() / "peaks.json").write_bytes(damage)
+    assert state.read("peaks") == {}
+    state.update("peaks", {"b": 2})
+    assert state.read("peaks") == {"b": 2}
+
+
+def test_a_folder_in_the_place_of_the_file_is_no_error():
+    (state.cache_folder() / "peaks.json").mkdir(parents=True)
+    state.update("peaks", {"a": 1})
+    assert state.read("peaks") == {} and files(state.cache_folder()) == {}
+
+
+@pytest.mark.parametrize("owner, name", [(os, "replace"), (Path, "write_text"), (Path, "mkdir")])
+def test_an_update_that_fails_leaves_the_old_file_and_nothing_else(owner, name, monkeypatch):
+    state.update("peaks", {"a": 1})
+    before = files(state.cache_folder())
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(owner, name, full)
+    state.update("peaks", {"b": 2})
+    assert files(state.cache_folder()) == before
+
+
+def test_without_a_place_nothing_is_remembered_and_nothing_said(nowhere, tmp_path, capfd):
+    before = files(tmp_path)
+    state.update("peaks", {"a": 1})
+    assert state.read("peaks") == {} and capfd.readouterr() == ("", "")
+    assert files(tmp_path) == before and list(Path().iterdir()) == []
+
+
+def test_two_writers_leave_whole_files_only():
+    writers = [process(WRITER, name) for name in ("one", "other")]
+    for each in writers:
+        each.stdin.write("go\n")
+        each.stdin.flush()
+    path, seen = state.cache_folder() / "peaks.json", 0
+    while any(each.poll() is None for each in writers):
+        if path.exists():
+            seen = max(seen, len(json.loads(path.read_text())))  # raises for half a file
+    assert [each.wait() for each in writers] == [0, 0]
+    for each in writers:
+        each.communicate()
+    found = state.read("peaks")
+    assert seen and {"one 59", "other 59"} & set(found) and len(found) >= 60
+    assert list(files(state.cache_folder())) == ["peaks.json"]
+
+
+# --- the lock
+
+
+def refuse(text: str) -> None:
+    raise AssertionError(text)
+
+
+def test_a_free_device_is_taken_without_a_word_and_given_back():
+    for _ in range(2):  # after a run that failed, too
+        with pytest.raises(KeyError), state.device_lock(CARD, wait=False, say=refuse) as waited:
+            assert waited is False
+            raise KeyError
+
+
+def test_the_second_waits_says_so_once_and_gets_it(hold):
+    other, said = hold(CARD), []
+
+    def say(text: str) -> None:
+        said.append(text)
+        other.communicate("enough\n")
+
+    with state.device_lock(CARD, wait=True, say=say) as waited:
+        assert waited is True and other.returncode == 0
+    (line,) = said
+    assert CARD in line and "waiting" in line and "--no-wait" in line
+
+
+def test_no_wait_is_exit_5_and_says_how_to_wait(hold):
+    hold(CARD)
+    with pytest.raises(DoesNotFit, match="busy") as refused, state.device_lock(CARD, wait=False, say=refuse):
+        pass
+    assert refused.value.exit_code == ExitCode.DOES_NOT_FIT and "--no-wait" in refused.value.hint
+    with state.device_lock("cuda GPU-5678", wait=False, say=refuse) as waited:  # another device is free
+        assert not waited
+
+
+def test_a_killed_holder_holds_nothing(hold):
+    other = hold(CARD)
+    other.kill()
+    other.wait()
+    with state.device_lock(CARD, wait=False, say=refuse) as waited:
+        assert not waited
+
+
+def test_no_identity_leaves_the_folder_of_locks():
+    for identity in ("cuda ../../x", "/etc/passwd", "a\0b", "..", "ü"):
+        with state.device_lock(identity, wait=False, say=refuse):
+            pass
+    folder = state.cache_folder()
+    assert all(Path(name).parent == Path("locks") for name in files(folder)) and list(Path().iterdir()) == []
+
+
+def test_without_a_place_for_the_lock_the_run_goes_on(nowhere):
+    with state.device_lock(CARD, wait=False, say=refuse) as waited:
+        assert waited is False
+    with pytest.raises(OSError, match="the run's own"), state.device_lock(CARD, wait=False, say=refuse):
+        raise OSError("the run's own")
+
+
+def test_a_run_on_a_busy_device_waits_or_is_refused_and_a_plan_does_neither(hold, drawn, capsys, monkeypatch):
+    here = machine(24, identity=CARD)
+    probed: list[str] = []
+    monkeypatch.setattr(hardware, "probe", lambda device="auto", **_: probed.append(device) or here)
+    monkeypatch.setattr(hardware, "cap", lambda *_: None)
+    command, other = ("generate", "a fox", "-p", "tiny", "--seed", "5"), hold(CARD)
+    assert "busy" in assert_failed(call(capsys, *command, "--no-wait"), ExitCode.DOES_NOT_FIT)
+    assert call(capsys, *command, "--dry-run", "--no-wait").returncode == 0 and not drawn and len(probed) == 2
+    monkeypatch.setattr(console, "say", lambda text: other.poll() is None and "busy" in text and other.communicate("x"))
+    assert call(capsys, *command).returncode == 0 and len(drawn) == 1
+    assert len(probed) == 4  # and asks what is free once more after waiting

@@ -1,0 +1,215 @@
+"""Memory that runs out: each phase goes on by the next rung, pixels unchanged; after the last the latents are kept."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fluxcli import engine as engine_module
+from fluxcli import hardware, latents, residency, sampling, state
+from fluxcli.engine import Engine
+from fluxcli.errors import DoesNotFit, ExitCode
+from fluxcli.events import Notice
+from fluxcli.image import pixels_sha256
+from fluxcli.plan import make_plan
+from quant.checkpoint import Checkpoint, inspect
+from tests.counter import CARD, Counter
+from tests.helpers import draw, engine_of, machine, read_pixels, tiny
+from tests.invariant import assert_failed, call
+from tests.simulate import follow, on_card
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_folder: Path) -> Checkpoint:
+    return inspect(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint) -> np.ndarray:
+    return draw(engine_of(checkpoint), tiny())[1]
+
+
+def simulated(checkpoint: Checkpoint) -> Engine:
+    here = machine(8)
+    _, made = make_plan(tiny(precision="fp32"), [checkpoint], here)
+    return on_card(checkpoint, made, here)
+
+
+def notices(events: list) -> list[str]:
+    return [event.message for event in events if isinstance(event, Notice)]
+
+
+def test_wherever_an_allocation_fails_the_picture_is_the_same(checkpoint, expected):
+    counter = Counter()
+    follow(simulated(checkpoint), tiny(precision="fp32"), counter)
+    total, phases = counter.allocations, set()
+    assert total > 500
+    for fail_at in sorted({*range(1, total, total // 40), *counter.starts.values(), total - 3}):
+        counter = Counter()
+        counter.fail_at = fail_at
+        events, pixels = follow(simulated(checkpoint), tiny(precision="fp32"), counter)
+        said = notices(events)
+        assert len(said) == 1 and said[0].startswith("out of memory in "), (fail_at, said)
+        phases.add(said[0].split()[4])
+        assert np.array_equal(pixels, expected), fail_at
+    assert phases == {"encode", "condition", "denoise", "decode"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("HIP out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9.05 GB)"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        MemoryError(),
+    ],
+    ids=lambda error: str(error)[:20],
+)
+def test_what_other_back_ends_call_it_counts(error, checkpoint, expected, monkeypatch):
+    real, failed = sampling.step, []
+
+    def step(*arguments: object) -> torch.Tensor:
+        if len(failed) < 2:
+            failed.append(1)
+            raise error
+        return real(*arguments)
+
+    monkeypatch.setattr(sampling, "step", step)
+    events, pixels = draw(engine_of(checkpoint), tiny())
+    assert len(notices(events)) == 2 and np.array_equal(pixels, expected)
+
+
+def test_rungs_go_down_one_by_one_by_name_and_end(checkpoint, monkeypatch):
+    """Under a budget that nothing fits: every rung is tried once, each with less on the card."""
+    engine, said = simulated(checkpoint), []
+    with torch.no_grad(), Counter(budget=100_000), pytest.raises(DoesNotFit, match="no rung is left"):
+        for event in engine.picture(tiny(precision="fp32")):
+            said += notices([event])
+    assert [text.partition("once more, ")[2] for text in said] == ["nothing else stays", "T5 passes block by block"]
+    monkeypatch.setattr(Engine, "_denoise", _raising)
+    engine, said = simulated(checkpoint), []
+    with pytest.raises(DoesNotFit):
+        for event in engine.picture(tiny(precision="fp32")):
+            said += notices([event])
+    found = [text.partition("once more, ")[2] for text in said]
+    assert found == [
+        "nothing else stays",
+        "4 of 7 blocks streamed",
+        "6 of 7 blocks streamed",
+        "every block from its file",
+    ]
+
+
+def _raising(*_: object) -> None:
+    raise MemoryError("as if")
+    yield
+
+
+def test_an_error_that_is_none_of_memory_is_not_tried_again(checkpoint, monkeypatch):
+    def step(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(sampling, "step", step)
+    with pytest.raises(RuntimeError, match="illegal"):
+        draw(engine_of(checkpoint), tiny())
+
+
+# --- the command
+
+
+@pytest.fixture
+def card(monkeypatch) -> None:
+    """`flux generate` on the simulated card."""
+    here = machine(8)
+    monkeypatch.setattr(hardware, "probe", lambda *_, **__: here)
+    monkeypatch.setattr(engine_module, "Engine", on_card)
+
+
+OPTIONS = ["-p", "tiny", "--size", "64", "--steps", "3", "--seed", "7", "--text-tokens", "16", "--precision", "fp32"]
+ARGUMENTS = ("generate", "a red circle on a blue background", *OPTIONS)
+
+
+def test_a_failing_decode_keeps_the_latents_and_flux_decode_finishes_them(card, capsys, monkeypatch, expected):
+    real = Engine._decode
+    monkeypatch.setattr(Engine, "_decode", _raising)
+    result = call(capsys, *ARGUMENTS, "-o", "fox.png", "-q")
+    message = assert_failed(result, ExitCode.DOES_NOT_FIT)
+    assert "needs about" in message and "free" in message
+    kept = Path("fox.latents.safetensors")
+    assert kept.is_file() and not Path("fox.png").exists() and f"flux decode {kept}" in result.stderr
+    assert latents.load(kept).step == 3
+    monkeypatch.setattr(Engine, "_decode", real)
+    assert call(capsys, "decode", str(kept), "-o", "fox.png").returncode == 0
+    assert np.array_equal(read_pixels(Path("fox.png")), expected)
+
+
+def test_a_step_that_fails_for_good_keeps_what_there_is(card, capsys, monkeypatch, expected):
+    real, count = sampling.step, []
+
+    def step(*arguments: object) -> torch.Tensor:
+        count.append(1)
+        if len(count) > 2:
+            raise torch.OutOfMemoryError("as if")
+        return real(*arguments)
+
+    monkeypatch.setattr(sampling, "step", step)
+    assert_failed(call(capsys, *ARGUMENTS, "-o", "a.png", "-q"), ExitCode.DOES_NOT_FIT)
+    kept = Path("a.latents.safetensors")
+    assert latents.load(kept).step == 2
+    monkeypatch.setattr(sampling, "step", real)
+    assert call(capsys, "decode", str(kept), "-o", "a.png").returncode == 0
+    assert np.array_equal(read_pixels(Path("a.png")), expected)
+
+
+def test_the_next_run_starts_where_the_last_one_ended(card, capsys, monkeypatch):
+    real, failed = sampling.step, []
+
+    def step(*arguments: object) -> torch.Tensor:
+        if len(failed) < 2:
+            failed.append(1)
+            raise torch.OutOfMemoryError("as if")
+        return real(*arguments)
+
+    monkeypatch.setattr(sampling, "step", step)
+    monkeypatch.setattr(residency, "RESIDENT_SHARE", 0.0)
+    first = call(capsys, *ARGUMENTS, "-o", "a.png", "--json")
+    assert first.stderr.count("out of memory") == 2
+    assert json.loads(first.stdout)["plan"]["residency"]["denoise"] == "streamed"
+    (known,) = state.read("peaks").values()
+    assert any(key.startswith("denoise resident") for key in known)
+    second = call(capsys, *ARGUMENTS, "-o", "b.png", "--json")
+    assert "out of memory" not in second.stderr
+    assert json.loads(second.stdout)["plan"]["residency"]["denoise"] == "streamed"
+    shas = [json.loads(result.stdout)["images"][0]["pixels_sha256"] for result in (first, second)]
+    assert shas[0] == shas[1]
+
+
+def test_a_device_that_breaks_is_exit_8(card, capsys, monkeypatch):
+    def step(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(sampling, "step", step)
+    assert "illegal" in assert_failed(call(capsys, *ARGUMENTS, "-o", "a.png", "-q"), ExitCode.DEVICE)
+
+
+def test_a_second_process_waits_for_the_card_or_is_refused(card, capsys):
+    with state.device_lock("test", wait=True, say=print):
+        message = assert_failed(call(capsys, *ARGUMENTS, "-o", "a.png", "-q", "--no-wait"), ExitCode.DOES_NOT_FIT)
+        assert "busy" in message
+        assert call(capsys, *ARGUMENTS, "--dry-run").returncode == 0  # plans without waiting
+    assert call(capsys, *ARGUMENTS, "-o", "a.png", "--no-wait").returncode == 0
+
+
+def test_small_runs_on_the_cpu_need_no_lock(capsys):
+    with state.device_lock("cpu", wait=True, say=print):
+        assert call(capsys, *ARGUMENTS, "-o", "a.png", "--no-wait").returncode == 0
+
+
+def test_the_pixels_of_the_card_are_those_of_the_cpu(card, capsys, expected):
+    result = call(capsys, *ARGUMENTS, "-o", "a.png", "--json")
+    assert json.loads(result.stdout)["images"][0]["pixels_sha256"] == pixels_sha256(expected)
+    assert json.loads(result.stdout)["plan"]["device"] == CARD
