@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 from quant.checkpoint import inspect
+from quant.codecs import Reader
 from quant.spec import QuantSpec
-from quant.tensors import Reader
 
 CHUNK = 16 << 20
 BAKES = {"fp8": ["--to", "fp8"], "int8": ["--to", "int8"], "nf4 absmax": ["--to", "nf4", "--scales", "absmax"]}

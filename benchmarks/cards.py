@@ -24,7 +24,7 @@ from unittest import mock
 
 import torch
 
-from fluxcli import costs, encoders, hardware, models, residency, sampling
+from fluxcli import costs, hardware, models, residency, sampling
 from fluxcli.engine import Engine
 from fluxcli.events import Phase, Step
 from fluxcli.plan import survey
@@ -32,8 +32,8 @@ from fluxcli.request import GenerationRequest
 from fluxcli.residency import GIB, PHASES
 from quant import linear
 from quant.checkpoint import Checkpoint, inspect
+from quant.codecs import Reader
 from quant.spec import SCHEMES, QuantSpec
-from quant.tensors import Reader
 from tests.counter import CARD, Counter
 from tests.simulate import packed
 
@@ -58,13 +58,13 @@ def random_model() -> Iterator[Checkpoint]:
             tensors[suffix] = flat.view(shape)
         return tensors
 
-    tokens = encoders.Tokens(torch.ones(1, 77, dtype=torch.long), torch.ones(1, 512, dtype=torch.long), "")
+    tokens = torch.ones(1, 77, dtype=torch.long), torch.ones(1, 512, dtype=torch.long), ""
     with (
         mock.patch.object(Reader, "weight", weight),
         mock.patch("quant.codecs.check", lambda *_: None),
         mock.patch.object(linear, "offset_of", lambda _: 0.0),
         mock.patch.object(sampling, "is_finite", lambda _: True),
-        mock.patch.object(encoders, "tokenize", lambda *_: tokens),
+        mock.patch.object(sampling, "tokenize", lambda *_: tokens),
         mock.patch.object(Checkpoint, "fingerprint", "random"),
     ):
         yield models.known_shapes(DEV)
@@ -101,8 +101,8 @@ def rung(made: object, offer: object, machine: object, request: GenerationReques
     counter = Counter(budget=made.budget_bytes) if shrunk else None
     engine = Engine(offer.checkpoint, replace(made, device=CARD) if shrunk else made, machine)
     peaks, seconds = run(engine, request, counter)
-    compute = costs.block_seconds(offer.sizes, offer.work, machine.speeds, offer.scheme)
-    copied = sum(offer.sizes.blocks[i].nbytes for i in made.residency.streamed)
+    compute = costs.block_seconds(offer.cost, machine.speeds, offer.scheme)
+    copied = sum(offer.cost.blocks[i].nbytes for i in made.residency.streamed)
     row = {
         "precision": made.precision, "placed": made.residency.level("denoise"), "encode": made.residency.encode,
         "decode": made.residency.decode, "went_on_as_planned": engine.plan.residency == made.residency,
@@ -202,11 +202,10 @@ def main() -> None:
                 for row in rungs(checkpoint, machine, request, shrunk=shrunk):
                     rows.append({"cap": cap, "size": size, **row})
                     show(rows[-1], unit)
-            peers += [{"size": size, **row} for row in diffusers_rows(here, request, shrunk=shrunk)]
-            for peer in peers:
-                print(
-                    f"{peer['size']:<10} {peer['way']:<24} {peer['step_s']:.3f} s/step  {peer['peak_bytes'] / GIB:6.2f} GiB"
-                )
+            for peer in diffusers_rows(here, request, shrunk=shrunk):
+                peers.append({"size": size, **peer})
+                speed, peak = f"{peer['step_s']:.3f} s/step", f"{peer['peak_bytes'] / GIB:.2f} GiB"
+                print(f"{size:<18} {peer['way']:<24} {peak:>10}  {speed}")
     name = platform.machine() if shrunk else here.name
     line = json.dumps({"card": name, "torch": torch.__version__, "shrunk": shrunk, "rungs": rows, "diffusers": peers})
     print(line)

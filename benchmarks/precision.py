@@ -53,9 +53,10 @@ def measure(name: str, facts: list[data.Fact], reference: list[np.ndarray]) -> t
     spec = VARIANTS[name]
     request = GenerationRequest("x", preset="tiny", model="bundled/tiny", device="cpu", **SIZE)
     checkpoint = inspect(models.locate("bundled/tiny"))
-    planned = plan.make_plan(request, checkpoint, hardware.probe("cpu"))
+    machine = hardware.probe("cpu")
+    _, planned = plan.make_plan(request, [checkpoint], machine)
     planned = replace(planned, spec=spec, precision=spec.to if spec else planned.precision)
-    engine, started = Engine(checkpoint, planned), time.perf_counter()
+    engine, started = Engine(checkpoint, planned, machine), time.perf_counter()
     pictures = [picture(engine, fact, seed) for seed, fact in enumerate(facts)]
     seconds = time.perf_counter() - started
     seen = [check.check(Image.fromarray(p), fact) for p, fact in zip(pictures, facts, strict=True)]

@@ -29,17 +29,14 @@ def _class(path: str) -> type:
         return getattr(importlib.import_module(module), name)
 
 
-def _pair(*paths: str) -> tuple[type, ...]:
-    return tuple(_class(f"transformers.models.{path}") for path in paths)
-
-
 transformer = partial(_class, "diffusers.models.transformers.transformer_flux.FluxTransformer2DModel")
 single_block = partial(_class, "diffusers.models.transformers.transformer_flux.FluxSingleTransformerBlock")
 vae = partial(_class, "diffusers.models.autoencoders.autoencoder_kl.AutoencoderKL")
 scheduler = partial(_class, "diffusers.schedulers.scheduling_flow_match_euler_discrete.FlowMatchEulerDiscreteScheduler")
-clip = partial(_pair, "clip.modeling_clip.CLIPTextModel", "clip.configuration_clip.CLIPTextConfig")  # (model, config)
-t5 = partial(_pair, "t5.modeling_t5.T5EncoderModel", "t5.configuration_t5.T5Config")
-tokenizers = partial(_pair, "clip.tokenization_clip.CLIPTokenizer", "t5.tokenization_t5.T5Tokenizer")
+clip = partial(_class, "transformers.models.clip.modeling_clip.CLIPTextModel")
+t5 = partial(_class, "transformers.models.t5.modeling_t5.T5EncoderModel")
+clip_tokenizer = partial(_class, "transformers.models.clip.tokenization_clip.CLIPTokenizer")
+t5_tokenizer = partial(_class, "transformers.models.t5.tokenization_t5.T5Tokenizer")
 
 
 @contextlib.contextmanager

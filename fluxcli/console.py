@@ -1,18 +1,26 @@
-"""The only printer: data on stdout, the rest on stderr, plain where that is no terminal. Knows nothing of models."""
+"""The only printer: data on stdout, the rest on stderr, plain where that is no terminal. Knows nothing of models.
+
+And signals: INT, TERM and HUP end the process by the signal itself, after temporary files are gone and the terminal is
+as it was. A shell goes on looping after a child that merely exits 130; it stops after one that died by SIGINT.
+"""
 
 import errno
 import json
 import os
 import re
+import signal
 import sys
 import time
+import traceback
+from types import FrameType
 from typing import Self
 
-from fluxcli import signals
-from fluxcli.errors import OutputError
+from fluxcli.errors import OutputError, Terminated
 from fluxcli.events import Event, Notice, Phase, Saved, Step, to_json
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+ARRIVED: list[int] = []
+LAST_WORDS: list[bytes] = []  # what a terminal must still be told when the stack is not unwound: the cursor back
 
 
 def data(text: str) -> None:
@@ -68,14 +76,14 @@ class Reporter:
     def __enter__(self) -> Self:
         if not self._quiet and sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
             from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn
+            from rich.progress import BarColumn, Progress
 
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[speed]}"))
+            columns = ("{task.description}", BarColumn(bar_width=30), "{task.fields[speed]}")
             self._progress = Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False)
             self._task = self._progress.add_task("", total=None, visible=False, speed="")
             self._progress.start()
             if not self._progress.console.is_dumb_terminal:
-                signals.LAST_WORDS.append(b"\r\x1b[2K\x1b[?25h")  # the line wiped, the cursor back
+                LAST_WORDS.append(b"\r\x1b[2K\x1b[?25h")  # the line wiped, the cursor back
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -83,11 +91,11 @@ class Reporter:
         self.timings_s["total"] = round(self._since - self._started, 4)
         if self._progress:
             self._progress.stop()
-            signals.LAST_WORDS.clear()
+            LAST_WORDS.clear()
 
     def show(self, event: Event) -> None:
         """Show one event; raises `Terminated` if a signal arrived and was swallowed since the last one."""
-        signals.check()
+        check_signals()
         if self._events:
             data_json(to_json(event))
         match event:
@@ -116,7 +124,7 @@ class Reporter:
 
     def show_bytes(self, done: int, total: int, detail: str) -> None:
         """Show `done` of `total` bytes with GB/s and time left; raises `Terminated` as `show` does."""
-        signals.check()
+        check_signals()
         speed = max(1, done) / max(1e-6, time.perf_counter() - self._started)
         text = f"{done / 1e9:.1f}/{total / 1e9:.1f} GB, {speed / 1e9:.2f} GB/s, {(total - done) / speed:.0f} s left"
         self._update(completed=done, total=total, description=detail, speed=text)
@@ -129,3 +137,36 @@ class Reporter:
         now = time.perf_counter()
         self.timings_s[self._phase] = round(self.timings_s.get(self._phase, 0.0) + now - self._since, 4)
         self._since = now
+
+
+def install_signals() -> None:
+    """Make the first signal unwind the stack as `Terminated`; a second one of the kind kills at once."""
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
+            signal.signal(number, _unwind)
+    sys.unraisablehook = lambda it: isinstance(it.exc_value, Terminated) or sys.__unraisablehook__(it)
+
+
+def check_signals() -> None:
+    """Raise `Terminated` if a signal arrived: libraries swallow the first one in a `__del__` or a bare `except`."""
+    if ARRIVED:
+        raise Terminated(ARRIVED[0])
+
+
+def _unwind(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    ARRIVED.append(number)
+    if any(f.f_code.co_filename.startswith("<frozen importlib") for f, _ in traceback.walk_stack(frame)):
+        # nothing to clean up, and there an exception may be swallowed, or abort in a library's C++
+        for words in LAST_WORDS:
+            os.write(2, words)
+        die_by(number)
+    raise Terminated(number)
+
+
+def die_by(number: int) -> None:
+    """End this process by the signal; on Windows by the code that a shell would show."""
+    if os.name == "nt":
+        sys.exit(128 + number)
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)

@@ -4,7 +4,8 @@ Sizes are in bytes, speeds in bytes or FLOP a second. Activations are a line fit
 model (docs/memory.md has both); FLOP are 2 per weight and row, and 4 x tokens^2 x width for each block's attention.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fluxcli.request import GenerationRequest
@@ -77,9 +78,10 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Bytes of a checkpoint's parts as one precision has them in memory; `blocks` in the order of the forward."""
+class Cost:
+    """What a request makes of a checkpoint in one precision, in bytes; `blocks` in the order of the forward."""
 
+    request: GenerationRequest
     clip: int
     t5: int
     t5_numel: int
@@ -92,6 +94,12 @@ class Sizes:
     modulation_numel: int
     vae: int
     stored: int  # of all files
+    width: int  # of the transformer, in channels
+    encode: int  # beside the weights, in the phase of that name
+    tables: int
+    denoise: int
+    decode: int
+    decode_tiled: int
 
     @property
     def transformer(self) -> int:
@@ -121,104 +129,74 @@ def weight_bytes(weight: Weight, component: str, dtype: str, spec: QuantSpec | N
     return sum(i.nbytes for i in layout(scheme, weight.info)) if scheme else weight.numel * DTYPE_BYTES[dtype]
 
 
-def part_bytes(
-    part: Component, dtype: str, spec: QuantSpec | None = None, *, select: Callable[[str], bool] = lambda name: True
-) -> int:
-    """Bytes of a component's weights in memory, of those that `select` takes."""
-    return sum(weight_bytes(w, part.name, dtype, spec) for name, w in part.weights.items() if select(name))
+def part_bytes(part: Component, dtype: str, spec: QuantSpec | None, start: str = "") -> int:
+    """Bytes of a component's weights in memory, of those whose names begin so."""
+    return sum(weight_bytes(w, part.name, dtype, spec) for name, w in part.weights.items() if name.startswith(start))
 
 
-def sizes_of(checkpoint: Checkpoint, dtypes: dict[str, str], spec: QuantSpec | None) -> Sizes:
-    """Bytes of every part that is placed by itself."""
-    parts, t5 = checkpoint.components, checkpoint.components["text_encoder_2"]
+def cost_of(
+    request: GenerationRequest, checkpoint: Checkpoint, dtypes: dict[str, str], spec: QuantSpec | None, scheme: str = ""
+) -> Cost:  # fmt: skip
+    """Bytes of every part that is placed by itself, and beside them; `scheme` is one of `ACTIVATIONS`."""
+    parts, (width, height), tokens = checkpoint.components, request.size, request.text_tokens
+    t5, transformer, wide = parts["text_encoder_2"], parts["transformer"], DTYPE_BYTES[dtypes["transformer"]]
     of = {name: part_bytes(part, dtypes[name], spec) for name, part in parts.items() if name != "transformer"}
-    t5_block = max((part_bytes(t5, dtypes[t5.name], spec, select=lambda n, b=f"{block}.": n.startswith(b))
-                    for block in t5_block_names(t5)[:2]), default=0)  # fmt: skip
-    t5_rest = part_bytes(t5, dtypes[t5.name], spec, select=lambda name: not name.startswith(T5_BLOCKS))
-    part = parts["transformer"]
-    blocks = {name: [0, 0, 0] for name in block_names(part)}
-    rest, modulation = 0, []
-    for name, weight in part.weights.items():
-        size, numel = weight_bytes(weight, part.name, dtypes[part.name], spec), weight.numel
-        found = blocks.get(".".join(name.split(".")[:2]))
-        if is_modulation(name):
-            modulation.append(numel)
-        elif found is None:
-            rest += size
-        else:
-            text = "add_" in name or "_context" in name
-            single = name.startswith("single")
-            for k, value in enumerate((size, numel * (not text), numel * (text or single))):
-                found[k] += value
-    wide = DTYPE_BYTES[dtypes[part.name]]
-    return Sizes(
-        of["text_encoder"], of[t5.name], t5.numel, t5_block, t5_rest, tuple(Block(*b) for b in blocks.values()), rest,
-        sum(modulation) * wide, max(modulation, default=0) * wide, sum(modulation), of["vae"],
-        sum(each.nbytes for each in parts.values()),
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a request makes of a checkpoint: bytes beside the weights in each phase, and the tokens of a step."""
-
-    encode: int
-    tables: int
-    denoise: int
-    decode: int
-    decode_tiled: int
-    image_tokens: int
-    text_tokens: int
-    width: int  # of the transformer
-    pixels: int
-    steps: int
-
-
-def work_of(
-    request: GenerationRequest, checkpoint: Checkpoint, dtypes: dict[str, str], scheme: str, *, packed_t5: bool = False
-) -> Work:  # fmt: skip
-    """The bytes and the work of a request in one precision; `scheme` is one of `ACTIVATIONS`."""
-    parts, (width, height) = checkpoint.components, request.size
-    config, wide = parts["transformer"].config, DTYPE_BYTES[dtypes["transformer"]]
-    inner = config["num_attention_heads"] * config["attention_head_dim"]
-    image_tokens, text_tokens = width * height // 256, request.text_tokens
-    lines = ((a * (image_tokens + text_tokens) + b * inner) * inner * wide for a, b in ACTIVATIONS[scheme])
+    t5_blocks = [part_bytes(t5, dtypes[t5.name], spec, f"{block}.") for block in t5_block_names(t5)]
+    modulation = {name: weight for name, weight in transformer.weights.items() if is_modulation(name)}
+    numels = [weight.numel for weight in modulation.values()]
+    outputs = sum(weight.shape[0] for name, weight in modulation.items() if name.endswith(".linear.weight"))
+    blocks, rest = _blocks(transformer, dtypes["transformer"], spec)
+    inner = transformer.config["num_attention_heads"] * transformer.config["attention_head_dim"]
+    lines = ((a * (width * height // 256 + tokens) + b * inner) * inner * wide for a, b in ACTIVATIONS[scheme])
+    known = {"num_heads": 64, "d_ff": 10240, "d_model": 4096} | t5.config
+    scores = ENCODER_SCORES * known["num_heads"] * tokens**2 + ENCODER_WIDE * known["d_ff"] * tokens
+    unpacked = known["d_ff"] * known["d_model"] * bool(t5.precision or (spec and spec.text_encoder != "keep"))
     pixel = PIXEL_ACTIVATIONS * parts["vae"].config["block_out_channels"][0] * DTYPE_BYTES[dtypes["vae"]]
-    pixel_bytes = 2 * 3 * DTYPE_BYTES[dtypes["vae"]]  # of the tiles that are done, and of the joined picture
-    tile = min(width, TILE_PX) * min(height, TILE_PX)
-    t5 = {"num_heads": 64, "d_ff": 10240, "d_model": 4096} | parts["text_encoder_2"].config
-    scores = ENCODER_SCORES * t5["num_heads"] * text_tokens**2 + ENCODER_WIDE * t5["d_ff"] * text_tokens
-    return Work(
-        int((scores + t5["d_ff"] * t5["d_model"] * packed_t5) * DTYPE_BYTES[dtypes["text_encoder_2"]]),
-        request.steps * modulation_outputs(parts["transformer"]) * wide, int(max(lines)),
-        pixel * width * height + DECODE_BYTES, pixel * tile + pixel_bytes * width * height + DECODE_BYTES,
-        image_tokens, text_tokens, inner, width * height, request.steps,
+    joined = 2 * 3 * DTYPE_BYTES[dtypes["vae"]] * width * height  # the tiles that are done, and the whole picture
+    return Cost(
+        request, of["text_encoder"], of[t5.name], t5.numel, max(t5_blocks, default=0), of[t5.name] - sum(t5_blocks),
+        blocks, rest, sum(numels) * wide, max(numels, default=0) * wide, sum(numels), of["vae"],
+        sum(part.nbytes for part in parts.values()), inner,
+        encode=int((scores + unpacked) * DTYPE_BYTES[dtypes[t5.name]]), tables=request.steps * outputs * wide,
+        denoise=int(max(lines)), decode=pixel * width * height + DECODE_BYTES,
+        decode_tiled=pixel * min(width, TILE_PX) * min(height, TILE_PX) + joined + DECODE_BYTES,
     )  # fmt: skip
 
 
-def modulation_outputs(transformer: Component) -> int:
-    """Shifts, scales and gates of one step: the rows of the modulation linears."""
-    linears = (w for n, w in transformer.weights.items() if is_modulation(n) and n.endswith(".linear.weight"))
-    return sum(weight.shape[0] for weight in linears)
+def _blocks(transformer: Component, dtype: str, spec: QuantSpec | None) -> tuple[tuple[Block, ...], int]:
+    """(the blocks without their modulation, the bytes of what is in none)."""
+    blocks, rest = {name: [0, 0, 0] for name in block_names(transformer)}, 0
+    for name, weight in transformer.weights.items():
+        size = weight_bytes(weight, transformer.name, dtype, spec)
+        found = blocks.get(".".join(name.split(".")[:2]))
+        if found and not is_modulation(name):
+            text = "add_" in name or "_context" in name
+            found[0] += size
+            found[1] += weight.numel * (not text)
+            found[2] += weight.numel * (text or name.startswith("single"))
+        elif not is_modulation(name):
+            rest += size
+    return tuple(Block(*found) for found in blocks.values()), rest
 
 
-def block_seconds(sizes: Sizes, work: Work, speeds: Speeds, scheme: str) -> list[float]:
+def block_seconds(cost: Cost, speeds: Speeds, scheme: str) -> list[float]:
     """Seconds that each block computes in one step."""
-    attention = 4 * (work.image_tokens + work.text_tokens) ** 2 * work.width / speeds.wide
-    linear = [2 * (b.image_numel * work.image_tokens + b.text_numel * work.text_tokens) for b in sizes.blocks]
-    return [flop / speeds.of(scheme) + attention for flop in linear]
+    image, text = math.prod(cost.request.size) // 256, cost.request.text_tokens
+    attention = 4 * (image + text) ** 2 * cost.width / speeds.wide
+    flop = [2 * (block.image_numel * image + block.text_numel * text) for block in cost.blocks]
+    return [each / speeds.of(scheme) + attention for each in flop]
 
 
-def spread(sizes: Sizes, compute: Sequence[float], count: int, bus_bytes: float) -> tuple[int, ...]:
+def spread(cost: Cost, compute: Sequence[float], count: int, bus_bytes: float) -> tuple[int, ...]:
     """Which `count` blocks are streamed: evenly spread over the seconds of a step, so that the bus neither idles nor
     blocks. Of all blocks, or of the second kind first (half the bytes for the same seconds), whichever is faster.
     """
     every = range(len(compute))
-    second = [i for i in every if sizes.blocks[i].nbytes == sizes.blocks[-1].nbytes]
+    second = [i for i in every if cost.blocks[i].nbytes == cost.blocks[-1].nbytes]
     first = _even([i for i in every if i not in second], compute, max(0, count - len(second)))
     found = [_even(every, compute, count), tuple(sorted((*first, *_even(second, compute, min(count, len(second))))))]
     return min(found, key=lambda chosen: (
-        round(step_seconds(sizes, compute, chosen, bus_bytes), 4), sum(sizes.blocks[i].nbytes for i in chosen)
+        round(step_seconds(cost, compute, chosen, bus_bytes), 4), sum(cost.blocks[i].nbytes for i in chosen)
     ))  # fmt: skip
 
 
@@ -232,14 +210,14 @@ def _even(among: Sequence[int], compute: Sequence[float], count: int) -> tuple[i
     return tuple(chosen)
 
 
-def step_seconds(sizes: Sizes, compute: Sequence[float], streamed: Sequence[int], bus_bytes: float) -> float:
+def step_seconds(cost: Cost, compute: Sequence[float], streamed: Sequence[int], bus_bytes: float) -> float:
     """Seconds of a step when `streamed` blocks come through two slots: a slot is filled once its block has computed."""
     now, bus, order = 0.0, 0.0, {block: k for k, block in enumerate(streamed)}
     ready: dict[int, float] = {}
 
     def copy(k: int, since: float) -> None:
         nonlocal bus
-        bus = ready[k] = max(bus, since) + sizes.blocks[streamed[k]].nbytes / bus_bytes
+        bus = ready[k] = max(bus, since) + cost.blocks[streamed[k]].nbytes / bus_bytes
 
     for k in range(min(2, len(streamed))):
         copy(k, 0.0)

@@ -55,47 +55,45 @@ def _versions() -> Iterator[Check]:
             yield Check(name, "bad", "not installed", f"pip install {name}")
 
 
+def _or_warn(name: str, good: bool, found: str, fix: str) -> Check:
+    return Check(name, "ok", found) if good else Check(name, "warn", found, fix)
+
+
 def _device(machine: Hardware) -> Iterator[Check]:
     """The device, its driver, and what each precision does on it."""
-    if machine.kind == "cpu":
-        fix = "" if "no GPU" in machine.reason else "pytorch.org, Get Started, has the build for your driver"
-        yield Check(
-            "device", "warn", f"cpu, {machine.name}: {machine.reason}", fix or "a GPU makes it a hundred times faster"
-        )
-    else:
-        driver = _nvidia("driver_version") if machine.kind == "cuda" else []
-        sm = f", sm{machine.capability[0]}{machine.capability[1]}" if machine.kind == "cuda" else ""
-        runtime = f", driver {driver[0]}, torch for CUDA {torch.version.cuda}" if driver else ""
-        yield Check("device", "ok", f"{machine.device}, {machine.name}{sm}{runtime}")
-    if machine.bf16:
-        yield Check("bf16", "ok", "computed")
-    else:
-        yield Check("bf16", "warn", "slow here: another dtype is taken", "none needed; cards since sm80 have it")
     from quant.linear import path_of
 
+    cpu, cuda = machine.kind == "cpu", machine.kind == "cuda"
+    if cpu:
+        alone = "no GPU" in machine.reason
+        fix = (
+            "a GPU makes it a hundred times faster" if alone else "pytorch.org, Get Started: the build for your driver"
+        )
+        yield Check("device", "warn", f"cpu, {machine.name}: {machine.reason}", fix)
+    else:
+        driver = _nvidia("driver_version") if cuda else []
+        sm = f", sm{machine.capability[0]}{machine.capability[1]}" if cuda else ""
+        runtime = f", driver {driver[0]}, torch for CUDA {torch.version.cuda}" if driver else ""
+        yield Check("device", "ok", f"{machine.device}, {machine.name}{sm}{runtime}")
+    found = "computed" if machine.bf16 else "slow here: another dtype is taken"
+    yield _or_warn("bf16", machine.bf16, found, "none needed; cards since sm80 have it")
     for scheme in ("fp8", "int8"):
         path = path_of(scheme, machine.device)
-        known = machine.kind != "cpu" and path != "dequantize"
-        yield Check(scheme, "ok", f"computed ({path})" if known else "a smaller form of the weights, not a faster one")
+        computed = not cpu and path != "dequantize"
+        found = f"computed ({path})" if computed else "a smaller form of the weights, not a faster one"
+        yield Check(scheme, "ok", found)
 
 
 def _memory(machine: Hardware) -> Iterator[Check]:
-    total, free = machine.total_bytes / GIB, machine.free_bytes / GIB
     if machine.kind != "cpu":
-        holders = (
-            [f"pid {line}" for line in _nvidia("pid,process_name,used_memory", apps=True)]
-            if machine.kind == "cuda"
-            else []
-        )
-        busy = free < total * 0.8
-        held = f"; held by {', '.join(holders)}" if busy and holders else ""
-        yield Check(
-            "VRAM", "warn" if busy else "ok", f"{free:.1f} of {total:.1f} GiB free{held}", "close what holds it" * busy
-        )
+        free = machine.free_bytes >= machine.total_bytes * 0.8
+        holders = [] if free or machine.kind != "cuda" else _nvidia("pid,process_name,used_memory", apps=True)
+        held = f"; held by {', '.join(f'pid {line}' for line in holders)}" if holders else ""
+        found = f"{machine.free_bytes / GIB:.1f} of {machine.total_bytes / GIB:.1f} GiB free{held}"
+        yield _or_warn("VRAM", free, found, "close what holds it")
     ram, swap = psutil.virtual_memory(), psutil.swap_memory()
-    low = ram.total < RAM_BYTES
     found = f"{ram.available / GIB:.1f} of {ram.total / GIB:.1f} GiB free, swap or page file {swap.total / GIB:.1f} GiB"
-    yield Check("RAM", "warn" if low else "ok", found, "--offload sequential, or nf4 baked: both hold little" * low)
+    yield _or_warn("RAM", ram.total >= RAM_BYTES, found, "--offload sequential, or nf4 baked: both hold little")
 
 
 def _disk() -> Check:
@@ -104,24 +102,19 @@ def _disk() -> Check:
     writable = os.access(cache, os.W_OK) and os.access(nearest(state.cache_folder()), os.W_OK)
     found = f"{free / 1e9:.0f} GB free in {cache}{'' if writable else ', which is read-only'}"
     fix = "HF_HOME moves the hub's cache; dev takes 34 GB, each baked variant 10 to 20"
-    enough = writable and free > ROOM_BYTES
-    return Check("disk", "ok" if enough else "warn", found, "" if enough else fix)
+    return _or_warn("disk", writable and free > ROOM_BYTES, found, fix)
 
 
 def _packer(machine: Hardware) -> Check:
     """bitsandbytes with the library that fits this device."""
     try:
         from bitsandbytes.cextension import lib
-
-        native = type(lib).__name__
-        broken = "Mock" in native or (machine.kind == "cuda" and "Cuda" not in native)
     except Exception as error:  # noqa: BLE001 - whatever a broken binary raises
         return Check("nf4", "bad", f"bitsandbytes: {str(error)[:80]}", "pip install --force-reinstall bitsandbytes")
-    if broken:
-        return Check(
-            "nf4", "warn", f"bitsandbytes has no library for {machine.device}", "python -m bitsandbytes explains"
-        )
-    return Check("nf4", "ok", f"bitsandbytes' library is {native}")
+    native = type(lib).__name__
+    fits = "Mock" not in native and (machine.kind != "cuda" or "Cuda" in native)
+    found = f"bitsandbytes' library for {machine.device} is {native if fits else 'missing'}"
+    return _or_warn("nf4", fits, found, "python -m bitsandbytes explains")
 
 
 def _hub() -> Check:
@@ -145,11 +138,9 @@ def _hub() -> Check:
 
 def _nvidia(fields: str, *, apps: bool = False) -> list[str]:
     """Lines of nvidia-smi, [] where it is not there."""
-    query = f"--query-{'compute-apps' if apps else 'gpu'}={fields}"
+    command = ["nvidia-smi", f"--query-{'compute-apps' if apps else 'gpu'}={fields}", "--format=csv,noheader"]
     try:
-        run = subprocess.run(
-            ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, timeout=10, check=True
-        )
+        run = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
     return [line.strip() for line in run.stdout.splitlines() if line.strip()]

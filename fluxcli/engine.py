@@ -7,24 +7,24 @@ diffusers' FluxPipeline on the same folder and seed.
 
 import gc
 import hashlib
+import math
 import platform
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 
 import fluxcli
-from fluxcli import classes, costs, encoders, hardware, image, modulation, output, residency, sampling
+from fluxcli import classes, costs, hardware, image, modulation, output, residency, sampling
 from fluxcli.errors import DoesNotFit, NotFinite
 from fluxcli.events import Event, GeneratedImage, Notice, Phase, Saved, Step
 from fluxcli.latents import Latents
-from fluxcli.loader import load_component, refusing
-from fluxcli.placement import load_placed
+from fluxcli.loader import refusing
+from fluxcli.placement import load_component
 from fluxcli.request import GenerationRequest
 from fluxcli.residency import GIB, MemoryPlan
 from quant.checkpoint import Checkpoint, Component
-from quant.lazy import nn, np, torch
+from quant.lazy import Tensor, Tensors, nn, np, torch
 from quant.spec import SCHEMES, is_modulation
 
 
@@ -41,9 +41,9 @@ class Engine:
         self._models: dict[str, nn.Module] = {}
         self._row: modulation.ModulationRow | None = None
         self._prompt: tuple[str, int] | None = None  # whose embeddings are kept: the text and its T5 length
-        self._embeddings: tuple[torch.Tensor, torch.Tensor] | None = None  # pooled (1, P), sequence (1, T, C)
-        self._tables: dict[modulation.TableKey, torch.Tensor] = {}
-        self._modulation: dict[str, torch.Tensor] = {}  # the weights, where the plan keeps them
+        self._embeddings: tuple[Tensor, Tensor] | None = None  # pooled (1, P), sequence (1, T, C)
+        self._tables: dict[modulation.Condition, Tensor] = {}
+        self._modulation: Tensors = {}  # the weights, where the plan keeps them
         hardware.cap(plan.device, plan.budget_bytes)
 
     def run(
@@ -95,18 +95,15 @@ class Engine:
             offer = residency.make_offer(request, self.checkpoint, self.machine, now.precision, now.spec, now.dtypes)
             following = residency.relaxed(self.plan, phase, offer, self.machine)
             if following is None:
-                raise self._exhausted(phase, request, failed)
+                needs, free = now.peak_bytes[phase] / GIB, hardware.free_memory(now.device) / GIB
+                why = f"{phase} needs about {needs:.1f} GiB by plan, {free:.1f} GiB are free: {failed}"
+                raise DoesNotFit("out of memory, and no rung is left", which=now.device, why=why)
             self.plan, words = following
             yield Notice(f"out of memory in {phase} ({level or 'as planned'}): once more, {words}")
 
-    def _exhausted(self, phase: str, request: GenerationRequest, failed: str) -> DoesNotFit:
-        needs, free = self.plan.peak_bytes[phase] / GIB, hardware.free_memory(self.plan.device) / GIB
-        why = f"{phase} needs about {needs:.1f} GiB by plan, {free:.1f} GiB are free: {failed}"
-        return DoesNotFit("out of memory, and no rung is left", which=self.plan.device, why=why)
-
     def _denoise(
-        self, request: GenerationRequest, table: "torch.Tensor", inputs: dict, image: int, images: int
-    ) -> Iterator[Event]:  # fmt: skip
+        self, request: GenerationRequest, table: Tensor, inputs: dict, image: int, images: int
+    ) -> Iterator[Event]:
         """The steps that are left."""
         model = yield from self._load("transformer")
         yield Phase("denoise")
@@ -121,45 +118,42 @@ class Engine:
 
     def _scheduler(self, request: GenerationRequest) -> object:
         """diffusers' scheduler with the timesteps of this request."""
-        kind, (width, height) = classes.scheduler(), request.size
         with refusing("cannot use the scheduler's config", self.checkpoint.folder / "scheduler"):
-            scheduler = kind.from_config(self.checkpoint.scheduler)
-            sampling.set_timesteps(scheduler, request.steps, width * height // 256)
+            scheduler = classes.scheduler().from_config(self.checkpoint.scheduler)
+            sampling.set_timesteps(scheduler, request.steps, math.prod(request.size) // 256)
         return scheduler
 
-    def _encode(self, request: GenerationRequest) -> "Generator[Event, None, tuple[torch.Tensor, torch.Tensor]]":
+    def _encode(self, request: GenerationRequest) -> Generator[Event, None, tuple[Tensor, Tensor]]:
         """Pooled (1, P) and sequence (1, T, C) embeddings of the prompt; the last prompt's are kept."""
         key = (request.prompt, request.text_tokens)
         if self._prompt == key:
             return self._embeddings
         yield Phase("load", "tokenizers")
-        tokens = encoders.tokenize(self.checkpoint.folder, *key)
-        if tokens.lost:
-            yield Notice(f"the prompt is longer than {request.text_tokens} T5 tokens; lost: {tokens.lost!r}")
+        clip_ids, t5_ids, lost = sampling.tokenize(self.checkpoint.folder, *key)
+        if lost:
+            yield Notice(f"the prompt is longer than {request.text_tokens} T5 tokens; lost: {lost!r}")
         clip = yield from self._load("text_encoder")
         yield Phase("encode")
-        pooled = encoders.pooled_embedding(clip, tokens.clip)
+        pooled = clip(clip_ids.to(clip.device)).pooler_output
         del clip
         t5 = yield from self._load("text_encoder_2")
         yield Phase("encode")
-        sequence = encoders.sequence_embedding(t5, tokens.t5)
+        sequence = t5(t5_ids.to(t5.device))[0]
         del t5
         dtype = self._dtype("transformer")
         self._prompt, self._embeddings = key, (pooled.to(dtype), sequence.to(dtype))
         return self._embeddings
 
-    def _condition(self, request: GenerationRequest, pooled: "torch.Tensor") -> "Generator[Event, None, torch.Tensor]":
+    def _condition(self, request: GenerationRequest, pooled: Tensor) -> Generator[Event, None, Tensor]:
         """The run's modulation table (steps, sum of outputs); the last run's is kept."""
-        timesteps = self._scheduler(request).timesteps
-        wanted = modulation.condition(
-            pooled, weights=self.checkpoint.fingerprint, guidance=request.guidance, timesteps=timesteps
-        )
-        if wanted.key not in self._tables:
+        options = {"weights": self.checkpoint.fingerprint, "guidance": request.guidance}
+        wanted = modulation.condition(pooled, timesteps=self._scheduler(request).timesteps, **options)
+        if wanted not in self._tables:
             self._make_room("transformer")
             yield Phase("condition")
             keep = self._modulation if "modulation" in self.plan.residency.keep else None
             self._tables = modulation.make_tables(self.checkpoint.components["transformer"], [wanted], keep=keep)
-        return self._tables[wanted.key]
+        return self._tables[wanted]
 
     def _load(self, name: str) -> "Generator[Event, None, nn.Module]":
         """The component's module, placed as the plan says; loaded now unless it is there."""
@@ -167,17 +161,16 @@ class Engine:
         if name not in self._models:
             yield Phase("load", name)
             options = {"dtype": self._dtype(name), "device": self.plan.device}
-            component, since = self.checkpoint.components[name], time.perf_counter()
-            skip = is_modulation if name == "transformer" else lambda _: False
-            load, blocks = load_component, self._passing(name, component)
-            if blocks:
-                arena = name == "transformer" and self.plan.residency.denoise == "streamed"
-                load = partial(load_placed, blocks=blocks, arena=arena)
-            model = load(component, **options, spec=self.plan.spec, skip=skip)
-            if name == "transformer":
+            component, since, is_main = self.checkpoint.components[name], time.perf_counter(), name == "transformer"
+            model = load_component(
+                component, blocks=self._passing(name, component), spec=self.plan.spec, **options,
+                arena=is_main and self.plan.residency.denoise == "streamed",
+                skip=is_modulation if is_main else lambda _: False,
+            )  # fmt: skip
+            if is_main:
                 self._row = modulation.ModulationRow(model, component, **options)
             self._models[name] = model
-            if name == "transformer" and self.plan.spec:
+            if is_main and self.plan.spec:
                 taken, to = time.perf_counter() - since, self.plan.precision
                 yield Notice(f"packed to {to} in {taken:.1f} s while loading: flux quantize ... --to {to} saves that")
         return self._models[name]
@@ -207,16 +200,15 @@ class Engine:
     def _dtype(self, name: str) -> "torch.dtype":
         return getattr(torch, self.plan.dtypes[name])
 
-    def _inputs(self, request: GenerationRequest, sequence: "torch.Tensor", pooled: "torch.Tensor") -> dict:
+    def _inputs(self, request: GenerationRequest, sequence: Tensor, pooled: Tensor) -> dict:
         """What every forward of the transformer takes beside latents and timestep."""
-        options = {"dtype": sequence.dtype, "device": sequence.device}
         guidance = None if request.guidance is None else torch.full([1], request.guidance, device=sequence.device)
         return {
             "encoder_hidden_states": sequence,
             "pooled_projections": pooled,
             "guidance": guidance,
-            "txt_ids": torch.zeros(sequence.shape[1], 3, **options),
-            "img_ids": sampling.image_ids(request.size, dtype=options["dtype"], device=str(sequence.device)),
+            "txt_ids": sequence.new_zeros(sequence.shape[1], 3),
+            "img_ids": sampling.image_ids(request.size).to(sequence),
         }
 
     def _decode(self, request: GenerationRequest) -> "Generator[Event, None, np.ndarray]":
@@ -238,13 +230,10 @@ class Engine:
 
     def _save(self, request: GenerationRequest, pixels: "np.ndarray", target: output.Target, n: int) -> GeneratedImage:
         digest = image.pixels_sha256(pixels)
-        metadata = self.metadata(request) | {"pixels_sha256": digest}
-        embedded = metadata if request.metadata else None
-        data = image.encode(pixels, request.format, quality=request.quality, metadata=embedded)
-        path = output.save(data, target, request, n)
-        width, height = request.size
-        sha256 = hashlib.sha256(data).hexdigest()
-        return GeneratedImage(path, request.seed, width, height, request.format, len(data), sha256, digest)
+        metadata = self.metadata(request) | {"pixels_sha256": digest} if request.metadata else None
+        data = image.encode(pixels, request.format, quality=request.quality, metadata=metadata)
+        path, sha256 = output.save(data, target, request, n), hashlib.sha256(data).hexdigest()
+        return GeneratedImage(path, request.seed, *request.size, request.format, len(data), sha256, digest)
 
     @property
     def multiply(self) -> str:
@@ -256,19 +245,12 @@ class Engine:
 
     def metadata(self, request: GenerationRequest) -> dict:
         """What identifies a picture: the request that makes it alone, the model, what computed it, versions."""
-        return {
-            "request": replace(request, output=None).to_json(),
-            "size": list(request.size),
-            "model": {"name": request.model, "fingerprint": self.checkpoint.fingerprint},
-            "compute": {
-                "device": self.plan.device.partition(":")[0],
-                "precision": self.plan.precision,
-                "multiply": self.multiply,
-                "dtypes": self.plan.dtypes,
-                "tiled": self.plan.residency.decode == "tiled",
-            },
-            "versions": versions(),
-        }
+        plan, described = self.plan, replace(request, output=None).to_json()
+        compute = {"device": plan.device.partition(":")[0], "precision": plan.precision, "multiply": self.multiply}
+        compute |= {"dtypes": plan.dtypes, "tiled": plan.residency.decode == "tiled"}
+        model = {"name": request.model, "fingerprint": self.checkpoint.fingerprint}
+        found = {"request": described, "size": list(request.size), "model": model, "compute": compute}
+        return found | {"versions": versions()}
 
 
 def versions() -> dict[str, str]:

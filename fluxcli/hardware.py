@@ -11,7 +11,8 @@ import shutil
 import time
 import tomllib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 
 from fluxcli import state
@@ -35,33 +36,22 @@ def probe(device: str = "auto", *, measure: bool | None = None, sample: Path | N
     The speeds of an accelerator are measured for two seconds when it is first seen, or whenever `measure` says;
     `sample` is a large file on the disk of the weights.
     """
-    ram = psutil.virtual_memory()
     kind, _, index = device.partition(":")
-    counts = _accelerators()
+    counts, reason = _accelerators(), "--device"
     if kind == "auto":
-        kind = next((name for name in ("cuda", "xpu", "mps") if counts[name]), "cpu")
+        kind = next((name for name in counts if counts[name]), "cpu")
         reason = "the first accelerator found" if kind != "cpu" else _why_no_gpu()
-    else:
-        reason = "--device"
-    if kind == "cpu":
-        name = platform.processor() or platform.machine()
-        matrix_units = getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # without: a quarter of float32's speed
-        found = _hardware("cpu", name, ram.total, ram.available, ram, bf16=matrix_units, reason=reason, identity="cpu")
-    else:
-        number = int(index or 0)
-        if number >= counts[kind]:
-            exist = [f"{name}:{k}" for name, count in counts.items() for k in range(count)]
-            why = f"usable are {' '.join(['cpu', *exist])}; {_why_no_gpu() if kind == 'cuda' else 'none of that kind'}"
-            raise DeviceUnusable("no such device", which=device, why=why, hint="--device auto takes what is here")
-        found = _accelerator(kind, number, ram, reason)
+    if kind != "cpu" and int(index or 0) >= counts[kind]:
+        exist = [f"{name}:{k}" for name, count in counts.items() for k in range(count)]
+        why = f"usable are {' '.join(['cpu', *exist])}; {_why_no_gpu() if kind == 'cuda' else 'none of that kind'}"
+        raise DeviceUnusable("no such device", which=device, why=why, hint="--device auto takes what is here")
+    found = _found(kind, int(index or 0), reason)
     key = f"{found.identity} {found.name} torch {torch.__version__}"
-    first = found.kind != "cpu" and key not in state.read("speeds")
-    if measure or (measure is None and first):
+    if measure or (measure is None and found.kind != "cpu" and key not in state.read("speeds")):
         with contextlib.suppress(RuntimeError, MemoryError):  # on a card that is full
             state.update("speeds", {key: _measured(found, sample)})
     try:
-        stored = state.read("speeds")[key]
-        return replace(found, speeds=Speeds(**stored))
+        return replace(found, speeds=Speeds(**state.read("speeds")[key]))
     except (KeyError, TypeError):
         return found
 
@@ -76,14 +66,17 @@ def card(text: str) -> Hardware:
     if not total:
         raise UsageError("no such card", which=f"--card {text}", why="it is SIZE[:smNN]", hint="--card 12GiB:sm89")
     digits = match[2] or "89"
-    capability, ram = (int(digits[:-1]), int(digits[-1])), psutil.virtual_memory()
-    options = {"bf16": capability >= BF16_SINCE, "reason": "--card", "identity": text, "capability": capability}
-    return _hardware("cuda:0", f"a card of {match[1]}, sm{digits}", total, total, ram, **options)
+    capability = (int(digits[:-1]), int(digits[-1]))
+    bf16, name = capability >= BF16_SINCE, f"a card of {match[1]}, sm{digits}"
+    return _hardware("cuda:0", name, total, total, bf16, reason="--card", identity=text, capability=capability)
 
 
-def _hardware(device: str, name: str, total: int, free: int, ram: object, **more: object) -> Hardware:
-    table = _table(device, name, more.get("capability", (0, 0)))
-    return Hardware(device, name, total, free, ram.total, ram.available, speeds=table, table=table, **more)
+def _hardware(  # noqa: PLR0917
+    device: str, name: str, total: int, free: int, bf16: bool, capability: tuple[int, int] = (0, 0), **more: str
+) -> Hardware:  # fmt: skip
+    ram, table = psutil.virtual_memory(), _table(device, name, capability)
+    memory = {"total_bytes": total, "free_bytes": free, "ram_bytes": ram.total, "ram_free_bytes": ram.available}
+    return Hardware(device, name, **memory, bf16=bf16, speeds=table, table=table, capability=capability, **more)
 
 
 def _table(device: str, name: str, capability: tuple[int, int]) -> Speeds:
@@ -103,30 +96,30 @@ def _table(device: str, name: str, capability: tuple[int, int]) -> Speeds:
 
 def _accelerators() -> dict[str, int]:
     try:
-        return {
-            "cuda": torch.cuda.device_count(),
-            "xpu": torch.xpu.device_count(),
-            "mps": int(torch.backends.mps.is_available()),
-        }
+        mps = torch.backends.mps.is_available()
+        return {"cuda": torch.cuda.device_count(), "xpu": torch.xpu.device_count(), "mps": int(mps)}
     except RuntimeError as error:
         raise DeviceUnusable("the GPU driver does not answer", why=str(error)[:120]) from error
 
 
-def _accelerator(kind: str, number: int, ram: object, reason: str) -> Hardware:
+def _found(kind: str, number: int, reason: str) -> Hardware:
+    if kind == "cpu":
+        ram, name = psutil.virtual_memory(), platform.processor() or platform.machine()
+        matrix_units = getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # without: a quarter of float32's speed
+        return _hardware("cpu", name, ram.total, ram.available, matrix_units, reason=reason, identity="cpu")
     if kind == "mps":
         total = torch.mps.recommended_max_memory()
-        return _hardware("mps", "Apple GPU", total, total, ram, bf16=True, reason=reason, identity="mps")
-    module = getattr(torch, kind)
+        return _hardware("mps", "Apple GPU", total, total, True, reason=reason, identity="mps")
+    device, module = f"{kind}:{number}", getattr(torch, kind)
     try:
         free, total = module.mem_get_info(number)
         found = module.get_device_properties(number)
         capability = torch.cuda.get_device_capability(number) if kind == "cuda" else (0, 0)
     except RuntimeError as error:
-        raise DeviceUnusable("the device does not answer", which=f"{kind}:{number}", why=str(error)[:120]) from error
-    more = {"bf16": kind != "cuda" or capability >= BF16_SINCE, "capability": capability, "reason": reason}
-    identity = f"{kind} {getattr(found, 'uuid', number)}"
+        raise DeviceUnusable("the device does not answer", which=device, why=str(error)[:120]) from error
     free = min(total, free + CONTEXT_BYTES)  # asking has made the context
-    return _hardware(f"{kind}:{number}", found.name, total, free, ram, identity=identity, **more)
+    bf16, identity = kind != "cuda" or capability >= BF16_SINCE, f"{kind} {getattr(found, 'uuid', number)}"
+    return _hardware(device, found.name, total, free, bf16, capability, reason=reason, identity=identity)
 
 
 def _why_no_gpu() -> str:
@@ -159,21 +152,18 @@ def _measured(hardware: Hardware, sample: Path | None) -> dict:
     host = torch.empty(128 << 20, dtype=torch.uint8, pin_memory=hardware.kind == "cuda")
     target = torch.empty_like(host, device=device, pin_memory=False)
     bus = host.numel() / _seconds(lambda: target.copy_(host, non_blocking=True), device)
-    return {
-        "wide": wide, "eight_bit": rates, "bus_bytes": bus,
-        "disk_bytes": read_speed(sample) if sample else hardware.table.disk_bytes, "source": "measured here",
-    }  # fmt: skip
+    disk = read_speed(sample) if sample else hardware.table.disk_bytes
+    return asdict(Speeds(wide, rates, bus, disk, "measured here"))
 
 
 def _seconds(run: Callable[[], object], device: str) -> float:
     """Median seconds of a call, after one that does not count."""
-    taken = []
+    at = []
     for _ in range(6):
-        started = time.perf_counter()
         run()
         synchronize(device)
-        taken.append(time.perf_counter() - started)
-    return sorted(taken[1:])[2]
+        at.append(time.perf_counter())
+    return sorted(after - before for before, after in pairwise(at))[2]
 
 
 def read_speed(path: Path, size: int = 128 << 20) -> float:
@@ -198,30 +188,31 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def cap(device: str, budget_bytes: int) -> None:
     """Make the allocator fail beyond the budget (the context beside it): a driver that spills into RAM never would."""
-    module = getattr(torch, device.partition(":")[0], None)
-    if hasattr(module, "set_per_process_memory_fraction") and not device.startswith("cpu"):
-        at = [device] if device != "mps" else []
-        total = torch.mps.recommended_max_memory() if device == "mps" else module.mem_get_info(device)[1]
-        module.set_per_process_memory_fraction(min(1.0, max(0, budget_bytes - CONTEXT_BYTES) / total), *at)
+    if not device.startswith("cpu"):
+        at = () if device == "mps" else (device,)
+        total = _ask(device, "mem_get_info", *at, default=(0, 0))[1] or _ask(device, "recommended_max_memory")
+        share = min(1.0, max(0, budget_bytes - CONTEXT_BYTES) / total)
+        _ask(device, "set_per_process_memory_fraction", share, *at)
 
 
 def free_memory(device: str) -> int:
-    """Bytes that are free on the device now (of RAM, for a CPU)."""
-    if device.startswith(("cuda", "xpu")):
-        return getattr(torch, device.partition(":")[0]).mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    """Bytes that are free on the device now (of RAM, where it is the same)."""
+    return _ask(device, "mem_get_info", device, default=(psutil.virtual_memory().available,))[0]
 
 
 def synchronize(device: str) -> None:
     """Wait until the device has computed what it was given."""
-    if not device.startswith("cpu"):
-        getattr(torch, device.partition(":")[0]).synchronize()
+    _ask(device, "synchronize")
 
 
 def reset_peak(device: str) -> None:
     """Begin to count the allocator's peak anew."""
-    if device.startswith(("cuda", "xpu")):
-        getattr(torch, device.partition(":")[0]).reset_peak_memory_stats(device)
+    _ask(device, "reset_peak_memory_stats", device)
+
+
+def empty_cache(device: str) -> None:
+    """Give freed blocks back to the device's driver."""
+    _ask(device, "empty_cache")
 
 
 def peak_memory(device: str) -> dict[str, int]:
@@ -233,12 +224,12 @@ def peak_memory(device: str) -> dict[str, int]:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peaks = {"rss_bytes": peak if platform.system() == "Darwin" else peak * 1024}
-    if device.startswith(("cuda", "xpu")):
-        peaks["vram_bytes"] = getattr(torch, device.partition(":")[0]).max_memory_reserved(device)
-    return peaks
+    reserved = _ask(device, "max_memory_reserved", device)
+    return peaks if reserved is None else peaks | {"vram_bytes": reserved}
 
 
-def empty_cache(device: str) -> None:
-    """Give freed blocks back to the device's driver."""
-    if not device.startswith("cpu"):
-        getattr(torch, device.partition(":")[0]).empty_cache()
+def _ask(device: str, function: str, *arguments: object, default: object = None) -> object:
+    """What the function of torch's module for the device says; `default` for a CPU, or where there is none."""
+    kind = device.partition(":")[0]
+    module = None if kind == "cpu" else getattr(torch, kind)
+    return getattr(module, function, lambda *_: default)(*arguments)

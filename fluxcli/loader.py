@@ -1,32 +1,30 @@
 """From mapped checkpoint files to modules: meta-init, then strict assignment, tensor by tensor.
 
 Knows the model classes and the key dialects of their files; nothing of requests or plans. A missing or extra key or
-another shape is an error that names it: no layer is ever left randomly initialized.
+another shape is an error that names it: no layer is ever left randomly initialized. One layer takes the place of
+several over the same input: q, k, v and a single block's MLP.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from fluxcli.fusion import fuse
+from fluxcli import classes
 from quant import codecs
 from quant.checkpoint import Component
+from quant.codecs import Reader
 from quant.errors import CheckpointError
-from quant.lazy import nn, torch
+from quant.lazy import Tensor, Tensors, nn, torch
 from quant.spec import QuantSpec, layout
-from quant.tensors import Reader
 from quant.weights import Weight
 
 CLIP_PREFIX, CLIP_POSITIONS = "text_model.", "embeddings.position_ids"
 T5_SHARED, T5_TIED = "shared.weight", "encoder.embed_tokens.weight"
-
-
-def load_component(component: Component, *, skip: Callable[[str], bool] = lambda name: False, **options) -> "nn.Module":
-    """Return the component's module in eval mode; names that `skip` takes stay meta. `options` go to `Filler`."""
-    filler = Filler(component, **options)
-    for name in filler.names:
-        if not skip(name):
-            filler.fill(name)
-    return filler.finish()
+QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
+FUSED: dict[str, dict[str, tuple[str, ...]]] = {  # of each block of a kind: new layers, and the old ones in each
+    "transformer_blocks": {"attn.to_qkv": QKV, "attn.to_added_qkv": tuple(f"attn.add_{x}_proj" for x in "qkv")},
+    "single_transformer_blocks": {"proj_in": (*QKV, "proj_mlp")},
+}
 
 
 def matching(component: Component) -> tuple[int, int]:
@@ -43,21 +41,16 @@ class Filler:
     `CheckpointError` for missing, extra or misshapen tensors, and for values that are not finite.
     """
 
-    def __init__(
-        self, component: Component, *, dtype: "torch.dtype", device: str, spec: QuantSpec | None = None
-    ) -> None:  # fmt: skip
-        self.module = build(component)
-        self.weights = {name: component.weights[stored] for name, stored in _names_in_file(component).items()}
-        expected = {name: tuple(tensor.shape) for name, tensor in self.module.state_dict().items()}
-        check_keys(component, expected, {name: weight.shape for name, weight in self.weights.items()})
-        self.spec, self.reader = spec, Reader()
+    def __init__(self, part: Component, *, dtype: "torch.dtype", device: str, spec: QuantSpec | None = None) -> None:
+        self.module, self.reader, self.spec = build(part), Reader(), spec
         self.dtype, self.device = dtype, device
-        self.schemes = {
-            name: weight.scheme or (spec.scheme(component.name, weight.name, weight.shape) if spec else "")
-            for name, weight in self.weights.items()
-        }
-        self.arithmetic = component.name == "transformer"  # encoders run once, on activations full of outliers
-        self.parts_of = fuse(self.module, self._together) if component.name == "transformer" else {}
+        self.weights = {name: part.weights[stored] for name, stored in _names_in_file(part).items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in self.module.state_dict().items()}
+        check_keys(part, expected, {name: weight.shape for name, weight in self.weights.items()})
+        packs = spec.scheme if spec else lambda *_: ""
+        self.schemes = {name: w.scheme or packs(part.name, w.name, w.shape) for name, w in self.weights.items()}
+        self.arithmetic = part.name == "transformer"  # encoders run once, on activations full of outliers
+        self.parts_of = self._fuse() if part.name == "transformer" else {}
         self.names = [name for name in self.module.state_dict() if name != T5_TIED]
 
     def finish(self) -> "nn.Module":
@@ -74,12 +67,61 @@ class Filler:
 
     def nbytes(self, block: str, skip: Callable[[str], bool]) -> int:
         """Bytes that the block's tensors take at most, but for the names that `skip` takes."""
-        wide, total = self.dtype.itemsize, 0
+        total = 0
         for name, weight in self.weights.items():
             if name.startswith(f"{block}.") and not skip(name):
                 stored = layout(self.schemes[name], weight.info) if self.schemes[name] else ()
-                total += sum(info.nbytes for info in stored) or weight.numel * wide
+                total += sum(info.nbytes for info in stored) or weight.numel * self.dtype.itemsize
         return total
+
+    def fill(self, name: str) -> None:
+        """Fill the tensor `name` of the module on `device`; the bias of a packed layer comes with its weight."""
+        from quant.linear import make_linear
+
+        layer, _, leaf = name.rpartition(".")
+        layers = self.parts_of.get(layer, (layer,))
+        scheme = self.schemes.get(f"{layers[0]}.weight", "")
+        if not scheme:
+            _set(self.module, name, nn.Parameter(self._dense(layers, leaf), requires_grad=False))
+        elif leaf == "weight":
+            weights = [self.weights[f"{part}.weight"] for part in layers]
+            parts = [self._packed(weight, scheme) for weight in weights]
+            bias = self._dense(layers, "bias") if f"{layers[0]}.bias" in self.weights else None
+            shapes = [weight.shape for weight in weights]
+            _set(self.module, layer, make_linear(scheme, parts, shapes, bias, arithmetic=self.arithmetic))
+
+    def _dense(self, layers: Sequence[str], leaf: str) -> Tensor:
+        weights = [self.weights[f"{layer}.{leaf}".removeprefix(".")] for layer in layers]
+        return codecs.stacked([_values(weight, self.reader, self.dtype, self.device) for weight in weights])
+
+    def _packed(self, weight: Weight, scheme: str) -> Tensors:
+        if weight.scheme:
+            return _checked(weight, self.reader, self.device)
+        stored, search = self.reader.weight(weight)[""].to(self.device), self.spec.scales == "search"
+        return codecs.encode(stored, scheme, name=weight.name, where=weight.pieces[""], search=search).pieces
+
+    def _fuse(self) -> dict[str, tuple[str, ...]]:
+        """Make one layer (on meta) of those over the same input whose weights can be one; the layers in each such.
+
+        Each row of a product is its own, so the pictures stay the same.
+        """
+        found: dict[str, tuple[str, ...]] = {}
+        for stack, table in FUSED.items():
+            for i, block in enumerate(getattr(self.module, stack)):
+                names = {new: tuple(f"{stack}.{i}.{name}" for name in old) for new, old in table.items()}
+                if not all(map(self._together, names.values())):
+                    continue
+                for new, parts in names.items():
+                    layers = [self.module.get_submodule(part) for part in parts]
+                    rows, bias = sum(layer.out_features for layer in layers), layers[0].bias is not None
+                    block.set_submodule(new, nn.Linear(layers[0].in_features, rows, bias=bias, device="meta"))
+                    for owner, _, leaf in (name.rpartition(".") for name in table[new]):
+                        delattr(block.get_submodule(owner), leaf)
+                    found[f"{stack}.{i}.{new}"] = parts
+                block.attn.fused_projections = True
+                if "proj_in" in names:
+                    block.attn.to_qkv, block.__class__ = nn.Identity(), _single_block()
+        return found
 
     def _together(self, layers: Sequence[str]) -> bool:
         """Whether the weights of these layers can be those of one: all in one scheme, whose blocks end with each."""
@@ -89,48 +131,48 @@ class Filler:
         schemes = {self.schemes[name] for name in names}
         return len(schemes) == 1 and fits_together(schemes.pop(), [self.weights[name].shape for name in names])
 
-    def fill(self, name: str) -> None:
-        """Fill the tensor `name` of the module on `device`; the bias of a packed layer comes with its weight."""
-        layer, _, leaf = name.rpartition(".")
-        layers = self.parts_of.get(layer, (layer,))
-        scheme = self.schemes.get(f"{layers[0]}.weight", "")
-        if not scheme:
-            dense = self._dense([f"{part}.{leaf}" for part in layers])
-            _set(self.module, name, nn.Parameter(dense, requires_grad=False))
-        elif leaf == "weight":
-            _set(self.module, layer, self._packed(layers, scheme))
 
-    def _dense(self, names: list[str]) -> "torch.Tensor":
-        parts = [read_dense(self.weights[name], self.reader, dtype=self.dtype, device=self.device) for name in names]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+@functools.cache
+def _single_block() -> type:
+    """diffusers' single block with one layer for q, k, v and the MLP's input."""
+    import torch  # itself: torch.compile does not look through a lazy one
 
-    def _packed(self, layers: Sequence[str], scheme: str) -> "nn.Module":
-        from quant.linear import make_linear
+    class FusedSingleBlock(classes.single_block()):
+        """`proj_in` gives (B, S, 3 D + M); the attention gets q, k and v ready."""
 
-        weights = [self.weights[f"{layer}.weight"] for layer in layers]
-        biases = [f"{layer}.bias" for layer in layers if f"{layer}.bias" in self.weights]
-        parts = [self._pieces(weight, scheme) for weight in weights]
-        bias = self._dense(biases) if biases else None
-        return make_linear(scheme, parts, [w.shape for w in weights], bias, arithmetic=self.arithmetic)
+        def forward(
+            self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, temb: torch.Tensor,
+            image_rotary_emb: tuple | None = None, joint_attention_kwargs: dict | None = None,
+        ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+            residual = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # (B, T + S, D)
+            normed, gate = self.norm(residual, emb=temb)
+            projected = self.proj_in(normed)
+            qkv, mlp = projected.split([projected.shape[-1] - self.mlp_hidden_dim, self.mlp_hidden_dim], dim=-1)
+            attended = self.attn(qkv, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
+            joined = torch.cat([attended, self.act_mlp(mlp)], dim=2)
+            del normed, projected, qkv, mlp, attended  # most of what is alive
+            output = residual + gate.unsqueeze(1) * self.proj_out(joined)
+            if output.dtype == torch.float16:
+                output = output.clip(-65504, 65504)
+            return output.tensor_split([encoder_hidden_states.shape[1]], dim=1)
 
-    def _pieces(self, weight: Weight, scheme: str) -> "dict[str, torch.Tensor]":
-        if weight.scheme:
-            return _checked(weight, self.reader, self.device)
-        stored = self.reader.weight(weight)[""].to(self.device)
-        return codecs.encode(
-            stored, scheme, name=weight.name, where=weight.pieces[""], search=self.spec.scales == "search"
-        ).pieces
+    return FusedSingleBlock
 
 
-def _checked(weight: Weight, reader: Reader, device: str) -> "dict[str, torch.Tensor]":
+def read_tensors(component: Component, names: Iterable[str], *, dtype: "torch.dtype", device: str) -> Tensors:
+    """The values of weights of the component in `dtype` on `device`; raises `CheckpointError` unless finite."""
+    reader = Reader()
+    return {name: _values(component.weights[name], reader, dtype, device) for name in names}
+
+
+def _values(weight: Weight, reader: Reader, dtype: "torch.dtype", device: str) -> Tensor:
+    return codecs.decode(_checked(weight, reader, device), weight.scheme, weight.shape, dtype)
+
+
+def _checked(weight: Weight, reader: Reader, device: str) -> Tensors:
     pieces = {suffix: tensor.to(device) for suffix, tensor in reader.weight(weight).items()}
     codecs.check(weight.name, pieces, weight.pieces[""])
     return pieces
-
-
-def read_dense(weight: Weight, reader: Reader, *, dtype: "torch.dtype", device: str) -> "torch.Tensor":
-    """The values of a weight, unpacked; raises `CheckpointError` where they are not finite."""
-    return codecs.decode(_checked(weight, reader, device), weight.scheme, weight.shape, dtype)
 
 
 def _set(module: "nn.Module", name: str, value: "torch.Tensor") -> None:
@@ -140,15 +182,12 @@ def _set(module: "nn.Module", name: str, value: "torch.Tensor") -> None:
 
 def build(component: Component) -> "nn.Module":
     """Instantiate the component's class from its config, parameters on meta, buffers real."""
-    from fluxcli import classes
-
     kinds = {"transformer": classes.transformer, "vae": classes.vae, "text_encoder": classes.clip}
     kind, config = kinds.get(component.name, classes.t5)(), component.config
     with _parameters_on_meta(), refusing(f"cannot build {component.name}", component.folder):
-        if isinstance(kind, type):  # diffusers' classes read a config themselves
+        if not hasattr(kind, "config_class"):  # diffusers' classes read a config themselves
             return kind.from_config(config)
-        model, config_class = kind
-        return model(config_class(**{key: value for key, value in config.items() if "attn_implementation" not in key}))
+        return kind(kind.config_class(**{k: value for k, value in config.items() if "attn_implementation" not in k}))
 
 
 @contextlib.contextmanager
@@ -157,8 +196,8 @@ def refusing(what: str, which: object) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        lines = str(error).split("\n")
-        why = f"its values make no model: {type(error).__name__}: {lines[0][:100]}"
+        first = str(error).partition("\n")[0]
+        why = f"its values make no model: {type(error).__name__}: {first[:100]}"
         raise CheckpointError(what, which=which, why=why) from error
 
 
@@ -203,11 +242,3 @@ def check_keys(component: Component, expected: dict[str, tuple], found: dict[str
             why = f"{len(names)} {what} tensors: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
             hint = "download the model again, or check that config.json belongs to these weights"
             raise CheckpointError(f"weights do not match {component.name}", which=component.folder, why=why, hint=hint)
-
-
-def read_tensors(
-    component: Component, names: Iterable[str], *, dtype: "torch.dtype", device: str
-) -> "dict[str, torch.Tensor]":
-    """The values of weights of the component, in `dtype` on `device`."""
-    reader = Reader()
-    return {name: read_dense(component.weights[name], reader, dtype=dtype, device=device) for name in names}

@@ -8,15 +8,16 @@ import contextlib
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from fluxcli import state
 from fluxcli.errors import FluxError, OutputError, UsageError, WeightsUnavailable
 from fluxcli.presets import BUNDLED
 from quant.checkpoint import MANIFEST, Checkpoint, Component, is_complete
 from quant.config import READ
 from quant.header import TensorInfo
+from quant.spec import SCHEMES
 from quant.weights import Piece, Weight
 from quant.writer import check_room
 
@@ -38,8 +39,7 @@ def locate(model: str, *, environment: Mapping[str, str] = os.environ) -> Path:
     Raises `WeightsUnavailable` naming the command that gets it, `UsageError` for what can be no model.
     """
     if match := re.fullmatch(r"bundled/([\w-]+)", model):
-        path = BUNDLED / match[1]
-        if path.is_dir():
+        if (path := BUNDLED / match[1]).is_dir():
             return path
         raise WeightsUnavailable("no such bundled model", which=model, hint="flux presets")
     if (path := folder_of(model)) is not None:
@@ -60,11 +60,11 @@ def folders(model: str) -> list[Path]:
     """
     found = list(baked(model).values())
     try:
-        return [*found, locate(model)]
+        found.append(locate(model))
     except WeightsUnavailable:
         if not found:
             raise
-        return found
+    return found
 
 
 def known_shapes(model: str) -> Checkpoint | None:
@@ -91,19 +91,15 @@ def baked(model: str) -> dict[str, Path]:
     for path in baked_folder().glob(f"*/{MANIFEST}"):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             manifest = json.loads(path.read_text(encoding="utf-8"))
-            if manifest["model"] == model and ".tmp-" not in path.parent.name:  # of a bake that goes on, or was killed
-                found.append((path.parent.name, str(manifest["recipe"]["to"]), path.parent))
+            to, left = manifest["recipe"]["to"], ".tmp-" in path.parent.name  # of a bake that goes on, or was killed
+            if manifest["model"] == model and to in SCHEMES and not left:
+                found.append((path.parent.name, to, path.parent))
     return {to: folder for _, to, folder in sorted(found, reverse=True)}
 
 
 def baked_folder(environment: Mapping[str, str] = os.environ) -> Path:
     """Where quantized models go unless told: the user's data folder, by the rules of the platform."""
-    if os.name == "nt":
-        data = environment.get("LOCALAPPDATA") or "~/AppData/Local"
-    else:
-        default = "~/Library/Application Support" if sys.platform == "darwin" else "~/.local/share"
-        data = environment.get("XDG_DATA_HOME") or default
-    return Path(os.path.expanduser(data)) / "flux" / "models"
+    return state.user_folder("data", environment) / "flux" / "models"
 
 
 def folder_of(model: str) -> Path | None:
@@ -132,16 +128,14 @@ def hub_cache(environment: Mapping[str, str] = os.environ) -> Path:
 
 def _cached(model: str, environment: Mapping[str, str]) -> tuple[Path | None, bool]:
     """(the model's newest complete snapshot, the one of `main` before others; whether any snapshot is there)."""
-    root = hub_cache(environment) / f"models--{model.replace('/', '--')}"
+    root, main = hub_cache(environment) / f"models--{model.replace('/', '--')}", ""
+    with contextlib.suppress(OSError):
+        main = (root / "refs" / "main").read_text(errors="replace").strip()
     try:
-        snapshots = sorted((root / "snapshots").iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-        main = (
-            (root / "refs" / "main").read_text(errors="replace").strip() if (root / "refs" / "main").is_file() else ""
-        )
+        found = [(path.name == main, path.stat().st_mtime, path) for path in (root / "snapshots").iterdir()]
     except OSError:
         return None, False
-    whole = [path for path in snapshots if is_complete(path)]
-    return next((path for path in whole if path.name == main), whole[0] if whole else None), bool(snapshots)
+    return next((path for *_, path in sorted(found, reverse=True) if is_complete(path)), None), bool(found)
 
 
 def download(model: str, *, say: Callable[[str], None]) -> Path:
@@ -170,19 +164,19 @@ def _hub_error(model: str, error: Exception) -> FluxError:
     """The user's view of what huggingface_hub raised; ours, or an unknown one, is returned as it is."""
     from huggingface_hub import errors
 
-    page = f"huggingface.co/{model}"
+    page, why, again = f"huggingface.co/{model}", str(error).partition("\n")[0][:120], "run the command again"
     if isinstance(error, errors.GatedRepoError):
-        hint = f"accept the licence at {page}, then: hf auth login"
-        return WeightsUnavailable("the model is gated", which=model, why="this account has no access", hint=hint)
-    if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
-        why = "the hub knows no such model, or this account may not see it"
-        return WeightsUnavailable("no such model", which=model, why=why, hint=f"look at {page}, then: hf auth login")
-    if isinstance(error, (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
-        why = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        return WeightsUnavailable("the hub does not deliver", which=model, why=why, hint="run the command again")
-    if isinstance(error, OSError) and error.errno is not None:
+        what, why = "the model is gated", "this account has no access"
+        again = f"accept the licence at {page}, then: hf auth login"
+    elif isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
+        what, why = "no such model", "the hub knows no such model, or this account may not see it"
+        again = f"look at {page}, then: hf auth login"
+    elif isinstance(error, (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
+        what, why = "the hub does not deliver", why or type(error).__name__
+    elif isinstance(error, OSError) and error.errno is not None:
         return OutputError("cannot store the model", which=hub_cache(), why=error.strerror or str(error))
-    if isinstance(error, OSError) or type(error).__module__.startswith(("httpx", "httpcore", "requests")):
-        why = f"no connection ({type(error).__name__})"
-        return WeightsUnavailable("the hub is out of reach", which=model, why=why, hint="run the command again")
-    return error
+    elif isinstance(error, OSError) or type(error).__module__.startswith(("httpx", "httpcore", "requests")):
+        what, why = "the hub is out of reach", f"no connection ({type(error).__name__})"
+    else:
+        return error
+    return WeightsUnavailable(what, which=model, why=why, hint=again)

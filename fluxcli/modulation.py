@@ -10,43 +10,34 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from fluxcli import classes
 from fluxcli.loader import check_keys, read_tensors
 from quant.checkpoint import Component
-from quant.lazy import functional, nn, torch
+from quant.lazy import Tensor, functional, nn, torch
 from quant.spec import is_modulation
 
 
 @dataclass(frozen=True)
-class TableKey:
-    """Everything a table depends on; equal keys mean equal tables."""
+class Condition:
+    """One prompt's run by everything its table depends on: equal conditions mean equal tables."""
 
     weights: str  # the checkpoint's fingerprint
-    pooled: str  # digest of the pooled prompt embedding
+    digest: str  # of the pooled prompt embedding
     guidance: float | None
     timesteps: tuple[float, ...]  # sigmas x 1000, as the scheduler gives them
-    dtype: str
-    device: str
+    pooled: Tensor = field(compare=False)  # (1, P)
     adapters: tuple[tuple[str, float], ...] = ()  # (identity, scale) of adapters that touch the modulation
 
 
-@dataclass(frozen=True)
-class Condition:
-    """One prompt's run: its key and its pooled prompt embedding (1, pooled width)."""
-
-    key: TableKey
-    pooled: "torch.Tensor" = field(compare=False)
-
-
-def condition(pooled: "torch.Tensor", *, weights: str, guidance: float | None, timesteps: "torch.Tensor") -> Condition:
+def condition(pooled: Tensor, *, weights: str, guidance: float | None, timesteps: Tensor) -> Condition:
     """Make the condition of one prompt; `pooled` (1, P) and `timesteps` (S,) in 0 to 1000."""
-    dtype, device = str(pooled.dtype).removeprefix("torch."), str(pooled.device)
-    key = TableKey(weights, digest_of(pooled), guidance, tuple(timesteps.tolist()), dtype, device)
-    return Condition(key, pooled)
+    return Condition(weights, digest_of(pooled), guidance, tuple(timesteps.tolist()), pooled)
 
 
-def digest_of(tensor: "torch.Tensor") -> str:
-    """16 hex digits that identify a tensor's values."""
-    return hashlib.sha256(tensor.float().cpu().numpy().tobytes()).hexdigest()[:16]
+def digest_of(tensor: Tensor) -> str:
+    """A tensor's dtype, device and 16 hex digits for its values."""
+    values = hashlib.sha256(tensor.float().cpu().numpy().tobytes()).hexdigest()
+    return f"{tensor.dtype} {tensor.device} {values[:16]}"
 
 
 def linear_names(transformer: Component) -> list[str]:
@@ -57,7 +48,7 @@ def linear_names(transformer: Component) -> list[str]:
 
 def make_tables(
     transformer: Component, conditions: Sequence[Condition], *, keep: "dict[str, torch.Tensor] | None" = None
-) -> "dict[TableKey, torch.Tensor]":  # fmt: skip
+) -> dict[Condition, Tensor]:
     """One pass over the modulation weights: a table (S, sum of outputs) per condition, rows in step order.
 
     With `keep` the weights stay in it, for the next pass. Each condition's rows are multiplied by themselves: float32
@@ -74,16 +65,14 @@ def make_tables(
                 keep |= pair
             for rows, outputs in zip(activated, parts, strict=True):
                 outputs.append(functional.linear(rows, pair[names[0]], pair[names[1]]))  # (S, 2, 3 or 6 x D)
-        return {item.key: torch.cat(outputs, dim=1) for item, outputs in zip(conditions, parts, strict=True)}
+        return {item: torch.cat(outputs, dim=1) for item, outputs in zip(conditions, parts, strict=True)}
 
 
-def _time_text_embedding(transformer: Component, item: Condition) -> "torch.Tensor":
+def _time_text_embedding(transformer: Component, item: Condition) -> Tensor:
     """temb (S, D) of every step, by diffusers' own embedding module."""
-    from fluxcli import classes
-
-    config, pooled, key = transformer.config, item.pooled, item.key
+    config, pooled = transformer.config, item.pooled
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    module = classes.time_text_embed(guidance=key.guidance is not None)(width, config["pooled_projection_dim"])
+    module = classes.time_text_embed(guidance=item.guidance is not None)(width, config["pooled_projection_dim"])
     prefix = "time_text_embed."
     stored = [name for name in transformer.weights if name.startswith(prefix)]
     tensors = read_tensors(transformer, stored, dtype=pooled.dtype, device=str(pooled.device))
@@ -91,10 +80,10 @@ def _time_text_embedding(transformer: Component, item: Condition) -> "torch.Tens
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     check_keys(transformer, expected, {name: tuple(tensor.shape) for name, tensor in state.items()})
     module.load_state_dict(state, assign=True)
-    steps = torch.tensor(key.timesteps).to(pooled) / 1000 * 1000  # diffusers' rounding
+    steps = torch.tensor(item.timesteps).to(pooled) / 1000 * 1000  # diffusers' rounding
     inputs = [steps]
-    if key.guidance is not None:
-        inputs.append(torch.full_like(steps, key.guidance, dtype=torch.float32).to(pooled.dtype) * 1000)
+    if item.guidance is not None:
+        inputs.append(torch.full_like(steps, item.guidance, dtype=torch.float32).to(pooled.dtype) * 1000)
     return module(*inputs, pooled.expand(len(steps), -1))
 
 

@@ -6,6 +6,7 @@ and moved into place; automatic names never replace a file, even when two proces
 
 import contextlib
 import errno
+import math
 import os
 import re
 import secrets
@@ -26,7 +27,6 @@ from quant.writer import nearest
 
 DEFAULT_TEMPLATE = "{slug}-{seed}"
 TEMPLATE_KEYS = ("seed", "n", "slug", "preset", "width", "height", "date")
-EXTENSIONS = {"jpg": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp"}
 SLUG_LENGTH = 48
 STDOUT = "-"
 
@@ -49,13 +49,14 @@ def format_of(text: str | None, *, given: str | None = None) -> str | None:
     suffix = Path(text).suffix.lower().lstrip(".")
     if not suffix and _check_template(text):
         return None
-    if suffix not in EXTENSIONS:
+    format = suffix.replace("jpeg", "jpg")
+    if format not in FORMATS:
         why = f"extension {suffix!r}" if suffix else "it has no extension"
         hint = f"use one of {', '.join(FORMATS)}; a folder ends in /"
         raise UsageError("unsupported picture format", which=text, why=why, hint=hint)
-    if given and EXTENSIONS[suffix] != given:
+    if given and format != given:
         raise UsageError("--format contradicts the file name", which=text, why=f"--format {given}")
-    return EXTENSIONS[suffix]
+    return format
 
 
 def parse_target(request: GenerationRequest, *, force: bool = False) -> Target:
@@ -66,8 +67,9 @@ def parse_target(request: GenerationRequest, *, force: bool = False) -> Target:
             raise UsageError("-o - takes one picture", which=f"--count {request.count}")
         return Target(Path(), STDOUT, stdout=True)
     path = Path(os.path.expanduser(text or "."))
-    is_template = not os.path.isdir(path) and _check_template(str(path))
-    if os.path.isdir(path) or (text and text.endswith(("/", os.sep))):
+    folder = os.path.isdir(path)
+    is_template = not folder and _check_template(str(path))
+    if folder or (text and text.endswith(("/", os.sep))):
         return Target(Path(), str(path / DEFAULT_TEMPLATE)) if is_template else Target(path, DEFAULT_TEMPLATE)
     if is_template:
         return Target(Path(), str(path.with_suffix("")))
@@ -99,11 +101,10 @@ def slug(prompt: str) -> str:
 
 def candidates(target: Target, request: GenerationRequest, n: int) -> Iterator[Path]:
     """The names to try for picture `n` (from 1), best first."""
-    name = target.pattern
-    if not target.exact:
-        width, height = request.size
-        values = {"seed": request.seed, "n": n, "slug": slug(request.prompt), "preset": slug(request.preset)}
-        name = name.format(**values, width=width, height=height, date=date.today().isoformat()) + f".{request.format}"
+    width, height = request.size
+    values = {"seed": request.seed, "n": n, "slug": slug(request.prompt), "preset": slug(request.preset)}
+    values |= {"width": width, "height": height, "date": date.today().isoformat()}
+    name = target.pattern if target.exact else f"{target.pattern.format(**values)}.{request.format}"
     first = target.folder / name
     yield first
     for k in count(2):
@@ -119,8 +120,7 @@ def check_writable(target: Target, request: GenerationRequest) -> None:
             raise UsageError("a picture would garble the terminal", which="-o -", hint="flux generate ... -o - > x.jpg")
         return
     path = next(candidates(target, request, 1))
-    width, height = request.size
-    need = request.count * (width * height * 3 + (1 << 20))
+    need = request.count * (math.prod(request.size) * 3 + (1 << 20))
     try:
         with contextlib.suppress(FileNotFoundError):
             os.lstat(path)  # raises where it is no possible name; a dangling link takes it, too

@@ -6,13 +6,13 @@ and dropped after it: no memory is held, on the device or the host. Knows module
 are in bytes. On the CPU and on devices without streams of our own the copies are plain ones.
 """
 
-import math
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 
 from fluxcli.loader import Filler
-from quant.lazy import nn, torch
+from quant.checkpoint import Component
+from quant.lazy import Tensor, nn, torch
 
 ALIGNMENT = 256  # of tensors in a buffer: what every kernel can load from
 SLOTS = 2
@@ -21,7 +21,7 @@ SLOTS = 2
 class Bus:
     """Copies into the slots of a device; here at once, so that there is nothing to wait for."""
 
-    def copy(self, slot: int, target: "torch.Tensor", source: "torch.Tensor") -> None:
+    def copy(self, slot: int, target: Tensor, source: Tensor) -> None:
         """Begin to copy, once what was computed with the slot is done."""
         target.copy_(source)
 
@@ -40,7 +40,7 @@ class CudaBus(Bus):
         self._copied = [torch.cuda.Event() for _ in range(SLOTS)]
         self._computed = [torch.cuda.Event() for _ in range(SLOTS)]
 
-    def copy(self, slot: int, target: "torch.Tensor", source: "torch.Tensor") -> None:
+    def copy(self, slot: int, target: Tensor, source: Tensor) -> None:
         self._side.wait_event(self._computed[slot])  # no wait before the first record
         with torch.cuda.stream(self._side):
             target.copy_(source, non_blocking=True)
@@ -59,13 +59,13 @@ def bus_of(device: str) -> Bus:
     return CudaBus(device) if device.startswith("cuda") else Bus()
 
 
-def load_placed(
-    component: "object", *, blocks: Sequence[str], arena: bool, skip: Callable[[str], bool] = lambda name: False,
-    **options: object,
+def load_component(
+    component: Component, *, skip: Callable[[str], bool] = lambda name: False, blocks: Sequence[str] = (),
+    arena: bool = False, **options: object,
 ) -> "nn.Module":  # fmt: skip
-    """The component's module whose `blocks`, in the order of its forward, are streamed (`arena`) or sequential.
+    """The component's module in eval mode; names that `skip` takes stay meta. `options` are those of `loader.Filler`.
 
-    `options` are those of `loader.Filler`; names that `skip` takes stay meta.
+    `blocks`, in the order of its forward, are streamed (`arena`) or sequential.
     """
     filler = Filler(component, **options)
     passing = tuple(f"{block}." for block in blocks)
@@ -75,32 +75,13 @@ def load_placed(
             filler.fill(name)
     module = filler.finish()
     names = [[name for name in here if name.startswith(start)] for start in passing]
-    if arena:
+    if arena and blocks:
         padding = ALIGNMENT * sum(4 * len(inside) for inside in names)
         Conveyor(filler, blocks, names, sum(filler.nbytes(block, skip) for block in blocks) + padding)
     else:
-        Passage(filler, blocks, names)
+        for block, inside in zip(blocks, names, strict=True):
+            _read_around(filler, module.get_submodule(block), inside)
     return module
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A tensor of a block: the module's dictionary that holds it, and where in the block's bytes it is."""
-
-    holder: dict
-    leaf: str
-    parameter: bool
-    dtype: "torch.dtype"
-    shape: tuple[int, ...]
-    start: int
-
-    def view(self, buffer: "torch.Tensor") -> "torch.Tensor":
-        size = math.prod(self.shape) * self.dtype.itemsize
-        return buffer[self.start : self.start + size].view(self.dtype).view(self.shape)
-
-    def assign(self, buffer: "torch.Tensor") -> None:
-        view = self.view(buffer)
-        self.holder[self.leaf] = nn.Parameter(view, requires_grad=False) if self.parameter else view
 
 
 class Conveyor:
@@ -110,25 +91,22 @@ class Conveyor:
         """Fill an arena of `size` bytes block by block, and give every block's tensors their place in its slot."""
         device, self._bus, at = filler.device, bus_of(filler.device), 0
         self._arena = torch.empty(size, dtype=torch.uint8)  # pages that stay untouched take no memory
-        sources, places = [], []
+        self._sources, self._held, modules = [], [-1] * SLOTS, list(map(filler.module.get_submodule, blocks))
         for block, inside in zip(blocks, names, strict=True):
             filler.device = device if filler.packs(block) else "cpu"
             for name in inside:
                 filler.fill(name)
-            found, used = _move(filler.module.get_submodule(block), self._arena[at:])
-            sources.append(self._arena[at : at + used])
-            places.append(found)
+            used = _lay_out(filler.module.get_submodule(block), self._arena[at:], fill=True)
+            self._sources.append(self._arena[at : at + used])
             at += used
         filler.device = device
         _pin(self._arena, at, device)
-        self._sources, self._held = sources, [-1] * SLOTS
-        largest = max(source.numel() for source in sources)
+        largest = max(source.numel() for source in self._sources)
         self._slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
-        for k, (block, found) in enumerate(zip(blocks, places, strict=True)):
-            for place in found:
-                place.assign(self._slots[k % SLOTS])
-            _around(filler.module.get_submodule(block), k, self._enter, self._leave)
-        for k in range(SLOTS)[: len(sources)]:
+        for k, module in enumerate(modules):
+            _lay_out(module, self._slots[k % SLOTS], fill=False)
+            _around(module, partial(self._enter, k), partial(self._leave, k))
+        for k in range(SLOTS)[: len(modules)]:
             self._copy(k)
 
     def _copy(self, k: int) -> None:
@@ -148,63 +126,56 @@ class Conveyor:
             self._copy(following)
 
 
-class Passage:
-    """Reads each block from its file before it computes and drops it afterwards."""
+def _read_around(filler: Filler, block: "nn.Module", names: Sequence[str]) -> None:
+    """Make the block read its tensors from their file before it computes, and drop them afterwards."""
 
-    def __init__(self, filler: Filler, blocks: Sequence[str], names: Sequence[Sequence[str]]) -> None:
-        self._filler, self._names = filler, names
-        self._blocks = [filler.module.get_submodule(block) for block in blocks]
-        for k, block in enumerate(self._blocks):
-            _around(block, k, self._enter, self._leave)
+    def enter() -> None:
+        for name in names:
+            filler.fill(name)
 
-    def _enter(self, k: int) -> None:
-        for name in self._names[k]:
-            self._filler.fill(name)
-
-    def _leave(self, k: int) -> None:
-        for holder, leaf, tensor in _tensors(self._blocks[k]):
-            meta = tensor.to("meta")
-            holder[leaf] = nn.Parameter(meta, requires_grad=False) if isinstance(tensor, nn.Parameter) else meta
+    _around(block, enter, lambda: _replace(block, lambda tensor: tensor.to("meta")))
 
 
-def _around(block: "nn.Module", k: int, enter: Callable[[int], None], leave: Callable[[int], None]) -> None:
+def _around(block: "nn.Module", enter: Callable[[], None], leave: Callable[[], None]) -> None:
     """Make the block's forward, compiled or not, call `enter` before and `leave` after it."""
     forward = block.forward
 
     def passing(*arguments: object, **options: object) -> object:
-        enter(k)
+        enter()
         result = forward(*arguments, **options)
-        leave(k)
+        leave()
         return result
 
     block.forward = passing
 
 
-def _move(block: "nn.Module", arena: "torch.Tensor") -> tuple[list[_Place], int]:
-    """Move the block's tensors to the arena's start; (their places, bytes used)."""
-    places, at = [], 0
-    for holder, leaf, tensor in _tensors(block):
-        place = _Place(holder, leaf, isinstance(tensor, nn.Parameter), tensor.dtype, tuple(tensor.shape), at)
-        place.view(arena).copy_(tensor)
-        holder[leaf] = None
-        places.append(place)
+def _lay_out(block: "nn.Module", buffer: Tensor, *, fill: bool) -> int:
+    """Make the block's tensors, with their values if `fill`, views of the buffer's start; the bytes that they take."""
+    at = 0
+
+    def view_of(tensor: Tensor) -> Tensor:
+        nonlocal at
+        view = buffer[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         at += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    return places, at
+        return view.copy_(tensor) if fill else view
+
+    _replace(block, view_of)
+    return at
 
 
-def _tensors(block: "nn.Module") -> "list[tuple[dict, str, torch.Tensor]]":
-    """Every tensor of the block that is not on meta, with the dictionary of its module that holds it."""
-    holders = [holder for module in block.modules() for holder in (module._parameters, module._buffers)]
-    return [(h, leaf, t) for h in holders for leaf, t in h.items() if t is not None and not t.is_meta]
+def _replace(block: "nn.Module", replacement: Callable[[Tensor], Tensor]) -> None:
+    """Replace every tensor of the block that is not on meta."""
+    for holder in [holder for module in block.modules() for holder in (module._parameters, module._buffers)]:
+        for leaf, tensor in holder.items():
+            if tensor is not None and not tensor.is_meta:
+                new = replacement(tensor)
+                holder[leaf] = nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
 
 
-def _pin(arena: "torch.Tensor", size: int, device: str) -> None:
+def _pin(arena: Tensor, size: int, device: str) -> None:
     """Register exactly `size` bytes of the arena with the driver: torch's allocator rounds up to a power of 2."""
-    if not device.startswith("cuda"):
-        return
-    runtime, address = torch.cuda.cudart(), arena.data_ptr()
-    if int(runtime.cudaHostRegister(address, size, 0)) == 0:
-        weakref.finalize(arena, _unpin, address)
+    if device.startswith("cuda") and int(torch.cuda.cudart().cudaHostRegister(arena.data_ptr(), size, 0)) == 0:
+        weakref.finalize(arena, _unpin, arena.data_ptr())
 
 
 def _unpin(address: int) -> None:

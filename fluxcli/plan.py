@@ -40,26 +40,32 @@ def make_plan(
 ) -> tuple[Checkpoint, MemoryPlan]:  # fmt: skip
     """The folder and the plan to take; raises `DoesNotFit` with the numbers and with what would fit."""
     rungs = survey(request, checkpoints, hardware, learned)
-    for rung in rungs:
-        if rung.verdict == "chosen":
-            return rung.offer.checkpoint, rung.plan
+    if chosen := chosen_of(rungs):
+        return chosen.offer.checkpoint, chosen.plan
     worst = next((rung for rung in rungs if rung.verdict == "not now"), rungs[0])
     hint = suggestion(request, checkpoints, hardware) or "another device, or -p tiny"
     why = f"{worst.offer.precision}: {worst.why}"
     raise DoesNotFit("the model does not fit", which=request.model, why=why, hint=hint)
 
 
+def chosen_of(rungs: Sequence[Rung]) -> Rung | None:
+    """The rung to take, None if nothing fits now."""
+    return next((rung for rung in rungs if rung.verdict == "chosen"), None)
+
+
 def survey(
     request: GenerationRequest, checkpoints: Sequence[Checkpoint], hardware: Hardware, learned: Mapping = {}
 ) -> list[Rung]:  # fmt: skip
     """Every rung with its verdict, best quality first. `learned` has measured peaks by `learned_key`."""
-    check_offload(request, hardware)
+    if hardware.kind == "cpu" and request.offload != "auto":
+        why = "on the CPU weights are in RAM already, or in their mapped files"
+        raise UsageError(f"--offload {request.offload} without effect", which="cpu", why=why, hint="leave it out")
     total = int(min(request.vram_limit or hardware.total_bytes, hardware.total_bytes * USABLE_SHARE))
     free = total if hardware.kind == "cpu" else min(total, hardware.free_bytes)
     offers = sorted(_offers(request, checkpoints, hardware), key=lambda offer: QUALITY.index(offer.precision))
     ever = {"budget": total, "host": int(hardware.ram_bytes * RAM_SHARE), "speeds": hardware.table}
     now = {"budget": free, "host": int(hardware.ram_free_bytes * FREE_RAM_SHARE), "speeds": hardware.speeds}
-    by_total = [fit(request, offer, hardware, **ever) for offer in offers]
+    by_total = [fit(offer, **ever) for offer in offers]
     seconds = [sum(plan.seconds.values()) for plan, _ in by_total if plan]
     limit, rungs = SLOWER * min(seconds, default=0.0), []
     for offer, (whole, over) in zip(offers, by_total, strict=True):
@@ -67,9 +73,9 @@ def survey(
         plan, short, taken = None, "", any(rung.verdict in ("chosen", "not now") for rung in rungs)
         if whole:
             tiled = whole.residency.decode == "tiled" or known.get("decode alone", 0) > total
-            plan, short = fit(request, offer, hardware, **now, learned=known, tiled=tiled)
+            plan, short = fit(offer, **now, learned=known, tiled=tiled)
             if plan is None and known:  # what was measured in another moment orders the placements, and forbids none
-                plan, short = fit(request, offer, hardware, **now, tiled=tiled)
+                plan, short = fit(offer, **now, tiled=tiled)
         slow = sum(whole.seconds.values()) / limit * SLOWER if whole else 0.0
         verdict, why = (
             ("does not fit", over) if not whole
@@ -83,13 +89,6 @@ def survey(
             plan = replace(plan, reasons=(*plan.reasons, *because))
         rungs.append(Rung(offer, verdict, why, plan))
     return rungs
-
-
-def check_offload(request: GenerationRequest, hardware: Hardware) -> None:
-    """Raise `UsageError` for an --offload that does nothing."""
-    if hardware.kind == "cpu" and request.offload != "auto":
-        why = "on the CPU weights are in RAM already, or in their mapped files"
-        raise UsageError(f"--offload {request.offload} without effect", which="cpu", why=why, hint="leave it out")
 
 
 def learned_key(hardware: Hardware, precision: str, request: GenerationRequest) -> str:
@@ -108,12 +107,9 @@ def _offers(request: GenerationRequest, checkpoints: Sequence[Checkpoint], hardw
         stored = checkpoint.components["transformer"].precision
         stored_as.append(stored or "16 bit")
         for precision in [stored] if stored else [wanted if wanted in LONG else "auto", *SCHEMES]:
-            spec = (
-                QuantSpec(precision, TEXT_ENCODER.get(precision, "keep"))
-                if precision in SCHEMES and not stored
-                else None
-            )
-            dtypes, why = _dtypes(precision, checkpoint, hardware, spec)
+            packs = precision in SCHEMES and not stored
+            spec = QuantSpec(precision, TEXT_ENCODER.get(precision, "keep")) if packs else None
+            dtypes, why = _dtypes(request, precision, checkpoint, hardware, spec)
             name = precision if precision in SCHEMES else SHORT[dtypes["transformer"]]
             if name in found or wanted not in ("auto", name):
                 continue
@@ -128,7 +124,7 @@ def _offers(request: GenerationRequest, checkpoints: Sequence[Checkpoint], hardw
 
 
 def _dtypes(
-    asked: str, checkpoint: Checkpoint, hardware: Hardware, spec: QuantSpec | None
+    request: GenerationRequest, asked: str, checkpoint: Checkpoint, hardware: Hardware, spec: QuantSpec | None
 ) -> tuple[dict[str, str], str]:  # fmt: skip
     """The dtype that each component computes in, and why."""
     every = dict.fromkeys(checkpoint.components, "float32")
@@ -139,8 +135,8 @@ def _dtypes(
         return dict.fromkeys(every, "bfloat16"), "the device computes it"
     if hardware.kind != "cpu":
         return every | {"transformer": "float16"}, "the device has no bfloat16 (encoders and VAE compute in float32)"
-    sizes = costs.sizes_of(checkpoint, every, spec)
-    if max(sizes.t5, sizes.transformer + sizes.vae) <= hardware.total_bytes * CPU_SHARE:
+    cost = costs.cost_of(request, checkpoint, every, spec)
+    if max(cost.t5, cost.transformer + cost.vae) <= hardware.total_bytes * CPU_SHARE:
         return every, "this CPU has no fast bfloat16"
     return dict.fromkeys(every, "bfloat16"), "slowly: float32 does not fit into this RAM"
 
@@ -163,10 +159,9 @@ def suggestion(request: GenerationRequest, checkpoints: Sequence[Checkpoint], ha
         if tried == request or max(tried.size) > max(request.size):
             continue
         try:
-            fits = any(rung.verdict == "chosen" for rung in survey(tried, checkpoints, hardware))
+            if chosen_of(survey(tried, checkpoints, hardware)):
+                changed = {key: value for key, value in changes.items() if value != getattr(request, key) and value}
+                return " ".join(f"{flag(key)} {value}" for key, value in changed.items())
         except UsageError:  # a precision that these weights do not have
             continue
-        if fits:
-            changed = {key: value for key, value in changes.items() if value != getattr(request, key) and value}
-            return " ".join(f"{flag(key)} {value}" for key, value in changed.items())
     return ""

@@ -21,12 +21,11 @@ BUNDLED = HERE / "bundled" if (HERE / "bundled").is_dir() else HERE.parent / "pr
 
 @dataclass(frozen=True)
 class Preset:
-    """One TOML file: its name, where it is, what it says of itself and the settings it changes."""
+    """One TOML file: where it is, what it says of itself, what it builds on and the settings it changes."""
 
-    name: str
     path: Path
     description: str
-    extends: str | None
+    extends: str
     settings: dict
 
 
@@ -40,10 +39,9 @@ class Settings:
 
 def available(config_folder: Path | None) -> dict[str, Path]:
     """Return every preset by name; a user's own hides a bundled one of the same name. None: the bundled ones."""
-    found: dict[str, Path] = {}
-    for folder in (BUNDLED, config_folder / "presets") if config_folder else (BUNDLED,):
-        with contextlib.suppress(OSError):
-            found |= {path.stem: path for path in folder.glob("*.toml")}
+    found = {path.stem: path for path in BUNDLED.glob("*.toml")}
+    with contextlib.suppress(OSError):
+        found |= {path.stem: path for path in (config_folder / "presets").glob("*.toml")} if config_folder else {}
     return dict(sorted(found.items()))
 
 
@@ -56,19 +54,19 @@ def load(name: str, config_folder: Path, *, bundled: bool = False) -> Preset:
         raise UsageError("unknown preset", which=name, why="known are " + " ".join(known), hint=hint)
     path = known[name]
     settings = _read_toml(path)
-    for key in ("extends", "description"):
-        if not isinstance(settings.get(key, ""), str):
-            raise UsageError("wrong value", which=path, why=f"{key} is not a text")
+    extends, description = settings.pop("extends", ""), settings.pop("description", "")
+    if not isinstance(extends, str) or not isinstance(description, str):
+        raise UsageError("wrong value", which=path, why="extends and description are texts")
     if "preset" in settings:
         raise UsageError("unknown setting", which=path, why="'preset' is none here", hint="use extends = ...")
-    return Preset(name, path, settings.pop("description", ""), settings.pop("extends", None), _checked(settings, path))
+    return Preset(path, description, extends, _checked(settings, path))
 
 
 def chain(name: str, config_folder: Path) -> list[Preset]:
     """The preset and what it extends (a user's own: the bundled one, too), weakest first; `UsageError` on a cycle."""
     presets = [load(name, config_folder)]
     while following := presets[-1].extends:
-        preset = load(following, config_folder, bundled=following == presets[-1].name)
+        preset = load(following, config_folder, bundled=following == presets[-1].path.stem)
         if preset.path in [each.path for each in presets]:
             raise UsageError("presets extend each other", which=name, why=f"{following} comes round again")
         presets.append(preset)
@@ -84,8 +82,7 @@ def read_config(config_folder: Path) -> dict:
     """The user's config.toml, checked; an absent or unreadable folder is an empty one."""
     path = config_folder / "config.toml"
     with contextlib.suppress(OSError):
-        if path.is_file():
-            return _checked(_read_toml(path), path)
+        return _checked(_read_toml(path), path) if path.is_file() else {}
     return {}
 
 
@@ -121,7 +118,7 @@ def merge(flags: Mapping[str, object], config_folder: Path, environment: Mapping
     _apply(merged, defaults, lambda _: "default")
     _apply(merged, config, lambda _: "config.toml")
     for preset in chain(name, config_folder):
-        _apply(merged, preset.settings, lambda _, of=preset: f"preset {of.name}")
+        _apply(merged, preset.settings, lambda _, of=preset: f"preset {of.path.stem}")
     _apply(merged, variables, lambda key: f"FLUX_{key.upper()}")
     _apply(merged, given, flag)
     return merged
@@ -130,8 +127,7 @@ def merge(flags: Mapping[str, object], config_folder: Path, environment: Mapping
 def overlay(base: Mapping[str, object], changes: Mapping[str, object]) -> dict:
     """`base` with `changes` on top, the one rule of sizes included; both by field name, values of any text form."""
     merged = Settings(dict(base), {})
-    checked = {key: value if value is None else coerce(key, value, where=flag(key)) for key, value in changes.items()}
-    _apply(merged, checked, flag)
+    _apply(merged, {key: coerce(key, value, where=flag(key)) for key, value in changes.items()}, flag)
     return merged.values
 
 

@@ -92,6 +92,8 @@ ALIASES = {"ar": "aspect_ratio", "size": "image_size"}  # the flags' words, for 
 KEYS = tuple(field.name for field in fields(GenerationRequest) if field.name != "prompt")
 OPTIONAL = ("guidance", "width", "height", "output", "vram_limit")  # None is a value of theirs
 INTEGERS = ("steps", "seed", "count", "image_size", "width", "height", "text_tokens", "quality")
+KINDS = dict.fromkeys(INTEGERS, "a whole number")
+KINDS |= {"guidance": "a number", "metadata": "true or false", "vram_limit": "a size like 8GiB"}
 
 
 def flag(name: str) -> str:
@@ -173,13 +175,12 @@ def coerce(name: str, value: object, *, where: str) -> object:
         near = get_close_matches(name, KEYS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else "known keys: " + " ".join(KEYS)
         raise UsageError("unknown setting", which=where, why=f"{name!r} is no setting", hint=hint)
-    kinds = {"guidance": "a number", "metadata": "true or false", "vram_limit": "a size like 8GiB"} | dict.fromkeys(
-        INTEGERS, "a whole number"
-    )
+    if value is None and name in OPTIONAL:
+        return None
     try:
         converted = _converted(name, value)
     except (ValueError, TypeError, KeyError, OverflowError) as error:
-        why = f"{name} is {str(value)[:60]!r}, not {kinds.get(name, 'a text')}"
+        why = f"{name} is {str(value)[:60]!r}, not {KINDS.get(name, 'a text')}"
         raise UsageError("wrong value", which=where, why=why) from error
     check(name, converted, where=where)
     return converted
@@ -203,7 +204,7 @@ def _converted(name: str, value: object) -> object:
 
 def parse_bytes(text: str) -> int:
     """Bytes of a size like 8GiB, 8 GB, 8G (binary) or a plain number; raises ValueError."""
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([kmgt]?)(i?b)?", text.strip().lower())
+    match = re.fullmatch(r"(\d{1,16}(?:\.\d{1,6})?)\s*([kmgt]?)(i?b)?", text.strip().lower())
     if not match:
         raise ValueError(text)
     base = 1000 if match[3] == "b" else 1024

@@ -2,11 +2,12 @@
 when memory runs out all the same. Arithmetic on `costs`. Stdlib only. Sizes are in bytes.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 
 from fluxcli import costs
-from fluxcli.costs import CONTEXT_BYTES, DTYPE_BYTES, Hardware, Sizes, Speeds, Work
+from fluxcli.costs import CONTEXT_BYTES, Cost, Hardware, Speeds
 from fluxcli.request import GenerationRequest
 from quant.checkpoint import Checkpoint
 from quant.spec import SCHEMES, QuantSpec
@@ -62,153 +63,16 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class Offer:
-    """One precision of one folder, not judged yet: what it is, why, and what it costs."""
+    """One precision of one folder for one machine, not judged yet: what it is, why, and what it costs."""
 
     checkpoint: Checkpoint
+    hardware: Hardware
     precision: str
+    scheme: str  # of the packed layers, "" where none is packed
     spec: QuantSpec | None
     dtypes: dict[str, str]
     why: str
-    sizes: Sizes
-    work: Work
-
-    @property
-    def scheme(self) -> str:
-        return self.precision if self.precision in SCHEMES else ""
-
-
-def fit(
-    request: GenerationRequest, offer: Offer, hardware: Hardware, *, budget: int, host: int, speeds: Speeds,
-    learned: Mapping[str, int] = {}, tiled: bool = True,
-) -> tuple[MemoryPlan | None, str]:  # fmt: skip
-    """(the fastest residency within `budget` bytes of the device and `host` bytes of RAM, or why there is none).
-
-    `learned` has peaks measured before, by "phase level"; `tiled` allows the decode that changes pixels.
-    """
-    sizes, cpu = offer.sizes, hardware.kind == "cpu"
-    if cpu and offer.dtypes["transformer"] == "bfloat16" and not hardware.bf16:
-        speeds = replace(speeds, wide=speeds.wide * costs.SLOW_BF16)
-    small = sizes.total + sizes.modulation < hardware.total_bytes * RESIDENT_SHARE
-    every = ("text_encoder", "text_encoder_2", "transformer", "vae", "modulation")
-    now, over = Residency(keep=every if small and request.offload in ("auto", "none") else ("transformer", "vae")), ""
-    for phase in ("encode", "denoise", "decode"):
-        for level in _levels(phase, now, request, offer, hardware, speeds, tiled=tiled):
-            peak = _peaks(offer, level, cpu=cpu)[phase]
-            peak = learned.get(f"{phase} {level.level(phase)}", peak)
-            held = sum(sizes.blocks[i].nbytes for i in level.streamed)
-            if peak <= budget and held <= host:
-                now = level
-                break
-            over = over or f"{phase} needs {peak / GIB:.1f} GiB, {hardware.device} has {budget / GIB:.1f} GiB"
-        else:
-            return None, over
-        over = ""
-    if "modulation" not in now.keep:
-        kept = replace(now, keep=(*now.keep, "modulation"))
-        if not cpu and max(_peaks(offer, kept, cpu=cpu).values()) <= budget:
-            now = kept
-    return _planned(offer, now, hardware, budget, speeds), ""
-
-
-def _levels(  # noqa: PLR0917
-    phase: str, now: Residency, request: GenerationRequest, offer: Offer, hardware: Hardware, speeds: Speeds,
-    *, tiled: bool,
-) -> Iterator[Residency]:  # fmt: skip
-    """What the phase may have, from most memory to least; an --offload leaves one."""
-    offload, alone = request.offload, replace(now, keep=())
-    if phase == "decode":
-        yield now
-        yield replace(alone, decode="alone")
-        if tiled:
-            yield replace(alone, decode="tiled")
-        return
-    if offload in ("auto", "none", "stream"[: 6 * (phase == "encode")]):
-        yield now
-    if hardware.kind == "cpu":
-        return
-    if phase == "encode":
-        if offload != "none":
-            yield replace(now, encode="sequential")
-        return
-    compute = costs.block_seconds(offer.sizes, offer.work, speeds, offer.scheme)
-    counts = {"auto": _counts(len(compute)), "stream": _counts(len(compute))[-1:]}.get(offload, ())
-    for count in counts:
-        yield replace(now, denoise="streamed", streamed=costs.spread(offer.sizes, compute, count, speeds.bus_bytes))
-    if offload in ("auto", "sequential") and not offer.spec:  # packing again in every step is never worth it
-        yield replace(now, denoise="sequential")
-
-
-def _counts(blocks: int) -> range:
-    """How many of the blocks may be streamed: even numbers, since two slots take turns."""
-    step = 4 if blocks > 16 else 2
-    return range(4, blocks + 1, step)
-
-
-def _peaks(offer: Offer, residency: Residency, *, cpu: bool) -> dict[str, int]:
-    """Bytes on the device at the peak of each phase."""
-    sizes, work, keep = offer.sizes, offer.work, residency.keep
-    stay = (0 if cpu else CONTEXT_BYTES) + sizes.modulation * ("modulation" in keep)
-    encoders = sizes.clip + sizes.t5 if "text_encoder_2" in keep else 0
-    passing = [sizes.blocks[i].nbytes for i in residency.streamed]
-    transformer = sizes.transformer - sum(passing) + 2 * max(passing, default=0)
-    if residency.denoise == "sequential":
-        transformer = sizes.rest + max(block.nbytes for block in sizes.blocks)
-    left = sizes.rest if residency.denoise == "sequential" else transformer
-    beside = sizes.vae if "transformer" in keep else 0
-    t5 = sizes.t5 if residency.encode == "resident" else sizes.t5_rest + sizes.t5_block * (2 if offer.spec else 1)
-    alone = max(t5 + work.encode, sizes.clip)
-    together = encoders + transformer + beside + work.encode if encoders else alone
-    copies = 2 if offer.dtypes["transformer"] == "bfloat16" else 3  # stored, computed with, and the one before
-    decode = work.decode_tiled if residency.decode == "tiled" else work.decode
-    return {
-        "encode": stay + together,
-        "condition": stay + encoders + 2 * work.tables + copies * sizes.largest_modulation,
-        "denoise": stay + encoders + transformer + beside + work.tables + work.denoise,
-        "decode": stay + encoders + sizes.vae + decode + left * (residency.decode == "together"),
-    }
-
-
-def _planned(
-    offer: Offer, residency: Residency, hardware: Hardware, budget: int, speeds: Speeds
-) -> MemoryPlan:  # fmt: skip
-    sizes, cpu = offer.sizes, hardware.kind == "cpu"
-    held = sum(sizes.blocks[i].nbytes for i in residency.streamed)
-    peaks = _peaks(offer, residency, cpu=cpu)
-    because = [f"{hardware.device}: {hardware.reason}", f"seconds by {speeds.source} speeds"]
-    if residency.encode == "sequential":
-        because.append(f"T5 passes block by block: {sizes.t5 / GIB:.1f} GiB are too much for it at once")
-    if residency.denoise != "resident":
-        passing = len(residency.streamed) or len(sizes.blocks)
-        whole = f"{len(sizes.blocks)} blocks, with all on the device {sizes.transformer / GIB:.1f} GiB"
-        how = "streamed from pinned memory" if residency.streamed else "read from their files in every step"
-        because.append(f"{passing} of {whole}, are {how}")
-    if residency.decode != "together":
-        because.append("the transformer leaves before the VAE decodes" + ", in tiles" * (residency.decode == "tiled"))
-    if "text_encoder_2" in residency.keep:
-        because.append("all components stay loaded: together they are small")
-    seconds = _seconds(offer, residency, speeds, cpu=cpu)
-    host = (sizes.total if cpu and DTYPE_BYTES[offer.dtypes["transformer"]] == 4 else 0) + held
-    return MemoryPlan(
-        hardware.device, offer.precision, offer.dtypes, offer.spec, residency, peaks, seconds, speeds.source, budget,
-        host, tuple(because),
-    )  # fmt: skip
-
-
-def _seconds(offer: Offer, residency: Residency, speeds: Speeds, *, cpu: bool) -> dict[str, float]:
-    """Seconds of each phase of one picture from cold; overlaps of reading and computing are not counted."""
-    sizes, work = offer.sizes, offer.work
-    packed = sum(b.image_numel + b.text_numel for b in sizes.blocks) if offer.spec else 0
-    modulation = sizes.modulation_numel * 2
-    compute = costs.block_seconds(sizes, work, speeds, offer.scheme)
-    step = costs.step_seconds(sizes, compute, residency.streamed, speeds.bus_bytes)
-    if residency.denoise == "sequential":
-        step += sum(block.nbytes for block in sizes.blocks) / (speeds.bus_bytes / 2)  # not pinned, not beside
-    decode = work.pixels * costs.VAE_FLOP * (costs.TILED_WORK if residency.decode == "tiled" else 1) / speeds.wide
-    encode = 2 * sizes.t5_numel * work.text_tokens / speeds.wide
-    encode += sizes.t5 / (speeds.bus_bytes / 2) * (residency.encode == "sequential")
-    load = (sizes.stored - modulation) / speeds.disk_bytes + packed * 2 / (PACK_BYTES * (0.1 if cpu else 1.0))
-    found = {"load": load, "encode": encode, "condition": modulation / speeds.disk_bytes}
-    return {name: round(value, 3) for name, value in (found | {"denoise": step * work.steps, "decode": decode}).items()}
+    cost: Cost
 
 
 def make_offer(  # noqa: PLR0917
@@ -218,33 +82,158 @@ def make_offer(  # noqa: PLR0917
     """One precision of one folder with its costs."""
     scheme = precision if precision in SCHEMES else ""
     unpacks = scheme in ("fp8", "int8") and scheme not in hardware.table.eight_bit and hardware.kind != "cpu"
-    packed_t5 = bool(checkpoint.components["text_encoder_2"].precision or (spec and spec.text_encoder != "keep"))
-    work = costs.work_of(request, checkpoint, dtypes, "unpacked" if unpacks else scheme, packed_t5=packed_t5)
-    return Offer(checkpoint, precision, spec, dtypes, why, costs.sizes_of(checkpoint, dtypes, spec), work)
+    cost = costs.cost_of(request, checkpoint, dtypes, spec, "unpacked" if unpacks else scheme)
+    return Offer(checkpoint, hardware, precision, scheme, spec, dtypes, why, cost)
+
+
+def fit(
+    offer: Offer, *, budget: int, host: int, speeds: Speeds, learned: Mapping[str, int] = {}, tiled: bool = True
+) -> tuple[MemoryPlan | None, str]:
+    """(the fastest residency within `budget` bytes of the device and `host` bytes of RAM, or why there is none).
+
+    `learned` has peaks measured before, by "phase level"; `tiled` allows the decode that changes pixels.
+    """
+    cost, hardware, over = offer.cost, offer.hardware, ""
+    if hardware.kind == "cpu" and offer.dtypes["transformer"] == "bfloat16" and not hardware.bf16:
+        speeds = replace(speeds, wide=speeds.wide * costs.SLOW_BF16)
+    small = cost.total + cost.modulation < hardware.total_bytes * RESIDENT_SHARE
+    every = ("text_encoder", "text_encoder_2", "transformer", "vae", "modulation")
+    now = Residency(keep=every if small and cost.request.offload in ("auto", "none") else ("transformer", "vae"))
+    for phase in ("encode", "denoise", "decode"):
+        for level in _levels(phase, now, offer, speeds, tiled=tiled):
+            peak = learned.get(f"{phase} {level.level(phase)}", _peaks(offer, level)[phase])
+            if peak <= budget and _held(offer, level) <= host:
+                now, over = level, ""
+                break
+            over = over or f"{phase} needs {peak / GIB:.1f} GiB, {hardware.device} has {budget / GIB:.1f} GiB"
+        else:
+            return None, over
+    kept = replace(now, keep=(*now.keep, "modulation"))
+    if "modulation" not in now.keep and hardware.kind != "cpu" and max(_peaks(offer, kept).values()) <= budget:
+        now = kept
+    return _planned(offer, now, budget, speeds), ""
+
+
+def _levels(phase: str, now: Residency, offer: Offer, speeds: Speeds, *, tiled: bool) -> Iterator[Residency]:
+    """What the phase may have, from most memory to least; an --offload leaves one."""
+    offload, alone = offer.cost.request.offload, replace(now, keep=())
+    if phase == "decode":
+        yield now
+        yield replace(alone, decode="alone")
+        if tiled:
+            yield replace(alone, decode="tiled")
+        return
+    if offload in ("auto", "none") or (offload, phase) == ("stream", "encode"):
+        yield now
+    if offer.hardware.kind == "cpu" or offload == "none":
+        return
+    if phase == "encode":
+        yield replace(now, encode="sequential")
+        return
+    counts = _counts(len(offer.cost.blocks))
+    for count in {"auto": counts, "stream": counts[-1:]}.get(offload, ()):
+        yield _streaming(offer, now, count, speeds)
+    if offload != "stream" and not offer.spec:  # packing again in every step is never worth it
+        yield replace(now, denoise="sequential")
+
+
+def _counts(blocks: int) -> range:
+    """How many of the blocks may be streamed: even numbers, since two slots take turns."""
+    return range(4, blocks + 1, 4 if blocks > 16 else 2)
+
+
+def _streaming(offer: Offer, now: Residency, count: int, speeds: Speeds) -> Residency:
+    compute = costs.block_seconds(offer.cost, speeds, offer.scheme)
+    return replace(now, denoise="streamed", streamed=costs.spread(offer.cost, compute, count, speeds.bus_bytes))
+
+
+def _held(offer: Offer, residency: Residency) -> int:
+    """Bytes of RAM of the streamed blocks."""
+    return sum(offer.cost.blocks[i].nbytes for i in residency.streamed)
+
+
+def _peaks(offer: Offer, residency: Residency) -> dict[str, int]:
+    """Bytes on the device at the peak of each phase."""
+    cost, keep = offer.cost, residency.keep
+    stay = (0 if offer.hardware.kind == "cpu" else CONTEXT_BYTES) + cost.modulation * ("modulation" in keep)
+    encoders = cost.clip + cost.t5 if "text_encoder_2" in keep else 0
+    largest = max((cost.blocks[i].nbytes for i in residency.streamed), default=0)
+    transformer = left = cost.transformer - _held(offer, residency) + 2 * largest
+    if residency.denoise == "sequential":
+        transformer, left = cost.rest + max(block.nbytes for block in cost.blocks), cost.rest
+    beside = cost.vae if "transformer" in keep else 0
+    t5 = cost.t5 if residency.encode == "resident" else cost.t5_rest + cost.t5_block * (2 if offer.spec else 1)
+    alone = max(t5 + cost.encode, cost.clip)
+    copies = 2 if offer.dtypes["transformer"] == "bfloat16" else 3  # stored, computed with, and the one before
+    decode = cost.decode_tiled if residency.decode == "tiled" else cost.decode
+    return {
+        "encode": stay + (encoders + transformer + beside + cost.encode if encoders else alone),
+        "condition": stay + encoders + 2 * cost.tables + copies * cost.largest_modulation,
+        "denoise": stay + encoders + transformer + beside + cost.tables + cost.denoise,
+        "decode": stay + encoders + cost.vae + decode + left * (residency.decode == "together"),
+    }
+
+
+def _planned(offer: Offer, residency: Residency, budget: int, speeds: Speeds) -> MemoryPlan:
+    cost, hardware, blocks = offer.cost, offer.hardware, len(offer.cost.blocks)
+    because = [f"{hardware.device}: {hardware.reason}", f"seconds by {speeds.source} speeds"]
+    if residency.encode == "sequential":
+        because.append(f"T5 passes block by block: {cost.t5 / GIB:.1f} GiB are too much for it at once")
+    if residency.denoise != "resident":
+        whole = f"{blocks} blocks, with all on the device {cost.transformer / GIB:.1f} GiB"
+        how = "streamed from pinned memory" if residency.streamed else "read from their files in every step"
+        because.append(f"{len(residency.streamed) or blocks} of {whole}, are {how}")
+    if residency.decode != "together":
+        because.append("the transformer leaves before the VAE decodes" + ", in tiles" * (residency.decode == "tiled"))
+    if "text_encoder_2" in residency.keep:
+        because.append("all components stay loaded: together they are small")
+    peaks, converted = _peaks(offer, residency), hardware.kind == "cpu" and offer.dtypes["transformer"] == "float32"
+    host = _held(offer, residency) + (max(peaks.values()) if converted else 0)
+    return MemoryPlan(
+        hardware.device, offer.precision, offer.dtypes, offer.spec, residency, peaks,
+        _seconds(offer, residency, speeds), speeds.source, budget, host, tuple(because),
+    )  # fmt: skip
+
+
+def _seconds(offer: Offer, residency: Residency, speeds: Speeds) -> dict[str, float]:
+    """Seconds of each phase of one picture from cold; overlaps of reading and computing are not counted."""
+    cost, request, slow_bus = offer.cost, offer.cost.request, speeds.bus_bytes / 2  # not pinned, not beside
+    packed = sum(block.image_numel + block.text_numel for block in cost.blocks) if offer.spec else 0
+    modulation = cost.modulation_numel * 2
+    compute = costs.block_seconds(cost, speeds, offer.scheme)
+    step = costs.step_seconds(cost, compute, residency.streamed, speeds.bus_bytes)
+    step += sum(block.nbytes for block in cost.blocks) / slow_bus * (residency.denoise == "sequential")
+    encode = 2 * cost.t5_numel * request.text_tokens / speeds.wide
+    encode += cost.t5 / slow_bus * (residency.encode == "sequential")
+    tiles = costs.TILED_WORK if residency.decode == "tiled" else 1
+    pack = PACK_BYTES * (0.1 if offer.hardware.kind == "cpu" else 1.0)
+    found = {
+        "load": (cost.stored - modulation) / speeds.disk_bytes + packed * 2 / pack,
+        "encode": encode,
+        "condition": modulation / speeds.disk_bytes,
+        "denoise": step * request.steps,
+        "decode": math.prod(request.size) * costs.VAE_FLOP * tiles / speeds.wide,
+    }
+    return {name: round(value, 3) for name, value in found.items()}
 
 
 def relaxed(plan: MemoryPlan, phase: str, offer: Offer, hardware: Hardware) -> tuple[MemoryPlan, str] | None:
     """The plan one rung further down in a phase, and the rung in words; None where none is left."""
-    now = plan.residency
-    following, words = None, ""
+    now, blocks = plan.residency, len(offer.cost.blocks)
+    more = [count for count in _counts(blocks) if count >= len(now.streamed) + max(1, blocks // 8)]
     if now.keep:
         following, words = replace(now, keep=(), decode=now.decode.replace("together", "alone")), "nothing else stays"
     elif phase == "encode" and now.encode == "resident":
         following, words = replace(now, encode="sequential"), "T5 passes block by block"
     elif phase == "decode" and now.decode != "tiled":
         following, words = replace(now, decode="tiled"), "the VAE decodes in tiles (the pixels differ a little)"
-    elif phase in ("condition", "denoise") and now.denoise != "sequential":
-        count = len(offer.sizes.blocks)
-        more = [n for n in _counts(count) if n >= len(now.streamed) + max(1, count // 8) and hardware.kind != "cpu"]
-        if more:
-            compute = costs.block_seconds(offer.sizes, offer.work, hardware.speeds, offer.scheme)
-            chosen = costs.spread(offer.sizes, compute, more[0], hardware.speeds.bus_bytes)
-            following, words = (
-                replace(now, denoise="streamed", streamed=chosen),
-                f"{more[0]} of {count} blocks streamed",
-            )
-        elif not offer.spec:
-            following, words = replace(now, denoise="sequential", streamed=()), "every block from its file"
-    if following is None:
+    elif phase not in ("condition", "denoise") or now.denoise == "sequential":
         return None
-    return replace(_planned(offer, following, hardware, plan.budget_bytes, hardware.speeds), device=plan.device), words
+    elif more and hardware.kind != "cpu":
+        following = _streaming(offer, now, more[0], hardware.speeds)
+        words = f"{more[0]} of {blocks} blocks streamed"
+    elif not offer.spec:
+        following, words = replace(now, denoise="sequential", streamed=()), "every block from its file"
+    else:
+        return None
+    return replace(_planned(offer, following, plan.budget_bytes, hardware.speeds), device=plan.device), words

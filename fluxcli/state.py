@@ -7,21 +7,26 @@ import contextlib
 import json
 import os
 import re
-import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from fluxcli import output
 from fluxcli.errors import DoesNotFit
+
+
+def user_folder(kind: str, environment: Mapping[str, str]) -> Path:
+    """The user's folder for a "cache" or "data", by the rules of the platform; ~ stays where there is no home."""
+    if os.name == "nt":
+        return Path(os.path.expanduser(environment.get("LOCALAPPDATA") or "~/AppData/Local"))
+    mac, other = {"cache": ("Caches", "cache"), "data": ("Application Support", "local/share")}[kind]
+    default = f"~/Library/{mac}" if sys.platform == "darwin" else f"~/.{other}"
+    return Path(os.path.expanduser(environment.get(f"XDG_{kind.upper()}_HOME") or default))
 
 
 def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
     """The user's cache folder for flux, by the rules of the platform."""
-    if os.name == "nt":
-        base = environment.get("LOCALAPPDATA") or "~/AppData/Local"
-    else:
-        base = environment.get("XDG_CACHE_HOME") or ("~/Library/Caches" if sys.platform == "darwin" else "~/.cache")
-    folder = Path(os.path.expanduser(base))
+    folder = user_folder("cache", environment)
     return (folder if folder.is_absolute() else Path(os.devnull)) / "flux"  # without a home: nowhere
 
 
@@ -37,14 +42,9 @@ def read(name: str) -> dict:
 def update(name: str, entries: Mapping[str, object]) -> None:
     """Add entries to the object of that name; a reader sees it before or after. Nothing happens where that fails."""
     path = cache_folder() / f"{name}.json"
-    temporary = path.with_name(f".{name}-{secrets.token_hex(4)}.tmp")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(json.dumps(read(name) | entries, indent=1), encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        output.write_atomically(path, json.dumps(read(name) | entries, indent=1).encode(), place=os.replace)
 
 
 def peaks() -> dict[str, dict[str, int]]:
@@ -59,20 +59,19 @@ def device_lock(identity: str, *, wait: bool, say: Callable[[str], None]) -> Ite
     from filelock import FileLock, Timeout
 
     folder, waited = cache_folder() / "locks", False
+    lock = FileLock(folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', identity)}.lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', identity)}.lock")
         lock.acquire(timeout=0)
-    except OSError as error:
-        if not isinstance(error, Timeout):  # nowhere to put it: advisory means that the run goes on
-            yield False
-            return
+    except Timeout as error:
         if not wait:
             why, hint = "another flux computes on it", "leave --no-wait out to wait for it"
             raise DoesNotFit("the device is busy", which=identity, why=why, hint=hint) from error
         say(f"{identity} is busy with another flux: waiting for it (--no-wait gives up instead)")
         lock.acquire()
         waited = True
+    except OSError:  # nowhere to put it: advisory means that the run goes on
+        pass
     try:
         yield waited
     finally:

@@ -20,9 +20,8 @@ from quant import codecs
 from quant.checkpoint import MANIFEST
 from quant.errors import CheckpointError, WriteError
 from quant.header import read_header
-from quant.lazy import psutil, torch
+from quant.lazy import Tensor, Tensors, psutil, torch
 from quant.recipe import Job, Recipe
-from quant.tensors import rows_of, stacked
 from quant.writer import SafetensorsWriter, check_room, nearest
 
 AHEAD = 6  # tensors that wait to be packed, and to be written
@@ -117,7 +116,7 @@ def _pack(recipe: Recipe, writers: dict[str, SafetensorsWriter], device: str, ma
                 path, name, tensor = item
                 for n, k in uses[path, name]:
                     job, parts = recipe.jobs[n], arrived[n]
-                    parts[k] = rows_of(tensor, job.sources[k].pieces[""])
+                    parts[k] = codecs.rows_of(tensor, job.sources[k].pieces[""])
                     if len(parts) == len(job.sources):
                         pieces = _encode(job, arrived.pop(n), device, search, manifest["relative_errors"])
                         written.append(writing.submit(_write, writers[job.file], job, pieces))
@@ -130,7 +129,7 @@ def _pack(recipe: Recipe, writers: dict[str, SafetensorsWriter], device: str, ma
         torch.set_num_threads(threads)
 
 
-def _read(files: list[Path], sources: dict[str, dict]) -> "Iterator[tuple[Path, str, torch.Tensor]]":
+def _read(files: list[Path], sources: dict[str, dict]) -> Iterator[tuple[Path, str, Tensor]]:
     """Every tensor of the files in their order, in memory of its own; on the way each file's size and sha256."""
     for path in files:
         digest, infos, size = hashlib.sha256(), read_header(path), path.stat().st_size
@@ -149,12 +148,10 @@ def _read(files: list[Path], sources: dict[str, dict]) -> "Iterator[tuple[Path, 
         sources[f"{path.parent.name}/{path.name}"] = {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _encode(
-    job: Job, parts: "dict[int, torch.Tensor]", device: str, search: bool, errors: dict
-) -> "dict[str, torch.Tensor]":
+def _encode(job: Job, parts: dict[int, Tensor], device: str, search: bool, errors: dict) -> Tensors:
     """What is stored for the rows of the job's sources, by suffix."""
-    tensor = stacked([parts[k] for k in range(len(parts))])
-    tensor = (stacked(tensor.chunk(2)[::-1]) if job.swap else tensor).to(device)
+    tensor = codecs.stacked([parts[k] for k in range(len(parts))])
+    tensor = (codecs.stacked(tensor.chunk(2)[::-1]) if job.swap else tensor).to(device)
     where = job.sources[0].pieces[""]
     if not job.scheme:
         codecs.check(job.name, {"": tensor}, where)
@@ -164,7 +161,7 @@ def _encode(
     return encoded.pieces
 
 
-def _write(writer: SafetensorsWriter, job: Job, pieces: "dict[str, torch.Tensor]") -> None:
+def _write(writer: SafetensorsWriter, job: Job, pieces: Tensors) -> None:
     for suffix, tensor in pieces.items():
         writer.add(job.name + suffix, memoryview(tensor.cpu().reshape(-1).view(torch.uint8).numpy()))
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from quant.config import check_config, read_config, read_json
+from quant.config import read_config, read_json
 from quant.dialects import from_bfl, is_bfl, kind_of
 from quant.errors import CheckpointError
 from quant.header import file_identity, read_header
@@ -117,7 +117,7 @@ def inspect_file(path: Path) -> Component:
     if not is_bfl(pieces):
         raise CheckpointError("not a FLUX.1 transformer in one file", path, why=kind_of(pieces))
     translated, config = from_bfl(pieces)
-    return Component("transformer", path, check_config("transformer", path, config), group(translated))
+    return Component("transformer", path, read_config("transformer", path, config), group(translated))
 
 
 def _pieces(files: list[Path]) -> dict[str, Piece]:

@@ -1,17 +1,19 @@
-"""Encode and decode one weight: nf4 by `quant.nf4`, fp8 and int8 by optimum-quanto's row-wise types.
+"""Read, decode and encode one weight: nf4 by `quant.nf4`, fp8 and int8 by optimum-quanto's row-wise types.
 
-Pieces are keyed by suffix, as in `quant.spec.layout`. Imports optimum.quanto (seconds) only where it quantizes.
+Pieces are keyed by suffix, as in `quant.spec.layout`; the headers of their files were validated before. Imports
+optimum.quanto (seconds) only where it quantizes.
 """
 
 import importlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 from quant import nf4
 from quant.errors import CheckpointError, MissingLibrary
-from quant.lazy import torch
-from quant.weights import Piece
+from quant.lazy import Tensor, Tensors, torch
+from quant.weights import Piece, Weight
 
 CHUNK = 1 << 19  # values that are encoded at a time
 LIBRARIES = {"nf4": "bitsandbytes", "fp8": "optimum-quanto", "int8": "optimum-quanto"}
@@ -24,8 +26,33 @@ NF4_BOUND = 0.15  # relative; Gaussian weights have 0.085 to 0.092
 class Encoded:
     """A packed weight, and how far its values are from the weight's, as a share of the norm."""
 
-    pieces: "dict[str, torch.Tensor]"
+    pieces: Tensors
     relative_error: float
+
+
+class Reader(dict):
+    """Opened files by path, each mapped when it is first read, for as long as a tensor of it lives."""
+
+    def __missing__(self, path: object) -> object:
+        from safetensors import safe_open
+
+        return self.setdefault(path, safe_open(path, framework="pt", device="cpu"))
+
+    def weight(self, weight: Weight) -> Tensors:
+        """The tensors of a weight by suffix, as they are stored."""
+        return {suffix: rows_of(self[p.file].get_tensor(p.info.name), p) for suffix, p in weight.pieces.items()}
+
+
+def rows_of(tensor: Tensor, piece: Piece) -> Tensor:
+    """The piece's rows of the tensor that holds it, where it is not the whole."""
+    return stacked([tensor[start:stop] for start, stop in piece.rows] or [tensor])
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """One below the other; a single tensor stays where it is (mapped, perhaps)."""
+    import torch  # itself: torch.compile does not look through a lazy one
+
+    return torch.cat(tuple(tensors)) if len(tensors) > 1 else tensors[0]
 
 
 def library(scheme: str) -> ModuleType:
@@ -38,7 +65,7 @@ def library(scheme: str) -> ModuleType:
 
 
 def encode(
-    weight: "torch.Tensor", scheme: str, *, name: str, where: Piece, search: bool = True, scalar: bool = False
+    weight: Tensor, scheme: str, *, name: str, where: Piece, search: bool = True, scalar: bool = False
 ) -> Encoded:
     """Pack a (N, K) weight, fp8 with one scale if `scalar`; raises `CheckpointError` for what a scheme cannot hold."""
     check(name, {"": weight}, where)
@@ -74,12 +101,12 @@ def encode(
     return Encoded(pieces, relative)
 
 
-def _dot(values: "torch.Tensor") -> float:
+def _dot(values: Tensor) -> float:
     """The squared norm."""
     return float(values.view(-1).dot(values.view(-1)))
 
 
-def _widen(packed: "torch.Tensor") -> "torch.Tensor":
+def _widen(packed: Tensor) -> Tensor:
     """8-bit values as float32. e4m3's bits are float16's, shifted, of 2^-8 the value: much faster than torch's cast."""
     if packed.dtype != torch.float8_e4m3fn:
         return packed.float()
@@ -87,9 +114,7 @@ def _widen(packed: "torch.Tensor") -> "torch.Tensor":
     return (bits & -(1 << 15) | (bits & 127) << 7).view(torch.float16).float().mul_(256)
 
 
-def decode(
-    pieces: "dict[str, torch.Tensor]", scheme: str, shape: tuple[int, ...], dtype: "torch.dtype"
-) -> "torch.Tensor":
+def decode(pieces: Tensors, scheme: str, shape: tuple[int, ...], dtype: "torch.dtype") -> Tensor:
     """The values (N, K) of a packed weight in `dtype`."""
     if not scheme:
         return pieces[""].to(dtype)
@@ -98,7 +123,7 @@ def decode(
     return _widen(pieces[""]).mul_(pieces["_scale"].float().reshape(-1, 1)).to(dtype)
 
 
-def check(name: str, pieces: "dict[str, torch.Tensor]", where: Piece) -> None:
+def check(name: str, pieces: Tensors, where: Piece) -> None:
     """Raise `CheckpointError` where a tensor or its scales hold NaN or Inf, or a scale is 0 or negative."""
     for suffix, tensor in pieces.items():
         if tensor.dtype == torch.float8_e4m3fn and bool((tensor.view(torch.uint8) & 127 == 127).any()):

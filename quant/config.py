@@ -42,13 +42,9 @@ def read_json(path: Path, what: str) -> dict:
     return value
 
 
-def read_config(name: str, path: Path) -> dict:
-    """The config of a component, with defaults; raises `CheckpointError` for another class or wild values."""
-    return check_config(name, path, read_json(path, f"no {name} in the model folder"))
-
-
-def check_config(name: str, path: Path, config: dict) -> dict:
-    """The config with the defaults of what is read; raises `CheckpointError` for another model or wild values."""
+def read_config(name: str, path: Path, config: dict | None = None) -> dict:
+    """A component's config, read from its file unless given; raises `CheckpointError` for a wrong model or values."""
+    config = read_json(path, f"no {name} in the model folder") if config is None else config
     named = config.get("architectures")
     found = config.get("_class_name") or (named[0] if isinstance(named, list) and named else None)
     if found not in (CLASSES[name], None):

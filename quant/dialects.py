@@ -45,9 +45,7 @@ def table(config: Mapping) -> dict[str, tuple[str, ...]]:
             found[f"{bfl}.in_layer"] = (f"time_text_embed.{ours}.linear_1",)
             found[f"{bfl}.out_layer"] = (f"time_text_embed.{ours}.linear_2",)
     for bfl, ours, layers in blocks:
-        found |= {
-            f"{bfl}.{layer}": tuple(f"{ours}.{part}" for part in parts.split()) for layer, parts in layers.items()
-        }
+        found |= {f"{bfl}.{new}": tuple(f"{ours}.{part}" for part in old.split()) for new, old in layers.items()}
     return found
 
 

@@ -1,6 +1,10 @@
 """Heavy libraries by name, each imported when something of it is first used: the command line starts without them."""
 
 import importlib
+from typing import TypeAlias
+
+Tensor: TypeAlias = "torch.Tensor"  # for annotations
+Tensors: TypeAlias = "dict[str, torch.Tensor]"  # the pieces of a weight by suffix, or values by name
 
 
 class Lazy:

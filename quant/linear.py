@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quant.codecs import LARGEST, SMALLEST_SCALE
+from quant.codecs import LARGEST, SMALLEST_SCALE, stacked
 from quant.nf4 import absmax_of, dequantize, offset_of
 from quant.spec import BLOCK
-from quant.tensors import stacked
 
 Parts, Shapes = Sequence[dict[str, Tensor]], Sequence[tuple[int, int]]
 ROWS = 1024  # that are multiplied in int8 at a time: the sums are four bytes wide, twice

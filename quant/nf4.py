@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import cache
 from math import ceil, prod
 
-from quant.lazy import torch
+from quant.lazy import Tensor, Tensors, torch
 from quant.spec import BLOCK, NESTED_BLOCK, STATE, STATE_BYTES
 
 READABLE = ("bfloat16", "float16", "float32")  # dtypes that readers decode to
@@ -21,7 +21,7 @@ FRACTIONS = (0.86, 0.89, 0.91, 0.92, 0.94, 0.95, 0.97, 0.99, 1.02, 1.05, 1.08, 1
 STEPS, UNITS = 1023, 256
 
 
-def encode(weight: "torch.Tensor", *, search: bool) -> "dict[str, torch.Tensor]":
+def encode(weight: Tensor, *, search: bool) -> Tensors:
     """Return the tensors that store `weight` (N, K), by what follows its name; raises ValueError unless it is finite.
 
     Without `search` they equal `bitsandbytes.functional.quantize_4bit` with nested statistics, on the CPU bit by bit.
@@ -58,7 +58,7 @@ def encode(weight: "torch.Tensor", *, search: bool) -> "dict[str, torch.Tensor]"
     return pieces | {STATE: torch.tensor(blob, dtype=torch.uint8, device="cpu")}
 
 
-def decode(pieces: "dict[str, torch.Tensor]", shape: Sequence[int], dtype: "torch.dtype") -> "torch.Tensor":
+def decode(pieces: Tensors, shape: Sequence[int], dtype: "torch.dtype") -> Tensor:
     """Return the weight (N, K) that `pieces` store. Raises ValueError for pieces not of this size, or another dtype."""
     blocks = ceil(prod(shape) / BLOCK)
     sizes = ("", ceil(prod(shape) / 2)), (".absmax", blocks), (".nested_absmax", ceil(blocks / NESTED_BLOCK))
@@ -72,14 +72,12 @@ def decode(pieces: "dict[str, torch.Tensor]", shape: Sequence[int], dtype: "torc
     return dequantize(pieces[""], absmax, shape, dtype)
 
 
-def offset_of(pieces: "dict[str, torch.Tensor]") -> float:
+def offset_of(pieces: Tensors) -> float:
     """What the scales' mean was: it is added to each that is read."""
     return float(json.loads(bytes(pieces[STATE].tolist()))["nested_offset"])
 
 
-def absmax_of(
-    absmax_u8: "torch.Tensor", nested_absmax: "torch.Tensor", nested_quant_map: "torch.Tensor", offset: "torch.Tensor"
-) -> "torch.Tensor":
+def absmax_of(absmax_u8: Tensor, nested_absmax: Tensor, nested_quant_map: Tensor, offset: Tensor) -> Tensor:
     """Return the scales (blocks,) float32 that every reader sees; `offset` is () float32."""
     import bitsandbytes  # noqa: F401, for its operators
     import torch  # itself: torch.compile does not look through a lazy one
@@ -88,9 +86,7 @@ def absmax_of(
     return read(absmax_u8, nested_absmax, nested_quant_map, NESTED_BLOCK, torch.float32) + offset
 
 
-def dequantize(
-    packed: "torch.Tensor", absmax: "torch.Tensor", shape: Sequence[int], dtype: "torch.dtype"
-) -> "torch.Tensor":
+def dequantize(packed: Tensor, absmax: Tensor, shape: Sequence[int], dtype: "torch.dtype") -> Tensor:
     """Return the weight (N, K) in one of the READABLE dtypes, from (N * K / 2,) uint8 and scales (blocks,) float32."""
     import torch
 
@@ -100,7 +96,7 @@ def dequantize(
     return flat[: prod(shape)].view(*shape)
 
 
-def _scales(part: "torch.Tensor", table: "torch.Tensor | None") -> "torch.Tensor":
+def _scales(part: Tensor, table: "torch.Tensor | None") -> Tensor:
     """(b, 64) float32 -> (b,): the absmax, or with a table the scale of least squared error that the fractions lead to.
 
     Each fraction of the absmax gives codes c to the weights w; the best scale for these is <w,c> / <c,c>, and lowers
@@ -120,7 +116,7 @@ def _scales(part: "torch.Tensor", table: "torch.Tensor | None") -> "torch.Tensor
 
 
 @cache
-def _search_table(device: "torch.device") -> "torch.Tensor":
+def _search_table(device: "torch.device") -> Tensor:
     """(2 * STEPS + 1, 2 * fractions) float32: row w has w * c, then c * c, for the code c by each fraction."""
     from bitsandbytes.functional import get_4bit_type
 
@@ -131,7 +127,7 @@ def _search_table(device: "torch.device") -> "torch.Tensor":
     return torch.cat([w * c, c * c], dim=1)
 
 
-def _packed(scaled: "torch.Tensor", midpoints: list[float]) -> "torch.Tensor":
+def _packed(scaled: Tensor, midpoints: list[float]) -> Tensor:
     """(b, 64) float32 in -1..1 -> (b, 32) uint8: indexes of the nearest values, the first of two in the high bits."""
     index, above = torch.zeros_like(scaled), torch.empty_like(scaled)
     for midpoint in midpoints:

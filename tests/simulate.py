@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fluxcli import encoders, loader, models, modulation, sampling
+from fluxcli import loader, models, modulation, sampling
 from fluxcli.engine import Engine
 from fluxcli.hardware import Hardware
 from fluxcli.latents import Latents
@@ -18,8 +18,8 @@ from fluxcli.request import GenerationRequest
 from fluxcli.residency import MemoryPlan
 from quant import codecs, linear
 from quant.checkpoint import Checkpoint, Component
+from quant.codecs import Reader
 from quant.spec import SCHEMES, QuantSpec, layout
-from quant.tensors import Reader
 from quant.weights import Piece, Weight
 from tests.counter import CARD, Counter
 
@@ -75,7 +75,7 @@ def full_size(monkeypatch: pytest.MonkeyPatch, *, arithmetic: bool = True) -> It
     monkeypatch.setattr(sampling, "to_pixels", lambda decoded: SimpleNamespace(numpy=lambda: decoded.shape))
     monkeypatch.setattr(Checkpoint, "fingerprint", "full size")
     monkeypatch.setattr(modulation, "digest_of", lambda _: "")
-    monkeypatch.setattr(encoders, "tokenize", _tokens)
+    monkeypatch.setattr(sampling, "tokenize", _tokens)
     real = Engine._scheduler
 
     def scheduler(self, request):
@@ -90,6 +90,6 @@ def full_size(monkeypatch: pytest.MonkeyPatch, *, arithmetic: bool = True) -> It
         yield models.known_shapes("black-forest-labs/FLUX.1-dev")
 
 
-def _tokens(folder: object, prompt: str, text_tokens: int) -> encoders.Tokens:
+def _tokens(folder: object, prompt: str, text_tokens: int) -> tuple[torch.Tensor, torch.Tensor, str]:
     ids = torch.zeros(1, text_tokens, dtype=torch.long)
-    return encoders.Tokens(torch.zeros(1, 77, dtype=torch.long), ids, "")
+    return torch.zeros(1, 77, dtype=torch.long), ids, ""

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 import quant.bake
 from quant import codecs
 from quant.checkpoint import KEEP_FILE, MANIFEST, Checkpoint, inspect
+from quant.codecs import Reader
 from quant.errors import CheckpointError, WriteError
 from quant.recipe import make_recipe
 from quant.spec import SCHEMES, QuantSpec
-from quant.tensors import Reader
 from quant.writer import SafetensorsWriter
 from tests.bakes import ORIGIN, Hook, bake_all, change, content, recipe_of
 from tests.invariant import files

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fluxcli.errors import ExitCode
-from fluxcli.loader import load_component
+from fluxcli.placement import load_component
 from quant.checkpoint import inspect
 from quant.errors import CheckpointError
 from tests.invariant import assert_failed, call

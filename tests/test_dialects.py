@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from fluxcli import classes, loader
 from quant import codecs
 from quant.checkpoint import Component, inspect_file
+from quant.codecs import Reader
 from quant.errors import CheckpointError, SpecError
 from quant.header import TensorInfo, read_header
 from quant.recipe import Recipe, make_file_recipe
 from quant.spec import QuantSpec
-from quant.tensors import Reader
 from quant.weights import Piece, Weight
 from tests.bakes import bake_all
 

@@ -162,8 +162,8 @@ def test_the_frugal_imports_leave_out_what_a_picture_never_uses(flux):
 
     code = (
         "import sys; from fluxcli import classes\n"
-        "classes.transformer(); classes.vae(); classes.clip(); classes.t5(); classes.tokenizers()\n"
-        "classes.scheduler()\n"
+        "classes.transformer(); classes.vae(); classes.clip(); classes.t5()\n"
+        "classes.scheduler(); classes.clip_tokenizer(); classes.t5_tokenizer()\n"
         "from pathlib import Path; from quant.checkpoint import inspect\n"
         "from tests.helpers import draw, engine_of, tiny\n"
         "draw(engine_of(inspect(Path('presets/tiny'))), tiny())\n"

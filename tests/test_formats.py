@@ -13,7 +13,8 @@ from diffusers import BFLQuantizationConfig, BitsAndBytesConfig, FluxTransformer
 from safetensors.torch import load_file
 from torch import nn
 
-from fluxcli.loader import load_component, read_tensors
+from fluxcli.loader import read_tensors
+from fluxcli.placement import load_component
 from quant import checkpoint
 from quant.bake import bake
 from quant.checkpoint import KEEP_FILE, Component, inspect, inspect_file

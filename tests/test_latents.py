@@ -245,6 +245,12 @@ def test_options_say_how_and_where_the_picture_is_written(drawing, capsys):
     assert b"red circle" not in bare.read_bytes()
 
 
+@pytest.mark.parametrize("option", ["--json", "--events"])
+def test_stdout_is_for_the_picture_or_for_json(option, capsys):
+    message = assert_failed(call(capsys, "decode", str(written()), "-o", "-", option), ExitCode.USAGE)
+    assert "exclude each other" in message
+
+
 def test_a_file_of_many_pictures_is_one(drawing, capsys):
     """What a hostile file says of count and place is not done."""
     hostile = tiny(count=50, output="/tmp/owned.png")

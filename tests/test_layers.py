@@ -18,15 +18,15 @@ LAYERS = [
      "quant.dialects"],
     ["fluxcli", "fluxcli.errors", "fluxcli.events", "fluxcli.request"],
     ["quant.checkpoint", "quant.writer", "quant.recipe",
-     "fluxcli.presets", "fluxcli.costs", "fluxcli.residency", "fluxcli.plan", "fluxcli.output", "fluxcli.models",
-     "fluxcli.signals"],
-    ["quant.nf4", "quant.codecs", "quant.tensors", "quant.linear", "quant.bake"],
-    ["fluxcli.state", "fluxcli.hardware", "fluxcli.image", "fluxcli.classes", "fluxcli.sampling", "fluxcli.latents"],
-    ["fluxcli.fusion", "fluxcli.loader", "fluxcli.placement", "fluxcli.encoders", "fluxcli.modulation"],
+     "fluxcli.presets", "fluxcli.costs", "fluxcli.residency", "fluxcli.plan", "fluxcli.output", "fluxcli.state",
+     "fluxcli.models"],
+    ["quant.nf4", "quant.codecs", "quant.linear", "quant.bake"],
+    ["fluxcli.hardware", "fluxcli.image", "fluxcli.classes", "fluxcli.latents"],
+    ["fluxcli.loader", "fluxcli.placement", "fluxcli.sampling", "fluxcli.modulation"],
     ["fluxcli.engine"],
     ["fluxcli.doctor", "fluxcli.console"],
-    ["fluxcli.cli", "fluxcli.cli.options", "fluxcli.cli.info", "fluxcli.cli.inspect", "fluxcli.cli.generate",
-     "fluxcli.cli.quantize", "fluxcli.cli.plan", "fluxcli.cli.app", "fluxcli.__main__"],
+    ["fluxcli.cli", "fluxcli.cli.options", "fluxcli.cli.info", "fluxcli.cli.generate",
+     "fluxcli.cli.quantize", "fluxcli.cli.app", "fluxcli.__main__"],
 ]  # fmt: skip
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 STDLIB_ONLY = {module for modules in LAYERS[:3] for module in modules}

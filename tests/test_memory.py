@@ -11,7 +11,7 @@ import pytest
 from fluxcli import costs, hardware, plan, residency
 from fluxcli.plan import make_plan
 from fluxcli.request import GenerationRequest
-from fluxcli.residency import PHASES
+from fluxcli.residency import GIB, PHASES, MemoryPlan
 from quant.checkpoint import Checkpoint, inspect
 from quant.spec import QuantSpec
 from tests.counter import Counter
@@ -37,8 +37,8 @@ COMBINATIONS = [  # card, request
 ]
 
 
-@pytest.mark.parametrize(("card", "wanted"), COMBINATIONS, ids=str)
-def test_the_plan_is_within_five_percent_of_what_is_counted(card, wanted, monkeypatch):
+def planned_and_counted(card: str, wanted: dict, monkeypatch: pytest.MonkeyPatch) -> tuple[MemoryPlan, Counter]:
+    """The plan of a request on a card, and the counter after two pictures of it."""
     with full_size(monkeypatch) as dev:
         request = GenerationRequest("x", steps=2, seed=1, **wanted)
         folders = [packed(dev, BAKES[request.precision])] if request.precision in BAKES else [dev]
@@ -47,6 +47,12 @@ def test_the_plan_is_within_five_percent_of_what_is_counted(card, wanted, monkey
         counter, engine = Counter(), on_card(checkpoint, made, here)
         follow(engine, request, counter)
         follow(engine, GenerationRequest("x", steps=2, seed=2, **wanted), counter)  # with the VAE there, or loaded anew
+    return made, counter
+
+
+@pytest.mark.parametrize(("card", "wanted"), COMBINATIONS, ids=str)
+def test_the_plan_is_within_five_percent_of_what_is_counted(card, wanted, monkeypatch):
+    made, counter = planned_and_counted(card, wanted, monkeypatch)
     for phase in PHASES:
         predicted = made.peak_bytes[phase] - residency.CONTEXT_BYTES
         slack = 24 * MIB  # of small things, where nearly everything is evicted
@@ -92,3 +98,16 @@ def test_under_its_budget_the_engine_completes_every_rung_that_was_planned(preci
     assert {level for _, level, _ in levels} >= {"resident", "sequential"} and len(levels) >= 4, levels
     for same in pictures.values():
         assert all(np.array_equal(each, same[0]) for each in same)
+
+
+if __name__ == "__main__":  # the table of docs/memory.md
+    for name, asked in COMBINATIONS:
+        with pytest.MonkeyPatch.context() as patch:
+            plan_, counted = planned_and_counted(name, asked, patch)
+        cells = [
+            f"{(plan_.peak_bytes[phase] - residency.CONTEXT_BYTES) / GIB:.2f} / {counted.peaks[phase] / GIB:.2f}"
+            for phase in PHASES
+        ]
+        what = ", ".join(f"{key} {value}" for key, value in asked.items() if key != "precision")
+        blocks = plan_.residency.level("denoise")
+        print(f"| {name} | {asked['precision']} {what} | {blocks} | " + " | ".join(cells) + " |", flush=True)

@@ -14,7 +14,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from fluxcli import models
+from fluxcli import models, state
 from fluxcli.errors import ExitCode, FluxError, UsageError, WeightsUnavailable, exit_code_of
 from quant.errors import WriteError
 from quant.writer import check_room
@@ -284,14 +284,12 @@ def bake(model: str, to: str, name: str = "", *, at: int = 0, manifest: str | No
     return folder
 
 
-def test_rungs_are_the_model_and_what_was_baked_from_it_best_first(tiny_folder):
-    assert models.rungs("bundled/tiny", "auto") == models.rungs("bundled/tiny", "nf4") == [tiny_folder]
-    nf4, int8, fp8 = (bake("bundled/tiny", to) for to in ("nf4", "int8", "fp8"))
+def test_folders_are_what_was_baked_from_a_model_then_the_model_itself(tiny_folder):
+    assert models.folders("bundled/tiny") == [tiny_folder]
+    made = {bake("bundled/tiny", to) for to in ("nf4", "int8", "fp8")}
     bake("bundled/other", "nf4", "other")
-    assert models.rungs("bundled/tiny", "auto") == [tiny_folder, fp8, int8, nf4]
-    assert [models.rungs("bundled/tiny", to) for to in ("nf4", "fp8", "int8")] == [[nf4], [fp8], [int8]]
-    for wide in ("bf16", "fp16", "fp32"):
-        assert models.rungs("bundled/tiny", wide) == [tiny_folder]
+    *baked, last = models.folders("bundled/tiny")
+    assert (set(baked), len(baked), last) == (made, 3, tiny_folder)
 
 
 def test_of_several_of_a_precision_the_first_by_name_counts_whenever_it_was_made():
@@ -301,12 +299,11 @@ def test_of_several_of_a_precision_the_first_by_name_counts_whenever_it_was_made
     assert models.baked("bundled/tiny") == {"nf4": plain}
 
 
-def test_where_only_a_baked_variant_is_here_it_is_taken_for_auto():
+def test_where_only_a_baked_variant_is_here_it_is_all_there_is():
+    with pytest.raises(WeightsUnavailable):
+        models.folders(DEV)
     folder = bake(DEV, "nf4")
-    assert models.rungs(DEV, "auto") == models.rungs(DEV, "nf4") == [folder]
-    for precision in ("bf16", "fp8"):
-        with pytest.raises(WeightsUnavailable):
-            models.rungs(DEV, precision)
+    assert models.folders(DEV) == [folder]
 
 
 @pytest.mark.parametrize(
@@ -316,7 +313,7 @@ def test_where_only_a_baked_variant_is_here_it_is_taken_for_auto():
 )  # fmt: skip
 def test_a_manifest_that_is_damaged_is_no_variant(manifest, tiny_folder):
     bake("", "", "x", manifest="").joinpath("flux-manifest.json").write_text(manifest, errors="surrogateescape")
-    assert models.rungs("bundled/tiny", "auto") == models.rungs("bundled/tiny", "nf4") == [tiny_folder]
+    assert models.folders("bundled/tiny") == [tiny_folder]
 
 
 def test_a_bake_that_goes_on_or_was_killed_is_no_variant(tiny_folder):
@@ -325,15 +322,15 @@ def test_a_bake_that_goes_on_or_was_killed_is_no_variant(tiny_folder):
     folder = bake("bundled/tiny", "int8")
     (folder / "flux-manifest.json").unlink()
     (folder / "flux-manifest.json").symlink_to("gone")
-    assert models.baked("bundled/tiny") == {} and models.rungs("bundled/tiny", "auto") == [tiny_folder]
+    assert models.baked("bundled/tiny") == {} and models.folders("bundled/tiny") == [tiny_folder]
 
 
 @pytest.mark.parametrize(
     "environment, folder", [({"XDG_DATA_HOME": "/d"}, "/d/flux/models"), ({}, "~/.local/share/flux/models")]
 )
 def test_baked_models_are_in_the_users_data_folder(environment, folder, monkeypatch):
-    monkeypatch.setattr(models.sys, "platform", "linux")
+    monkeypatch.setattr(state.sys, "platform", "linux")
     assert models.baked_folder(environment) == Path(folder).expanduser()
-    monkeypatch.setattr(models.sys, "platform", "darwin")
+    monkeypatch.setattr(state.sys, "platform", "darwin")
     if not environment:
         assert models.baked_folder({}) == Path("~/Library/Application Support/flux/models").expanduser()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fluxcli import modulation
-from fluxcli.loader import load_component
+from fluxcli.placement import load_component
 from quant.checkpoint import Checkpoint, inspect
 from quant.spec import is_modulation
 from tests.helpers import draw, engine_of, tiny
@@ -33,7 +33,7 @@ def conditioned(pooled, guidance=3.5, timesteps=STEPS):
 def test_rows_equal_what_diffusers_computes_step_by_step(checkpoint, pooled):
     component = checkpoint.components["transformer"]
     item = conditioned(pooled)
-    table = modulation.make_tables(component, [item])[item.key]
+    table = modulation.make_tables(component, [item])[item]
     model = load_component(component, dtype=torch.float32, device="cpu")
     for k, timestep in enumerate(STEPS):
         temb = model.time_text_embed(timestep[None] / 1000 * 1000, torch.tensor([3.5]) * 1000, pooled)
@@ -47,14 +47,14 @@ def test_rows_equal_what_diffusers_computes_step_by_step(checkpoint, pooled):
 
 
 def test_the_key_holds_everything_a_table_depends_on(pooled):
-    base = conditioned(pooled).key
-    assert conditioned(pooled.clone()).key == base
+    base = conditioned(pooled)
+    assert conditioned(pooled.clone()) == base
     others = [
-        conditioned(pooled + 1e-6).key,
-        conditioned(pooled, guidance=3.6).key,
-        conditioned(pooled, timesteps=STEPS[:2]).key,
-        conditioned(pooled.to(torch.bfloat16)).key,
-        modulation.condition(pooled, weights="v", guidance=3.5, timesteps=STEPS).key,
+        conditioned(pooled + 1e-6),
+        conditioned(pooled, guidance=3.6),
+        conditioned(pooled, timesteps=STEPS[:2]),
+        conditioned(pooled.to(torch.bfloat16)),
+        modulation.condition(pooled, weights="v", guidance=3.5, timesteps=STEPS),
         replace(base, adapters=(("lora", 1.0),)),
         replace(base, adapters=(("lora", 0.5),)),
     ]
@@ -67,7 +67,7 @@ def test_many_prompts_in_one_pass_give_each_prompts_own_bits(checkpoint, pooled)
     together = modulation.make_tables(component, items)
     for item in items:
         alone = modulation.make_tables(component, [item])
-        assert torch.equal(alone[item.key], together[item.key])
+        assert torch.equal(alone[item], together[item])
 
 
 def test_after_condition_no_modulation_weight_has_storage_and_no_linear_runs(checkpoint, monkeypatch):

@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from fluxcli import costs, modulation, placement
-from fluxcli.fusion import _single_block
-from fluxcli.loader import load_component
-from fluxcli.placement import Bus, load_placed
+from fluxcli.loader import _single_block
+from fluxcli.placement import Bus, load_component
 from quant.checkpoint import Component, inspect
 from quant.spec import QuantSpec, is_modulation
 from tests.counter import CARD, Counter
-from tests.helpers import BAKED
+from tests.helpers import BAKED, tiny
 
 PRECISIONS = ["fp32", "bf16", "nf4", "fp8", "int8"]
 WAYS = {  # which blocks of seven pass through, and whether from an arena
@@ -37,9 +36,7 @@ def place(
     """The transformer on the simulated card, every modulation value 0.1."""
     names = [costs.block_names(component)[i] for i in blocks]
     options = {"dtype": dtype, "device": CARD, "spec": spec, "skip": is_modulation}
-    model = (
-        load_placed(component, blocks=names, arena=arena, **options) if names else load_component(component, **options)
-    )
+    model = load_component(component, blocks=names, arena=arena, **options)
     modulation.ModulationRow(model, component, dtype=dtype, device=CARD)._row.fill_(0.1)
     return model
 
@@ -197,7 +194,7 @@ def test_the_card_holds_two_slots_and_the_host_an_arena_of_the_blocks_size(compo
         gc.collect()
         model = place(component, blocks, dtype=torch.bfloat16)
         streamed = counter.live[True]
-    sizes = costs.sizes_of(inspect(component.folder.parent), _all("bfloat16"), None).blocks
+    sizes = costs.cost_of(tiny(), inspect(component.folder.parent), _all("bfloat16"), None).blocks
     passing = [sizes[i].nbytes for i in blocks]
     padding = 40 * placement.ALIGNMENT * len(blocks)
     assert abs((resident - streamed) - (sum(passing) - 2 * max(passing))) < padding

@@ -180,12 +180,12 @@ def test_streaming_keeps_up_with_the_bus(variants):
         offer = survey(request(precision=precision), variants, card(text))[0].offer
         for bus in (12e9, 24e9, 50e9):
             speeds = replace(card(text).table, bus_bytes=bus)
-            compute = costs.block_seconds(offer.sizes, offer.work, speeds, offer.scheme)
+            compute = costs.block_seconds(offer.cost, speeds, offer.scheme)
             for count in range(4, 52, 4):
-                streamed = costs.spread(offer.sizes, compute, count, bus)
+                streamed = costs.spread(offer.cost, compute, count, bus)
                 assert len(set(streamed)) == count and list(streamed) == sorted(streamed)
-                copying = sum(offer.sizes.blocks[i].nbytes for i in streamed) / bus
-                step = costs.step_seconds(offer.sizes, compute, streamed, bus)
+                copying = sum(offer.cost.blocks[i].nbytes for i in streamed) / bus
+                step = costs.step_seconds(offer.cost, compute, streamed, bus)
                 assert max(sum(compute), copying) <= step + 1e-9
                 assert step <= 1.1 * max(sum(compute), copying), (precision, text, bus, count)
 
@@ -284,8 +284,8 @@ def test_guidance_that_does_nothing_or_is_missing_is_refused(checkpoint):
 def test_more_pixels_steps_and_tokens_never_need_less(dev):
     dtypes = dict.fromkeys(dev.components, "bfloat16")
     for a, b, c in product((256, 1024), (4, 28), (64, 256)):
-        low = costs.work_of(request(image_size=a, steps=b, text_tokens=c), dev, dtypes, "")
-        high = costs.work_of(request(image_size=a + 256, steps=b + 4, text_tokens=c + 64), dev, dtypes, "")
+        low = costs.cost_of(request(image_size=a, steps=b, text_tokens=c), dev, dtypes, None)
+        high = costs.cost_of(request(image_size=a + 256, steps=b + 4, text_tokens=c + 64), dev, dtypes, None)
         assert low.encode < high.encode and low.tables < high.tables
         assert low.denoise <= high.denoise and low.decode < high.decode
 
@@ -299,7 +299,7 @@ def test_the_price_of_a_precision_is_that_of_its_files(to, dtype, checkpoint, ba
     stored = inspect(baked(to, **BAKED[to]))
     dtypes = dict.fromkeys(checkpoint.components, dtype)
     spec = QuantSpec(to, **BAKED[to])
-    one, other = costs.sizes_of(checkpoint, dtypes, spec), costs.sizes_of(stored, dtypes, None)
+    one, other = costs.cost_of(tiny(), checkpoint, dtypes, spec), costs.cost_of(tiny(), stored, dtypes, None)
     assert replace(one, stored=0) == replace(other, stored=0)
     _, found = make_plan(tiny(), [stored], machine(24))
     assert (found.precision, found.spec) == (to, None) and any("stored" in reason for reason in found.reasons)

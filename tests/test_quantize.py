@@ -16,7 +16,6 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from fluxcli import hardware, models, presets
-from fluxcli.cli import quantize
 from fluxcli.errors import ExitCode
 from quant.checkpoint import KEEP_FILE, MANIFEST, inspect, inspect_file
 from quant.spec import SCHEMES
@@ -353,6 +352,8 @@ def test_a_terminal_sees_speed_and_time_left(kind, expected, micro, capsys, monk
     assert "GB in " in text
 
 
-def test_the_reading_speed_is_measured_on_the_largest_file(micro, monkeypatch):
-    monkeypatch.setattr(quantize, "SAMPLE_BYTES", 1)
-    assert quantize._read_speed(inspect(micro).components["transformer"]) > 0
+def test_the_reading_speed_is_measured_on_the_largest_file(micro, capsys, monkeypatch):
+    read = []
+    monkeypatch.setattr(hardware, "read_speed", lambda path: read.append(path) or 1e9)
+    assert call(capsys, "quantize", str(micro), "--to", "nf4", "--dry-run").returncode == 0
+    assert read == [max(inspect(micro).components["transformer"].files, key=lambda path: path.stat().st_size)]

@@ -92,7 +92,6 @@ def test_a_shell_loop_stops_at_the_first_ctrl_c():
 
 SLOW_CLEANUP = """
 import sys, time
-from fluxcli import signals
 from fluxcli.cli import app
 def slow(_):
     try:

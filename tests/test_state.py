@@ -118,7 +118,7 @@ def test_a_folder_in_the_place_of_the_file_is_no_error():
     assert state.read("peaks") == {} and files(state.cache_folder()) == {}
 
 
-@pytest.mark.parametrize("owner, name", [(os, "replace"), (Path, "write_text"), (Path, "mkdir")])
+@pytest.mark.parametrize("owner, name", [(os, "replace"), (os, "fsync"), (Path, "mkdir")])
 def test_an_update_that_fails_leaves_the_old_file_and_nothing_else(owner, name, monkeypatch):
     state.update("peaks", {"a": 1})
     before = files(state.cache_folder())

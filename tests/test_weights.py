@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 import tests.invariant  # noqa: F401 - hypothesis without deadlines
 from quant import codecs
+from quant.codecs import Reader, rows_of
 from quant.errors import CheckpointError
 from quant.header import TensorInfo, read_header
 from quant.spec import SCHEMES, STATE
-from quant.tensors import Reader, rows_of
 from quant.weights import Piece, Weight, group
 
 SHAPE = (32, 128)

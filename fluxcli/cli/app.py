@@ -5,6 +5,7 @@ import errno
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -14,8 +15,8 @@ from typing import NoReturn
 import typer
 
 import fluxcli
-from fluxcli import console, hardware, signals
-from fluxcli.cli import generate, info, inspect, plan, quantize
+from fluxcli import console, hardware
+from fluxcli.cli import generate, info, quantize
 from fluxcli.errors import ExitCode, OutputError, Terminated, exit_code_of
 from fluxcli.events import Failed, to_json
 from quant.errors import ExplainedError
@@ -26,12 +27,12 @@ app = typer.Typer(
 )  # fmt: skip
 app.command("generate")(generate.generate)
 app.command("replay")(generate.replay)
-app.command("plan")(plan.plan_command)
-app.command("decode")(plan.decode_command)
+app.command("plan")(info.plan_command)
+app.command("decode")(generate.decode)
 app.command("quantize")(quantize.quantize)
 app.command("doctor")(info.doctor_command)
 app.command("presets")(info.presets_command)
-app.command("inspect")(inspect.inspect_command)
+app.command("inspect")(info.inspect_command)
 app.add_typer(info.models_app, name="models")
 
 
@@ -50,18 +51,18 @@ def root(
 
 def main() -> NoReturn:
     """Run the command line and end the process with a documented exit code, or by the signal that ended it."""
-    signals.install()
+    console.install_signals()
     sys.stderr = sys.stderr or io.StringIO()  # started with 2>&-
     try:
         code = _run(sys.argv[1:])
-        signals.check()
+        console.check_signals()
         if sys.stdout is not None:
             sys.stdout.flush()
     except Terminated as stop:
-        signals.die_by(*stop.args)
+        console.die_by(*stop.args)
     except BrokenPipeError:  # stdout was closed: no message, and the death that a shell expects
         if hasattr(signal, "SIGPIPE"):
-            signals.die_by(signal.SIGPIPE)
+            console.die_by(signal.SIGPIPE)
         os._exit(ExitCode.OUTPUT)
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.flush()
@@ -79,7 +80,7 @@ def _run(arguments: list[str]) -> int:
             raise stop.__context__ from None
         raise
     except Exception as error:  # noqa: BLE001 - the boundary: whatever arrives here ends the process
-        signals.check()  # what a library made of it
+        console.check_signals()  # what a library made of it
         if debug:
             traceback.print_exc()
         code, message, hint = _explained(error)
@@ -95,42 +96,43 @@ def _explained(error: Exception) -> tuple[int, str, str]:
     if isinstance(error, ExplainedError):
         return exit_code_of(error), str(error), error.hint
     if isinstance(error, typer.TyperException):
-        return _usage_error(error)
+        return ExitCode.USAGE, *_usage_error(error)
     text = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}" if str(error) else type(error).__name__
     full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-    for applies, code, what, hint in (
+    code, what, hint = next(row for applies, *row in (
         (hardware.is_out_of_memory(error), ExitCode.DOES_NOT_FIT, "out of memory", "a smaller --size, or --device cpu"),
         (full, ExitCode.OUTPUT, "the disk is full", "free some space and run the command again"),
         ("CUDA error" in text, ExitCode.DEVICE, "the device failed", "run it again; if it stays: flux doctor"),
         (isinstance(error, ImportError), ExitCode.DEVICE, "a dependency cannot be imported",
          "pip install --force-reinstall fluxcli"),
-    ):  # fmt: skip
-        if applies:
-            return code, f"{what}: {text}", hint
-    return ExitCode.BUG, f"this is a bug: {text}", "run it again with --debug and report what it prints"
+        (True, ExitCode.BUG, "this is a bug", "run it again with --debug and report what it prints"),
+    ) if applies)  # fmt: skip
+    return code, f"{what}: {text}", hint
 
 
-def _usage_error(error: Exception) -> tuple[int, str, str]:
-    command = getattr(getattr(error, "ctx", None), "command_path", "flux")
+def _usage_error(error: typer.TyperException) -> tuple[str, str]:
+    """(message, hint) of what typer says of the command line."""
+    command, possible = (
+        getattr(getattr(error, "ctx", None), "command_path", "flux"),
+        getattr(error, "possibilities", []),
+    )
     if type(error).__name__ == "NoArgsIsHelpError":
-        return ExitCode.USAGE, "no command given", f"{command} --help"
-    possible = getattr(error, "possibilities", None)
+        return "no command given", f"{command} --help"
     message, _, near = (error.message if possible else error.format_message()).partition(" Did you mean ")
     near = f"{' or '.join(possible[:2])}?" if possible else near
-    hint = f"did you mean {near}" if near else f"{command} --help"
-    if message.startswith("No such option: -") and not message.startswith("No such option: --"):
-        hint = f"a prompt that begins with - goes after --: {command} -- PROMPT"
+    if re.match("No such option: -[^-]", message):
+        return message, f"a prompt that begins with - goes after --: {command} -- PROMPT"
     if "unexpected extra argument" in message:
-        hint = 'quote a prompt of several words: flux generate "a red circle"'
-    return ExitCode.USAGE, message, hint
+        return message, 'quote a prompt of several words: flux generate "a red circle"'
+    return message, f"did you mean {near}" if near else f"{command} --help"
 
 
 def _quieten_libraries(debug: bool) -> None:
     """Library chatter goes nowhere; no library runs a model's own code."""
-    os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "true")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    settings = {"DIFFUSERS_DISABLE_REMOTE_CODE": "true", "TOKENIZERS_PARALLELISM": "false"}
     if not debug:
+        settings |= {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
         warnings.simplefilter("ignore")
         logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)

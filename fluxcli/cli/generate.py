@@ -1,10 +1,10 @@
-"""`flux generate` and `flux replay`: settings to a request, the request to pictures."""
+"""Commands that draw, `flux generate`, `replay` and `decode`: settings to a request, the request to pictures."""
 
 import contextlib
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -13,15 +13,16 @@ import typer
 from fluxcli import console, hardware, models, output, presets, state
 from fluxcli.cli.options import config_folder, given_settings, read_prompt, with_request_options
 from fluxcli.errors import BadInputFile, DeviceUnusable, DoesNotFit, ExitCode, UsageError
-from fluxcli.events import Done, Event, Notice, Saved, to_json
+from fluxcli.events import Done, Notice, Saved, to_json
 from fluxcli.plan import check_guidance, learned_key, make_plan, suggestion
-from fluxcli.request import OPTIONAL, GenerationRequest, coerce, flag, from_settings
-from fluxcli.residency import MemoryPlan
+from fluxcli.request import GenerationRequest, coerce, flag, from_settings
+from fluxcli.residency import GIB, MemoryPlan
 from quant.checkpoint import Checkpoint, inspect
 from quant.errors import CheckpointError
 
 if TYPE_CHECKING:
     from fluxcli.engine import Engine
+    from fluxcli.latents import Latents
 
 STARTED = time.perf_counter()
 LOCKED_SHARE = 0.25  # of the RAM: a run on the CPU that takes less disturbs nobody
@@ -34,10 +35,14 @@ def generate(
     **options: object,
 ) -> int:
     """Draw a prompt. Without weights of your own: -p tiny, the bundled model."""
-    given = given_settings(options)
-    settings = presets.merge(given, config_folder())
-    request = settled(read_prompt(prompt), settings.values, given)
+    request, given = requested(prompt, options)
     return _run(request, options, given, dry_run=dry_run)
+
+
+def requested(prompt: str, options: dict) -> tuple[GenerationRequest, dict]:
+    """(the request, what the command line said of it by field name)."""
+    given = given_settings(options)
+    return settled(read_prompt(prompt), presets.merge(given, config_folder()).values, given), given
 
 
 @with_request_options
@@ -56,19 +61,30 @@ def replay(
     metadata = image.read_metadata(picture)
     given = given_settings(options)
     request = _replayed(picture, metadata["request"], given, None if prompt is None else read_prompt(prompt))
-    if check:
-        _refuse_with_check(options, given, dry_run=dry_run)
-        return _check(picture, request, metadata, options)
-    return _run(request, options, given, dry_run=dry_run, made=metadata)
-
-
-def _refuse_with_check(options: dict, given: dict, *, dry_run: bool) -> None:
-    """Raise `UsageError` for options that say how to write what --check does not write."""
+    if not check:
+        return _run(request, options, given, dry_run=dry_run, made=_group(metadata, "model").get("fingerprint", ""))
     inert = [flag(name) for name in ("output", "format", "quality", "count", "metadata") if name in given]
     switches = {"--force": options["force"], "--json": options["json_output"], "--events": options["events"]}
     inert += [name for name, on in {**switches, "--dry-run": dry_run}.items() if on]
     if inert:
         raise UsageError(f"--check excludes {', '.join(inert)}", why="it writes nothing, it only says whether")
+    return _check(picture, request, metadata, options)
+
+
+@with_request_options
+def decode(
+    path: Annotated[Path, typer.Argument(help="A .latents.safetensors file.", show_default=False)], **options: object
+) -> int:
+    """Finish a picture for which memory ran out, from its kept latents. Options say how and where, not what."""
+    from fluxcli import latents
+
+    given = given_settings(options)
+    if odd := sorted(set(given) - {"output", "format", "quality", "metadata", "device", "vram_limit", "offload"}):
+        raise UsageError("the latents say what is drawn", which=flag(odd[0]), hint="flux generate draws another")
+    kept = latents.load(path)
+    values = {key: value for key, value in kept.request.to_json().items() if key != "prompt"}
+    request = settled(kept.request.prompt, presets.overlay(values | {"output": None, "count": 1}, given), given)
+    return _run(request, options, given, made=kept.model, resume=replace(kept, request=request))
 
 
 def settled(prompt: str, values: dict, given: dict) -> GenerationRequest:
@@ -101,19 +117,14 @@ def _replayed(picture: Path, stored: dict, given: dict, prompt: str | None) -> G
 def _stored_request(picture: Path, stored: dict) -> GenerationRequest:
     """The request in a picture's metadata; raises `BadInputFile` for anything that flux does not write."""
     try:
-        prompt, preset = stored["prompt"], stored["preset"]
-        if not isinstance(prompt, str) or not isinstance(preset, str):
-            raise UsageError("wrong value", why="prompt and preset are texts")
-        settings = {key: value for key, value in stored.items() if key != "prompt"}
-        checked = {
-            key: value if value is None and key in OPTIONAL else coerce(key, value, where="metadata")
-            for key, value in settings.items()
-        }
-        return from_settings(prompt, checked)
-    except KeyError as error:
-        raise BadInputFile("damaged metadata", which=picture, why=f"it has no {error}") from error
-    except UsageError as error:
-        raise BadInputFile("damaged metadata", which=picture, why=str(error)) from error
+        prompt, _ = stored["prompt"], stored["preset"]
+        if not isinstance(prompt, str):
+            raise UsageError("wrong value", why="the prompt is no text")
+        settings = {key: coerce(key, value, where="metadata") for key, value in stored.items() if key != "prompt"}
+        return from_settings(prompt, settings)
+    except (KeyError, UsageError) as error:
+        why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise BadInputFile("damaged metadata", which=picture, why=why) from error
 
 
 def _check(picture: Path, request: GenerationRequest, metadata: dict, options: dict) -> int:
@@ -122,10 +133,8 @@ def _check(picture: Path, request: GenerationRequest, metadata: dict, options: d
     expected = metadata.get("pixels_sha256")
     if not isinstance(expected, str):
         raise BadInputFile("damaged metadata", which=picture, why="it has no pixels_sha256")
-    with (
-        session(request, options) as engine,
-        console.Reporter(quiet=options["quiet"], started=STARTED) as reporter,
-    ):
+    reporter = console.Reporter(quiet=options["quiet"], started=STARTED)
+    with session(request, options) as engine, reporter:
         for difference in _differences(metadata, engine.metadata(request)):
             reporter.show(Notice(difference))
         run, pixels = engine.picture(request), None
@@ -139,22 +148,25 @@ def _check(picture: Path, request: GenerationRequest, metadata: dict, options: d
     return ExitCode.OK if identical else ExitCode.BUG
 
 
-def _differences(made: dict, here: dict) -> list[str]:
+def _differences(made: dict, here: dict) -> Iterator[str]:
     """What may change the pixels between the picture's metadata and a run here: model, device, precision, versions."""
-    found = []
     for group in ("model", "compute", "versions"):
-        then = made.get(group) if isinstance(made.get(group), dict) else {}
-        changed = [key for key in here[group] if key != "name" and then.get(key) != here[group][key]]
-        found += [
-            f"made with another {group} {key}: {then.get(key)!s:.60} there, {here[group][key]} here" for key in changed
-        ]
-    return found
+        then = _group(made, group)
+        for key in here[group]:
+            if key != "name" and then.get(key) != here[group][key]:
+                yield f"made with another {group} {key}: {then.get(key)!s:.60} there, {here[group][key]} here"
+
+
+def _group(metadata: dict, name: str) -> dict:
+    """A group of a picture's metadata, {} where a stranger wrote something else."""
+    return found if isinstance(found := metadata.get(name), dict) else {}
 
 
 def _run(
-    request: GenerationRequest, options: dict, given: dict, *, dry_run: bool = False, made: dict | None = None
-) -> int:
-    """Plan, then run and show. `given` is what the command line said; `made` the metadata of a replayed picture."""
+    request: GenerationRequest, options: dict, given: dict, *, dry_run: bool = False, made: str | None = None,
+    resume: "Latents | None" = None,
+) -> int:  # fmt: skip
+    """Plan, then run and show. `given` is what the command line said; `made` the model of the picture to make again."""
     target = output.parse_target(request, force=options["force"])
     if sum((options["json_output"], options["events"], target.stdout)) > 1:
         raise UsageError("--json, --events and -o - exclude each other", why="each needs stdout for itself")
@@ -173,7 +185,7 @@ def _run(
                 console.say("--quality does nothing for png")
             if options["force"] and not target.exact:
                 console.say("--force does nothing here: automatic names never replace a file")
-        return draw(engine.run(request, target), request, target, engine=engine, options=options, made=made)
+        return _draw(engine, request, target, options, made=made, resume=resume)
 
 
 @contextlib.contextmanager
@@ -185,7 +197,7 @@ def session(request: GenerationRequest, options: dict, *, lock: bool = True) -> 
     check_torch()
     say = console.say if not options["quiet"] else lambda _: None
     with contextlib.ExitStack() as held:
-        largest = max((path for path in checkpoints[-1].components["transformer"].files), key=os.path.getsize)
+        largest = max(checkpoints[-1].components["transformer"].files, key=os.path.getsize)
         machine = hardware.probe(request.device, sample=largest)
         checkpoint, plan = make_plan(request, checkpoints, machine, state.peaks())
         large = machine.kind != "cpu" or max(plan.peak_bytes.values()) > machine.total_bytes * LOCKED_SHARE
@@ -235,35 +247,33 @@ def _show_plan(request: GenerationRequest, plan: MemoryPlan, *, as_json: bool) -
     if as_json:
         console.data_json({"request": request.to_json(), "size": request.size, "plan": plan.to_json()})
         return ExitCode.OK
-    width, height = request.size
-    guidance = "none" if request.guidance is None else f"{request.guidance:g}"
-    console.data(f"picture   {width}x{height}, {request.steps} steps, guidance {guidance}, seed {request.seed}")
-    console.data(f"model     {request.model} (preset {request.preset})")
+    (width, height), guidance = request.size, "none" if request.guidance is None else f"{request.guidance:g}"
     dtypes = ", ".join(f"{name} {dtype}" for name, dtype in plan.dtypes.items())
-    console.data(f"device    {plan.device}, {plan.precision}; computes {dtypes}")
-    for phase, peak in plan.peak_bytes.items():
-        console.data(f"{phase:<10}{peak / 2**30:.2f} GiB")
-    for reason in plan.reasons:
-        console.data(f"because   {reason}")
+    for name, text in (
+        ("picture", f"{width}x{height}, {request.steps} steps, guidance {guidance}, seed {request.seed}"),
+        ("model", f"{request.model} (preset {request.preset})"),
+        ("device", f"{plan.device}, {plan.precision}; computes {dtypes}"),
+        *((phase, f"{peak / GIB:.2f} GiB") for phase, peak in plan.peak_bytes.items()),
+        *(("because", reason) for reason in plan.reasons),
+    ):
+        console.data(f"{name:<10}{text}")
     return ExitCode.OK
 
 
-def draw(
-    events: Iterator[Event], request: GenerationRequest, target: output.Target, *, engine: "Engine", options: dict,
-    made: dict | None = None,
+def _draw(
+    engine: "Engine", request: GenerationRequest, target: output.Target, options: dict, *, made: str | None,
+    resume: "Latents | None",
 ) -> int:  # fmt: skip
     """Show a run to its end; where memory runs out for good, what is left of the picture is kept."""
     from fluxcli import latents
     from fluxcli.engine import versions
 
-    images: list = []
-    paths = not options["json_output"]
-    with console.Reporter(quiet=options["quiet"], events=options["events"], paths=paths, started=STARTED) as reporter:
-        model = made.get("model") if made else None
-        if made and not (isinstance(model, dict) and model.get("fingerprint") == engine.checkpoint.fingerprint):
-            reporter.show(Notice("the model here is not the one that made the picture: expect another one"))
+    images, shown = [], {"quiet": options["quiet"], "events": options["events"], "paths": not options["json_output"]}
+    with console.Reporter(**shown, started=STARTED) as reporter:
+        if made not in (None, engine.checkpoint.fingerprint):
+            reporter.show(Notice("the model here is not the one that made the picture: expect another picture"))
         try:
-            for event in events:
+            for event in engine.run(request, target, resume=resume):
                 reporter.show(event)
                 if isinstance(event, Saved):
                     images.append(event.image)
@@ -275,8 +285,6 @@ def draw(
     peaks = hardware.peak_memory(engine.plan.device)
     plan = engine.plan.to_json() | {"multiply": engine.multiply}
     done = Done(tuple(images), request.to_json(), plan, reporter.timings_s, peaks, versions())
-    if options["events"]:
-        console.data_json(to_json(done))
-    elif options["json_output"]:
-        console.data_json({key: value for key, value in to_json(done).items() if key != "event"})
+    if options["events"] or options["json_output"]:
+        console.data_json(to_json(done) if options["events"] else asdict(done))
     return ExitCode.OK

@@ -1,16 +1,100 @@
-"""Commands about settings, the machine and models: `flux presets`, `flux doctor`, `flux models download`."""
+"""Commands that say what there is or would be: `flux plan`, `presets`, `doctor`, `inspect` and `models`."""
 
+import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from fluxcli import console, models, presets
-from fluxcli.cli.options import config_folder
-from fluxcli.errors import ExitCode, UsageError
-from fluxcli.request import coerce
+from fluxcli import console, hardware, models, presets, state
+from fluxcli.cli.generate import check_torch, checkpoints_of, requested
+from fluxcli.cli.options import config_folder, with_request_options
+from fluxcli.errors import DoesNotFit, ExitCode, UsageError, WeightsUnavailable
+from fluxcli.plan import Rung, check_guidance, chosen_of, suggestion, survey
+from fluxcli.request import GenerationRequest, coerce
+from fluxcli.residency import GIB, PHASES
+from quant.checkpoint import COMPONENTS, TOKENIZERS, Checkpoint, Component, inspect, inspect_component, inspect_file
+from quant.config import CLASSES, read_json
+from quant.dialects import is_bfl, kind_of
+from quant.errors import CheckpointError
+from quant.header import read_header
 
+WEIGHTS = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".sft")
 models_app = typer.Typer(help="Get the weights of a model.", no_args_is_help=True)
+
+
+@with_request_options
+def plan_command(
+    prompt: Annotated[str, typer.Argument(help="As for generate; it costs nothing.", show_default=False)] = "a plan",
+    card: Annotated[Optional[str], typer.Option("--card", help="A card that is not here: SIZE[:smNN].")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure this machine's speeds again: 2 s.")] = False,
+    **options: object,
+) -> int:
+    """Say which precision and placement generate would take, and why not another. Needs no weights."""
+    request, _ = requested(prompt, options)
+    if card and measure:
+        raise UsageError("--measure excludes --card", why="a card that is not here cannot be measured")
+    checkpoints, missing = _checkpoints(request)
+    if card:
+        machine = hardware.card(card)
+    else:
+        check_torch()
+        files = [path for part in checkpoints[-1].components.values() for path in part.files if path.is_file()]
+        largest = max(files, key=os.path.getsize, default=None)
+        machine = hardware.probe(request.device, measure=measure or None, sample=largest)
+    rungs = survey(request, checkpoints, machine, {} if card else state.peaks())
+    chosen = chosen_of(rungs)
+    if options["json_output"]:
+        console.data_json({
+            "request": request.to_json(), "size": request.size, "hardware": asdict(machine), "download_bytes": missing,
+            "chosen": chosen and chosen.offer.precision,
+            "rungs": [{
+                "precision": rung.offer.precision, "verdict": rung.verdict, "why": rung.why,
+                "folder_is_packed": bool(rung.offer.checkpoint.components["transformer"].precision),
+                "plan": rung.plan and rung.plan.to_json(),
+            } for rung in rungs],
+        })  # fmt: skip
+    else:
+        _show_rungs(request, machine, rungs, missing)
+    if chosen is None:
+        hint = suggestion(request, checkpoints, machine) or "a larger card, or -p tiny"
+        raise DoesNotFit("nothing fits", which=machine.name, why=rungs[0].why, hint=hint)
+    return ExitCode.OK
+
+
+def _checkpoints(request: GenerationRequest) -> tuple[list[Checkpoint], int]:
+    """(what there is of the model, or its known shapes; bytes that are not downloaded)."""
+    try:
+        return checkpoints_of(request), 0
+    except WeightsUnavailable:
+        shapes = models.known_shapes(request.model)
+        if shapes is None:
+            raise
+        check_guidance(request, shapes)
+        return [shapes], sum(part.nbytes for part in shapes.components.values())
+
+
+def _show_rungs(request: GenerationRequest, machine: hardware.Hardware, rungs: list[Rung], missing: int) -> None:
+    """The table of rungs, and the reasons of the one that is chosen."""
+    width, height = request.size
+    memory = f"{machine.total_bytes / GIB:.1f} GiB, {machine.free_bytes / GIB:.1f} free"
+    console.data(f"{request.model}, {width}x{height}, {request.steps} steps, on {machine.name} ({memory})")
+    if missing:
+        console.data(f"not downloaded: {missing / 1e9:.1f} GB, planned by its known shapes")
+    console.data(f"{'':<6} {'blocks':<12} " + " ".join(f"{phase:>9}" for phase in PHASES) + f" {'RAM':>6} {'total':>8}")
+    for rung in rungs:
+        plan, row = rung.plan, f"{rung.offer.precision:<6} "
+        if plan:
+            peaks = " ".join(f"{plan.peak_bytes[phase] / GIB:>5.2f} GiB" for phase in PHASES)
+            host, total = plan.host_bytes / GIB, sum(plan.seconds.values())
+            row += f"{plan.residency.level('denoise'):<12} {peaks} {host:>6.2f} {total:>6.0f} s  "
+        console.data(f"{row}{rung.verdict}: {rung.why}")
+    if chosen := chosen_of(rungs):
+        seconds = ", ".join(f"{phase} {value:.1f}" for phase, value in chosen.plan.seconds.items())
+        console.data(f"seconds   {seconds}")
+        for reason in chosen.plan.reasons:
+            console.data(f"because   {reason}")
 
 
 def presets_command(
@@ -18,25 +102,24 @@ def presets_command(
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """List the presets, or show what one comes to."""
-    if name is None:
-        found = []
+    if name is not None:
+        merged = presets.merge({"preset": name}, config_folder())
+        shown = {key: {"value": value, "origin": merged.origins[key]} for key, value in merged.values.items()}
+        rows = [f"{key:<13} {'none' if each['value'] is None else each['value']!s:<32} {each['origin']}"
+                for key, each in shown.items() if each["value"] is not None or key == "guidance"]  # fmt: skip
+    else:
+        shown, rows = {}, []
         for known in presets.available(config_folder()):
             try:
-                found.append(presets.load(known, config_folder()))
+                found = presets.load(known, config_folder())
+                shown[known] = {"description": found.description, **found.settings}
+                rows.append(f"{known:<10} {found.description}")
             except UsageError as error:
                 console.say(f"{known}: {error}")
-        if json_output:
-            console.data_json({each.name: {"description": each.description, **each.settings} for each in found})
-        for each in [] if json_output else found:
-            console.data(f"{each.name:<10} {each.description}")
-        return
-    merged = presets.merge({"preset": name}, config_folder())
     if json_output:
-        console.data_json({k: {"value": v, "origin": merged.origins[k]} for k, v in merged.values.items()})
-        return
-    for key, value in merged.values.items():
-        if value is not None or key == "guidance":
-            console.data(f"{key:<13} {'none' if value is None else value!s:<32} {merged.origins[key]}")
+        console.data_json(shown)
+    for row in [] if json_output else rows:
+        console.data(row)
 
 
 def doctor_command(
@@ -50,9 +133,9 @@ def doctor_command(
     for check in doctor.examine(coerce("device", device, where="--device")):
         checks.append(check)
         if not json_output:
-            console.data(f"{check.verdict:<4}  {check.name:<15} {check.found}")
-            if check.fix:
-                console.data(f"{'':<22}{check.fix}")
+            console.data(
+                f"{check.verdict:<4}  {check.name:<15} {check.found}" + f"\n{'':<22}{check.fix}" * bool(check.fix)
+            )
     if json_output:
         console.data_json({"checks": [asdict(check) for check in checks]})
     return ExitCode.DEVICE if any(check.verdict == "bad" for check in checks) else ExitCode.OK
@@ -62,8 +145,77 @@ def doctor_command(
 def download(name: Annotated[str, typer.Argument(help="A preset's name or a hub id.", show_default=False)]) -> None:
     """Download a model's weights into the hub's cache: 34 GB for dev."""
     model = presets.model_of(name, config_folder())
-    if model.startswith("bundled/"):
+    bundled = model.startswith("bundled/")
+    if bundled:
         console.say(f"{name} comes with flux, there is nothing to download")
-        console.data(str(models.locate(model)))
+    console.data(str(models.locate(model) if bundled else models.download(model, say=console.say)))
+
+
+def inspect_command(
+    path: Annotated[Path, typer.Argument(help="A picture, a .safetensors file or a model folder.", show_default=False)],
+) -> int:
+    """Say what a file is, as JSON: how a picture was made, or what weights hold and still need (exit 4: unusable)."""
+    weights = path.is_dir() or path.suffix.lower() in WEIGHTS
+    if weights:
+        described = _folder(path) if path.is_dir() else _file(path)
     else:
-        console.data(str(models.download(model, say=console.say)))
+        from fluxcli import image
+
+        described = image.read_metadata(path)
+    console.data_json(described, indent=2)
+    return ExitCode.INPUT_FILE if weights and described["problems"] else ExitCode.OK
+
+
+def _folder(path: Path) -> dict:
+    """What each part of a model folder (or the folder of one part) is."""
+    whole = (path / "model_index.json").is_file()
+    parts = {name: path / name for name in COMPONENTS if (path / name).is_dir()} if whole else {_part_of(path): path}
+    missing = [name for name in (*COMPONENTS, *TOKENIZERS, "scheduler") if whole and not (path / name).is_dir()]
+    components, problems = {}, [f"{name} is missing" for name in missing]
+    for name, folder in parts.items():
+        try:
+            components[name] = _component(inspect_component(name, folder), "diffusers", problems)
+        except CheckpointError as error:
+            problems.append(f"{name}: {error}")
+    if whole and not problems:
+        try:
+            inspect(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+    kind, needs = ("model folder", missing) if whole else ("part of a model", ["the other parts of a model folder"])
+    return {"path": str(path), "kind": kind, "components": components, "needs": needs, "problems": problems}
+
+
+def _part_of(folder: Path) -> str:
+    config = read_json(folder / "config.json", "neither a model folder nor a part of one")
+    named = [config.get("_class_name"), config.get("architectures")]
+    found = [name for name in COMPONENTS if CLASSES[name] in named or [CLASSES[name]] in named]
+    if not found:
+        raise CheckpointError("not a part of FLUX.1", which=folder, why=f"it names {named[0] or named[1]!r:.60}")
+    return found[0]
+
+
+def _file(path: Path) -> dict:
+    """What a single file is; one that is no FLUX transformer is named and counted."""
+    infos, problems = read_header(path), []
+    if is_bfl(infos):
+        kind, part = "transformer", _component(inspect_file(path), "bfl", problems)
+        needs = ["text_encoder", "text_encoder_2", "vae", "tokenizers: a model folder has them"]
+    else:
+        numel, largest = sum(info.numel for info in infos.values()), max(infos.values(), key=lambda info: info.numel)
+        part = {"precision": largest.dtype, "tensors": len(infos), "parameters": numel, "truncated": False}
+        kind, needs = kind_of(infos), ["the folder that it belongs to, with its config.json"]
+    return {"path": str(path), "kind": kind, **part, "needs": needs, "problems": problems}
+
+
+def _component(part: Component, dialect: str, problems: list[str]) -> dict:
+    from fluxcli.loader import matching
+
+    matched, expected = matching(part)
+    if matched < expected:
+        problems.append(f"{part.name}: only {matched} of its {expected} tensors are there")
+    largest = max(part.weights.values(), key=lambda weight: weight.numel)
+    return {
+        "dialect": dialect, "precision": part.precision or largest.info.dtype, "parameters": part.numel,
+        "bytes": part.nbytes, "tensors": len(part.weights), "loads": f"{matched} of {expected}", "truncated": False,
+    }  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from fluxcli.errors import UsageError
-from fluxcli.request import ASPECT_RATIOS
+from fluxcli.request import ASPECT_RATIOS, KEYS
 
 
 def _option(kind: type, *names: str, text: str) -> object:
@@ -63,12 +63,9 @@ def with_request_options(command: Callable) -> Callable:
     return command
 
 
-RUN_OPTIONS = ("force", "json_output", "events", "quiet", "debug", "no_metadata", "no_wait")
-
-
 def given_settings(options: dict) -> dict:
     """What the command line said of the request, by field name."""
-    settings = {k: v for k, v in options.items() if k not in RUN_OPTIONS and v is not None}
+    settings = {k: v for k, v in options.items() if k in KEYS and v is not None}
     return settings | ({"metadata": False} if options["no_metadata"] else {})
 
 

@@ -21,7 +21,7 @@ from quant.errors import WriteError
 from quant.recipe import LAYOUTS, Recipe, make_file_recipe, make_recipe
 from quant.spec import TEXT_ENCODER, QuantSpec, is_modulation
 
-GB, SAMPLE_BYTES = 1e9, 128 << 20  # the sample tells how fast the source's disk is
+GB = 1e9
 
 
 def quantize(  # noqa: PLR0917 - typer's options
@@ -122,7 +122,7 @@ def _target(given: str | None, model: str, spec: QuantSpec, *, kind: str, source
 
 def _say_choices(recipe: Recipe, transformer: Component, make: Callable[[QuantSpec], Recipe]) -> None:
     """Size of the transformer and seconds of the condition pass for each --modulation."""
-    speed = _read_speed(transformer)
+    speed = hardware.read_speed(max(transformer.files, key=os.path.getsize))
     for choice in ("keep",) if recipe.spec.to == "int8" else ("keep", recipe.spec.to):
         jobs = make(replace(recipe.spec, modulation=choice)).jobs
         size = {job.name: sum(info.nbytes for info in job.outputs) for job in jobs if "text_encoder" not in job.file}
@@ -132,26 +132,17 @@ def _say_choices(recipe: Recipe, transformer: Component, make: Callable[[QuantSp
         console.say(f"--modulation {choice}{chosen}: transformer {sum(size.values()) / GB:.2f} GB; {reads}")
 
 
-def _read_speed(transformer: Component) -> float:
-    """Bytes per second of reading the source, from a sample."""
-    largest = max(transformer.files, key=lambda path: path.stat().st_size)
-    started = time.perf_counter()
-    with largest.open("rb", buffering=0) as file:
-        count = len(file.read(SAMPLE_BYTES))
-    return count / max(1e-6, time.perf_counter() - started)
-
-
 def _show(recipe: Recipe, path: Path, more: dict, *, json_output: bool) -> int:
-    sizes = {file or path.name: size for file, size in recipe.sizes.items()}
+    sizes, total = {file or path.name: size for file, size in recipe.sizes.items()}, sum(recipe.sizes.values())
     if json_output:
         kept = [job.name for job in recipe.jobs if not job.scheme and len(job.info.shape) == 2]
         packed = {job.name: job.scheme for job in recipe.jobs if job.scheme}
         made = {"recipe": recipe.spec.to_json(), "layout": recipe.layout, "packed": packed, "kept": kept}
-        console.data_json({"path": str(path), "bytes": sizes, "total_bytes": sum(sizes.values())} | made | more)
+        console.data_json({"path": str(path), "bytes": sizes, "total_bytes": total} | made | more)
     elif more:
         console.data(str(path))
     else:
         for file, size in sizes.items():
             console.data(f"{size:>14,} {file}")
-        console.data(f"{sum(sizes.values()):>14,} bytes to write to {path}; {len(recipe.links)} files linked or copied")
+        console.data(f"{total:>14,} bytes to write to {path}; {len(recipe.links)} files linked or copied")
     return ExitCode.OK

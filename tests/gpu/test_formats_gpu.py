@@ -9,7 +9,7 @@ import torch
 
 from fluxcli import hardware, plan
 from fluxcli.engine import Engine
-from fluxcli.loader import load_component
+from fluxcli.placement import load_component
 from quant import codecs
 from quant.checkpoint import KEEP_FILE, inspect
 from quant.linear import CAPABILITIES, RowLinear, make_linear, path_of
@@ -83,7 +83,8 @@ def test_the_nf4_folder_gives_the_same_picture_in_plain_diffusers(folder):
         generator=torch.Generator("cpu").manual_seed(request.seed),
     ).images[0]  # fmt: skip
     checkpoint = inspect(folder)
-    _, pixels = draw(Engine(checkpoint, plan.make_plan(request, checkpoint, hardware.probe("cuda"))), request)
+    machine = hardware.probe("cuda")
+    _, pixels = draw(Engine(*plan.make_plan(request, [checkpoint], machine), machine), request)
     difference = np.abs(pixels.astype(int) - np.asarray(reference).astype(int))
     assert pixels.std() > 5 and difference.mean() < 6, difference.mean()
 

@@ -1,0 +1,26 @@
+"""The benchmark that waits for a card runs here, shrunk: each rung as planned, no peak above its plan."""
+
+import json
+import subprocess
+import sys
+
+from tests.conftest import ROOT
+
+
+def test_cards_runs_shrunk():
+    command = [sys.executable, "-m", "benchmarks.cards", "--shrunk", "--caps", "9,12", "--steps", "2"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["shrunk"] and len(found["diffusers"]) == 1
+    rows = found["rungs"]
+    assert {row["cap"] for row in rows} == {9, 12} and {row["precision"] for row in rows} == {
+        "fp32",
+        "nf4",
+        "fp8",
+        "int8",
+    }
+    assert {row["placed"] for row in rows} >= {"resident", "streamed 6", "sequential"}
+    for row in rows:
+        assert row["went_on_as_planned"] and row["step_s"] > 0
+        for phase, planned in row["plan_bytes"].items():
+            assert 0 < row["measured_bytes"][phase] <= planned * 1.02, (row["precision"], row["placed"], phase)
