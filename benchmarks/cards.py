@@ -180,8 +180,8 @@ def diffusers_rows(machine: object, request: GenerationRequest, *, shrunk: bool)
 def main() -> None:
     """Reads the command line, runs, prints."""
     parser = argparse.ArgumentParser(description="measured against planned, for cards that a large one stands for")
-    parser.add_argument("--caps", default="8,12,16,24", help="GiB (MiB with --shrunk)")
-    parser.add_argument("--sizes", default="1024x1024,768x1344")
+    parser.add_argument("--caps", help="GiB, default 8,12,16,24; with --shrunk MiB, default 9,12,30")
+    parser.add_argument("--sizes", help="default 1024x1024,768x1344; with --shrunk 64x64")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--shrunk", action="store_true")
     parser.add_argument("--out", type=Path)
@@ -189,8 +189,9 @@ def main() -> None:
     shrunk = given.shrunk
     if shrunk:  # the tiny model: what is fixed for the real one would be all there is
         costs.DECODE_BYTES, residency.CONTEXT_BYTES, residency.RESIDENT_SHARE = 64 << 10, 0, 0.0
-        given.caps, given.sizes = ("9,12,30", "64x64") if given.caps == "8,12,16,24" else (given.caps, given.sizes)
-    here = hardware.probe("cpu" if shrunk else "cuda")
+    given.caps = given.caps or ("9,12,30" if shrunk else "8,12,16,24")
+    given.sizes = given.sizes or ("64x64" if shrunk else "1024x1024,768x1344")
+    here = hardware.probe("cpu") if shrunk else hardware.probe("cuda", measure=True)
     unit, rows, peers = 2**20 if shrunk else GIB, [], []
     with contextlib.nullcontext(inspect(TINY)) if shrunk else random_model() as checkpoint:
         for size in given.sizes.split(","):
@@ -202,6 +203,7 @@ def main() -> None:
                 for row in rungs(checkpoint, machine, request, shrunk=shrunk):
                     rows.append({"cap": cap, "size": size, **row})
                     show(rows[-1], unit)
+            hardware.cap(here.device, 1 << 50)  # diffusers has the whole card
             for peer in diffusers_rows(here, request, shrunk=shrunk):
                 peers.append({"size": size, **peer})
                 speed, peak = f"{peer['step_s']:.3f} s/step", f"{peer['peak_bytes'] / GIB:.2f} GiB"

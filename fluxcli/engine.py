@@ -79,10 +79,12 @@ class Engine:
         """The phase's result; where memory runs out, by the plan's next rung. Raises `DoesNotFit` after the last."""
         while True:
             level, failed = self.plan.residency.level(phase), ""
+            known = phase == "encode" and self._prompt == (request.prompt, request.text_tokens)
             hardware.reset_peak(self.plan.device)
             try:
                 result = yield from attempt(request, *arguments)
-                if peak := hardware.peak_memory(self.plan.device).get("vram_bytes"):
+                peak = hardware.peak_memory(self.plan.device).get("vram_bytes")
+                if peak and not known:
                     self.measured[f"{phase} {level}"] = peak + costs.CONTEXT_BYTES
                 return result
             except Exception as error:
@@ -99,6 +101,9 @@ class Engine:
                 why = f"{phase} needs about {needs:.1f} GiB by plan, {free:.1f} GiB are free: {failed}"
                 raise DoesNotFit("out of memory, and no rung is left", which=now.device, why=why)
             self.plan, words = following
+            if "modulation" not in self.plan.residency.keep:
+                self._modulation.clear()
+            self._free()
             yield Notice(f"out of memory in {phase} ({level or 'as planned'}): once more, {words}")
 
     def _denoise(
@@ -170,6 +175,8 @@ class Engine:
             if is_main:
                 self._row = modulation.ModulationRow(model, component, **options)
             self._models[name] = model
+            if unpinned := getattr(model, "unpinned_bytes", 0):
+                yield Notice(f"the driver does not pin {unpinned / GIB:.1f} GiB of RAM: streaming is slower")
             if is_main and self.plan.spec:
                 taken, to = time.perf_counter() - since, self.plan.precision
                 yield Notice(f"packed to {to} in {taken:.1f} s while loading: flux quantize ... --to {to} saves that")
@@ -194,8 +201,13 @@ class Engine:
         if names:
             for name in names:
                 self._models.pop(name, None)
-            gc.collect()
-            hardware.empty_cache(self.plan.device)
+            self._free()
+
+    def _free(self) -> None:
+        """Give back what nothing holds any more, and count the peak of what comes next."""
+        gc.collect()
+        hardware.empty_cache(self.plan.device)
+        hardware.reset_peak(self.plan.device)
 
     def _dtype(self, name: str) -> "torch.dtype":
         return getattr(torch, self.plan.dtypes[name])

@@ -25,7 +25,8 @@ from quant.lazy import psutil, torch
 FP8_SINCE, INT8_SINCE, BF16_SINCE = (8, 9), (7, 5), (8, 0)
 OUT_OF_MEMORY = re.compile(
     r"out of memory|not enough memory|(can't|cannot) allocate memory|alloc(ation)? failed|ALLOC_FAILED"
-    r"|insufficient (memory|resources)|Invalid buffer size|hipErrorMemoryAllocation|OUT_OF_(DEVICE|HOST|RESOURCES)",
+    r"|insufficient (memory|resources)|Invalid buffer size|hipErrorMemoryAllocation|OUT_OF_(DEVICE|HOST|RESOURCES)"
+    r"|(BLAS|DNN)_STATUS_NOT_INITIALIZED|unable to find an engine",
     re.IGNORECASE,
 )
 
@@ -202,7 +203,7 @@ def free_memory(device: str) -> int:
 
 def synchronize(device: str) -> None:
     """Wait until the device has computed what it was given."""
-    _ask(device, "synchronize")
+    _ask(device, "synchronize", *([] if device == "mps" else [device]))
 
 
 def reset_peak(device: str) -> None:

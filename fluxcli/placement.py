@@ -6,6 +6,7 @@ and dropped after it: no memory is held, on the device or the host. Knows module
 are in bytes. On the CPU and on devices without streams of our own the copies are plain ones.
 """
 
+import contextlib
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -39,9 +40,11 @@ class CudaBus(Bus):
         self._side, self._main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         self._copied = [torch.cuda.Event() for _ in range(SLOTS)]
         self._computed = [torch.cuda.Event() for _ in range(SLOTS)]
+        for slot in range(SLOTS):  # the first copies wait for what the device computes now: slots may be its memory
+            self.computed(slot)
 
     def copy(self, slot: int, target: Tensor, source: Tensor) -> None:
-        self._side.wait_event(self._computed[slot])  # no wait before the first record
+        self._side.wait_event(self._computed[slot])
         with torch.cuda.stream(self._side):
             target.copy_(source, non_blocking=True)
         target.record_stream(self._side)  # the buffer may be freed while a copy is under way
@@ -100,7 +103,7 @@ class Conveyor:
             self._sources.append(self._arena[at : at + used])
             at += used
         filler.device = device
-        _pin(self._arena, at, device)
+        filler.module.unpinned_bytes = 0 if _pin(self._arena, at, device) else at
         largest = max(source.numel() for source in self._sources)
         self._slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
         for k, module in enumerate(modules):
@@ -172,12 +175,20 @@ def _replace(block: "nn.Module", replacement: Callable[[Tensor], Tensor]) -> Non
                 holder[leaf] = nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
 
 
-def _pin(arena: Tensor, size: int, device: str) -> None:
+def _pin(arena: Tensor, size: int, device: str) -> bool:
     """Register exactly `size` bytes of the arena with the driver: torch's allocator rounds up to a power of 2."""
-    if device.startswith("cuda") and int(torch.cuda.cudart().cudaHostRegister(arena.data_ptr(), size, 0)) == 0:
-        weakref.finalize(arena, _unpin, arena.data_ptr())
+    if not device.startswith("cuda"):
+        return True
+    with torch.cuda.device(device):
+        if int(torch.cuda.cudart().cudaHostRegister(arena.data_ptr(), size, 0)):
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device=device)  # takes the error that the driver would report to the next kernel
+            return False
+    weakref.finalize(arena, _unpin, arena.data_ptr(), device)
+    return True
 
 
-def _unpin(address: int) -> None:
-    torch.cuda.synchronize()
-    torch.cuda.cudart().cudaHostUnregister(address)
+def _unpin(address: int, device: str) -> None:
+    with contextlib.suppress(RuntimeError), torch.cuda.device(device):  # a device that failed stays so
+        torch.cuda.synchronize()
+        torch.cuda.cudart().cudaHostUnregister(address)

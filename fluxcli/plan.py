@@ -12,7 +12,7 @@ from fluxcli import costs
 from fluxcli.costs import Hardware
 from fluxcli.errors import DoesNotFit, UsageError
 from fluxcli.request import GenerationRequest, flag
-from fluxcli.residency import MemoryPlan, Offer, fit, make_offer
+from fluxcli.residency import MemoryPlan, Offer, fit, host_limit, make_offer
 from quant.checkpoint import Checkpoint
 from quant.spec import SCHEMES, TEXT_ENCODER, QuantSpec
 
@@ -20,7 +20,6 @@ SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 LONG = {short: long for long, short in SHORT.items()}
 QUALITY = ("fp32", "bf16", "fp16", "fp8", "int8", "nf4")  # best first
 USABLE_SHARE = 0.92  # of the total: the rest is the desktop's and the driver's
-RAM_SHARE, FREE_RAM_SHARE = 0.6, 0.8  # of all RAM, and of what is free now, that streamed blocks may take
 CPU_SHARE = 0.8  # of the RAM, that weights in float32 may take
 SLOWER = 1.25
 
@@ -63,8 +62,8 @@ def survey(
     total = int(min(request.vram_limit or hardware.total_bytes, hardware.total_bytes * USABLE_SHARE))
     free = total if hardware.kind == "cpu" else min(total, hardware.free_bytes)
     offers = sorted(_offers(request, checkpoints, hardware), key=lambda offer: QUALITY.index(offer.precision))
-    ever = {"budget": total, "host": int(hardware.ram_bytes * RAM_SHARE), "speeds": hardware.table}
-    now = {"budget": free, "host": int(hardware.ram_free_bytes * FREE_RAM_SHARE), "speeds": hardware.speeds}
+    ever = {"budget": total, "host": host_limit(hardware, ever=True), "speeds": hardware.table}
+    now = {"budget": free, "host": host_limit(hardware), "speeds": hardware.speeds}
     by_total = [fit(offer, **ever) for offer in offers]
     seconds = [sum(plan.seconds.values()) for plan, _ in by_total if plan]
     limit, rungs = SLOWER * min(seconds, default=0.0), []
@@ -72,10 +71,11 @@ def survey(
         known = learned.get(learned_key(hardware, offer.precision, request), {})
         plan, short, taken = None, "", any(rung.verdict in ("chosen", "not now") for rung in rungs)
         if whole:
-            tiled = whole.residency.decode == "tiled" or known.get("decode alone", 0) > total
+            tiled = whole.residency.decode == "tiled"  # other pixels: never by what another moment has taught
             plan, short = fit(offer, **now, learned=known, tiled=tiled)
             if plan is None and known:  # what was measured in another moment orders the placements, and forbids none
-                plan, short = fit(offer, **now, tiled=tiled)
+                rest = {key: peak for key, peak in known.items() if not key.startswith(short.split()[0])}
+                plan, short = fit(offer, **now, learned=rest, tiled=tiled)
         slow = sum(whole.seconds.values()) / limit * SLOWER if whole else 0.0
         verdict, why = (
             ("does not fit", over) if not whole

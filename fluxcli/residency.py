@@ -12,6 +12,7 @@ from fluxcli.request import GenerationRequest
 from quant.checkpoint import Checkpoint
 from quant.spec import SCHEMES, QuantSpec
 
+RAM_SHARE, FREE_RAM_SHARE = 0.6, 0.8  # of all RAM, and of what is free now, that streamed blocks may take
 RESIDENT_SHARE = 0.25  # everything stays when together it takes less than this share of memory
 PACK_BYTES = 1.5e9  # a second, of packing while loading
 GIB = 2**30
@@ -96,18 +97,23 @@ def fit(
     cost, hardware, over = offer.cost, offer.hardware, ""
     if hardware.kind == "cpu" and offer.dtypes["transformer"] == "bfloat16" and not hardware.bf16:
         speeds = replace(speeds, wide=speeds.wide * costs.SLOW_BF16)
-    small = cost.total + cost.modulation < hardware.total_bytes * RESIDENT_SHARE
+    small = cost.total + cost.modulation < budget * RESIDENT_SHARE
     every = ("text_encoder", "text_encoder_2", "transformer", "vae", "modulation")
     now = Residency(keep=every if small and cost.request.offload in ("auto", "none") else ("transformer", "vae"))
     for phase in ("encode", "denoise", "decode"):
+        least = 0  # blocks that must be streamed: an eighth more than where memory once ran out
         for level in _levels(phase, now, offer, speeds, tiled=tiled):
-            peak = learned.get(f"{phase} {level.level(phase)}", _peaks(offer, level)[phase])
-            if peak <= budget and _held(offer, level) <= host:
+            measured, count = learned.get(f"{phase} {level.level(phase)}"), len(level.streamed)
+            peak = _peaks(offer, level)[phase] if measured is None else measured
+            if measured and measured > budget and phase == "denoise":
+                least = count + max(1, len(cost.blocks) // 8)
+            enough = measured is not None or count >= least or level.denoise == "sequential"
+            if peak <= budget and enough and _held(offer, level) <= host:
                 now, over = level, ""
                 break
-            over = over or f"{phase} needs {peak / GIB:.1f} GiB, {hardware.device} has {budget / GIB:.1f} GiB"
+            over = f"{phase} needs {peak / GIB:.1f} GiB, {hardware.device} has {budget / GIB:.1f} GiB"
         else:
-            return None, over
+            return None, over or f"{phase} cannot be so: packing again in every step is never worth it"
     kept = replace(now, keep=(*now.keep, "modulation"))
     if "modulation" not in now.keep and hardware.kind != "cpu" and max(_peaks(offer, kept).values()) <= budget:
         now = kept
@@ -145,6 +151,12 @@ def _counts(blocks: int) -> range:
 def _streaming(offer: Offer, now: Residency, count: int, speeds: Speeds) -> Residency:
     compute = costs.block_seconds(offer.cost, speeds, offer.scheme)
     return replace(now, denoise="streamed", streamed=costs.spread(offer.cost, compute, count, speeds.bus_bytes))
+
+
+def host_limit(hardware: Hardware, *, ever: bool = False) -> int:
+    """Bytes of RAM that streamed blocks may take: by all of it, and unless `ever` by what is free now."""
+    by_all = int(hardware.ram_bytes * RAM_SHARE)
+    return by_all if ever else min(by_all, int(hardware.ram_free_bytes * FREE_RAM_SHARE))
 
 
 def _held(offer: Offer, residency: Residency) -> int:
@@ -220,7 +232,9 @@ def _seconds(offer: Offer, residency: Residency, speeds: Speeds) -> dict[str, fl
 def relaxed(plan: MemoryPlan, phase: str, offer: Offer, hardware: Hardware) -> tuple[MemoryPlan, str] | None:
     """The plan one rung further down in a phase, and the rung in words; None where none is left."""
     now, blocks = plan.residency, len(offer.cost.blocks)
-    more = [count for count in _counts(blocks) if count >= len(now.streamed) + max(1, blocks // 8)]
+    counts = [count for count in _counts(blocks) if count >= len(now.streamed) + max(1, blocks // 8)]
+    wider = [_streaming(offer, now, count, hardware.speeds) for count in counts[:1] if hardware.kind != "cpu"]
+    more = [each for each in wider if _held(offer, each) <= host_limit(hardware)]
     if now.keep:
         following, words = replace(now, keep=(), decode=now.decode.replace("together", "alone")), "nothing else stays"
     elif phase == "encode" and now.encode == "resident":
@@ -229,9 +243,8 @@ def relaxed(plan: MemoryPlan, phase: str, offer: Offer, hardware: Hardware) -> t
         following, words = replace(now, decode="tiled"), "the VAE decodes in tiles (the pixels differ a little)"
     elif phase not in ("condition", "denoise") or now.denoise == "sequential":
         return None
-    elif more and hardware.kind != "cpu":
-        following = _streaming(offer, now, more[0], hardware.speeds)
-        words = f"{more[0]} of {blocks} blocks streamed"
+    elif more:
+        following, words = more[0], f"{len(more[0].streamed)} of {blocks} blocks streamed"
     elif not offer.spec:
         following, words = replace(now, denoise="sequential", streamed=()), "every block from its file"
     else:

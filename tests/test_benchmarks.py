@@ -23,4 +23,4 @@ def test_cards_runs_shrunk():
     for row in rows:
         assert row["went_on_as_planned"] and row["step_s"] > 0
         for phase, planned in row["plan_bytes"].items():
-            assert 0 < row["measured_bytes"][phase] <= planned * 1.02, (row["precision"], row["placed"], phase)
+            assert 0 < row["measured_bytes"][phase] <= planned + (256 << 10), (row["precision"], row["placed"], phase)

@@ -33,7 +33,6 @@ COMBINATIONS = [  # card, request
     ("6GiB:sm89", {"precision": "nf4", "image_size": 1536}),
     ("6GiB:sm89", {"precision": "nf4", "offload": "sequential"}),
     ("12GiB:sm86", {"precision": "int8"}),
-    ("24GiB:sm89", {"precision": "bf16", "image_size": 512}),
 ]
 
 

@@ -231,6 +231,13 @@ def test_compiled_blocks_stream(component, monkeypatch):
         assert torch.equal(forward(model, given), expected)
 
 
+def test_what_the_driver_does_not_pin_streams_all_the_same_and_is_said(component, monkeypatch):
+    monkeypatch.setattr(placement, "_pin", lambda *_: False)
+    given = inputs()
+    model = place(component, (1, 3, 4, 6))
+    assert model.unpinned_bytes > 0 and torch.equal(forward(model, given), forward(place(component, ()), given))
+
+
 def test_only_cuda_has_a_bus_of_its_own():
     for device in ("cpu", "mps", "xpu:0"):
         assert type(placement.bus_of(device)) is Bus

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxcli import costs, hardware, models, plan
+from fluxcli import costs, hardware, models, plan, residency
 from fluxcli.cli import generate
 from fluxcli.costs import Hardware
 from fluxcli.errors import DoesNotFit, ExitCode, UsageError
@@ -264,9 +264,49 @@ def test_a_learned_peak_moves_the_placement_and_not_the_precision(variants):
     _, usual = make_plan(asked, variants, here)
     _, warned = make_plan(asked, variants, here, {key: {"denoise resident": 30 * GIB}})
     assert (usual.residency.denoise, warned.residency.denoise) == ("resident", "streamed")
-    _, tiled = make_plan(asked, variants, here, {key: {"decode together": 30 * GIB, "decode alone": 30 * GIB}})
-    assert tiled.residency.decode == "tiled" and tiled.precision == usual.precision
+    _, alone = make_plan(asked, variants, here, {key: {"decode together": 30 * GIB}})
+    assert alone.residency.decode == "alone" and alone.precision == usual.precision
+    over = {"denoise resident": 30 * GIB, "decode together": 30 * GIB, "decode alone": 30 * GIB}
+    _, whole = make_plan(asked, variants, here, {key: over})
+    assert whole.residency.decode != "tiled" and whole.residency.streamed  # no pixel by another moment; the rest counts
     assert make_plan(asked, variants, here, {"another": {"denoise resident": 30 * GIB}})[1] == usual
+
+
+def test_the_next_run_starts_where_memory_was_enough(variants):
+    """A rung that ran out is followed by the one that the ladder took, not by one in between."""
+    here, asked = card("12GiB:sm89"), request(precision="bf16")
+    _, usual = make_plan(asked, variants, here)
+    count = len(usual.residency.streamed)
+    key = plan.learned_key(here, "bf16", asked)
+    _, warned = make_plan(asked, variants, here, {key: {f"denoise streamed {count}": 30 * GIB}})
+    offer = survey(asked, variants, here)[0].offer
+    following, _ = residency.relaxed(
+        replace(usual, residency=replace(usual.residency, keep=())), "denoise", offer, here
+    )
+    assert count < len(warned.residency.streamed) == len(following.residency.streamed)
+
+
+def test_the_ladder_pins_no_more_ram_than_a_plan_may(dev):
+    here = card("12GiB:sm89", ram_gib=12)
+    offer = survey(request(precision="bf16"), [dev], here)[0].offer
+    now = replace(make_plan(request(precision="bf16"), [dev], here)[1], residency=residency.Residency(keep=()))
+    for _ in range(9):
+        found = residency.relaxed(now, "denoise", offer, here)
+        if found is None:
+            break
+        now = found[0]
+        assert now.host_bytes <= residency.host_limit(here)
+    assert now.residency.denoise == "sequential"
+
+
+def test_a_small_limit_on_a_large_card_is_a_small_card(variants):
+    found = survey(request(precision="nf4", vram_limit=8 * GIB), variants, card("80GiB:sm90"))[0]
+    assert found.verdict == "chosen" and max(found.plan.peak_bytes.values()) <= 8 * GIB
+
+
+def test_what_would_pack_in_every_step_is_refused_with_a_reason(dev):
+    found = survey(request(precision="nf4", offload="sequential"), [dev], card("8GiB:sm89"))[0]
+    assert found.plan is None and "packing again" in found.why
 
 
 def test_guidance_that_does_nothing_or_is_missing_is_refused(checkpoint):

@@ -46,7 +46,7 @@ def test_wherever_an_allocation_fails_the_picture_is_the_same(checkpoint, expect
     follow(simulated(checkpoint), tiny(precision="fp32"), counter)
     total, phases = counter.allocations, set()
     assert total > 500
-    for fail_at in sorted({*range(1, total, total // 40), *counter.starts.values(), total - 3}):
+    for fail_at in sorted({*range(1, total, total // 12), *counter.starts.values(), total - 3}):
         counter = Counter()
         counter.fail_at = fail_at
         events, pixels = follow(simulated(checkpoint), tiny(precision="fp32"), counter)
@@ -202,6 +202,28 @@ def test_a_second_process_waits_for_the_card_or_is_refused(card, capsys):
         assert "busy" in message
         assert call(capsys, *ARGUMENTS, "--dry-run").returncode == 0  # plans without waiting
     assert call(capsys, *ARGUMENTS, "-o", "a.png", "--no-wait").returncode == 0
+
+
+def test_a_card_that_another_flux_fills_is_waited_for_not_planned_for(card, capsys, monkeypatch):
+    full = machine(8, free_bytes=1 << 20)
+    monkeypatch.setattr(hardware, "probe", lambda *_, **__: full)
+    with state.device_lock("test", wait=True, say=print):
+        message = assert_failed(call(capsys, *ARGUMENTS, "-o", "a.png", "-q", "--no-wait"), ExitCode.DOES_NOT_FIT)
+    assert "busy" in message
+
+
+def test_modulation_that_was_kept_leaves_when_memory_runs_out(checkpoint, monkeypatch):
+    engine, real, failed = simulated(checkpoint), sampling.step, []
+
+    def step(*arguments: object) -> torch.Tensor:
+        if not failed:
+            failed.append(bool(engine._modulation))
+            raise torch.OutOfMemoryError("as if")
+        return real(*arguments)
+
+    monkeypatch.setattr(sampling, "step", step)
+    draw(engine, tiny(precision="fp32"))
+    assert failed == [True] and engine._modulation == {}
 
 
 def test_small_runs_on_the_cpu_need_no_lock(capsys):

@@ -198,14 +198,17 @@ def session(request: GenerationRequest, options: dict, *, lock: bool = True) -> 
     say = console.say if not options["quiet"] else lambda _: None
     with contextlib.ExitStack() as held:
         largest = max(checkpoints[-1].components["transformer"].files, key=os.path.getsize)
-        machine = hardware.probe(request.device, sample=largest)
+        machine = hardware.probe(request.device, measure=False)
+
+        def locked() -> None:
+            held.enter_context(state.device_lock(machine.identity, wait=not options["no_wait"], say=say))
+
+        if lock and machine.kind != "cpu":  # before anything is measured or planned: another flux may hold all of it
+            locked()
+            machine = hardware.probe(request.device, sample=largest)
         checkpoint, plan = make_plan(request, checkpoints, machine, state.peaks())
-        large = machine.kind != "cpu" or max(plan.peak_bytes.values()) > machine.total_bytes * LOCKED_SHARE
-        if lock and large:
-            locked = state.device_lock(machine.identity, wait=not options["no_wait"], say=say)
-            if held.enter_context(locked):  # somebody was there: what is free is another now
-                machine = hardware.probe(request.device)
-                checkpoint, plan = make_plan(request, checkpoints, machine, state.peaks())
+        if lock and machine.kind == "cpu" and max(plan.peak_bytes.values()) > machine.total_bytes * LOCKED_SHARE:
+            locked()
         engine = Engine(checkpoint, plan, machine)
         try:
             yield engine
@@ -279,8 +282,9 @@ def _draw(
                     images.append(event.image)
         except DoesNotFit as error:
             if engine.latents and engine.latents.step:
-                place = latents.save(engine.latents, target)
-                error.why, error.hint = f"{error.why}; the latents are kept in {place}", f"flux decode {place}"
+                with contextlib.suppress(OSError):  # what went wrong first is what must be said
+                    place = latents.save(engine.latents, target)
+                    error.why, error.hint = f"{error.why}; the latents are kept in {place}", f"flux decode {place}"
             raise
     peaks = hardware.peak_memory(engine.plan.device)
     plan = engine.plan.to_json() | {"multiply": engine.multiply}
