@@ -61,9 +61,11 @@ class Engine:
         self, request: GenerationRequest, *, image: int = 1, images: int = 1, resume: Latents | None = None
     ) -> "Generator[Event, None, np.ndarray]":
         """Yield the events of one picture, or of what `resume` has left of it; returns its pixels (H, W, 3) uint8."""
-        dtype = self._dtype("transformer")
-        noise = sampling.noise(request.seed, request.size, dtype=dtype)
-        self.latents = resume or Latents(request, noise, model=self.checkpoint.fingerprint)
+        self.latents = resume or Latents(
+            request,
+            sampling.noise(request.seed, request.size, dtype=self._dtype("transformer")),
+            model=self.checkpoint.fingerprint,
+        )
         if self.latents.step < request.steps:
             pooled, sequence = yield from self._surviving("encode", request, self._encode)
             table = yield from self._surviving("condition", request, self._condition, pooled)
@@ -92,18 +94,17 @@ class Engine:
                     raise
                 failed = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
             self.measured[f"{phase} {level}"] = max(self.plan.budget_bytes, self.plan.peak_bytes[phase]) + 1
-            self._evict(*self._models)
+            self._models.clear()
+            self._modulation.clear()  # kept where there was room: no lower rung keeps it
+            self._free()
             now = self.plan
             offer = residency.make_offer(request, self.checkpoint, self.machine, now.precision, now.spec, now.dtypes)
-            following = residency.relaxed(self.plan, phase, offer, self.machine)
+            following = residency.relaxed(self.plan, phase, offer)
             if following is None:
                 needs, free = now.peak_bytes[phase] / GIB, hardware.free_memory(now.device) / GIB
                 why = f"{phase} needs about {needs:.1f} GiB by plan, {free:.1f} GiB are free: {failed}"
                 raise DoesNotFit("out of memory, and no rung is left", which=now.device, why=why)
             self.plan, words = following
-            if "modulation" not in self.plan.residency.keep:
-                self._modulation.clear()
-            self._free()
             yield Notice(f"out of memory in {phase} ({level or 'as planned'}): once more, {words}")
 
     def _denoise(

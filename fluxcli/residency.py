@@ -229,9 +229,9 @@ def _seconds(offer: Offer, residency: Residency, speeds: Speeds) -> dict[str, fl
     return {name: round(value, 3) for name, value in found.items()}
 
 
-def relaxed(plan: MemoryPlan, phase: str, offer: Offer, hardware: Hardware) -> tuple[MemoryPlan, str] | None:
+def relaxed(plan: MemoryPlan, phase: str, offer: Offer) -> tuple[MemoryPlan, str] | None:
     """The plan one rung further down in a phase, and the rung in words; None where none is left."""
-    now, blocks = plan.residency, len(offer.cost.blocks)
+    now, blocks, hardware = plan.residency, len(offer.cost.blocks), offer.hardware
     counts = [count for count in _counts(blocks) if count >= len(now.streamed) + max(1, blocks // 8)]
     wider = [_streaming(offer, now, count, hardware.speeds) for count in counts[:1] if hardware.kind != "cpu"]
     more = [each for each in wider if _held(offer, each) <= host_limit(hardware)]

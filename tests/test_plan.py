@@ -280,9 +280,8 @@ def test_the_next_run_starts_where_memory_was_enough(variants):
     key = plan.learned_key(here, "bf16", asked)
     _, warned = make_plan(asked, variants, here, {key: {f"denoise streamed {count}": 30 * GIB}})
     offer = survey(asked, variants, here)[0].offer
-    following, _ = residency.relaxed(
-        replace(usual, residency=replace(usual.residency, keep=())), "denoise", offer, here
-    )
+    alone = replace(usual, residency=replace(usual.residency, keep=()))
+    following, _ = residency.relaxed(alone, "denoise", offer)
     assert count < len(warned.residency.streamed) == len(following.residency.streamed)
 
 
@@ -291,7 +290,7 @@ def test_the_ladder_pins_no_more_ram_than_a_plan_may(dev):
     offer = survey(request(precision="bf16"), [dev], here)[0].offer
     now = replace(make_plan(request(precision="bf16"), [dev], here)[1], residency=residency.Residency(keep=()))
     for _ in range(9):
-        found = residency.relaxed(now, "denoise", offer, here)
+        found = residency.relaxed(now, "denoise", offer)
         if found is None:
             break
         now = found[0]
