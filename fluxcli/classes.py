@@ -49,7 +49,7 @@ def _frugally() -> Iterator[None]:
     dynamo.__path__ = [str(Path(torch.__file__).parent / "_dynamo")]
     for name in ("allow_in_graph", "assume_constant_result", "disable"):  # what class bodies take from it: decorators
         setattr(dynamo, name, lambda function=None, *_, **__: function or (lambda decorated: decorated))
-    instead = {"bitsandbytes": None, "accelerate": None, "optimum": None, "torch._dynamo": dynamo}
+    instead = {"bitsandbytes": None, "accelerate": None, "optimum": None, "peft": None, "torch._dynamo": dynamo}
     hidden = {name: module for name, module in instead.items() if name not in sys.modules}
     available, torch.distributed.is_available = torch.distributed.is_available, lambda: False
     sys.modules.update(hidden)

@@ -52,6 +52,13 @@ def say(text: str) -> None:
     sys.stderr.write(f"flux: {_one_line(text)}\n")  # a line is flushed at once
 
 
+def confirmed(question: str) -> bool:
+    """Whether the user types yes to a question on the terminal."""
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def error(message: str, hint: str) -> None:
     """The error line and the hint; never anything else."""
     below = f"hint: {_one_line(hint)}\n" if hint else ""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fluxcli.request import GenerationRequest
 from quant.checkpoint import Checkpoint, Component
-from quant.spec import QuantSpec, is_modulation, layout
+from quant.spec import QuantSpec, is_modulation, layout, scheme_in_memory
 from quant.weights import Weight
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -19,9 +19,11 @@ CONTEXT_BYTES = 512 << 20  # the driver's context with the kernels, and cuBLAS' 
 # dtype. The first is attention in every precision; the second what else can be largest: unpacked weights, wide sums.
 ACTIVATIONS = {
     "": ((20.25, 0.45), (0.0, 7.2)), "nf4": ((20.25, 0.45), (10.6, 7.2)), "fp8": ((20.25, 0.45), (7.0, 3.6)),
-    "int8": ((20.25, 0.45), (13.0, 5.0)), "unpacked": ((20.25, 0.45), (6.0, 21.3)),
+    "int8": ((20.25, 0.45), (13.0, 5.0)), "gguf": ((20.25, 0.45), (10.6, 7.2)),
+    "unpacked": ((20.25, 0.45), (6.0, 21.3)),
 }  # fmt: skip
 ENCODER_SCORES, ENCODER_WIDE = 1.63, 4.0  # live (heads, tokens, tokens) and (tokens, d_ff) tensors of T5
+UNBLOCKING_BYTES = 80 << 20  # temporary ones, of unpacking a part of a GGUF weight
 PIXEL_ACTIVATIONS = 6  # live (first VAE width, height, width) tensors at the peak of decode
 DECODE_BYTES = 12 << 20  # beside these
 TILE_PX = 512  # of a tiled decode
@@ -92,6 +94,7 @@ class Cost:
     modulation: int
     largest_modulation: int
     modulation_numel: int
+    unblocking: int  # beside a modulation weight that is unpacked
     vae: int
     stored: int  # of all files
     width: int  # of the transformer, in channels
@@ -125,7 +128,8 @@ def t5_block_names(t5: Component) -> list[str]:
 
 def weight_bytes(weight: Weight, component: str, dtype: str, spec: QuantSpec | None) -> int:
     """Bytes of a weight in memory: packed as stored (or as `spec` will), else in `dtype`."""
-    scheme = weight.scheme or (spec.scheme(component, weight.name, weight.shape) if spec else "")
+    stored = scheme_in_memory(component, weight.name, weight.scheme)
+    scheme = stored or (spec.scheme(component, weight.name, weight.shape) if spec and not weight.scheme else "")
     return sum(i.nbytes for i in layout(scheme, weight.info)) if scheme else weight.numel * DTYPE_BYTES[dtype]
 
 
@@ -155,9 +159,11 @@ def cost_of(
     joined = 2 * 3 * DTYPE_BYTES[dtypes["vae"]] * width * height  # the tiles that are done, and the whole picture
     return Cost(
         request, of["text_encoder"], of[t5.name], t5.numel, max(t5_blocks, default=0), of[t5.name] - sum(t5_blocks),
-        blocks, rest, sum(numels) * wide, max(numels, default=0) * wide, sum(numels), of["vae"],
+        blocks, rest, sum(numels) * wide, max(numels, default=0) * wide, sum(numels),
+        UNBLOCKING_BYTES * (transformer.precision == "gguf"), of["vae"],
         sum(part.nbytes for part in parts.values()), inner,
-        encode=int((scores + unpacked) * DTYPE_BYTES[dtypes[t5.name]]), tables=request.steps * outputs * wide,
+        encode=int((scores + unpacked) * DTYPE_BYTES[dtypes[t5.name]]) + UNBLOCKING_BYTES * (t5.precision == "gguf"),
+        tables=request.steps * outputs * wide,
         denoise=int(max(lines)), decode=pixel * width * height + DECODE_BYTES,
         decode_tiled=pixel * min(width, TILE_PX) * min(height, TILE_PX) + joined + DECODE_BYTES,
     )  # fmt: skip

@@ -25,7 +25,7 @@ from fluxcli.request import GenerationRequest
 from fluxcli.residency import GIB, MemoryPlan
 from quant.checkpoint import Checkpoint, Component
 from quant.lazy import Tensor, Tensors, nn, np, torch
-from quant.spec import SCHEMES, is_modulation
+from quant.spec import FAMILIES, is_modulation
 
 
 class Engine:
@@ -254,7 +254,7 @@ class Engine:
         from quant.linear import path_of
 
         precision = self.plan.precision
-        return path_of(precision, self.plan.device) if precision in SCHEMES else precision
+        return path_of(precision, self.plan.device) if precision in FAMILIES.values() else precision
 
     def metadata(self, request: GenerationRequest) -> dict:
         """What identifies a picture: the request that makes it alone, the model, what computed it, versions."""

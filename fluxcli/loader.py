@@ -15,7 +15,7 @@ from quant.checkpoint import Component
 from quant.codecs import Reader
 from quant.errors import CheckpointError
 from quant.lazy import Tensor, Tensors, nn, torch
-from quant.spec import QuantSpec, layout
+from quant.spec import QuantSpec, layout, scheme_in_memory
 from quant.weights import Weight
 
 CLIP_PREFIX, CLIP_POSITIONS = "text_model.", "embeddings.position_ids"
@@ -48,7 +48,10 @@ class Filler:
         expected = {name: tuple(tensor.shape) for name, tensor in self.module.state_dict().items()}
         check_keys(part, expected, {name: weight.shape for name, weight in self.weights.items()})
         packs = spec.scheme if spec else lambda *_: ""
-        self.schemes = {name: w.scheme or packs(part.name, w.name, w.shape) for name, w in self.weights.items()}
+        self.schemes = {
+            name: scheme_in_memory(part.name, w.name, w.scheme) if w.scheme else packs(part.name, w.name, w.shape)
+            for name, w in self.weights.items()
+        }
         self.arithmetic = part.name == "transformer"  # encoders run once, on activations full of outliers
         self.parts_of = self._fuse() if part.name == "transformer" else {}
         self.names = [name for name in self.module.state_dict() if name != T5_TIED]

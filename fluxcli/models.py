@@ -1,40 +1,35 @@
-"""Where a model's folder is: bundled, a path, or the hub's own cache; and how to download one. Stdlib at import.
-
-`locate` never touches the network. `download` is a thin call of huggingface_hub: one pinned commit, only the files
-of the diffusers layout, the disk checked first.
-"""
+"""Where a model is: bundled, a path, the hub's own cache or a mirror. Never touches the network. Stdlib only."""
 
 import contextlib
+import glob
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from fluxcli import state
-from fluxcli.errors import FluxError, OutputError, UsageError, WeightsUnavailable
+from fluxcli.errors import UsageError, WeightsUnavailable
 from fluxcli.presets import BUNDLED
-from quant.checkpoint import MANIFEST, Checkpoint, Component, is_complete
+from fluxcli.request import GenerationRequest
+from quant.checkpoint import COMPONENTS, MANIFEST, Checkpoint, Component, is_complete
 from quant.config import READ
 from quant.header import TensorInfo
+from quant.single import assemble
 from quant.spec import SCHEMES
 from quant.weights import Piece, Weight
-from quant.writer import check_room
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-FILES = [
-    "model_index.json", "scheduler/*.json", "tokenizer/*", "tokenizer_2/*",
-    *(f"{part}/{kind}" for part in ("text_encoder", "text_encoder_2", "transformer", "vae")
-      for kind in ("*.json", "*.safetensors")),
-]  # fmt: skip
-IGNORED = ["*.py", "*.bin", "*.pt", "*.msgpack"]
-NON_COMMERCIAL = re.compile(r"black-forest-labs/FLUX\.1-.*dev")
+HUB_FILE = re.compile(HUB_ID.pattern + r":[\w./ -]+\.(?:safetensors|gguf)")
+MODEL_FILES = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 KNOWN = re.compile(r"black-forest-labs/FLUX\.1-(dev|schnell|Krea-dev)")
 TRY_TINY = 'or try at once: flux generate "a red circle on a blue background" -p tiny'
 
 
-def locate(model: str, *, environment: Mapping[str, str] = os.environ) -> Path:
-    """Return the folder of `model` (bundled/NAME, a folder, or a hub id in the cache).
+def locate(
+    model: str, *, components: Collection[str] = COMPONENTS, environment: Mapping[str, str] = os.environ
+) -> Path:
+    """The folder of `model`: bundled/NAME, a folder, or a hub id in the cache or the mirror with these components.
 
     Raises `WeightsUnavailable` naming the command that gets it, `UsageError` for what can be no model.
     """
@@ -44,17 +39,32 @@ def locate(model: str, *, environment: Mapping[str, str] = os.environ) -> Path:
         raise WeightsUnavailable("no such bundled model", which=model, hint="flux presets")
     if (path := folder_of(model)) is not None:
         return path
+    if HUB_FILE.fullmatch(model):
+        return cached_file(model, environment)
     if not HUB_ID.fullmatch(model) or ".." in model:
-        raise WeightsUnavailable("no such model folder", which=model[:100], hint=f"-m FOLDER, {TRY_TINY}")
-    whole, partial = _cached(model, environment)
+        raise WeightsUnavailable("no such model", which=model[:100], hint=f"-m FOLDER or FILE, {TRY_TINY}")
+    whole, partial = _cached(model, environment, components)
+    if not whole and (share := mirror(environment)) and is_complete(share / model, components):
+        return share / model
     if whole:
         return whole
     what = "the download is incomplete" if partial else f"the weights of {model.rpartition('/')[2]} are not here"
     raise WeightsUnavailable(what, which=model, hint=f"flux models download {model}  ({TRY_TINY})")
 
 
+def cached_file(name: str, environment: Mapping[str, str] = os.environ) -> Path:
+    """One file of a hub repository, ORG/NAME:FILE, in the cache or the mirror; raises `WeightsUnavailable`."""
+    model, _, file = name.partition(":")
+    found = [*(repository(model, environment) / "snapshots").glob(f"*/{glob.escape(file)}")]
+    found += [share / model / file] if (share := mirror(environment)) else []
+    found = [path for path in found if path.is_file()]
+    if not found or ".." in name:
+        raise WeightsUnavailable("that file is not here", which=name, hint=f"flux models download {name}")
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
 def folders(model: str) -> list[Path]:
-    """Every folder that can serve `model`: what was baked from it, then the model itself, where it is here.
+    """Every folder (or file) that can serve `model`: what was baked from it, then the model itself, where it is here.
 
     Raises what `locate` raises where there is none.
     """
@@ -65,6 +75,35 @@ def folders(model: str) -> list[Path]:
         if not found:
             raise
     return found
+
+
+def assembled(path: Path, request: GenerationRequest, bases: Sequence[str]) -> Checkpoint:
+    """The checkpoint of a model folder or file with the request's encoders and VAE; the rest is the first base's.
+
+    Raises what `locate` and `quant.single.assemble` raise.
+    """
+    encoders = [locate(name, components=()) for name in request.text_encoders]
+
+    def base(lacking: Collection[str]) -> Path:
+        if folder := next((each for each in encoders if is_complete(each, lacking)), None):
+            return folder
+        for name in bases:
+            with contextlib.suppress(WeightsUnavailable):
+                if (folder := locate(name, components=lacking)).is_dir():
+                    return folder
+        parts = ",".join(("tokenizers", *lacking))
+        why = f"it has no {' and no '.join((*lacking, 'tokenizers'))}, and {bases[0]} is not here"
+        hint = f"flux models download {bases[0]} --only {parts}; or --text-encoders FOLDER"
+        raise WeightsUnavailable("not a whole model", which=path, why=why, hint=hint)
+
+    vae = locate(request.vae, components=()) if request.vae else None
+    return assemble(path, base, text_encoders=encoders, vae=vae)
+
+
+def absolute(name: str) -> str:
+    """The name of a model or a part of one; that of a folder or file without regard to the working folder."""
+    folder = None if name.startswith("bundled/") else folder_of(name)
+    return str(folder) if folder else name
 
 
 def known_shapes(model: str) -> Checkpoint | None:
@@ -103,19 +142,19 @@ def baked_folder(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def folder_of(model: str) -> Path | None:
-    """The absolute folder that `model` names, None if it names none; raises `UsageError` for another kind of file."""
+    """The absolute folder or weight file that `model` names, None if none; raises `UsageError` for other files."""
     if not model or model.startswith(("\\\\", "//")):  # a share of another machine is never opened unasked
         raise UsageError("no model", which=model, why="a folder or a hub id is needed", hint="-m FOLDER")
     try:
         path = Path(model).expanduser()
-        if path.is_dir():
-            return path.resolve()
+        if path.is_dir() or (path.suffix.lower() in MODEL_FILES and path.exists()):
+            return path.resolve() if path.is_dir() else Path(os.path.abspath(path))  # not a hub file's blob
         present = path.exists()
     except (OSError, ValueError, RuntimeError):  # too long a name, NUL, no home
         return None
     if present:
-        why = "a model is a folder in the published diffusers layout"
-        raise UsageError("not a model folder", which=model, why=why, hint=f"-m {path.parent}")
+        why = "a model is a folder in the published diffusers layout, or a .safetensors or .gguf file"
+        raise UsageError("not a model", which=model, why=why, hint=f"-m {path.parent}")
     return None
 
 
@@ -126,57 +165,23 @@ def hub_cache(environment: Mapping[str, str] = os.environ) -> Path:
     return Path(os.path.expanduser(os.path.expandvars(given)))  # without a home ~ stays as it is
 
 
-def _cached(model: str, environment: Mapping[str, str]) -> tuple[Path | None, bool]:
-    """(the model's newest complete snapshot, the one of `main` before others; whether any snapshot is there)."""
-    root, main = hub_cache(environment) / f"models--{model.replace('/', '--')}", ""
+def mirror(environment: Mapping[str, str] = os.environ) -> Path | None:
+    """The folder of ORG/NAME folders that FLUX_MIRROR names, e.g. a share for machines without a network."""
+    return Path(share).expanduser().absolute() if (share := environment.get("FLUX_MIRROR")) else None
+
+
+def repository(model: str, environment: Mapping[str, str] = os.environ) -> Path:
+    """The folder of a hub id in the hub's cache, whether it is there or not."""
+    return hub_cache(environment) / f"models--{model.replace('/', '--')}"
+
+
+def _cached(model: str, environment: Mapping[str, str], components: Collection[str]) -> tuple[Path | None, bool]:
+    """(the model's newest snapshot with these components, that of `main` before others; whether any is there)."""
+    root, main = repository(model, environment), ""
     with contextlib.suppress(OSError):
         main = (root / "refs" / "main").read_text(errors="replace").strip()
     try:
         found = [(path.name == main, path.stat().st_mtime, path) for path in (root / "snapshots").iterdir()]
     except OSError:
         return None, False
-    return next((path for *_, path in sorted(found, reverse=True) if is_complete(path)), None), bool(found)
-
-
-def download(model: str, *, say: Callable[[str], None]) -> Path:
-    """The folder of a hub model, downloaded; raises `UsageError`, `WeightsUnavailable`, `WriteError`."""
-    if not HUB_ID.fullmatch(model):
-        raise UsageError("nothing to download", which=model, why="it is no hub id ORG/NAME")
-    if NON_COMMERCIAL.fullmatch(model):
-        say(f"{model} comes under a non-commercial licence: read it at huggingface.co/{model}")
-    from huggingface_hub import HfApi, snapshot_download
-
-    try:
-        commit = HfApi().model_info(model, timeout=20).sha
-        options = {"revision": commit, "allow_patterns": FILES, "ignore_patterns": IGNORED}
-        files = snapshot_download(model, dry_run=True, **options)
-        if "model_index.json" not in [file.filename for file in files]:
-            raise WeightsUnavailable("not a FLUX.1 model", which=model, why="it has no model_index.json")
-        missing = sum(file.file_size or 0 for file in files if file.will_download)
-        check_room(hub_cache(), missing, hint="HF_HOME moves the cache elsewhere")
-        say(f"{model}@{commit[:12]}: {len(files)} files, {missing / 1e9:.1f} GB to download")
-        return Path(snapshot_download(model, **options))
-    except Exception as error:
-        raise _hub_error(model, error) from error
-
-
-def _hub_error(model: str, error: Exception) -> FluxError:
-    """The user's view of what huggingface_hub raised; ours, or an unknown one, is returned as it is."""
-    from huggingface_hub import errors
-
-    page, why, again = f"huggingface.co/{model}", str(error).partition("\n")[0][:120], "run the command again"
-    if isinstance(error, errors.GatedRepoError):
-        what, why = "the model is gated", "this account has no access"
-        again = f"accept the licence at {page}, then: hf auth login"
-    elif isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
-        what, why = "no such model", "the hub knows no such model, or this account may not see it"
-        again = f"look at {page}, then: hf auth login"
-    elif isinstance(error, (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
-        what, why = "the hub does not deliver", why or type(error).__name__
-    elif isinstance(error, OSError) and error.errno is not None:
-        return OutputError("cannot store the model", which=hub_cache(), why=error.strerror or str(error))
-    elif isinstance(error, OSError) or type(error).__module__.startswith(("httpx", "httpcore", "requests")):
-        what, why = "the hub is out of reach", f"no connection ({type(error).__name__})"
-    else:
-        return error
-    return WeightsUnavailable(what, which=model, why=why, hint=again)
+    return next((path for *_, path in sorted(found, reverse=True) if is_complete(path, components)), None), bool(found)

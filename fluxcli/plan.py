@@ -18,7 +18,7 @@ from quant.spec import SCHEMES, TEXT_ENCODER, QuantSpec
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 LONG = {short: long for long, short in SHORT.items()}
-QUALITY = ("fp32", "bf16", "fp16", "fp8", "int8", "nf4")  # best first
+QUALITY = ("fp32", "bf16", "fp16", "fp8", "int8", "gguf", "nf4")  # best first
 USABLE_SHARE = 0.92  # of the total: the rest is the desktop's and the driver's
 CPU_SHARE = 0.8  # of the RAM, that weights in float32 may take
 SLOWER = 1.25
@@ -110,7 +110,7 @@ def _offers(request: GenerationRequest, checkpoints: Sequence[Checkpoint], hardw
             packs = precision in SCHEMES and not stored
             spec = QuantSpec(precision, TEXT_ENCODER.get(precision, "keep")) if packs else None
             dtypes, why = _dtypes(request, precision, checkpoint, hardware, spec)
-            name = precision if precision in SCHEMES else SHORT[dtypes["transformer"]]
+            name = precision if stored or packs else SHORT[dtypes["transformer"]]
             if name in found or wanted not in ("auto", name):
                 continue
             found.add(name)
@@ -147,7 +147,7 @@ def check_guidance(request: GenerationRequest, checkpoint: Checkpoint) -> None:
         raise UsageError("this model needs a guidance", which=request.model, hint="--guidance 3.5")
     if not checkpoint.takes_guidance and request.guidance is not None:
         why = "it has no guidance input, the value would do nothing"
-        raise UsageError("guidance without effect", which=request.model, why=why, hint="--guidance none")
+        raise UsageError("guidance without effect", which=request.model, why=why, hint="-p schnell, or --guidance none")
 
 
 def suggestion(request: GenerationRequest, checkpoints: Sequence[Checkpoint], hardware: Hardware) -> str:

@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from fluxcli.errors import UsageError
-from fluxcli.request import ALIASES, KEYS, GenerationRequest, coerce, flag
+from fluxcli.request import ALIASES, KEYS, GenerationRequest, coerce, flag, joined
 
 HERE = Path(__file__).resolve().parent  # a checkout keeps presets at the top level, a wheel inside the package
 BUNDLED = HERE / "bundled" if (HERE / "bundled").is_dir() else HERE.parent / "presets"
@@ -78,6 +78,12 @@ def model_of(name: str, config_folder: Path) -> str:
     return str(merge({"preset": name}, config_folder, {}).values["model"]) if name in available(config_folder) else name
 
 
+def bases_of(name: str, config_folder: Path) -> list[str]:
+    """The models of a preset and of what it extends, strongest first: where a model in one file finds the rest."""
+    said = [preset.settings.get("model") for preset in chain(name, config_folder)[::-1]]
+    return list(dict.fromkeys(filter(None, said)))
+
+
 def read_config(config_folder: Path) -> dict:
     """The user's config.toml, checked; an absent or unreadable folder is an empty one."""
     path = config_folder / "config.toml"
@@ -136,5 +142,6 @@ def _apply(merged: Settings, layer: Mapping[str, object], origin: Callable[[str]
     by_ratio, by_pixels = said & {"aspect_ratio", "image_size"}, said & {"width", "height"}
     if by_ratio and by_pixels:
         raise UsageError("--width/--height exclude --ar/--size", which=origin(max(by_pixels)))
-    merged.values.update(dict.fromkeys(("width", "height") if by_ratio else ()) | dict(layer))
+    added = {"lora": joined(merged.values.get("lora", ()), layer["lora"])} if "lora" in layer else {}
+    merged.values.update(dict.fromkeys(("width", "height") if by_ratio else ()) | dict(layer) | added)
     merged.origins.update({key: origin(key) for key in layer})

@@ -44,6 +44,9 @@ class GenerationRequest:
     precision: str = "auto"
     vram_limit: int | None = None
     offload: str = "auto"
+    text_encoders: tuple[str, ...] = ()
+    vae: str | None = None
+    lora: tuple[str, ...] = ()  # PATH[:SCALE] or REPO[:FILE][:SCALE]
     metadata: bool = True
     output: str | None = None
 
@@ -83,16 +86,17 @@ PATTERNS = {  # what a text must be, in a regular expression and in words
     "device": (r"auto|cpu|mps|xpu(:\d{1,3})?|cuda(:\d{1,3})?", "auto, cpu, cuda[:n], mps or xpu[:n]"),
     "precision": ("auto|bf16|fp16|fp32|fp8|int8|nf4", "auto, bf16, fp16, fp32, fp8, int8 or nf4"),
     "offload": ("auto|none|stream|sequential", "auto, none, stream or sequential"),
-    "model": (r"[^\0]{1,1000}", "a folder or a hub id"),
+    "model": (r"[^\0]{1,1000}", "a folder, a file or a hub id"),
     "output": (r"[^\0]{1,4000}", "a file, a folder, a template or -"),
 }
 SIDES = {"image_size": MIN_SIZE_PX, "width": MULTIPLE_PX, "height": MULTIPLE_PX}  # the least of each
 FLAGS = {"aspect_ratio": "--ar", "image_size": "--size", "metadata": "--no-metadata"}
 ALIASES = {"ar": "aspect_ratio", "size": "image_size"}  # the flags' words, for settings files and variables
 KEYS = tuple(field.name for field in fields(GenerationRequest) if field.name != "prompt")
-OPTIONAL = ("guidance", "width", "height", "output", "vram_limit")  # None is a value of theirs
+OPTIONAL = ("guidance", "width", "height", "output", "vram_limit", "vae")  # None is a value of theirs
 INTEGERS = ("steps", "seed", "count", "image_size", "width", "height", "text_tokens", "quality")
-KINDS = dict.fromkeys(INTEGERS, "a whole number")
+LISTS = ("text_encoders", "lora")
+KINDS = dict.fromkeys(INTEGERS, "a whole number") | dict.fromkeys(LISTS, "a list of texts")
 KINDS |= {"guidance": "a number", "metadata": "true or false", "vram_limit": "a size like 8GiB"}
 
 
@@ -125,6 +129,9 @@ def check(name: str, value: object, *, where: str) -> None:
         raise UsageError(f"unknown {name}", which=where, why=f"{str(value)[:60]!r} is not {words}")
     if name == "aspect_ratio":
         parse_ratio(value, where=where)
+    if name == "lora":
+        for text in value:
+            parse_lora(text, where=where)
     least = SIDES.get(name)
     if least and (not least <= value <= MAX_SIZE_PX or value % MULTIPLE_PX):
         below = min(max(value // MULTIPLE_PX * MULTIPLE_PX, least), MAX_SIZE_PX - MULTIPLE_PX)
@@ -197,9 +204,33 @@ def _converted(name: str, value: object) -> object:
         return parse_bytes(str(value))
     if name == "guidance":
         return None if value in ("none", "") else float(value)
+    if name in LISTS:
+        values = (value,) if isinstance(value, str) else value
+        return tuple("".join(each) for each in values)  # a TypeError for what is no text
     if not isinstance(value, str):
         raise ValueError
     return value.lower().replace("jpeg", "jpg") if name == "format" else value
+
+
+def parse_lora(text: str, *, where: str = "--lora") -> tuple[str, float]:
+    """(what names the adapter, its scale) of NAME[:SCALE]; raises `UsageError` for a scale that is not finite."""
+    name, colon, end = text.rpartition(":")
+    try:
+        scale = float(end) if colon else None
+    except ValueError:
+        scale = None
+    name, scale = (text, 1.0) if scale is None else (name, scale)
+    if not name.strip() or "\0" in name or not math.isfinite(scale):
+        raise UsageError("no adapter", which=where, why=f"{text[:80]!r} is not PATH[:SCALE]", hint="--lora FILE:0.8")
+    return name, scale
+
+
+def joined(weaker: tuple[str, ...], stronger: tuple[str, ...]) -> tuple[str, ...]:
+    """Adapters of two layers of settings: they add up, the same one's scale is replaced, "none" drops what was said."""
+    found: dict[str, str] = {}
+    for text in (*weaker, *stronger):
+        found = {} if text == "none" else found | {parse_lora(text)[0]: text}
+    return tuple(found.values())
 
 
 def parse_bytes(text: str) -> int:
@@ -213,4 +244,5 @@ def parse_bytes(text: str) -> int:
 
 def from_settings(prompt: str, settings: Mapping[str, object]) -> GenerationRequest:
     """Build the request from merged settings (keys are field names, values of the fields' types)."""
-    return GenerationRequest(prompt=prompt, **settings)
+    lists = {key: tuple(settings[key]) for key in LISTS if key in settings}  # JSON has no tuples
+    return GenerationRequest(prompt=prompt, **{**settings, **lists})

@@ -10,7 +10,7 @@ from fluxcli import costs
 from fluxcli.costs import CONTEXT_BYTES, Cost, Hardware, Speeds
 from fluxcli.request import GenerationRequest
 from quant.checkpoint import Checkpoint
-from quant.spec import SCHEMES, QuantSpec
+from quant.spec import FAMILIES, QuantSpec
 
 RAM_SHARE, FREE_RAM_SHARE = 0.6, 0.8  # of all RAM, and of what is free now, that streamed blocks may take
 RESIDENT_SHARE = 0.25  # everything stays when together it takes less than this share of memory
@@ -81,7 +81,7 @@ def make_offer(  # noqa: PLR0917
     dtypes: dict[str, str], why: str = "",
 ) -> Offer:  # fmt: skip
     """One precision of one folder with its costs."""
-    scheme = precision if precision in SCHEMES else ""
+    scheme = precision if precision in FAMILIES.values() else ""
     unpacks = scheme in ("fp8", "int8") and scheme not in hardware.table.eight_bit and hardware.kind != "cpu"
     cost = costs.cost_of(request, checkpoint, dtypes, spec, "unpacked" if unpacks else scheme)
     return Offer(checkpoint, hardware, precision, scheme, spec, dtypes, why, cost)
@@ -180,7 +180,7 @@ def _peaks(offer: Offer, residency: Residency) -> dict[str, int]:
     decode = cost.decode_tiled if residency.decode == "tiled" else cost.decode
     return {
         "encode": stay + (encoders + transformer + beside + cost.encode if encoders else alone),
-        "condition": stay + encoders + 2 * cost.tables + copies * cost.largest_modulation,
+        "condition": stay + encoders + 2 * cost.tables + copies * cost.largest_modulation + cost.unblocking,
         "denoise": stay + encoders + transformer + beside + cost.tables + cost.denoise,
         "decode": stay + encoders + cost.vae + decode + left * (residency.decode == "together"),
     }

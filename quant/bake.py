@@ -26,7 +26,6 @@ from quant.writer import SafetensorsWriter, check_room, nearest
 
 AHEAD = 6  # tensors that wait to be packed, and to be written
 MARGIN = 64 << 20  # of free disk, beside what is written
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def _read(files: list[Path], sources: dict[str, dict]) -> Iterator[tuple[Path, s
                 digest.update(data.numpy())
                 if hasattr(os, "posix_fadvise"):  # what was written shall stay in the page cache, to be verified
                     os.posix_fadvise(file.fileno(), start + info.start, info.nbytes, os.POSIX_FADV_DONTNEED)
-                known = DTYPES.get(info.dtype)  # of others nothing but the bytes matters
+                known = codecs.DTYPES.get(info.dtype)  # of others nothing but the bytes matters
                 yield path, info.name, data.view(getattr(torch, known)).view(info.shape) if known else data
         sources[f"{path.parent.name}/{path.name}"] = {"bytes": size, "sha256": digest.hexdigest()}
 

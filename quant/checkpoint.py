@@ -6,16 +6,17 @@ Knows the folder layout and shard indexes; reads no data but pages for the finge
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from quant.config import read_config, read_json
-from quant.dialects import from_bfl, is_bfl, kind_of
 from quant.errors import CheckpointError
 from quant.header import file_identity, read_header
-from quant.spec import SCHEMES
-from quant.weights import Piece, Weight, group
+from quant.spec import FAMILIES
+from quant.weights import SCB, Piece, Weight, group
 
 COMPONENTS, TOKENIZERS = ("text_encoder", "text_encoder_2", "transformer", "vae"), ("tokenizer", "tokenizer_2")
 AGAIN = "download the model again"
@@ -33,6 +34,7 @@ class Component:
     folder: Path
     config: dict
     weights: dict[str, Weight]
+    dialect: str = "diffusers"  # of the files, for people
 
     @property
     def numel(self) -> int:
@@ -48,9 +50,11 @@ class Component:
 
     @cached_property
     def precision(self) -> str:
-        """The scheme of most packed parameters, "" where nothing is packed."""
-        counts = {to: sum(w.numel for w in self.weights.values() if w.scheme == to) for to in SCHEMES}
-        return max(SCHEMES, key=counts.__getitem__) if any(counts.values()) else ""
+        """The family of schemes of most packed parameters, "" where nothing is packed."""
+        counts = Counter(dict.fromkeys(FAMILIES.values(), 0))
+        for weight in self.weights.values():
+            counts[FAMILIES.get(weight.scheme, "")] += weight.numel * bool(weight.scheme)
+        return max(counts, key=counts.__getitem__) if any(counts.values()) else ""
 
 
 @dataclass(frozen=True)
@@ -89,12 +93,12 @@ def inspect(folder: Path) -> Checkpoint:
     return Checkpoint(folder, components, read_config("scheduler", folder / "scheduler" / "scheduler_config.json"))
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether every file that a model folder needs is there, by name alone (an interrupted download is not)."""
+def is_complete(folder: Path, components: Collection[str] = COMPONENTS) -> bool:
+    """Whether a model folder has every file by name (an interrupted download has not), weights of `components` only."""
     files = [f"{name}/config.json" for name in COMPONENTS] + ["model_index.json", "scheduler/scheduler_config.json"]
     there = all((folder / name).is_file() for name in files) and all((folder / name).is_dir() for name in TOKENIZERS)
     try:
-        return there and all(_weight_files(folder / name) for name in COMPONENTS)
+        return there and all(_weight_files(folder / name) for name in components)
     except CheckpointError:
         return False
 
@@ -108,16 +112,11 @@ def inspect_component(name: str, folder: Path) -> Component:
         if odd := [n for n, w in originals.items() if n not in weights or weights[n].shape != w.shape]:
             raise CheckpointError("originals of other weights", kept, why=odd[0])
         weights |= originals
-    return Component(name, folder, config, weights)
-
-
-def inspect_file(path: Path) -> Component:
-    """The transformer in a single file of BFL's layout; raises `CheckpointError` saying what else the file is."""
-    pieces = _pieces([path])
-    if not is_bfl(pieces):
-        raise CheckpointError("not a FLUX.1 transformer in one file", path, why=kind_of(pieces))
-    translated, config = from_bfl(pieces)
-    return Component("transformer", path, read_config("transformer", path, config), group(translated))
+    found = Component(name, folder, config, weights)
+    names = [piece.info.name for weight in weights.values() if weight.scheme for piece in weight.pieces.values()]
+    bnb = found.precision == "nf4" or any(each.endswith(SCB) for each in names)
+    by = "bitsandbytes" if bnb else "optimum-quanto" if any(each.endswith("._data") for each in names) else "flux"
+    return replace(found, dialect=f"diffusers, {found.precision} by {by}") if names else found
 
 
 def _pieces(files: list[Path]) -> dict[str, Piece]:
@@ -144,13 +143,14 @@ def _weight_files(folder: Path) -> list[Path]:
     weight_map = read_json(index, "unreadable shard index").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()) or not weight_map:
         raise CheckpointError("corrupt shard index", index, why="weight_map is no map of names")
-    shards = sorted(set(weight_map.values()))
+    shards, hub = sorted(set(weight_map.values())), root.parent.parent.parent
     for shard in shards:
         if len(PurePosixPath(shard).parts) != 1 or "\\" in shard or ".." in shard or not shard.endswith(".safetensors"):
             raise CheckpointError("unsafe shard index", index, why=f"it names {shard[:60]!r}")
         if not os.path.exists(folder / shard):
             raise CheckpointError("missing shard", folder / shard[:100], hint=AGAIN)
         real = (folder / shard).resolve()
-        if not real.is_relative_to(root) and real.parent != root.parent.parent.parent / "blobs":  # the hub's cache
+        blobs = (real.parent == hub / "blobs", real.parent.parent == hub.parent / "blobs")  # the hub's cache
+        if not (real.is_relative_to(root) or any(blobs)):
             raise CheckpointError("unsafe shard index", index, why=f"{shard[:60]} is a link to elsewhere")
     return [folder / shard for shard in shards]

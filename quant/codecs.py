@@ -1,4 +1,5 @@
-"""Read, decode and encode one weight: nf4 by `quant.nf4`, fp8 and int8 by optimum-quanto's row-wise types.
+"""Read, decode and encode one weight: nf4 by `quant.nf4`, fp8 and int8 by optimum-quanto's row-wise types; GGUF's
+blocks are decoded by diffusers.
 
 Pieces are keyed by suffix, as in `quant.spec.layout`; the headers of their files were validated before. Imports
 optimum.quanto (seconds) only where it quantizes.
@@ -12,9 +13,16 @@ from types import ModuleType
 
 from quant import nf4
 from quant.errors import CheckpointError, MissingLibrary
+from quant.header import GGUF_BITS, is_gguf
 from quant.lazy import Tensor, Tensors, torch
-from quant.weights import Piece, Weight
+from quant.spec import NF4_ONCE
+from quant.weights import SCB, Piece, Weight
 
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+          "I16": "int16", "I8": "int8"}  # fmt: skip
+# Where a block's float16 scales are, in bytes.
+GGUF_SCALES = dict.fromkeys(("Q4_0", "Q5_0", "Q8_0"), (0, 2)) | dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 4))
+GGUF_SCALES |= {"Q2_K": (-4, None), "Q3_K": (-2, None), "Q6_K": (-2, None)}
 CHUNK = 1 << 19  # values that are encoded at a time
 LIBRARIES = {"nf4": "bitsandbytes", "fp8": "optimum-quanto", "int8": "optimum-quanto"}
 LARGEST = {"fp8": 448.0, "int8": 127.0}
@@ -36,11 +44,24 @@ class Reader(dict):
     def __missing__(self, path: object) -> object:
         from safetensors import safe_open
 
+        if is_gguf(path):
+            return self.setdefault(path, torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8))
         return self.setdefault(path, safe_open(path, framework="pt", device="cpu"))
 
     def weight(self, weight: Weight) -> Tensors:
-        """The tensors of a weight by suffix, as they are stored."""
-        return {suffix: rows_of(self[p.file].get_tensor(p.info.name), p) for suffix, p in weight.pieces.items()}
+        """The tensors of a weight by suffix, as they are stored, GGUF's blocks as rows of bytes; `_scale` if any."""
+        found = {suffix: rows_of(self._tensor(piece), piece) for suffix, piece in weight.pieces.items()}
+        if SCB in found:
+            found["_scale"] = found.pop(SCB).float() / LARGEST["int8"]
+        return found
+
+    def _tensor(self, piece: Piece) -> Tensor:
+        if not isinstance(opened := self[piece.file], torch.Tensor):
+            return opened.get_tensor(piece.info.name)
+        raw = opened[piece.info.start : piece.info.stop]
+        if piece.info.dtype in GGUF_BITS:
+            return raw.view(*piece.info.shape[:-1], -1)
+        return raw.view(getattr(torch, DTYPES[piece.info.dtype])).view(piece.info.shape)
 
 
 def rows_of(tensor: Tensor, piece: Piece) -> Tensor:
@@ -117,20 +138,44 @@ def _widen(packed: Tensor) -> Tensor:
 def decode(pieces: Tensors, scheme: str, shape: tuple[int, ...], dtype: "torch.dtype") -> Tensor:
     """The values (N, K) of a packed weight in `dtype`."""
     if not scheme:
-        return pieces[""].to(dtype)
-    if scheme == "nf4":
+        return pieces[""].to(dtype).view(shape)
+    if scheme in ("nf4", NF4_ONCE):
         return nf4.decode(pieces, shape, dtype)
-    return _widen(pieces[""]).mul_(pieces["_scale"].float().reshape(-1, 1)).to(dtype)
+    if scheme in GGUF_BITS:
+        return unblocked(pieces[""], scheme, dtype)
+    values = _widen(pieces[""])
+    return (values.mul_(pieces["_scale"].float().reshape(-1, 1)) if "_scale" in pieces else values).to(dtype)
+
+
+def unblocked(rows: Tensor, scheme: str, dtype: "torch.dtype") -> Tensor:
+    """The values (N, K) of GGUF's blocks, given as rows of bytes (N, B): computed in float32, part by part."""
+    import torch  # itself: torch.compile does not look through a lazy one
+    from diffusers.quantizers.gguf.utils import dequantize_functions
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    kind = GGMLQuantizationType[scheme]
+    size, nbytes = GGML_QUANT_SIZES[kind]
+    columns = rows.shape[1] // nbytes * size
+    values = torch.empty(rows.shape[0], columns, dtype=dtype, device=rows.device)
+    step = max(1, 8 * CHUNK // columns)
+    for part, target in zip(rows.split(step), values.split(step), strict=True):
+        blocks = part.reshape(-1, nbytes)
+        target.copy_(dequantize_functions[kind](blocks, size, nbytes, torch.float32).view(target.shape))
+    return values
 
 
 def check(name: str, pieces: Tensors, where: Piece) -> None:
     """Raise `CheckpointError` where a tensor or its scales hold NaN or Inf, or a scale is 0 or negative."""
+    if ends := GGUF_SCALES.get(where.info.dtype):  # of each block, in float16
+        nbytes = int(GGUF_BITS[where.info.dtype] * (32 if "_K" in where.info.dtype else 4))
+        pieces = {"": pieces[""].reshape(-1, nbytes)[:, slice(*ends)].contiguous().view(torch.float16)}
     for suffix, tensor in pieces.items():
         if tensor.dtype == torch.float8_e4m3fn and bool((tensor.view(torch.uint8) & 127 == 127).any()):
             raise CheckpointError("weights that are not finite", where.file, why=f"NaN in {name}")
         if not tensor.is_floating_point() or tensor.dtype == torch.float8_e4m3fn or not tensor.numel():
             continue
-        low, high = (float(end.float()) for end in tensor.aminmax())  # NaN wins both; far faster than isfinite
+        wide = tensor.half() if tensor.dtype == torch.float8_e5m2 else tensor
+        low, high = (float(end.float()) for end in wide.aminmax())  # NaN wins both; far faster than isfinite
         if not math.isfinite(low) or not math.isfinite(high):
             raise CheckpointError("weights that are not finite", where.file, why=f"NaN or Inf in {name}{suffix}")
         if suffix == "_scale" and low <= 0:

@@ -1,7 +1,7 @@
-"""Linear layers over packed weights: NF4Linear, FP8Linear, Int8Linear.
+"""Linear layers over packed weights: NF4Linear, FP8Linear, Int8Linear, GGUFLinear.
 
 A layer may be several weights one below the other (q, k and v). fp8 and int8 multiply in their own arithmetic,
-activations quantized row by row, where the device can; else, and for NF4 always, the weight is dequantized first.
+activations quantized row by row, where the device can; else, and for NF4 and GGUF always, the weight is unpacked first.
 Shapes: weight (N, K), input (..., K), output (..., N). It alone imports torch at its top: import it inside functions.
 """
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quant.codecs import LARGEST, SMALLEST_SCALE, stacked
+from quant.codecs import LARGEST, SMALLEST_SCALE, stacked, unblocked
 from quant.nf4 import absmax_of, dequantize, offset_of
-from quant.spec import BLOCK
+from quant.spec import BLOCK, FAMILIES
 
 Parts, Shapes = Sequence[dict[str, Tensor]], Sequence[tuple[int, int]]
 ROWS = 1024  # that are multiplied in int8 at a time: the sums are four bytes wide, twice
@@ -36,21 +36,39 @@ class PackedLinear(nn.Module):
 
 
 class NF4Linear(PackedLinear):
-    """4-bit NormalFloat weights with doubly quantized scales, unpacked by bitsandbytes' own operators."""
+    """4-bit NormalFloat weights, their scales mostly quantized again, unpacked by bitsandbytes' own operators."""
 
     def __init__(self, parts: Parts, shapes: Shapes, bias: Tensor | None) -> None:
         super().__init__(shapes, bias)
-        for name, suffix in (("weight", ""), ("absmax", ".absmax"), ("nested_absmax", ".nested_absmax")):
+        self.doubly = ".nested_absmax" in parts[0]
+        for name in ("weight", "absmax", "nested_absmax")[: 3 if self.doubly else 2]:
+            suffix = f".{name}".removesuffix(".weight")
             self.register_buffer(name, stacked([part[suffix].view(-1) for part in parts]))
+        if not self.doubly:
+            return
         self.register_buffer("nested_quant_map", parts[0][".nested_quant_map"])
         self.register_buffer("offset", torch.tensor([offset_of(p) for p in parts], device=self.absmax.device))
         self.blocks = [part[".absmax"].numel() for part in parts]
         self.nested = [part[".nested_absmax"].numel() for part in parts]
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        scales = zip(self.absmax.split(self.blocks), self.nested_absmax.split(self.nested), self.offset, strict=True)
-        absmax = stacked([absmax_of(part, nested, self.nested_quant_map, at) for part, nested, at in scales])
+        absmax = self.absmax
+        if self.doubly:
+            scales = zip(absmax.split(self.blocks), self.nested_absmax.split(self.nested), self.offset, strict=True)
+            absmax = stacked([absmax_of(part, nested, self.nested_quant_map, at) for part, nested, at in scales])
         return dequantize(self.weight, absmax, (self.out_features, self.in_features), dtype)
+
+
+class GGUFLinear(PackedLinear):
+    """Weights in GGUF's blocks: rows of bytes (N, B), unpacked by diffusers' functions."""
+
+    def __init__(self, scheme: str, parts: Parts, shapes: Shapes, bias: Tensor | None) -> None:
+        super().__init__(shapes, bias)
+        self.scheme = scheme
+        self.register_buffer("weight", stacked([part[""] for part in parts]))
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return unblocked(self.weight, self.scheme, dtype)
 
 
 class RowLinear(PackedLinear):
@@ -58,7 +76,8 @@ class RowLinear(PackedLinear):
 
     def __init__(self, parts: Parts, shapes: Shapes, bias: Tensor | None, arithmetic: bool) -> None:
         super().__init__(shapes, bias)
-        scales = [part["_scale"].float().view(-1).expand(rows) for part, (rows, _) in zip(parts, shapes, strict=True)]
+        scales = [part.get("_scale", part[""].new_ones(1, dtype=torch.float32)).float().view(-1) for part in parts]
+        scales = [scale.expand(rows) for scale, (rows, _) in zip(scales, shapes, strict=True)]
         self.register_buffer("weight", stacked([part[""] for part in parts]))
         self.register_buffer("weight_scale", stacked(scales).contiguous())
         self.arithmetic = arithmetic and not (self.in_features % ALIGNED or self.out_features % ALIGNED)
@@ -106,14 +125,16 @@ class Int8Linear(RowLinear):
 
 def make_linear(scheme: str, parts: Parts, shapes: Shapes, bias: Tensor | None, *, arithmetic: bool) -> PackedLinear:
     """A layer of one or more packed weights of the same width; `arithmetic` allows the scheme's own products."""
-    if scheme == "nf4":
+    if FAMILIES[scheme] == "nf4":
         return NF4Linear(parts, shapes, bias)
+    if FAMILIES[scheme] == "gguf":
+        return GGUFLinear(scheme, parts, shapes, bias)
     return (FP8Linear if scheme == "fp8" else Int8Linear)(parts, shapes, bias, arithmetic)
 
 
 def fits_together(scheme: str, shapes: Shapes) -> bool:
     """Whether weights of these shapes can be one layer: NF4's blocks must not cross from one to the next."""
-    return scheme != "nf4" or all(rows * columns % BLOCK == 0 for rows, columns in shapes)
+    return FAMILIES.get(scheme) != "nf4" or all(rows * columns % BLOCK == 0 for rows, columns in shapes)
 
 
 def path_of(scheme: str, device: str) -> str:

@@ -60,15 +60,17 @@ def encode(weight: Tensor, *, search: bool) -> Tensors:
 
 def decode(pieces: Tensors, shape: Sequence[int], dtype: "torch.dtype") -> Tensor:
     """Return the weight (N, K) that `pieces` store. Raises ValueError for pieces not of this size, or another dtype."""
-    blocks = ceil(prod(shape) / BLOCK)
-    sizes = ("", ceil(prod(shape) / 2)), (".absmax", blocks), (".nested_absmax", ceil(blocks / NESTED_BLOCK))
+    blocks, nested = ceil(prod(shape) / BLOCK), pieces.get(".nested_absmax")  # None: scales in float32
+    sizes = [("", ceil(prod(shape) / 2)), (".absmax", blocks)]
+    sizes += [] if nested is None else [(".nested_absmax", ceil(blocks / NESTED_BLOCK))]
     for suffix, size in sizes:  # kernels read past the end of what is too short, and leave float64 unwritten
         if pieces[suffix].numel() != size:
             raise ValueError(f"{suffix or 'packed'} has {pieces[suffix].numel()} elements, not {size}")
     if str(dtype).removeprefix("torch.") not in READABLE:
         raise ValueError(f"{dtype} is not one of {', '.join(READABLE)}")
-    nested = pieces[".nested_absmax"]
-    absmax = absmax_of(pieces[".absmax"], nested, pieces[".nested_quant_map"], nested.new_tensor(offset_of(pieces)))
+    absmax = pieces[".absmax"]
+    if nested is not None:
+        absmax = absmax_of(absmax, nested, pieces[".nested_quant_map"], nested.new_tensor(offset_of(pieces)))
     return dequantize(pieces[""], absmax, shape, dtype)
 
 

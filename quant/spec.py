@@ -11,10 +11,12 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 
 from quant.errors import SpecError
-from quant.header import TensorInfo
+from quant.header import GGUF_BITS, TensorInfo
 
 POLICY = 1  # of which tensors stay in 16 bit; raised when the rules below change
 SCHEMES = ("nf4", "fp8", "int8")
+NF4_ONCE = "nf4_once"  # NF4 with float32 scales
+FAMILIES = {**{to: to for to in SCHEMES}, NF4_ONCE: "nf4", **dict.fromkeys(GGUF_BITS, "gguf")}  # by scheme, for people
 TEXT_ENCODER = {"nf4": "nf4"}  # T5's scheme where none is asked for; kept with others
 BLOCK, NESTED_BLOCK, STATE_BYTES = 64, 256, 256
 STATE = ".quant_state.bitsandbytes__nf4"
@@ -69,6 +71,12 @@ class QuantSpec:
                 raise SpecError("--keep matches nothing", pattern, hint="--dry-run --json lists the tensors")
 
 
+def scheme_in_memory(component: str, name: str, scheme: str) -> str:
+    """The scheme that a stored weight keeps in memory; "" where its module is none of ours and takes values."""
+    stays = component == "transformer" or re.fullmatch(PACKABLE.get(component, "-"), name)
+    return scheme if stays else ""
+
+
 def is_modulation(name: str) -> bool:
     """Whether a transformer key only makes adaLN modulation: no forward over the picture reads it."""
     return MODULATION.fullmatch(name) is not None
@@ -83,5 +91,7 @@ def layout(scheme: str, tensor: TensorInfo) -> tuple[TensorInfo, ...]:
         "nf4": [("", "U8", (codes, 1)), (".absmax", "U8", (blocks,)),
                 (".nested_absmax", "F32", (-(-blocks // NESTED_BLOCK),)), (".nested_quant_map", "F32", (256,)),
                 (".quant_map", "F32", (16,)), (STATE, "U8", (STATE_BYTES,))],
+        NF4_ONCE: [("", "U8", (codes, 1)), (".absmax", "F32", (blocks,)), (".quant_map", "F32", (16,)),
+                   (STATE, "U8", (STATE_BYTES,))],
     }.get(scheme, [("", tensor.dtype, tensor.shape)])  # fmt: skip
     return tuple(TensorInfo(tensor.name + suffix, dtype, shape) for suffix, dtype, shape in stored)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
+import bitsandbytes  # noqa: F401 - now: what it logs while it is imported holds the frames, and tensors, of a run
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,6 +20,7 @@ from fluxcli.residency import MemoryPlan
 from quant import codecs, linear
 from quant.checkpoint import Checkpoint, Component
 from quant.codecs import Reader
+from quant.header import GGUF_BITS
 from quant.spec import SCHEMES, QuantSpec, layout
 from quant.weights import Piece, Weight
 from tests.counter import CARD, Counter
@@ -62,12 +64,30 @@ def packed(checkpoint: Checkpoint, spec: QuantSpec) -> Checkpoint:
     return replace(checkpoint, components=parts)
 
 
+def blocked(checkpoint: Checkpoint, kind: str) -> Checkpoint:
+    """The same model with its transformer in GGUF's blocks of one kind, as published files have it."""
+    part, weights = checkpoint.components["transformer"], {}
+    for key, weight in part.weights.items():
+        packs = len(weight.shape) == 2 and weight.numel > 1 << 20
+        info = replace(weight.info, dtype=kind) if packs else weight.info
+        weights[key] = Weight(key, weight.shape, kind if packs else "", {"": Piece(weight.pieces[""].file, info)})
+    return replace(checkpoint, components=checkpoint.components | {part.name: replace(part, weights=weights)})
+
+
+def _stored(piece: Piece) -> torch.Tensor:
+    if piece.info.dtype not in GGUF_BITS:
+        return torch.empty(piece.shape, dtype=DTYPES[piece.info.dtype])
+    return torch.empty(piece.shape[0], piece.nbytes // piece.shape[0], dtype=torch.uint8)
+
+
 @contextlib.contextmanager
 def full_size(monkeypatch: pytest.MonkeyPatch, *, arithmetic: bool = True) -> Iterator[Checkpoint]:
     """The full-size model by its shapes, and engines that compute nothing: only what needs numbers is left out."""
-    monkeypatch.setattr(Reader, "weight", lambda _, weight: {
-        suffix: torch.empty(piece.shape, dtype=DTYPES[piece.info.dtype]) for suffix, piece in weight.pieces.items()
-    })  # fmt: skip
+    monkeypatch.setattr(
+        Reader, "weight", lambda _, weight: {suffix: _stored(piece) for suffix, piece in weight.pieces.items()}
+    )
+    made = torch.tensor  # of FakeTensors it knows no card
+    monkeypatch.setattr(torch, "tensor", lambda values, device=None, **options: made(values, **options).to(device))
     for module in (codecs, loader.codecs):
         monkeypatch.setattr(module, "check", lambda *_: None)
     monkeypatch.setattr(linear, "offset_of", lambda _: 0.0)

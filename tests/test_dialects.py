@@ -8,11 +8,12 @@ from safetensors.torch import load_file, save_file
 
 from fluxcli import classes, loader
 from quant import codecs
-from quant.checkpoint import Component, inspect_file
+from quant.checkpoint import Component
 from quant.codecs import Reader
 from quant.errors import CheckpointError, SpecError
 from quant.header import TensorInfo, read_header
 from quant.recipe import Recipe, make_file_recipe
+from quant.single import transformer_in as inspect_file
 from quant.spec import QuantSpec
 from quant.weights import Piece, Weight
 from tests.bakes import bake_all
@@ -188,7 +189,7 @@ DEFECTS = {
     "no img_in": (lambda t: t.pop("img_in.weight"), "img_in.weight is missing"),
     "no vector_in": (lambda t: t.pop("vector_in.in_layer.weight"), "vector_in.in_layer.weight is missing"),
     "no first block": (lambda t: t.pop(NORM), "query_norm.scale is missing"),
-    "other heads": (lambda t: t.update({NORM: torch.ones(64)}), "128 wide"),
+    "other heads": (lambda t: t.update({NORM: torch.ones(24)}), "24 wide"),
     "too few rows": (lambda t: t.update({QKV: t[QKV][:-1].clone()}), "has 383 rows"),
     "too many rows": (lambda t: t.update({QKV: torch.ones(512, 128)}), "has 512 rows"),
     "flat": (lambda t: t.update({QKV: torch.ones(384)}), "has 384 rows"),
@@ -221,8 +222,8 @@ OTHER_MODELS = {
     "Stable Diffusion": ["cond_stage_model.transformer.x", "model.diffusion_model.middle_block.0.x"],
     "a LoRA": ["lora_unet_double_blocks_0_img_attn_proj.lora_down.weight"],
     "LoRA": ["double_blocks.0.img_attn.proj.lora_A.weight", "double_blocks.0.img_attn.proj.lora_B.weight"],
-    "a CLIP text encoder": ["text_model.encoder.layers.0.mlp.fc1.weight"],
-    "a T5 text encoder": ["encoder.block.0.layer.0.SelfAttention.q.weight", "shared.weight"],
+    "it has text_encoder": ["text_model.encoder.layers.0.mlp.fc1.weight"],
+    "it has text_encoder_2": ["encoder.block.0.layer.0.SelfAttention.q.weight", "shared.weight"],
     "a VAE": ["decoder.up.0.block.0.conv1.weight"],
     "its first key is something": ["something.else"],
 }

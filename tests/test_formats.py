@@ -17,10 +17,11 @@ from fluxcli.loader import read_tensors
 from fluxcli.placement import load_component
 from quant import checkpoint
 from quant.bake import bake
-from quant.checkpoint import KEEP_FILE, Component, inspect, inspect_file
+from quant.checkpoint import KEEP_FILE, Component, inspect
 from quant.header import TensorInfo
 from quant.linear import NF4Linear, PackedLinear, RowLinear
 from quant.recipe import make_file_recipe, make_recipe
+from quant.single import transformer_in as inspect_file
 from quant.spec import STATE, QuantSpec
 from quant.weights import Piece, Weight
 from tests.helpers import BAKED

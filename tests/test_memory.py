@@ -16,7 +16,7 @@ from quant.checkpoint import Checkpoint, inspect
 from quant.spec import QuantSpec
 from tests.counter import Counter
 from tests.helpers import BAKED, machine, tiny
-from tests.simulate import follow, full_size, on_card, packed
+from tests.simulate import blocked, follow, full_size, on_card, packed
 
 MIB = 2**20
 BAKES = {"nf4": QuantSpec("nf4", "nf4"), "fp8": QuantSpec("fp8"), "int8": QuantSpec("int8")}
@@ -33,14 +33,17 @@ COMBINATIONS = [  # card, request
     ("6GiB:sm89", {"precision": "nf4", "image_size": 1536}),
     ("6GiB:sm89", {"precision": "nf4", "offload": "sequential"}),
     ("12GiB:sm86", {"precision": "int8"}),
+    ("8GiB:sm89", {"gguf": "Q8_0", "image_size": 512}),
 ]
 
 
 def planned_and_counted(card: str, wanted: dict, monkeypatch: pytest.MonkeyPatch) -> tuple[MemoryPlan, Counter]:
     """The plan of a request on a card, and the counter after two pictures of it."""
     with full_size(monkeypatch) as dev:
+        kind, wanted = wanted.get("gguf"), {key: value for key, value in wanted.items() if key != "gguf"}
         request = GenerationRequest("x", steps=2, seed=1, **wanted)
         folders = [packed(dev, BAKES[request.precision])] if request.precision in BAKES else [dev]
+        folders = [blocked(dev, kind)] if kind else folders
         here = hardware.card(card)
         checkpoint, made = make_plan(request, folders, here)
         counter, engine = Counter(), on_card(checkpoint, made, here)

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from fluxcli import hardware, models, presets
 from fluxcli.errors import ExitCode
-from quant.checkpoint import KEEP_FILE, MANIFEST, inspect, inspect_file
+from quant.checkpoint import KEEP_FILE, MANIFEST, inspect
+from quant.single import transformer_in as inspect_file
 from quant.spec import SCHEMES
 from tests.conftest import ROOT
 from tests.invariant import assert_failed, call, files

@@ -16,7 +16,7 @@ import typer
 
 import fluxcli
 from fluxcli import console, hardware
-from fluxcli.cli import generate, info, quantize
+from fluxcli.cli import generate, info, models, quantize
 from fluxcli.errors import ExitCode, OutputError, Terminated, exit_code_of
 from fluxcli.events import Failed, to_json
 from quant.errors import ExplainedError
@@ -33,7 +33,7 @@ app.command("quantize")(quantize.quantize)
 app.command("doctor")(info.doctor_command)
 app.command("presets")(info.presets_command)
 app.command("inspect")(info.inspect_command)
-app.add_typer(info.models_app, name="models")
+app.add_typer(models.models_app, name="models")
 
 
 def _print_version(wanted: bool) -> None:
@@ -131,7 +131,7 @@ def _quieten_libraries(debug: bool) -> None:
     """Library chatter goes nowhere; no library runs a model's own code."""
     settings = {"DIFFUSERS_DISABLE_REMOTE_CODE": "true", "TOKENIZERS_PARALLELISM": "false"}
     if not debug:
-        settings |= {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
+        settings |= {f"{name}_VERBOSITY": "error" for name in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB")}
         warnings.simplefilter("ignore")
         logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     for name, value in settings.items():

@@ -17,7 +17,7 @@ from fluxcli.events import Done, Notice, Saved, to_json
 from fluxcli.plan import check_guidance, learned_key, make_plan, suggestion
 from fluxcli.request import GenerationRequest, coerce, flag, from_settings
 from fluxcli.residency import GIB, MemoryPlan
-from quant.checkpoint import Checkpoint, inspect
+from quant.checkpoint import Checkpoint
 from quant.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -90,8 +90,9 @@ def decode(
 def settled(prompt: str, values: dict, given: dict) -> GenerationRequest:
     """The request of merged settings: a file name decides the format, a model folder is stored absolute."""
     decided = output.format_of(values["output"], given=given.get("format") and values["format"])
-    folder = None if values["model"].startswith("bundled/") else models.folder_of(values["model"])
-    settled = {"format": decided or values["format"], "model": str(folder) if folder else values["model"]}
+    settled = {"format": decided or values["format"], "model": models.absolute(values["model"])}
+    settled |= {"vae": values["vae"] and models.absolute(values["vae"])}
+    settled |= {"text_encoders": tuple(map(models.absolute, values["text_encoders"]))}
     return from_settings(prompt, values | settled)
 
 
@@ -227,7 +228,7 @@ def checkpoints_of(request: GenerationRequest) -> list[Checkpoint]:
     found, folders = [], models.folders(request.model)
     for folder in folders:
         try:
-            found.append(inspect(folder))
+            found.append(models.assembled(folder, request, presets.bases_of(request.preset, config_folder())))
         except CheckpointError as error:
             if folder == folders[-1] and not found:
                 raise

@@ -1,7 +1,7 @@
-"""Commands that say what there is or would be: `flux plan`, `presets`, `doctor`, `inspect` and `models`."""
+"""Commands that say what there is or would be: `flux plan`, `presets`, `doctor` and `inspect`."""
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -14,14 +14,12 @@ from fluxcli.errors import DoesNotFit, ExitCode, UsageError, WeightsUnavailable
 from fluxcli.plan import Rung, check_guidance, chosen_of, suggestion, survey
 from fluxcli.request import GenerationRequest, coerce
 from fluxcli.residency import GIB, PHASES
-from quant.checkpoint import COMPONENTS, TOKENIZERS, Checkpoint, Component, inspect, inspect_component, inspect_file
-from quant.config import CLASSES, read_json
-from quant.dialects import is_bfl, kind_of
+from quant.checkpoint import COMPONENTS, TOKENIZERS, Checkpoint, Component, inspect, inspect_component
 from quant.errors import CheckpointError
 from quant.header import read_header
+from quant.single import FOREIGN, inspect_file, part_of
 
-WEIGHTS = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".sft")
-models_app = typer.Typer(help="Get the weights of a model.", no_args_is_help=True)
+PUBLISHED = "black-forest-labs/FLUX.1-dev"  # whose sizes encoders and VAEs without config are compared with
 
 
 @with_request_options
@@ -141,21 +139,11 @@ def doctor_command(
     return ExitCode.DEVICE if any(check.verdict == "bad" for check in checks) else ExitCode.OK
 
 
-@models_app.command()
-def download(name: Annotated[str, typer.Argument(help="A preset's name or a hub id.", show_default=False)]) -> None:
-    """Download a model's weights into the hub's cache: 34 GB for dev."""
-    model = presets.model_of(name, config_folder())
-    bundled = model.startswith("bundled/")
-    if bundled:
-        console.say(f"{name} comes with flux, there is nothing to download")
-    console.data(str(models.locate(model) if bundled else models.download(model, say=console.say)))
-
-
 def inspect_command(
     path: Annotated[Path, typer.Argument(help="A picture, a .safetensors file or a model folder.", show_default=False)],
 ) -> int:
     """Say what a file is, as JSON: how a picture was made, or what weights hold and still need (exit 4: unusable)."""
-    weights = path.is_dir() or path.suffix.lower() in WEIGHTS
+    weights = path.is_dir() or path.suffix.lower() in models.MODEL_FILES
     if weights:
         described = _folder(path) if path.is_dir() else _file(path)
     else:
@@ -169,12 +157,12 @@ def inspect_command(
 def _folder(path: Path) -> dict:
     """What each part of a model folder (or the folder of one part) is."""
     whole = (path / "model_index.json").is_file()
-    parts = {name: path / name for name in COMPONENTS if (path / name).is_dir()} if whole else {_part_of(path): path}
+    parts = {name: path / name for name in COMPONENTS if (path / name).is_dir()} if whole else {part_of(path): path}
     missing = [name for name in (*COMPONENTS, *TOKENIZERS, "scheduler") if whole and not (path / name).is_dir()]
     components, problems = {}, [f"{name} is missing" for name in missing]
     for name, folder in parts.items():
         try:
-            components[name] = _component(inspect_component(name, folder), "diffusers", problems)
+            components[name] = _component(inspect_component(name, folder), problems)
         except CheckpointError as error:
             problems.append(f"{name}: {error}")
     if whole and not problems:
@@ -186,29 +174,27 @@ def _folder(path: Path) -> dict:
     return {"path": str(path), "kind": kind, "components": components, "needs": needs, "problems": problems}
 
 
-def _part_of(folder: Path) -> str:
-    config = read_json(folder / "config.json", "neither a model folder nor a part of one")
-    named = [config.get("_class_name"), config.get("architectures")]
-    found = [name for name in COMPONENTS if CLASSES[name] in named or [CLASSES[name]] in named]
-    if not found:
-        raise CheckpointError("not a part of FLUX.1", which=folder, why=f"it names {named[0] or named[1]!r:.60}")
-    return found[0]
-
-
 def _file(path: Path) -> dict:
-    """What a single file is; one that is no FLUX transformer is named and counted."""
+    """What a single file is; one that holds nothing of FLUX.1 is named and counted."""
     infos, problems = read_header(path), []
-    if is_bfl(infos):
-        kind, part = "transformer", _component(inspect_file(path), "bfl", problems)
-        needs = ["text_encoder", "text_encoder_2", "vae", "tokenizers: a model folder has them"]
-    else:
+    try:
+        parts = inspect_file(path)
+    except CheckpointError as error:
+        if error.what != FOREIGN:
+            raise
         numel, largest = sum(info.numel for info in infos.values()), max(infos.values(), key=lambda info: info.numel)
         part = {"precision": largest.dtype, "tensors": len(infos), "parameters": numel, "truncated": False}
-        kind, needs = kind_of(infos), ["the folder that it belongs to, with its config.json"]
-    return {"path": str(path), "kind": kind, **part, "needs": needs, "problems": problems}
+        needs = ["the folder that it belongs to, with its config.json"]
+        return {"path": str(path), "kind": error.why, **part, "needs": needs, "problems": problems}
+    known = models.known_shapes(PUBLISHED).components
+    described = {n: _component(replace(p, config=p.config or known[n].config), problems) for n, p in parts.items()}
+    needs = [name for name in COMPONENTS if name not in parts] + ["tokenizers: a model folder has them"]
+    one = len(parts) == 1
+    kind, shown = (*parts, *described.values()) if one else ("several parts", {"components": described})
+    return {"path": str(path), "kind": kind, **shown, "needs": needs, "problems": problems}
 
 
-def _component(part: Component, dialect: str, problems: list[str]) -> dict:
+def _component(part: Component, problems: list[str]) -> dict:
     from fluxcli.loader import matching
 
     matched, expected = matching(part)
@@ -216,6 +202,6 @@ def _component(part: Component, dialect: str, problems: list[str]) -> dict:
         problems.append(f"{part.name}: only {matched} of its {expected} tensors are there")
     largest = max(part.weights.values(), key=lambda weight: weight.numel)
     return {
-        "dialect": dialect, "precision": part.precision or largest.info.dtype, "parameters": part.numel,
+        "dialect": part.dialect, "precision": part.precision or largest.info.dtype, "parameters": part.numel,
         "bytes": part.nbytes, "tensors": len(part.weights), "loads": f"{matched} of {expected}", "truncated": False,
     }  # fmt: skip

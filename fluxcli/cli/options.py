@@ -20,7 +20,10 @@ def _option(kind: type, *names: str, text: str) -> object:
 
 REQUEST_OPTIONS: dict[str, object] = {
     "preset": _option(str, "-p", "--preset", text="Named settings, see flux presets; default dev."),
-    "model": _option(str, "-m", "--model", text="Model folder or hub id; default: the preset's."),
+    "model": _option(str, "-m", "--model", text="Model folder, file or hub id; default: the preset's."),
+    "text_encoders": _option(list[str], "--text-encoders", text="Folder or file (CLIP, T5) for a model in one file."),
+    "vae": _option(str, "--vae", text="Folder or file of the VAE for a model in one file."),
+    "lora": _option(list[str], "--lora", text="PATH[:SCALE] or REPO[:FILE][:SCALE]; repeatable; none drops presets'."),
     "aspect_ratio": _option(str, "--ar", text=f"W:H, e.g. {' '.join(ASPECT_RATIOS)}."),
     "image_size": _option(int, "--size", text="Longest side in pixels, a multiple of 16."),
     "width": _option(int, "--width", text="Pixels; with --height, instead of --ar and --size."),
@@ -65,7 +68,7 @@ def with_request_options(command: Callable) -> Callable:
 
 def given_settings(options: dict) -> dict:
     """What the command line said of the request, by field name."""
-    settings = {k: v for k, v in options.items() if k in KEYS and v is not None}
+    settings = {k: v for k, v in options.items() if k in KEYS and v not in (None, [], ())}
     return settings | ({"metadata": False} if options["no_metadata"] else {})
 
 

@@ -16,9 +16,10 @@ from fluxcli.cli.generate import check_torch
 from fluxcli.cli.options import config_folder
 from fluxcli.errors import ExitCode, UsageError, WeightsUnavailable
 from fluxcli.request import coerce
-from quant.checkpoint import MANIFEST, Checkpoint, Component, inspect, inspect_file
+from quant.checkpoint import MANIFEST, Checkpoint, Component, inspect
 from quant.errors import WriteError
 from quant.recipe import LAYOUTS, Recipe, make_file_recipe, make_recipe
+from quant.single import transformer_in
 from quant.spec import TEXT_ENCODER, QuantSpec, is_modulation
 
 GB = 1e9
@@ -76,7 +77,9 @@ def _find(source: str, *, whole: bool) -> tuple[str, Checkpoint | Component, Pat
     """(the model's name, the folder's parts or the transformer alone, where it lies)."""
     model = presets.model_of(source, config_folder())
     if os.path.isfile(model):
-        transformer, path = inspect_file(Path(model)), Path(model).resolve()
+        if model.endswith(".gguf"):
+            raise UsageError("GGUF is no source", which=model, hint="quantize the 16-bit model")
+        transformer, path = transformer_in(Path(model)), Path(model).resolve()
         return str(path), _with_parts_of_preset(transformer) if whole else transformer, path
     folder = models.locate(model)
     checkpoint, name = inspect(folder), str(folder) if models.folder_of(model) else model
