@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fluxcli.lora import adapters_of
 from fluxcli.request import GenerationRequest
 from quant.checkpoint import Checkpoint, Component
 from quant.spec import QuantSpec, is_modulation, layout, scheme_in_memory
@@ -145,6 +146,9 @@ def cost_of(
     parts, (width, height), tokens = checkpoint.components, request.size, request.text_tokens
     t5, transformer, wide = parts["text_encoder_2"], parts["transformer"], DTYPE_BYTES[dtypes["transformer"]]
     of = {name: part_bytes(part, dtypes[name], spec) for name, part in parts.items() if name != "transformer"}
+    adapters = adapters_of(request.lora, parts)
+    held = {name: sum(each.numel(name) for each in adapters) * DTYPE_BYTES[dtypes[name]] for name in parts}
+    of = {name: size + held[name] for name, size in of.items()}
     t5_blocks = [part_bytes(t5, dtypes[t5.name], spec, f"{block}.") for block in t5_block_names(t5)]
     modulation = {name: weight for name, weight in transformer.weights.items() if is_modulation(name)}
     numels = [weight.numel for weight in modulation.values()]
@@ -159,7 +163,7 @@ def cost_of(
     joined = 2 * 3 * DTYPE_BYTES[dtypes["vae"]] * width * height  # the tiles that are done, and the whole picture
     return Cost(
         request, of["text_encoder"], of[t5.name], t5.numel, max(t5_blocks, default=0), of[t5.name] - sum(t5_blocks),
-        blocks, rest, sum(numels) * wide, max(numels, default=0) * wide, sum(numels),
+        blocks, rest + held["transformer"], sum(numels) * wide, max(numels, default=0) * wide, sum(numels),
         UNBLOCKING_BYTES * (transformer.precision == "gguf"), of["vae"],
         sum(part.nbytes for part in parts.values()), inner,
         encode=int((scores + unpacked) * DTYPE_BYTES[dtypes[t5.name]]) + UNBLOCKING_BYTES * (t5.precision == "gguf"),

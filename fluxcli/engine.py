@@ -15,7 +15,8 @@ from dataclasses import replace
 from importlib.metadata import version
 
 import fluxcli
-from fluxcli import classes, costs, hardware, image, modulation, output, residency, sampling
+from fluxcli import classes, costs, hardware, image, lora, modulation, output, residency, sampling
+from fluxcli.adapters import attach
 from fluxcli.errors import DoesNotFit, NotFinite
 from fluxcli.events import Event, GeneratedImage, Notice, Phase, Saved, Step
 from fluxcli.latents import Latents
@@ -25,6 +26,7 @@ from fluxcli.request import GenerationRequest
 from fluxcli.residency import GIB, MemoryPlan
 from quant.checkpoint import Checkpoint, Component
 from quant.lazy import Tensor, Tensors, nn, np, torch
+from quant.lora import Adapter
 from quant.spec import FAMILIES, is_modulation
 
 
@@ -40,10 +42,11 @@ class Engine:
         self.measured: dict[str, int] = {}  # peaks by "phase level", of phases that ended or ran out of memory
         self._models: dict[str, nn.Module] = {}
         self._row: modulation.ModulationRow | None = None
-        self._prompt: tuple[str, int] | None = None  # whose embeddings are kept: the text and its T5 length
+        self._prompt: tuple | None = None  # whose embeddings are kept: the text, its T5 length, adapters
         self._embeddings: tuple[Tensor, Tensor] | None = None  # pooled (1, P), sequence (1, T, C)
         self._tables: dict[modulation.Condition, Tensor] = {}
         self._modulation: Tensors = {}  # the weights, where the plan keeps them
+        self._adapters: tuple[tuple[str, ...], tuple[Adapter, ...]] = (), ()  # as asked for, and what that is
         hardware.cap(plan.device, plan.budget_bytes)
 
     def run(
@@ -61,6 +64,10 @@ class Engine:
         self, request: GenerationRequest, *, image: int = 1, images: int = 1, resume: Latents | None = None
     ) -> "Generator[Event, None, np.ndarray]":
         """Yield the events of one picture, or of what `resume` has left of it; returns its pixels (H, W, 3) uint8."""
+        if self._adapters[0] != request.lora:
+            self._adapters = request.lora, lora.adapters_of(request.lora, self.checkpoint.components)
+            for said in lora.warnings(self._adapters[1]):
+                yield Notice(said)
         self.latents = resume or Latents(
             request,
             sampling.noise(request.seed, request.size, dtype=self._dtype("transformer")),
@@ -81,7 +88,7 @@ class Engine:
         """The phase's result; where memory runs out, by the plan's next rung. Raises `DoesNotFit` after the last."""
         while True:
             level, failed = self.plan.residency.level(phase), ""
-            known = phase == "encode" and self._prompt == (request.prompt, request.text_tokens)
+            known = phase == "encode" and self._prompt == self._text(request)
             hardware.reset_peak(self.plan.device)
             try:
                 result = yield from attempt(request, *arguments)
@@ -129,13 +136,17 @@ class Engine:
             sampling.set_timesteps(scheduler, request.steps, math.prod(request.size) // 256)
         return scheduler
 
+    def _text(self, request: GenerationRequest) -> tuple:
+        """What the embeddings depend on."""
+        return request.prompt, request.text_tokens, self._acting("text_encoder"), self._acting("text_encoder_2")
+
     def _encode(self, request: GenerationRequest) -> Generator[Event, None, tuple[Tensor, Tensor]]:
         """Pooled (1, P) and sequence (1, T, C) embeddings of the prompt; the last prompt's are kept."""
-        key = (request.prompt, request.text_tokens)
+        key = self._text(request)
         if self._prompt == key:
             return self._embeddings
         yield Phase("load", "tokenizers")
-        clip_ids, t5_ids, lost = sampling.tokenize(self.checkpoint.folder, *key)
+        clip_ids, t5_ids, lost = sampling.tokenize(self.checkpoint.folder, *key[:2])
         if lost:
             yield Notice(f"the prompt is longer than {request.text_tokens} T5 tokens; lost: {lost!r}")
         clip = yield from self._load("text_encoder")
@@ -152,7 +163,7 @@ class Engine:
 
     def _condition(self, request: GenerationRequest, pooled: Tensor) -> Generator[Event, None, Tensor]:
         """The run's modulation table (steps, sum of outputs); the last run's is kept."""
-        options = {"weights": self.checkpoint.fingerprint, "guidance": request.guidance}
+        options = {"weights": self.checkpoint.fingerprint, "guidance": request.guidance, "adapters": self._adapters[1]}
         wanted = modulation.condition(pooled, timesteps=self._scheduler(request).timesteps, **options)
         if wanted not in self._tables:
             self._make_room("transformer")
@@ -181,7 +192,22 @@ class Engine:
             if is_main and self.plan.spec:
                 taken, to = time.perf_counter() - since, self.plan.precision
                 yield Notice(f"packed to {to} in {taken:.1f} s while loading: flux quantize ... --to {to} saves that")
+        self._adapt(name)
         return self._models[name]
+
+    def _acting(self, name: str) -> tuple[Adapter, ...]:
+        """The adapters that change a component."""
+        return tuple(adapter for adapter in self._adapters[1] if adapter.numel(name))
+
+    def _adapt(self, name: str) -> None:
+        """Attach the component's adapters instead of those of another request; its own tensors stay as they are."""
+        model, wanted = self._models[name], self._acting(name)
+        attached, handles = getattr(model, "adapters", ((), ()))
+        if attached != wanted:
+            for handle in handles:
+                handle.remove()
+            options = {"dtype": self._dtype(name), "device": self.plan.device}
+            model.adapters = wanted, attach(model, wanted, name, **options)
 
     def _passing(self, name: str, component: Component) -> list[str]:
         """The component's blocks that pass through the device instead of staying on it."""
@@ -262,7 +288,8 @@ class Engine:
         compute = {"device": plan.device.partition(":")[0], "precision": plan.precision, "multiply": self.multiply}
         compute |= {"dtypes": plan.dtypes, "tiled": plan.residency.decode == "tiled"}
         model = {"name": request.model, "fingerprint": self.checkpoint.fingerprint}
-        found = {"request": described, "size": list(request.size), "model": model, "compute": compute}
+        adapters = lora.identities(request.lora, self.checkpoint.components)
+        found = {"request": described, "size": list(request.size), "model": model, "compute": compute, "lora": adapters}
         return found | {"versions": versions()}
 
 

@@ -8,6 +8,7 @@ several over the same input: q, k, v and a single block's MLP.
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 
 from fluxcli import classes
 from quant import codecs
@@ -91,7 +92,9 @@ class Filler:
             parts = [self._packed(weight, scheme) for weight in weights]
             bias = self._dense(layers, "bias") if f"{layers[0]}.bias" in self.weights else None
             shapes = [weight.shape for weight in weights]
-            _set(self.module, layer, make_linear(scheme, parts, shapes, bias, arithmetic=self.arithmetic))
+            made = make_linear(scheme, parts, shapes, bias, arithmetic=self.arithmetic)
+            made._forward_hooks = self.module.get_submodule(layer)._forward_hooks  # adapters, where it is made anew
+            _set(self.module, layer, made)
 
     def _dense(self, layers: Sequence[str], leaf: str) -> Tensor:
         weights = [self.weights[f"{layer}.{leaf}".removeprefix(".")] for layer in layers]
@@ -99,7 +102,7 @@ class Filler:
 
     def _packed(self, weight: Weight, scheme: str) -> Tensors:
         if weight.scheme:
-            return _checked(weight, self.reader, self.device)
+            return self.reader.checked(weight, self.device)
         stored, search = self.reader.weight(weight)[""].to(self.device), self.spec.scales == "search"
         return codecs.encode(stored, scheme, name=weight.name, where=weight.pieces[""], search=search).pieces
 
@@ -109,6 +112,7 @@ class Filler:
         Each row of a product is its own, so the pictures stay the same.
         """
         found: dict[str, tuple[str, ...]] = {}
+        self.module.fused = {}  # the old layers: the new one of each, and its first row there
         for stack, table in FUSED.items():
             for i, block in enumerate(getattr(self.module, stack)):
                 names = {new: tuple(f"{stack}.{i}.{name}" for name in old) for new, old in table.items()}
@@ -121,6 +125,8 @@ class Filler:
                     for owner, _, leaf in (name.rpartition(".") for name in table[new]):
                         delattr(block.get_submodule(owner), leaf)
                     found[f"{stack}.{i}.{new}"] = parts
+                    for part, end, layer in zip(parts, accumulate(x.out_features for x in layers), layers, strict=True):
+                        self.module.fused[part] = f"{stack}.{i}.{new}", end - layer.out_features
                 block.attn.fused_projections = True
                 if "proj_in" in names:
                     block.attn.to_qkv, block.__class__ = nn.Identity(), _single_block()
@@ -169,13 +175,7 @@ def read_tensors(component: Component, names: Iterable[str], *, dtype: "torch.dt
 
 
 def _values(weight: Weight, reader: Reader, dtype: "torch.dtype", device: str) -> Tensor:
-    return codecs.decode(_checked(weight, reader, device), weight.scheme, weight.shape, dtype)
-
-
-def _checked(weight: Weight, reader: Reader, device: str) -> Tensors:
-    pieces = {suffix: tensor.to(device) for suffix, tensor in reader.weight(weight).items()}
-    codecs.check(weight.name, pieces, weight.pieces[""])
-    return pieces
+    return codecs.decode(reader.checked(weight, device), weight.scheme, weight.shape, dtype)
 
 
 def _set(module: "nn.Module", name: str, value: "torch.Tensor") -> None:

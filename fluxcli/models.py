@@ -22,6 +22,7 @@ from quant.weights import Piece, Weight
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILE = re.compile(HUB_ID.pattern + r":[\w./ -]+\.(?:safetensors|gguf)")
 MODEL_FILES = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
+PUBLISHED = "black-forest-labs/FLUX.1-dev"  # whose sizes are those of files that do not say theirs
 KNOWN = re.compile(r"black-forest-labs/FLUX\.1-(dev|schnell|Krea-dev)")
 TRY_TINY = 'or try at once: flux generate "a red circle on a blue background" -p tiny'
 

@@ -9,11 +9,14 @@ of one static row; `select` copies a step's row into it before a forward. No for
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from fluxcli import classes
+from fluxcli.adapters import attach
 from fluxcli.loader import check_keys, read_tensors
 from quant.checkpoint import Component
 from quant.lazy import Tensor, functional, nn, torch
+from quant.lora import Adapter
 from quant.spec import is_modulation
 
 
@@ -26,12 +29,15 @@ class Condition:
     guidance: float | None
     timesteps: tuple[float, ...]  # sigmas x 1000, as the scheduler gives them
     pooled: Tensor = field(compare=False)  # (1, P)
-    adapters: tuple[tuple[str, float], ...] = ()  # (identity, scale) of adapters that touch the modulation
+    adapters: tuple[Adapter, ...] = ()  # those that act on the modulation
 
 
-def condition(pooled: Tensor, *, weights: str, guidance: float | None, timesteps: Tensor) -> Condition:
+def condition(
+    pooled: Tensor, *, weights: str, guidance: float | None, timesteps: Tensor, adapters: Sequence[Adapter] = ()
+) -> Condition:
     """Make the condition of one prompt; `pooled` (1, P) and `timesteps` (S,) in 0 to 1000."""
-    return Condition(weights, digest_of(pooled), guidance, tuple(timesteps.tolist()), pooled)
+    acting = (each for each in adapters if any(part.modulates for part in each.acting("transformer")))
+    return Condition(weights, digest_of(pooled), guidance, tuple(timesteps.tolist()), pooled, tuple(acting))
 
 
 def digest_of(tensor: Tensor) -> str:
@@ -63,8 +69,11 @@ def make_tables(
             pair = keep if keep and names[0] in keep else read_tensors(transformer, names, dtype=at.dtype, device=where)
             if keep is not None:
                 keep |= pair
-            for rows, outputs in zip(activated, parts, strict=True):
-                outputs.append(functional.linear(rows, pair[names[0]], pair[names[1]]))  # (S, 2, 3 or 6 x D)
+            for item, rows, outputs in zip(conditions, activated, parts, strict=True):
+                layer = nn.Module()
+                layer.forward = partial(functional.linear, weight=pair[names[0]], bias=pair[names[1]])
+                attach(layer, item.adapters, "transformer", dtype=at.dtype, device=where, places={name: ("", 0)})
+                outputs.append(layer(rows))  # (S, 2, 3 or 6 x D)
         return {item: torch.cat(outputs, dim=1) for item, outputs in zip(conditions, parts, strict=True)}
 
 
@@ -84,6 +93,8 @@ def _time_text_embedding(transformer: Component, item: Condition) -> Tensor:
     inputs = [steps]
     if item.guidance is not None:
         inputs.append(torch.full_like(steps, item.guidance, dtype=torch.float32).to(pooled.dtype) * 1000)
+    places = {f"{prefix}{name}": (name, 0) for name, _ in module.named_modules()}
+    attach(module, item.adapters, "transformer", dtype=pooled.dtype, device=str(pooled.device), places=places)
     return module(*inputs, pooled.expand(len(steps), -1))
 
 

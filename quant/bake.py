@@ -21,6 +21,7 @@ from quant.checkpoint import MANIFEST
 from quant.errors import CheckpointError, WriteError
 from quant.header import read_header
 from quant.lazy import Tensor, Tensors, psutil, torch
+from quant.lora import BIAS, DOWN, NORM, UP
 from quant.recipe import Job, Recipe
 from quant.writer import SafetensorsWriter, check_room, nearest
 
@@ -115,7 +116,8 @@ def _pack(recipe: Recipe, writers: dict[str, SafetensorsWriter], device: str, ma
                 path, name, tensor = item
                 for n, k in uses[path, name]:
                     job, parts = recipe.jobs[n], arrived[n]
-                    parts[k] = codecs.rows_of(tensor, job.sources[k].pieces[""])
+                    values = codecs.rows_of(tensor, job.sources[k].pieces[""])
+                    parts[k] = _merged(recipe, job.file.partition("/")[0], job.sources[k].name, values)
                     if len(parts) == len(job.sources):
                         pieces = _encode(job, arrived.pop(n), device, search, manifest["relative_errors"])
                         written.append(writing.submit(_write, writers[job.file], job, pieces))
@@ -145,6 +147,21 @@ def _read(files: list[Path], sources: dict[str, dict]) -> Iterator[tuple[Path, s
                 known = codecs.DTYPES.get(info.dtype)  # of others nothing but the bytes matters
                 yield path, info.name, data.view(getattr(torch, known)).view(info.shape) if known else data
         sources[f"{path.parent.name}/{path.name}"] = {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _merged(recipe: Recipe, component: str, name: str, values: Tensor) -> Tensor:
+    """A tensor's values with what the recipe's adapters add to them: summed in float32, rounded once."""
+    (layer, _, leaf), reader, total = name.removeprefix("text_model.").rpartition("."), codecs.Reader(), values
+    for adapter, part in ((a, part) for a in recipe.adapters for part in a.acting(component or "transformer")):
+        if layer in part.layers:
+            tensors = {kind: tensor.float() for kind, tensor in reader.checked(part.stored).items()}
+            (start, stop), scale, total = part.layers[layer], adapter.scale * part.factor, total.float()
+            if leaf == "weight":
+                low = None if NORM in tensors else (tensors[UP][start:stop], tensors[DOWN])
+                total = total.addmm(*low, alpha=scale) if low else tensors[NORM]
+            elif BIAS in tensors:
+                total = total + scale * tensors[BIAS][start:stop]
+    return total.to(values.dtype)
 
 
 def _encode(job: Job, parts: dict[int, Tensor], device: str, search: bool, errors: dict) -> Tensors:

@@ -55,6 +55,12 @@ class Reader(dict):
             found["_scale"] = found.pop(SCB).float() / LARGEST["int8"]
         return found
 
+    def checked(self, weight: Weight, device: str = "cpu") -> Tensors:
+        """The tensors of a weight on a device; raises `CheckpointError` for values that are not finite."""
+        pieces = {suffix: tensor.to(device) for suffix, tensor in self.weight(weight).items()}
+        check(weight.name, pieces, weight.pieces.get("") or next(iter(weight.pieces.values())))
+        return pieces
+
     def _tensor(self, piece: Piece) -> Tensor:
         if not isinstance(opened := self[piece.file], torch.Tensor):
             return opened.get_tensor(piece.info.name)

@@ -24,7 +24,7 @@ GGUF_BITS = {"Q4_0": 4.5, "Q4_1": 5.0, "Q5_0": 5.5, "Q5_1": 6.0, "Q8_0": 8.5, "Q
 GGUF_TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K",
               12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 24: "I8", 25: "I16", 26: "I32", 28: "F64", 30: "BF16"}  # fmt: skip
 GGUF_NUMBERS = "BbHhIif?__Qqd"  # by the type of a value, in `struct`'s letters
-GGUF_MAGIC, MAX_ENTRIES, ARCHITECTURES = b"GGUF", 1 << 16, ("flux", "t5", "t5encoder", "pig")
+GGUF_MAGIC, MAX_ENTRIES, ARCHITECTURES = b"GGUF", 1 << 14, ("flux", "t5", "t5encoder", "pig")
 PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # a zip (torch.save), or pickle protocols
 
 
@@ -187,6 +187,26 @@ def _tensor(path: Path, name: str, value: object) -> TensorInfo:
                 return info
     why = f"tensor {name[:60]!r} has an impossible dtype, shape or place"
     raise CheckpointError("corrupt safetensors header", path, why=why)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that a safetensors file, whose header is valid, says of itself; none of a GGUF."""
+    if is_gguf(path):
+        return {}
+    with path.open("rb") as file:
+        said = json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__")
+    return {key: value for key, value in said.items() if isinstance(value, str)} if isinstance(said, dict) else {}
+
+
+def read_scalar(path: Path, info: TensorInfo) -> float:
+    """The value of a tensor of one element in a valid safetensors file; raises `CheckpointError` for any other."""
+    kind = {"F64": "d", "F32": "f", "F16": "e", "BF16": "f", "I64": "q", "I32": "i"}.get(info.dtype)
+    if kind is None or info.numel != 1:
+        raise CheckpointError("no number", path, why=f"{info.name[:60]} is {info.dtype} {list(info.shape)}")
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little") + info.start)
+        data = file.read(info.nbytes)
+    return float(struct.unpack(f"<{kind}", b"\0\0" * (info.dtype == "BF16") + data)[0])
 
 
 def file_identity(path: Path) -> bytes:

@@ -12,6 +12,7 @@ from quant.checkpoint import COMPONENTS, KEEP_FILE, PACKED_FILES, PLAIN_FILES, T
 from quant.dialects import SWAPPED, bfl_leaf, table
 from quant.errors import CheckpointError, SpecError
 from quant.header import TensorInfo
+from quant.lora import Adapter
 from quant.spec import QuantSpec, layout
 from quant.weights import Weight
 from quant.writer import SafetensorsWriter
@@ -59,6 +60,7 @@ class Recipe:
     jobs: tuple[Job, ...]
     texts: dict[str, str]
     links: dict[str, Path]
+    adapters: tuple[Adapter, ...] = ()  # that are merged into the sources
 
     def writers(self, folder: Path) -> dict[str, SafetensorsWriter]:
         """A writer for every weight file below `folder`; nothing is written yet."""
@@ -77,13 +79,13 @@ class Recipe:
         return {file: writer.nbytes for file, writer in self.writers(Path()).items()}
 
 
-def make_recipe(source: Checkpoint, spec: QuantSpec) -> Recipe:
+def make_recipe(source: Checkpoint, spec: QuantSpec, *, adapters: tuple[Adapter, ...] = ()) -> Recipe:
     """The recipe of a diffusers folder; raises `CheckpointError` for a source that is quantized already."""
     spec.check_keep(name for part in source.components.values() for name in part.weights)
     jobs, texts = [], {}
-    wishes = (("transformer", spec.to, PLAIN_FILES[0]), ("text_encoder_2", spec.text_encoder, PLAIN_FILES[1]))
-    for name, to, plain in wishes:
-        if to == "keep":
+    wishes = [("transformer", spec.to, PLAIN_FILES[0]), ("text_encoder_2", spec.text_encoder, PLAIN_FILES[1])]
+    for name, to, plain in (*wishes, ("text_encoder", "keep", PLAIN_FILES[1])):
+        if to == "keep" and not any(adapter.numel(name) for adapter in adapters):
             continue
         part, file = source.components[name], f"{name}/{PACKED_FILES.get(to, plain)}"
         jobs += [Job(file, weight.name, _scheme(part, spec, weight), (weight,)) for weight in part.weights.values()]
@@ -97,10 +99,12 @@ def make_recipe(source: Checkpoint, spec: QuantSpec) -> Recipe:
     kept = [path for name in folders for path in sorted((source.folder / name).iterdir()) if path.suffix in COPIED]
     kept += [path for path in source.folder.iterdir() if path.name.startswith(("model_index.json", "LICENSE"))]
     links = {str(path.relative_to(source.folder)): path for path in kept if path.is_file()}
-    return Recipe(spec, "diffusers", tuple(jobs), texts, links)
+    return Recipe(spec, "diffusers", tuple(jobs), texts, links, adapters)
 
 
-def make_file_recipe(transformer: Component, spec: QuantSpec, *, kind: str) -> Recipe:
+def make_file_recipe(
+    transformer: Component, spec: QuantSpec, *, kind: str, adapters: tuple[Adapter, ...] = ()
+) -> Recipe:
     """The recipe of one file with BFL's names (`kind` bfl) or ComfyUI's scaled fp8 (comfy)."""
     if spec.to != "fp8":
         raise SpecError("impossible choice", f"--layout {kind} --to {spec.to}", why="that layout is fp8")
@@ -120,7 +124,7 @@ def make_file_recipe(transformer: Component, spec: QuantSpec, *, kind: str) -> R
     if (read := sum(len(job.sources) for job in jobs)) != len(weights):
         why = f"{len(weights)} tensors, of which {read} have a place in that layout"
         raise CheckpointError("not a FLUX.1 transformer", transformer.folder, why=why)
-    return Recipe(spec, kind, tuple(jobs), {}, {})
+    return Recipe(spec, kind, tuple(jobs), {}, {}, adapters)
 
 
 def _scheme(part: Component, spec: QuantSpec, weight: Weight) -> str:

@@ -4,8 +4,10 @@ BFL's own, ComfyUI's (fp8 as it is, scaled in the old or the new layout, all-in-
 text encoders and VAEs by themselves. With a folder for what they lack they make a checkpoint. Stdlib only.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from quant.checkpoint import COMPONENTS, Checkpoint, Component, inspect, inspect
 from quant.config import CLASSES, read_config, read_json
 from quant.dialects import T5_GGUF, from_bfl, from_ldm, is_bfl, kind_of, renamed
 from quant.errors import CheckpointError
-from quant.header import is_gguf, read_header
+from quant.header import is_gguf, read_header, read_metadata
 from quant.weights import Piece, group
 
 FOREIGN = "not a FLUX.1 model in one file"
@@ -66,6 +68,7 @@ def _has(names: Mapping[str, object], marks: Sequence[str]) -> bool:
 def _component(name: str, path: Path, stored: Mapping[str, Piece], whole: str) -> Component:
     pieces = {n.replace(OLD_SCALE, SCALE): piece for n, piece in stored.items() if not UNUSED.fullmatch(n)}
     scaled = any(n.endswith((SCALE, "scaled_fp8", "comfy_quant")) for n in (*pieces, *stored))
+    scaled = scaled or not _scaled_layers(path).isdisjoint(p.info.name.removesuffix(".weight") for p in stored.values())
     weights, config = group(pieces, raw=not scaled), {}
     if name == "transformer" and "kontext" in path.name.lower():
         why = "its name says Kontext, which edits a given picture; by its weights it cannot be told from dev"
@@ -89,6 +92,13 @@ def _component(name: str, path: Path, stored: Mapping[str, Piece], whole: str) -
     }
     plain = "GGUF" if is_gguf(path) else "BFL" if name in ("transformer", "vae") else "Hugging Face"
     return replace(found, dialect=whole + (kinds[found.precision] or plain))
+
+
+def _scaled_layers(path: Path) -> set[str]:
+    """The layers that a file's header calls scaled, as ComfyUI writes it beside or in place of `comfy_quant`."""
+    with suppress(KeyError, TypeError, ValueError, RecursionError):
+        return set(json.loads(read_metadata(path)["_quantization_metadata"])["layers"])
+    return set()
 
 
 def _fp8(stored: Mapping[str, Piece], scaled: bool) -> str:

@@ -77,6 +77,23 @@ def baked(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     return lambda to, **options: folder(spec.QuantSpec(to, **options))
 
 
+@pytest.fixture(scope="session")
+def exported(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, dict]]:
+    """The bundled transformer in a dialect of tests/exports.py: (file, its float32 values by diffusers' names)."""
+    from tests import exports
+
+    folder = tmp_path_factory.mktemp("exported")
+    bfl = exports.bfl_tensors(tiny_folder, folder / "source.safetensors")
+
+    @functools.cache
+    def export(dialect: str) -> tuple[Path, dict]:
+        write, suffix, _ = exports.DIALECTS[dialect]
+        path = folder / f"{dialect.replace(' ', '_')}.{suffix}"
+        return path, exports.to_diffusers(write(bfl, path))
+
+    return export
+
+
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list:
     """The requests that a fake engine was given."""

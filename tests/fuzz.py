@@ -1,8 +1,9 @@
 """Fuzz what a downloaded folder can hold: `python -m tests.fuzz --seconds 60 [--seed N] [--all]`.
 
-Damages files of tiny model folders (tests/fuzz_inputs.py) and asks `read_header` or `inspect` what they are. Knows
-those two functions, nothing behind them. Input k of a seed depends on the two alone. What `outcome` raises is a
-finding: its files go to ./fuzz-findings, the exit code is 1. Limits in seconds and bytes.
+Damages files of tiny model folders and a GGUF (tests/fuzz_inputs.py) and asks `inspect`, `read_header` or, of the GGUF,
+`inspect_file` what they are. Knows those three functions, nothing behind them. Input k of a seed depends on the two
+alone. What `outcome` raises is a finding: its files go to ./fuzz-findings, the exit code is 1. Limits in seconds and
+bytes.
 """
 
 import argparse
@@ -20,9 +21,9 @@ from itertools import count
 from pathlib import Path
 from random import Random
 
-from quant import checkpoint, header
+from quant import checkpoint, header, single
 from quant.errors import CheckpointError
-from tests.fuzz_inputs import OUTSIDE, damage, folders, pack, parse, write
+from tests.fuzz_inputs import GGUF, OUTSIDE, damage, folders, pack, parse, write
 
 MAX_CPU_S, HANG_S, MAX_PEAK_BYTES = 1, 60, 32 << 20  # CPU time: others may work on this machine too
 TRACED = 50  # one input in so many; it is not timed
@@ -41,7 +42,8 @@ def outcome(path: Path, root: Path, *, traced: bool) -> str:
     if traced:
         tracemalloc.start()
     try:
-        found = checkpoint.inspect(path) if path.is_dir() else header.read_header(path)
+        read = single.inspect_file if path.name == GGUF else header.read_header
+        found = checkpoint.inspect(path) if path.is_dir() else read(path)
         kind = "accepted"
     except CheckpointError as error:
         kind = error.what
@@ -81,13 +83,15 @@ def fuzz(seconds: float, seed: int, *, every: bool, root: Path) -> int:
     outcomes, findings, kinds = Counter(), set(), folders()
     for kind, files in kinds.items():
         write(root / kind, files)
-        print(f"undamaged {kind}: {outcome(root / kind, root / kind, traced=False)}")
+        path = root / kind / GGUF if GGUF in files else root / kind
+        print(f"undamaged {kind}: {outcome(path, root / kind, traced=False)}")
     began = time.monotonic()
     for k in count():
         if time.monotonic() - began > seconds or (findings and not every):
             break
         rng = Random(f"{seed}/{k}")
         kind, whole = rng.choice([*kinds]), rng.random() < 0.5
+        whole = whole and GGUF not in kinds[kind]
         folder, changes = root / kind, damage(rng, kinds[kind], whole=whole)
         write(folder, changes)
         try:

@@ -1,4 +1,4 @@
-"""What tests/fuzz.py feeds: tiny model folders, and damage to one of their files. Knows the formats, no reader.
+"""What tests/fuzz.py feeds: tiny model folders, a GGUF, and damage to one of their files. Knows the formats, no reader.
 
 A folder is its files by relative path. Damage is drawn from one `Random`: the same draws, the same bytes.
 """
@@ -6,6 +6,7 @@ A folder is its files by relative path. Damage is drawn from one `Random`: the s
 import copy
 import json
 import math
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -21,6 +22,12 @@ NF4 = {
     ".nested_quant_map": ("F32", [256]), ".quant_state.bitsandbytes__nf4": ("U8", [256]),
 }  # fmt: skip
 FP8 = {"": ("F8_E4M3", [8, 8]), "_scale": ("F32", [8])}
+GGUF = "model.gguf"
+GGUF_TENSORS = {  # type, shape as GGUF has it, bytes
+    "img_in.weight": (0, (64, 32), 8192), "txt_in.weight": (30, (32, 32), 2048),
+    "vector_in.in_layer.weight": (1, (32, 32), 2048), "double_blocks.0.img_attn.norm.query_norm.scale": (0, (16,), 64),
+    "double_blocks.0.img_attn.qkv.weight": (8, (32, 96), 3264), "single_blocks.0.linear1.weight": (2, (32, 224), 4032),
+}  # fmt: skip
 OURS = ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.ff.net.2", "proj_out")
 BFL = ("double_blocks.0.img_attn.qkv", "single_blocks.0.linear1", "final_layer.adaLN_modulation.1")
 ENDS = (*NF4, *FP8, "._data", "._scale", ".scale", ".SCB", ".weight")
@@ -58,11 +65,13 @@ def folders() -> dict[str, dict[str, bytes]]:
     kinds["nf4"]["transformer/config.json"] = json.dumps(config).encode()
     for kind in [*kinds][1:]:
         del kinds[kind][SINGLE]
-    return kinds
+    return kinds | {"gguf": {GGUF: pack_gguf(gguf_fields())}}
 
 
 def damage(rng: Random, folder: dict[str, bytes], *, whole: bool) -> dict[str, bytes | None]:
     """Other contents for one or two files that matter, or for one weight file; None: the file is missing."""
+    if GGUF in folder:
+        return {GGUF: _damaged_gguf(rng, folder[GGUF])}
     paths = [p for p in folder if not p.startswith("tokenizer") and (whole or p.endswith(".safetensors"))]
     weights = [6 if p.endswith(".index.json") else 3 if p.startswith("transformer") else 1 for p in paths]
     chosen = rng.choices(paths, weights, k=2 if whole and rng.random() < 0.2 else 1)
@@ -177,6 +186,49 @@ def parse(file: bytes) -> tuple[dict, bytes]:
     entries = json.loads(file[8:size])
     entries.pop("__metadata__", None)
     return entries, file[size:]
+
+
+def gguf_fields() -> dict[str, tuple[str, object]]:
+    """What a GGUF's header says, in its order: (a letter of `struct`, or "" for text; the value) by a label."""
+    found = {"magic": ("4s", b"GGUF"), "version": ("I", 3), "tensors": ("Q", len(GGUF_TENSORS)), "values": ("Q", 3)}
+    for key, kind, letter, value in (("architecture", 8, "", "flux"), ("alignment", 4, "I", 32)):
+        found |= {f"{key} key": ("", f"general.{key}"), f"{key} type": ("I", kind), key: (letter, value)}
+    found |= {"list key": ("", "a.list"), "list type": ("I", 9), "item type": ("I", 8), "items": ("Q", 2)}
+    found |= {"item 0": ("", "one"), "item 1": ("", "two")}
+    at = 0
+    for name, (kind, shape, size) in GGUF_TENSORS.items():
+        found |= {f"{name} name": ("", name), f"{name} rank": ("I", len(shape))}
+        found |= {f"{name} dim {k}": ("Q", count) for k, count in enumerate(shape)}
+        found |= {f"{name} type": ("I", kind), f"{name} start": ("Q", at)}
+        at += -(-size // 32) * 32
+    return found
+
+
+def pack_gguf(fields: dict[str, tuple[str, object]]) -> bytes:
+    """A GGUF file with such a header, all of its data 0."""
+    header = b""
+    for letter, value in fields.values():
+        text = value.encode("utf-8", "surrogatepass") if letter == "" else b""
+        header += struct.pack(f"<{letter}", value) if letter else len(text).to_bytes(8, "little") + text
+    sizes = [-(-size // 32) * 32 for *_, size in GGUF_TENSORS.values()]
+    return header + bytes(-len(header) % 32 + sum(sizes))
+
+
+def _damaged_gguf(rng: Random, data: bytes) -> bytes:
+    if rng.random() < 0.3:
+        return _damaged_bytes(rng, data, data)
+    fields = gguf_fields()
+    for _ in range(rng.choice((1, 1, 2))):
+        label = rng.choice([*fields])
+        letter, _ = fields[label]
+        if letter in ("I", "Q"):
+            most = (1 << 8 * struct.calcsize(f"<{letter}")) - 1
+            fields[label] = (letter, rng.choice((*NUMBERS[:5], *range(6, 40), *LENGTHS, 1 << 16, 1 << 62)) & most)
+        elif rng.random() < 0.2:
+            del fields[label]
+        elif letter == "":
+            fields[label] = ("", rng.choice((*WORDS, *GGUF_TENSORS, "general.alignment")))
+    return pack_gguf(fields)
 
 
 def _tensors(file: bytes) -> dict[str, tuple[str, list[int], bytes]]:

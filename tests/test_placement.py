@@ -13,11 +13,13 @@ from fluxcli import costs, modulation, placement
 from fluxcli.loader import _single_block
 from fluxcli.placement import Bus, load_component
 from quant.checkpoint import Component, inspect
+from quant.single import assemble, transformer_in
 from quant.spec import QuantSpec, is_modulation
 from tests.counter import CARD, Counter
 from tests.helpers import BAKED, tiny
 
 PRECISIONS = ["fp32", "bf16", "nf4", "fp8", "int8"]
+FILES = ["gguf Q4_0", "gguf Q6_K", "nf4 v2", "comfy scaled"]  # single files, tests/exports.py; Q6_K beside F16
 WAYS = {  # which blocks of seven pass through, and whether from an arena
     "none": ((), True), "two": ((2, 5), True), "four": ((1, 3, 4, 6), True), "odd": ((0, 2, 5), True),
     "all": (range(7), True), "two from their file": ((2, 5), False), "all from their file": (range(7), False),
@@ -55,11 +57,13 @@ def forward(model: nn.Module, given: dict) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("precision", [*PRECISIONS, *(f"{to} packed while loading" for to in BAKED)])
-def test_every_placement_gives_the_resident_result_bit_for_bit(component, baked, precision, way):
+@pytest.mark.parametrize("precision", [*PRECISIONS, *(f"{to} packed while loading" for to in BAKED), *FILES])
+def test_every_placement_gives_the_resident_result_bit_for_bit(component, baked, exported, precision, way):
     to, _, packs = precision.partition(" ")
     dtype, spec = torch.bfloat16 if to == "bf16" else torch.float32, None
-    if packs:
+    if precision in FILES:
+        component = transformer_in(exported(precision)[0])
+    elif packs:
         spec = QuantSpec(to, **BAKED[to])
     elif to in BAKED:
         component = inspect(baked(to, **BAKED[to])).components["transformer"]
@@ -178,13 +182,17 @@ def test_streaming_allocates_nothing_after_it_is_set_up_and_leaves_nothing_behin
     assert {made for made, _ in counts[()]} == {made for made, _ in counts[1, 3, 4, 6]}  # activations alone
 
 
-@pytest.mark.parametrize("to", [None, *BAKED])
-def test_the_card_holds_two_slots_and_the_host_an_arena_of_the_blocks_size(component, baked, to, monkeypatch):
+@pytest.mark.parametrize("to", [None, *BAKED, *FILES])
+def test_the_card_holds_two_slots_and_the_host_an_arena_of_the_blocks_size(
+    component, tiny_folder, baked, exported, to, monkeypatch
+):
     made = []
     real = placement.Conveyor.__init__
     monkeypatch.setattr(placement.Conveyor, "__init__", lambda self, *args: (made.append(self), real(self, *args))[1])
-    if to:
-        component = inspect(baked(to, **BAKED[to])).components["transformer"]
+    whole = assemble(exported(to)[0], lambda _: tiny_folder) if to in FILES else inspect(tiny_folder)
+    if to in BAKED:
+        whole = inspect(baked(to, **BAKED[to]))
+    component = whole.components["transformer"]
     blocks = (0, 1, 2, 3)
     counter = Counter()
     with torch.no_grad(), counter:
@@ -194,7 +202,7 @@ def test_the_card_holds_two_slots_and_the_host_an_arena_of_the_blocks_size(compo
         gc.collect()
         model = place(component, blocks, dtype=torch.bfloat16)
         streamed = counter.live[True]
-    sizes = costs.cost_of(tiny(), inspect(component.folder.parent), _all("bfloat16"), None).blocks
+    sizes = costs.cost_of(tiny(), whole, _all("bfloat16"), None).blocks
     passing = [sizes[i].nbytes for i in blocks]
     padding = 40 * placement.ALIGNMENT * len(blocks)
     assert abs((resident - streamed) - (sum(passing) - 2 * max(passing))) < padding

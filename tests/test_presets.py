@@ -11,7 +11,7 @@ from fluxcli.errors import ExitCode, UsageError
 from fluxcli.request import KEYS, from_settings
 from tests.invariant import call
 
-BUNDLED = ("dev", "draft", "krea", "quality", "schnell", "tiny")
+BUNDLED = ("dev", "draft", "hyper", "krea", "quality", "schnell", "tiny", "turbo")
 VALUES = {
     "steps": st.integers(1, 1000),
     "seed": st.integers(0, 2**63),

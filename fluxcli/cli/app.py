@@ -16,7 +16,7 @@ import typer
 
 import fluxcli
 from fluxcli import console, hardware
-from fluxcli.cli import generate, info, models, quantize
+from fluxcli.cli import generate, info, lora, models, quantize
 from fluxcli.errors import ExitCode, OutputError, Terminated, exit_code_of
 from fluxcli.events import Failed, to_json
 from quant.errors import ExplainedError
@@ -34,6 +34,7 @@ app.command("doctor")(info.doctor_command)
 app.command("presets")(info.presets_command)
 app.command("inspect")(info.inspect_command)
 app.add_typer(models.models_app, name="models")
+app.add_typer(lora.lora_app, name="lora")
 
 
 def _print_version(wanted: bool) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from fluxcli import console, hardware, models, output, presets, state
+from fluxcli import console, hardware, lora, models, output, presets, state
 from fluxcli.cli.options import config_folder, given_settings, read_prompt, with_request_options
 from fluxcli.errors import BadInputFile, DeviceUnusable, DoesNotFit, ExitCode, UsageError
 from fluxcli.events import Done, Notice, Saved, to_json
@@ -93,6 +93,7 @@ def settled(prompt: str, values: dict, given: dict) -> GenerationRequest:
     settled = {"format": decided or values["format"], "model": models.absolute(values["model"])}
     settled |= {"vae": values["vae"] and models.absolute(values["vae"])}
     settled |= {"text_encoders": tuple(map(models.absolute, values["text_encoders"]))}
+    settled |= {"lora": tuple(map(lora.absolute, values["lora"]))}
     return from_settings(prompt, values | settled)
 
 
@@ -151,7 +152,7 @@ def _check(picture: Path, request: GenerationRequest, metadata: dict, options: d
 
 def _differences(made: dict, here: dict) -> Iterator[str]:
     """What may change the pixels between the picture's metadata and a run here: model, device, precision, versions."""
-    for group in ("model", "compute", "versions"):
+    for group in ("model", "compute", "lora", "versions"):
         then = _group(made, group)
         for key in here[group]:
             if key != "name" and then.get(key) != here[group][key]:

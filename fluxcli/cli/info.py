@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from fluxcli import console, hardware, models, presets, state
+from fluxcli import console, hardware, lora, models, presets, state
 from fluxcli.cli.generate import check_torch, checkpoints_of, requested
 from fluxcli.cli.options import config_folder, with_request_options
 from fluxcli.errors import DoesNotFit, ExitCode, UsageError, WeightsUnavailable
@@ -17,9 +17,8 @@ from fluxcli.residency import GIB, PHASES
 from quant.checkpoint import COMPONENTS, TOKENIZERS, Checkpoint, Component, inspect, inspect_component
 from quant.errors import CheckpointError
 from quant.header import read_header
+from quant.lora import is_lora
 from quant.single import FOREIGN, inspect_file, part_of
-
-PUBLISHED = "black-forest-labs/FLUX.1-dev"  # whose sizes encoders and VAEs without config are compared with
 
 
 @with_request_options
@@ -177,6 +176,8 @@ def _folder(path: Path) -> dict:
 def _file(path: Path) -> dict:
     """What a single file is; one that holds nothing of FLUX.1 is named and counted."""
     infos, problems = read_header(path), []
+    if is_lora(infos):
+        return lora.describe(path)
     try:
         parts = inspect_file(path)
     except CheckpointError as error:
@@ -186,7 +187,7 @@ def _file(path: Path) -> dict:
         part = {"precision": largest.dtype, "tensors": len(infos), "parameters": numel, "truncated": False}
         needs = ["the folder that it belongs to, with its config.json"]
         return {"path": str(path), "kind": error.why, **part, "needs": needs, "problems": problems}
-    known = models.known_shapes(PUBLISHED).components
+    known = models.known_shapes(models.PUBLISHED).components
     described = {n: _component(replace(p, config=p.config or known[n].config), problems) for n, p in parts.items()}
     needs = [name for name in COMPONENTS if name not in parts] + ["tokenizers: a model folder has them"]
     one = len(parts) == 1

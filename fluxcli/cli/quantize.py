@@ -5,13 +5,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from hashlib import file_digest
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 import fluxcli
-from fluxcli import console, hardware, models, presets
+from fluxcli import console, hardware, lora, models, presets
 from fluxcli.cli.generate import check_torch
 from fluxcli.cli.options import config_folder
 from fluxcli.errors import ExitCode, UsageError, WeightsUnavailable
@@ -33,6 +34,7 @@ def quantize(  # noqa: PLR0917 - typer's options
     modulation: Annotated[str, typer.Option(help="keep, nf4 (with nf4) or fp8 (with fp8).")] = "keep",
     scales: Annotated[str, typer.Option(help="nf4's: search (least error) or absmax.")] = "search",
     keep: Annotated[Optional[list[str]], typer.Option(help="Tensors or layers left in 16 bit; repeatable.")] = None,
+    loras: Annotated[Optional[list[str]], typer.Option("--lora", help="PATH[:SCALE] to merge; repeatable.")] = None,
     kind: Annotated[str, typer.Option("--layout", help="diffusers, or for fp8 bfl or comfy: one file.")] = "diffusers",
     device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda[:n].")] = "cpu",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, in bytes, and stop.")] = False,
@@ -53,8 +55,13 @@ def quantize(  # noqa: PLR0917 - typer's options
     text_encoder = text_encoder or (TEXT_ENCODER.get(to, "keep") if whole else "keep")
     spec = QuantSpec(to, text_encoder, modulation, scales, tuple(keep or ()))
     model, parts, folder = _find(source, whole=whole)
+    adapters = lora.adapters_of(loras or (), parts.components if whole else {"transformer": parts})
     make = partial(make_recipe, parts) if whole else partial(make_file_recipe, parts, kind=kind)
-    recipe = make(spec)
+    recipe = (make := partial(make, adapters=adapters))(spec)
+    for said in lora.warnings(adapters):
+        console.say(said)
+    if adapters:  # another name: it is no variant of the plain model
+        model = "+".join((model.removesuffix(".safetensors"), *(each.path.stem for each in adapters)))
     path = _target(target, model, spec, kind=kind, source=folder, force=force)
     if not quiet:
         _say_choices(recipe, parts.components["transformer"] if whole else parts, make)
@@ -63,7 +70,9 @@ def quantize(  # noqa: PLR0917 - typer's options
         return _show(recipe, path, {}, json_output=json_output)
     check_torch()
     device = hardware.probe(coerce("device", device, where="--device")).device  # raises for one that is not there
-    origin = {"model": model, "flux": fluxcli.__version__}
+    merged = [{"path": str(a.path), "sha256": file_digest(a.path.open("rb"), "sha256").hexdigest(), "scale": a.scale}
+              for a in adapters]  # fmt: skip
+    origin = {"model": model, "flux": fluxcli.__version__} | ({"lora": merged} if merged else {})
     with console.Reporter(quiet=quiet, started=time.perf_counter()) as reporter:
         for progress in bake(recipe, path, origin=origin, device=device, verify=not no_verify):
             reporter.show_bytes(progress.done, progress.total, f"quantize {progress.tensor}")

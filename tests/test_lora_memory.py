@@ -1,0 +1,94 @@
+"""An adapter's bytes are planned: against counted ones, and under budgets that leave no more."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fluxcli import costs, hardware, plan, residency
+from fluxcli.plan import make_plan
+from fluxcli.request import GenerationRequest
+from fluxcli.residency import PHASES
+from quant import codecs
+from quant.checkpoint import inspect
+from quant.header import DTYPE_BITS
+from tests import published
+from tests.counter import Counter
+from tests.helpers import BAKED, draw, engine_of, machine, tiny
+from tests.loras import write_lora
+from tests.simulate import follow, full_size, on_card, packed
+from tests.test_memory import BAKES, MIB
+
+CASES = [
+    ("24GiB:sm89", {"precision": "bf16"}, ("hyper_8step", "kohya_te1")),
+    ("12GiB:sm89", {"precision": "bf16"}, ("peft",)),
+    ("8GiB:sm89", {"precision": "nf4"}, ("turbo_alpha", "kohya_te1")),
+]  # fmt: skip
+
+
+def sparse(name: str, path: Path) -> Path:
+    """A published file with zeros for values, which take no room on the disk."""
+    at, header = 0, {}
+    for key, (dtype, shape) in published.tensors(name).items():
+        size = math.prod(shape) * DTYPE_BITS[dtype] // 8
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)
+    return path
+
+
+@pytest.mark.parametrize(("card", "wanted", "names"), CASES, ids=str)
+def test_the_plan_is_within_five_percent_of_what_is_counted(card, wanted, names, tmp_path, monkeypatch):
+    codecs.library("nf4")  # now: what it logs when it is imported keeps the frames of its first use alive
+    files = tuple(str(sparse(f"lora_{name}", tmp_path / f"{name}.safetensors")) for name in names)
+    with full_size(monkeypatch) as dev:
+        request = GenerationRequest("x", steps=2, seed=1, lora=files, **wanted)
+        folders = [packed(dev, BAKES[request.precision])] if request.precision in BAKES else [dev]
+        here = hardware.card(card)
+        checkpoint, made = make_plan(request, folders, here)
+        counter, engine = Counter(), on_card(checkpoint, made, here)
+        follow(engine, request, counter)
+    for phase in PHASES:
+        predicted = made.peak_bytes[phase] - residency.CONTEXT_BYTES
+        slack = 24 * MIB  # the least of these adapters are 249 MiB
+        assert counter.peaks[phase] <= predicted * 1.01 + slack, (phase, made.residency.level(phase))
+        assert predicted <= counter.peaks[phase] * 1.05 + slack, (phase, made.residency.level(phase))
+
+
+@pytest.mark.parametrize("precision", ["fp32", *BAKED])
+def test_under_its_budget_the_engine_completes_every_rung_with_adapters(
+    precision, tiny_folder, baked, tmp_path, monkeypatch
+):
+    """Of more bytes than the rest: the same pixels on each, and not those without."""
+    monkeypatch.setattr(residency, "CONTEXT_BYTES", 0)
+    monkeypatch.setattr(costs, "DECODE_BYTES", 64 << 10)
+    monkeypatch.setattr(residency, "RESIDENT_SHARE", 0.01)
+    monkeypatch.setattr(plan, "USABLE_SHARE", 1.0)
+    checkpoint = inspect(baked(precision, **BAKED[precision]) if precision in BAKED else tiny_folder)
+    every = ("transformer", "text_encoder", "text_encoder_2")
+    file = write_lora(tmp_path / "x.safetensors", inspect(tiny_folder), every, rank=64, size=3)
+    request, pictures, levels = tiny(precision=precision, lora=(f"{file}:0.5",)), {}, set()
+    for kib in range(40 << 10, 1 << 10, -256):
+        here = machine(kib / 2**20)
+        try:
+            _, made = make_plan(request, [checkpoint], here)
+        except plan.DoesNotFit:
+            break
+        placed = made.residency
+        if (placed.encode, placed.level("denoise"), placed.decode) in levels:
+            continue
+        levels.add((placed.encode, placed.level("denoise"), placed.decode))
+        counter = Counter(budget=made.budget_bytes)
+        events, pixels = follow(on_card(checkpoint, made, here), request, counter)
+        assert not [event for event in events if "out of memory" in str(event)], (kib, placed)
+        pictures.setdefault(placed.decode == "tiled", []).append(pixels)
+    assert {level for _, level, _ in levels} >= {"resident", "sequential"} and len(levels) >= 4, levels
+    for same in pictures.values():
+        assert all(np.array_equal(each, same[0]) for each in same)
+    _, plain = draw(engine_of(checkpoint, tiny(precision=precision)), tiny(precision=precision))
+    assert np.abs(pictures[False][0].astype(int) - plain).max() > 5
