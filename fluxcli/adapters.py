@@ -25,7 +25,7 @@ def attach(
     if places is None:
         names = [name for name, _ in module.named_modules() if not is_modulation(f"{name}.weight")]
         places = {name: (name, 0) for name in names} | getattr(module, "fused", {})
-    handles = []
+    hooks = []  # all read before the first acts
     for adapter in adapters:
         reader = Reader()
         for part in adapter.acting(component):
@@ -37,9 +37,8 @@ def attach(
             stored = reader.checked(part.stored) if here else {}
             tensors = {kind: tensor.to(device, dtype) for kind, tensor in stored.items()}
             for layer, spans in here.items():
-                hook = _hook(tensors, adapter.scale * part.factor, spans)
-                handles.append(module.get_submodule(layer).register_forward_hook(hook))
-    return handles
+                hooks.append((layer, _hook(tensors, adapter.scale * part.factor, spans)))
+    return [module.get_submodule(layer).register_forward_hook(hook) for layer, hook in hooks]
 
 
 def _hook(tensors: Tensors, scale: float, spans: Sequence[tuple[slice, slice]]) -> Callable:

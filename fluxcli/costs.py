@@ -124,7 +124,7 @@ def block_names(transformer: Component) -> list[str]:
 def t5_block_names(t5: Component) -> list[str]:
     """The encoder's blocks in the order of the forward."""
     found = {name.removeprefix(T5_BLOCKS).split(".")[0] for name in t5.weights if name.startswith(T5_BLOCKS)}
-    return [f"{T5_BLOCKS}{i}" for i in sorted(found, key=int)]
+    return [f"{T5_BLOCKS}{i}" for i in sorted(filter(str.isdecimal, found), key=int)]
 
 
 def weight_bytes(weight: Weight, component: str, dtype: str, spec: QuantSpec | None) -> int:
@@ -165,7 +165,7 @@ def cost_of(
         request, of["text_encoder"], of[t5.name], t5.numel, max(t5_blocks, default=0), of[t5.name] - sum(t5_blocks),
         blocks, rest + held["transformer"], sum(numels) * wide, max(numels, default=0) * wide, sum(numels),
         UNBLOCKING_BYTES * (transformer.precision == "gguf"), of["vae"],
-        sum(part.nbytes for part in parts.values()), inner,
+        checkpoint.nbytes, inner,
         encode=int((scores + unpacked) * DTYPE_BYTES[dtypes[t5.name]]) + UNBLOCKING_BYTES * (t5.precision == "gguf"),
         tables=request.steps * outputs * wide,
         denoise=int(max(lines)), decode=pixel * width * height + DECODE_BYTES,

@@ -8,11 +8,9 @@ diffusers' FluxPipeline on the same folder and seed.
 import gc
 import hashlib
 import math
-import platform
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
-from importlib.metadata import version
 
 import fluxcli
 from fluxcli import classes, costs, hardware, image, lora, modulation, output, residency, sampling
@@ -64,10 +62,8 @@ class Engine:
         self, request: GenerationRequest, *, image: int = 1, images: int = 1, resume: Latents | None = None
     ) -> "Generator[Event, None, np.ndarray]":
         """Yield the events of one picture, or of what `resume` has left of it; returns its pixels (H, W, 3) uint8."""
-        if self._adapters[0] != request.lora:
-            self._adapters = request.lora, lora.adapters_of(request.lora, self.checkpoint.components)
-            for said in lora.warnings(self._adapters[1]):
-                yield Notice(said)
+        for said in self._read_adapters(request):
+            yield Notice(said)
         self.latents = resume or Latents(
             request,
             sampling.noise(request.seed, request.size, dtype=self._dtype("transformer")),
@@ -195,6 +191,13 @@ class Engine:
         self._adapt(name)
         return self._models[name]
 
+    def _read_adapters(self, request: GenerationRequest) -> list[str]:
+        """Read the request's adapters unless they are known; what is to be said of them."""
+        if self._adapters[0] == request.lora:
+            return []
+        self._adapters = request.lora, lora.adapters_of(request.lora, self.checkpoint.components)
+        return list(lora.warnings(self._adapters[1]))
+
     def _acting(self, name: str) -> tuple[Adapter, ...]:
         """The adapters that change a component."""
         return tuple(adapter for adapter in self._adapters[1] if adapter.numel(name))
@@ -206,6 +209,7 @@ class Engine:
         if attached != wanted:
             for handle in handles:
                 handle.remove()
+            model.adapters = (), ()
             options = {"dtype": self._dtype(name), "device": self.plan.device}
             model.adapters = wanted, attach(model, wanted, name, **options)
 
@@ -288,12 +292,7 @@ class Engine:
         compute = {"device": plan.device.partition(":")[0], "precision": plan.precision, "multiply": self.multiply}
         compute |= {"dtypes": plan.dtypes, "tiled": plan.residency.decode == "tiled"}
         model = {"name": request.model, "fingerprint": self.checkpoint.fingerprint}
-        adapters = lora.identities(request.lora, self.checkpoint.components)
+        self._read_adapters(request)
+        adapters = lora.identities(*self._adapters)
         found = {"request": described, "size": list(request.size), "model": model, "compute": compute, "lora": adapters}
-        return found | {"versions": versions()}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the pixels."""
-    libraries = {name: version(name) for name in ("torch", "diffusers", "transformers")}
-    return {"flux": fluxcli.__version__, "python": platform.python_version()} | libraries
+        return found | {"versions": fluxcli.versions()}

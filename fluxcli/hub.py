@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from fluxcli import models
+from fluxcli import lora, models
 from fluxcli.errors import BadInputFile, OutputError, UsageError, WeightsUnavailable
 from quant.checkpoint import COMPONENTS, MANIFEST, TOKENIZERS, is_complete
 from quant.config import read_json
@@ -221,14 +221,15 @@ class Here:
         return [path for path in found if ".cache" not in path.relative_to(self.path).parts]
 
 
-def listing() -> list[Here]:
-    """Every model that is here and FLUX's by its model_index.json or else by its name; needs no network."""
+def listing(named: str = "") -> list[Here]:
+    """What is here and FLUX's by its model_index.json, else its name, or has a LoRA; and all that is `named` so."""
     share, baked = models.mirror(), models.baked_folder().glob(f"*/{MANIFEST}")
     found = [Here(f"bundled/{path.name}", "bundled", path) for path in models.BUNDLED.iterdir() if _pipeline(path)]
     for path in models.hub_cache().glob("models--*--*/snapshots/*"):
         found.append(Here(path.parts[-3].removeprefix("models--").replace("--", "/"), "hub", path, path.name))
     found += [Here(f"{path.parent.name}/{path.name}", "mirror", path) for path in (share.glob("*/*/") if share else ())]
-    found = [each for each in found if "flux" in (_pipeline(each.path) or each.name).lower()]
+    taken = {named} | {name.partition(":")[0] for name in lora.listing() if ":" in name}
+    found = [it for it in found if it.name in taken or "flux" in (_pipeline(it.path) or it.name).lower()]
     found += [Here(path.parent.name, "baked", path.parent) for path in baked if ".tmp-" not in path.parent.name]
     return sorted(found, key=lambda each: (each.kind, each.name, each.commit))
 

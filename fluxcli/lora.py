@@ -7,12 +7,12 @@ import contextlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fluxcli import models, state
 from fluxcli.errors import UsageError, WeightsUnavailable
-from fluxcli.request import parse_lora
+from fluxcli.request import joined, parse_lora
 from quant.checkpoint import Component
 from quant.errors import CheckpointError
 from quant.header import read_header
@@ -29,6 +29,8 @@ def locate(name: str, environment: Mapping[str, str] = os.environ) -> Path:
     if path := local(name, environment):
         return path
     repo, _, file = name.partition(":")
+    if not file and name.endswith((".safetensors", ".gguf")):
+        raise WeightsUnavailable("no such LoRA file", which=name[:100], hint="flux lora list")
     if not models.HUB_ID.fullmatch(repo) or ".." in name:
         why = f"it is neither a file, nor one in {folder(environment)}, nor ORG/NAME[:FILE]"
         raise WeightsUnavailable("no such LoRA", which=name[:100], why=why, hint="flux lora list")
@@ -40,15 +42,19 @@ def locate(name: str, environment: Mapping[str, str] = os.environ) -> Path:
     if not (files := sorted(newest.rglob("*.safetensors"))):
         raise WeightsUnavailable("that LoRA is not here", which=repo, hint=f"flux models download {repo}:FILE")
     if len(files) > 1:
-        why, hint = f"it has {' '.join(path.name for path in files[:5])}", f"--lora {repo}:{files[0].name}"
-        raise UsageError("which of its files?", which=repo, why=why, hint=hint)
+        first, why = files[0].relative_to(newest).as_posix(), f"it has {' '.join(path.name for path in files[:5])}"
+        raise UsageError("which of its files?", which=repo, why=why, hint=f"--lora {repo}:{first}")
     return files[0]
 
 
 def local(name: str, environment: Mapping[str, str] = os.environ) -> Path | None:
     """The absolute path of a file that is named by its path, or lies in the user's folder."""
-    places = (Path(name).expanduser(), *(folder(environment) / f"{name}{end}" for end in ("", ".safetensors")))
-    return next((path.absolute() for path in places if path.is_file()), None)
+    if name.startswith(("\\\\", "//")):  # a share of another machine is never opened unasked
+        return None
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # too long a name, NUL, no home
+        places = (Path(name).expanduser(), *(folder(environment) / f"{name}{end}" for end in ("", ".safetensors")))
+        return next((path.absolute() for path in places if path.is_file()), None)
+    return None
 
 
 def adapters_of(texts: Sequence[str], components: Mapping[str, Component]) -> tuple[Adapter, ...]:
@@ -56,11 +62,14 @@ def adapters_of(texts: Sequence[str], components: Mapping[str, Component]) -> tu
     return tuple(read(locate(name), components, scale=scale) for name, scale in map(parse_lora, texts))
 
 
-def absolute(text: str) -> str:
-    """What --lora takes, with an absolute path where it names a file that is no hub's."""
-    name, scale = parse_lora(text)
-    path = local(name)
-    return f"{path}:{scale!r}" if path else text
+def settled(texts: Iterable[str]) -> tuple[str, ...]:
+    """What --lora takes, with absolute paths where it names files that are no hub's; the same file only once."""
+    found = []
+    for text in texts:
+        name, scale = parse_lora(text)
+        path = None if name == "none" else local(name)
+        found.append(f"{path or name}:{scale!r}" if text != "none" else text)
+    return joined((), tuple(found))
 
 
 def warnings(adapters: Sequence[Adapter]) -> Iterator[str]:
@@ -71,16 +80,17 @@ def warnings(adapters: Sequence[Adapter]) -> Iterator[str]:
             yield f"{each.path.name}: {every} have no place in this model, the first is {each.unmatched[0][:60]}"
 
 
-def identities(texts: Sequence[str], components: Mapping[str, Component]) -> dict[str, str]:
+def identities(texts: Sequence[str], adapters: Sequence[Adapter]) -> dict[str, str]:
     """What identifies each adapter, by name."""
-    each = zip(texts, adapters_of(texts, components), strict=True)
-    return {parse_lora(text)[0]: f"{adapter.identity} x {adapter.scale:g}" for text, adapter in each}
+    each = zip(texts, adapters, strict=True)
+    return {parse_lora(text)[0]: f"{adapter.identity} x {adapter.scale!r}" for text, adapter in each}
 
 
 def listing(environment: Mapping[str, str] = os.environ) -> dict[str, Path]:
     """The LoRA files of the user's folder and of the hub's cache, by what --lora takes for them."""
     own, cache = folder(environment), models.hub_cache(environment)
-    found = {path.relative_to(own).with_suffix("").as_posix(): path for path in sorted(own.rglob("*.safetensors"))}
+    found = {path.relative_to(own).with_suffix("").as_posix(): path for path in sorted(own.rglob("*.safetensors"))
+             if path.is_file()}  # fmt: skip
     for path in sorted(cache.glob("models--*/snapshots/*/**/*.safetensors")):
         repo, _, _, *inner = path.relative_to(cache).parts
         with contextlib.suppress(CheckpointError):

@@ -5,7 +5,7 @@ import glob
 import json
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from fluxcli import state
@@ -20,7 +20,7 @@ from quant.spec import SCHEMES
 from quant.weights import Piece, Weight
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-HUB_FILE = re.compile(HUB_ID.pattern + r":[\w./ -]+\.(?:safetensors|gguf)")
+HUB_FILE = re.compile(HUB_ID.pattern + r":(?!/)[^\x00-\x1f]+\.(?:safetensors|gguf)")
 MODEL_FILES = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 PUBLISHED = "black-forest-labs/FLUX.1-dev"  # whose sizes are those of files that do not say theirs
 KNOWN = re.compile(r"black-forest-labs/FLUX\.1-(dev|schnell|Krea-dev)")
@@ -42,7 +42,7 @@ def locate(
         return path
     if HUB_FILE.fullmatch(model):
         return cached_file(model, environment)
-    if not HUB_ID.fullmatch(model) or ".." in model:
+    if not HUB_ID.fullmatch(model) or ".." in model or model.lower().endswith(MODEL_FILES):
         raise WeightsUnavailable("no such model", which=model[:100], hint=f"-m FOLDER or FILE, {TRY_TINY}")
     whole, partial = _cached(model, environment, components)
     if not whole and (share := mirror(environment)) and is_complete(share / model, components):
@@ -78,8 +78,8 @@ def folders(model: str) -> list[Path]:
     return found
 
 
-def assembled(path: Path, request: GenerationRequest, bases: Sequence[str]) -> Checkpoint:
-    """The checkpoint of a model folder or file with the request's encoders and VAE; the rest is the first base's.
+def assembled(path: Path, request: GenerationRequest, bases: Callable[[], Sequence[str]]) -> Checkpoint:
+    """The checkpoint of a model folder or file with the request's encoders and VAE; what it lacks is the first base's.
 
     Raises what `locate` and `quant.single.assemble` raise.
     """
@@ -88,13 +88,13 @@ def assembled(path: Path, request: GenerationRequest, bases: Sequence[str]) -> C
     def base(lacking: Collection[str]) -> Path:
         if folder := next((each for each in encoders if is_complete(each, lacking)), None):
             return folder
-        for name in bases:
+        for name in (names := bases()):
             with contextlib.suppress(WeightsUnavailable):
                 if (folder := locate(name, components=lacking)).is_dir():
                     return folder
         parts = ",".join(("tokenizers", *lacking))
-        why = f"it has no {' and no '.join((*lacking, 'tokenizers'))}, and {bases[0]} is not here"
-        hint = f"flux models download {bases[0]} --only {parts}; or --text-encoders FOLDER"
+        why = f"it has no {' and no '.join((*lacking, 'tokenizers'))}, and {names[0]} is not here"
+        hint = f"flux models download {names[0]} --only {parts}; or --text-encoders FOLDER"
         raise WeightsUnavailable("not a whole model", which=path, why=why, hint=hint)
 
     vae = locate(request.vae, components=()) if request.vae else None

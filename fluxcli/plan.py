@@ -68,7 +68,7 @@ def survey(
     seconds = [sum(plan.seconds.values()) for plan, _ in by_total if plan]
     limit, rungs = SLOWER * min(seconds, default=0.0), []
     for offer, (whole, over) in zip(offers, by_total, strict=True):
-        known = learned.get(learned_key(hardware, offer.precision, request), {})
+        known = learned.get(learned_key(hardware, offer.precision, request, offer.cost.stored), {})
         plan, short, taken = None, "", any(rung.verdict in ("chosen", "not now") for rung in rungs)
         if whole:
             tiled = whole.residency.decode == "tiled"  # other pixels: never by what another moment has taught
@@ -91,10 +91,11 @@ def survey(
     return rungs
 
 
-def learned_key(hardware: Hardware, precision: str, request: GenerationRequest) -> str:
-    """What measured peaks depend on, beside the phase's level."""
-    width, height = request.size
-    return f"{hardware.name} {hardware.total_bytes >> 20} MiB, {precision}, {width}x{height}, {request.text_tokens}"
+def learned_key(hardware: Hardware, precision: str, request: GenerationRequest, stored: int) -> str:
+    """What measured peaks depend on, beside the phase's level; `stored` is the size of the weights in bytes."""
+    (width, height), what = request.size, f"{precision} of {stored >> 20} MiB"
+    found = f"{hardware.name} {hardware.total_bytes >> 20} MiB, {what}, {width}x{height}, {request.text_tokens}"
+    return ", ".join((found, *request.lora))
 
 
 # --- precision

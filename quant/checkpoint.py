@@ -66,6 +66,10 @@ class Checkpoint:
     scheduler: dict
 
     @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.components.values())
+
+    @property
     def takes_guidance(self) -> bool:
         return self.components["transformer"].config["guidance_embeds"]
 

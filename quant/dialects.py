@@ -115,7 +115,7 @@ def from_ldm(stored: Mapping[str, Weight]) -> dict[str, Weight]:
     numbers = [int(m[1]) for m in map(re.compile(r"decoder\.up\.(\d{1,3})\.").match, stored) if m]
     last, found = max(numbers, default=0), {}
     for name, weight in stored.items():
-        turned = re.sub(r"^decoder\.up\.(\d+)", lambda match: f"decoder.up.{last - int(match[1])}", name)
+        turned = re.sub(r"^decoder\.up\.(\d{1,3})(?=\.)", lambda match: f"decoder.up.{last - int(match[1])}", name)
         kernel = ".attn_1." in name and weight.shape[2:] == (1, 1)
         found[turned] = replace(weight, shape=weight.shape[:2]) if kernel else weight
     return renamed(found, LDM_VAE)

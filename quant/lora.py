@@ -20,9 +20,10 @@ from quant.dialects import SWAPPED, table
 from quant.errors import CheckpointError
 from quant.header import TensorInfo, file_identity, read_header, read_metadata, read_scalar
 from quant.spec import is_modulation
-from quant.weights import Piece, Weight
+from quant.weights import FLOATS, Piece, Weight
 
 Shapes = dict[str, tuple[int, ...]]  # of weights, by the names of their layers
+VALUES = (*FLOATS, "F8_E4M3", "F8_E5M2")
 DOWN, UP, BIAS, NORM = "lora_A.weight", "lora_B.weight", "lora_B.bias", "weight"
 KEY = re.compile(r"(.+?)\.(?:lora\.|lora_linear_layer\.)?(?:lora_)?(A|B|down|up)(?:\.default)?\.(weight|bias)")
 PREFIXES = {
@@ -164,6 +165,8 @@ def _part(  # noqa: PLR0917
         rank = max(pieces[DOWN].shape[:1], default=0)
         factor = _factor(path, component, rows, rank, alpha and read_scalar(path, alpha), said)
     wanted = {NORM: first, DOWN: (rank, *first[1:]), UP: (at, rank), BIAS: (at,)}
+    if odd := next((info for info in pieces.values() if info.dtype not in VALUES), None):
+        raise CheckpointError("damaged adapter", path, why=f"{odd.name[:80]} is {odd.dtype}")
     for kind, info in pieces.items() if fits else ():
         if "x_embedder" in ours and kind == DOWN and info.shape[1:] > first[1:]:
             why = f"it takes {info.shape[1]} channels, a picture alone has {first[1]}"

@@ -42,8 +42,9 @@ def inspect_file(path: Path) -> dict[str, Component]:
     for name, info in header.items():
         prefix = next((start for start in PREFIXES if name.startswith(start)), "")
         parts.setdefault(PREFIXES.get(prefix, ""), {})[name.removeprefix(prefix)] = Piece(path, info)
+    parts = {name: part for name, part in parts.items() if not all(map(UNUSED.fullmatch, part))}
     rest = parts.pop("", {})
-    if not all(map(UNUSED.fullmatch, rest)):
+    if rest:
         found = "transformer" if is_bfl(rest) else next((n for n, marks in MARKS.items() if _has(rest, marks)), "")
         if not found or found in parts:
             raise CheckpointError(FOREIGN, path, why=kind_of(header))

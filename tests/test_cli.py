@@ -233,7 +233,7 @@ def test_absent_weights_are_exit_3_with_both_ways_on(drawn, capsys):
 
 
 def test_presets_are_listed_and_shown_with_origins(capsys, monkeypatch):
-    assert [line.split()[0] for line in call(capsys, "presets").stdout.splitlines()][-1] == "tiny"
+    assert [line.split()[0] for line in call(capsys, "presets").stdout.splitlines()][-2:] == ["tiny", "turbo"]
     assert set(json.loads(call(capsys, "presets", "--json").stdout)) >= {"dev", "tiny"}
     monkeypatch.setenv("FLUX_STEPS", "33")
     rows = dict(line.split(None, 1) for line in call(capsys, "presets", "schnell").stdout.splitlines())

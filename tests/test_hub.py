@@ -16,8 +16,10 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
+import torch
 from huggingface_hub import constants, set_client_factory
 from huggingface_hub.utils import _http
+from safetensors.torch import save
 
 from fluxcli import console, hub, models
 from fluxcli.errors import ExitCode
@@ -36,6 +38,7 @@ REFUSED = {
     "text_encoder/pytorch_model.bin": b"PK", "transformer/diffusion_pytorch_model.fp16.safetensors": b"half",
     "safety_checker/model.safetensors": b"x", "vae/deeper/config.json": b"{}",
 }  # fmt: skip
+LORA = save({"transformer.x_embedder.lora_A.weight": torch.ones(2, 4)})
 USAGE = namedtuple("usage", "total used free")
 
 
@@ -155,6 +158,13 @@ def test_one_file_of_any_repository(server, run):
     assert models.locate("x/flux-lora:a.safetensors") == Path(result.stdout.strip())
 
 
+def test_a_file_that_was_downloaded_is_found_whatever_its_name(server, run):
+    name = "x/flux-lora:Ink + line (v1, [fp8]).safetensors"
+    server.repositories["x/flux-lora"][name.partition(":")[2]] = server.repositories["x/flux-lora"]["a.safetensors"]
+    result = run("download", name, "-q")
+    assert result.returncode == 0 and models.locate(name) == Path(result.stdout.strip())
+
+
 def test_one_file_in_a_mirror(server, run, tmp_path, monkeypatch):
     result = run("download", "x/flux-lora:a.safetensors", "--mirror", str(tmp_path))
     assert result.stdout == f"{tmp_path / 'x/flux-lora/a.safetensors'}\n"
@@ -224,6 +234,8 @@ REFUSALS = {
     "nothing usable": (["x/flux-other"], 3, ["model_index.json"]),
     "a pickle": (["x/flux-lora:c.bin"], 2, ["nothing to download"]),
     "no id": (["dave"], 2, ["ORG/NAME"]),
+    "parts of a file": (["x/flux-lora:a.safetensors", "--only", "vae"], 2, ["--only"]),
+    "parts of what comes with flux": (["tiny", "--only", "vae"], 2, ["--only"]),
     "no part": (["dev", "--only", "unet"], 2, ["unet", "tokenizers"]),
 }
 
@@ -468,7 +480,7 @@ def test_a_sharded_model_whose_blobs_are_in_the_librarys_shared_store_is_usable(
 def test_verify_knows_sizes_and_headers_of_what_quantize_made(baked, run, tmp_path):
     folder = models.baked_folder() / "tiny-nf4"
     shutil.copytree(baked("nf4", modulation="nf4"), folder)
-    assert "0 by checksum" in run("verify", "tiny-nf4").stdout and "0 by" in run("verify", "tiny").stdout
+    assert all("no checksum is known" in run("verify", name).stdout for name in ("tiny-nf4", "tiny"))
     name = max(json.loads((folder / MANIFEST).read_text())["bytes"])
     (folder / name).unlink()
     assert name in error_of(run("verify", "tiny-nf4"), ExitCode.INPUT_FILE)
@@ -496,6 +508,38 @@ def test_remove_never_guesses_and_leaves_the_bundled_model(server, run, tiny_fol
     assert "flux models remove dev --yes" in run("remove", "dev").stderr and snapshot().exists()
     assert run("remove", "dev").returncode == ExitCode.USAGE
     assert "comes with flux" in error_of(run("remove", "tiny", "--yes"), ExitCode.USAGE) and tiny_folder.exists()
+
+
+def test_verify_does_not_pass_a_model_that_is_not_whole(server, run, tmp_path, monkeypatch):
+    run("download", "dev", "-q")
+    (snapshot() / T5).unlink()
+    stderr = error_of(run("verify", "dev"), ExitCode.WEIGHTS)
+    assert "weights of text_encoder_2 are missing" in stderr and f"flux models download {DEV}" in stderr
+    (snapshot() / "vae/config.json").unlink()
+    assert "configs or tokenizers" in error_of(run("verify", "dev"), ExitCode.WEIGHTS)
+    assert run("download", "dev", "--only", "vae", "--mirror", str(tmp_path), "-q").returncode == 0
+    assert run("remove", "dev", "--yes").returncode == 0
+    monkeypatch.setenv("FLUX_MIRROR", str(tmp_path))
+    stderr = error_of(run("verify", "dev"), ExitCode.WEIGHTS)
+    assert f"--mirror {tmp_path}" in stderr and "by checksum" in stderr
+
+
+def test_a_repository_without_flux_in_its_name_is_verified_and_removed_and_listed_with_a_lora(server, run):
+    server.repositories |= {"x/hyper": {"a.safetensors": LORA}, "x/encoder": server.repositories["x/flux-lora"]}
+    for name in ("x/hyper", "x/encoder"):
+        assert run("download", f"{name}:a.safetensors", "-q").returncode == 0
+    rows = [row["name"] for row in json.loads(run("list", "--json").stdout)]
+    assert "x/hyper" in rows and "x/encoder" not in rows
+    for name in ("x/hyper", "x/encoder"):
+        assert "1 files, 1 by checksum" in run("verify", name).stdout
+        assert run("remove", name, "--yes").returncode == 0 and not models.repository(name).exists()
+
+
+def test_an_exact_name_goes_before_the_model_of_a_preset(server, run, baked):
+    run("download", "dev", "-q")
+    folder = shutil.copytree(baked("nf4", modulation="nf4"), models.baked_folder() / "dev")
+    assert run("remove", "dev", "--yes").returncode == 0 and not folder.exists() and snapshot().exists()
+    assert run("remove", "dev", "--yes").returncode == 0 and not snapshot().exists()
 
 
 # --- as a process

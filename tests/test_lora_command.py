@@ -14,6 +14,7 @@ from fluxcli.errors import UsageError, WeightsUnavailable
 from fluxcli.image import read_metadata
 from quant.checkpoint import MANIFEST, Checkpoint, inspect
 from tests.helpers import draw, engine_of, read_pixels, tiny
+from tests.invariant import call
 from tests.loras import write_lora, write_special
 
 QUICK = ("-p", "tiny", "--steps", "2", "--size", "64", "--seed", "7", "--text-tokens", "16", "--device", "cpu")
@@ -138,6 +139,18 @@ def test_list_and_info_say_what_is_there(flux, style, tmp_path):
     assert set(found["targets"]) == {"transformer", "text_encoder", "text_encoder_2"} and not found["problems"]
     assert found["bytes"] == style.stat().st_size
     assert "single_transformer_blocks.N.proj_mlp" in found["layers"]
+
+
+def test_the_list_shows_no_escapes_of_a_file(capsys):
+    lora.folder().mkdir(parents=True)
+    save_file({"lora_unet_x\x1b]0;owned\x07.lokr_w1": torch.ones(2, 2)}, lora.folder() / "evil\x1b[2J.safetensors")
+    shown = call(capsys, "lora", "list")
+    assert shown.returncode == 0 and "evil?[2J" in shown.stdout and not set("\x1b\x07") & set(shown.stdout)
+
+
+def test_info_takes_a_scale_as_lora_does(style, capsys):
+    plain, scaled = (call(capsys, "lora", "info", f"{style}{scale}") for scale in ("", ":0.8"))
+    assert plain.returncode == scaled.returncode == 0 and plain.stdout == scaled.stdout
 
 
 def test_inspect_names_adapters_that_cannot_be_used(flux, tmp_path):

@@ -9,7 +9,9 @@ import pytest
 
 from fluxcli import models, state
 from fluxcli.errors import ExitCode, UsageError, WeightsUnavailable
+from quant.dialects import from_ldm
 from quant.errors import WriteError
+from quant.weights import Weight
 from quant.writer import check_room
 from tests.invariant import assert_failed, call
 
@@ -194,3 +196,9 @@ def test_baked_models_are_in_the_users_data_folder(environment, folder, monkeypa
     monkeypatch.setattr(state.sys, "platform", "darwin")
     if not environment:
         assert models.baked_folder({}) == Path("~/Library/Application Support/flux/models").expanduser()
+
+
+def test_a_block_number_of_5000_digits_is_a_name_like_another():
+    names = ["decoder.up.0.block.0.conv1.weight", "decoder.up.3.block.0.conv1.weight", f"decoder.up.{'9' * 5000}.x"]
+    found = from_ldm({name: Weight(name, (1, 1), "", {}) for name in names})
+    assert names[2] in found and found.keys() >= {f"decoder.up_blocks.{k}.resnets.0.conv1.weight" for k in (0, 3)}

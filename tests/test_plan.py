@@ -260,8 +260,8 @@ def test_small_models_stay_whole(checkpoint):
 
 def test_a_learned_peak_moves_the_placement_and_not_the_precision(variants):
     here, asked = card("24GiB:sm89"), request(precision="bf16")
-    key = plan.learned_key(here, "bf16", asked)
-    _, usual = make_plan(asked, variants, here)
+    folder, usual = make_plan(asked, variants, here)
+    key = plan.learned_key(here, "bf16", asked, folder.nbytes)
     _, warned = make_plan(asked, variants, here, {key: {"denoise resident": 30 * GIB}})
     assert (usual.residency.denoise, warned.residency.denoise) == ("resident", "streamed")
     _, alone = make_plan(asked, variants, here, {key: {"decode together": 30 * GIB}})
@@ -275,9 +275,9 @@ def test_a_learned_peak_moves_the_placement_and_not_the_precision(variants):
 def test_the_next_run_starts_where_memory_was_enough(variants):
     """A rung that ran out is followed by the one that the ladder took, not by one in between."""
     here, asked = card("12GiB:sm89"), request(precision="bf16")
-    _, usual = make_plan(asked, variants, here)
+    folder, usual = make_plan(asked, variants, here)
     count = len(usual.residency.streamed)
-    key = plan.learned_key(here, "bf16", asked)
+    key = plan.learned_key(here, "bf16", asked, folder.nbytes)
     _, warned = make_plan(asked, variants, here, {key: {f"denoise streamed {count}": 30 * GIB}})
     offer = survey(asked, variants, here)[0].offer
     alone = replace(usual, residency=replace(usual.residency, keep=()))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+import fluxcli
 from fluxcli import console, hardware, lora, models, output, presets, state
 from fluxcli.cli.options import config_folder, given_settings, read_prompt, with_request_options
 from fluxcli.errors import BadInputFile, DeviceUnusable, DoesNotFit, ExitCode, UsageError
@@ -91,9 +92,8 @@ def settled(prompt: str, values: dict, given: dict) -> GenerationRequest:
     """The request of merged settings: a file name decides the format, a model folder is stored absolute."""
     decided = output.format_of(values["output"], given=given.get("format") and values["format"])
     settled = {"format": decided or values["format"], "model": models.absolute(values["model"])}
-    settled |= {"vae": values["vae"] and models.absolute(values["vae"])}
+    settled |= {"vae": values["vae"] and models.absolute(values["vae"]), "lora": lora.settled(values["lora"])}
     settled |= {"text_encoders": tuple(map(models.absolute, values["text_encoders"]))}
-    settled |= {"lora": tuple(map(lora.absolute, values["lora"]))}
     return from_settings(prompt, values | settled)
 
 
@@ -110,10 +110,16 @@ def _replayed(picture: Path, stored: dict, given: dict, prompt: str | None) -> G
         own = presets.merge({"preset": made.preset}, folder, {}).values
     except UsageError:  # the preset is gone: everything stored counts as said
         own = {}
+    values["lora"] = _said_loras(values["lora"], lora.settled(own.get("lora", ())))
     ruled_out = ("preset", "aspect_ratio", "image_size") if made.width else ("preset",)
     changed = {key: value for key, value in values.items() if key not in ruled_out and value != own.get(key, ...)}
     base = presets.merge({"preset": given["preset"]}, folder).values
     return settled(text, presets.overlay(presets.overlay(base, changed), given), given)
+
+
+def _said_loras(stored: tuple[str, ...], own: tuple[str, ...]) -> tuple[str, ...]:
+    """What was said beside a preset's own adapters; "none" first where one of these was dropped."""
+    return ("none",) * (not set(own) <= set(stored)) + tuple(text for text in stored if text not in own)
 
 
 def _stored_request(picture: Path, stored: dict) -> GenerationRequest:
@@ -220,7 +226,7 @@ def session(request: GenerationRequest, options: dict, *, lock: bool = True) -> 
             raise
         finally:
             if engine.measured:
-                key = learned_key(machine, plan.precision, request)
+                key = learned_key(machine, plan.precision, request, checkpoint.nbytes)
                 state.update("peaks", {key: state.peaks().get(key, {}) | engine.measured})
 
 
@@ -229,13 +235,12 @@ def checkpoints_of(request: GenerationRequest) -> list[Checkpoint]:
     found, folders = [], models.folders(request.model)
     for folder in folders:
         try:
-            found.append(models.assembled(folder, request, presets.bases_of(request.preset, config_folder())))
+            found.append(models.assembled(folder, request, lambda: presets.bases_of(request.preset, config_folder())))
+            check_guidance(request, found[-1])
         except CheckpointError as error:
             if folder == folders[-1] and not found:
                 raise
             console.say(f"left out: {error}")
-    for checkpoint in found:
-        check_guidance(request, checkpoint)
     return found
 
 
@@ -271,7 +276,6 @@ def _draw(
 ) -> int:  # fmt: skip
     """Show a run to its end; where memory runs out for good, what is left of the picture is kept."""
     from fluxcli import latents
-    from fluxcli.engine import versions
 
     images, shown = [], {"quiet": options["quiet"], "events": options["events"], "paths": not options["json_output"]}
     with console.Reporter(**shown, started=STARTED) as reporter:
@@ -290,7 +294,7 @@ def _draw(
             raise
     peaks = hardware.peak_memory(engine.plan.device)
     plan = engine.plan.to_json() | {"multiply": engine.multiply}
-    done = Done(tuple(images), request.to_json(), plan, reporter.timings_s, peaks, versions())
+    done = Done(tuple(images), request.to_json(), plan, reporter.timings_s, peaks, fluxcli.versions())
     if options["events"] or options["json_output"]:
         console.data_json(to_json(done) if options["events"] else asdict(done))
     return ExitCode.OK

@@ -40,6 +40,11 @@ def plan_command(
         files = [path for part in checkpoints[-1].components.values() for path in part.files if path.is_file()]
         largest = max(files, key=os.path.getsize, default=None)
         machine = hardware.probe(request.device, measure=measure or None, sample=largest)
+    try:
+        lora.adapters_of(request.lora, checkpoints[-1].components)
+    except WeightsUnavailable as error:
+        console.say(f"planned without adapters: {error}")
+        request = replace(request, lora=())
     rungs = survey(request, checkpoints, machine, {} if card else state.peaks())
     chosen = chosen_of(rungs)
     if options["json_output"]:
@@ -69,7 +74,7 @@ def _checkpoints(request: GenerationRequest) -> tuple[list[Checkpoint], int]:
         if shapes is None:
             raise
         check_guidance(request, shapes)
-        return [shapes], sum(part.nbytes for part in shapes.components.values())
+        return [shapes], shapes.nbytes
 
 
 def _show_rungs(request: GenerationRequest, machine: hardware.Hardware, rungs: list[Rung], missing: int) -> None:

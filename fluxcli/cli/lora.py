@@ -6,6 +6,7 @@ import typer
 
 from fluxcli import console, lora
 from fluxcli.errors import ExitCode
+from fluxcli.request import parse_lora
 
 lora_app = typer.Typer(help="List LoRA files, and say what one is.", no_args_is_help=True)
 
@@ -18,14 +19,15 @@ def list_command(json_output: Annotated[bool, typer.Option("--json", help="One J
         console.data_json(rows)
     for row in [] if json_output else rows:
         what = f"{row['format']}, rank {row['rank']}" if "format" in row else row["problems"][0]
-        console.data(f"{row['name']:<56} {row['bytes'] / 1e6:>8.1f} MB  {what}")
+        line = f"{row['name']:<56} {row['bytes'] / 1e6:>8.1f} MB  {what}"
+        console.data(console.CONTROL.sub("?", line))  # a file may hold a terminal's escapes; --json has them all
     if not rows:
         console.say(f"none in {lora.folder()}, none in the hub's cache: flux models download ORG/NAME:FILE")
 
 
 @lora_app.command()
-def info(name: Annotated[str, typer.Argument(help="What --lora takes, without a scale.", show_default=False)]) -> int:
+def info(name: Annotated[str, typer.Argument(help="What --lora takes.", show_default=False)]) -> int:
     """Say as JSON what a LoRA is: format, rank, alpha, layers, base model (exit 4: unusable)."""
-    described = lora.describe(lora.locate(name))
+    described = lora.describe(lora.locate(parse_lora(name)[0]))
     console.data_json(described, indent=2)
     return ExitCode.INPUT_FILE if described["problems"] else ExitCode.OK

@@ -10,6 +10,7 @@ import typer
 from fluxcli import console, hub, models, presets
 from fluxcli.cli.options import config_folder
 from fluxcli.errors import BadInputFile, UsageError, WeightsUnavailable
+from quant.checkpoint import COMPONENTS, is_complete
 
 models_app = typer.Typer(help="Get, check and remove the weights of models.", no_args_is_help=True)
 Name = Annotated[str, typer.Argument(help="A preset, a hub id ORG/NAME, or a name of flux models list.")]
@@ -25,7 +26,8 @@ def list_command(json_output: Annotated[bool, typer.Option("--json", help="One J
         console.data_json(rows)
     for row in [] if json_output else rows:
         size = f"{row['bytes'] / 1e9:>7.2f} GB"
-        console.data(f"{row['name']:<36} {row['kind']:<8} {row['commit'][:12]:<12} {row['state']:<8} {size}")
+        line = f"{row['name']:<36} {row['kind']:<8} {row['commit'][:12]:<12} {row['state']:<8} {size}"
+        console.data(console.CONTROL.sub("?", line))
 
 
 @models_app.command()
@@ -38,9 +40,11 @@ def download(
 ) -> None:
     """Download a model's weights into the hub's cache (34 GB for dev) and check them; prints the folder or file."""
     model = presets.model_of(name, config_folder())
-    if bundled := model.startswith("bundled/"):
+    parts, bundled = [part.strip() for part in only.split(",") if part.strip()], model.startswith("bundled/")
+    if parts and (bundled or ":" in model):
+        raise UsageError("--only does not apply", which=name, why="it takes parts of a model of the hub, ORG/NAME")
+    if bundled:
         console.say(f"{name} comes with flux, there is nothing to download")
-    parts = [part.strip() for part in only.split(",") if part.strip()]
     options = {"only": parts, "folder": mirror, "revision": revision}
     with console.Reporter(quiet=quiet, started=time.perf_counter()) as reporter:
         say = (lambda _: None) if quiet else console.say
@@ -50,15 +54,24 @@ def download(
 
 @models_app.command()
 def verify(name: Name, quiet: Quiet = False) -> None:
-    """Compare every file of a model with its published checksum; needs no network. Damaged: exit 4."""
-    for each in _found(name):
+    """Compare every file of a model with its published checksum; needs no network. Damaged: exit 4, partial: exit 3."""
+    found = _found(name)
+    usable = any(each.state == "complete" for each in found)
+    for each in found:
         with console.Reporter(quiet=quiet, started=time.perf_counter()) as reporter:
             damaged, known = hub.verify(each, reporter.show_bytes)
         if damaged:
             why = "; ".join(damaged[:3]) + f"; and {len(damaged) - 3} more" * (len(damaged) > 3)
             hint = f"flux models remove {each.name} --yes, then: flux models download {each.name}"
             raise BadInputFile("damaged", each.name, why=why, hint=hint if each.kind == "hub" else "make a new one")
-        console.data(f"{each.name} {each.commit[:12]} {each.state}: {len(each.files)} files, {known} by checksum")
+        checked = f"{len(each.files)} files, " + (f"{known} by checksum" if known else "no checksum is known")
+        if each.state == "partial" and not usable:
+            lacking = [part for part in COMPONENTS if not is_complete(each.path, (part,))]
+            what = f"weights of {', '.join(lacking)}" if is_complete(each.path, ()) else "configs or tokenizers"
+            hint = f"flux models download {each.name}" + f" --mirror {each.path.parents[1]}" * (each.kind == "mirror")
+            hint = "make a new one" if each.kind == "baked" else hint
+            raise WeightsUnavailable("not whole", which=each.name, why=f"{what} are missing; {checked}", hint=hint)
+        console.data(f"{each.name} {each.commit[:12]} {each.state}: {checked}")
 
 
 @models_app.command()
@@ -75,7 +88,8 @@ def remove(name: Name, yes: Annotated[bool, typer.Option("--yes", help="Without 
 
 
 def _found(name: str) -> list[hub.Here]:
-    model = presets.model_of(name, config_folder())
-    if not (found := [each for each in hub.listing() if each.name in (name, model)]):
-        raise WeightsUnavailable("no such model here", which=name, hint="flux models list")
-    return found
+    """What has exactly this name, else the model of the preset."""
+    for wanted in (name, presets.model_of(name, config_folder())):
+        if found := [each for each in hub.listing(wanted) if each.name == wanted]:
+            return found
+    raise WeightsUnavailable("no such model here", which=name, hint="flux models list")

@@ -8,7 +8,6 @@ from typing import Annotated, Optional
 
 import typer
 
-from fluxcli import lora
 from fluxcli.errors import UsageError
 from fluxcli.request import ASPECT_RATIOS, KEYS
 
@@ -70,7 +69,6 @@ def with_request_options(command: Callable) -> Callable:
 def given_settings(options: dict) -> dict:
     """What the command line said of the request, by field name."""
     settings = {k: v for k, v in options.items() if k in KEYS and v not in (None, [], ())}
-    settings |= {"lora": [lora.absolute(text) for text in settings["lora"]]} if "lora" in settings else {}
     return settings | ({"metadata": False} if options["no_metadata"] else {})
 
 

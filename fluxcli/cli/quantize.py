@@ -19,8 +19,9 @@ from fluxcli.errors import ExitCode, UsageError, WeightsUnavailable
 from fluxcli.request import coerce
 from quant.checkpoint import MANIFEST, Checkpoint, Component, inspect
 from quant.errors import WriteError
+from quant.header import is_gguf
 from quant.recipe import LAYOUTS, Recipe, make_file_recipe, make_recipe
-from quant.single import transformer_in
+from quant.single import assemble, inspect_file, transformer_in
 from quant.spec import TEXT_ENCODER, QuantSpec, is_modulation
 
 GB = 1e9
@@ -55,7 +56,7 @@ def quantize(  # noqa: PLR0917 - typer's options
     text_encoder = text_encoder or (TEXT_ENCODER.get(to, "keep") if whole else "keep")
     spec = QuantSpec(to, text_encoder, modulation, scales, tuple(keep or ()))
     model, parts, folder = _find(source, whole=whole)
-    adapters = lora.adapters_of(loras or (), parts.components if whole else {"transformer": parts})
+    adapters = lora.adapters_of(lora.settled(loras or ()), parts.components if whole else {"transformer": parts})
     make = partial(make_recipe, parts) if whole else partial(make_file_recipe, parts, kind=kind)
     recipe = (make := partial(make, adapters=adapters))(spec)
     for said in lora.warnings(adapters):
@@ -85,27 +86,30 @@ def quantize(  # noqa: PLR0917 - typer's options
 def _find(source: str, *, whole: bool) -> tuple[str, Checkpoint | Component, Path]:
     """(the model's name, the folder's parts or the transformer alone, where it lies)."""
     model = presets.model_of(source, config_folder())
-    if os.path.isfile(model):
-        if model.endswith(".gguf"):
-            raise UsageError("GGUF is no source", which=model, hint="quantize the 16-bit model")
-        transformer, path = transformer_in(Path(model)), Path(model).resolve()
-        return str(path), _with_parts_of_preset(transformer) if whole else transformer, path
-    folder = models.locate(model)
-    checkpoint, name = inspect(folder), str(folder) if models.folder_of(model) else model
-    return name, checkpoint if whole else checkpoint.components["transformer"], folder
+    path = models.locate(model)
+    name = str(path) if models.folder_of(model) else model
+    if path.is_dir():
+        checkpoint = inspect(path)
+        return name, checkpoint if whole else checkpoint.components["transformer"], path
+    if whole and len(inspect_file(path)) > 1:
+        why = "its own encoders and VAE would be lost"
+        raise UsageError("an all-in-one file is no source", which=path, why=why, hint="the model's folder")
+    transformer = transformer_in(path)
+    if is_gguf(path):
+        raise UsageError("GGUF is no source", which=path, hint="quantize the 16-bit model")
+    return name, _with_parts_of_preset(transformer, path) if whole else transformer, path
 
 
-def _with_parts_of_preset(transformer: Component) -> Checkpoint:
+def _with_parts_of_preset(transformer: Component, path: Path) -> Checkpoint:
     """A lone transformer with the encoders and VAE of the model that it is a variant of."""
     name = "dev" if transformer.config["guidance_embeds"] else "schnell"
     model = str(presets.load(name, config_folder(), bundled=True).settings["model"])
     try:
-        base = inspect(models.locate(model))
+        return assemble(path, lambda lacking: models.locate(model, components=lacking))
     except WeightsUnavailable as error:
         why = f"a single file has no encoders and VAE, and {model} is not here"
-        hint = f"flux models download {name}, or --layout bfl"
-        raise WeightsUnavailable("not a whole model", which=transformer.folder, why=why, hint=hint) from error
-    return Checkpoint(base.folder, base.components | {"transformer": transformer}, base.scheduler)
+        hint = f"flux models download {name} --only tokenizers,text_encoder,text_encoder_2,vae; or --layout bfl"
+        raise WeightsUnavailable("not a whole model", which=path, why=why, hint=hint) from error
 
 
 def _target(given: str | None, model: str, spec: QuantSpec, *, kind: str, source: Path, force: bool) -> Path:
