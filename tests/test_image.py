@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import tests.invariant  # noqa: F401 - hypothesis without deadlines
-from fluxcli.engine import versions
+from fluxcli import versions
 from fluxcli.errors import BadInputFile, ExitCode
 from fluxcli.image import encode, pixels_sha256, read_metadata
 from fluxcli.request import MAX_PROMPT_BYTES, GenerationRequest
