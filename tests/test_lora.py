@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,14 +20,16 @@ from fluxcli.adapters import attach
 from fluxcli.engine import Engine
 from fluxcli.events import Phase
 from fluxcli.loader import _single_block
+from fluxcli.plan import learned_key
 from fluxcli.request import GenerationRequest
 from quant import lora
 from quant.checkpoint import Checkpoint, inspect
+from quant.errors import CheckpointError
 from quant.single import assemble
 from quant.spec import QuantSpec
 from tests.conftest import ROOT
 from tests.counter import CARD, Counter
-from tests.helpers import BAKED, draw, engine_of, tiny
+from tests.helpers import BAKED, draw, engine_of, machine, tiny
 from tests.loras import linear_layers, low_rank, peft_tensors, write_described, write_lora, write_special
 from tests.test_placement import WAYS, forward, inputs, place
 
@@ -284,3 +287,35 @@ def test_an_adapter_takes_its_own_bytes_and_those_of_the_small_product(checkpoin
         assert counter.live[True] == bare
     assert held == adapter.numel("transformer") * 4
     assert peak - before <= held + 4 * 80 * 4 * 2  # 80 tokens, rank 4
+
+
+# --- what goes wrong
+
+
+def test_an_adapter_that_is_not_finite_leaves_nothing_behind(files, engine, tmp_path):
+    """The next request on the same engine draws what it drew before."""
+    good = using(files, blocks=1.0)
+    _, before = draw(engine, good)
+    bad = {name: tensor.clone() for name, tensor in load_file(files["ends"]).items()}
+    next(iter(bad.values())).fill_(float("nan"))
+    save_file(bad | load_file(files["blocks"]), tmp_path / "nan.safetensors")
+    with pytest.raises(CheckpointError, match="not finite"):
+        draw(engine, replace(good, lora=(f"{tmp_path}/nan.safetensors:1.0",)))
+    assert np.array_equal(draw(engine, good)[1], before)
+    assert apart(draw(engine, tiny())[1], before) > MOVES
+
+
+def test_a_picture_is_described_though_its_adapter_is_gone(files, checkpoint, tmp_path):
+    path = shutil.copy(files["blocks"], tmp_path / "x.safetensors")
+    request, engine = tiny(lora=(f"{path}:1.0",)), engine_of(checkpoint)
+    draw(engine, request)
+    Path(path).unlink()
+    (identity,) = engine.metadata(request)["lora"].values()
+    assert identity == f"{lora.read(files['blocks'], checkpoint.components).identity} x 1.0"
+
+
+def test_learned_peaks_are_of_these_adapters_and_weights(files, checkpoint):
+    here, plain = machine(16), tiny()
+    asked = [plain, using(files, blocks=1.0), using(files, blocks=0.5)]
+    keys = {learned_key(here, "fp32", each, checkpoint.nbytes) for each in asked}
+    assert len(keys | {learned_key(here, "fp32", plain, 2 * checkpoint.nbytes)}) == 4

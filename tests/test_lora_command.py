@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fluxcli import lora, models, presets
-from fluxcli.errors import UsageError, WeightsUnavailable
+from fluxcli.errors import ExitCode, UsageError, WeightsUnavailable
 from fluxcli.image import read_metadata
 from quant.checkpoint import MANIFEST, Checkpoint, inspect
 from tests.helpers import draw, engine_of, read_pixels, tiny
@@ -208,3 +208,40 @@ def test_quantize_merges_and_makes_no_variant_of_the_plain_model(flux, style):
     both = flux("quantize", "tiny", "--to", "fp8", "--layout", "bfl", "--lora", str(style))
     assert both.returncode == 0 and "have no place" in both.stderr  # the file has no encoders
     assert os.path.basename(both.stdout.strip()) == "tiny+style-fp8-bfl.safetensors"
+
+
+def used(flux, *arguments: str, **environment: str) -> list[str]:
+    run = flux(*arguments, "--dry-run", "--json", "-q", **environment)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)["request"]["lora"]
+
+
+def test_one_file_is_one_adapter_however_it_is_named(flux, style, tmp_path):
+    os.link(style, "a.safetensors")
+    os.link(style, "none.safetensors")
+    generate, here = ("generate", "x", "-p", "tiny"), Path.cwd()
+    assert used(flux, *generate, "--lora", "a.safetensors:0.5", FLUX_LORA=f"{here}/a.safetensors") == [
+        f"{here}/a.safetensors:0.5"
+    ]
+    assert used(flux, *generate, "--lora", "none", FLUX_LORA="a.safetensors") == []
+
+
+def test_under_another_preset_replay_keeps_what_was_said(flux, style, config_folder):
+    for name in ("a", "b"):
+        os.link(style, f"{name}.safetensors")
+    (config_folder / "presets").mkdir(parents=True)
+    mine = config_folder / "presets" / "mine.toml"
+    mine.write_text('extends = "tiny"\nsteps = 1\nlora = ["a.safetensors"]\n')
+    here = Path.cwd()
+    assert flux("generate", "x", "-p", "mine", "--lora", "b.safetensors:0.3", "-o", "m.png").returncode == 0
+    assert used(flux, "replay", "m.png", "-p", "tiny") == [f"{here}/b.safetensors:0.3"]
+    assert flux("generate", "x", "-p", "mine", "--lora", "none", "-o", "n.png").returncode == 0
+    assert used(flux, "replay", "n.png", "-p", "mine") == []
+    mine.unlink()  # a picture of a preset that is gone is made again by itself
+    assert flux("replay", "m.png", "--check").stdout.endswith("identical\n")
+
+
+@pytest.mark.parametrize("name", ["//host/share/x.safetensors", "x" * 5000, "~nobody-here/x", "no/such.safetensors"])
+def test_names_that_no_file_has_are_exit_3(name, flux):
+    run = flux("generate", "x", "-p", "tiny", "--lora", name)
+    assert run.returncode == ExitCode.WEIGHTS and run.stderr.startswith("flux: error: no such LoRA")
