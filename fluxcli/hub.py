@@ -10,7 +10,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -288,8 +288,9 @@ def remove(model: Here) -> None:
     try:
         if model.kind == "hub":
             cache = scan_cache_dir(models.hub_cache())
-            revisions = [each for repo in cache.repos if repo.repo_path.name == path.name for each in repo.revisions]
-            cache.delete_revisions(*(each.commit_hash for each in revisions)).execute()
+            mine = frozenset(repo for repo in cache.repos if repo.repo_path.name == path.name)
+            hashes = [each.commit_hash for repo in mine for each in repo.revisions]  # a copied repository has the same
+            replace(cache, repos=mine).delete_revisions(*hashes).execute()
         if path.is_symlink():
             path.unlink()
         elif path.exists():  # also what the library leaves out as corrupted

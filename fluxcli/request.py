@@ -52,6 +52,8 @@ class GenerationRequest:
 
     def __post_init__(self) -> None:
         check_prompt(self.prompt)
+        for name in LISTS:  # JSON has no tuples
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in KEYS:
             check(name, getattr(self, name), where=flag(name))
         if self.seed + self.count - 1 > MAX_SEED:
@@ -74,7 +76,7 @@ class GenerationRequest:
         return replace(self, seed=self.seed + k, count=1, output=None)
 
     def to_json(self) -> dict:
-        return asdict(self)
+        return asdict(self) | {key: list(getattr(self, key)) for key in LISTS}
 
 
 BOUNDS = {
@@ -244,5 +246,4 @@ def parse_bytes(text: str) -> int:
 
 def from_settings(prompt: str, settings: Mapping[str, object]) -> GenerationRequest:
     """Build the request from merged settings (keys are field names, values of the fields' types)."""
-    lists = {key: tuple(settings[key]) for key in LISTS if key in settings}  # JSON has no tuples
-    return GenerationRequest(prompt=prompt, **{**settings, **lists})
+    return GenerationRequest(prompt=prompt, **settings)

@@ -3,7 +3,6 @@
 import copy
 import json
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -225,7 +224,7 @@ def test_kept_latents_are_finished_to_the_pixels_of_the_uninterrupted_run(step, 
     steps = [event["index"] for event in map(json.loads, result.stdout.splitlines()) if event["event"] == "step"]
     assert steps == list(range(step + 1, REQUEST.steps + 1))
     assert np.array_equal(read_pixels(Path("x.png")), pixels)
-    assert read_metadata(Path("x.png"))["request"] == asdict(REQUEST)
+    assert read_metadata(Path("x.png"))["request"] == REQUEST.to_json()
     assert "--force" in assert_failed(call(capsys, "decode", str(path), "-o", "x.png"), ExitCode.OUTPUT)
 
 

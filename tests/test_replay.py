@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import fluxcli
 from fluxcli import presets
 from fluxcli.cli.generate import _replayed
 from fluxcli.errors import BadInputFile, ExitCode
@@ -218,11 +219,10 @@ def test_a_check_refuses_what_it_would_ignore(picture, capsys):
 
 
 def test_a_check_says_what_differs_here(picture, capsys, monkeypatch):
-    from fluxcli import engine
 
     same = call(capsys, "replay", str(picture), "--check")
     assert same.stdout.endswith(": identical\n") and "another" not in same.stderr
-    monkeypatch.setattr(engine, "versions", lambda: {"torch": "9.9"})
+    monkeypatch.setattr(fluxcli, "versions", lambda: {"torch": "9.9"})
     result = call(capsys, "replay", str(picture), "--check")
     assert "another versions torch" in result.stderr and "9.9" in result.stderr
     changed = call(capsys, "replay", str(picture), "--check", "--seed", "6")

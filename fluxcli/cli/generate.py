@@ -83,7 +83,7 @@ def decode(
     if odd := sorted(set(given) - {"output", "format", "quality", "metadata", "device", "vram_limit", "offload"}):
         raise UsageError("the latents say what is drawn", which=flag(odd[0]), hint="flux generate draws another")
     kept = latents.load(path)
-    values = {key: value for key, value in kept.request.to_json().items() if key != "prompt"}
+    values = {key: value for key, value in vars(kept.request).items() if key != "prompt"}
     request = settled(kept.request.prompt, presets.overlay(values | {"output": None, "count": 1}, given), given)
     return _run(request, options, given, made=kept.model, resume=replace(kept, request=request))
 
@@ -102,7 +102,7 @@ def _replayed(picture: Path, stored: dict, given: dict, prompt: str | None) -> G
     folder = config_folder()
     made = _stored_request(picture, stored)
     text = made.prompt if prompt is None else prompt
-    values = {key: value for key, value in made.to_json().items() if key not in ("prompt", "output", "count")}
+    values = {key: value for key, value in vars(made).items() if key not in ("prompt", "output", "count")}
     if "preset" not in given:
         here = presets.read_config(folder) | presets.from_environment()
         return settled(text, presets.overlay(values | {"output": here.get("output")}, given), given)

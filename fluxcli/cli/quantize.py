@@ -1,11 +1,11 @@
 """`flux quantize`: a 16-bit model becomes an nf4, fp8 or int8 checkpoint."""
 
+import hashlib
 import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from hashlib import file_digest
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -71,7 +71,7 @@ def quantize(  # noqa: PLR0917 - typer's options
         return _show(recipe, path, {}, json_output=json_output)
     check_torch()
     device = hardware.probe(coerce("device", device, where="--device")).device  # raises for one that is not there
-    merged = [{"path": str(a.path), "sha256": file_digest(a.path.open("rb"), "sha256").hexdigest(), "scale": a.scale}
+    merged = [{"path": str(a.path), "scale": a.scale, "sha256": hashlib.sha256(a.path.read_bytes()).hexdigest()}
               for a in adapters]  # fmt: skip
     origin = {"model": model, "flux": fluxcli.__version__} | ({"lora": merged} if merged else {})
     with console.Reporter(quiet=quiet, started=time.perf_counter()) as reporter:
