@@ -49,7 +49,7 @@ def locate(name: str, environment: Mapping[str, str] = os.environ) -> Path:
 
 def local(name: str, environment: Mapping[str, str] = os.environ) -> Path | None:
     """The absolute path of a file that is named by its path, or lies in the user's folder."""
-    if name.startswith(("\\\\", "//")):  # a share of another machine is never opened unasked
+    if name.startswith(models.SHARES):
         return None
     with contextlib.suppress(OSError, ValueError, RuntimeError):  # too long a name, NUL, no home
         places = (Path(name).expanduser(), *(folder(environment) / f"{name}{end}" for end in ("", ".safetensors")))

@@ -23,6 +23,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILE = re.compile(HUB_ID.pattern + r":(?!/)[^\x00-\x1f]+\.(?:safetensors|gguf)")
 MODEL_FILES = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 PUBLISHED = "black-forest-labs/FLUX.1-dev"  # whose sizes are those of files that do not say theirs
+SHARES = ("\\\\", "//")  # of other machines: never opened unasked
 KNOWN = re.compile(r"black-forest-labs/FLUX\.1-(dev|schnell|Krea-dev)")
 TRY_TINY = 'or try at once: flux generate "a red circle on a blue background" -p tiny'
 
@@ -30,7 +31,7 @@ TRY_TINY = 'or try at once: flux generate "a red circle on a blue background" -p
 def locate(
     model: str, *, components: Collection[str] = COMPONENTS, environment: Mapping[str, str] = os.environ
 ) -> Path:
-    """The folder of `model`: bundled/NAME, a folder, or a hub id in the cache or the mirror with these components.
+    """Where `model` is: bundled/NAME, a folder or file, ORG/NAME:FILE, or a hub id's folder with these components.
 
     Raises `WeightsUnavailable` naming the command that gets it, `UsageError` for what can be no model.
     """
@@ -46,7 +47,7 @@ def locate(
         raise WeightsUnavailable("no such model", which=model[:100], hint=f"-m FOLDER or FILE, {TRY_TINY}")
     whole, partial = _cached(model, environment, components)
     if not whole and (share := mirror(environment)) and is_complete(share / model, components):
-        return share / model
+        whole = share / model
     if whole:
         return whole
     what = "the download is incomplete" if partial else f"the weights of {model.rpartition('/')[2]} are not here"
@@ -144,7 +145,7 @@ def baked_folder(environment: Mapping[str, str] = os.environ) -> Path:
 
 def folder_of(model: str) -> Path | None:
     """The absolute folder or weight file that `model` names, None if none; raises `UsageError` for other files."""
-    if not model or model.startswith(("\\\\", "//")):  # a share of another machine is never opened unasked
+    if not model or model.startswith(SHARES):
         raise UsageError("no model", which=model, why="a folder or a hub id is needed", hint="-m FOLDER")
     try:
         path = Path(model).expanduser()

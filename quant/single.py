@@ -57,7 +57,11 @@ def inspect_file(path: Path) -> dict[str, Component]:
 
 def transformer_in(path: Path) -> Component:
     """The transformer in a weight file; raises `CheckpointError` where there is none."""
-    if "transformer" not in (found := inspect_file(path)):
+    return _transformer_of(inspect_file(path), path)
+
+
+def _transformer_of(found: Mapping[str, Component], path: Path) -> Component:
+    if "transformer" not in found:
         raise CheckpointError("no transformer in this file", path, why=f"it has {' and '.join(found)}")
     return found["transformer"]
 
@@ -84,15 +88,9 @@ def _component(name: str, path: Path, stored: Mapping[str, Piece], whole: str) -
     elif name == "vae":
         weights = from_ldm(weights)
     found = Component(name, path, config, weights)
-    kinds = {
-        "gguf": "GGUF",
-        "nf4": "bitsandbytes nf4 (Forge)",
-        "fp8": _fp8(stored, scaled),
-        "int8": "int8 rows",
-        "": "",
-    }
+    kinds = {"nf4": "bitsandbytes nf4 (Forge)", "fp8": _fp8(stored, scaled), "int8": "int8 rows"}
     plain = "GGUF" if is_gguf(path) else "BFL" if name in ("transformer", "vae") else "Hugging Face"
-    return replace(found, dialect=whole + (kinds[found.precision] or plain))
+    return replace(found, dialect=whole + kinds.get(found.precision, plain))
 
 
 def _scaled_layers(path: Path) -> set[str]:
@@ -120,8 +118,7 @@ def assemble(
     others |= _parts(vae, ("vae",)) if vae else {}
     whole = inspect(model) if model.is_dir() else None
     found = (whole.components if whole else inspect_file(model)) | others
-    if "transformer" not in found:
-        transformer_in(model)
+    _transformer_of(found, model)
     folder = model if whole else base([name for name in COMPONENTS if name not in found])
     for name in COMPONENTS:
         if name not in found:

@@ -6,12 +6,13 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import bitsandbytes  # noqa: F401 - now: what it logs while it is imported holds the frames, and tensors, of a run
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fluxcli import loader, models, modulation, sampling
+from fluxcli import costs, loader, models, modulation, plan, residency, sampling
 from fluxcli.engine import Engine
 from fluxcli.hardware import Hardware
 from fluxcli.latents import Latents
@@ -24,6 +25,7 @@ from quant.header import GGUF_BITS
 from quant.spec import SCHEMES, QuantSpec, layout
 from quant.weights import Piece, Weight
 from tests.counter import CARD, Counter
+from tests.helpers import machine
 
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "U8": torch.uint8, "I8": torch.int8}
 DTYPES["F8_E4M3"] = torch.float8_e4m3fn
@@ -48,6 +50,39 @@ def follow(engine: Engine, request: GenerationRequest, counter: Counter, resume:
                 counter.phase = event.name
             elif getattr(event, "detail", "") in ("transformer", "vae"):  # loading is part of the phase that it is for
                 counter.phase = {"transformer": "denoise", "vae": "decode"}[event.detail]
+
+
+def every_rung(
+    request: GenerationRequest, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, *, step_kib: int
+) -> dict[bool, list]:
+    """Pictures under each placement that fits below 40 MiB, by whether they were decoded in tiles.
+
+    Each run completes within its budget as planned; from all in memory to everything passing through.
+    """
+    monkeypatch.setattr(residency, "CONTEXT_BYTES", 0)
+    monkeypatch.setattr(costs, "DECODE_BYTES", 64 << 10)
+    monkeypatch.setattr(residency, "RESIDENT_SHARE", 0.01)
+    monkeypatch.setattr(plan, "USABLE_SHARE", 1.0)
+    pictures, levels = {}, set()
+    for kib in range(40 << 10, 1 << 10, -step_kib):
+        here = machine(kib / 2**20)
+        try:
+            _, made = plan.make_plan(request, [checkpoint], here)
+        except plan.DoesNotFit:
+            break
+        placed = made.residency
+        if (placed.encode, placed.level("denoise"), placed.decode) in levels:
+            continue
+        levels.add((placed.encode, placed.level("denoise"), placed.decode))
+        counter = Counter(budget=made.budget_bytes)
+        events, pixels = follow(on_card(checkpoint, made, here), request, counter)
+        assert not [event for event in events if "out of memory" in str(event)], (kib, placed)
+        assert counter.peak <= made.budget_bytes
+        pictures.setdefault(placed.decode == "tiled", []).append(pixels)
+    assert {level for _, level, _ in levels} >= {"resident", "sequential"} and len(levels) >= 4, levels
+    for same in pictures.values():
+        assert all(np.array_equal(each, same[0]) for each in same)
+    return pictures
 
 
 def packed(checkpoint: Checkpoint, spec: QuantSpec) -> Checkpoint:

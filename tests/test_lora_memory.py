@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluxcli import costs, hardware, plan, residency
+from fluxcli import hardware, residency
 from fluxcli.plan import make_plan
 from fluxcli.request import GenerationRequest
 from fluxcli.residency import PHASES
@@ -16,9 +16,9 @@ from quant.checkpoint import inspect
 from quant.header import DTYPE_BITS
 from tests import published
 from tests.counter import Counter
-from tests.helpers import BAKED, draw, engine_of, machine, tiny
+from tests.helpers import BAKED, draw, engine_of, tiny
 from tests.loras import write_lora
-from tests.simulate import follow, full_size, on_card, packed
+from tests.simulate import every_rung, follow, full_size, on_card, packed
 from tests.test_memory import BAKES, MIB
 
 CASES = [
@@ -65,30 +65,10 @@ def test_under_its_budget_the_engine_completes_every_rung_with_adapters(
     precision, tiny_folder, baked, tmp_path, monkeypatch
 ):
     """Of more bytes than the rest: the same pixels on each, and not those without."""
-    monkeypatch.setattr(residency, "CONTEXT_BYTES", 0)
-    monkeypatch.setattr(costs, "DECODE_BYTES", 64 << 10)
-    monkeypatch.setattr(residency, "RESIDENT_SHARE", 0.01)
-    monkeypatch.setattr(plan, "USABLE_SHARE", 1.0)
     checkpoint = inspect(baked(precision, **BAKED[precision]) if precision in BAKED else tiny_folder)
     every = ("transformer", "text_encoder", "text_encoder_2")
     file = write_lora(tmp_path / "x.safetensors", inspect(tiny_folder), every, rank=64, size=3)
-    request, pictures, levels = tiny(precision=precision, lora=(f"{file}:0.5",)), {}, set()
-    for kib in range(40 << 10, 1 << 10, -256):
-        here = machine(kib / 2**20)
-        try:
-            _, made = make_plan(request, [checkpoint], here)
-        except plan.DoesNotFit:
-            break
-        placed = made.residency
-        if (placed.encode, placed.level("denoise"), placed.decode) in levels:
-            continue
-        levels.add((placed.encode, placed.level("denoise"), placed.decode))
-        counter = Counter(budget=made.budget_bytes)
-        events, pixels = follow(on_card(checkpoint, made, here), request, counter)
-        assert not [event for event in events if "out of memory" in str(event)], (kib, placed)
-        pictures.setdefault(placed.decode == "tiled", []).append(pixels)
-    assert {level for _, level, _ in levels} >= {"resident", "sequential"} and len(levels) >= 4, levels
-    for same in pictures.values():
-        assert all(np.array_equal(each, same[0]) for each in same)
+    request = tiny(precision=precision, lora=(f"{file}:0.5",))
+    pictures = every_rung(request, checkpoint, monkeypatch, step_kib=256)
     _, plain = draw(engine_of(checkpoint, tiny(precision=precision)), tiny(precision=precision))
     assert np.abs(pictures[False][0].astype(int) - plain).max() > 5

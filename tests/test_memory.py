@@ -5,18 +5,17 @@ The counter knows nothing of plan.py, residency.py or costs.py.
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from fluxcli import costs, hardware, plan, residency
+from fluxcli import hardware, residency
 from fluxcli.plan import make_plan
 from fluxcli.request import GenerationRequest
 from fluxcli.residency import GIB, PHASES, MemoryPlan
 from quant.checkpoint import Checkpoint, inspect
 from quant.spec import QuantSpec
 from tests.counter import Counter
-from tests.helpers import BAKED, machine, tiny
-from tests.simulate import blocked, follow, full_size, on_card, packed
+from tests.helpers import BAKED, tiny
+from tests.simulate import blocked, every_rung, follow, full_size, on_card, packed
 
 MIB = 2**20
 BAKES = {"nf4": QuantSpec("nf4", "nf4"), "fp8": QuantSpec("fp8"), "int8": QuantSpec("int8")}
@@ -80,31 +79,9 @@ def checkpoint(tiny_folder: Path) -> Checkpoint:
 @pytest.mark.parametrize("precision", ["fp32", *BAKED])
 def test_under_its_budget_the_engine_completes_every_rung_that_was_planned(precision, checkpoint, baked, monkeypatch):
     """Every residency, from all in memory to everything passing through; the same pixels on each."""
-    monkeypatch.setattr(residency, "CONTEXT_BYTES", 0)
-    monkeypatch.setattr(costs, "DECODE_BYTES", 64 << 10)
-    monkeypatch.setattr(residency, "RESIDENT_SHARE", 0.01)
-    monkeypatch.setattr(plan, "USABLE_SHARE", 1.0)
     if precision in BAKED:
         checkpoint = inspect(baked(precision, **BAKED[precision]))
-    request, pictures, levels = tiny(precision=precision), {}, set()
-    for kib in range(40 << 10, 1 << 10, -128):
-        here = machine(kib / 2**20)
-        try:
-            _, made = make_plan(request, [checkpoint], here)
-        except plan.DoesNotFit:
-            break
-        placed = made.residency
-        if (placed.encode, placed.level("denoise"), placed.decode) in levels:
-            continue
-        levels.add((placed.encode, placed.level("denoise"), placed.decode))
-        counter = Counter(budget=made.budget_bytes)
-        events, pixels = follow(on_card(checkpoint, made, here), request, counter)
-        assert not [event for event in events if "out of memory" in str(event)], (kib, placed)
-        assert counter.peak <= made.budget_bytes
-        pictures.setdefault(placed.decode == "tiled", []).append(pixels)
-    assert {level for _, level, _ in levels} >= {"resident", "sequential"} and len(levels) >= 4, levels
-    for same in pictures.values():
-        assert all(np.array_equal(each, same[0]) for each in same)
+    every_rung(tiny(precision=precision), checkpoint, monkeypatch, step_kib=128)
 
 
 if __name__ == "__main__":  # the table of docs/memory.md
@@ -117,4 +94,4 @@ if __name__ == "__main__":  # the table of docs/memory.md
         ]
         what = ", ".join(f"{key} {value}" for key, value in asked.items() if key != "precision")
         blocks = plan_.residency.level("denoise")
-        print(f"| {name} | {asked['precision']} {what} | {blocks} | " + " | ".join(cells) + " |", flush=True)
+        print(f"| {name} | {asked.get('precision', '')} {what} | {blocks} | " + " | ".join(cells) + " |", flush=True)
