@@ -12,11 +12,13 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable, Generator
+from dataclasses import asdict, replace
 from types import FrameType
 from typing import Self
 
 from fluxcli.errors import OutputError, Terminated
-from fluxcli.events import Event, Notice, Phase, Saved, Step, to_json
+from fluxcli.events import Done, Event, Failed, Notice, Phase, Saved, Skipped, Step, Summary, to_json
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 ARRIVED: list[int] = []
@@ -73,10 +75,12 @@ def _one_line(text: str) -> str:
 class Reporter:
     """Shows a run's events, or a bake's bytes: on a terminal with a bar; adds up seconds per phase."""
 
-    def __init__(self, *, quiet: bool = False, events: bool = False, paths: bool = True, started: float) -> None:
-        """`started` is the perf_counter at the command's start; `paths` prints each picture's path on stdout."""
+    def __init__(
+        self, *, quiet: bool = False, events: bool = False, json_output: bool = False, started: float
+    ) -> None:  # fmt: skip
+        """`started` is the perf_counter at the command's start. On stdout come paths, or one of the JSON forms."""
         self.timings_s: dict[str, float] = {}
-        self._quiet, self._events, self._paths = quiet, events, paths
+        self._quiet, self._events, self._json = quiet, events, json_output
         self._started, self._phase, self._since = started, "load", started
         self._progress = self._task = None
 
@@ -94,8 +98,7 @@ class Reporter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close_phase()
-        self.timings_s["total"] = round(self._since - self._started, 4)
+        self._close_run()
         if self._progress:
             self._progress.stop()
             LAST_WORDS.clear()
@@ -103,8 +106,12 @@ class Reporter:
     def show(self, event: Event) -> None:
         """Show one event; raises `Terminated` if a signal arrived and was swallowed since the last one."""
         check_signals()
-        if self._events:
-            data_json(to_json(event))
+        if isinstance(event, Done):
+            self._close_run()
+            event = replace(event, timings_s=dict(self.timings_s))
+        ends = isinstance(event, Done | Failed | Skipped | Summary)
+        if self._events or (self._json and ends):
+            self._pause(lambda: data_json(to_json(event) if self._events else asdict(event)))
         match event:
             case Phase():
                 self._close_phase()
@@ -118,16 +125,36 @@ class Reporter:
                 self._update(description=f"denoise {text}", completed=index, total=total, speed=speed)
             case Notice() if not self._quiet:
                 say(event.message)
-            case Saved(image):
-                if self._progress:
-                    self._progress.stop()  # stdout may be the same terminal
-                if self._paths and not self._events and image.path != "-":
-                    data(image.path)
+            case Saved(image, row):
+                taken, place = time.perf_counter() - self._started, f"row {row}: " * bool(row)
+                if not (self._json or self._events) and image.path != "-":
+                    self._pause(lambda: data(image.path))
                 if not self._quiet:
-                    taken = time.perf_counter() - self._started
-                    say(f"{image.path}: {image.width}x{image.height}, seed {image.seed}, {taken:.1f} s")
-                if self._progress:
-                    self._progress.start()
+                    about = f"{image.width}x{image.height}, seed {image.seed}, {taken:.1f} s"
+                    self._pause(lambda: say(f"{place}{image.path}: {about}"))
+            case Skipped(row, path) if not self._quiet:
+                say(f"row {row}: {path} is there")
+            case Failed(_, message, hint, row):
+                self._pause(lambda: say(f"row {row} failed: {message}" + f" (hint: {hint})" * bool(hint)))
+            case Summary(rows, done, failed, skipped, pictures, seconds) if not self._quiet:
+                text = f"{rows} rows: {done} done, {failed} failed, {skipped} skipped; {pictures} pictures"
+                say(f"{text} in {seconds:.1f} s")
+
+    def result(self, run: Generator) -> object:
+        """Show a generator's events; returns its result."""
+        while True:
+            try:
+                self.show(next(run))
+            except StopIteration as finished:
+                return finished.value
+
+    def _pause(self, printing: Callable[[], None]) -> None:
+        """Print while the bar is away: stdout may be the same terminal."""
+        if self._progress:
+            self._progress.stop()
+        printing()
+        if self._progress:
+            self._progress.start()
 
     def show_bytes(self, done: int, total: int, detail: str) -> None:
         """Show `done` of `total` bytes with GB/s and time left; raises `Terminated` as `show` does."""
@@ -139,6 +166,10 @@ class Reporter:
     def _update(self, **fields: object) -> None:
         if self._progress:
             self._progress.update(self._task, visible=True, **fields)
+
+    def _close_run(self) -> None:
+        self._close_phase()
+        self.timings_s["total"] = round(self._since - self._started, 4)
 
     def _close_phase(self) -> None:
         now = time.perf_counter()

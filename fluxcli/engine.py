@@ -1,129 +1,204 @@
-"""The engine: a request becomes events and pictures, in phases encode -> condition -> denoise -> decode.
+"""The engine: requests become events and pictures, in phases encode -> condition -> denoise -> decode.
 
-It never prints and owns neither progress nor cancellation: `run` is a generator, and closing it stops after the
-current step. Model, scheduler and tokenizer classes are diffusers' and transformers' own; the loop equals
-diffusers' FluxPipeline on the same folder and seed.
+A window of pictures goes through each phase together, so that every component is loaded once for all of them; each is
+computed by itself, so that its pixels are those of a run of its own. The engine never prints and owns neither progress
+nor cancellation: `window` is a generator, and closing it stops after the current step. Model, scheduler and tokenizer
+classes are diffusers' and transformers' own; the loop equals diffusers' FluxPipeline on the same folder and seed.
 """
 
-import gc
 import hashlib
 import math
-import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 
 import fluxcli
 from fluxcli import classes, costs, hardware, image, lora, modulation, output, residency, sampling
-from fluxcli.adapters import attach
 from fluxcli.errors import DoesNotFit, NotFinite
 from fluxcli.events import Event, GeneratedImage, Notice, Phase, Saved, Step
 from fluxcli.latents import Latents
 from fluxcli.loader import refusing
-from fluxcli.placement import load_component
+from fluxcli.picture import Picture
 from fluxcli.request import GenerationRequest
 from fluxcli.residency import GIB, MemoryPlan
-from quant.checkpoint import Checkpoint, Component
-from quant.lazy import Tensor, Tensors, nn, np, torch
+from fluxcli.stage import Stage
+from fluxcli.texts import Texts
+from quant.checkpoint import Checkpoint
+from quant.errors import ExplainedError
+from quant.lazy import Tensor, np, torch
 from quant.lora import Adapter
-from quant.spec import FAMILIES, is_modulation
+from quant.spec import FAMILIES
+
+KEPT_BYTES = 256 << 20  # of tables in RAM between windows: four prompts of the published size
 
 
 class Engine:
-    """Runs requests on one checkpoint under one plan, and keeps what the plan says between them.
+    """Draws pictures of one checkpoint under one plan, and keeps what the plan says between them.
 
     Where memory runs out it goes on under the plan's next rung, with the same latents, until none is left.
     """
 
-    def __init__(self, checkpoint: Checkpoint, plan: MemoryPlan, machine: hardware.Hardware) -> None:
-        self.checkpoint, self.plan, self.machine = checkpoint, plan, machine
-        self.latents: Latents | None = None  # of the picture that is under way
+    def __init__(
+        self, checkpoint: Checkpoint, plan: MemoryPlan, machine: hardware.Hardware, *, cache: bool = False
+    ) -> None:  # fmt: skip
+        """`cache` keeps prompt embeddings on disk."""
+        self.checkpoint, self.machine, self.stage = checkpoint, machine, Stage(checkpoint, plan)
         self.measured: dict[str, int] = {}  # peaks by "phase level", of phases that ended or ran out of memory
-        self._models: dict[str, nn.Module] = {}
-        self._row: modulation.ModulationRow | None = None
-        self._prompt: tuple | None = None  # whose embeddings are kept: the text, its T5 length, adapters
-        self._embeddings: tuple[Tensor, Tensor] | None = None  # pooled (1, P), sequence (1, T, C)
-        self._tables: dict[modulation.Condition, Tensor] = {}
-        self._modulation: Tensors = {}  # the weights, where the plan keeps them
-        self._adapters: tuple[tuple[str, ...], tuple[Adapter, ...]] = (), ()  # as asked for, and what that is
-        hardware.cap(plan.device, plan.budget_bytes)
+        self.texts = Texts(checkpoint, plan, machine, cache=cache)
+        self._tables: dict[modulation.Condition, Tensor] = {}  # in RAM
+        self._adapters: dict[tuple[str, ...], tuple[Adapter, ...]] = {}  # of the window's requests
 
-    def run(
-        self, request: GenerationRequest, target: output.Target, *, resume: Latents | None = None
-    ) -> Iterator[Event]:
-        """Yield the run's events; each `Saved` names a finished picture. Raises `FluxError` and `QuantError`."""
-        request = request.with_seed()
-        for k in range(request.count):
-            single = request.picture(k)
-            pixels = yield from self.picture(single, image=k + 1, images=request.count, resume=resume)
-            yield Phase("save")
-            yield Saved(self._save(single, pixels, target, k + 1))
+    @property
+    def plan(self) -> MemoryPlan:
+        """The plan now: of another job, or a rung further down, than at first."""
+        return self.stage.plan
+
+    def adopt(self, plan: MemoryPlan, machine: hardware.Hardware) -> None:
+        """Go on under another plan of the same precision, see `Stage.adopt`."""
+        self.machine = machine
+        self.stage.adopt(plan)
+
+    def window(self, pictures: Sequence[Picture], *, isolate: bool = False) -> Iterator[Event]:
+        """Yield the events of all phases; each `Saved` names a finished picture. Raises `FluxError` and `QuantError`.
+
+        With `isolate` an error ends only the picture that has it, which keeps it.
+        """
+        self._adapters = {}
+        phases = ("encode", self._begin), ("encode", self._encode_clip), ("encode", self._encode_t5)
+        phases += ("condition", self._condition), ("denoise", self._denoise), ("decode", self._decode)
+        for phase, attempt in phases:
+            yield from self._phase(phase, [picture for picture in pictures if not picture.error], attempt, isolate)
 
     def picture(
-        self, request: GenerationRequest, *, image: int = 1, images: int = 1, resume: Latents | None = None
+        self, request: GenerationRequest, *, resume: Latents | None = None
     ) -> "Generator[Event, None, np.ndarray]":
         """Yield the events of one picture, or of what `resume` has left of it; returns its pixels (H, W, 3) uint8."""
-        for said in self._read_adapters(request):
-            yield Notice(said)
-        self.latents = resume or Latents(
-            request,
-            sampling.noise(request.seed, request.size, dtype=self._dtype("transformer")),
-            model=self.checkpoint.fingerprint,
-        )
-        if self.latents.step < request.steps:
-            pooled, sequence = yield from self._surviving("encode", request, self._encode)
-            table = yield from self._surviving("condition", request, self._condition, pooled)
-            inputs = self._inputs(request, sequence, pooled)
-            yield from self._surviving("denoise", request, self._denoise, table, inputs, image, images)
-        if not sampling.is_finite(self.latents.tokens):
-            raise NotFinite("the picture is not finite", which=f"seed {request.seed}", why="NaN or Inf in the latents")
-        return (yield from self._surviving("decode", request, self._decode))
+        alone = Picture(request, latents=resume)
+        yield from self.window([alone])
+        return alone.pixels
 
-    def _surviving(
-        self, phase: str, request: GenerationRequest, attempt: Callable, *arguments: object
-    ) -> "Generator[Event, None, object]":  # fmt: skip
-        """The phase's result; where memory runs out, by the plan's next rung. Raises `DoesNotFit` after the last."""
-        while True:
+    def _phase(self, phase: str, pictures: Sequence[Picture], attempt: Callable, isolate: bool) -> Iterator[Event]:
+        """A phase for all pictures; where that fails for each alone, since attempts go on where they were."""
+        try:
+            yield from self._surviving(phase, pictures, attempt)
+        except ExplainedError as error:
+            if not isolate:
+                raise
+            if len(pictures) == 1:
+                pictures[0].error = error
+                return
+            for picture in (each for each in pictures if not each.error):
+                yield from self._phase(phase, [picture], attempt, isolate)
+
+    def _surviving(self, phase: str, pictures: Sequence[Picture], attempt: Callable) -> Iterator[Event]:
+        """The phase, by the plan's next rung where memory runs out. Raises `DoesNotFit` after the last."""
+        while pictures:
             level, failed = self.plan.residency.level(phase), ""
-            known = phase == "encode" and self._prompt == self._text(request)
             hardware.reset_peak(self.plan.device)
             try:
-                result = yield from attempt(request, *arguments)
+                computed = yield from attempt(pictures)
                 peak = hardware.peak_memory(self.plan.device).get("vram_bytes")
-                if peak and not known:
-                    self.measured[f"{phase} {level}"] = peak + costs.CONTEXT_BYTES
-                return result
+                if peak and computed:
+                    self._learn(f"{phase} {level}", peak + costs.CONTEXT_BYTES)
+                return
             except Exception as error:
                 if not hardware.is_out_of_memory(error):
                     raise
                 failed = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-            self.measured[f"{phase} {level}"] = max(self.plan.budget_bytes, self.plan.peak_bytes[phase]) + 1
-            self._models.clear()
-            self._modulation.clear()  # kept where there was room: no lower rung keeps it
-            self._free()
-            now = self.plan
-            offer = residency.make_offer(request, self.checkpoint, self.machine, now.precision, now.spec, now.dtypes)
+            self._learn(f"{phase} {level}", max(self.plan.budget_bytes, self.plan.peak_bytes[phase]) + 1)
+            self.stage.clear()
+            now, largest = self.plan, max((each.request for each in pictures), key=lambda it: math.prod(it.size))
+            offer = residency.make_offer(largest, self.checkpoint, self.machine, now.precision, now.spec, now.dtypes)
             following = residency.relaxed(self.plan, phase, offer)
             if following is None:
                 needs, free = now.peak_bytes[phase] / GIB, hardware.free_memory(now.device) / GIB
                 why = f"{phase} needs about {needs:.1f} GiB by plan, {free:.1f} GiB are free: {failed}"
                 raise DoesNotFit("out of memory, and no rung is left", which=now.device, why=why)
-            self.plan, words = following
+            self.stage.plan, words = following
             yield Notice(f"out of memory in {phase} ({level or 'as planned'}): once more, {words}")
 
-    def _denoise(
-        self, request: GenerationRequest, table: Tensor, inputs: dict, image: int, images: int
-    ) -> Iterator[Event]:
+    def _learn(self, what: str, peak: int) -> None:
+        self.measured[what] = max(peak, self.measured.get(what, 0))
+
+    def _begin(self, pictures: Sequence[Picture]) -> Iterator[Event]:
+        """Adapters, the name of the embeddings, and noise where there are no latents yet."""
+        for picture in pictures:
+            request, known = picture.request, picture.request.lora in self._adapters
+            picture.adapters = self._adapters_of(request)
+            for said in () if known else lora.warnings(picture.adapters):
+                yield Notice(said)
+            picture.text = self.texts.key(request, picture.adapters)
+            picture.latents = picture.latents or Latents(
+                request,
+                sampling.noise(request.seed, request.size, dtype=self.stage.dtype("transformer")),
+                model=self.checkpoint.fingerprint,
+            )
+
+    def _encode_clip(self, pictures: Sequence[Picture]) -> Generator[Event, None, bool]:
+        """Pooled embeddings (1, P) of the prompts that are not known."""
+        computed = False
+        for picture in (each for each in pictures if not each.denoised and not self.texts.known(each.text)):
+            yield Phase("load", "tokenizers")
+            ids = self.texts.tokenize(picture.text, picture.request)
+            clip = yield from self.stage.load("text_encoder", picture.adapters)
+            yield Phase("encode")
+            self.texts.add_pooled(picture.text, clip(ids.to(clip.device)).pooler_output)
+            computed = True
+        return computed
+
+    def _encode_t5(self, pictures: Sequence[Picture]) -> Generator[Event, None, bool]:
+        """Sequence embeddings (1, T, C) of the prompts that are not known."""
+        computed, said = False, set()
+        for picture in (each for each in pictures if not each.denoised):
+            if (ids := self.texts.waiting(picture.text)) is not None:
+                t5 = yield from self.stage.load("text_encoder_2", picture.adapters)
+                yield Phase("encode")
+                self.texts.add_sequence(picture.text, t5(ids.to(t5.device))[0])
+                computed = True
+            picture.embeddings = self.texts.of(picture.text)
+            if (lost := picture.embeddings.lost) and picture.text not in said:
+                yield Notice(f"the prompt is longer than {picture.request.text_tokens} T5 tokens; lost: {lost!r}")
+            said.add(picture.text)
+        return computed
+
+    def _condition(self, pictures: Sequence[Picture]) -> Generator[Event, None, bool]:
+        """The modulation tables (steps, sum of outputs) of all pictures, in one pass over the weights."""
+        wanted = {}
+        for k, picture in enumerate(pictures):
+            if not picture.denoised:
+                pooled = picture.embeddings.pooled.to(self.plan.device, self.stage.dtype("transformer"))
+                options = {"weights": self.checkpoint.fingerprint, "guidance": picture.request.guidance}
+                timesteps = self._scheduler(picture.request).timesteps
+                wanted[k] = modulation.condition(pooled, timesteps=timesteps, adapters=picture.adapters, **options)
+        missing = list(dict.fromkeys(each for each in wanted.values() if each not in self._tables))
+        if missing:
+            yield from self.stage.make_room("transformer")
+            yield Phase("condition")
+            keep = self.stage.modulation if "modulation" in self.plan.residency.keep else None
+            self._tables |= modulation.make_tables(self.checkpoint.components["transformer"], missing, keep=keep)
+        for k, condition in wanted.items():
+            pictures[k].table = self._tables[condition] = self._tables.pop(condition)  # the last used is the last
+        while len(self._tables) > 1 and sum(table.nbytes for table in self._tables.values()) > KEPT_BYTES:
+            self._tables.pop(next(iter(self._tables)))
+        return bool(missing)
+
+    def _denoise(self, pictures: Sequence[Picture]) -> Generator[Event, None, bool]:
         """The steps that are left."""
-        model = yield from self._load("transformer")
-        yield Phase("denoise")
-        scheduler, latents = self._scheduler(request), self.latents
-        scheduler.set_begin_index(latents.step)
-        latents.tokens = latents.tokens.to(self.plan.device, self._dtype("transformer"))
-        for index in range(latents.step, request.steps):
-            self._row.select(table, index)
-            latents.tokens = sampling.step(model, scheduler, latents.tokens, scheduler.timesteps[index], inputs)
-            latents.step = index + 1
-            yield Step(index + 1, request.steps, image, images)
+        waiting = [picture for picture in pictures if not picture.denoised]
+        for picture in waiting:
+            model = yield from self.stage.load("transformer", picture.adapters)
+            yield Phase("denoise")
+            scheduler, latents, request = self._scheduler(picture.request), picture.latents, picture.request
+            scheduler.set_begin_index(latents.step)
+            table, inputs = picture.table.to(self.plan.device), self._inputs(picture)
+            latents.tokens = latents.tokens.to(self.plan.device, self.stage.dtype("transformer"))
+            for index in range(latents.step, request.steps):
+                self.stage.row.select(table, index)
+                latents.tokens = sampling.step(model, scheduler, latents.tokens, scheduler.timesteps[index], inputs)
+                latents.step = index + 1
+                yield Step(index + 1, request.steps, picture.image, picture.images)
+            latents.tokens, picture.table, picture.embeddings = latents.tokens.cpu(), None, None
+            del table, inputs
+        return bool(waiting)
 
     def _scheduler(self, request: GenerationRequest) -> object:
         """diffusers' scheduler with the timesteps of this request."""
@@ -132,119 +207,15 @@ class Engine:
             sampling.set_timesteps(scheduler, request.steps, math.prod(request.size) // 256)
         return scheduler
 
-    def _text(self, request: GenerationRequest) -> tuple:
-        """What the embeddings depend on."""
-        return request.prompt, request.text_tokens, self._acting("text_encoder"), self._acting("text_encoder_2")
+    def _adapters_of(self, request: GenerationRequest) -> tuple[Adapter, ...]:
+        if request.lora not in self._adapters:
+            self._adapters[request.lora] = lora.adapters_of(request.lora, self.checkpoint.components)
+        return self._adapters[request.lora]
 
-    def _encode(self, request: GenerationRequest) -> Generator[Event, None, tuple[Tensor, Tensor]]:
-        """Pooled (1, P) and sequence (1, T, C) embeddings of the prompt; the last prompt's are kept."""
-        key = self._text(request)
-        if self._prompt == key:
-            return self._embeddings
-        yield Phase("load", "tokenizers")
-        clip_ids, t5_ids, lost = sampling.tokenize(self.checkpoint.folder, *key[:2])
-        if lost:
-            yield Notice(f"the prompt is longer than {request.text_tokens} T5 tokens; lost: {lost!r}")
-        clip = yield from self._load("text_encoder")
-        yield Phase("encode")
-        pooled = clip(clip_ids.to(clip.device)).pooler_output
-        del clip
-        t5 = yield from self._load("text_encoder_2")
-        yield Phase("encode")
-        sequence = t5(t5_ids.to(t5.device))[0]
-        del t5
-        dtype = self._dtype("transformer")
-        self._prompt, self._embeddings = key, (pooled.to(dtype), sequence.to(dtype))
-        return self._embeddings
-
-    def _condition(self, request: GenerationRequest, pooled: Tensor) -> Generator[Event, None, Tensor]:
-        """The run's modulation table (steps, sum of outputs); the last run's is kept."""
-        options = {"weights": self.checkpoint.fingerprint, "guidance": request.guidance, "adapters": self._adapters[1]}
-        wanted = modulation.condition(pooled, timesteps=self._scheduler(request).timesteps, **options)
-        if wanted not in self._tables:
-            self._make_room("transformer")
-            yield Phase("condition")
-            keep = self._modulation if "modulation" in self.plan.residency.keep else None
-            self._tables = modulation.make_tables(self.checkpoint.components["transformer"], [wanted], keep=keep)
-        return self._tables[wanted]
-
-    def _load(self, name: str) -> "Generator[Event, None, nn.Module]":
-        """The component's module, placed as the plan says; loaded now unless it is there."""
-        self._make_room(name)
-        if name not in self._models:
-            yield Phase("load", name)
-            options = {"dtype": self._dtype(name), "device": self.plan.device}
-            component, since, is_main = self.checkpoint.components[name], time.perf_counter(), name == "transformer"
-            model = load_component(
-                component, blocks=self._passing(name, component), spec=self.plan.spec, **options,
-                arena=is_main and self.plan.residency.denoise == "streamed",
-                skip=is_modulation if is_main else lambda _: False,
-            )  # fmt: skip
-            if is_main:
-                self._row = modulation.ModulationRow(model, component, **options)
-            self._models[name] = model
-            if unpinned := getattr(model, "unpinned_bytes", 0):
-                yield Notice(f"the driver does not pin {unpinned / GIB:.1f} GiB of RAM: streaming is slower")
-            if is_main and self.plan.spec:
-                taken, to = time.perf_counter() - since, self.plan.precision
-                yield Notice(f"packed to {to} in {taken:.1f} s while loading: flux quantize ... --to {to} saves that")
-        self._adapt(name)
-        return self._models[name]
-
-    def _read_adapters(self, request: GenerationRequest) -> list[str]:
-        """Read the request's adapters unless they are known; what is to be said of them."""
-        if self._adapters[0] == request.lora:
-            return []
-        self._adapters = request.lora, lora.adapters_of(request.lora, self.checkpoint.components)
-        return list(lora.warnings(self._adapters[1]))
-
-    def _acting(self, name: str) -> tuple[Adapter, ...]:
-        """The adapters that change a component."""
-        return tuple(adapter for adapter in self._adapters[1] if adapter.numel(name))
-
-    def _adapt(self, name: str) -> None:
-        """Attach the component's adapters instead of those of another request; its own tensors stay as they are."""
-        model, wanted = self._models[name], self._acting(name)
-        attached, handles = getattr(model, "adapters", ((), ()))
-        if attached != wanted:
-            for handle in handles:
-                handle.remove()
-            model.adapters = (), ()
-            options = {"dtype": self._dtype(name), "device": self.plan.device}
-            model.adapters = wanted, attach(model, wanted, name, **options)
-
-    def _passing(self, name: str, component: Component) -> list[str]:
-        """The component's blocks that pass through the device instead of staying on it."""
-        placed = self.plan.residency
-        if name == "text_encoder_2":
-            return costs.t5_block_names(component) if placed.encode == "sequential" else []
-        if name != "transformer" or placed.denoise == "resident":
-            return []
-        blocks = costs.block_names(component)
-        return blocks if placed.denoise == "sequential" else [blocks[i] for i in placed.streamed]
-
-    def _make_room(self, name: str) -> None:
-        """Evict what may not stay beside a component."""
-        keep = self.plan.residency.keep
-        self._evict(*(other for other in self._models if other != name and not {other, name} <= set(keep)))
-
-    def _evict(self, *names: str) -> None:
-        if names:
-            for name in names:
-                self._models.pop(name, None)
-            self._free()
-
-    def _free(self) -> None:
-        """Give back what nothing holds any more, and count the peak of what comes next."""
-        gc.collect()
-        hardware.empty_cache(self.plan.device)
-        hardware.reset_peak(self.plan.device)
-
-    def _dtype(self, name: str) -> "torch.dtype":
-        return getattr(torch, self.plan.dtypes[name])
-
-    def _inputs(self, request: GenerationRequest, sequence: Tensor, pooled: Tensor) -> dict:
+    def _inputs(self, picture: Picture) -> dict:
         """What every forward of the transformer takes beside latents and timestep."""
+        request, at = picture.request, {"device": self.plan.device, "dtype": self.stage.dtype("transformer")}
+        sequence, pooled = (each.to(**at) for each in (picture.embeddings.sequence, picture.embeddings.pooled))
         guidance = None if request.guidance is None else torch.full([1], request.guidance, device=sequence.device)
         return {
             "encoder_hidden_states": sequence,
@@ -254,28 +225,47 @@ class Engine:
             "img_ids": sampling.image_ids(request.size).to(sequence),
         }
 
-    def _decode(self, request: GenerationRequest) -> "Generator[Event, None, np.ndarray]":
-        """Pixels (H, W, 3) uint8 of the latents; once more in float32 where they are not finite."""
-        vae = yield from self._load("vae")
+    def _decode(self, pictures: Sequence[Picture]) -> Generator[Event, None, bool]:
+        """Pixels of the latents, saved as soon as they are there."""
+        for picture in (each for each in pictures if not each.saved):
+            if picture.pixels is None:
+                picture.pixels = yield from self._pixels(picture)
+            if picture.target:
+                yield Phase("save")
+                try:
+                    saved = Saved(self._save(picture), picture.row)
+                except ExplainedError as error:  # the file may be there under another name: do not try again
+                    picture.error = error
+                    raise
+                picture.saved, picture.pixels = True, None
+                yield saved
+        return True
+
+    def _pixels(self, picture: Picture) -> "Generator[Event, None, np.ndarray]":
+        """(H, W, 3) uint8; decoded once more in float32 where they are not finite."""
+        seed = f"seed {picture.request.seed}"
+        if not sampling.is_finite(picture.latents.tokens):
+            raise NotFinite("the picture is not finite", which=seed, why="NaN or Inf in the latents")
+        vae = yield from self.stage.load("vae", picture.adapters)
         yield Phase("decode")
         tile = costs.TILE_PX if self.plan.residency.decode == "tiled" else 0
         vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = bool(tile), tile, tile // 8
-        latents = sampling.unpack(self.latents.tokens.to(self.plan.device), request.size)
-        decoded = sampling.decode(vae, latents.to(self._dtype("vae")))
+        latents = sampling.unpack(picture.latents.tokens.to(self.plan.device), picture.request.size)
+        decoded = sampling.decode(vae, latents.to(self.stage.dtype("vae")))
         if not sampling.is_finite(decoded) and self.plan.dtypes["vae"] != "float32":
             yield Notice("the VAE overflowed: decoding once more in float32")
             decoded = sampling.decode(vae.float(), latents.float())
-            vae.to(self._dtype("vae"))
+            vae.to(self.stage.dtype("vae"))
         if not sampling.is_finite(decoded):
-            why = "NaN or Inf in the pixels, decoded in float32"
-            raise NotFinite("the picture is not finite", which=f"seed {request.seed}", why=why)
+            raise NotFinite("the picture is not finite", which=seed, why="NaN or Inf in the pixels, decoded in float32")
         return sampling.to_pixels(decoded).numpy()
 
-    def _save(self, request: GenerationRequest, pixels: "np.ndarray", target: output.Target, n: int) -> GeneratedImage:
-        digest = image.pixels_sha256(pixels)
+    def _save(self, picture: Picture) -> GeneratedImage:
+        request, pixels, digest = picture.request, picture.pixels, image.pixels_sha256(picture.pixels)
         metadata = self.metadata(request) | {"pixels_sha256": digest} if request.metadata else None
         data = image.encode(pixels, request.format, quality=request.quality, metadata=metadata)
-        path, sha256 = output.save(data, target, request, n), hashlib.sha256(data).hexdigest()
+        path = output.save(data, picture.target, request, picture.number, picture.row)
+        sha256 = hashlib.sha256(data).hexdigest()
         return GeneratedImage(path, request.seed, *request.size, request.format, len(data), sha256, digest)
 
     @property
@@ -292,7 +282,6 @@ class Engine:
         compute = {"device": plan.device.partition(":")[0], "precision": plan.precision, "multiply": self.multiply}
         compute |= {"dtypes": plan.dtypes, "tiled": plan.residency.decode == "tiled"}
         model = {"name": request.model, "fingerprint": self.checkpoint.fingerprint}
-        self._read_adapters(request)
-        adapters = lora.identities(*self._adapters)
+        adapters = lora.identities(request.lora, self._adapters_of(request))
         found = {"request": described, "size": list(request.size), "model": model, "compute": compute, "lora": adapters}
         return found | {"versions": fluxcli.versions()}

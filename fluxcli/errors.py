@@ -6,6 +6,7 @@ FluxError
 ├── BadInputFile          4   corrupt or unsafe input
 ├── DoesNotFit            5   VRAM or RAM
 ├── OutputError           6   the picture cannot be written
+├── BatchFailed           7   some rows of a batch
 ├── DeviceUnusable        8   device or dependency
 └── NotFinite             9   NaN or Inf in the result
 """
@@ -25,6 +26,7 @@ class ExitCode(IntEnum):
     INPUT_FILE = 4
     DOES_NOT_FIT = 5
     OUTPUT = 6
+    BATCH = 7
     DEVICE = 8
     NOT_FINITE = 9
 
@@ -53,6 +55,10 @@ class DoesNotFit(FluxError):
 
 class OutputError(FluxError):
     exit_code = ExitCode.OUTPUT
+
+
+class BatchFailed(FluxError):
+    exit_code = ExitCode.BATCH
 
 
 class DeviceUnusable(FluxError):

@@ -57,6 +57,15 @@ def probe(device: str = "auto", *, measure: bool | None = None, sample: Path | N
         return found
 
 
+def check_torch() -> None:
+    """Raise `DeviceUnusable` where torch cannot be imported: a broken one fails with OSError and others, too."""
+    try:
+        import torch  # noqa: F401
+    except Exception as error:
+        why = f"{type(error).__name__}: {str(error)[:120]}"
+        raise DeviceUnusable("torch cannot be imported", why=why, hint="pip install --force-reinstall torch") from error
+
+
 def card(text: str) -> Hardware:
     """The hardware that `SIZE[:smNN]` describes, e.g. 12GiB:sm89; raises `UsageError`."""
     match = re.fullmatch(r"([^:]+)(?::sm(\d{2,3}))?", text)
@@ -118,7 +127,7 @@ def _found(kind: str, number: int, reason: str) -> Hardware:
         capability = torch.cuda.get_device_capability(number) if kind == "cuda" else (0, 0)
     except RuntimeError as error:
         raise DeviceUnusable("the device does not answer", which=device, why=str(error)[:120]) from error
-    free = min(total, free + CONTEXT_BYTES)  # asking has made the context
+    free = min(total, free + CONTEXT_BYTES + held_memory(device))  # asking has made the context
     bf16, identity = kind != "cuda" or capability >= BF16_SINCE, f"{kind} {getattr(found, 'uuid', number)}"
     return _hardware(device, found.name, total, free, bf16, capability, reason=reason, identity=identity)
 
@@ -199,6 +208,11 @@ def cap(device: str, budget_bytes: int) -> None:
 def free_memory(device: str) -> int:
     """Bytes that are free on the device now (of RAM, where it is the same)."""
     return _ask(device, "mem_get_info", device, default=(psutil.virtual_memory().available,))[0]
+
+
+def held_memory(device: str) -> int:
+    """Bytes of the device that this process's allocator holds; 0 on a CPU."""
+    return _ask(device, "memory_reserved", device, default=0)
 
 
 def synchronize(device: str) -> None:

@@ -51,6 +51,13 @@ def pixels_sha256(pixels: "np.ndarray") -> str:
     return hashlib.sha256(f"{pixels.shape[1]}x{pixels.shape[0]}:".encode() + pixels.tobytes()).hexdigest()
 
 
+def request_hash(metadata: dict, *, seeded: bool = True) -> str:
+    """sha256 of what decides a picture, from its metadata: request, model, adapters, and what computed it."""
+    parts = {key: metadata.get(key) for key in ("request", "size", "model", "compute", "lora")}
+    request = {key: value for key, value in parts["request"].items() if seeded or key != "seed"}
+    return hashlib.sha256(json.dumps(parts | {"request": request}, sort_keys=True).encode()).hexdigest()
+
+
 def parameters_text(metadata: dict) -> str:
     """The text that A1111 and its readers know: the prompt, then a line of settings."""
     request, (width, height) = metadata["request"], metadata["size"]

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from fluxcli import state
 from fluxcli.errors import UsageError, WeightsUnavailable
-from fluxcli.presets import BUNDLED
+from fluxcli.presets import BUNDLED, bases_of
 from fluxcli.request import GenerationRequest
 from quant.checkpoint import COMPONENTS, MANIFEST, Checkpoint, Component, is_complete
 from quant.config import READ
+from quant.errors import CheckpointError
 from quant.header import TensorInfo
 from quant.single import assemble
 from quant.spec import SCHEMES
@@ -100,6 +101,32 @@ def assembled(path: Path, request: GenerationRequest, bases: Callable[[], Sequen
 
     vae = locate(request.vae, components=()) if request.vae else None
     return assemble(path, base, text_encoders=encoders, vae=vae)
+
+
+def checkpoints_of(request: GenerationRequest, settings: Path, say: Callable[[str], None]) -> list[Checkpoint]:
+    """Every checkpoint that can serve the request's model; a damaged one that was baked is left out and named.
+
+    `settings` is the user's folder of presets. Raises `WeightsUnavailable`, `UsageError` and `CheckpointError`.
+    """
+    found, every = [], folders(request.model)
+    for folder in every:
+        try:
+            found.append(assembled(folder, request, lambda: bases_of(request.preset, settings)))
+            check_guidance(request, found[-1])
+        except CheckpointError as error:
+            if folder == every[-1] and not found:
+                raise
+            say(f"left out: {error}")
+    return found
+
+
+def check_guidance(request: GenerationRequest, checkpoint: Checkpoint) -> None:
+    """Raise `UsageError` where guidance is given to a model without that input, or missing for one with it."""
+    if checkpoint.takes_guidance and request.guidance is None:
+        raise UsageError("this model needs a guidance", which=request.model, hint="--guidance 3.5")
+    if not checkpoint.takes_guidance and request.guidance is not None:
+        why = "it has no guidance input, the value would do nothing"
+        raise UsageError("guidance without effect", which=request.model, why=why, hint="-p schnell, or --guidance none")
 
 
 def absolute(name: str) -> str:

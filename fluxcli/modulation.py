@@ -52,10 +52,15 @@ def linear_names(transformer: Component) -> list[str]:
     return sorted(n.removesuffix(".weight") for n in transformer.weights if n.endswith(suffix) and is_modulation(n))
 
 
+def row_width(transformer: Component) -> int:
+    """Numbers of all shifts, scales and gates of one step."""
+    return sum(transformer.weights[f"{name}.weight"].shape[0] for name in linear_names(transformer))
+
+
 def make_tables(
     transformer: Component, conditions: Sequence[Condition], *, keep: "dict[str, torch.Tensor] | None" = None
 ) -> dict[Condition, Tensor]:
-    """One pass over the modulation weights: a table (S, sum of outputs) per condition, rows in step order.
+    """One pass over the modulation weights: a table (S, sum of outputs) per condition, rows in step order, in RAM.
 
     With `keep` the weights stay in it, for the next pass. Each condition's rows are multiplied by themselves: float32
     products depend on the number of rows.
@@ -73,7 +78,7 @@ def make_tables(
                 layer = nn.Module()
                 layer.forward = partial(functional.linear, weight=pair[names[0]], bias=pair[names[1]])
                 attach(layer, item.adapters, "transformer", dtype=at.dtype, device=where, places={name: ("", 0)})
-                outputs.append(layer(rows))  # (S, 2, 3 or 6 x D)
+                outputs.append(layer(rows).cpu())  # (S, 2, 3 or 6 x D)
         return {item: torch.cat(outputs, dim=1) for item, outputs in zip(conditions, parts, strict=True)}
 
 

@@ -6,6 +6,7 @@ and moved into place; automatic names never replace a file, even when two proces
 
 import contextlib
 import errno
+import glob
 import math
 import os
 import re
@@ -26,7 +27,7 @@ from fluxcli.request import FORMATS, GenerationRequest
 from quant.writer import nearest
 
 DEFAULT_TEMPLATE = "{slug}-{seed}"
-TEMPLATE_KEYS = ("seed", "n", "slug", "preset", "width", "height", "date")
+TEMPLATE_KEYS = ("seed", "n", "row", "slug", "preset", "width", "height", "date")
 SLUG_LENGTH = 48
 STDOUT = "-"
 
@@ -84,8 +85,8 @@ def _check_template(name: str) -> bool:
         keys = [key for _, key, spec, conversion in string.Formatter().parse(name) if key is not None]
         if any(key not in TEMPLATE_KEYS for key in keys):
             raise ValueError("fields are " + " ".join(f"{{{key}}}" for key in TEMPLATE_KEYS))
-        name.format(seed=1, n=1, slug="", preset="", width=1, height=1, date="")
-    except (ValueError, IndexError, KeyError) as error:
+        name.format(seed=1, n=1, row=1, slug="", preset="", width=1, height=1, date="")
+    except (ValueError, IndexError, KeyError, MemoryError) as error:  # the last: {n:99999999999}
         raise UsageError("bad template", which=name, why=str(error)) from error
     return bool(keys)
 
@@ -99,19 +100,36 @@ def slug(prompt: str) -> str:
     return text or "image"
 
 
-def candidates(target: Target, request: GenerationRequest, n: int) -> Iterator[Path]:
-    """The names to try for picture `n` (from 1), best first."""
-    width, height = request.size
-    values = {"seed": request.seed, "n": n, "slug": slug(request.prompt), "preset": slug(request.preset)}
-    values |= {"width": width, "height": height, "date": date.today().isoformat()}
-    name = target.pattern if target.exact else f"{target.pattern.format(**values)}.{request.format}"
-    first = target.folder / name
+def candidates(target: Target, request: GenerationRequest, n: int, row: int = 0) -> Iterator[Path]:
+    """The names to try for picture `n` (from 1) of a row, best first."""
+    first = target.folder / _named(target, request, n=n, row=row, seed=request.seed, date=date.today().isoformat())
     yield first
     for k in count(2):
         yield first.with_name(f"{first.stem}-{k}{first.suffix}")
 
 
-def check_writable(target: Target, request: GenerationRequest) -> None:
+def _named(target: Target, request: GenerationRequest, **values: object) -> str:
+    """The file's name in the target's folder."""
+    width, height = request.size
+    values |= {"slug": slug(request.prompt), "preset": slug(request.preset), "width": width, "height": height}
+    return target.pattern if target.exact else f"{target.pattern.format(**values)}.{request.format}"
+
+
+class _Any(str):
+    """A field's value of whatever format, later a *."""
+
+    def __format__(self, _: str) -> str:
+        return "\0"
+
+
+def existing(target: Target, request: GenerationRequest, row: int) -> list[Path]:
+    """Files that may be pictures of the request by their names, whatever seed, number or day these tell."""
+    stem, dot, suffix = _named(target, request, n=_Any(), row=row, seed=_Any(), date=_Any()).rpartition(".")
+    pattern = glob.escape(str(target.folder / stem)).replace("\0", "*")
+    return sorted(map(Path, glob.glob(f"{pattern}{'' if target.exact else '*'}{dot}{glob.escape(suffix)}")))
+
+
+def check_writable(target: Target, request: GenerationRequest, row: int = 0) -> None:
     """Raise `OutputError` before any compute if the pictures could not be written; leaves nothing behind."""
     if target.stdout:
         if sys.stdout is None:
@@ -119,7 +137,7 @@ def check_writable(target: Target, request: GenerationRequest) -> None:
         if sys.stdout.isatty():
             raise UsageError("a picture would garble the terminal", which="-o -", hint="flux generate ... -o - > x.jpg")
         return
-    path = next(candidates(target, request, 1))
+    path = next(candidates(target, request, 1, row))
     need = request.count * (math.prod(request.size) * 3 + (1 << 20))
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -138,14 +156,14 @@ def check_writable(target: Target, request: GenerationRequest) -> None:
         raise OutputError("the disk is full", which=folder, why=why)
 
 
-def save(data: bytes, target: Target, request: GenerationRequest, n: int) -> str:
-    """Write `data` as picture `n`; returns its path as the user would spell it ('-' for stdout)."""
+def save(data: bytes, target: Target, request: GenerationRequest, n: int, row: int = 0) -> str:
+    """Write `data` as picture `n` of a row; returns its path as the user would spell it ('-' for stdout)."""
     if target.stdout:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
         return STDOUT
     try:
-        for path in candidates(target, request, n):
+        for path in candidates(target, request, n, row):
             real = Path(os.path.realpath(path))
             real.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileExistsError):

@@ -142,15 +142,6 @@ def _dtypes(
     return dict.fromkeys(every, "bfloat16"), "slowly: float32 does not fit into this RAM"
 
 
-def check_guidance(request: GenerationRequest, checkpoint: Checkpoint) -> None:
-    """Raise `UsageError` where guidance is given to a model without that input, or missing for one with it."""
-    if checkpoint.takes_guidance and request.guidance is None:
-        raise UsageError("this model needs a guidance", which=request.model, hint="--guidance 3.5")
-    if not checkpoint.takes_guidance and request.guidance is not None:
-        why = "it has no guidance input, the value would do nothing"
-        raise UsageError("guidance without effect", which=request.model, why=why, hint="-p schnell, or --guidance none")
-
-
 def suggestion(request: GenerationRequest, checkpoints: Sequence[Checkpoint], hardware: Hardware) -> str:
     """Options with which the request would fit, "" where none of the usual ones helps."""
     tries = [{"offload": "auto"}, {"precision": "nf4"}, {"precision": "auto"}]

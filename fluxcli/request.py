@@ -89,7 +89,7 @@ PATTERNS = {  # what a text must be, in a regular expression and in words
     "precision": ("auto|bf16|fp16|fp32|fp8|int8|nf4", "auto, bf16, fp16, fp32, fp8, int8 or nf4"),
     "offload": ("auto|none|stream|sequential", "auto, none, stream or sequential"),
     "model": (r"[^\0]{1,1000}", "a folder, a file or a hub id"),
-    "output": (r"[^\0]{1,4000}", "a file, a folder, a template or -"),
+    "output": (r"[^\0\ud800-\udc7f\udd00-\udfff]{1,4000}", "a file, a folder, a template or -"),
 }
 SIDES = {"image_size": MIN_SIZE_PX, "width": MULTIPLE_PX, "height": MULTIPLE_PX}  # the least of each
 FLAGS = {"aspect_ratio": "--ar", "image_size": "--size", "metadata": "--no-metadata"}

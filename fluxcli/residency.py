@@ -76,6 +76,19 @@ class Offer:
     cost: Cost
 
 
+def weaker(first: Residency, second: Residency) -> Residency:
+    """What takes no more memory than either: of each phase the lower level, and what both keep."""
+
+    def lower(phase: str, *levels: str) -> str:
+        return max((getattr(first, phase), getattr(second, phase)), key=levels.index)
+
+    denoise = max(first, second, key=lambda it: (it.denoise == "sequential", len(it.streamed)))
+    return Residency(
+        lower("encode", "resident", "sequential"), denoise.denoise, lower("decode", "together", "alone", "tiled"),
+        denoise.streamed, tuple(name for name in first.keep if name in second.keep),
+    )  # fmt: skip
+
+
 def make_offer(  # noqa: PLR0917
     request: GenerationRequest, checkpoint: Checkpoint, hardware: Hardware, precision: str, spec: QuantSpec | None,
     dtypes: dict[str, str], why: str = "",

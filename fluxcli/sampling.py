@@ -11,15 +11,21 @@ from fluxcli.loader import refusing
 from quant.lazy import Tensor, nn, np, torch
 
 
-def tokenize(folder: Path, prompt: str, text_tokens: int) -> tuple[Tensor, Tensor, str]:
-    """CLIP's token ids (1, 77), T5's (1, text_tokens), and the text that T5 will not see; raises `CheckpointError`.
-
-    FLUX.1 masks no padding, so the T5 length changes the picture.
-    """
+def tokenizers(folder: Path) -> tuple:
+    """CLIP's and T5's tokenizers of a model folder; raises `CheckpointError`."""
     with refusing("cannot read the tokenizer", folder / "tokenizer"):
         clip = classes.clip_tokenizer().from_pretrained(folder / "tokenizer", local_files_only=True)
     with refusing("cannot read the tokenizer", folder / "tokenizer_2"):
         t5 = classes.t5_tokenizer().from_pretrained(folder / "tokenizer_2", local_files_only=True)
+    return clip, t5
+
+
+def tokenize(pair: tuple, prompt: str, text_tokens: int) -> tuple[Tensor, Tensor, str]:
+    """CLIP's token ids (1, 77), T5's (1, text_tokens), and the text that T5 will not see.
+
+    FLUX.1 masks no padding, so the T5 length changes the picture.
+    """
+    clip, t5 = pair
     options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     ids = t5(prompt, max_length=text_tokens, **options).input_ids
     every = t5(prompt, truncation=False).input_ids

@@ -8,11 +8,10 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from fluxcli import output
-from fluxcli.errors import DoesNotFit
 
 
 def user_folder(kind: str, environment: Mapping[str, str]) -> Path:
@@ -28,6 +27,13 @@ def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
     """The user's cache folder for flux, by the rules of the platform."""
     folder = user_folder("cache", environment)
     return (folder if folder.is_absolute() else Path(os.devnull)) / "flux"  # without a home: nowhere
+
+
+def config_folder() -> Path:
+    """The user's folder of settings and presets."""
+    import typer
+
+    return Path(typer.get_app_dir("flux"))
 
 
 def read(name: str) -> dict:
@@ -53,26 +59,27 @@ def peaks() -> dict[str, dict[str, int]]:
     return {key: {k: v for k, v in value.items() if isinstance(v, int)} for key, value in found.items()}
 
 
-@contextlib.contextmanager
-def device_lock(identity: str, *, wait: bool, say: Callable[[str], None]) -> Iterator[bool]:
-    """Hold the advisory lock of a device; yields whether it had to wait. Raises `DoesNotFit` instead unless `wait`."""
-    from filelock import FileLock, Timeout
+class DeviceLock:
+    """The advisory lock of a device: one flux computes on it at a time. Where it cannot be kept, it is always free."""
 
-    folder, waited = cache_folder() / "locks", False
-    lock = FileLock(folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', identity)}.lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        if not wait:
-            why, hint = "another flux computes on it", "leave --no-wait out to wait for it"
-            raise DoesNotFit("the device is busy", which=identity, why=why, hint=hint) from error
-        say(f"{identity} is busy with another flux: waiting for it (--no-wait gives up instead)")
-        lock.acquire()
-        waited = True
-    except OSError:  # nowhere to put it: advisory means that the run goes on
-        pass
-    try:
-        yield waited
-    finally:
-        lock.release()
+    def __init__(self, identity: str) -> None:
+        from filelock import FileLock
+
+        self._folder = cache_folder() / "locks"
+        self._lock = FileLock(self._folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', identity)}.lock")
+
+    def acquire(self, *, wait: bool = True) -> bool:
+        """Take the lock; without `wait` return at once whether that was possible."""
+        from filelock import Timeout
+
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            return False
+        except OSError:  # nowhere to put it: advisory means that the run goes on
+            pass
+        return True
+
+    def release(self) -> None:
+        self._lock.release()

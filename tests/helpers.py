@@ -1,14 +1,17 @@
 """Requests and runs that several tests share."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from fluxcli import hardware, loader, plan
+from fluxcli import hardware, loader, output, plan
 from fluxcli.costs import Hardware, Speeds
 from fluxcli.engine import Engine
+from fluxcli.events import Event
 from fluxcli.image import open_picture
+from fluxcli.picture import Picture
 from fluxcli.request import GenerationRequest
 from fluxcli.residency import GIB
 from quant.checkpoint import Checkpoint, Component
@@ -43,6 +46,13 @@ def tiny(**changes: object) -> GenerationRequest:
 def engine_of(checkpoint: Checkpoint, request: GenerationRequest = TINY) -> Engine:
     machine = hardware.probe("cpu")
     return Engine(*plan.make_plan(request, [checkpoint], machine), machine)
+
+
+def run(engine: Engine, request: GenerationRequest, target: output.Target) -> Iterator[Event]:
+    """The events of a request's pictures, saved in the target."""
+    request = request.with_seed()
+    count = range(request.count)
+    return engine.window([Picture(request.picture(k), target, k + 1, images=request.count) for k in count])
 
 
 def draw(engine: Engine, request: GenerationRequest, **options: object) -> tuple[list, np.ndarray]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 
 from fluxcli import hardware
-from fluxcli.cli import app, generate
+from fluxcli.cli import app
 from fluxcli.engine import Engine
 from fluxcli.events import Phase, Step
 from tests.helpers import machine
@@ -49,18 +49,23 @@ def paint_instead(monkeypatch: pytest.MonkeyPatch, drawn: list | None = None) ->
     """Pictures come from their seed alone, without weights or torch; `drawn` collects the requests."""
     import numpy as np
 
-    def picture(self: Engine, request, *, image: int = 1, images: int = 1, resume: object = None):
-        if drawn is not None:
-            drawn.append(request)
-        yield Phase("denoise")
-        yield Step(1, 1, image, images)
-        width, height = request.size
-        return np.random.default_rng(request.seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    def paint(self: Engine, pictures):
+        for picture in pictures:
+            request = picture.request
+            if drawn is not None:
+                drawn.append(request)
+            yield Phase("denoise")
+            yield Step(1, 1, picture.image, picture.images)
+            width, height = request.size
+            picture.pixels = np.random.default_rng(request.seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
     here = machine(64, "cpu", bf16=False)
-    monkeypatch.setattr(Engine, "picture", picture)
+    for phase in ("begin", "encode_clip", "encode_t5", "condition"):
+        monkeypatch.setattr(Engine, f"_{phase}", lambda *_: iter(()))
+    monkeypatch.setattr(Engine, "_denoise", paint)
     monkeypatch.setattr(hardware, "probe", lambda device="auto", **_: here)
-    monkeypatch.setattr(generate, "check_torch", lambda: None)
+    monkeypatch.setattr(hardware, "check_torch", lambda: None)
+    monkeypatch.setattr(hardware, "reset_peak", lambda _: None)
 
 
 class Fault:

@@ -31,9 +31,9 @@ DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "U8": torch.uint8, "I8":
 DTYPES["F8_E4M3"] = torch.float8_e4m3fn
 
 
-def on_card(checkpoint: Checkpoint, plan: MemoryPlan, machine: Hardware) -> Engine:
+def on_card(checkpoint: Checkpoint, plan: MemoryPlan, machine: Hardware, **options: object) -> Engine:
     """An engine that runs on the simulated card whatever the plan's device is."""
-    return Engine(checkpoint, replace(plan, device=CARD), machine)
+    return Engine(checkpoint, replace(plan, device=CARD), machine, **options)
 
 
 def follow(engine: Engine, request: GenerationRequest, counter: Counter, resume: Latents | None = None) -> tuple:

@@ -153,7 +153,7 @@ def test_quiet_leaves_stderr_empty(drawn, capsys):
 def test_json_is_one_object_that_repeats_the_run(drawn, capsys):
     result = call(capsys, *GIVEN, "-n", "2", "--json", "-o", "x/")
     done = json.loads(result.stdout)
-    assert set(done) == {"images", "request", "plan", "timings_s", "peak_memory", "versions"}
+    assert set(done) == {"images", "request", "plan", "timings_s", "peak_memory", "versions", "row"}
     assert [image["seed"] for image in done["images"]] == [5, 6]
     for image in done["images"]:
         data = Path(image["path"]).read_bytes()
@@ -170,7 +170,7 @@ def test_events_are_one_object_a_line_and_end_with_done(drawn, capsys):
     result = call(capsys, *GIVEN, "-n", "2", "--events")
     events = [json.loads(line) for line in result.stdout.splitlines()]
     kinds = [event["event"] for event in events]
-    assert kinds == ["phase", "step", "phase", "saved"] * 2 + ["done"]
+    assert kinds == ["notice", *["phase", "step"] * 2, *["phase", "saved"] * 2, "done"]
     assert [e["image"]["path"] for e in events if e["event"] == "saved"] == ["a-fox-5.png", "a-fox-6.png"]
     assert events[-1]["images"] == [e["image"] for e in events if e["event"] == "saved"]
 
@@ -247,7 +247,7 @@ def test_presets_are_listed_and_shown_with_origins(capsys, monkeypatch):
 def commands(group: object, path: str = "flux") -> list[tuple[str, object]]:
     found = [(path, group)]
     for name, command in getattr(group, "commands", {}).items():
-        found += commands(command, f"{path} {name}")
+        found += [] if command.hidden else commands(command, f"{path} {name}")
     return found
 
 

@@ -79,7 +79,7 @@ def test_a_plain_terminal_gets_plain_text(terminal, monkeypatch, name, value):
 
 
 def test_seconds_add_up_per_phase():
-    reporter = report(quiet=True, paths=False)
+    reporter = report(quiet=True)
     phases = ("load", "encode", "denoise", "save")
     assert set(reporter.timings_s) == {*phases, "total"}
     assert sum(reporter.timings_s[name] for name in phases) == pytest.approx(reporter.timings_s["total"], abs=0.01)

@@ -13,7 +13,7 @@ from fluxcli.events import Notice, Phase, Saved, Step
 from fluxcli.image import pixels_sha256, read_metadata
 from fluxcli.residency import Residency
 from quant.checkpoint import Checkpoint, inspect
-from tests.helpers import draw, engine_of, read_pixels, tiny
+from tests.helpers import draw, engine_of, read_pixels, run, tiny
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,9 @@ def test_a_new_guidance_makes_new_tables_but_no_new_embeddings(engine):
 
 def test_encoders_leave_when_the_plan_does_not_keep_them(checkpoint):
     engine = engine_of(checkpoint)
-    engine.plan = replace(engine.plan, residency=Residency(keep=("transformer", "vae")))
+    engine.stage.plan = replace(engine.plan, residency=Residency(keep=("transformer", "vae")))
     draw(engine, tiny())
-    assert set(engine._models) == {"transformer", "vae"}
+    assert set(engine.stage._models) == {"transformer", "vae"}
 
 
 def test_same_request_same_pixels_and_another_seed_other_pixels(checkpoint, engine):
@@ -70,7 +70,7 @@ def test_same_request_same_pixels_and_another_seed_other_pixels(checkpoint, engi
 def test_picture_k_of_count_is_the_picture_of_that_seed_alone(engine, tmp_path):
     request = tiny(count=3, output=f"{tmp_path}/")
     target = output.parse_target(request)
-    saved = [event.image for event in engine.run(request, target) if isinstance(event, Saved)]
+    saved = [event.image for event in run(engine, request, target) if isinstance(event, Saved)]
     assert [image.seed for image in saved] == [7, 8, 9]
     for image in saved:
         _, alone = draw(engine, tiny(seed=image.seed))
@@ -82,7 +82,7 @@ def test_a_saved_picture_says_how_to_make_it_again(engine, checkpoint, tmp_path)
 
     request = tiny(seed=-1, count=2, output=f"{tmp_path}/")
     target = output.parse_target(request)
-    for event in engine.run(request, target):
+    for event in run(engine, request, target):
         if isinstance(event, Saved):
             path = Path(event.image.path)
             metadata = read_metadata(path)
@@ -95,7 +95,7 @@ def test_a_saved_picture_says_how_to_make_it_again(engine, checkpoint, tmp_path)
 def test_the_random_seed_is_reported(engine, tmp_path):
     request = tiny(seed=-1, output=f"{tmp_path}/")
     target = output.parse_target(request)
-    seeds = {next(e.image.seed for e in engine.run(request, target) if isinstance(e, Saved)) for _ in range(2)}
+    seeds = {next(e.image.seed for e in run(engine, request, target) if isinstance(e, Saved)) for _ in range(2)}
     assert len(seeds) == 2
     assert min(seeds) >= 0
 
@@ -111,19 +111,19 @@ def test_a_prompt_beyond_the_text_tokens_names_what_is_lost(engine):
 def test_nan_in_the_latents_is_an_error_and_no_file(checkpoint, tmp_path):
     engine = engine_of(checkpoint)
     draw(engine, tiny())
-    engine._models["transformer"].proj_out.weight.data[0, 0] = float("nan")
+    engine.stage._models["transformer"].proj_out.weight.data[0, 0] = float("nan")
     request = tiny(output=f"{tmp_path}/out/")
     target = output.parse_target(request)
     with pytest.raises(NotFinite):
-        list(engine.run(request, target))
+        list(run(engine, request, target))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_vae_that_overflows_is_run_once_more_in_float32(checkpoint):
     engine = engine_of(checkpoint)
-    engine.plan = replace(engine.plan, dtypes=engine.plan.dtypes | {"vae": "bfloat16"})
+    engine.stage.plan = replace(engine.plan, dtypes=engine.plan.dtypes | {"vae": "bfloat16"})
     draw(engine, tiny())
-    vae, calls = engine._models["vae"], []
+    vae, calls = engine.stage._models["vae"], []
     real = vae.decode
 
     def decode(latents, **options):
@@ -143,13 +143,13 @@ def test_a_vae_that_overflows_is_run_once_more_in_float32(checkpoint):
 
 
 def test_closing_the_generator_stops_within_a_step(engine):
-    run = engine.picture(tiny(steps=50))
-    for event in run:
+    drawing = engine.picture(tiny(steps=50))
+    for event in drawing:
         if isinstance(event, Step) and event.index == 2:
             break
-    run.close()
+    drawing.close()
     with pytest.raises(StopIteration):
-        next(run)
+        next(drawing)
     assert torch.is_grad_enabled()
 
 

@@ -7,7 +7,20 @@ from typing import get_args
 import pytest
 
 from fluxcli import events
-from fluxcli.events import Done, Event, Failed, GeneratedImage, Notice, Phase, Saved, Step, to_json
+from fluxcli.events import (
+    Done,
+    Event,
+    Failed,
+    GeneratedImage,
+    Notice,
+    Phase,
+    Saved,
+    Skipped,
+    Step,
+    Summary,
+    from_json,
+    to_json,
+)
 
 IMAGE = GeneratedImage("ein Bär-7.png", 2**64 - 1, 1024, 576, "png", 3, "ab" * 32, "cd" * 32)
 SAMPLES = [
@@ -15,21 +28,14 @@ SAMPLES = [
     Step(3, 28, 2, 4),
     Notice('lost: "…" 🦊'),
     Saved(IMAGE),
+    Saved(IMAGE, 7),
+    Skipped(7, "ein Bär-7.png"),
+    Summary(20, 18, 1, 1, 36, 12.5),
     Done(
         (IMAGE, IMAGE), {"prompt": "x", "seed": 1}, {"device": "cpu"}, {"total": 1.5}, {"rss_bytes": 1}, {"flux": "1"}
     ),
     Failed(6, "cannot write the picture", "-o FOLDER/"),
 ]
-
-
-def from_json(value: dict) -> Event:
-    kinds = {kind.__name__.lower(): kind for kind in get_args(Event)}
-    arguments = {key: item for key, item in value.items() if key != "event"}
-    if "image" in arguments and value["event"] == "saved":
-        arguments["image"] = GeneratedImage(**arguments["image"])
-    if "images" in arguments and value["event"] == "done":
-        arguments["images"] = tuple(GeneratedImage(**image) for image in arguments["images"])
-    return kinds[value["event"]](**arguments)
 
 
 def test_there_is_a_sample_of_every_event():

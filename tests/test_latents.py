@@ -19,6 +19,7 @@ from fluxcli.errors import BadInputFile, ExitCode
 from fluxcli.events import Step
 from fluxcli.image import read_metadata
 from fluxcli.latents import Latents
+from fluxcli.picture import Picture
 from fluxcli.request import GenerationRequest
 from quant.checkpoint import inspect
 from quant.errors import CheckpointError
@@ -38,14 +39,11 @@ def engine(tiny_folder: Path) -> Engine:
 @pytest.fixture(scope="module")
 def drawing(engine: Engine) -> tuple[dict[int, Latents], np.ndarray]:
     """(the latents before and after every step, the pixels) of one uninterrupted run."""
-    run, kept = engine.picture(REQUEST), {}
-    while True:
-        try:
-            event = next(run)
-        except StopIteration as finished:
-            return kept, finished.value
-        if engine.latents.step == 0 or isinstance(event, Step):
-            kept[engine.latents.step] = copy.copy(engine.latents)
+    alone, kept = Picture(REQUEST), {}
+    for event in engine.window([alone]):
+        if alone.latents and (alone.latents.step == 0 or isinstance(event, Step)):
+            kept[alone.latents.step] = copy.copy(alone.latents)
+    return kept, alone.pixels
 
 
 def tokens(request: GenerationRequest = REQUEST, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -263,7 +261,10 @@ def test_another_model_is_said(drawing, capsys):
     assert call(capsys, "decode", str(path), "-q").stderr == ""
 
 
-HOW = {"output", "format", "quality", "no_metadata", "force", "device", "vram_limit", "offload", "no_wait"}
+HOW = {"output", "format", "quality", "no_metadata", "force", "device", "vram_limit", "offload", "no_wait"} | {
+    "no_worker",
+    "no_cache",
+}
 SHOWN = {"json_output", "events", "quiet", "debug"}
 
 

@@ -149,7 +149,7 @@ def test_switching_adapters_loads_nothing_and_leaves_the_base_as_it_was(dialect,
     checkpoint, request = model_in(dialect, exported, tiny_folder)
     engine, precision = engine_of(checkpoint, request), request.precision
     _, plain = draw(engine, request)
-    models = dict(engine._models)
+    models = dict(engine.stage._models)
     assert {"transformer", "text_encoder", "text_encoder_2"} <= set(models)
     before = {name: digest(model) for name, model in models.items()}
     pictures = []
@@ -157,12 +157,12 @@ def test_switching_adapters_loads_nothing_and_leaves_the_base_as_it_was(dialect,
         asked = replace(using(files, **dict.fromkeys(names, 0.5)), precision=precision)
         events, pixels = draw(engine, asked)
         assert {event.detail for event in events if isinstance(event, Phase) and event.name == "load"} <= {"tokenizers"}
-        assert {name: digest(model) for name, model in engine._models.items()} == before
+        assert {name: digest(model) for name, model in engine.stage._models.items()} == before
         assert apart(pixels, plain) > MOVES
         pictures.append(pixels)
     assert np.array_equal(pictures[0], pictures[3]) and not np.array_equal(pictures[0], pictures[1])
     assert np.array_equal(draw(engine, request)[1], plain)
-    assert all(engine._models[name] is model for name, model in models.items())
+    assert all(engine.stage._models[name] is model for name, model in models.items())
     assert {name: digest(model) for name, model in models.items()} == before
 
 

@@ -73,7 +73,7 @@ def test_many_prompts_in_one_pass_give_each_prompts_own_bits(checkpoint, pooled)
 def test_after_condition_no_modulation_weight_has_storage_and_no_linear_runs(checkpoint, monkeypatch):
     engine = engine_of(checkpoint)
     draw(engine, tiny())
-    model = engine._models["transformer"]
+    model = engine.stage._models["transformer"]
     owners = [name for name, _ in model.named_parameters() if is_modulation(name)]
     assert owners == []
     count = sum(p.numel() for p in model.parameters())
@@ -95,13 +95,13 @@ def test_after_condition_no_modulation_weight_has_storage_and_no_linear_runs(che
 def test_every_norm_looks_at_one_static_row(checkpoint):
     engine = engine_of(checkpoint)
     draw(engine, tiny())
-    model, row = engine._models["transformer"], engine._row._row
+    model, row = engine.stage._models["transformer"], engine.stage.row._row
     views = [model.get_submodule(n)() for n in modulation.linear_names(checkpoint.components["transformer"])]
     storage = {view.untyped_storage().data_ptr() for view in views}
     assert storage == {row.untyped_storage().data_ptr()}
     before = row.data_ptr()
     table = torch.arange(2 * row.shape[1], dtype=torch.float32).view(2, -1)
-    engine._row.select(table, 1)
+    engine.stage.row.select(table, 1)
     assert row.data_ptr() == before
     assert torch.equal(torch.cat(views, dim=1), table[1:2])
 
@@ -110,7 +110,7 @@ def test_order_of_selection_decides_not_the_number_of_calls(checkpoint):
     """A forward that is repeated or skipped (step caches, retries) sees the same row."""
     engine = engine_of(checkpoint)
     _, expected = draw(engine, tiny())
-    model = engine._models["transformer"]
+    model = engine.stage._models["transformer"]
     forward = model.forward
 
     def twice(*args, **kwargs):

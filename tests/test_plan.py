@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fluxcli import costs, hardware, models, plan, residency
-from fluxcli.cli import generate
+from fluxcli import console, costs, hardware, models, plan, residency
 from fluxcli.costs import Hardware
 from fluxcli.errors import DoesNotFit, ExitCode, UsageError
-from fluxcli.plan import QUALITY, SLOWER, USABLE_SHARE, check_guidance, make_plan, survey
+from fluxcli.plan import QUALITY, SLOWER, USABLE_SHARE, make_plan, survey
 from fluxcli.request import GenerationRequest
 from fluxcli.residency import GIB, PHASES
 from quant.checkpoint import Checkpoint, inspect
@@ -313,11 +312,11 @@ def test_guidance_that_does_nothing_or_is_missing_is_refused(checkpoint):
     part = replace(checkpoint.components["transformer"], config=schnell)
     without = replace(checkpoint, components={**checkpoint.components, "transformer": part})
     with pytest.raises(UsageError, match="without effect"):
-        check_guidance(tiny(guidance=3.5), without)
+        models.check_guidance(tiny(guidance=3.5), without)
     with pytest.raises(UsageError, match="needs a guidance"):
-        check_guidance(tiny(guidance=None), checkpoint)
-    check_guidance(tiny(guidance=None), without)
-    check_guidance(tiny(guidance=0.0), checkpoint)
+        models.check_guidance(tiny(guidance=None), checkpoint)
+    models.check_guidance(tiny(guidance=None), without)
+    models.check_guidance(tiny(guidance=0.0), checkpoint)
 
 
 def test_more_pixels_steps_and_tokens_never_need_less(dev):
@@ -366,7 +365,7 @@ def test_what_was_baked_is_found_and_taken_before_packing(baked, monkeypatch):
     models.baked_folder().mkdir(parents=True)
     for to in SCHEMES:
         (models.baked_folder() / f"tiny-{to}").symlink_to(baked(to, **BAKED[to]))
-    found = generate.checkpoints_of(tiny())
+    found = models.checkpoints_of(tiny(), Path(), console.say)
     assert sorted(each.components["transformer"].precision for each in found) == ["", "fp8", "int8", "nf4"]
     here = machine(24, "cpu", bf16=False)
     for precision in SCHEMES:
@@ -379,7 +378,7 @@ def test_a_damaged_variant_is_left_out_and_named(tiny_folder, capsys):
     broken = models.baked_folder() / "tiny-nf4"
     (broken / "transformer").mkdir(parents=True)
     (broken / "flux-manifest.json").write_text(json.dumps({"model": "bundled/tiny", "recipe": {"to": "nf4"}}))
-    assert len(generate.checkpoints_of(tiny())) == 1
+    assert len(models.checkpoints_of(tiny(), Path(), console.say)) == 1
     assert "left out" in capsys.readouterr().err
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fluxcli import hardware, models
 from fluxcli.cli.app import app
-from fluxcli.cli.generate import _replayed
+from fluxcli.cli.replay import _replayed
 from fluxcli.errors import ExitCode
 from fluxcli.image import read_metadata
 from fluxcli.plan import QUALITY
@@ -181,8 +181,9 @@ def test_an_offload_on_the_cpu_does_nothing_and_is_refused(capsys, drawn):
 
 def test_it_takes_every_option_of_generate():
     generate, plan = options_of("generate"), options_of("plan")
-    assert {name: shown for name, shown in generate.items() if name != "--dry-run"}.items() <= plan.items()
-    assert set(plan) - set(generate) == {"--card", "--measure"}
+    own = {"--dry-run", "--from", "--resume", "--fail-fast"}
+    assert {name: shown for name, shown in generate.items() if name not in own}.items() <= plan.items()
+    assert set(plan) - set(generate) == {"--card", "--measure"} and own <= set(generate)
     assert {"--vram-limit", "--offload", "--no-wait", "--precision"} <= set(options_of("decode"))
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import fluxcli
 from fluxcli import presets
-from fluxcli.cli.generate import _replayed
+from fluxcli.cli.replay import _replayed
 from fluxcli.errors import BadInputFile, ExitCode
 from fluxcli.image import encode, read_metadata
 from fluxcli.request import from_settings

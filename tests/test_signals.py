@@ -14,7 +14,7 @@ import pytest
 from fluxcli import output
 from fluxcli.request import GenerationRequest
 from tests.conftest import ROOT
-from tests.helpers import engine_of, tiny
+from tests.helpers import engine_of, run, tiny
 from tests.invariant import Fault, files
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
@@ -241,7 +241,7 @@ def test_many_rounds_leave_memory_descriptors_and_files_flat(tiny_folder):
     for k in range(100):
         request = tiny(steps=1, seed=k, output="x.png")
         target = output.parse_target(request, force=True)
-        for _ in engine.run(request, target):
+        for _ in run(engine, request, target):
             pass
         measured.append((process.memory_info().rss, process.num_fds()))
     assert measured[-1][1] <= measured[9][1]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from fluxcli import console, hardware, state
-from fluxcli.errors import DoesNotFit, ExitCode
+from fluxcli.errors import ExitCode
+from fluxcli.state import DeviceLock
 from tests.conftest import ROOT
 from tests.helpers import machine
 from tests.invariant import assert_failed, call, files
@@ -19,10 +21,12 @@ from tests.invariant import assert_failed, call, files
 CARD = "cuda GPU-1234"
 HOLDER = """
 import sys
-from fluxcli.state import device_lock
-with device_lock(sys.argv[1], wait=True, say=print):
-    print("held", flush=True)
-    sys.stdin.readline()
+from fluxcli.state import DeviceLock
+lock = DeviceLock(sys.argv[1])
+assert lock.acquire()
+print("held", flush=True)
+sys.stdin.readline()
+lock.release()
 """
 WRITER = """
 import sys
@@ -158,60 +162,52 @@ def test_two_writers_leave_whole_files_only():
 # --- the lock
 
 
-def refuse(text: str) -> None:
-    raise AssertionError(text)
+def free(identity: str) -> bool:
+    """Whether the lock can be had at once; it is given back."""
+    lock = DeviceLock(identity)
+    found = lock.acquire(wait=False)
+    lock.release()
+    return found
 
 
-def test_a_free_device_is_taken_without_a_word_and_given_back():
-    for _ in range(2):  # after a run that failed, too
-        with pytest.raises(KeyError), state.device_lock(CARD, wait=False, say=refuse) as waited:
-            assert waited is False
-            raise KeyError
+def test_a_free_device_is_taken_and_given_back():
+    lock = DeviceLock(CARD)
+    for _ in range(2):
+        assert lock.acquire(wait=False)
+        assert not DeviceLock(CARD).acquire(wait=False)
+        lock.release()
+    assert free(CARD)
 
 
-def test_the_second_waits_says_so_once_and_gets_it(hold):
-    other, said = hold(CARD), []
-
-    def say(text: str) -> None:
-        said.append(text)
-        other.communicate("enough\n")
-
-    with state.device_lock(CARD, wait=True, say=say) as waited:
-        assert waited is True and other.returncode == 0
-    (line,) = said
-    assert CARD in line and "waiting" in line and "--no-wait" in line
+def test_the_second_waits_and_gets_it(hold):
+    other, lock = hold(CARD), DeviceLock(CARD)
+    assert not lock.acquire(wait=False)
+    threading.Timer(0.2, lambda: print("enough", file=other.stdin, flush=True)).start()
+    assert lock.acquire() and other.wait() == 0
+    lock.release()
 
 
-def test_no_wait_is_exit_5_and_says_how_to_wait(hold):
+def test_another_device_is_free(hold):
     hold(CARD)
-    with pytest.raises(DoesNotFit, match="busy") as refused, state.device_lock(CARD, wait=False, say=refuse):
-        pass
-    assert refused.value.exit_code == ExitCode.DOES_NOT_FIT and "--no-wait" in refused.value.hint
-    with state.device_lock("cuda GPU-5678", wait=False, say=refuse) as waited:  # another device is free
-        assert not waited
+    assert not free(CARD) and free("cuda GPU-5678")
 
 
 def test_a_killed_holder_holds_nothing(hold):
     other = hold(CARD)
     other.kill()
     other.wait()
-    with state.device_lock(CARD, wait=False, say=refuse) as waited:
-        assert not waited
+    assert free(CARD)
 
 
 def test_no_identity_leaves_the_folder_of_locks():
     for identity in ("cuda ../../x", "/etc/passwd", "a\0b", "..", "ü"):
-        with state.device_lock(identity, wait=False, say=refuse):
-            pass
+        assert free(identity)
     folder = state.cache_folder()
     assert all(Path(name).parent == Path("locks") for name in files(folder)) and list(Path().iterdir()) == []
 
 
 def test_without_a_place_for_the_lock_the_run_goes_on(nowhere):
-    with state.device_lock(CARD, wait=False, say=refuse) as waited:
-        assert waited is False
-    with pytest.raises(OSError, match="the run's own"), state.device_lock(CARD, wait=False, say=refuse):
-        raise OSError("the run's own")
+    assert free(CARD) and free(CARD)
 
 
 def test_a_run_on_a_busy_device_waits_or_is_refused_and_a_plan_does_neither(hold, drawn, capsys, monkeypatch):

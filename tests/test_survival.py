@@ -1,14 +1,15 @@
 """Memory that runs out: each phase goes on by the next rung, pixels unchanged; after the last the latents are kept."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from fluxcli import engine as engine_module
-from fluxcli import hardware, latents, residency, sampling, state
+from fluxcli import hardware, latents, residency, sampling, session, state
 from fluxcli.engine import Engine
 from fluxcli.errors import DoesNotFit, ExitCode
 from fluxcli.events import Notice
@@ -126,7 +127,7 @@ def card(monkeypatch) -> None:
     """`flux generate` on the simulated card."""
     here = machine(8)
     monkeypatch.setattr(hardware, "probe", lambda *_, **__: here)
-    monkeypatch.setattr(engine_module, "Engine", on_card)
+    monkeypatch.setattr(session, "Engine", on_card)
 
 
 OPTIONS = ["-p", "tiny", "--size", "64", "--steps", "3", "--seed", "7", "--text-tokens", "16", "--precision", "fp32"]
@@ -196,8 +197,17 @@ def test_a_device_that_breaks_is_exit_8(card, capsys, monkeypatch):
     assert "illegal" in assert_failed(call(capsys, *ARGUMENTS, "-o", "a.png", "-q"), ExitCode.DEVICE)
 
 
+@contextlib.contextmanager
+def held(identity: str) -> Iterator[None]:
+    """Another flux computes on the device."""
+    lock = state.DeviceLock(identity)
+    assert lock.acquire(wait=False)
+    yield
+    lock.release()
+
+
 def test_a_second_process_waits_for_the_card_or_is_refused(card, capsys):
-    with state.device_lock("test", wait=True, say=print):
+    with held("test"):
         message = assert_failed(call(capsys, *ARGUMENTS, "-o", "a.png", "-q", "--no-wait"), ExitCode.DOES_NOT_FIT)
         assert "busy" in message
         assert call(capsys, *ARGUMENTS, "--dry-run").returncode == 0  # plans without waiting
@@ -207,7 +217,7 @@ def test_a_second_process_waits_for_the_card_or_is_refused(card, capsys):
 def test_a_card_that_another_flux_fills_is_waited_for_not_planned_for(card, capsys, monkeypatch):
     full = machine(8, free_bytes=1 << 20)
     monkeypatch.setattr(hardware, "probe", lambda *_, **__: full)
-    with state.device_lock("test", wait=True, say=print):
+    with held("test"):
         message = assert_failed(call(capsys, *ARGUMENTS, "-o", "a.png", "-q", "--no-wait"), ExitCode.DOES_NOT_FIT)
     assert "busy" in message
 
@@ -217,17 +227,17 @@ def test_modulation_that_was_kept_leaves_when_memory_runs_out(checkpoint, monkey
 
     def step(*arguments: object) -> torch.Tensor:
         if not failed:
-            failed.append(bool(engine._modulation))
+            failed.append(bool(engine.stage.modulation))
             raise torch.OutOfMemoryError("as if")
         return real(*arguments)
 
     monkeypatch.setattr(sampling, "step", step)
     draw(engine, tiny(precision="fp32"))
-    assert failed == [True] and engine._modulation == {}
+    assert failed == [True] and engine.stage.modulation == {}
 
 
 def test_small_runs_on_the_cpu_need_no_lock(capsys):
-    with state.device_lock("cpu", wait=True, say=print):
+    with held("cpu"):
         assert call(capsys, *ARGUMENTS, "-o", "a.png", "--no-wait").returncode == 0
 
 

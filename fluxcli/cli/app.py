@@ -1,7 +1,6 @@
 """The application: its commands, and the one boundary where errors and signals become an end of the process."""
 
 import contextlib
-import errno
 import io
 import logging
 import os
@@ -15,24 +14,26 @@ from typing import NoReturn
 import typer
 
 import fluxcli
-from fluxcli import console, hardware
-from fluxcli.cli import generate, info, lora, models, quantize
-from fluxcli.errors import ExitCode, OutputError, Terminated, exit_code_of
+from fluxcli import console
+from fluxcli.cli import cache, generate, info, lora, models, quantize, replay, worker
+from fluxcli.errors import ExitCode, OutputError, Terminated
 from fluxcli.events import Failed, to_json
-from quant.errors import ExplainedError
+from fluxcli.explain import explained
 
 app = typer.Typer(
     name="flux", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 app.command("generate")(generate.generate)
-app.command("replay")(generate.replay)
+app.command("replay")(replay.replay)
 app.command("plan")(info.plan_command)
-app.command("decode")(generate.decode)
+app.command("decode")(replay.decode)
 app.command("quantize")(quantize.quantize)
 app.command("doctor")(info.doctor_command)
 app.command("presets")(info.presets_command)
 app.command("inspect")(info.inspect_command)
+app.command("cache")(cache.cache_command)
+app.add_typer(worker.worker_app, name="worker")
 app.add_typer(models.models_app, name="models")
 app.add_typer(lora.lora_app, name="lora")
 
@@ -84,31 +85,19 @@ def _run(arguments: list[str]) -> int:
         console.check_signals()  # what a library made of it
         if debug:
             traceback.print_exc()
-        code, message, hint = _explained(error)
+        ended = _explained(error)
     if "--events" in options:
         with contextlib.suppress(OutputError, OSError):  # stdout itself may be what failed
-            console.data_json(to_json(Failed(int(code), message, hint)))
-    console.error(message, hint)
-    return code
+            console.data_json(to_json(ended))
+    console.error(ended.message, ended.hint)
+    return ended.exit_code
 
 
-def _explained(error: Exception) -> tuple[int, str, str]:
-    """(exit code, message, hint) of whatever ended a command."""
-    if isinstance(error, ExplainedError):
-        return exit_code_of(error), str(error), error.hint
+def _explained(error: Exception) -> Failed:
+    """Exit code, message and hint of whatever ended a command."""
     if isinstance(error, typer.TyperException):
-        return ExitCode.USAGE, *_usage_error(error)
-    text = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}" if str(error) else type(error).__name__
-    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-    code, what, hint = next(row for applies, *row in (
-        (hardware.is_out_of_memory(error), ExitCode.DOES_NOT_FIT, "out of memory", "a smaller --size, or --device cpu"),
-        (full, ExitCode.OUTPUT, "the disk is full", "free some space and run the command again"),
-        ("CUDA error" in text, ExitCode.DEVICE, "the device failed", "run it again; if it stays: flux doctor"),
-        (isinstance(error, ImportError), ExitCode.DEVICE, "a dependency cannot be imported",
-         "pip install --force-reinstall fluxcli"),
-        (True, ExitCode.BUG, "this is a bug", "run it again with --debug and report what it prints"),
-    ) if applies)  # fmt: skip
-    return code, f"{what}: {text}", hint
+        return Failed(int(ExitCode.USAGE), *_usage_error(error))
+    return explained(error)
 
 
 def _usage_error(error: typer.TyperException) -> tuple[str, str]:

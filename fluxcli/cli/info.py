@@ -8,12 +8,13 @@ from typing import Annotated, Optional
 import typer
 
 from fluxcli import console, hardware, lora, models, presets, state
-from fluxcli.cli.generate import check_torch, checkpoints_of, requested
-from fluxcli.cli.options import config_folder, with_request_options
+from fluxcli.cli.generate import requested
+from fluxcli.cli.options import with_request_options
 from fluxcli.errors import DoesNotFit, ExitCode, UsageError, WeightsUnavailable
-from fluxcli.plan import Rung, check_guidance, chosen_of, suggestion, survey
+from fluxcli.plan import Rung, chosen_of, suggestion, survey
 from fluxcli.request import GenerationRequest, coerce
 from fluxcli.residency import GIB, PHASES
+from fluxcli.state import config_folder
 from quant.checkpoint import COMPONENTS, TOKENIZERS, Checkpoint, Component, inspect, inspect_component
 from quant.errors import CheckpointError
 from quant.header import read_header
@@ -36,7 +37,7 @@ def plan_command(
     if card:
         machine = hardware.card(card)
     else:
-        check_torch()
+        hardware.check_torch()
         files = [path for part in checkpoints[-1].components.values() for path in part.files if path.is_file()]
         largest = max(files, key=os.path.getsize, default=None)
         machine = hardware.probe(request.device, measure=measure or None, sample=largest)
@@ -68,12 +69,12 @@ def plan_command(
 def _checkpoints(request: GenerationRequest) -> tuple[list[Checkpoint], int]:
     """(what there is of the model, or its known shapes; bytes that are not downloaded)."""
     try:
-        return checkpoints_of(request), 0
+        return models.checkpoints_of(request, config_folder(), console.say), 0
     except WeightsUnavailable:
         shapes = models.known_shapes(request.model)
         if shapes is None:
             raise
-        check_guidance(request, shapes)
+        models.check_guidance(request, shapes)
         return [shapes], shapes.nbytes
 
 

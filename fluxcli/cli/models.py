@@ -8,8 +8,8 @@ from typing import Annotated, Optional
 import typer
 
 from fluxcli import console, hub, models, presets
-from fluxcli.cli.options import config_folder
 from fluxcli.errors import BadInputFile, UsageError, WeightsUnavailable
+from fluxcli.state import config_folder
 from quant.checkpoint import COMPONENTS, is_complete
 
 models_app = typer.Typer(help="Get, check and remove the weights of models.", no_args_is_help=True)

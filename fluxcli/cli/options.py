@@ -3,7 +3,6 @@
 import inspect
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
@@ -35,7 +34,7 @@ REQUEST_OPTIONS: dict[str, object] = {
     "text_tokens": _option(int, "--text-tokens", text="T5 length; padding counts: it changes the picture."),
     "output": _option(
         str, "-o", "--output",
-        text="File, folder/, - for stdout, or template of {seed} {n} {slug} {preset} {width} {height} {date}.",
+        text="File, folder/, - for stdout, or template of {seed} {n} {row} {slug} {preset} {width} {height} {date}.",
     ),
     "format": _option(str, "--format", text="jpg, png or webp."),
     "quality": _option(int, "--quality", text="1 to 100, for jpg and webp."),
@@ -45,6 +44,8 @@ REQUEST_OPTIONS: dict[str, object] = {
     "vram_limit": _option(str, "--vram-limit", text="Plan as if the device had only so much, e.g. 8GiB."),
     "offload": _option(str, "--offload", text="auto, none, stream (blocks pass through) or sequential (least memory)."),
     "no_wait": _option(bool, "--no-wait", text="Fail (exit 5) where another flux has the device, instead of waiting."),
+    "no_worker": _option(bool, "--no-worker", text="Run here, even where flux worker is up."),
+    "no_cache": _option(bool, "--no-cache", text="Encode the prompt anew, and keep nothing of it: see flux cache."),
     "device": _option(str, "--device", text="auto, cpu, cuda[:n], mps or xpu[:n]."),
     "json_output": _option(bool, "--json", text="One JSON object on stdout instead of paths."),
     "events": _option(bool, "--events", text="One JSON object a line while it goes on."),
@@ -70,11 +71,6 @@ def given_settings(options: dict) -> dict:
     """What the command line said of the request, by field name."""
     settings = {k: v for k, v in options.items() if k in KEYS and v not in (None, [], ())}
     return settings | ({"metadata": False} if options["no_metadata"] else {})
-
-
-def config_folder() -> Path:
-    """The user's folder of settings and presets."""
-    return Path(typer.get_app_dir("flux"))
 
 
 def read_prompt(text: str) -> str:

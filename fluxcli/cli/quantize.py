@@ -13,10 +13,9 @@ import typer
 
 import fluxcli
 from fluxcli import console, hardware, lora, models, presets
-from fluxcli.cli.generate import check_torch
-from fluxcli.cli.options import config_folder
 from fluxcli.errors import ExitCode, UsageError, WeightsUnavailable
 from fluxcli.request import coerce
+from fluxcli.state import config_folder
 from quant.checkpoint import MANIFEST, Checkpoint, Component, inspect
 from quant.errors import WriteError
 from quant.header import is_gguf
@@ -69,7 +68,7 @@ def quantize(  # noqa: PLR0917 - typer's options
     if dry_run:
         check_disk(recipe, path)
         return _show(recipe, path, {}, json_output=json_output)
-    check_torch()
+    hardware.check_torch()
     device = hardware.probe(coerce("device", device, where="--device")).device  # raises for one that is not there
     merged = [{"path": str(a.path), "scale": a.scale, "sha256": hashlib.sha256(a.path.read_bytes()).hexdigest()}
               for a in adapters]  # fmt: skip

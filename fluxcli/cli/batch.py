@@ -1,0 +1,141 @@
+"""`flux generate --from`: rows of a file or a stream become pictures, window by window."""
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+from fluxcli import batch, output, presets, processes
+from fluxcli.cli.generate import STARTED, check_stdout, job_options, reporter_of, settled
+from fluxcli.cli.options import given_settings, read_prompt
+from fluxcli.errors import BatchFailed, ExitCode, UsageError
+from fluxcli.events import Done, Event, Failed, Saved, Skipped, Summary, failed
+from fluxcli.job import Job, Row
+from fluxcli.request import ALIASES, GenerationRequest, coerce
+from fluxcli.runner import Runner
+from fluxcli.state import config_folder
+
+WINDOW = 16  # rows that are handed on together, where so many are there
+
+
+def draw_rows(source: str, prompt: str | None, options: dict, *, resume: bool, fail_fast: bool) -> int:
+    """Draw every row; raises `BatchFailed` at the end where some of them failed."""
+    given = given_settings(options)
+    check_stdout(options, given.get("output") == output.STDOUT)
+    if given.get("output") == output.STDOUT:
+        raise UsageError("-o - takes one picture", which=f"--from {source}", hint="-o FOLDER/")
+    if source == "-" and (prompt == "-" or processes.count() > 1):
+        raise UsageError("stdin cannot be read twice", which="--from -", hint="give a file")
+    base = {} if prompt is None else {"prompt": read_prompt(prompt)}
+    tally = Tally()
+    with _opened(source) as file, reporter_of(options) as reporter:
+        share = processes.Share()
+        rows = share.of(_counted(batch.rows(file, source, lambda row: _request(base | row, given))))
+        windows = batch.in_windows(rows, WINDOW, streaming=batch.is_streaming(file))
+        with Runner(alone=options["no_worker"] or options["debug"]) as runner:
+            for window in windows:
+                for event in _events(runner, window, job_options(options) | {"resume": resume}):
+                    tally.add(event)
+                    reporter.show(event)
+                    if fail_fast and isinstance(event, Failed):
+                        break
+                tally.rows += len(window)
+                if fail_fast and tally.failed:
+                    break
+        summary = Summary(*share.total(tally.counts()), round(time.perf_counter() - STARTED, 3))
+        if share.is_main:
+            reporter.show(summary)
+    if summary.failed and share.is_main:
+        first = f"the first here is row {min(tally.failed)}" if tally.failed else ""
+        raise BatchFailed(f"{summary.failed} of {summary.rows} rows failed", which=source, why=first, hint=(
+            "the rows' own messages say why; with --resume only these are drawn again"))  # fmt: skip
+    return ExitCode.OK
+
+
+class Tally:
+    """What became of the rows."""
+
+    def __init__(self) -> None:
+        self.rows, self.pictures = 0, 0
+        self.done: set[int] = set()
+        self.failed: set[int] = set()
+        self.skipped: set[int] = set()
+
+    def add(self, event: Event) -> None:
+        match event:
+            case Saved():
+                self.pictures += 1
+            case Done():
+                self.done.add(event.row)
+            case Failed():
+                self.failed.add(event.row)
+            case Skipped():
+                self.skipped.add(event.row)
+
+    def counts(self) -> tuple[int, int, int, int, int]:
+        """Rows, and of these done, failed and skipped as a whole; and pictures."""
+        skipped = self.skipped - self.done - self.failed
+        return self.rows, len(self.done - self.failed), len(self.failed), len(skipped), self.pictures
+
+
+def _request(row: dict, given: dict) -> GenerationRequest:
+    """The request of a row: its fields before those of the command line. Raises `UsageError`."""
+    settings = {ALIASES.get(key, key): value for key, value in row.items() if key != "prompt"}
+    said = {key: coerce(key, value, where=f"column {key!r}") for key, value in settings.items()}
+    if said.get("output") == output.STDOUT:
+        raise UsageError("-o - takes one picture", which="output", hint="a file, a folder or a template")
+    prompt = row.get("prompt", "")
+    if not isinstance(prompt, str):
+        raise UsageError("wrong value", which="prompt", why="it is no text")
+    if said.get("width") or said.get("height"):  # instead of the command line's, as in every later layer
+        given = {key: value for key, value in given.items() if key not in ("aspect_ratio", "image_size")}
+    merged = presets.overlay(given, said)
+    return settled(prompt, presets.merge(merged, config_folder()).values, merged)
+
+
+def _counted(rows: Iterator[Row]) -> Iterator[Row]:
+    """Rows that know how many pictures of the same request come before them in the same place."""
+    before: Counter[tuple[GenerationRequest, int]] = Counter()
+    for row in rows:
+        if row.request is None:
+            yield row
+        else:
+            own = row.number * ("{row" in (row.request.output or ""))  # of a name that is no other row's
+            same = replace(row.request, count=1), own
+            yield replace(row, before=before[same])
+            before[same] += row.request.count if row.request.seed < 0 else 1
+
+
+def _events(runner: Runner, window: list[Row], options: dict) -> Iterator[Event]:
+    """The events of a window of rows; a row that fails is named by where it stands."""
+    where = {row.number: row.where for row in window}
+    good = tuple(row for row in window if row.request)
+    for row in window:
+        if row.error:
+            yield replace(failed(row.error, row.number), message=f"{row.where}: {row.error}")
+    for event in runner.run(Job(good, batch=True, **options)) if good else ():
+        yield replace(event, message=f"{where[event.row]}: {event.message}") if isinstance(event, Failed) else event
+
+
+@contextmanager
+def _opened(source: str) -> Iterator[BinaryIO]:
+    if source == "-":
+        if sys.stdin is None or sys.stdin.isatty():
+            why = "it is a terminal" if sys.stdin else "it is closed"
+            raise UsageError("no rows on stdin", which="--from -", why=why, hint="flux generate --from prompts.txt")
+        yield sys.stdin.buffer
+        return
+    try:
+        file = Path(source).expanduser().open("rb")
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise UsageError("cannot read the rows", which=source, why=why) from error
+    if batch.is_streaming(file):
+        yield file  # its thread may wait on it for ever
+    else:
+        with file:
+            yield file

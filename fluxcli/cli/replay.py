@@ -1,0 +1,126 @@
+"""`flux replay` and `decode`: a picture again from its own metadata, and one that memory ended from its latents."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from fluxcli import console, lora, presets
+from fluxcli.cli.generate import STARTED, draw, settled
+from fluxcli.cli.options import given_settings, read_prompt, with_request_options
+from fluxcli.errors import BadInputFile, ExitCode, UsageError
+from fluxcli.events import Notice
+from fluxcli.request import GenerationRequest, coerce, flag, from_settings
+from fluxcli.state import config_folder
+
+
+@with_request_options
+def replay(
+    picture: Annotated[Path, typer.Argument(help="A picture made by flux.", show_default=False)],
+    prompt: Annotated[Optional[str], typer.Option("--prompt", help="Another prompt.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; say whether the pixels are identical (exit 1: different).")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
+    **options: object,
+) -> int:
+    """Make a picture again from its own metadata; any option of generate overrides, e.g. -p quality."""
+    from fluxcli import image
+
+    metadata = image.read_metadata(picture)
+    given = given_settings(options)
+    request = _replayed(picture, metadata["request"], given, None if prompt is None else read_prompt(prompt))
+    if not check:
+        return draw(request, options, given, dry_run=dry_run, made=_group(metadata, "model").get("fingerprint", ""))
+    inert = [flag(name) for name in ("output", "format", "quality", "count", "metadata") if name in given]
+    switches = {"--force": options["force"], "--json": options["json_output"], "--events": options["events"]}
+    inert += [name for name, on in {**switches, "--dry-run": dry_run}.items() if on]
+    if inert:
+        raise UsageError(f"--check excludes {', '.join(inert)}", why="it writes nothing, it only says whether")
+    return _check(picture, request, metadata, options)
+
+
+@with_request_options
+def decode(
+    path: Annotated[Path, typer.Argument(help="A .latents.safetensors file.", show_default=False)], **options: object
+) -> int:
+    """Finish a picture for which memory ran out, from its kept latents. Options say how and where, not what."""
+    from fluxcli import latents
+
+    given = given_settings(options)
+    if odd := sorted(set(given) - {"output", "format", "quality", "metadata", "device", "vram_limit", "offload"}):
+        raise UsageError("the latents say what is drawn", which=flag(odd[0]), hint="flux generate draws another")
+    kept = latents.load(path)
+    values = {key: value for key, value in vars(kept.request).items() if key != "prompt"}
+    request = settled(kept.request.prompt, presets.overlay(values | {"output": None, "count": 1}, given), given)
+    return draw(request, options, given, made=kept.model, resume=replace(kept, request=request))
+
+
+def _replayed(picture: Path, stored: dict, given: dict, prompt: str | None) -> GenerationRequest:
+    """The stored request with overrides. Under another preset only what the picture's own preset did not say stays."""
+    folder = config_folder()
+    made = _stored_request(picture, stored)
+    text = made.prompt if prompt is None else prompt
+    values = {key: value for key, value in vars(made).items() if key not in ("prompt", "output", "count")}
+    if "preset" not in given:
+        here = presets.read_config(folder) | presets.from_environment()
+        return settled(text, presets.overlay(values | {"output": here.get("output")}, given), given)
+    try:
+        own = presets.merge({"preset": made.preset}, folder, {}).values
+    except UsageError:  # the preset is gone: everything stored counts as said
+        own = {}
+    values["lora"] = _said_loras(values["lora"], lora.settled(own.get("lora", ())))
+    ruled_out = ("preset", "aspect_ratio", "image_size") if made.width else ("preset",)
+    changed = {key: value for key, value in values.items() if key not in ruled_out and value != own.get(key, ...)}
+    base = presets.merge({"preset": given["preset"]}, folder).values
+    return settled(text, presets.overlay(presets.overlay(base, changed), given), given)
+
+
+def _said_loras(stored: tuple[str, ...], own: tuple[str, ...]) -> tuple[str, ...]:
+    """What was said beside a preset's own adapters; "none" first where one of these was dropped."""
+    return ("none",) * (not set(own) <= set(stored)) + tuple(text for text in stored if text not in own)
+
+
+def _stored_request(picture: Path, stored: dict) -> GenerationRequest:
+    """The request in a picture's metadata; raises `BadInputFile` for anything that flux does not write."""
+    try:
+        prompt, _ = stored["prompt"], stored["preset"]
+        if not isinstance(prompt, str):
+            raise UsageError("wrong value", why="the prompt is no text")
+        settings = {key: coerce(key, value, where="metadata") for key, value in stored.items() if key != "prompt"}
+        return from_settings(prompt, settings)
+    except (KeyError, UsageError) as error:
+        why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise BadInputFile("damaged metadata", which=picture, why=why) from error
+
+
+def _check(picture: Path, request: GenerationRequest, metadata: dict, options: dict) -> int:
+    from fluxcli.image import pixels_sha256
+    from fluxcli.session import Session
+
+    expected = metadata.get("pixels_sha256")
+    if not isinstance(expected, str):
+        raise BadInputFile("damaged metadata", which=picture, why="it has no pixels_sha256")
+    with Session() as session, console.Reporter(quiet=options["quiet"], started=STARTED) as reporter:
+        engine = reporter.result(session.engine_of(request, no_wait=options["no_wait"]))
+        for difference in _differences(metadata, engine.metadata(request)):
+            reporter.show(Notice(difference))
+        identical = pixels_sha256(reporter.result(engine.picture(request))) == expected
+    console.data(f"{picture}: {'identical' if identical else 'different'}")
+    return ExitCode.OK if identical else ExitCode.BUG
+
+
+def _differences(made: dict, here: dict) -> Iterator[str]:
+    """What may change the pixels between the picture's metadata and a run here: model, device, precision, versions."""
+    for group in ("model", "compute", "lora", "versions"):
+        then = _group(made, group)
+        for key in here[group]:
+            if key != "name" and then.get(key) != here[group][key]:
+                yield f"made with another {group} {key}: {then.get(key)!s:.60} there, {here[group][key]} here"
+
+
+def _group(metadata: dict, name: str) -> dict:
+    """A group of a picture's metadata, {} where a stranger wrote something else."""
+    return found if isinstance(found := metadata.get(name), dict) else {}

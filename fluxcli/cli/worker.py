@@ -1,0 +1,71 @@
+"""`flux worker`: a process that keeps models in memory between commands; start, look at, empty and stop it."""
+
+import re
+from typing import Annotated
+
+import typer
+
+from fluxcli import client, console
+from fluxcli.errors import UsageError
+
+worker_app = typer.Typer(help="Keep models in memory between commands.", no_args_is_help=True)
+UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600}
+LONGEST_S = 30 * 24 * 3600
+Idle = Annotated[str, typer.Option(help="End after so long without a job: 30s, 10m, 2h.")]
+
+
+@worker_app.command()
+def start(idle: Idle = "10m") -> None:
+    """Start the worker, unless there is one; generate then uses it without being told."""
+    status = client.start(parse_duration(idle))
+    what = "is up" if status["started"] else "was up already (flux worker stop ends it)"
+    console.say(f"worker {status['pid']} {what}; it ends after {status['idle_limit_s']:g} s without a job")
+
+
+@worker_app.command("status")
+def status_command(json_output: Annotated[bool, typer.Option("--json", help="One JSON value.")] = False) -> None:
+    """Say what the worker does and holds; "no worker is running" (--json: null) and exit 0 where there is none."""
+    status = client.ask("status")
+    if json_output:
+        console.data_json(status)
+    elif status is None:
+        console.data("no worker is running")
+    for name, value in sorted((status or {}).items()) if not json_output else ():
+        if name.endswith("_bytes") and isinstance(value, int):
+            name, value = name.removesuffix("_bytes"), f"{value / 2**30:.2f} GiB"  # noqa: PLW2901
+        text = ", ".join(f"{key} {each}" for key, each in value.items()) if isinstance(value, dict) else str(value)
+        console.data(console.CONTROL.sub("?", f"{name:<14}{text}"))
+
+
+@worker_app.command()
+def stop() -> None:
+    """End the worker, which gives all its memory back; a job that it runs is finished by the command that gave it."""
+    _tell("stop", "has ended")
+
+
+@worker_app.command()
+def evict() -> None:
+    """Drop the worker's models, after the jobs before, and keep it: it loads them again when they are needed."""
+    _tell("evict", "holds no models")
+
+
+@worker_app.command(hidden=True)
+def run(idle: Idle = "10m") -> None:
+    """Be the worker."""
+    from fluxcli import worker
+
+    worker.serve(parse_duration(idle))
+
+
+def _tell(what: str, done: str) -> None:
+    answer = client.ask(what)
+    console.say("no worker is running" if answer is None else f"worker {answer['pid']} {done}")
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of 30s, 10m, 2h or a plain number; raises `UsageError`."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([smh]?)", text.strip())
+    seconds = float(match[1]) * UNITS_S[match[2]] if match else 0.0
+    if not 0 < seconds <= LONGEST_S:
+        raise UsageError("no such time", which=f"--idle {text[:20]}", why="it takes 30s, 10m or 2h, up to 30 days")
+    return seconds

@@ -1,0 +1,93 @@
+"""Where a job runs: in a live worker, or here; and here, too, what a worker that failed has left of it.
+
+Imports neither torch nor the engine unless the job runs here.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Self
+
+from fluxcli import client, processes
+from fluxcli.errors import UsageError
+from fluxcli.events import Done, Event, Failed, Notice, Saved, Skipped
+from fluxcli.job import Job, Row
+
+if TYPE_CHECKING:
+    from fluxcli.latents import Latents
+    from fluxcli.session import Session
+
+VARIABLE, WISHES = "FLUX_WORKER", ("on", "off", "auto")
+AUTO_IDLE_S = 600.0  # of a worker that FLUX_WORKER=auto starts
+
+
+class Runner:
+    """Runs the jobs of one command; what it loads here stays until the end of it."""
+
+    def __init__(self, *, alone: bool) -> None:
+        """`alone` asks no worker. Raises `UsageError` for a FLUX_WORKER that is none of `WISHES`."""
+        wish = os.environ.get(VARIABLE) or "on"
+        if wish not in WISHES:
+            raise UsageError("wrong value", which=VARIABLE, why=f"{wish[:40]!r} is none of {', '.join(WISHES)}")
+        self._wish = "off" if alone or processes.count() > 1 else wish
+        self._held = ExitStack()
+        self._session: Session | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def run(self, job: Job, *, resume: "Latents | None" = None) -> Iterator[Event]:
+        """Yield the job's events; raises what ended it. `resume` is what there is of its only picture."""
+        over: Counter[int] = Counter()  # pictures by row
+        lost = None
+        if self._wish != "off" and not resume and not self._session:
+            try:
+                if self._wish == "auto":
+                    _started()
+                for event in client.run(job):
+                    if isinstance(event, Saved | Done | Failed | Skipped):
+                        over[event.row] += 1 if isinstance(event, Saved) else max(r.request.count for r in job.rows)
+                    yield event
+                return
+            except client.Lost as error:
+                lost = str(error)
+        if lost:
+            yield Notice(f"{lost}: running here")
+        if not self._session:
+            from fluxcli.session import Session
+
+            _evict_worker(job, always=bool(lost))
+            self._session = self._held.enter_context(Session())
+        yield from self._session.run(_left(job, over), resume=resume)
+
+
+def _started() -> None:
+    try:
+        client.start(AUTO_IDLE_S)
+    except client.RemoteError as error:
+        raise client.Lost(str(error)) from error
+
+
+def _left(job: Job, over: Counter) -> Job:
+    """The job without the pictures that are there."""
+
+    def left(row: Row) -> Row:
+        done, request = over[row.number], row.request
+        seed = request.seed + done if request.seed >= 0 else request.seed
+        return replace(row, request=replace(request, seed=seed, count=request.count - done))
+
+    return replace(job, rows=tuple(left(row) for row in job.rows if over[row.number] < row.request.count))
+
+
+def _evict_worker(job: Job, *, always: bool) -> None:
+    """Let a worker give back the memory that this run needs; that of a CPU's only if it could not serve."""
+    with suppress(client.Lost):
+        status = client.ask("status")
+        loaded = status and status.get("model") and (always or status.get("device") != "cpu")
+        if loaded and not (job.no_wait and status.get("running")):
+            client.ask("evict")
