@@ -137,7 +137,8 @@ class Engine:
         """Pooled embeddings (1, P) of the prompts that are not known."""
         computed = False
         for picture in (each for each in pictures if not each.denoised and not self.texts.known(each.text)):
-            yield Phase("load", "tokenizers")
+            if not self.texts.ready:
+                yield Phase("load", "tokenizers")
             ids = self.texts.tokenize(picture.text, picture.request)
             clip = yield from self.stage.load("text_encoder", picture.adapters)
             yield Phase("encode")

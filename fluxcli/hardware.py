@@ -42,6 +42,8 @@ def probe(device: str = "auto", *, measure: bool | None = None, sample: Path | N
     if kind == "auto":
         kind = next((name for name in counts if counts[name]), "cpu")
         reason = "the first accelerator found" if kind != "cpu" else _why_no_gpu()
+    if device == "auto" and kind != "cpu":  # one card for each of the processes that share a batch
+        index = str(int(os.environ.get("LOCAL_RANK") or 0) % counts[kind])
     if kind != "cpu" and int(index or 0) >= counts[kind]:
         exist = [f"{name}:{k}" for name, count in counts.items() for k in range(count)]
         why = f"usable are {' '.join(['cpu', *exist])}; {_why_no_gpu() if kind == 'cuda' else 'none of that kind'}"

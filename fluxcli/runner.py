@@ -41,6 +41,11 @@ class Runner:
     def __exit__(self, *_: object) -> None:
         self._held.close()
 
+    def pause(self) -> None:
+        """Let others have the device until the next job."""
+        if self._session:
+            self._session.release()
+
     def run(self, job: Job, *, resume: "Latents | None" = None) -> Iterator[Event]:
         """Yield the job's events; raises what ended it. `resume` is what there is of its only picture."""
         over: Counter[int] = Counter()  # pictures by row

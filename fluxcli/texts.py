@@ -47,6 +47,11 @@ class Texts:
             self._keep(key, found)
         return key in self._known or key in self._waiting
 
+    @property
+    def ready(self) -> bool:
+        """Whether the tokenizers are loaded."""
+        return self._tokenizers is not None
+
     def tokenize(self, key: str, request: GenerationRequest) -> Tensor:
         """CLIP's token ids (1, 77) of the prompt; T5's wait until `waiting`. Raises `CheckpointError`."""
         self._tokenizers = self._tokenizers or sampling.tokenizers(self._folder)

@@ -23,6 +23,7 @@ from fluxcli import client, console, explain, output
 from fluxcli.errors import DoesNotFit, ExitCode, OutputError
 from fluxcli.events import Failed, Notice, Phase, Saved, to_json
 from fluxcli.job import Job
+from quant.errors import ExplainedError
 from quant.lazy import psutil
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ class Worker:
             failed = self._explained(error)
             if failed.exit_code == ExitCode.BUG:
                 traceback.print_exc()  # for the log
-            return to_json(failed), failed.exit_code in DOUBTFUL
+            return to_json(failed), failed.exit_code in DOUBTFUL and not isinstance(error, ExplainedError)
         finally:
             sys.stdout = stdout
             os.umask(mask)

@@ -35,7 +35,8 @@ def draw_rows(source: str, prompt: str | None, options: dict, *, resume: bool, f
     with _opened(source) as file, reporter_of(options) as reporter:
         share = processes.Share()
         rows = share.of(_counted(batch.rows(file, source, lambda row: _request(base | row, given))))
-        windows = batch.in_windows(rows, WINDOW, streaming=batch.is_streaming(file))
+        streaming = batch.is_streaming(file)
+        windows = batch.in_windows(rows, WINDOW, streaming=streaming)
         with Runner(alone=options["no_worker"] or options["debug"]) as runner:
             for window in windows:
                 for event in _events(runner, window, job_options(options) | {"resume": resume}):
@@ -44,6 +45,8 @@ def draw_rows(source: str, prompt: str | None, options: dict, *, resume: bool, f
                     if fail_fast and isinstance(event, Failed):
                         break
                 tally.rows += len(window)
+                if streaming:
+                    runner.pause()  # the next row may be hours away
                 if fail_fast and tally.failed:
                     break
         summary = Summary(*share.total(tally.counts()), round(time.perf_counter() - STARTED, 3))

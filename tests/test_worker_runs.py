@@ -1,0 +1,165 @@
+"""`flux generate` with a real worker: the same pictures, one load, and nothing lost when it goes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fluxcli import client
+from tests.conftest import ROOT
+from tests.invariant import assert_failed, call, files
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="a socket of POSIX")
+SMALL = ("-p", "tiny", "--steps", "2", "--size", "64")
+LONG = ("generate", "a red circle", "-p", "tiny", "--steps", "900", "--seed", "1", "--events", "-o", "pics/")
+WITHOUT_TORCH = """
+import sys
+from fluxcli.cli import app
+code = app._run(sys.argv[1:])
+print(sorted({"torch", "numpy", "PIL", "transformers", "diffusers", "rich"} & set(sys.modules)), code)
+"""
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], dict]]:
+    """A real worker of this test alone; gives its status."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    subprocess.run([sys.executable, "-m", "fluxcli", "worker", "start"], capture_output=True, check=True)
+    yield lambda: client.ask("status")
+    client.ask("stop")
+
+
+def pixels(result: subprocess.CompletedProcess) -> list[str]:
+    assert result.returncode == 0, result.stderr
+    return [image["pixels_sha256"] for image in json.loads(result.stdout)["images"]]
+
+
+def test_twenty_mixed_calls_load_once_and_draw_what_runs_without_a_worker_draw(worker, capsys):
+    colors, sizes = ("red", "green", "blue", "yellow"), ("64", "96", "128", "80", "112")
+    for k in range(20):
+        command = ["generate", f"a {colors[k % 4]} circle", *SMALL, "--size", sizes[k % 5], "--seed", str(k), "--json"]
+        command += ["--guidance", str(2 + k % 3), "-n", str(1 + k % 2)]
+        there = pixels(call(capsys, *command, "-o", "there/"))
+        if k % 5 == 0:
+            assert there == pixels(call(capsys, *command, "-o", "here/", "--no-worker"))
+    status = worker()
+    assert status["jobs"] == 20 and status["pictures"] == 30 and status["queue"] == 0 and not status["running"]
+    assert status["loads"] == dict.fromkeys(["tokenizers", "text_encoder", "text_encoder_2", "transformer", "vae"], 1)
+    assert status["model"].endswith("tiny") and status["uptime_s"] > 0 and status["rss_bytes"] > 0
+
+
+def test_a_warm_call_imports_no_torch_and_gives_the_path_and_the_picture(worker, flux):
+    assert flux("generate", "a red circle", *SMALL, "--seed", "1", "-o", "sub/").stdout == "sub/a-red-circle-1.png\n"
+    run = [sys.executable, "-c", WITHOUT_TORCH, "generate", "a red circle", *SMALL, "--seed", "1", "-q"]
+    warm = subprocess.run([*run, "-o", "sub/"], capture_output=True, text=True, check=True)
+    assert warm.stdout.splitlines() == ["sub/a-red-circle-1-2.png", "[] 0"]
+    raw = subprocess.run([*run, "-o", "-"], capture_output=True, check=True).stdout
+    assert raw.startswith(b"\x89PNG") and raw[:-5] == Path("sub/a-red-circle-1.png").read_bytes()
+
+
+def test_errors_are_those_of_a_run_without_it(worker, capsys):
+    for arguments, code in (
+        (("a fox", *SMALL, "--guidance", "none"), 2), (("a fox", *SMALL, "--lora", "nowhere"), 3),
+        (("a fox", *SMALL, "--vram-limit", "2MiB"), 5), (("a fox", *SMALL, "-o", "/proc/x.png"), 6),
+        (("a fox", *SMALL, "--device", "cuda:7"), 8),
+    ):  # fmt: skip
+        found = [call(capsys, "generate", *arguments, "-q", *more) for more in ((), ("--no-worker",))]
+        assert len({assert_failed(result, code) for result in found}) == 1
+    assert worker()["pid"]  # none of them ended it
+
+
+def test_a_batch_and_its_failures_come_through(worker, capsys):
+    Path("p.jsonl").write_text('{"prompt": "a red circle"}\n{"prompt": "x", "steps": 0}\n{"prompt": "a blue square"}\n')
+    batch = ("generate", "--from", "p.jsonl", *SMALL, "--seed", "3", "--json")
+    there, here = call(capsys, *batch, "-o", "a/"), call(capsys, *batch, "-o", "b/", "--no-worker")
+    for result in (there, here):
+        assert result.returncode == 7 and "row 2 failed: p.jsonl:2: steps" in result.stderr
+    shas = [
+        [image["pixels_sha256"] for line in result.stdout.splitlines() for image in json.loads(line).get("images", [])]
+        for result in (there, here)
+    ]
+    assert shas[0] == shas[1] and len(shas[0]) == 2 and worker()["pictures"] == 2
+    assert "2 skipped" in call(capsys, *batch, "-o", "a/", "--resume").stderr
+
+
+def test_one_ctrl_c_stops_a_shell_loop_and_the_worker_lives(worker):
+    import pty
+
+    from tests.test_signals import read_until
+
+    before = worker()["pid"]
+    loop = f"for i in 1 2 3; do echo round $i; {sys.executable} -m fluxcli {' '.join(map(repr, LONG))}; done; echo end"
+    child, terminal = pty.fork()
+    if not child:
+        os.execvp("bash", ["bash", "-c", loop])
+    seen = read_until(terminal, b'"step"', 60)
+    os.write(terminal, b"\x03")
+    seen += read_until(terminal, b"round 2", 20)
+    _, status = os.waitpid(child, 0)
+    os.close(terminal)
+    assert b'"step"' in seen and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGINT
+    assert b"round 2" not in seen and b"\nend" not in seen and b"Traceback" not in seen and files(Path("pics")) == {}
+    until = time.monotonic() + 10
+    while worker()["running"] and time.monotonic() < until:
+        time.sleep(0.05)
+    assert worker()["pid"] == before and not worker()["running"]
+
+
+def test_a_worker_that_is_killed_in_mid_job_costs_no_picture(worker, capsys):
+    command = ["generate", "a red circle", "-p", "tiny", "--steps", "60", "--seed", "1", "--json", "-n", "2"]
+    expected = pixels(call(capsys, *command, "-o", "here/", "--no-worker"))
+    command.remove("--json")
+    started = subprocess.Popen(
+        [sys.executable, "-m", "fluxcli", *command, "--events", "-o", "there/"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    events = []
+    for line in started.stdout:
+        events.append(json.loads(line))
+        if sum(event["event"] == "step" for event in events) == 3 and worker():
+            os.kill(worker()["pid"], signal.SIGKILL)
+    assert started.wait() == 0 and started.stderr.read().count("running here") == 1
+    started.stderr.close()
+    started.stdout.close()
+    assert [event["image"]["pixels_sha256"] for event in events if event["event"] == "saved"] == expected
+    assert len(files(Path("there"))) == 2
+
+
+def test_another_variable_makes_the_worker_give_way(worker, capsys, monkeypatch):
+    pixels(call(capsys, "generate", "a red circle", *SMALL, "--seed", "1", "--json"))
+    assert worker()["model"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    other = call(capsys, "generate", "a red circle", *SMALL, "--seed", "1")
+    assert other.returncode == 0 and "OMP_NUM_THREADS" in other.stderr and "running here" in other.stderr
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert worker()["model"] is None and worker()["jobs"] == 1
+
+
+def test_flux_worker_auto_starts_one_and_off_uses_none(flux):
+    command = ("generate", "a red circle", *SMALL, "--seed", "1", "-q")
+    try:
+        assert flux(*command, FLUX_WORKER="auto").returncode == 0 and client.ask("status")["jobs"] == 1
+        assert flux(*command, FLUX_WORKER="off").returncode == 0 and client.ask("status")["jobs"] == 1
+        assert flux(*command).returncode == 0 and client.ask("status")["jobs"] == 2
+        assert "FLUX_WORKER" in assert_failed(flux(*command, FLUX_WORKER="sometimes"), 2)
+    finally:
+        client.ask("stop")
+
+
+def test_a_hundred_warm_calls_leave_memory_descriptors_and_files_flat(worker, capsys):
+    import psutil
+
+    process, measured = psutil.Process(worker()["pid"]), []
+    for k in range(100):
+        arguments = ("-p", "tiny", "--steps", "1", "--size", "64", "--seed", str(k), "-o", "x.png", "--force", "-q")
+        assert call(capsys, "generate", f"a red circle {k % 7}", *arguments).returncode == 0
+        measured.append((process.memory_info().rss, process.num_fds(), process.num_threads()))
+    assert measured[-1][1] <= measured[19][1] + 1 and measured[-1][2] <= measured[19][2] + 1
+    assert measured[-1][0] - measured[19][0] < 24 << 20
+    assert list(files(Path())) == ["x.png"]
