@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Self
 
 from fluxcli import client, processes
 from fluxcli.errors import UsageError
-from fluxcli.events import Done, Event, Failed, Notice, Saved, Skipped
-from fluxcli.job import Job, Row
+from fluxcli.events import Done, Event, Failed, Notice, Saved
+from fluxcli.job import Job
 
 if TYPE_CHECKING:
     from fluxcli.latents import Latents
@@ -48,15 +48,17 @@ class Runner:
 
     def run(self, job: Job, *, resume: "Latents | None" = None) -> Iterator[Event]:
         """Yield the job's events; raises what ended it. `resume` is what there is of its only picture."""
-        over: Counter[int] = Counter()  # pictures by row
+        saved: Counter[int] = Counter()  # pictures by row
+        over: set[int] = set()  # rows
         lost = None
         if self._wish != "off" and not resume and not self._session:
             try:
                 if self._wish == "auto":
                     _started()
                 for event in client.run(job):
-                    if isinstance(event, Saved | Done | Failed | Skipped):
-                        over[event.row] += 1 if isinstance(event, Saved) else max(r.request.count for r in job.rows)
+                    saved[getattr(event, "row", 0)] += isinstance(event, Saved)
+                    if isinstance(event, Done | Failed):
+                        over.add(event.row)
                     yield event
                 return
             except client.Lost as error:
@@ -68,7 +70,7 @@ class Runner:
 
             _evict_worker(job, always=bool(lost))
             self._session = self._held.enter_context(Session())
-        yield from self._session.run(_left(job, over), resume=resume)
+        yield from self._session.run(_left(job, saved, over), resume=resume)
 
 
 def _started() -> None:
@@ -78,15 +80,15 @@ def _started() -> None:
         raise client.Lost(str(error)) from error
 
 
-def _left(job: Job, over: Counter) -> Job:
-    """The job without the pictures that are there."""
-
-    def left(row: Row) -> Row:
-        done, request = over[row.number], row.request
-        seed = request.seed + done if request.seed >= 0 else request.seed
-        return replace(row, request=replace(request, seed=seed, count=request.count - done))
-
-    return replace(job, rows=tuple(left(row) for row in job.rows if over[row.number] < row.request.count))
+def _left(job: Job, saved: Counter, over: set[int]) -> Job:
+    """The job without the pictures that are there; with --resume they are found by themselves."""
+    rows = []
+    for row in (row for row in job.rows if row.number not in over):
+        done, request = saved[row.number] * (not job.resume), row.request
+        if done < request.count:
+            seed = request.seed + done if request.seed >= 0 else request.seed
+            rows.append(replace(row, request=replace(request, seed=seed, count=request.count - done)))
+    return replace(job, rows=tuple(rows))
 
 
 def _evict_worker(job: Job, *, always: bool) -> None:

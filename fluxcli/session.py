@@ -5,6 +5,7 @@ those of its own plan, only where weights are is decided for a window as a whole
 """
 
 import contextlib
+import functools
 import gc
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -254,12 +255,20 @@ def _finished(engine: Engine, picture: Picture, before: int) -> Path | None:
     """The file of a picture that is there: it decodes, and carries the hash; `before` such are others'."""
     wanted = image.request_hash(engine.metadata(picture.request), seeded=picture.seeded)
     for path in output.existing(picture.target, picture.request, picture.row):
-        with contextlib.suppress(BadInputFile):
-            if image.request_hash(image.read_metadata(path), seeded=picture.seeded) == wanted:
+        with contextlib.suppress(BadInputFile, OSError):
+            status = path.stat()
+            if _hashes(path.absolute(), status.st_mtime_ns, status.st_size)[picture.seeded] == wanted:
                 if not before:
                     return path
                 before -= 1
     return None
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _hashes(path: Path, *_: int) -> tuple[str, str]:
+    """The hashes of a picture's request, without and with its seed; read once for each state of the file."""
+    metadata = image.read_metadata(path)
+    return image.request_hash(metadata, seeded=False), image.request_hash(metadata)
 
 
 def _refused(planned: Planned) -> ExplainedError | None:
