@@ -193,7 +193,7 @@ def _peaks(offer: Offer, residency: Residency) -> dict[str, int]:
     decode = cost.decode_tiled if residency.decode == "tiled" else cost.decode
     return {
         "encode": stay + (encoders + transformer + beside + cost.encode if encoders else alone),
-        "condition": stay + encoders + 2 * cost.tables + copies * cost.largest_modulation + cost.unblocking,
+        "condition": stay + encoders + cost.tables // 2 + copies * cost.largest_modulation + cost.unblocking,
         "denoise": stay + encoders + transformer + beside + cost.tables + cost.denoise,
         "decode": stay + encoders + cost.vae + decode + left * (residency.decode == "together"),
     }

@@ -60,7 +60,7 @@ def test_the_plan_is_within_five_percent_of_what_is_counted(card, wanted, names,
         assert predicted <= counter.peaks[phase] * 1.05 + slack, (phase, made.residency.level(phase))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "nf4"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.exhaustive), "nf4"])
 def test_under_its_budget_the_engine_completes_every_rung_with_adapters(
     precision, tiny_folder, baked, tmp_path, monkeypatch
 ):

@@ -152,6 +152,7 @@ def test_flux_worker_auto_starts_one_and_off_uses_none(flux):
         client.ask("stop")
 
 
+@pytest.mark.exhaustive
 def test_a_hundred_warm_calls_leave_memory_descriptors_and_files_flat(worker, capsys):
     import psutil
 
