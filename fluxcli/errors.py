@@ -65,6 +65,10 @@ class DeviceUnusable(FluxError):
     exit_code = ExitCode.DEVICE
 
 
+class NoSuchDevice(DeviceUnusable):
+    """A wish, not a broken device."""
+
+
 class NotFinite(FluxError):
     exit_code = ExitCode.NOT_FINITE
 

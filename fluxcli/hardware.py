@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fluxcli import state
 from fluxcli.costs import CONTEXT_BYTES, Hardware, Speeds
-from fluxcli.errors import DeviceUnusable, UsageError
+from fluxcli.errors import DeviceUnusable, NoSuchDevice, UsageError
 from fluxcli.presets import BUNDLED
 from fluxcli.request import parse_bytes
 from quant.lazy import psutil, torch
@@ -47,7 +47,7 @@ def probe(device: str = "auto", *, measure: bool | None = None, sample: Path | N
     if kind != "cpu" and int(index or 0) >= counts[kind]:
         exist = [f"{name}:{k}" for name, count in counts.items() for k in range(count)]
         why = f"usable are {' '.join(['cpu', *exist])}; {_why_no_gpu() if kind == 'cuda' else 'none of that kind'}"
-        raise DeviceUnusable("no such device", which=device, why=why, hint="--device auto takes what is here")
+        raise NoSuchDevice("no such device", which=device, why=why, hint="--device auto takes what is here")
     found = _found(kind, int(index or 0), reason)
     key = f"{found.identity} {found.name} torch {torch.__version__}"
     if measure or (measure is None and found.kind != "cpu" and key not in state.read("speeds")):

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 
 import fluxcli
 from fluxcli import client, console, explain, output
-from fluxcli.errors import DoesNotFit, ExitCode, OutputError
+from fluxcli.errors import DoesNotFit, ExitCode, NoSuchDevice, OutputError
 from fluxcli.events import Failed, Notice, Phase, Saved, to_json
 from fluxcli.job import Job
-from quant.errors import ExplainedError
+from quant.errors import MissingLibrary
 from quant.lazy import psutil
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 HELLO_S, ALIVE_S = 5.0, 5.0
 PIECE_BYTES, PATH_BYTES = 1 << 20, 100  # of what goes to stdout; of a socket's path, some systems take no more
 Explain = Callable[[Exception], Failed]
-DOUBTFUL = (ExitCode.BUG, ExitCode.DEVICE)
+DOUBTFUL, HARMLESS = (ExitCode.BUG, ExitCode.DEVICE), (NoSuchDevice, MissingLibrary)
 
 
 def serve(idle_s: float, *, session: "Session | None" = None, explained: Explain = explain.explained) -> None:
@@ -192,7 +192,7 @@ class Worker:
             failed = self._explained(error)
             if failed.exit_code == ExitCode.BUG:
                 traceback.print_exc()  # for the log
-            return to_json(failed), failed.exit_code in DOUBTFUL and not isinstance(error, ExplainedError)
+            return to_json(failed), failed.exit_code in DOUBTFUL and not isinstance(error, HARMLESS)
         finally:
             sys.stdout = stdout
             os.umask(mask)

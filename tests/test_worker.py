@@ -32,7 +32,7 @@ FAKE = """
 import os, sys, time, tempfile
 from pathlib import Path
 from fluxcli import client, console, worker
-from fluxcli.errors import DeviceUnusable, DoesNotFit, Terminated, exit_code_of
+from fluxcli.errors import DeviceUnusable, DoesNotFit, NoSuchDevice, Terminated, exit_code_of
 from fluxcli.events import Done, Failed, GeneratedImage, Notice, Phase, Saved, Step
 from quant.errors import ExplainedError
 
@@ -95,7 +95,11 @@ class Session:
         yield
 
     def broken(self, job, row):
-        raise DeviceUnusable("the device failed", hint="again")
+        raise DeviceUnusable("the device does not answer", hint="again")
+        yield
+
+    def nowhere(self, job, row):
+        raise NoSuchDevice("no such device", which="cuda:9")
         yield
 
     def bug(self, job, row):
@@ -448,6 +452,11 @@ def test_after_a_bug_or_a_broken_device_it_ends(worker, home, prompt, code):
     assert outcome(client.run(job(prompt)))[1][0] == code
     assert worker.wait(5) == 0
     assert ("ZeroDivisionError" in (home / "log").read_text()) == (prompt == "bug")
+
+
+def test_a_wish_for_a_device_that_is_not_there_leaves_it_alive(worker):
+    assert outcome(client.run(job("nowhere")))[1][0] == 8
+    assert serves()
 
 
 NONSENSE = [
