@@ -47,6 +47,10 @@ class Lost(ExplainedError):
     exit_code = ExitCode.DEVICE
 
 
+class Ended(Lost):
+    """It closed the connection; or something broke it."""
+
+
 class RemoteError(ExplainedError):
     """What ended a job in the worker, or the worker at its start, with the exit code it has in process."""
 
@@ -98,11 +102,15 @@ def ask(what: str) -> dict | None:
         with _asked(what) as connection:
             while "answer" not in (frame := _receive(connection, SILENCE_S)):
                 pass
-            until = time.monotonic() + STOP_S * (what == "stop")
-            with contextlib.suppress(Lost):
-                while time.monotonic() < until:
+            until = time.monotonic() + STOP_S
+            with contextlib.suppress(Ended):
+                while what == "stop":
                     _receive(connection, STOP_S)
+                    if time.monotonic() > until:
+                        raise Lost("the worker has not ended yet", hint=f"kill {frame['answer']['pid']}")
             return frame["answer"]
+    except Ended:
+        return None
     except Lost as lost:
         if str(lost):
             raise
@@ -121,7 +129,7 @@ def start(idle_s: float) -> dict:
                 log.seek(begin)
                 lines = [line for line in log.read().splitlines() if line.strip() and not line.startswith("hint: ")]
             code = process.returncode if process.returncode in iter(ExitCode) else ExitCode.BUG
-            why = lines[-1].removeprefix("flux: error: ") if lines else f"exit {process.returncode}"
+            why = lines[-1].removeprefix("flux: error: ").rstrip(".") if lines else f"exit {process.returncode}"
             raise RemoteError(f"the worker did not start: {why}", f"{path} has it all", code)
         time.sleep(0.05)
     if status is None:
@@ -198,7 +206,7 @@ def _receive(connection: "Connection", within_s: float) -> dict:
     except TimeoutError as error:
         raise Lost("the worker does not answer") from error
     except BROKEN as error:
-        raise Lost("the worker has ended") from error
+        raise Ended("the worker closed the connection") from error
 
 
 @contextlib.contextmanager

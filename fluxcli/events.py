@@ -10,7 +10,7 @@ from quant.errors import ExplainedError
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase begins (and the one before it ends): load, encode, condition, denoise, decode or save."""
+    """A phase begins (and the one before it ends): wait, load, encode, condition, denoise, decode or save."""
 
     name: str
     detail: str = ""

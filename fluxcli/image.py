@@ -4,9 +4,12 @@ Metadata: the A1111 `parameters` text that every viewer reads (PNG text, EXIF Us
 `trainedAlgorithmicMedia` and all of it as JSON. Pixels are (H, W, 3) uint8, RGB.
 """
 
+import contextlib
+import functools
 import hashlib
 import io
 import json
+from collections.abc import Iterable, Iterator
 from html import escape, unescape
 from pathlib import Path
 
@@ -56,6 +59,23 @@ def request_hash(metadata: dict, *, seeded: bool = True) -> str:
     parts = {key: metadata.get(key) for key in ("request", "size", "model", "compute", "lora")}
     request = {key: value for key, value in parts["request"].items() if seeded or key != "seed"}
     return hashlib.sha256(json.dumps(parts | {"request": request}, sort_keys=True).encode()).hexdigest()
+
+
+def made_as(metadata: dict, paths: Iterable[Path], *, seeded: bool) -> Iterator[Path]:
+    """Those of the paths that are whole pictures with the request hash of the metadata."""
+    wanted = request_hash(metadata, seeded=seeded)
+    for path in paths:
+        with contextlib.suppress(BadInputFile, OSError):
+            status = path.stat()
+            if _hashes(path.absolute(), status.st_mtime_ns, status.st_size)[seeded] == wanted:
+                yield path
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _hashes(path: Path, *_: int) -> tuple[str, str]:
+    """The hashes of a picture's request, without and with its seed; read once for each state of the file."""
+    metadata = read_metadata(path)
+    return request_hash(metadata, seeded=False), request_hash(metadata)
 
 
 def parameters_text(metadata: dict) -> str:

@@ -6,6 +6,7 @@ Knows nothing of models or devices. Stdlib only.
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from fluxcli.events import GeneratedImage
 from fluxcli.request import GenerationRequest
 from quant.errors import ExplainedError
 
@@ -19,6 +20,7 @@ class Row:
     where: str = ""  # for people: FILE:LINE
     error: ExplainedError | None = None  # instead of a request
     before: int = 0  # pictures of the same request in earlier rows
+    drawn: tuple[GeneratedImage, ...] = ()  # pictures of it that a worker saved before it was lost; not on the wire
 
 
 @dataclass(frozen=True)

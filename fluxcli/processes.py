@@ -5,15 +5,20 @@ The processes see the same rows; each draws every n-th of them on its own device
 
 import os
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from itertools import islice
 
+from fluxcli.errors import BatchFailed, DeviceUnusable
 from fluxcli.job import Row
+
+VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+PATIENCE = timedelta(days=1)  # cards differ, and one process may have all the long rows
 
 
 def count() -> int:
-    """How many processes share the batch."""
+    """How many processes share the batch, as a launcher says it by all of its variables."""
     text = os.environ.get("WORLD_SIZE", "")
-    return max(1, int(text)) if text.isdecimal() else 1
+    return max(1, int(text)) if text.isdecimal() and all(map(os.environ.get, VARIABLES)) else 1
 
 
 class Share:
@@ -22,10 +27,13 @@ class Share:
     def __init__(self) -> None:
         self.is_main, self._index, self._count = True, 0, count()
         if self._count > 1:
-            import torch
             from accelerate import PartialState
 
-            state = PartialState(cpu=not torch.cuda.is_available())
+            try:  # gloo in any case: what is shared is a few numbers, and NCCL would take memory of every card
+                state = PartialState(cpu=True, backend="gloo", timeout=PATIENCE)
+            except (RuntimeError, ValueError) as error:
+                why = str(error).splitlines()[0][:160]
+                raise DeviceUnusable("the processes do not find each other", why=why) from error
             self._index, self._count, self.is_main = state.process_index, state.num_processes, state.is_main_process
 
     def of(self, rows: Iterator[Row]) -> Iterator[Row]:
@@ -38,4 +46,8 @@ class Share:
             return list(counts)
         from accelerate.utils import gather_object
 
-        return [sum(column) for column in zip(*gather_object([list(counts)]), strict=True)]
+        try:
+            return [sum(column) for column in zip(*gather_object([list(counts)]), strict=True)]
+        except RuntimeError as error:
+            hint = "the same command with --resume draws what is left"
+            raise BatchFailed("another process has ended", why="its rows are not done", hint=hint) from error

@@ -4,7 +4,7 @@ Imports neither torch nor the engine unless the job runs here.
 """
 
 import os
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 from fluxcli import client, processes
 from fluxcli.errors import UsageError
-from fluxcli.events import Done, Event, Failed, Notice, Saved
+from fluxcli.events import Done, Event, Failed, GeneratedImage, Notice, Saved
 from fluxcli.job import Job
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Runner:
 
     def run(self, job: Job, *, resume: "Latents | None" = None) -> Iterator[Event]:
         """Yield the job's events; raises what ended it. `resume` is what there is of its only picture."""
-        saved: Counter[int] = Counter()  # pictures by row
+        saved: dict[int, list[GeneratedImage]] = defaultdict(list)  # by row
         over: set[int] = set()  # rows
         lost = None
         if self._wish != "off" and not resume and not self._session:
@@ -56,21 +56,23 @@ class Runner:
                 if self._wish == "auto":
                     _started()
                 for event in client.run(job):
-                    saved[getattr(event, "row", 0)] += isinstance(event, Saved)
+                    if isinstance(event, Saved):
+                        saved[event.row].append(event.image)
                     if isinstance(event, Done | Failed):
                         over.add(event.row)
                     yield event
                 return
             except client.Lost as error:
-                lost = str(error)
-        if lost:
-            yield Notice(f"{lost}: running here")
+                lost = error
+        if lost and str(lost):
+            yield Notice(f"{lost}: running here" + f" (hint: {lost.hint})" * bool(lost.hint))
         if not self._session:
             from fluxcli.session import Session
 
-            _evict_worker(job, always=bool(lost))
+            yield from _evict_worker(job, always=bool(lost and str(lost)))
             self._session = self._held.enter_context(Session())
-        yield from self._session.run(_left(job, saved, over), resume=resume)
+        left = (replace(row, drawn=tuple(saved[row.number])) for row in job.rows if row.number not in over)
+        yield from self._session.run(replace(job, rows=tuple(left)), resume=resume)
 
 
 def _started() -> None:
@@ -80,21 +82,12 @@ def _started() -> None:
         raise client.Lost(str(error)) from error
 
 
-def _left(job: Job, saved: Counter, over: set[int]) -> Job:
-    """The job without the pictures that are there; with --resume they are found by themselves."""
-    rows = []
-    for row in (row for row in job.rows if row.number not in over):
-        done, request = saved[row.number] * (not job.resume), row.request
-        if done < request.count:
-            seed = request.seed + done if request.seed >= 0 else request.seed
-            rows.append(replace(row, request=replace(request, seed=seed, count=request.count - done)))
-    return replace(job, rows=tuple(rows))
-
-
-def _evict_worker(job: Job, *, always: bool) -> None:
+def _evict_worker(job: Job, *, always: bool) -> Iterator[Event]:
     """Let a worker give back the memory that this run needs; that of a CPU's only if it could not serve."""
     with suppress(client.Lost):
         status = client.ask("status")
         loaded = status and status.get("model") and (always or status.get("device") != "cpu")
         if loaded and not (job.no_wait and status.get("running")):
+            if status.get("running"):
+                yield Notice(f"worker {status['pid']} makes room after its job: waiting (--no-wait does not)")
             client.ask("evict")

@@ -5,18 +5,18 @@ those of its own plan, only where weights are is decided for a window as a whole
 """
 
 import contextlib
-import functools
 import gc
+import itertools
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import fluxcli
 from fluxcli import hardware, image, latents, models, modulation, output, residency, state
 from fluxcli.costs import DTYPE_BYTES
 from fluxcli.engine import Engine
-from fluxcli.errors import BadInputFile, DoesNotFit
-from fluxcli.events import Done, Event, GeneratedImage, Notice, Saved, Skipped, failed
+from fluxcli.errors import DoesNotFit
+from fluxcli.events import Done, Event, GeneratedImage, Notice, Phase, Saved, Skipped, failed
 from fluxcli.job import Job, Row
 from fluxcli.latents import Latents
 from fluxcli.picture import Picture
@@ -28,6 +28,7 @@ from quant.errors import ExplainedError
 
 MAX_WINDOW = 16  # pictures that go through a phase together: what is lost when a run is killed
 WINDOW_SHARE = 0.1  # of the free RAM, for their tables
+LOCK_S = 1.0  # between two looks at whether the run is still wanted, while another one has the device
 LOCKED_SHARE = 0.25  # of the RAM: a run on the CPU that takes less disturbs nobody
 
 
@@ -42,8 +43,8 @@ class Planned:
     plan: MemoryPlan
     machine: hardware.Hardware
     others: tuple[Checkpoint, ...]
-    left: int  # pictures to draw
-    images: list[GeneratedImage] = field(default_factory=list)
+    left: int  # pictures that were not skipped
+    images: list[GeneratedImage]
 
     @property
     def basis(self) -> tuple:
@@ -159,18 +160,20 @@ class Session:
                 what = f"{request.model} on {plan.device} in {plan.precision}"
                 yield Notice(f"{width}x{height}, {request.steps} steps{seed}, {what}")
         checkpoint, plan, machine, others = known[same]
-        return Planned(row, request.with_seed(), target, checkpoint, plan, machine, others, request.count)
+        request = replace(request, seed=row.drawn[0].seed) if row.drawn else request.with_seed()
+        return Planned(row, request, target, checkpoint, plan, machine, others, request.count, list(row.drawn))
 
     def _lock(self, identity: str, no_wait: bool) -> Iterator[Event]:
         if identity in self._locked:
             return
         lock = state.DeviceLock(identity)
-        if not lock.acquire(wait=False):
+        if not lock.acquire():
             if no_wait:
                 why, hint = "another flux computes on it", "leave --no-wait out to wait for it"
                 raise DoesNotFit("the device is busy", which=identity, why=why, hint=hint)
             yield Notice(f"{identity} is busy with another flux: waiting for it (--no-wait gives up instead)")
-            lock.acquire()
+            while not lock.acquire(LOCK_S):
+                yield Phase("wait", identity)
         self._locked.add(identity)
         self._held.callback(lock.release)
 
@@ -179,7 +182,7 @@ class Session:
         first, placed = group[0], group[0].plan.residency
         for planned in group[1:]:
             placed = residency.weaker(placed, planned.plan.residency)
-        if job.batch and first.basis != self._basis:
+        if job.batch:
             yield Notice(f"{first.request.model} on {first.plan.device} in {first.plan.precision}")
         plan = replace(first.plan, residency=placed)
         engine = self.engine_for(first.checkpoint, plan, first.machine, first.basis, cache=job.cache)
@@ -193,6 +196,8 @@ class Session:
                     yield failed(error, picture.row)
                 else:
                     missing.append(picture)
+            if len(planned.images) == planned.left > 0:  # all that was lost is the word of it
+                yield _done(engine, planned)
         missing.sort(key=lambda picture: picture.request.lora)  # adapters change as rarely as can be
         if job.batch:
             for k, picture in enumerate(missing, 1):
@@ -235,12 +240,14 @@ class Session:
 
 
 def _pictures(planned: Planned, resume: Latents | None) -> Iterator[tuple[Picture, int]]:
-    """A row's pictures, each with how many of the same request come before it."""
+    """A row's pictures that nobody drew yet, each with how many of the same request come before it."""
     count, seeded = planned.request.count, planned.row.request.seed >= 0
+    drawn = {image.seed for image in planned.row.drawn}
     for k in range(count):
         one = planned.request.picture(k)
         picture = Picture(one, planned.target, k + 1, planned.row.number, seeded, k + 1, count, latents=resume)
-        yield picture, planned.row.before + k * (not seeded)
+        if one.seed not in drawn:
+            yield picture, planned.row.before + k * (not seeded)
 
 
 def _window_size(group: Sequence[Planned]) -> int:
@@ -253,22 +260,9 @@ def _window_size(group: Sequence[Planned]) -> int:
 
 def _finished(engine: Engine, picture: Picture, before: int) -> Path | None:
     """The file of a picture that is there: it decodes, and carries the hash; `before` such are others'."""
-    wanted = image.request_hash(engine.metadata(picture.request), seeded=picture.seeded)
-    for path in output.existing(picture.target, picture.request, picture.row):
-        with contextlib.suppress(BadInputFile, OSError):
-            status = path.stat()
-            if _hashes(path.absolute(), status.st_mtime_ns, status.st_size)[picture.seeded] == wanted:
-                if not before:
-                    return path
-                before -= 1
-    return None
-
-
-@functools.lru_cache(maxsize=1 << 14)
-def _hashes(path: Path, *_: int) -> tuple[str, str]:
-    """The hashes of a picture's request, without and with its seed; read once for each state of the file."""
-    metadata = image.read_metadata(path)
-    return image.request_hash(metadata, seeded=False), image.request_hash(metadata)
+    paths = output.existing(picture.target, picture.request, picture.row)
+    made = image.made_as(engine.metadata(picture.request), paths, seeded=picture.seeded)
+    return next(itertools.islice(made, before, None), None)
 
 
 def _refused(planned: Planned) -> ExplainedError | None:

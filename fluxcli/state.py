@@ -68,13 +68,13 @@ class DeviceLock:
         self._folder = cache_folder() / "locks"
         self._lock = FileLock(self._folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', identity)}.lock")
 
-    def acquire(self, *, wait: bool = True) -> bool:
-        """Take the lock; without `wait` return at once whether that was possible."""
+    def acquire(self, wait_s: float = 0) -> bool:
+        """Take the lock; returns whether that was possible within so many seconds."""
         from filelock import Timeout
 
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=-1 if wait else 0)
+            self._lock.acquire(timeout=wait_s)
         except Timeout:
             return False
         except OSError:  # nowhere to put it: advisory means that the run goes on

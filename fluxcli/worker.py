@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from fluxcli.session import Session
 
-HELLO_S, ALIVE_S = 5.0, 5.0
+HELLO_S, ALIVE_S, LOOK_S = 5.0, 5.0, 10.0  # the last: between two looks at whether the socket is still there
 PIECE_BYTES, PATH_BYTES = 1 << 20, 100  # of what goes to stdout; of a socket's path, some systems take no more
 Explain = Callable[[Exception], Failed]
 DOUBTFUL, HARMLESS = (ExitCode.BUG, ExitCode.DEVICE), (NoSuchDevice, MissingLibrary)
@@ -59,7 +59,7 @@ def serve(idle_s: float, *, session: "Session | None" = None, explained: Explain
     except Timeout:
         return
     with held, _listening(address, stem.with_suffix(".key")) as (listener, key):
-        worker = Worker(session, explained, idle_s, key)
+        worker = Worker(session, explained, idle_s, address, key)
         os.chdir(os.sep)
         threading.Thread(target=worker.accept, args=(listener,), daemon=True).start()
         worker.work()
@@ -75,7 +75,8 @@ def _listening(address: str, path: Path) -> "Iterator[tuple[Listener, bytes | No
         output.write_atomically(path, key, place=os.replace)
     else:
         Path(address).unlink(missing_ok=True)
-    with Listener(address, "AF_PIPE" if key else "AF_UNIX", backlog=64) as listener:
+    gone = contextlib.suppress(FileNotFoundError)  # the socket, if somebody tidied up
+    with gone, Listener(address, "AF_PIPE" if key else "AF_UNIX", backlog=64) as listener:
         try:
             yield listener, key
         finally:
@@ -128,8 +129,11 @@ class Stdout:
 class Worker:
     """The queue of one session, and what is told about it."""
 
-    def __init__(self, session: "Session", explained: Explain, idle_s: float, key: bytes | None) -> None:
+    def __init__(
+        self, session: "Session", explained: Explain, idle_s: float, address: str, key: bytes | None
+    ) -> None:  # fmt: skip
         self._session, self._explained, self._idle_s, self._key = session, explained, idle_s, key
+        self._address = address
         self._identity = client.identity()  # before a library changes the environment
         self._changed = threading.Condition()  # guards the next three
         self._waiting: list[Call] = []
@@ -139,7 +143,7 @@ class Worker:
         self._counts, self._loads = Counter(jobs=0, pictures=0), Counter()
 
     def work(self) -> None:
-        """Serve what is queued until idle, stopped or in doubt. For the main thread."""
+        """Serve what is queued until idle, stopped, out of reach or in doubt. For the main thread."""
         doubtful = False
         while not doubtful and (call := self._next()):
             if call.job is None:
@@ -164,9 +168,9 @@ class Worker:
                     self._running = self._waiting.pop(0)
                     return self._running
                 left = self._since + self._idle_s - time.monotonic()
-                if left <= 0:
+                if left <= 0 or not (self._key or os.path.lexists(self._address)):
                     break
-                self._changed.wait(left)
+                self._changed.wait(min(left, LOOK_S))
         return None
 
     def _draw(self, call: Call) -> tuple[dict | None, bool]:

@@ -13,8 +13,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +25,8 @@ from fluxcli import embeddings, hardware, output, residency, sampling
 from fluxcli.errors import ExitCode, OutputError
 from fluxcli.events import from_json
 from fluxcli.image import read_metadata, request_hash
+from fluxcli.processes import VARIABLES, Share
+from fluxcli.processes import count as count_processes
 from fluxcli.request import KEYS
 from quant.checkpoint import Checkpoint, inspect
 from tests.conftest import ROOT
@@ -762,10 +766,54 @@ def test_two_processes_draw_together_what_one_does(capsys):
     assert "6 rows: 5 done, 1 failed, 0 skipped; 5 pictures" in first and " rows: " not in second
 
 
-def test_several_processes_cannot_share_stdin(capsys, monkeypatch):
+@pytest.mark.skipif(os.name == "nt", reason="gloo")
+def test_a_process_whose_partner_is_killed_says_so(capsys):
+    source = write(*({"prompt": "a red circle", "seed": 1, "steps": 1 if k % 2 else 2000} for k in (1, 2)))
+    arguments = ["generate", "--from", source, "-p", "tiny", "--size", "64", "--device", "cpu"]
+    main, other = processes(arguments, "both/")
+    assert main.stdout.readline() == "both/a-red-circle-1.png\n"
+    other.kill()
+    other.communicate()
+    _, said = main.communicate(timeout=60)
+    assert main.returncode == 7 and "flux: error: another process has ended" in said and "--resume" in said
+
+
+def test_a_variable_that_a_scheduler_left_is_no_batch_of_many(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    assert count_processes() == 1 and list(Share().of(iter("abc"))) == list("abc")
+
+
+def test_no_process_waits_too_short_for_the_others(monkeypatch):
+    import accelerate
+
+    asked = {}
+    for name in (*VARIABLES, "WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    state = SimpleNamespace(process_index=1, num_processes=2, is_main_process=False)
+    monkeypatch.setattr(accelerate, "PartialState", lambda **options: asked.update(options) or state)
+    assert list(Share().of(iter("abc"))) == ["b"]
+    assert asked["timeout"] >= timedelta(days=1) and asked["backend"] == "gloo" and asked["cpu"]
+
+
+def test_processes_that_do_not_find_each_other_are_an_error(monkeypatch, capsys):
+    import accelerate
+
+    for name in (*VARIABLES, "WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setattr(accelerate, "PartialState", lambda **_: torch.tensor(1).view(5))  # a RuntimeError of torch's
+    result = call(capsys, "generate", "--from", write("a", name="p.txt"), *SMALL)
+    assert "do not find each other" in assert_failed(result, ExitCode.DEVICE)
+
+
+def test_several_processes_cannot_share_stdin(capsys, monkeypatch):
+    for name in (*VARIABLES, "WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
     stdin(monkeypatch, b"a\n")
-    assert "stdin cannot be read twice" in assert_failed(call(capsys, "generate", "--from", "-"), ExitCode.USAGE)
+    assert "cannot be shared" in assert_failed(call(capsys, "generate", "--from", "-"), ExitCode.USAGE)
+    os.mkfifo("rows.jsonl")
+    writing = os.open("rows.jsonl", os.O_RDWR)
+    assert "cannot be shared" in assert_failed(call(capsys, "generate", "--from", "rows.jsonl"), ExitCode.USAGE)
+    os.close(writing)
 
 
 # Embeddings on disk

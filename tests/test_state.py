@@ -11,8 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from fluxcli import console, hardware, state
+from fluxcli import console, hardware, session, state
 from fluxcli.errors import ExitCode
+from fluxcli.events import Phase
 from fluxcli.state import DeviceLock
 from tests.conftest import ROOT
 from tests.helpers import machine
@@ -165,7 +166,7 @@ def test_two_writers_leave_whole_files_only():
 def free(identity: str) -> bool:
     """Whether the lock can be had at once; it is given back."""
     lock = DeviceLock(identity)
-    found = lock.acquire(wait=False)
+    found = lock.acquire()
     lock.release()
     return found
 
@@ -173,18 +174,32 @@ def free(identity: str) -> bool:
 def test_a_free_device_is_taken_and_given_back():
     lock = DeviceLock(CARD)
     for _ in range(2):
-        assert lock.acquire(wait=False)
-        assert not DeviceLock(CARD).acquire(wait=False)
+        assert lock.acquire()
+        assert not DeviceLock(CARD).acquire()
         lock.release()
     assert free(CARD)
 
 
 def test_the_second_waits_and_gets_it(hold):
     other, lock = hold(CARD), DeviceLock(CARD)
-    assert not lock.acquire(wait=False)
+    assert not lock.acquire()
     threading.Timer(0.2, lambda: print("enough", file=other.stdin, flush=True)).start()
-    assert lock.acquire() and other.wait() == 0
+    assert lock.acquire(-1) and other.wait() == 0
     lock.release()
+
+
+def test_a_session_that_waits_for_a_device_gives_signs_and_can_be_given_up(hold, monkeypatch):
+    monkeypatch.setattr(session, "LOCK_S", 0.05)
+    other, waiting = hold(CARD), session.Session()
+    events = waiting._lock(CARD, no_wait=False)
+    assert "is busy" in next(events).message and [next(events) for _ in range(3)] == [Phase("wait", CARD)] * 3
+    events.close()
+    events = waiting._lock(CARD, no_wait=False)
+    next(events)
+    other.communicate("enough\n")
+    assert list(events) == [] and not free(CARD)
+    waiting.release()
+    assert free(CARD)
 
 
 def test_another_device_is_free(hold):

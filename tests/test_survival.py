@@ -201,7 +201,7 @@ def test_a_device_that_breaks_is_exit_8(card, capsys, monkeypatch):
 def held(identity: str) -> Iterator[None]:
     """Another flux computes on the device."""
     lock = state.DeviceLock(identity)
-    assert lock.acquire(wait=False)
+    assert lock.acquire()
     yield
     lock.release()
 

@@ -121,7 +121,7 @@ def explained(error):
     return Failed(1, f"this is a bug: {type(error).__name__}", "report it")
 
 if __name__ == "__main__":
-    worker.ALIVE_S = worker.HELLO_S = 0.3
+    worker.ALIVE_S = worker.HELLO_S = worker.LOOK_S = 0.3
     client.FRAME_S = 1
     console.install_signals()
     try:
@@ -311,7 +311,7 @@ def test_a_worker_that_is_killed_in_the_middle_is_lost_at_once(worker):
     next(events)
     worker.kill()
     since = time.monotonic()
-    with pytest.raises(client.Lost, match="ended"):
+    with pytest.raises(client.Lost, match="closed the connection"):
         list(events)
     assert time.monotonic() - since < 1
 
@@ -433,6 +433,21 @@ def test_stop_in_the_middle_of_a_job_ends_both(worker, home):
     with pytest.raises(client.Lost):
         list(events)
     assert client.ask("stop") is None
+
+
+def test_a_stop_that_is_not_heeded_yet_is_not_called_done(worker, monkeypatch):
+    busy = client_process(job("deaf"))
+    eventually(lambda: client.ask("status")["running"])
+    monkeypatch.setattr(client, "STOP_S", 0.31)  # a little more than between two signs of life
+    with pytest.raises(client.Lost, match="has not ended yet") as lost:
+        client.ask("stop")
+    assert lost.value.hint == f"kill {worker.pid}" and worker.wait(5) == 0
+    busy.communicate()
+
+
+def test_a_worker_whose_socket_somebody_removed_ends(worker, home):
+    os.unlink(client.place()[0])
+    assert worker.wait(5) == 0 and (home / "log").read_text() == ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from fluxcli import client
+from fluxcli import client, presets, runner
+from fluxcli.cli.generate import settled
+from fluxcli.events import Done, GeneratedImage, Notice, Saved
+from fluxcli.job import Job, Row
 from tests.conftest import ROOT
 from tests.invariant import assert_failed, call, files
 
@@ -111,24 +114,51 @@ def test_one_ctrl_c_stops_a_shell_loop_and_the_worker_lives(worker):
     assert worker()["pid"] == before and not worker()["running"]
 
 
-def test_a_worker_that_is_killed_in_mid_job_costs_no_picture(worker, capsys):
-    command = ["generate", "a red circle", "-p", "tiny", "--steps", "60", "--seed", "1", "--json", "-n", "2"]
-    expected = pixels(call(capsys, *command, "-o", "here/", "--no-worker"))
-    command.remove("--json")
+@pytest.mark.parametrize("kind, count", [("step", 3), ("saved", 1)])
+def test_a_worker_that_is_killed_in_mid_job_costs_no_picture(kind, count, worker, capsys):
+    command = ["generate", "a red circle", "-p", "tiny", "--size", "128", "--steps", "40", "--seed", "1", "-n", "3"]
+    expected = pixels(call(capsys, *command, "--json", "-o", "here/x-{n}", "--no-worker"))
     started = subprocess.Popen(
-        [sys.executable, "-m", "fluxcli", *command, "--events", "-o", "there/"],
+        [sys.executable, "-m", "fluxcli", *command, "--events", "-o", "there/x-{n}"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     events = []
     for line in started.stdout:
         events.append(json.loads(line))
-        if sum(event["event"] == "step" for event in events) == 3 and worker():
+        if sum(event["event"] == kind for event in events) == count and worker():
             os.kill(worker()["pid"], signal.SIGKILL)
     assert started.wait() == 0 and started.stderr.read().count("running here") == 1
     started.stderr.close()
     started.stdout.close()
     assert [event["image"]["pixels_sha256"] for event in events if event["event"] == "saved"] == expected
-    assert len(files(Path("there"))) == 2
+    assert set(files(Path("there"))) == set(files(Path("here")))
+    done = events[-1]
+    assert [image["pixels_sha256"] for image in done["images"]] == expected and len(expected) == 3
+    assert (done["request"]["seed"], done["request"]["count"]) == (1, 3)
+
+
+def test_who_waits_for_a_busy_worker_to_make_room_is_told(monkeypatch):
+    asked = []
+    busy = {"pid": 5, "model": "a model", "device": "cuda:0", "running": True}
+    monkeypatch.setattr(client, "ask", lambda what: asked.append(what) or busy)
+    (notice,) = runner._evict_worker(Job(()), always=False)
+    assert "worker 5" in notice.message and asked == ["status", "evict"]
+    assert list(runner._evict_worker(Job((), no_wait=True), always=False)) == [] and asked[2:] == ["status"]
+
+
+def test_a_word_that_is_lost_with_the_worker_is_said_here(monkeypatch):
+    request = settled("a red circle", presets.merge({"preset": "tiny"}, Path("none")).values, {}).with_seed()
+    image = GeneratedImage("x.png", request.seed, 64, 64, "png", 1, "a", "b")
+
+    def lost(job):
+        yield Saved(image)
+        raise client.Lost("the worker closed the connection", hint="a hint")
+
+    monkeypatch.setattr(client, "run", lost)
+    with runner.Runner(alone=False) as running:
+        events = list(running.run(Job((Row(0, request),))))
+    assert [type(event) for event in events] == [Saved, Notice, Notice, Done] and events[-1].images == (image,)
+    assert events[1].message == "the worker closed the connection: running here (hint: a hint)"
 
 
 def test_another_variable_makes_the_worker_give_way(worker, capsys, monkeypatch):

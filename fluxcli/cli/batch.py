@@ -28,14 +28,17 @@ def draw_rows(source: str, prompt: str | None, options: dict, *, resume: bool, f
     check_stdout(options, given.get("output") == output.STDOUT)
     if given.get("output") == output.STDOUT:
         raise UsageError("-o - takes one picture", which=f"--from {source}", hint="-o FOLDER/")
-    if source == "-" and (prompt == "-" or processes.count() > 1):
+    if source == prompt == "-":
         raise UsageError("stdin cannot be read twice", which="--from -", hint="give a file")
     base = {} if prompt is None else {"prompt": read_prompt(prompt)}
     tally = Tally()
     with _opened(source) as file, reporter_of(options) as reporter:
+        streaming = batch.is_streaming(file)
+        if processes.count() > 1 and (streaming or source == "-"):
+            why = "each of the processes would get others"
+            raise UsageError("rows of a stream cannot be shared", which=source, why=why, hint="give a file")
         share = processes.Share()
         rows = share.of(_counted(batch.rows(file, source, lambda row: _request(base | row, given))))
-        streaming = batch.is_streaming(file)
         windows = batch.in_windows(rows, WINDOW, streaming=streaming)
         with Runner(alone=options["no_worker"] or options["debug"]) as runner:
             for window in windows:
