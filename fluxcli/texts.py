@@ -11,11 +11,10 @@ from fluxcli.costs import Hardware
 from fluxcli.embeddings import Embeddings
 from fluxcli.request import GenerationRequest
 from fluxcli.residency import MemoryPlan
-from quant.checkpoint import Checkpoint
+from quant.checkpoint import ENCODERS, Checkpoint
 from quant.lazy import Tensor
 from quant.lora import Adapter
 
-ENCODERS = ("text_encoder", "text_encoder_2")
 KEPT = 64  # embeddings in RAM: 4 MiB each
 
 
@@ -27,7 +26,7 @@ class Texts:
         self.cache = cache
         self._folder = checkpoint.folder
         self._depends = {
-            "weights": checkpoint.fingerprint, "dtypes": [plan.dtypes[name] for name in ENCODERS],
+            "weights": checkpoint.encoders, "dtypes": [plan.dtypes[name] for name in ENCODERS],
             "packed": str(plan.spec), "device": [machine.kind, machine.name, machine.capability],
         }  # fmt: skip
         self._known: dict[str, Embeddings] = {}

@@ -18,7 +18,8 @@ from quant.header import file_identity, read_header
 from quant.spec import FAMILIES
 from quant.weights import SCB, Piece, Weight, group
 
-COMPONENTS, TOKENIZERS = ("text_encoder", "text_encoder_2", "transformer", "vae"), ("tokenizer", "tokenizer_2")
+ENCODERS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
+COMPONENTS = (*ENCODERS, "transformer", "vae")
 AGAIN = "download the model again"
 PLAIN_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 # Never under a plain name: from_pretrained would load these without their scales and draw noise.
@@ -76,8 +77,16 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits for configs, tokenizers and weights: of each weight file its size and 64 sampled pages."""
-        digest = hashlib.sha256(json.dumps(self.scheduler, sort_keys=True).encode())
-        for component in self.components.values():
+        return self._digest(self.scheduler, *self.components)
+
+    @cached_property
+    def encoders(self) -> str:
+        """As `fingerprint`, of tokenizers and text encoders alone."""
+        return self._digest({}, *ENCODERS)
+
+    def _digest(self, scheduler: dict, *names: str) -> str:
+        digest = hashlib.sha256(json.dumps(scheduler, sort_keys=True).encode())
+        for component in map(self.components.get, names):
             digest.update(json.dumps(component.config, sort_keys=True).encode())
             digest.update(b"".join(map(file_identity, component.files)))
         for path in sorted(path for name in TOKENIZERS for path in (self.folder / name).glob("*")):

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -862,6 +863,16 @@ def test_what_embeddings_depend_on_is_another_entry(encoded, capsys, checkpoint)
     assert loads(capsys, "a red circle", *other, "reader.safetensors:0.5")[0] == ENCODING and len(entries()) == 3
     assert loads(capsys, "a red circle", "--seed", "1", "--text-tokens", "16")[0] == ENCODING and len(entries()) == 4
     assert loads(capsys, "A red circle", "--seed", "1")[0] == ENCODING and len(entries()) == 5
+
+
+def test_another_model_with_the_same_encoders_has_the_same_entry(encoded, capsys, tiny_folder):
+    shutil.copytree(tiny_folder, "other")
+    index = Path("other/transformer/config.json")
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_note": "another"}))
+    assert loads(capsys, "a red circle", "-m", "other", "--seed", "1")[0] == set()
+    index = Path("other/tokenizer_2/special_tokens_map.json")
+    index.write_text(index.read_text() + "\n" if index.exists() else "{}")
+    assert loads(capsys, "a red circle", "-m", "other", "--seed", "1")[0] == ENCODING and len(entries()) == 2
 
 
 def test_no_cache_writes_nothing(capsys):

@@ -38,7 +38,8 @@ def draw_rows(source: str, prompt: str | None, options: dict, *, resume: bool, f
             why = "each of the processes would get others"
             raise UsageError("rows of a stream cannot be shared", which=source, why=why, hint="give a file")
         share = processes.Share()
-        rows = share.of(_counted(batch.rows(file, source, lambda row: _request(base | row, given))))
+        rows = batch.rows(file, source, lambda row: _request(base | row, given))
+        rows = share.of(_counted(rows) if resume else rows)
         windows = batch.in_windows(rows, WINDOW, streaming=streaming)
         with Runner(alone=options["no_worker"] or options["debug"]) as runner:
             for window in windows:
