@@ -29,8 +29,8 @@ LAYERS = [
     ["fluxcli.engine"],
     ["fluxcli.session"],
     ["fluxcli.doctor", "fluxcli.console", "fluxcli.worker", "fluxcli.runner"],
-    ["fluxcli.cli", "fluxcli.cli.options", "fluxcli.cli.info", "fluxcli.cli.generate", "fluxcli.cli.replay",
-     "fluxcli.cli.batch", "fluxcli.cli.cache", "fluxcli.cli.worker", "fluxcli.cli.lora",
+    ["fluxcli.cli", "fluxcli.cli.options", "fluxcli.cli.settings", "fluxcli.cli.info", "fluxcli.cli.generate",
+     "fluxcli.cli.replay", "fluxcli.cli.batch", "fluxcli.cli.cache", "fluxcli.cli.worker", "fluxcli.cli.lora",
      "fluxcli.cli.models", "fluxcli.cli.quantize", "fluxcli.cli.app", "fluxcli.__main__"],
 ]  # fmt: skip
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fluxcli import client, presets, runner
-from fluxcli.cli.generate import settled
+from fluxcli.cli.settings import settled
 from fluxcli.events import Done, GeneratedImage, Notice, Saved
 from fluxcli.job import Job, Row
 from tests.conftest import ROOT

@@ -10,8 +10,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fluxcli import batch, output, presets, processes
-from fluxcli.cli.generate import STARTED, check_stdout, job_options, reporter_of, settled
-from fluxcli.cli.options import given_settings, read_prompt
+from fluxcli.cli.settings import (
+    STARTED,
+    check_stdout,
+    given_settings,
+    job_options,
+    read_prompt,
+    reporter_of,
+    settled,
+)  # fmt: skip
 from fluxcli.errors import BatchFailed, ExitCode, UsageError
 from fluxcli.events import Done, Event, Failed, Saved, Skipped, Summary, failed
 from fluxcli.job import Job, Row

@@ -1,23 +1,21 @@
 """`flux generate`: settings become a request, the request pictures; here or in a warm worker."""
 
-import time
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from fluxcli import console, lora, models, output, presets
-from fluxcli.cli.options import given_settings, read_prompt, with_request_options
+from fluxcli import console, output
+from fluxcli.cli import batch
+from fluxcli.cli.options import with_request_options
+from fluxcli.cli.settings import STARTED, check_stdout, job_options, reporter_of, requested
 from fluxcli.errors import ExitCode, UsageError
 from fluxcli.job import Job, Row
-from fluxcli.request import GenerationRequest, from_settings
+from fluxcli.request import GenerationRequest
 from fluxcli.residency import GIB, MemoryPlan
 from fluxcli.runner import Runner
-from fluxcli.state import config_folder
 
 if TYPE_CHECKING:
     from fluxcli.latents import Latents
-
-STARTED = time.perf_counter()
 
 
 @with_request_options
@@ -34,8 +32,6 @@ def generate(
     **options: object,
 ) -> int:
     """Draw a prompt, or with --from many. Without weights of your own: -p tiny, the bundled model."""
-    from fluxcli.cli import batch
-
     if source is not None:
         if dry_run:
             raise UsageError("--dry-run excludes --from", why="rows are planned one by one", hint="flux plan")
@@ -46,21 +42,6 @@ def generate(
         raise UsageError("no prompt", hint='flux generate "a red circle on a blue background" -p tiny')
     request, given = requested(prompt, options)
     return draw(request, options, given, dry_run=dry_run)
-
-
-def requested(prompt: str, options: dict) -> tuple[GenerationRequest, dict]:
-    """(the request, what the command line said of it by field name)."""
-    given = given_settings(options)
-    return settled(read_prompt(prompt), presets.merge(given, config_folder()).values, given), given
-
-
-def settled(prompt: str, values: dict, given: dict) -> GenerationRequest:
-    """The request of merged settings: a file name decides the format, a model folder is stored absolute."""
-    decided = output.format_of(values["output"], given=given.get("format") and values["format"])
-    settled = {"format": decided or values["format"], "model": models.absolute(values["model"])}
-    settled |= {"vae": values["vae"] and models.absolute(values["vae"]), "lora": lora.settled(values["lora"])}
-    settled |= {"text_encoders": tuple(map(models.absolute, values["text_encoders"]))}
-    return from_settings(prompt, values | settled)
 
 
 def draw(
@@ -83,23 +64,6 @@ def draw(
         for event in runner.run(Job((Row(0, request),), made=made, **job_options(options)), resume=resume):
             reporter.show(event)
     return ExitCode.OK
-
-
-def check_stdout(options: dict, stdout: bool) -> None:
-    """Raise `UsageError` where several want stdout for themselves."""
-    if sum((options["json_output"], options["events"], stdout)) > 1:
-        raise UsageError("--json, --events and -o - exclude each other", why="each needs stdout for itself")
-
-
-def job_options(options: dict) -> dict:
-    """What a job takes of the command line, beside requests."""
-    return {"force": options["force"], "no_wait": options["no_wait"], "cache": not options["no_cache"]}
-
-
-def reporter_of(options: dict) -> console.Reporter:
-    """Shows a run as the command line asks for."""
-    shown = {"quiet": options["quiet"], "events": options["events"], "json_output": options["json_output"]}
-    return console.Reporter(**shown, started=STARTED)
 
 
 def _dry_run(request: GenerationRequest, options: dict) -> int:

@@ -8,8 +8,8 @@ from typing import Annotated, Optional
 import typer
 
 from fluxcli import console, hardware, lora, models, presets, state
-from fluxcli.cli.generate import requested
 from fluxcli.cli.options import with_request_options
+from fluxcli.cli.settings import requested
 from fluxcli.errors import DoesNotFit, ExitCode, UsageError, WeightsUnavailable
 from fluxcli.plan import Rung, chosen_of, suggestion, survey
 from fluxcli.request import GenerationRequest, coerce

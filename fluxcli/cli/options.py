@@ -1,14 +1,12 @@
 """The options that several commands share, declared once. Knows their names and help, not what they do."""
 
 import inspect
-import sys
 from collections.abc import Callable
 from typing import Annotated, Optional
 
 import typer
 
-from fluxcli.errors import UsageError
-from fluxcli.request import ASPECT_RATIOS, KEYS
+from fluxcli.request import ASPECT_RATIOS
 
 
 def _option(kind: type, *names: str, text: str) -> object:
@@ -65,22 +63,3 @@ def with_request_options(command: Callable) -> Callable:
     command.__signature__ = inspect.Signature([p.replace(kind=kind) for p in own] + shared)
     command.__annotations__ = {p.name: p.annotation for p in own} | REQUEST_OPTIONS
     return command
-
-
-def given_settings(options: dict) -> dict:
-    """What the command line said of the request, by field name."""
-    settings = {k: v for k, v in options.items() if k in KEYS and v not in (None, [], ())}
-    return settings | ({"metadata": False} if options["no_metadata"] else {})
-
-
-def read_prompt(text: str) -> str:
-    """The prompt: `text`, or all of stdin for '-'; raises `UsageError` on a terminal, for bad UTF-8 or none."""
-    if text == "-" and (sys.stdin is None or sys.stdin.isatty()):
-        why, hint = "it is a terminal" if sys.stdin else "it is closed", "echo 'a red circle' | flux generate - -p tiny"
-        raise UsageError("no prompt on stdin", which="-", why=why, hint=hint)
-    try:
-        raw = sys.stdin.buffer.read() if text == "-" else text.encode("utf-8", "surrogateescape")
-        prompt = raw.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
-    except UnicodeError as error:
-        raise UsageError("the prompt is not valid UTF-8", why=f"byte {error.start}", hint="save it as UTF-8") from error
-    return prompt.strip() if text == "-" else prompt

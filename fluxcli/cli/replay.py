@@ -8,8 +8,9 @@ from typing import Annotated, Optional
 import typer
 
 from fluxcli import console, lora, presets
-from fluxcli.cli.generate import STARTED, draw, settled
-from fluxcli.cli.options import given_settings, read_prompt, with_request_options
+from fluxcli.cli.generate import draw
+from fluxcli.cli.options import with_request_options
+from fluxcli.cli.settings import STARTED, given_settings, read_prompt, settled
 from fluxcli.errors import BadInputFile, ExitCode, UsageError
 from fluxcli.events import Notice
 from fluxcli.request import GenerationRequest, coerce, flag, from_settings
