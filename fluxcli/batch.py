@@ -60,8 +60,8 @@ class Line(NamedTuple):
 def rows(source: BinaryIO, name: str, make: Callable[[dict], GenerationRequest]) -> Iterator[Row]:
     """A row for each prompt of `source`, as soon as it is there; one that is no request has the error instead.
 
-    The format goes by the extension of `name`; "-" is JSONL if it begins with {, else text. Raises `UsageError` for a
-    source that is unreadable, has no rows, or has no usable CSV header.
+    The format goes by the extension of `name`; without a known one it is JSONL if it begins with {, else text. Raises
+    `UsageError` for a source that is unreadable, has no rows, or has no usable CSV header.
     """
     label, number = "stdin" if name == "-" else name, 0
     for number, (line, settings) in enumerate(_settings(_lines(source, label), name, label), 1):
@@ -98,7 +98,7 @@ def _settings(lines: Iterator[Line], name: str, label: str) -> Iterator[tuple[in
     if kind in DELIMITERS:
         yield from _csv_settings(lines, DELIMITERS[kind], label)
         return
-    parse = _json_settings if kind in (".jsonl", ".ndjson") else None if name == "-" else _text_settings
+    parse = _json_settings if kind in (".jsonl", ".ndjson", ".json") else _text_settings if kind == ".txt" else None
     for line in lines:
         if not line.blank:
             parse = parse or (_json_settings if line.decoded("replace").lstrip().startswith("{") else _text_settings)
@@ -153,7 +153,8 @@ def _cells(first: Line, following: Iterator[Line], delimiter: str) -> list[str]:
     try:
         cells = next(csv.reader(_of_record(chain([first], following), taken), delimiter=delimiter, strict=True))
     except csv.Error as error:
-        raise UsageError("the record is not CSV", why=str(error), hint="is every quote closed?") from error
+        why = f"{error}; lines {first.number} to {taken[-1].number} were taken for it"
+        raise UsageError("the record is not CSV", why=why, hint="is every quote closed?") from error
     for line in taken:
         line.text()  # raises
     return cells

@@ -80,7 +80,7 @@ class Reporter:
     ) -> None:  # fmt: skip
         """`started` is the perf_counter at the command's start. On stdout come paths, or one of the JSON forms."""
         self.timings_s: dict[str, float] = {}
-        self._noticed: list[Notice] = []
+        self._noticed: set[Notice] = set()
         self._quiet, self._events, self._json = quiet, events, json_output
         self._started, self._phase, self._since = started, "load", started
         self._progress = self._task = None
@@ -107,9 +107,9 @@ class Reporter:
     def show(self, event: Event) -> None:
         """Show one event; raises `Terminated` if a signal arrived and was swallowed since the last one."""
         check_signals()
-        if event in self._noticed:  # a batch is many jobs, and says it once
+        if isinstance(event, Notice) and event in self._noticed:  # a batch is many jobs, and says it once
             return
-        self._noticed += [event] if isinstance(event, Notice) else []
+        self._noticed |= {event} if isinstance(event, Notice) else set()
         if isinstance(event, Done):
             self._close_run()
             event = replace(event, timings_s=dict(self.timings_s))

@@ -6,9 +6,11 @@ unwritable at any time: then there is no entry. A reader never waits, and sees w
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import time
@@ -52,7 +54,9 @@ def read(key: str) -> Embeddings | None:
                 raise ValueError("no entry")
             data = file.read()
         found = _parse(key, data)
-    except FileNotFoundError:
+    except OSError as error:  # mostly of a moment, and the entry is good; but what is no file is in the way
+        if error.errno in (errno.EISDIR, errno.ELOOP):
+            _delete(path)
         return None
     except Exception:  # noqa: BLE001 - a file can be wrong in any way
         _delete(path)
@@ -84,7 +88,7 @@ def entries() -> list[tuple[float, int, Path]]:
     found = []
     with contextlib.suppress(OSError), os.scandir(folder()) as files:
         for file in files:
-            if file.name.endswith(SUFFIX) or (file.name.startswith(".flux-") and file.name.endswith(".tmp")):
+            if re.fullmatch(r"[0-9a-f]{64}\.safetensors|\.flux-[0-9a-f]+\.tmp", file.name):  # others are not ours
                 with contextlib.suppress(OSError):
                     status = file.stat(follow_symlinks=False)
                     found.append((status.st_mtime, status.st_size, Path(file.path)))

@@ -54,7 +54,7 @@ class Engine:
 
     def adopt(self, plan: MemoryPlan, machine: hardware.Hardware) -> None:
         """Go on under another plan of the same precision, see `Stage.adopt`."""
-        self.machine = machine
+        self.machine, self._adapters = machine, {}
         self.stage.adopt(plan)
 
     def window(self, pictures: Sequence[Picture], *, isolate: bool = False) -> Iterator[Event]:
@@ -64,9 +64,14 @@ class Engine:
         """
         self._adapters = {}
         phases = ("encode", self._begin), ("encode", self._encode_clip), ("encode", self._encode_t5)
-        phases += ("condition", self._condition), ("denoise", self._denoise), ("decode", self._decode)
+        phases += ("condition", self._condition), ("denoise", self._denoise)
         for phase, attempt in phases:
             yield from self._phase(phase, [picture for picture in pictures if not picture.error], attempt, isolate)
+        for picture in (each for each in pictures if not each.error):
+            whole = self.plan.residency.decode != "tiled"
+            yield from self._phase("decode", [picture], self._decode, isolate)
+            if whole and self.plan.residency.decode == "tiled":  # other pixels: this picture's matter alone
+                self.stage.plan = replace(self.plan, residency=replace(self.plan.residency, decode="alone"))
 
     def picture(
         self, request: GenerationRequest, *, resume: Latents | None = None
@@ -263,7 +268,8 @@ class Engine:
 
     def _save(self, picture: Picture) -> GeneratedImage:
         request, pixels, digest = picture.request, picture.pixels, image.pixels_sha256(picture.pixels)
-        metadata = self.metadata(request) | {"pixels_sha256": digest} if request.metadata else None
+        metadata = self.metadata(request, seeded=picture.seeded) | {"pixels_sha256": digest}
+        metadata = metadata if request.metadata else None
         data = image.encode(pixels, request.format, quality=request.quality, metadata=metadata)
         path = output.save(data, picture.target, request, picture.number, picture.row)
         sha256 = hashlib.sha256(data).hexdigest()
@@ -277,12 +283,15 @@ class Engine:
         precision = self.plan.precision
         return path_of(precision, self.plan.device) if precision in FAMILIES.values() else precision
 
-    def metadata(self, request: GenerationRequest) -> dict:
-        """What identifies a picture: the request that makes it alone, the model, what computed it, versions."""
+    def metadata(self, request: GenerationRequest, *, seeded: bool = True) -> dict:
+        """What identifies a picture: the request that makes it alone, the model, what computed it, versions.
+
+        `seeded` tells whether the seed was asked for.
+        """
         plan, described = self.plan, replace(request, output=None).to_json()
         compute = {"device": plan.device.partition(":")[0], "precision": plan.precision, "multiply": self.multiply}
         compute |= {"dtypes": plan.dtypes, "tiled": plan.residency.decode == "tiled"}
         model = {"name": request.model, "fingerprint": self.checkpoint.fingerprint}
         adapters = lora.identities(request.lora, self._adapters_of(request))
         found = {"request": described, "size": list(request.size), "model": model, "compute": compute, "lora": adapters}
-        return found | {"versions": fluxcli.versions()}
+        return found | {"seeded": seeded, "versions": fluxcli.versions()}

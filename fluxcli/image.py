@@ -9,7 +9,7 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from html import escape, unescape
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from fluxcli.errors import BadInputFile
 from quant.lazy import Image, np
 
 MAX_PIXELS = 64 * 1024 * 1024
+WISHES = ("device", "precision", "vram_limit", "offload")  # what came of them is said under "compute"
 XMP = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf='
     '"http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" xmlns:Iptc4xmpExt='
@@ -55,23 +56,28 @@ def pixels_sha256(pixels: "np.ndarray") -> str:
 
 
 def request_hash(metadata: dict, *, seeded: bool = True) -> str:
-    """sha256 of what decides a picture, from its metadata: request, model, adapters, and what computed it."""
+    """sha256 of what decides a picture, from its metadata: request, model, adapters, and what it was computed with.
+
+    Without `seeded` any seed does that was not asked for.
+    """
     parts = {key: metadata.get(key) for key in ("request", "size", "model", "compute", "lora")}
-    request = {key: value for key, value in parts["request"].items() if seeded or key != "seed"}
-    return hashlib.sha256(json.dumps(parts | {"request": request}, sort_keys=True).encode()).hexdigest()
+    parts["request"] = {key: value for key, value in parts["request"].items() if key not in WISHES}
+    if not seeded:
+        parts |= {"request": parts["request"] | {"seed": -1}, "seeded": metadata.get("seeded")}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def made_as(metadata: dict, paths: Iterable[Path], *, seeded: bool) -> Iterator[Path]:
-    """Those of the paths that are whole pictures with the request hash of the metadata."""
-    wanted = request_hash(metadata, seeded=seeded)
+def made_as(wanted: Collection[str], paths: Iterable[Path], *, seeded: bool, until: int) -> Iterator[Path]:
+    """Those of the paths that are whole pictures with one of these request hashes, older than that time in ns."""
     for path in paths:
         with contextlib.suppress(BadInputFile, OSError):
             status = path.stat()
-            if _hashes(path.absolute(), status.st_mtime_ns, status.st_size)[seeded] == wanted:
+            made = status.st_mtime_ns
+            if made < until and _hashes(path.absolute(), made, status.st_size)[seeded] in wanted:
                 yield path
 
 
-@functools.lru_cache(maxsize=1 << 14)
+@functools.cache
 def _hashes(path: Path, *_: int) -> tuple[str, str]:
     """The hashes of a picture's request, without and with its seed; read once for each state of the file."""
     metadata = read_metadata(path)

@@ -19,7 +19,7 @@ class Row:
     request: GenerationRequest | None
     where: str = ""  # for people: FILE:LINE
     error: ExplainedError | None = None  # instead of a request
-    before: int = 0  # pictures of the same request in earlier rows
+    before: tuple[int, ...] = ()  # of each of its pictures: how many of the same request there are in earlier rows
     drawn: tuple[GeneratedImage, ...] = ()  # pictures of it that a worker saved before it was lost; not on the wire
 
 
@@ -32,7 +32,7 @@ class Job:
     force: bool = False  # replace a file that was named
     no_wait: bool = False  # rather fail than wait for the device
     cache: bool = True  # prompt embeddings on disk
-    resume: bool = False  # leave out rows whose picture is there
+    resume: int | None = None  # leave out pictures that were there at that time, in ns
     made: str | None = None  # the fingerprint of the model that made the picture to make again
 
     def to_json(self) -> dict:
@@ -43,7 +43,7 @@ class Job:
     def from_json(cls, value: Mapping) -> "Job":
         """What `to_json` gave; raises TypeError, ValueError or `UsageError` for anything else."""
         rows = tuple(
-            Row(number, GenerationRequest(**request), where, before=before)
+            Row(number, GenerationRequest(**request), where, before=tuple(before))
             for number, where, before, request in value["rows"]
         )
         return cls(**dict(value) | {"rows": rows})

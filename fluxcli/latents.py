@@ -29,14 +29,14 @@ class Latents:
     model: str = ""
 
 
-def save(latents: Latents, target: output.Target) -> Path:
-    """Write the latents beside where the picture would be; raises OSError."""
+def save(latents: Latents, target: output.Target, n: int = 1, row: int = 0) -> Path:
+    """Write the latents beside where picture `n` of a row would be; raises OSError."""
     from safetensors.torch import save as to_bytes
 
     described = {"request": latents.request.to_json(), "step": latents.step, "model": latents.model}
     data = to_bytes({"latents": latents.tokens.cpu().contiguous()}, {"flux_latents": json.dumps(described)})
     beside = output.Target(Path(), output.DEFAULT_TEMPLATE) if target.stdout else target
-    for path in output.candidates(beside, latents.request, 1):
+    for path in output.candidates(beside, latents.request, n, row):
         place = path.with_name(path.stem + SUFFIX)
         with suppress(FileExistsError):
             if not os.path.lexists(place):

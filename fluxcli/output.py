@@ -122,11 +122,20 @@ class _Any(str):
         return "\0"
 
 
-def existing(target: Target, request: GenerationRequest, row: int) -> list[Path]:
-    """Files that may be pictures of the request by their names, whatever seed, number or day these tell."""
+def existing(target: Target, request: GenerationRequest, n: int, row: int) -> Iterator[Path]:
+    """Files that may be pictures of the request by their names, whatever seed, number or day these tell.
+
+    First comes the name that picture `n` (from 1) would get, so that mostly no folder is read; for 0 there is none.
+    """
+    first = next(candidates(target, request, n, row))
+    if n:
+        yield first
     stem, dot, suffix = _named(target, request, n=_Any(), row=row, seed=_Any(), date=_Any()).rpartition(".")
-    pattern = glob.escape(str(target.folder / stem)).replace("\0", "*")
-    return sorted(map(Path, glob.glob(f"{pattern}{'' if target.exact else '*'}{dot}{glob.escape(suffix)}")))
+    place, free = str(target.folder / stem), "" if target.exact else "*"
+    name = re.escape(place).replace("\0", ".*") + r"(-\d+)?" * bool(free) + re.escape(f"{dot}{suffix}")
+    found = glob.glob(f"{glob.escape(place)}{free}{glob.escape(f'{dot}{suffix}')}".replace("\0", "*"))
+    named = (Path(path) for path in sorted(found) if re.fullmatch(name, path, re.DOTALL))
+    yield from (path for path in named if not n or path != first)
 
 
 def check_writable(target: Target, request: GenerationRequest, row: int = 0) -> None:

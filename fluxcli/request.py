@@ -208,6 +208,8 @@ def _converted(name: str, value: object) -> object:
         return None if value in ("none", "") else float(value)
     if name in LISTS:
         values = (value,) if isinstance(value, str) else value
+        if not isinstance(values, list | tuple):
+            raise TypeError
         return tuple("".join(each) for each in values)  # a TypeError for what is no text
     if not isinstance(value, str):
         raise ValueError

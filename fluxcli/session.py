@@ -8,50 +8,26 @@ import contextlib
 import gc
 import itertools
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import fluxcli
-from fluxcli import hardware, image, latents, models, modulation, output, residency, state
-from fluxcli.costs import DTYPE_BYTES
+from fluxcli import hardware, image, latents, models, output, residency, state
 from fluxcli.engine import Engine
 from fluxcli.errors import DoesNotFit
-from fluxcli.events import Done, Event, GeneratedImage, Notice, Phase, Saved, Skipped, failed
+from fluxcli.events import Done, Event, Notice, Phase, Saved, Skipped, failed
 from fluxcli.job import Job, Row
 from fluxcli.latents import Latents
 from fluxcli.picture import Picture
 from fluxcli.plan import learned_key, make_plan, suggestion
+from fluxcli.planned import Planned, window_size
 from fluxcli.request import GenerationRequest
 from fluxcli.residency import MemoryPlan
 from quant.checkpoint import Checkpoint
 from quant.errors import ExplainedError
 
-MAX_WINDOW = 16  # pictures that go through a phase together: what is lost when a run is killed
-WINDOW_SHARE = 0.1  # of the free RAM, for their tables
 LOCK_S = 1.0  # between two looks at whether the run is still wanted, while another one has the device
 LOCKED_SHARE = 0.25  # of the RAM: a run on the CPU that takes less disturbs nobody
-
-
-@dataclass
-class Planned:
-    """A row with its plan, what else could serve it, and its pictures as they come."""
-
-    row: Row
-    request: GenerationRequest  # with its seed
-    target: output.Target
-    checkpoint: Checkpoint
-    plan: MemoryPlan
-    machine: hardware.Hardware
-    others: tuple[Checkpoint, ...]
-    left: int  # pictures that were not skipped
-    images: list[GeneratedImage]
-
-    @property
-    def basis(self) -> tuple:
-        """What one engine has: rows that differ in it never share a window."""
-        plan = self.plan
-        where, dtypes = self.checkpoint.components["transformer"].folder, tuple(plan.dtypes.items())
-        return self.checkpoint.fingerprint, where, plan.device, plan.precision, plan.spec, dtypes
 
 
 class Session:
@@ -84,7 +60,7 @@ class Session:
             if job.made not in (None, planned.checkpoint.fingerprint):
                 yield Notice("the model here is not the one that made the picture: expect another picture")
             tiled = planned.plan.residency.decode == "tiled"  # other pixels: decided by each row's own plan
-            groups.setdefault((planned.basis, tiled), []).append(planned)
+            groups.setdefault((planned.basis, tiled, row.request.vram_limit), []).append(planned)
         for group in groups.values():
             yield from self._draw(group, job, resume)
 
@@ -188,11 +164,13 @@ class Session:
         engine = self.engine_for(first.checkpoint, plan, first.machine, first.basis, cache=job.cache)
         missing: list[Picture] = []
         for planned in group:
-            for picture, before in _pictures(planned, resume):
-                if found := _finished(engine, picture, before) if job.resume else None:
+            for picture, before in planned.pictures(resume):
+                if found := _finished(engine, picture, before, job.resume) if job.resume else None:
                     planned.left -= 1
                     yield Skipped(picture.row, str(found))
-                elif error := _refused(planned) if job.resume and planned.target.exact else None:
+                elif planned.was_drawn(picture):
+                    continue
+                elif error := planned.refused() if job.resume and planned.target.exact else None:
                     yield failed(error, picture.row)
                 else:
                     missing.append(picture)
@@ -202,7 +180,7 @@ class Session:
         if job.batch:
             for k, picture in enumerate(missing, 1):
                 picture.image, picture.images = k, len(missing)
-        size, rows = _window_size(group), {planned.row.number: planned for planned in group}
+        size, rows = window_size(group), {planned.row.number: planned for planned in group}
         for at in range(0, len(missing), size):
             yield from self._window(engine, missing[at : at + size], rows, isolate=job.batch)
 
@@ -239,45 +217,21 @@ class Session:
         engine.measured = {}
 
 
-def _pictures(planned: Planned, resume: Latents | None) -> Iterator[tuple[Picture, int]]:
-    """A row's pictures that nobody drew yet, each with how many of the same request come before it."""
-    count, seeded = planned.request.count, planned.row.request.seed >= 0
-    drawn = {image.seed for image in planned.row.drawn}
-    for k in range(count):
-        one = planned.request.picture(k)
-        picture = Picture(one, planned.target, k + 1, planned.row.number, seeded, k + 1, count, latents=resume)
-        if one.seed not in drawn:
-            yield picture, planned.row.before + k * (not seeded)
-
-
-def _window_size(group: Sequence[Planned]) -> int:
-    """How many pictures go through a phase together: by the RAM that their tables take."""
-    width = modulation.row_width(group[0].checkpoint.components["transformer"])
-    plan, steps = group[0].plan, max(planned.request.steps for planned in group)
-    table = steps * width * DTYPE_BYTES[plan.dtypes["transformer"]]
-    return max(1, min(MAX_WINDOW, int(group[0].machine.ram_free_bytes * WINDOW_SHARE) // table))
-
-
-def _finished(engine: Engine, picture: Picture, before: int) -> Path | None:
-    """The file of a picture that is there: it decodes, and carries the hash; `before` such are others'."""
-    paths = output.existing(picture.target, picture.request, picture.row)
-    made = image.made_as(engine.metadata(picture.request), paths, seeded=picture.seeded)
-    return next(itertools.islice(made, before, None), None)
-
-
-def _refused(planned: Planned) -> ExplainedError | None:
-    """Why the row's file cannot be written."""
-    try:
-        output.check_writable(planned.target, planned.request, planned.row.number)
-    except ExplainedError as error:
-        return error
-    return None
+def _finished(engine: Engine, picture: Picture, before: int, until: int) -> Path | None:
+    """The file of a picture that was there: it decodes, and carries the hash; `before` such are others'."""
+    seeded = picture.seeded
+    paths = output.existing(picture.target, picture.request, picture.number * seeded, picture.row)
+    planned = engine.metadata(picture.request, seeded=seeded)
+    tiled = planned | {"compute": planned["compute"] | {"tiled": True}}  # where memory ran out
+    wanted = {image.request_hash(each, seeded=seeded) for each in (planned, tiled)}
+    return next(itertools.islice(image.made_as(wanted, paths, seeded=seeded, until=until), before, None), None)
 
 
 def _done(engine: Engine, planned: Planned) -> Done:
-    plan, peaks = engine.plan.to_json() | {"multiply": engine.multiply}, hardware.peak_memory(engine.plan.device)
+    plan, peaks = replace(planned.plan, residency=engine.plan.residency), hardware.peak_memory(engine.plan.device)
+    described = plan.to_json() | {"multiply": engine.multiply}
     images, request, row = tuple(planned.images), planned.request.to_json(), planned.row.number
-    return Done(images, request, plan, {}, peaks, fluxcli.versions(), row)
+    return Done(images, request, described, {}, peaks, fluxcli.versions(), row)
 
 
 def _advise(error: DoesNotFit, planned: Planned, engine: Engine, window: Sequence[Picture]) -> None:
@@ -288,5 +242,5 @@ def _advise(error: DoesNotFit, planned: Planned, engine: Engine, window: Sequenc
     for picture in window:
         if picture.latents and picture.latents.step and not picture.saved:
             with contextlib.suppress(OSError):  # what went wrong first is what must be said
-                place = latents.save(picture.latents, picture.target)
+                place = latents.save(picture.latents, picture.target, picture.number, picture.row)
                 error.why, error.hint = f"{error.why}; the latents are kept in {place}", f"flux decode {place}"

@@ -8,7 +8,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 
-from fluxcli import costs, hardware, modulation, residency
+from fluxcli import costs, hardware, modulation
 from fluxcli.adapters import attach
 from fluxcli.events import Event, Notice, Phase
 from fluxcli.placement import load_component
@@ -30,12 +30,13 @@ class Stage:
         hardware.cap(plan.device, plan.budget_bytes)
 
     def adopt(self, plan: MemoryPlan) -> None:
-        """Go on under another plan of the same precision. What is loaded stays if it takes no more than planned now."""
+        """Go on under another plan of the same precision. A streamed transformer stays if it takes no more."""
         before, now = self.plan.residency, plan.residency
-        placed = residency.weaker(before, now)
-        self.plan = replace(plan, residency=replace(placed, keep=now.keep, decode=now.decode))
-        moved = (placed.denoise, placed.streamed) != (before.denoise, before.streamed)
-        self.evict(*["transformer"] * moved, *["text_encoder_2"] * (placed.encode != before.encode))
+        if "transformer" in self._models and before.denoise == now.denoise:
+            now = replace(now, streamed=max(before.streamed, now.streamed, key=len))
+        self.plan = replace(plan, residency=now)
+        moved = (now.denoise, now.streamed) != (before.denoise, before.streamed)
+        self.evict(*["transformer"] * moved, *["text_encoder_2"] * (now.encode != before.encode))
         if "modulation" not in now.keep:
             self.modulation.clear()
         hardware.cap(plan.device, plan.budget_bytes)

@@ -12,7 +12,7 @@ from fluxcli.embeddings import Embeddings
 from fluxcli.request import GenerationRequest
 from fluxcli.residency import MemoryPlan
 from quant.checkpoint import ENCODERS, Checkpoint
-from quant.lazy import Tensor
+from quant.lazy import Tensor, torch
 from quant.lora import Adapter
 
 KEPT = 64  # embeddings in RAM: 4 MiB each
@@ -28,6 +28,7 @@ class Texts:
         self._depends = {
             "weights": checkpoint.encoders, "dtypes": [plan.dtypes[name] for name in ENCODERS],
             "packed": str(plan.spec), "device": [machine.kind, machine.name, machine.capability],
+            "cpu": torch.backends.cpu.get_cpu_capability() if machine.kind == "cpu" else "",
         }  # fmt: skip
         self._known: dict[str, Embeddings] = {}
         self._waiting: dict[str, tuple[Tensor, str, Tensor]] = {}  # T5's ids, lost text, pooled

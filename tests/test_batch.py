@@ -216,7 +216,10 @@ def test_many_lines_under_an_open_quote_are_bounded_and_rows_come_after_them(lin
         ("prompt,seed\n , 2\n", [{"seed": " 2"}]),
         (
             'prompt,seed\na,1\n"b\nc,2\n',
-            [{"prompt": "a", "seed": "1"}, "the record is not CSV: unexpected end of data"],
+            [
+                {"prompt": "a", "seed": "1"},
+                "the record is not CSV: unexpected end of data; lines 3 to 4 were taken for it",
+            ],
         ),
         ('prompt\n"a"\n\n"b"\n', prompts("a", "b")),
         ("prompt,seed\n,\nb,\n", [{}, {"prompt": "b"}]),

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fluxcli import embeddings, hardware, output, residency, sampling
+from fluxcli import embeddings, hardware, output, residency, sampling, state
 from fluxcli.errors import ExitCode, OutputError
 from fluxcli.events import from_json
 from fluxcli.image import read_metadata, request_hash
@@ -459,9 +459,50 @@ def test_another_model_device_or_adapter_of_the_same_name_is_another_picture(dra
     assert len(resumed(capsys)[0]) == 1
 
 
+def test_a_row_in_the_name_is_the_whole_row(drawn, capsys):
+    write(*[{"prompt": "a", "seed": 1}] * 11)
+    resumed(capsys, "-o", "o/{row}")
+    Path("o/1.png").unlink()
+    assert resumed(capsys, "-o", "o/{row}")[0] == ["o/1.png"]
+
+
+@pytest.mark.parametrize("wish", [("--device", "cpu"), ("--vram-limit", "8GiB"), ("--precision", "fp32")])
+def test_wishes_that_change_no_pixel_draw_nothing_again(wish, drawn, capsys):
+    write({"prompt": "a", "seed": 1})
+    resumed(capsys)
+    assert resumed(capsys, *wish)[0] == []
+
+
+def test_pictures_of_this_run_are_nobodys_of_before(drawn, capsys, monkeypatch):
+    write(*[{"prompt": "a"}] * 3)
+    made = resumed(capsys, "-o", "o/")[0]
+    for path in made:
+        os.utime(path, (time.time() + 60,) * 2)  # as another process of the same batch writes them
+    assert len(resumed(capsys, "-o", "o/")[0]) == 3
+
+
+OVERLAPS = {
+    "a count reaches a later row's seed": [{"seed": 1, "count": 3}, {"seed": 2}],
+    "a row without a seed": [{}, {"seed": 5}],
+    "one like the first in the middle of a count": [{"seed": 2}, {"seed": 1, "count": 3}],
+}
+
+
+@pytest.mark.parametrize("rows", OVERLAPS.values(), ids=OVERLAPS)
+def test_pictures_of_rows_that_overlap_are_each_there_in_the_end(rows, drawn, capsys):
+    source = write(*({"prompt": "a"} | row for row in rows))
+    whole = [image["image"]["path"] for image in of(draw(capsys, source, *FAKE, "-o", "o/"), "saved")]
+    for gone in whole:
+        Path(gone).unlink()
+        new, skipped = resumed(capsys, "-o", "o/")
+        assert len(new) == 1 and len(skipped) == len(whole) - 1 and len(files(Path("o"))) == len(whole), gone
+        whole = [path for path in whole if path != gone] + new
+
+
 def test_a_bare_picture_is_drawn_again(drawn, capsys):
-    write({"prompt": "a fox", "seed": 1})
-    resumed(capsys, "--no-metadata")
+    draw(capsys, write({"prompt": "a fox", "seed": 1}), *FAKE, "--no-metadata")
+    bare = call(capsys, "generate", "--from", "p.jsonl", *FAKE, "--resume", "--no-metadata")
+    assert "excludes --no-metadata" in failed_rows(bare)[1] and len(drawn) == 1
     assert resumed(capsys)[0] == ["a-fox-1-2.png"] and resumed(capsys)[0] == []
 
 
@@ -686,17 +727,52 @@ def test_templates_know_the_row(drawn, capsys):
     )
 
 
-def test_one_name_for_all_rows_is_the_firsts_and_no_picture_is_lost(drawn, capsys):
+@pytest.mark.parametrize("options", [(), ("--force",)])
+def test_one_name_for_all_rows_is_refused_before_anything_is_drawn(options, drawn, capsys):
     source = write(
         *({"prompt": f"p{k}", "seed": k} for k in range(1, 3)), {"prompt": "c", "seed": 3, "output": "c.png"}
     )
-    events = draw(capsys, source, *FAKE, "-o", "x.png", code=7)
-    failed = of(events, "failed")[0]
-    assert (failed["row"], failed["exit_code"]) == (2, 6) and "the picture is kept as x-2.png" in failed["message"]
-    assert sorted(files(Path())) == ["c.png", "p.jsonl", "x-2.png", "x.png"]
+    failed = of(draw(capsys, source, *FAKE, *options, "-o", "x.png", code=7), "failed")[:-1]
+    assert [(each["row"], each["exit_code"]) for each in failed] == [(1, 2), (2, 2)] and len(drawn) == 1
+    assert "one file name for several" in failed[0]["message"] and sorted(files(Path())) == ["c.png", "p.jsonl"]
+
+
+@pytest.mark.parametrize("options", [(), ("--force",)])
+def test_rows_that_name_the_same_file_lose_no_picture(options, drawn, capsys):
+    rows = [{"prompt": f"p{k}", "seed": k, "output": "x.png"} for k in (1, 2)]
+    failed = of(draw(capsys, write(*rows), *FAKE, *options, code=7), "failed")[0]
+    assert (failed["row"], failed["exit_code"]) == (2, 2) and len(drawn) == 1
+    assert sorted(files(Path())) == ["p.jsonl", "x.png"]
     assert read_metadata(Path("x.png"))["request"]["seed"] == 1
-    result = call(capsys, "generate", "--from", source, *FAKE, "-o", "x.png")
-    assert set(failed_rows(result)) == {1, 2, 3} and len(drawn) == 3  # nothing is computed for a name that is taken
+    result = call(capsys, "generate", "--from", "p.jsonl", *FAKE)
+    assert set(failed_rows(result)) == {1, 2} and len(drawn) == 1  # nothing is computed for a name that is taken
+
+
+@pytest.mark.parametrize("where", ["variable", "settings"])
+def test_stdout_is_refused_wherever_it_is_asked_for(where, drawn, capsys, monkeypatch):
+    if where == "variable":
+        monkeypatch.setenv("FLUX_OUTPUT", "-")
+    else:
+        config = state.config_folder() / "config.toml"
+        config.parent.mkdir(parents=True, exist_ok=True)
+        config.write_text('output = "-"\n')
+    result = call(capsys, "generate", "--from", write("a", "b", name="p.txt"), *FAKE)
+    assert "takes one picture" in assert_failed(result, ExitCode.USAGE) and not drawn
+
+
+def test_no_home_and_a_field_said_twice_are_errors(drawn, capsys):
+    said = assert_failed(call(capsys, "generate", "--from", "~nobody-here/x"), ExitCode.USAGE)
+    assert "cannot read the rows" in said
+    result = call(capsys, "generate", "--from", write({"prompt": "a", "size": 64, "image_size": 128}), *FAKE)
+    assert "the same field twice" in failed_rows(result)[1] and not drawn
+    result = call(capsys, "generate", "--from", write({"prompt": "a", "lora": {"x.safetensors": 0.5}}), *FAKE)
+    assert "lora" in failed_rows(result)[1] and not drawn
+
+
+def test_a_utf_16_file_draws_nothing(drawn, capsys):
+    Path("p.txt").write_text("a fox\na dog\n", "utf-16")
+    result = call(capsys, "generate", "--from", "p.txt", *FAKE)
+    assert result.returncode == 7 and not drawn and "UTF-16" in result.stderr
 
 
 @pytest.mark.parametrize("row", [{"prompt": "a", "count": 2}, {"prompt": "a", "n": 2}])
@@ -729,9 +805,13 @@ def test_what_can_be_no_batch_is_a_usage_error_and_draws_nothing(arguments, word
     assert not drawn and len(files(Path())) == 3
 
 
-def test_a_flag_that_is_wrong_for_every_row_is_said_of_every_row(drawn, capsys):
-    found = failed_rows(call(capsys, "generate", "--from", write("a", "b", name="p.txt"), *FAKE, "--steps", "0"))
-    assert list(found) == [1, 2] and not drawn
+@pytest.mark.parametrize(
+    "wrong", [("--steps", "0"), ("-p", "tinyy"), ("-o", "s/{sed}"), ("-o", "noext"), ("--format", "gif"), ("-o", "-")]
+)
+def test_what_is_wrong_for_every_row_is_said_once(wrong, drawn, capsys):
+    result = call(capsys, "generate", "--from", write("a", "b", name="p.txt"), *FAKE, *wrong)
+    assert_failed(result, ExitCode.USAGE)
+    assert not drawn
 
 
 # Several processes

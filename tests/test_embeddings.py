@@ -352,9 +352,20 @@ def test_a_link_counts_as_itself_and_only_itself_is_deleted(tmp_path):
     write(KEY, made())
     (tmp_path / "large").write_bytes(bytes(1 << 20))
     path_of(OTHER).symlink_to(tmp_path / "large")
-    (embeddings.folder() / "0.safetensors").symlink_to("nowhere")
+    path_of("2" * 64).symlink_to("nowhere")
+    for foreign in ("mine.safetensors", "0.safetensors", ".flux-x.tmp"):
+        (embeddings.folder() / foreign).write_bytes(b"")
     count, nbytes = embeddings.clear()
     assert count == 3 and nbytes < 1 << 20 and (tmp_path / "large").exists() and embeddings.entries() == []
+    assert len(list(embeddings.folder().iterdir())) == 3
+
+
+def test_an_error_of_the_moment_deletes_no_entry(monkeypatch):
+    write(KEY, made())
+    with monkeypatch.context() as full:
+        full.setattr(embeddings, "_open", lambda *_: os.open("/nowhere/" * 2000, os.O_RDONLY))  # ENAMETOOLONG
+        assert embeddings.read(KEY) is None
+    assert embeddings.read(KEY)
 
 
 # --- others at the same time, and failures

@@ -33,11 +33,9 @@ def draw_rows(source: str, prompt: str | None, options: dict, *, resume: bool, f
     """Draw every row; raises `BatchFailed` at the end where some of them failed."""
     given = given_settings(options)
     check_stdout(options, given.get("output") == output.STDOUT)
-    if given.get("output") == output.STDOUT:
-        raise UsageError("-o - takes one picture", which=f"--from {source}", hint="-o FOLDER/")
     if source == prompt == "-":
         raise UsageError("stdin cannot be read twice", which="--from -", hint="give a file")
-    base = {} if prompt is None else {"prompt": read_prompt(prompt)}
+    requests = Requests({} if prompt is None else {"prompt": read_prompt(prompt)}, given, resume=resume)
     tally = Tally()
     with _opened(source) as file, reporter_of(options) as reporter:
         streaming = batch.is_streaming(file)
@@ -45,12 +43,13 @@ def draw_rows(source: str, prompt: str | None, options: dict, *, resume: bool, f
             why = "each of the processes would get others"
             raise UsageError("rows of a stream cannot be shared", which=source, why=why, hint="give a file")
         share = processes.Share()
-        rows = batch.rows(file, source, lambda row: _request(base | row, given))
+        rows = batch.rows(file, source, requests.make)
         rows = share.of(_counted(rows) if resume else rows)
+        since = time.time_ns() if resume else None
         windows = batch.in_windows(rows, WINDOW, streaming=streaming)
         with Runner(alone=options["no_worker"] or options["debug"]) as runner:
             for window in windows:
-                for event in _events(runner, window, job_options(options) | {"resume": resume}):
+                for event in _events(runner, window, job_options(options) | {"resume": since}):
                     tally.add(event)
                     reporter.show(event)
                     if fail_fast and isinstance(event, Failed):
@@ -96,19 +95,51 @@ class Tally:
         return self.rows, len(self.done - self.failed), len(self.failed), len(skipped), self.pictures
 
 
-def _request(row: dict, given: dict) -> GenerationRequest:
-    """The request of a row: its fields before those of the command line. Raises `UsageError`."""
+class Requests:
+    """What the rows of a batch ask for: their fields before those of the command line."""
+
+    def __init__(self, base: dict, given: dict, *, resume: bool) -> None:
+        """`base` has the prompt of rows without one. Raises `UsageError` for what is wrong whatever a row says."""
+        self._base, self._given, self._resume = base, given, resume
+        self._named: set[str] = set()  # files that rows have named
+        values = presets.merge(given, config_folder()).values
+        output.format_of(values["output"], given=given.get("format") and values["format"])
+        self._check(output.parse_target(GenerationRequest("x", output=values["output"])))
+
+    def make(self, row: dict) -> GenerationRequest:
+        """The request of a row. Raises `UsageError`."""
+        said, request = _requested(self._base | row, self._given)
+        target = output.parse_target(request)
+        self._check(target)
+        if target.exact and ("output" not in said or request.output in self._named):
+            raise UsageError(
+                "one file name for several pictures", which=request.output, hint="a folder, or {row} in it"
+            )
+        if self._resume and not request.metadata:
+            why = "a picture without metadata does not say what made it"
+            raise UsageError("--resume excludes --no-metadata", why=why)
+        self._named |= {request.output} if target.exact else set()
+        return request
+
+    @staticmethod
+    def _check(target: output.Target) -> None:
+        if target.stdout:
+            raise UsageError("-o - takes one picture", which="--from", hint="-o FOLDER/, or a template")
+
+
+def _requested(row: dict, given: dict) -> tuple[dict, GenerationRequest]:
+    """(what a row says, its request). Raises `UsageError`."""
     settings = {ALIASES.get(key, key): value for key, value in row.items() if key != "prompt"}
+    if twice := [key for key in row if ALIASES.get(key) in row]:
+        raise UsageError("the same field twice", which=twice[0], why=f"beside {ALIASES[twice[0]]}")
     said = {key: coerce(key, value, where=f"column {key!r}") for key, value in settings.items()}
-    if said.get("output") == output.STDOUT:
-        raise UsageError("-o - takes one picture", which="output", hint="a file, a folder or a template")
     prompt = row.get("prompt", "")
     if not isinstance(prompt, str):
         raise UsageError("wrong value", which="prompt", why="it is no text")
     if said.get("width") or said.get("height"):  # instead of the command line's, as in every later layer
         given = {key: value for key, value in given.items() if key not in ("aspect_ratio", "image_size")}
     merged = presets.overlay(given, said)
-    return settled(prompt, presets.merge(merged, config_folder()).values, merged)
+    return said, settled(prompt, presets.merge(merged, config_folder()).values, merged)
 
 
 def _counted(rows: Iterator[Row]) -> Iterator[Row]:
@@ -119,9 +150,12 @@ def _counted(rows: Iterator[Row]) -> Iterator[Row]:
             yield row
         else:
             own = row.number * ("{row" in (row.request.output or ""))  # of a name that is no other row's
-            same = replace(row.request, count=1), own
-            yield replace(row, before=before[same])
-            before[same] += row.request.count if row.request.seed < 0 else 1
+            found, seed = [], row.request.seed
+            for k in range(row.request.count):
+                same = replace(row.request, count=1, seed=seed + k * (seed >= 0), offload="auto"), own
+                found.append(before[same])
+                before[same] += 1
+            yield replace(row, before=tuple(found))
 
 
 def _events(runner: Runner, window: list[Row], options: dict) -> Iterator[Event]:
@@ -145,7 +179,7 @@ def _opened(source: str) -> Iterator[BinaryIO]:
         return
     try:
         file = Path(source).expanduser().open("rb")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last: a ~ of nobody
         why = getattr(error, "strerror", None) or str(error)
         raise UsageError("cannot read the rows", which=source, why=why) from error
     if batch.is_streaming(file):

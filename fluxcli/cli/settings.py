@@ -19,6 +19,8 @@ def requested(prompt: str, options: dict) -> tuple[GenerationRequest, dict]:
 
 def settled(prompt: str, values: dict, given: dict) -> GenerationRequest:
     """The request of merged settings: a file name decides the format, a model folder is stored absolute."""
+    if "\0" in prompt:
+        raise UsageError("the prompt holds NUL", why="is it of a UTF-16 file?", hint="save it as UTF-8")
     decided = output.format_of(values["output"], given=given.get("format") and values["format"])
     settled = {"format": decided or values["format"], "model": models.absolute(values["model"])}
     settled |= {"vae": values["vae"] and models.absolute(values["vae"]), "lora": lora.settled(values["lora"])}
