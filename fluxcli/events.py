@@ -10,7 +10,7 @@ from quant.errors import ExplainedError
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase begins (and the one before it ends): wait, load, encode, condition, denoise, decode or save."""
+    """A phase begins (and the one before it ends): wait, evict, load, encode, condition, denoise, decode or save."""
 
     name: str
     detail: str = ""
@@ -65,7 +65,10 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Done:
-    """The run, or a row of a batch, is over: its pictures, what made them, seconds per phase, memory peaks in bytes."""
+    """The run, or a row of a batch, is over: its pictures, what made them, seconds per phase, memory peaks in bytes.
+
+    The seconds are those since the command began, of all rows so far.
+    """
 
     images: tuple[GeneratedImage, ...]
     request: dict

@@ -136,7 +136,8 @@ class Session:
                 what = f"{request.model} on {plan.device} in {plan.precision}"
                 yield Notice(f"{width}x{height}, {request.steps} steps{seed}, {what}")
         checkpoint, plan, machine, others = known[same]
-        request = replace(request, seed=row.drawn[0].seed) if row.drawn else request.with_seed()
+        unseeded = row.drawn and request.seed < 0  # and then goes on where a lost worker began
+        request = replace(request, seed=row.drawn[0].seed) if unseeded else request.with_seed()
         return Planned(row, request, target, checkpoint, plan, machine, others, request.count, list(row.drawn))
 
     def _lock(self, identity: str, no_wait: bool) -> Iterator[Event]:

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
@@ -24,14 +25,16 @@ import torch
 
 from fluxcli import embeddings, hardware, output, residency, sampling, state
 from fluxcli.errors import ExitCode, OutputError
-from fluxcli.events import from_json
+from fluxcli.events import Done, GeneratedImage, Saved, Skipped, from_json
 from fluxcli.image import read_metadata, request_hash
+from fluxcli.job import Job, Row
 from fluxcli.processes import VARIABLES, Share
 from fluxcli.processes import count as count_processes
 from fluxcli.request import KEYS
+from fluxcli.session import Session
 from quant.checkpoint import Checkpoint, inspect
 from tests.conftest import ROOT
-from tests.helpers import machine
+from tests.helpers import machine, tiny
 from tests.invariant import Fault, assert_failed, call, files, paint_instead
 from tests.loras import write_lora
 
@@ -332,6 +335,34 @@ def test_memory_that_ends_for_one_row_is_an_error_of_that_row_and_its_latents_ar
     assert steps.count(False) == 4  # finished pictures are not begun again
 
 
+def test_tiles_for_one_picture_leave_its_neighbours_and_resume_alone(capsys, monkeypatch):
+    real = sampling.decode
+
+    def decode(vae: object, latents: torch.Tensor) -> torch.Tensor:
+        if latents.shape[-1] >= 48 and not vae.use_tiling:
+            raise torch.OutOfMemoryError("as if")
+        return real(vae, latents)
+
+    one = {"prompt": "a red circle", "steps": 1}
+    source = write(one | {"seed": 1, "size": 384}, one | {"seed": 2}, one | {"seed": 1, "size": 400})
+    expected = single(capsys, "a red circle", "--seed", "2", "--steps", "1")
+    monkeypatch.setattr(sampling, "decode", decode)
+    events = draw(capsys, source, "-p", "tiny", "--size", "64", "-o", "out/")
+    assert pixels(events)[2] == expected
+    assert sum("in tiles" in event["message"] for event in of(events, "notice")) == 1  # the same words for both
+    tiled = {read_metadata(Path(e["image"]["path"]))["compute"]["tiled"]: e["row"] for e in of(events, "saved")}
+    assert tiled == {True: 3, False: 2}
+    assert resumed(capsys, "-o", "out/")[0] == []
+
+
+def test_a_limit_is_its_own_rows(capsys):
+    source = write(
+        {"prompt": "a", "seed": 1, "vram_limit": "2GiB"}, {"prompt": "a", "seed": 2}, {"prompt": "a", "seed": 3}
+    )
+    plans = {event["row"]: event["plan"]["budget_bytes"] for event in of(draw(capsys, source, *SMALL), "done")}
+    assert plans[1] == 2 << 30 != plans[2] == plans[3]
+
+
 def test_a_row_that_cannot_fit_is_refused_alone_before_anything_is_drawn(drawn, capsys, monkeypatch):
     monkeypatch.setattr(hardware, "probe", lambda *_, **__: machine(0.1, "cpu", bf16=False))
     one = {"prompt": "a", "seed": 1}
@@ -457,6 +488,34 @@ def test_another_model_device_or_adapter_of_the_same_name_is_another_picture(dra
     assert request_hash(made | {"versions": {}, "pixels_sha256": ""}) == request_hash(made)
     write_lora(Path("x.safetensors"), checkpoint, pattern=".*attn.to_q", seed=1)
     assert len(resumed(capsys)[0]) == 1
+
+
+def test_an_adapter_that_changed_is_seen_by_a_session_that_stays(checkpoint):
+    def kinds(session: Session, **options: object) -> list[type]:
+        job = Job((Row(1, tiny(lora=("l.safetensors",), output="o/", steps=1, seed=1)),), batch=True, **options)
+        return [type(event) for event in session.run(job) if isinstance(event, Saved | Skipped)]
+
+    write_lora(Path("l.safetensors"), checkpoint, seed=1)
+    with Session() as session:
+        assert kinds(session) == [Saved] and kinds(session, resume=time.time_ns() + 1) == [Skipped]
+        write_lora(Path("l.safetensors"), checkpoint, seed=2)
+        assert kinds(session, resume=time.time_ns() + 1) == [Saved]
+
+
+@pytest.mark.parametrize("seed", [1, -1])
+def test_what_a_lost_worker_drew_is_not_drawn_again_under_resume(seed, drawn, checkpoint):
+    def made(path: str, drawn_seed: int) -> GeneratedImage:
+        return GeneratedImage(path, drawn_seed, 64, 64, "png", 1, "a", "b")
+
+    row = Row(1, tiny(seed=seed, count=4, output="o/"), before=(0, 0, 0, 0) if seed > 0 else (0, 1, 2, 3))
+    with Session() as session:
+        first = [event.image for event in session.run(Job((row,), batch=True)) if isinstance(event, Saved)]
+        for image in first[1:]:
+            Path(image.path).unlink()
+        lost = replace(row, drawn=(made("o/lost.png", first[0].seed + 1),))
+        events = list(session.run(Job((lost,), batch=True, resume=time.time_ns() + 1)))
+    kinds = [type(event) for event in events if isinstance(event, Saved | Skipped | Done)]
+    assert kinds == [Skipped, Saved, Saved, Done] and len({image.seed for image in events[-1].images}) == 3
 
 
 def test_a_row_in_the_name_is_the_whole_row(drawn, capsys):

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from torch import nn
 from fluxcli import costs, modulation, placement
 from fluxcli.loader import _single_block
 from fluxcli.placement import Bus, load_component
+from fluxcli.residency import Residency
+from fluxcli.stage import Stage
 from quant.checkpoint import Component, inspect
 from quant.single import assemble, transformer_in
 from quant.spec import QuantSpec, is_modulation
 from tests.counter import CARD, Counter
-from tests.helpers import BAKED, tiny
+from tests.helpers import BAKED, engine_of, tiny
 
 PRECISIONS = ["fp32", "bf16", "nf4", "fp8", "int8"]
 FILES = ["gguf Q4_0", "gguf Q6_K", "nf4 v2", "comfy scaled"]  # single files, tests/exports.py; Q6_K beside F16
@@ -250,3 +253,24 @@ def test_what_the_driver_does_not_pin_streams_all_the_same_and_is_said(component
 def test_only_cuda_has_a_bus_of_its_own():
     for device in ("cpu", "mps", "xpu:0"):
         assert type(placement.bus_of(device)) is Bus
+
+
+STREAMED = {"denoise": "streamed", "decode": "alone"}
+
+
+@pytest.mark.parametrize(
+    "loaded, first, then, placed, stays",
+    [(False, STREAMED | {"streamed": (1, 2)}, {}, ("resident", ()), False),
+     (True, STREAMED | {"streamed": (1, 2)}, {}, ("resident", ()), False),
+     (True, STREAMED | {"streamed": (1, 2)}, STREAMED | {"streamed": (1,)}, ("streamed", (1, 2)), True),
+     (False, STREAMED | {"streamed": (1, 2)}, STREAMED | {"streamed": (1,)}, ("streamed", (1,)), False),
+     (True, STREAMED | {"streamed": (1,)}, STREAMED | {"streamed": (1, 2)}, ("streamed", (1, 2)), False)],
+)  # fmt: skip
+def test_a_placement_goes_down_when_it_must_and_up_when_it_can(tiny_folder, loaded, first, then, placed, stays):
+    engine = engine_of(inspect(tiny_folder))
+    stage = Stage(engine.checkpoint, replace(engine.plan, residency=Residency(**first)))
+    if loaded:
+        stage._models["transformer"] = object()
+    stage.adopt(replace(engine.plan, residency=Residency(**then)))
+    assert (stage.plan.residency.denoise, stage.plan.residency.streamed) == placed
+    assert ("transformer" in stage._models) == stays
