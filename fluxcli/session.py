@@ -229,7 +229,8 @@ def _finished(engine: Engine, picture: Picture, before: int, until: int) -> Path
 
 
 def _done(engine: Engine, planned: Planned) -> Done:
-    plan, peaks = replace(planned.plan, residency=engine.plan.residency), hardware.peak_memory(engine.plan.device)
+    now, peaks = engine.plan, hardware.peak_memory(engine.plan.device)
+    plan = replace(planned.plan, residency=now.residency, device=now.device)
     described = plan.to_json() | {"multiply": engine.multiply}
     images, request, row = tuple(planned.images), planned.request.to_json(), planned.row.number
     return Done(images, request, described, {}, peaks, fluxcli.versions(), row)

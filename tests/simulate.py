@@ -129,6 +129,7 @@ def full_size(monkeypatch: pytest.MonkeyPatch, *, arithmetic: bool = True) -> It
     monkeypatch.setattr(sampling, "is_finite", lambda _: True)
     monkeypatch.setattr(sampling, "to_pixels", lambda decoded: SimpleNamespace(numpy=lambda: decoded.shape))
     monkeypatch.setattr(Checkpoint, "fingerprint", "full size")
+    monkeypatch.setattr(Checkpoint, "encoders", "full size")
     monkeypatch.setattr(modulation, "digest_of", lambda _: "")
     monkeypatch.setattr(sampling, "tokenize", _tokens)
     real = Engine._scheduler

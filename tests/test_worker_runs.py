@@ -114,7 +114,7 @@ def test_one_ctrl_c_stops_a_shell_loop_and_the_worker_lives(worker):
     assert worker()["pid"] == before and not worker()["running"]
 
 
-@pytest.mark.parametrize("kind, count", [("step", 3), ("saved", 1)])
+@pytest.mark.parametrize("kind, count", [pytest.param("step", 3, marks=pytest.mark.exhaustive), ("saved", 1)])
 def test_a_worker_that_is_killed_in_mid_job_costs_no_picture(kind, count, worker, capsys):
     command = ["generate", "a red circle", "-p", "tiny", "--size", "128", "--steps", "40", "--seed", "1", "-n", "3"]
     expected = pixels(call(capsys, *command, "--json", "-o", "here/x-{n}", "--no-worker"))
