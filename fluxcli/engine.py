@@ -268,8 +268,9 @@ class Engine:
 
     def _save(self, picture: Picture) -> GeneratedImage:
         request, pixels, digest = picture.request, picture.pixels, image.pixels_sha256(picture.pixels)
-        metadata = self.metadata(request, seeded=picture.seeded) | {"pixels_sha256": digest}
-        metadata = metadata if request.metadata else None
+        metadata = None
+        if request.metadata:
+            metadata = self.metadata(request, seeded=picture.seeded) | {"pixels_sha256": digest}
         data = image.encode(pixels, request.format, quality=request.quality, metadata=metadata)
         path = output.save(data, picture.target, request, picture.number, picture.row)
         sha256 = hashlib.sha256(data).hexdigest()

@@ -52,9 +52,10 @@ class Planned:
 
     def was_drawn(self, picture: Picture) -> bool:
         """Whether it is one that a lost worker drew; of a row without a seed, as many as it drew."""
-        if picture.seeded:
+        if picture.seeded or not self._drawn:
             return picture.request.seed in self._drawn
-        return bool(self._drawn) and self._drawn.pop() >= 0
+        self._drawn.pop()
+        return True
 
     def refused(self) -> ExplainedError | None:
         """Why the row's file cannot be written."""

@@ -63,13 +63,13 @@ class Runner:
                     yield event
                 return
             except client.Lost as error:
-                lost = error
-        if lost and str(lost):
+                lost = error if str(error) else None
+        if lost:
             yield Notice(f"{lost}: running here" + f" (hint: {lost.hint})" * bool(lost.hint))
         if not self._session:
             from fluxcli.session import Session
 
-            yield from _evict_worker(job, always=bool(lost and str(lost)))
+            yield from _evict_worker(job, always=bool(lost))
             self._session = self._held.enter_context(Session())
         left = (replace(row, drawn=tuple(saved[row.number])) for row in job.rows if row.number not in over)
         yield from self._session.run(replace(job, rows=tuple(left)), resume=resume)

@@ -74,24 +74,30 @@ class Checkpoint:
     def takes_guidance(self) -> bool:
         return self.components["transformer"].config["guidance_embeds"]
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """16 hex digits for configs, tokenizers and weights: of each weight file its size and 64 sampled pages."""
-        return self._digest(self.scheduler, *self.components)
+        return self._identities[0]
 
-    @cached_property
+    @property
     def encoders(self) -> str:
         """As `fingerprint`, of tokenizers and text encoders alone."""
-        return self._digest({}, *ENCODERS)
+        return self._identities[1]
 
-    def _digest(self, scheduler: dict, *names: str) -> str:
-        digest = hashlib.sha256(json.dumps(scheduler, sort_keys=True).encode())
-        for component in map(self.components.get, names):
-            digest.update(json.dumps(component.config, sort_keys=True).encode())
-            digest.update(b"".join(map(file_identity, component.files)))
+    @cached_property
+    def _identities(self) -> tuple[str, str]:
+        """Both in one pass: the pages may come from a slow disk."""
+        whole, encoders = hashlib.sha256(json.dumps(self.scheduler, sort_keys=True).encode()), hashlib.sha256()
+        for name, component in self.components.items():
+            for part in (json.dumps(component.config, sort_keys=True).encode(), *map(file_identity, component.files)):
+                whole.update(part)
+                if name in ENCODERS:
+                    encoders.update(part)
         for path in sorted(path for name in TOKENIZERS for path in (self.folder / name).glob("*")):
-            digest.update(path.name.encode() + file_identity(path))
-        return digest.hexdigest()[:16]
+            part = path.name.encode() + file_identity(path)
+            whole.update(part)
+            encoders.update(part)
+        return whole.hexdigest()[:16], encoders.hexdigest()[:16]
 
 
 def inspect(folder: Path) -> Checkpoint:

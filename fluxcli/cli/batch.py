@@ -10,15 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fluxcli import batch, output, presets, processes
-from fluxcli.cli.settings import (
-    STARTED,
-    check_stdout,
-    given_settings,
-    job_options,
-    read_prompt,
-    reporter_of,
-    settled,
-)  # fmt: skip
+from fluxcli.cli.settings import STARTED, check_stdout, given_settings, job_options, read_prompt, reporter_of, settled
 from fluxcli.errors import BatchFailed, ExitCode, UsageError
 from fluxcli.events import Done, Event, Failed, Saved, Skipped, Summary, failed
 from fluxcli.job import Job, Row
@@ -118,7 +110,8 @@ class Requests:
         if self._resume and not request.metadata:
             why = "a picture without metadata does not say what made it"
             raise UsageError("--resume excludes --no-metadata", why=why)
-        self._named |= {request.output} if target.exact else set()
+        if target.exact:
+            self._named.add(request.output)
         return request
 
     @staticmethod
