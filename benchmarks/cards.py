@@ -24,12 +24,16 @@ from unittest import mock
 
 import torch
 
-from fluxcli import costs, hardware, models, residency, sampling
-from fluxcli.engine import Engine
+from fluxcli.engine import device as hardware
+from fluxcli.engine import sampling
+from fluxcli.engine.engine import Engine
 from fluxcli.events import Phase, Step
-from fluxcli.plan import survey
-from fluxcli.request import GenerationRequest
-from fluxcli.residency import GIB, PHASES
+from fluxcli.models import find as models
+from fluxcli.plan import costs
+from fluxcli.plan import placement as residency
+from fluxcli.plan.placement import GIB, PHASES
+from fluxcli.plan.planner import survey
+from fluxcli.request.fields import GenerationRequest
 from quant import linear
 from quant.checkpoint import Checkpoint, inspect
 from quant.codecs import Reader

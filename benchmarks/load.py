@@ -20,7 +20,7 @@ from quant.checkpoint import inspect
 OURS = """
 import sys, torch
 from pathlib import Path
-from fluxcli.placement import load_component
+from fluxcli.engine.streaming import load_component
 from quant.checkpoint import inspect
 from quant.spec import is_modulation
 part = inspect(Path(sys.argv[1])).components["transformer"]

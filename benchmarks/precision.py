@@ -17,9 +17,11 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from fluxcli import hardware, models, plan
-from fluxcli.engine import Engine
-from fluxcli.request import GenerationRequest
+from fluxcli.engine import device as hardware
+from fluxcli.engine.engine import Engine
+from fluxcli.models import find as models
+from fluxcli.plan import planner as plan
+from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import inspect
 from quant.spec import TEXT_ENCODER, QuantSpec
 from training import check, data

@@ -11,9 +11,17 @@ FluxError
 └── NotFinite             9   NaN or Inf in the result
 """
 
+import re
 from enum import IntEnum
 
 from quant.errors import ExplainedError, MissingLibrary, SpecError, WriteError
+
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|not enough memory|(can't|cannot) allocate memory|alloc(ation)? failed|ALLOC_FAILED"
+    r"|insufficient (memory|resources)|Invalid buffer size|hipErrorMemoryAllocation|OUT_OF_(DEVICE|HOST|RESOURCES)"
+    r"|(BLAS|DNN)_STATUS_NOT_INITIALIZED|unable to find an engine",
+    re.IGNORECASE,
+)
 
 
 class ExitCode(IntEnum):
@@ -81,3 +89,10 @@ def exit_code_of(error: ExplainedError) -> ExitCode:
     """The exit code an error ends the process with."""
     codes = {SpecError: ExitCode.USAGE, MissingLibrary: ExitCode.DEVICE, WriteError: ExitCode.OUTPUT}
     return getattr(error, "exit_code", codes.get(type(error), ExitCode.INPUT_FILE))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out: some back ends report that as a mere RuntimeError."""
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
+        return True
+    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None

@@ -2,8 +2,7 @@
 
 import errno
 
-from fluxcli import hardware
-from fluxcli.errors import ExitCode
+from fluxcli.errors import ExitCode, is_out_of_memory
 from fluxcli.events import Failed, failed
 from quant.errors import ExplainedError
 
@@ -15,7 +14,7 @@ def explained(error: Exception) -> Failed:
     text = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}" if str(error) else type(error).__name__
     full = isinstance(error, OSError) and error.errno == errno.ENOSPC
     code, what, hint = next(row for applies, *row in (
-        (hardware.is_out_of_memory(error), ExitCode.DOES_NOT_FIT, "out of memory", "a smaller --size, or --device cpu"),
+        (is_out_of_memory(error), ExitCode.DOES_NOT_FIT, "out of memory", "a smaller --size, or --device cpu"),
         (full, ExitCode.OUTPUT, "the disk is full", "free some space and run the command again"),
         ("CUDA error" in text, ExitCode.DEVICE, "the device failed", "run it again; if it stays: flux doctor"),
         (isinstance(error, ImportError), ExitCode.DEVICE, "a dependency cannot be imported",

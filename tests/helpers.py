@@ -6,14 +6,17 @@ from pathlib import Path
 
 import numpy as np
 
-from fluxcli import hardware, loader, output, plan
-from fluxcli.costs import Hardware, Speeds
-from fluxcli.engine import Engine
+from fluxcli.engine import device as hardware
+from fluxcli.engine import loader
+from fluxcli.engine.engine import Engine
+from fluxcli.engine.picture import Picture
 from fluxcli.events import Event
-from fluxcli.image import open_picture
-from fluxcli.picture import Picture
-from fluxcli.request import GenerationRequest
-from fluxcli.residency import GIB
+from fluxcli.pictures import names as output
+from fluxcli.pictures.image import open_picture
+from fluxcli.plan import planner as plan
+from fluxcli.plan.costs import Hardware, Speeds
+from fluxcli.plan.placement import GIB
+from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import Checkpoint, Component
 
 TINY = GenerationRequest(

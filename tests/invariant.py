@@ -8,9 +8,9 @@ from subprocess import CompletedProcess
 import pytest
 from hypothesis import settings
 
-from fluxcli import hardware
 from fluxcli.cli import app
-from fluxcli.engine import Engine
+from fluxcli.engine import device as hardware
+from fluxcli.engine.engine import Engine
 from fluxcli.events import Phase, Step
 from tests.helpers import machine
 

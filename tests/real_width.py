@@ -21,8 +21,8 @@ from diffusers.loaders.single_file_utils import (
 )
 from safetensors.torch import save_file
 
-from fluxcli import models
-from fluxcli.loader import matching, read_tensors
+from fluxcli.engine.loader import matching, read_tensors
+from fluxcli.models import find as models
 from quant.checkpoint import Component
 from quant.single import inspect_file
 from tests import published

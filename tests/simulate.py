@@ -12,12 +12,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fluxcli import costs, loader, models, modulation, plan, residency, sampling
-from fluxcli.engine import Engine
-from fluxcli.hardware import Hardware
-from fluxcli.latents import Latents
-from fluxcli.request import GenerationRequest
-from fluxcli.residency import MemoryPlan
+from fluxcli.engine import loader, modulation, sampling
+from fluxcli.engine.device import Hardware
+from fluxcli.engine.engine import Engine
+from fluxcli.models import find as models
+from fluxcli.pictures.latents import Latents
+from fluxcli.plan import costs
+from fluxcli.plan import placement as residency
+from fluxcli.plan import planner as plan
+from fluxcli.plan.placement import MemoryPlan
+from fluxcli.request.fields import GenerationRequest
 from quant import codecs, linear
 from quant.checkpoint import Checkpoint, Component
 from quant.codecs import Reader

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tests.invariant  # noqa: F401 - the profile
-from fluxcli import batch
-from fluxcli.batch import BOM, LIMIT_BYTES, in_windows, is_streaming
 from fluxcli.errors import UsageError
-from fluxcli.job import Row
+from fluxcli.request import rows as batch
+from fluxcli.request.job import Row
+from fluxcli.request.rows import BOM, LIMIT_BYTES, in_windows, is_streaming
 
 
 def read(data: bytes | str, name: str = "x.txt", make: Callable = dict) -> list[Row]:

@@ -23,15 +23,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fluxcli import embeddings, hardware, output, residency, sampling, state
+from fluxcli import paths
+from fluxcli.engine import device as hardware
+from fluxcli.engine import prompt_cache as embeddings
+from fluxcli.engine import sampling
 from fluxcli.errors import ExitCode, OutputError
 from fluxcli.events import Done, GeneratedImage, Saved, Skipped, from_json
-from fluxcli.image import read_metadata, request_hash
-from fluxcli.job import Job, Row
-from fluxcli.processes import VARIABLES, Share
-from fluxcli.processes import count as count_processes
-from fluxcli.request import KEYS
-from fluxcli.session import Session
+from fluxcli.pictures import names as output
+from fluxcli.pictures.image import read_metadata, request_hash
+from fluxcli.plan import placement as residency
+from fluxcli.request.fields import KEYS
+from fluxcli.request.job import Job, Row
+from fluxcli.run.processes import VARIABLES, Share
+from fluxcli.run.processes import count as count_processes
+from fluxcli.run.session import Session
 from quant.checkpoint import Checkpoint, inspect
 from tests.conftest import ROOT
 from tests.helpers import machine, tiny
@@ -632,7 +637,7 @@ def test_a_real_batch_goes_on_with_the_same_pixels(capsys):
 PAINTED = """
 import sys, pytest
 from fluxcli.cli import app
-from fluxcli.engine import Engine
+from fluxcli.engine.engine import Engine
 from tests.invariant import paint_instead
 paint_instead(pytest.MonkeyPatch())
 Engine.multiply = "fp32"  # as it is, without the import of torch
@@ -812,7 +817,7 @@ def test_stdout_is_refused_wherever_it_is_asked_for(where, drawn, capsys, monkey
     if where == "variable":
         monkeypatch.setenv("FLUX_OUTPUT", "-")
     else:
-        config = state.config_folder() / "config.toml"
+        config = paths.config_folder() / "config.toml"
         config.parent.mkdir(parents=True, exist_ok=True)
         config.write_text('output = "-"\n')
     result = call(capsys, "generate", "--from", write("a", "b", name="p.txt"), *FAKE)

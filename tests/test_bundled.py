@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fluxcli import presets
-from fluxcli.request import from_settings
+from fluxcli.request import presets
+from fluxcli.request.fields import from_settings
 from quant.checkpoint import inspect
 from tests.helpers import draw, engine_of
 from training import check, data

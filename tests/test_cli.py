@@ -12,7 +12,7 @@ import typer
 
 from fluxcli.cli.app import app
 from fluxcli.errors import ExitCode
-from fluxcli.image import read_metadata
+from fluxcli.pictures.image import read_metadata
 from tests.conftest import ROOT
 from tests.invariant import assert_failed, call, files
 
@@ -27,8 +27,8 @@ def unmoved(monkeypatch: pytest.MonkeyPatch):
     def reached(*_: object, **__: object) -> None:
         raise AssertionError("went on to the model")
 
-    monkeypatch.setattr("fluxcli.models.locate", reached)
-    monkeypatch.setattr("fluxcli.hardware.probe", reached)
+    monkeypatch.setattr("fluxcli.models.find.locate", reached)
+    monkeypatch.setattr("fluxcli.engine.device.probe", reached)
     yield
     assert files(Path()) == {"old.png": b"old"}
 
@@ -204,7 +204,7 @@ def test_a_file_that_exists_is_exit_6_before_the_compute(drawn, capsys):
 
 
 def test_pictures_that_are_finished_are_kept_when_a_later_one_fails(drawn, capsys, monkeypatch):
-    from fluxcli import output
+    from fluxcli.pictures import names as output
 
     real = output.write_atomically
 

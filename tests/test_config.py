@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from fluxcli.engine.streaming import load_component
 from fluxcli.errors import ExitCode
-from fluxcli.placement import load_component
 from quant.checkpoint import inspect
 from quant.errors import CheckpointError
 from tests.invariant import assert_failed, call

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from fluxcli import console
+from fluxcli.cli import console
 from fluxcli.events import GeneratedImage, Notice, Phase, Saved, Step
 
 pty = pytest.importorskip("pty")

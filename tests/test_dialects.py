@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fluxcli import classes, loader
+from fluxcli.engine import classes, loader
 from quant import codecs
 from quant.checkpoint import Component
 from quant.codecs import Reader

@@ -16,10 +16,11 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from fluxcli import doctor, hardware
-from fluxcli.costs import Hardware
+from fluxcli.cli import doctor
+from fluxcli.engine import device as hardware
 from fluxcli.errors import DeviceUnusable, ExitCode
-from fluxcli.residency import GIB
+from fluxcli.plan.costs import Hardware
+from fluxcli.plan.placement import GIB
 from quant import linear
 from tests.helpers import machine
 from tests.invariant import assert_failed, call, files

@@ -20,9 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from fluxcli import embeddings, state
+from fluxcli import paths
 from fluxcli.cli import cache
-from fluxcli.embeddings import Embeddings, key_of, read, write
+from fluxcli.engine import prompt_cache as embeddings
+from fluxcli.engine.prompt_cache import Embeddings, key_of, read, write
 from tests.invariant import Fault, files
 
 DTYPES = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -144,7 +145,7 @@ def test_the_key_knows_no_order_of_its_parts_and_is_the_same_in_every_process():
 
 def test_no_prompt_is_in_a_file_or_its_name():
     write(key_of(text="SECRET fox, SEEN tail"), made(lost="SEEN tail"))
-    ((name, data),) = files(state.cache_folder()).items()
+    ((name, data),) = files(paths.cache_folder()).items()
     assert "SECRET" not in name and b"SECRET" not in data and b"SEEN tail" in data
 
 
@@ -461,12 +462,12 @@ def test_a_write_that_fails_anywhere_is_no_error_and_leaves_nothing(code):
     k, names = 0, []
     while k <= len(names):  # until none failed
         k += 1
-        shutil.rmtree(state.cache_folder(), ignore_errors=True)
+        shutil.rmtree(paths.cache_folder(), ignore_errors=True)
         with pytest.MonkeyPatch.context() as patch:
             names = Fault(k, fail).install(patch).names
             write(KEY, made())
         placed = "replace" in names[: k - 1]
-        assert list(files(state.cache_folder())) == [f"embeddings/{path_of().name}"] * placed, names[:k]
+        assert list(files(paths.cache_folder())) == [f"embeddings/{path_of().name}"] * placed, names[:k]
         assert bits(read(KEY)) == (bits(made()) if placed else None)
     assert {"mkdir", "open", "write", "fsync", "replace"} <= set(names)
 
@@ -545,7 +546,7 @@ def test_clear_deletes_entries_and_leftovers_and_says_so(capsys):
     (embeddings.folder() / ".flux-0123.tmp").write_bytes(bytes(1 << 20))
     (embeddings.folder() / "mine.txt").write_text("kept")
     assert run(capsys, "--clear") == ([place, "entries 0, 0.0 of 1024 MiB"], "flux: deleted 3 entries, 3.0 MiB\n")
-    assert list(files(state.cache_folder())) == [os.path.join("embeddings", "mine.txt")]
+    assert list(files(paths.cache_folder())) == [os.path.join("embeddings", "mine.txt")]
     write(KEY, made())
     (line,), said = run(capsys, "--clear", "--json")
     gone = {"entries": 0, "bytes": 0, "deleted": 1, "deleted_bytes": size_of(4)}

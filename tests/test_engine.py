@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from fluxcli import output
 from fluxcli.errors import NotFinite
 from fluxcli.events import Notice, Phase, Saved, Step
-from fluxcli.image import pixels_sha256, read_metadata
-from fluxcli.residency import Residency
+from fluxcli.pictures import names as output
+from fluxcli.pictures.image import pixels_sha256, read_metadata
+from fluxcli.plan.placement import Residency
 from quant.checkpoint import Checkpoint, inspect
 from tests.helpers import draw, engine_of, read_pixels, run, tiny
 
@@ -78,7 +78,7 @@ def test_picture_k_of_count_is_the_picture_of_that_seed_alone(engine, tmp_path):
 
 
 def test_a_saved_picture_says_how_to_make_it_again(engine, checkpoint, tmp_path):
-    from fluxcli.request import GenerationRequest
+    from fluxcli.request.fields import GenerationRequest
 
     request = tiny(seed=-1, count=2, output=f"{tmp_path}/")
     target = output.parse_target(request)
@@ -161,7 +161,7 @@ def test_the_frugal_imports_leave_out_what_a_picture_never_uses(flux):
     from tests.conftest import ROOT
 
     code = (
-        "import sys; from fluxcli import classes\n"
+        "import sys; from fluxcli.engine import classes\n"
         "classes.transformer(); classes.vae(); classes.clip(); classes.t5()\n"
         "classes.scheduler(); classes.clip_tokenizer(); classes.t5_tokenizer()\n"
         "from pathlib import Path; from quant.checkpoint import inspect\n"

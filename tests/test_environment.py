@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxcli import console
+from fluxcli.cli import console
 from fluxcli.errors import ExitCode
 from fluxcli.events import GeneratedImage, Notice, Phase, Saved, Step
 from tests.conftest import ROOT

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fluxcli.loader import build
-from fluxcli.request import GenerationRequest
+from fluxcli.engine.loader import build
+from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import Component, inspect
 from tests.conftest import ROOT
 from tests.helpers import draw, engine_of, tiny

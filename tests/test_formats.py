@@ -13,8 +13,8 @@ from diffusers import BFLQuantizationConfig, BitsAndBytesConfig, FluxTransformer
 from safetensors.torch import load_file
 from torch import nn
 
-from fluxcli.loader import read_tensors
-from fluxcli.placement import load_component
+from fluxcli.engine.loader import read_tensors
+from fluxcli.engine.streaming import load_component
 from quant import checkpoint
 from quant.bake import bake
 from quant.checkpoint import KEEP_FILE, Component, inspect

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from fluxcli import models
 from fluxcli.errors import ExitCode
-from fluxcli.image import read_metadata
+from fluxcli.models import find as models
+from fluxcli.pictures.image import read_metadata
 from quant.spec import SCHEMES, TEXT_ENCODER
 from tests.helpers import read_pixels
 from tests.invariant import assert_failed, call, paint_instead

@@ -8,11 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluxcli import hardware, state
-from fluxcli.costs import CONTEXT_BYTES
-from fluxcli.errors import DeviceUnusable, ExitCode, UsageError
-from fluxcli.presets import BUNDLED
-from fluxcli.residency import GIB
+from fluxcli.engine import device as hardware
+from fluxcli.errors import DeviceUnusable, ExitCode, UsageError, is_out_of_memory
+from fluxcli.paths import BUNDLED
+from fluxcli.plan.costs import CONTEXT_BYTES
+from fluxcli.plan.placement import GIB
+from fluxcli.run import lock
 from tests.invariant import assert_failed, call
 
 NONE = {"cuda": 0, "xpu": 0, "mps": 0}
@@ -208,7 +209,7 @@ def test_speeds_are_measured_once_asked_for_stored_and_read_back(monkeypatch, tm
     sample.write_bytes(bytes(1 << 20))
     monkeypatch.setattr(hardware, "_accelerators", lambda: NONE)
     monkeypatch.setattr(hardware, "_seconds", lambda run, device: run() is None or 0.25)  # once, whatever it takes
-    assert hardware.probe("cpu").speeds.source != "measured here" and not state.read("speeds")
+    assert hardware.probe("cpu").speeds.source != "measured here" and not lock.read("speeds")
     measured = hardware.probe("cpu", measure=True, sample=sample)
     assert measured.speeds.source == "measured here" != measured.table.source
     assert measured.speeds.bus_bytes == (128 << 20) / 0.25 and measured.speeds.disk_bytes > 0
@@ -272,22 +273,22 @@ SOMETHING_ELSE = [
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:40])
 def test_every_back_ends_way_to_say_it_counts_as_out_of_memory(error):
-    assert hardware.is_out_of_memory(error)
+    assert is_out_of_memory(error)
 
 
 @pytest.mark.parametrize("error", SOMETHING_ELSE, ids=lambda error: str(error)[:40])
 def test_other_errors_are_not_out_of_memory(error):
-    assert not hardware.is_out_of_memory(error)
+    assert not is_out_of_memory(error)
 
 
 @pytest.mark.parametrize("size", [1 << 50, 1 << 62])
 def test_this_machines_own_allocator_counts(size):
     with pytest.raises(RuntimeError) as failed:
         torch.empty(size, dtype=torch.uint8)
-    assert hardware.is_out_of_memory(failed.value)
+    assert is_out_of_memory(failed.value)
     with pytest.raises(RuntimeError) as failed:
         torch.ones(2, 3) @ torch.ones(2, 3)
-    assert not hardware.is_out_of_memory(failed.value)
+    assert not is_out_of_memory(failed.value)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:0"])

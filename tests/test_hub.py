@@ -21,8 +21,10 @@ from huggingface_hub import constants, set_client_factory
 from huggingface_hub.utils import _http
 from safetensors.torch import save
 
-from fluxcli import console, hub, models
+from fluxcli.cli import console
 from fluxcli.errors import ExitCode
+from fluxcli.models import find as models
+from fluxcli.models import hub
 from quant.checkpoint import MANIFEST, inspect
 from tests.conftest import ROOT
 from tests.hub_server import COMMIT, PAGE, HubServer

@@ -15,8 +15,8 @@ from PIL import Image
 import tests.invariant  # noqa: F401 - hypothesis without deadlines
 from fluxcli import versions
 from fluxcli.errors import BadInputFile, ExitCode
-from fluxcli.image import encode, pixels_sha256, read_metadata
-from fluxcli.request import MAX_PROMPT_BYTES, GenerationRequest
+from fluxcli.pictures.image import encode, pixels_sha256, read_metadata
+from fluxcli.request.fields import MAX_PROMPT_BYTES, GenerationRequest
 from tests.helpers import read_pixels
 
 FORMATS = ("png", "jpg", "webp")

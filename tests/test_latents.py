@@ -12,15 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from fluxcli import latents, output
 from fluxcli.cli.options import REQUEST_OPTIONS
-from fluxcli.engine import Engine
+from fluxcli.engine.engine import Engine
+from fluxcli.engine.picture import Picture
 from fluxcli.errors import BadInputFile, ExitCode
 from fluxcli.events import Step
-from fluxcli.image import read_metadata
-from fluxcli.latents import Latents
-from fluxcli.picture import Picture
-from fluxcli.request import GenerationRequest
+from fluxcli.pictures import latents
+from fluxcli.pictures import names as output
+from fluxcli.pictures.image import read_metadata
+from fluxcli.pictures.latents import Latents
+from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import inspect
 from quant.errors import CheckpointError
 from tests.helpers import draw, engine_of, read_pixels, tiny

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fluxcli.placement import load_component
+from fluxcli.engine.streaming import load_component
 from quant.checkpoint import COMPONENTS, KEEP_FILE, inspect
 from quant.config import CLASSES
 from quant.errors import CheckpointError

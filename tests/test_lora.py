@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fluxcli.adapters import attach
-from fluxcli.engine import Engine
+from fluxcli.engine.engine import Engine
+from fluxcli.engine.loader import _single_block
+from fluxcli.engine.lora_hooks import attach
 from fluxcli.events import Phase
-from fluxcli.loader import _single_block
-from fluxcli.plan import learned_key
-from fluxcli.request import GenerationRequest
+from fluxcli.plan.planner import learned_key
+from fluxcli.request.fields import GenerationRequest
 from quant import lora
 from quant.checkpoint import Checkpoint, inspect
 from quant.errors import CheckpointError

@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fluxcli import lora, models, presets
 from fluxcli.errors import ExitCode, UsageError, WeightsUnavailable
-from fluxcli.image import read_metadata
+from fluxcli.models import find as models
+from fluxcli.models import loras as lora
+from fluxcli.pictures.image import read_metadata
+from fluxcli.request import presets
 from quant.checkpoint import MANIFEST, Checkpoint, inspect
 from tests.helpers import draw, engine_of, read_pixels, tiny
 from tests.invariant import call

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis.strategies import data, lists, sampled_from, tuples
 from safetensors.torch import save_file
 
-from fluxcli import models
 from fluxcli.events import Notice
-from fluxcli.lora import describe
+from fluxcli.models import find as models
+from fluxcli.models.loras import describe
 from quant import lora
 from quant.checkpoint import Checkpoint, inspect
 from quant.codecs import Reader

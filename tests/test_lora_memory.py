@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluxcli import hardware, residency
-from fluxcli.plan import make_plan
-from fluxcli.request import GenerationRequest
-from fluxcli.residency import PHASES
+from fluxcli.engine import device as hardware
+from fluxcli.plan import placement as residency
+from fluxcli.plan.placement import PHASES
+from fluxcli.plan.planner import make_plan
+from fluxcli.request.fields import GenerationRequest
 from quant import codecs
 from quant.checkpoint import inspect
 from quant.header import DTYPE_BITS

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from fluxcli import hardware, residency
-from fluxcli.plan import make_plan
-from fluxcli.request import GenerationRequest
-from fluxcli.residency import GIB, PHASES, MemoryPlan
+from fluxcli.engine import device as hardware
+from fluxcli.plan import placement as residency
+from fluxcli.plan.placement import GIB, PHASES, MemoryPlan
+from fluxcli.plan.planner import make_plan
+from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import Checkpoint, inspect
 from quant.spec import QuantSpec
 from tests.counter import Counter

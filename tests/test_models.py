@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fluxcli import models, state
+from fluxcli import paths
 from fluxcli.errors import ExitCode, UsageError, WeightsUnavailable
+from fluxcli.models import find as models
 from quant.dialects import from_ldm
 from quant.errors import WriteError
 from quant.weights import Weight
@@ -191,9 +192,9 @@ def test_a_bake_that_goes_on_or_was_killed_is_no_variant(tiny_folder):
     "environment, folder", [({"XDG_DATA_HOME": "/d"}, "/d/flux/models"), ({}, "~/.local/share/flux/models")]
 )
 def test_baked_models_are_in_the_users_data_folder(environment, folder, monkeypatch):
-    monkeypatch.setattr(state.sys, "platform", "linux")
+    monkeypatch.setattr(paths.sys, "platform", "linux")
     assert models.baked_folder(environment) == Path(folder).expanduser()
-    monkeypatch.setattr(state.sys, "platform", "darwin")
+    monkeypatch.setattr(paths.sys, "platform", "darwin")
     if not environment:
         assert models.baked_folder({}) == Path("~/Library/Application Support/flux/models").expanduser()
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fluxcli import modulation
-from fluxcli.placement import load_component
+from fluxcli.engine import modulation
+from fluxcli.engine.streaming import load_component
 from quant.checkpoint import Checkpoint, inspect
 from quant.spec import is_modulation
 from tests.helpers import draw, engine_of, tiny

@@ -18,9 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluxcli import output
 from fluxcli.errors import ExitCode, OutputError, UsageError
-from fluxcli.request import GenerationRequest
+from fluxcli.pictures import names as output
+from fluxcli.request.fields import GenerationRequest
 from tests.invariant import Fault, files
 
 REQUEST = GenerationRequest("A Fox, running!", seed=7, preset="tiny", aspect_ratio="2:1", image_size=128, format="png")

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from fluxcli import costs, modulation, placement
-from fluxcli.loader import _single_block
-from fluxcli.placement import Bus, load_component
-from fluxcli.residency import Residency
-from fluxcli.stage import Stage
+from fluxcli.engine import modulation
+from fluxcli.engine import streaming as placement
+from fluxcli.engine.components import Stage
+from fluxcli.engine.loader import _single_block
+from fluxcli.engine.streaming import Bus, load_component
+from fluxcli.plan import costs
+from fluxcli.plan.placement import Residency
 from quant.checkpoint import Component, inspect
 from quant.single import assemble, transformer_in
 from quant.spec import QuantSpec, is_modulation

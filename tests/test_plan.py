@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from fluxcli import console, costs, hardware, models, plan, residency
-from fluxcli.costs import Hardware
+from fluxcli.cli import console
+from fluxcli.engine import device as hardware
 from fluxcli.errors import DoesNotFit, ExitCode, UsageError
-from fluxcli.plan import QUALITY, SLOWER, USABLE_SHARE, make_plan, survey
-from fluxcli.request import GenerationRequest
-from fluxcli.residency import GIB, PHASES
+from fluxcli.models import find as models
+from fluxcli.plan import costs
+from fluxcli.plan import placement as residency
+from fluxcli.plan import planner as plan
+from fluxcli.plan.costs import Hardware
+from fluxcli.plan.placement import GIB, PHASES
+from fluxcli.plan.planner import QUALITY, SLOWER, USABLE_SHARE, make_plan, survey
+from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import Checkpoint, inspect
 from quant.spec import SCHEMES, QuantSpec
 from tests.conftest import ROOT
@@ -384,7 +389,7 @@ def test_a_damaged_variant_is_left_out_and_named(tiny_folder, capsys):
 
 def test_known_shapes_are_those_of_the_model_classes(dev):
     """What is planned without a download: names and shapes as the real classes have them."""
-    from fluxcli.loader import check_keys
+    from fluxcli.engine.loader import check_keys
     from tests.helpers import expected_shapes
 
     schnell = models.known_shapes("black-forest-labs/FLUX.1-schnell")

@@ -11,14 +11,15 @@ import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fluxcli import hardware, models
 from fluxcli.cli.app import app
 from fluxcli.cli.replay import _replayed
+from fluxcli.engine import device as hardware
 from fluxcli.errors import ExitCode
-from fluxcli.image import read_metadata
-from fluxcli.plan import QUALITY
-from fluxcli.request import GenerationRequest
-from fluxcli.residency import GIB, PHASES
+from fluxcli.models import find as models
+from fluxcli.pictures.image import read_metadata
+from fluxcli.plan.placement import GIB, PHASES
+from fluxcli.plan.planner import QUALITY
+from fluxcli.request.fields import GenerationRequest
 from quant.spec import SCHEMES
 from tests.conftest import ROOT
 from tests.helpers import BAKED, machine
@@ -70,7 +71,7 @@ def test_it_needs_no_weights_and_no_torch():
     )
     *_, codes, loaded = result.stdout.splitlines()
     heavy = {"torch", "diffusers", "transformers", "numpy", "PIL", "safetensors", "huggingface_hub", "bitsandbytes"}
-    assert codes == "0 0 5" and heavy.isdisjoint(loaded.split()) and "fluxcli.plan" in loaded.split()
+    assert codes == "0 0 5" and heavy.isdisjoint(loaded.split()) and "fluxcli.plan.planner" in loaded.split()
 
 
 @pytest.mark.parametrize("text", ["6GiB:sm75", "12GiB:sm86", "24GiB:sm89", "96GiB:sm120"])

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fluxcli import presets
 from fluxcli.errors import ExitCode, UsageError
-from fluxcli.request import KEYS, from_settings
+from fluxcli.request import presets
+from fluxcli.request.fields import KEYS, from_settings
 from tests.invariant import call
 
 BUNDLED = ("dev", "draft", "hyper", "krea", "quality", "schnell", "tiny", "turbo")

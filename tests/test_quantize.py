@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from fluxcli import hardware, models, presets
+from fluxcli.engine import device as hardware
 from fluxcli.errors import ExitCode
+from fluxcli.models import find as models
+from fluxcli.request import presets
 from quant.checkpoint import KEEP_FILE, MANIFEST, inspect
 from quant.single import transformer_in as inspect_file
 from quant.spec import SCHEMES

@@ -8,11 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fluxcli
-from fluxcli import presets
 from fluxcli.cli.replay import _replayed
 from fluxcli.errors import BadInputFile, ExitCode
-from fluxcli.image import encode, read_metadata
-from fluxcli.request import from_settings
+from fluxcli.pictures.image import encode, read_metadata
+from fluxcli.request import presets
+from fluxcli.request.fields import from_settings
 from tests.helpers import read_pixels
 from tests.invariant import assert_failed, call, files
 

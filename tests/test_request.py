@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import tests.invariant  # noqa: F401 - hypothesis without deadlines
 from fluxcli.errors import ExitCode, UsageError
-from fluxcli.request import (
+from fluxcli.request.fields import (
     ASPECT_RATIOS,
     BOUNDS,
     KEYS,

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fluxcli import output
-from fluxcli.request import GenerationRequest
+from fluxcli.pictures import names as output
+from fluxcli.request.fields import GenerationRequest
 from tests.conftest import ROOT
 from tests.helpers import engine_of, run, tiny
 from tests.invariant import Fault, files
@@ -115,7 +115,7 @@ def test_the_first_signal_cleans_up_and_the_second_ends_at_once(number, times, c
 
 SWALLOWED = """
 import time
-from fluxcli import console
+from fluxcli.cli import console
 from fluxcli.cli import app
 from fluxcli.events import Step
 def slow(_=None):

@@ -18,9 +18,9 @@ from gguf import GGMLQuantizationType
 from safetensors.torch import save_file
 from torch import nn
 
-from fluxcli import models
-from fluxcli.loader import matching, read_tensors
-from fluxcli.placement import load_component
+from fluxcli.engine.loader import matching, read_tensors
+from fluxcli.engine.streaming import load_component
+from fluxcli.models import find as models
 from quant import codecs
 from quant.checkpoint import COMPONENTS, Component, inspect
 from quant.errors import CheckpointError

@@ -15,7 +15,7 @@ import torch
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 
-from fluxcli.placement import load_component
+from fluxcli.engine.streaming import load_component
 from quant import codecs
 from quant.errors import CheckpointError
 from quant.header import TensorInfo, read_header

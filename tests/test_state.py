@@ -11,10 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from fluxcli import console, hardware, session, state
+from fluxcli import paths
+from fluxcli.cli import console
+from fluxcli.engine import device as hardware
 from fluxcli.errors import ExitCode
 from fluxcli.events import Phase
-from fluxcli.state import DeviceLock
+from fluxcli.run import lock, session
+from fluxcli.run.lock import DeviceLock
 from tests.conftest import ROOT
 from tests.helpers import machine
 from tests.invariant import assert_failed, call, files
@@ -22,7 +25,7 @@ from tests.invariant import assert_failed, call, files
 CARD = "cuda GPU-1234"
 HOLDER = """
 import sys
-from fluxcli.state import DeviceLock
+from fluxcli.run.lock import DeviceLock
 lock = DeviceLock(sys.argv[1])
 assert lock.acquire()
 print("held", flush=True)
@@ -31,7 +34,7 @@ lock.release()
 """
 WRITER = """
 import sys
-from fluxcli.state import update
+from fluxcli.run.lock import update
 print("ready", flush=True)
 sys.stdin.readline()
 for k in range(60):
@@ -92,54 +95,54 @@ def nowhere(request, monkeypatch, tmp_path) -> None:
 )
 def test_the_folder_is_the_platforms(system, platform, environment, expected, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    monkeypatch.setattr(state, "os", SimpleNamespace(name=system, path=os.path, devnull=os.devnull))
-    monkeypatch.setattr(state, "sys", SimpleNamespace(platform=platform))
-    assert state.cache_folder(environment) == Path(expected)
+    monkeypatch.setattr(paths, "os", SimpleNamespace(name=system, path=os.path, devnull=os.devnull))
+    monkeypatch.setattr(paths, "sys", SimpleNamespace(platform=platform))
+    assert paths.cache_folder(environment) == Path(expected)
 
 
 # --- what is remembered
 
 
 def test_what_was_written_is_read_and_other_entries_stay():
-    assert state.read("speeds") == {}
-    state.update("speeds", {"a": 1, "b": [1, 2]})
-    state.update("speeds", {"b": {"ü": 2.5}})
-    assert state.read("speeds") == {"a": 1, "b": {"ü": 2.5}} and state.read("peaks") == {}
-    assert list(files(state.cache_folder())) == ["speeds.json"]
+    assert lock.read("speeds") == {}
+    lock.update("speeds", {"a": 1, "b": [1, 2]})
+    lock.update("speeds", {"b": {"ü": 2.5}})
+    assert lock.read("speeds") == {"a": 1, "b": {"ü": 2.5}} and lock.read("peaks") == {}
+    assert list(files(paths.cache_folder())) == ["speeds.json"]
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b"7", b"\xff\xfe", b'{"a": 1', b"[" * 100_000], ids=len)
 def test_a_corrupt_file_is_an_empty_one_and_is_replaced(damage):
-    state.update("peaks", {"a": 1})
-    (state.cache_folder() / "peaks.json").write_bytes(damage)
-    assert state.read("peaks") == {}
-    state.update("peaks", {"b": 2})
-    assert state.read("peaks") == {"b": 2}
+    lock.update("peaks", {"a": 1})
+    (paths.cache_folder() / "peaks.json").write_bytes(damage)
+    assert lock.read("peaks") == {}
+    lock.update("peaks", {"b": 2})
+    assert lock.read("peaks") == {"b": 2}
 
 
 def test_a_folder_in_the_place_of_the_file_is_no_error():
-    (state.cache_folder() / "peaks.json").mkdir(parents=True)
-    state.update("peaks", {"a": 1})
-    assert state.read("peaks") == {} and files(state.cache_folder()) == {}
+    (paths.cache_folder() / "peaks.json").mkdir(parents=True)
+    lock.update("peaks", {"a": 1})
+    assert lock.read("peaks") == {} and files(paths.cache_folder()) == {}
 
 
 @pytest.mark.parametrize("owner, name", [(os, "replace"), (os, "fsync"), (Path, "mkdir")])
 def test_an_update_that_fails_leaves_the_old_file_and_nothing_else(owner, name, monkeypatch):
-    state.update("peaks", {"a": 1})
-    before = files(state.cache_folder())
+    lock.update("peaks", {"a": 1})
+    before = files(paths.cache_folder())
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(owner, name, full)
-    state.update("peaks", {"b": 2})
-    assert files(state.cache_folder()) == before
+    lock.update("peaks", {"b": 2})
+    assert files(paths.cache_folder()) == before
 
 
 def test_without_a_place_nothing_is_remembered_and_nothing_said(nowhere, tmp_path, capfd):
     before = files(tmp_path)
-    state.update("peaks", {"a": 1})
-    assert state.read("peaks") == {} and capfd.readouterr() == ("", "")
+    lock.update("peaks", {"a": 1})
+    assert lock.read("peaks") == {} and capfd.readouterr() == ("", "")
     assert files(tmp_path) == before and list(Path().iterdir()) == []
 
 
@@ -148,16 +151,16 @@ def test_two_writers_leave_whole_files_only():
     for each in writers:
         each.stdin.write("go\n")
         each.stdin.flush()
-    path, seen = state.cache_folder() / "peaks.json", 0
+    path, seen = paths.cache_folder() / "peaks.json", 0
     while any(each.poll() is None for each in writers):
         if path.exists():
             seen = max(seen, len(json.loads(path.read_text())))  # raises for half a file
     assert [each.wait() for each in writers] == [0, 0]
     for each in writers:
         each.communicate()
-    found = state.read("peaks")
+    found = lock.read("peaks")
     assert seen and {"one 59", "other 59"} & set(found) and len(found) >= 60
-    assert list(files(state.cache_folder())) == ["peaks.json"]
+    assert list(files(paths.cache_folder())) == ["peaks.json"]
 
 
 # --- the lock
@@ -217,7 +220,7 @@ def test_a_killed_holder_holds_nothing(hold):
 def test_no_identity_leaves_the_folder_of_locks():
     for identity in ("cuda ../../x", "/etc/passwd", "a\0b", "..", "ü"):
         assert free(identity)
-    folder = state.cache_folder()
+    folder = paths.cache_folder()
     assert all(Path(name).parent == Path("locks") for name in files(folder)) and list(Path().iterdir()) == []
 
 

@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from fluxcli import hardware, latents, residency, sampling, session, state
-from fluxcli.engine import Engine
+from fluxcli.engine import device as hardware
+from fluxcli.engine import sampling
+from fluxcli.engine.engine import Engine
 from fluxcli.errors import DoesNotFit, ExitCode
 from fluxcli.events import Notice
-from fluxcli.image import pixels_sha256
-from fluxcli.plan import make_plan
+from fluxcli.pictures import latents
+from fluxcli.pictures.image import pixels_sha256
+from fluxcli.plan import placement as residency
+from fluxcli.plan.planner import make_plan
+from fluxcli.run import lock, session
 from quant.checkpoint import Checkpoint, inspect
 from tests.counter import CARD, Counter
 from tests.helpers import draw, engine_of, machine, read_pixels, tiny
@@ -180,7 +184,7 @@ def test_the_next_run_starts_where_the_last_one_ended(card, capsys, monkeypatch)
     first = call(capsys, *ARGUMENTS, "-o", "a.png", "--json")
     assert first.stderr.count("out of memory") == 2
     assert json.loads(first.stdout)["plan"]["residency"]["denoise"] == "streamed"
-    (known,) = state.read("peaks").values()
+    (known,) = lock.read("peaks").values()
     assert any(key.startswith("denoise resident") for key in known)
     second = call(capsys, *ARGUMENTS, "-o", "b.png", "--json")
     assert "out of memory" not in second.stderr
@@ -200,10 +204,10 @@ def test_a_device_that_breaks_is_exit_8(card, capsys, monkeypatch):
 @contextlib.contextmanager
 def held(identity: str) -> Iterator[None]:
     """Another flux computes on the device."""
-    lock = state.DeviceLock(identity)
-    assert lock.acquire()
+    held_lock = lock.DeviceLock(identity)
+    assert held_lock.acquire()
     yield
-    lock.release()
+    held_lock.release()
 
 
 def test_a_second_process_waits_for_the_card_or_is_refused(card, capsys):

@@ -18,11 +18,11 @@ import psutil
 import pytest
 
 import fluxcli
-from fluxcli import client
 from fluxcli.errors import ExitCode, UsageError
 from fluxcli.events import Done, Failed, Notice, Phase, Step, to_json
-from fluxcli.job import Job, Row
-from fluxcli.request import GenerationRequest
+from fluxcli.request.fields import GenerationRequest
+from fluxcli.request.job import Job, Row
+from fluxcli.run import client
 from quant.errors import ExplainedError
 from tests.conftest import ROOT
 
@@ -31,7 +31,9 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="its pipes want a Window
 FAKE = """
 import os, sys, time, tempfile
 from pathlib import Path
-from fluxcli import client, console, worker
+from fluxcli import signals
+from fluxcli.cli import console
+from fluxcli.run import client, worker
 from fluxcli.errors import DeviceUnusable, DoesNotFit, NoSuchDevice, Terminated, exit_code_of
 from fluxcli.events import Done, Failed, GeneratedImage, Notice, Phase, Saved, Step
 from quant.errors import ExplainedError
@@ -123,18 +125,18 @@ def explained(error):
 if __name__ == "__main__":
     worker.ALIVE_S = worker.HELLO_S = worker.LOOK_S = 0.3
     client.FRAME_S = 1
-    console.install_signals()
+    signals.install_signals()
     try:
         worker.serve(float(sys.argv[1]), session=Session(), explained=explained)
     except Terminated as stop:
-        console.die_by(*stop.args)
+        signals.die_by(*stop.args)
     except ExplainedError as error:
         sys.exit(f"flux: error: {error}.")
 """
 CLIENT = """
 import sys
-from fluxcli import client
-from fluxcli.job import Job
+from fluxcli.run import client
+from fluxcli.request.job import Job
 import json
 for event in client.run(Job.from_json(json.loads(sys.argv[1]))):
     print(event, file=sys.stderr, flush=True)
@@ -633,7 +635,7 @@ def test_a_worker_that_dies_at_its_start_is_an_error_with_its_last_words(home, m
 
 
 def test_the_client_is_stdlib_only_and_imports_nothing_more_without_a_worker(home):
-    code = "import sys; before = set(sys.modules)\nfrom fluxcli import client\nclient.ask('status')\n"
+    code = "import sys; before = set(sys.modules)\nfrom fluxcli.run import client\nclient.ask('status')\n"
     code += "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert set(found) <= set(sys.stdlib_module_names) | {"fluxcli", "quant"}

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from fluxcli import client, presets, runner
 from fluxcli.cli.settings import settled
 from fluxcli.events import Done, GeneratedImage, Notice, Saved
-from fluxcli.job import Job, Row
+from fluxcli.request import presets
+from fluxcli.request.job import Job, Row
+from fluxcli.run import client
+from fluxcli.run import dispatch as runner
 from tests.conftest import ROOT
 from tests.invariant import assert_failed, call, files
 

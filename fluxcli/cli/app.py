@@ -14,8 +14,8 @@ from typing import NoReturn
 import typer
 
 import fluxcli
-from fluxcli import console
-from fluxcli.cli import cache, generate, info, lora, models, quantize, replay, worker
+from fluxcli import signals
+from fluxcli.cli import cache, console, generate, info, lora, models, quantize, replay, worker
 from fluxcli.errors import ExitCode, OutputError, Terminated
 from fluxcli.events import Failed, to_json
 from fluxcli.explain import explained
@@ -53,18 +53,18 @@ def root(
 
 def main() -> NoReturn:
     """Run the command line and end the process with a documented exit code, or by the signal that ended it."""
-    console.install_signals()
+    signals.install_signals()
     sys.stderr = sys.stderr or io.StringIO()  # started with 2>&-
     try:
         code = _run(sys.argv[1:])
-        console.check_signals()
+        signals.check_signals()
         if sys.stdout is not None:
             sys.stdout.flush()
     except Terminated as stop:
-        console.die_by(*stop.args)
+        signals.die_by(*stop.args)
     except BrokenPipeError:  # stdout was closed: no message, and the death that a shell expects
         if hasattr(signal, "SIGPIPE"):
-            console.die_by(signal.SIGPIPE)
+            signals.die_by(signal.SIGPIPE)
         os._exit(ExitCode.OUTPUT)
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.flush()
@@ -82,7 +82,7 @@ def _run(arguments: list[str]) -> int:
             raise stop.__context__ from None
         raise
     except Exception as error:  # noqa: BLE001 - the boundary: whatever arrives here ends the process
-        console.check_signals()  # what a library made of it
+        signals.check_signals()  # what a library made of it
         if debug:
             traceback.print_exc()
         ended = _explained(error)

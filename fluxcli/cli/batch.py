@@ -9,14 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from fluxcli import batch, output, presets, processes
 from fluxcli.cli.settings import STARTED, check_stdout, given_settings, job_options, read_prompt, reporter_of, settled
 from fluxcli.errors import BatchFailed, ExitCode, UsageError
 from fluxcli.events import Done, Event, Failed, Saved, Skipped, Summary, failed
-from fluxcli.job import Job, Row
-from fluxcli.request import ALIASES, GenerationRequest, coerce
-from fluxcli.runner import Runner
-from fluxcli.state import config_folder
+from fluxcli.paths import config_folder
+from fluxcli.pictures import names as output
+from fluxcli.request import presets
+from fluxcli.request import rows as batch
+from fluxcli.request.fields import ALIASES, GenerationRequest, coerce
+from fluxcli.request.job import Job, Row
+from fluxcli.run import processes
+from fluxcli.run.dispatch import Runner
 
 WINDOW = 16  # rows that are handed on together, where so many are there
 

@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from fluxcli import console, embeddings
+from fluxcli.cli import console
+from fluxcli.engine import prompt_cache as embeddings
 from fluxcli.errors import ExitCode
 
 MIB = 1 << 20

@@ -4,18 +4,18 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from fluxcli import console, output
-from fluxcli.cli import batch
+from fluxcli.cli import batch, console
 from fluxcli.cli.options import with_request_options
 from fluxcli.cli.settings import STARTED, check_stdout, job_options, reporter_of, requested
 from fluxcli.errors import ExitCode, UsageError
-from fluxcli.job import Job, Row
-from fluxcli.request import GenerationRequest
-from fluxcli.residency import GIB, MemoryPlan
-from fluxcli.runner import Runner
+from fluxcli.pictures import names as output
+from fluxcli.plan.placement import GIB, MemoryPlan
+from fluxcli.request.fields import GenerationRequest
+from fluxcli.request.job import Job, Row
+from fluxcli.run.dispatch import Runner
 
 if TYPE_CHECKING:
-    from fluxcli.latents import Latents
+    from fluxcli.pictures.latents import Latents
 
 
 @with_request_options
@@ -67,7 +67,7 @@ def draw(
 
 
 def _dry_run(request: GenerationRequest, options: dict) -> int:
-    from fluxcli.session import Session
+    from fluxcli.run.session import Session
 
     with console.Reporter(quiet=options["quiet"], started=STARTED) as reporter:
         _, plan, *_ = reporter.result(Session().prepare(request, lock=False))

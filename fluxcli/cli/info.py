@@ -7,14 +7,19 @@ from typing import Annotated, Optional
 
 import typer
 
-from fluxcli import console, hardware, lora, models, presets, state
+from fluxcli.cli import console
 from fluxcli.cli.options import with_request_options
 from fluxcli.cli.settings import requested
+from fluxcli.engine import device as hardware
 from fluxcli.errors import DoesNotFit, ExitCode, UsageError, WeightsUnavailable
-from fluxcli.plan import Rung, chosen_of, suggestion, survey
-from fluxcli.request import GenerationRequest, coerce
-from fluxcli.residency import GIB, PHASES
-from fluxcli.state import config_folder
+from fluxcli.models import find as models
+from fluxcli.models import loras as lora
+from fluxcli.paths import config_folder
+from fluxcli.plan.placement import GIB, PHASES
+from fluxcli.plan.planner import Rung, chosen_of, suggestion, survey
+from fluxcli.request import presets
+from fluxcli.request.fields import GenerationRequest, coerce
+from fluxcli.run import lock
 from quant.checkpoint import COMPONENTS, TOKENIZERS, Checkpoint, Component, inspect, inspect_component
 from quant.errors import CheckpointError
 from quant.header import read_header
@@ -46,7 +51,7 @@ def plan_command(
     except WeightsUnavailable as error:
         console.say(f"planned without adapters: {error}")
         request = replace(request, lora=())
-    rungs = survey(request, checkpoints, machine, {} if card else state.peaks())
+    rungs = survey(request, checkpoints, machine, {} if card else lock.peaks())
     chosen = chosen_of(rungs)
     if options["json_output"]:
         console.data_json({
@@ -130,7 +135,7 @@ def doctor_command(
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> int:
     """Check driver, device, memory, disk, hub and libraries: ok, warn or bad, each with a fix (exit 8: one is bad)."""
-    from fluxcli import doctor
+    from fluxcli.cli import doctor
 
     checks = []
     for check in doctor.examine(coerce("device", device, where="--device")):
@@ -152,7 +157,7 @@ def inspect_command(
     if weights:
         described = _folder(path) if path.is_dir() else _file(path)
     else:
-        from fluxcli import image
+        from fluxcli.pictures import image
 
         described = image.read_metadata(path)
     console.data_json(described, indent=2)
@@ -202,7 +207,7 @@ def _file(path: Path) -> dict:
 
 
 def _component(part: Component, problems: list[str]) -> dict:
-    from fluxcli.loader import matching
+    from fluxcli.engine.loader import matching
 
     matched, expected = matching(part)
     if matched < expected:

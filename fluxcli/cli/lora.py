@@ -4,9 +4,10 @@ from typing import Annotated
 
 import typer
 
-from fluxcli import console, lora
+from fluxcli.cli import console
 from fluxcli.errors import ExitCode
-from fluxcli.request import parse_lora
+from fluxcli.models import loras as lora
+from fluxcli.request.fields import parse_lora
 
 lora_app = typer.Typer(help="List LoRA files, and say what one is.", no_args_is_help=True)
 

@@ -7,9 +7,12 @@ from typing import Annotated, Optional
 
 import typer
 
-from fluxcli import console, hub, models, presets
+from fluxcli.cli import console
 from fluxcli.errors import BadInputFile, UsageError, WeightsUnavailable
-from fluxcli.state import config_folder
+from fluxcli.models import find as models
+from fluxcli.models import hub
+from fluxcli.paths import config_folder
+from fluxcli.request import presets
 from quant.checkpoint import COMPONENTS, is_complete
 
 models_app = typer.Typer(help="Get, check and remove the weights of models.", no_args_is_help=True)

@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from fluxcli.request import ASPECT_RATIOS
+from fluxcli.request.fields import ASPECT_RATIOS
 
 
 def _option(kind: type, *names: str, text: str) -> object:

@@ -12,10 +12,14 @@ from typing import Annotated, Optional
 import typer
 
 import fluxcli
-from fluxcli import console, hardware, lora, models, presets
+from fluxcli.cli import console
+from fluxcli.engine import device as hardware
 from fluxcli.errors import ExitCode, UsageError, WeightsUnavailable
-from fluxcli.request import coerce
-from fluxcli.state import config_folder
+from fluxcli.models import find as models
+from fluxcli.models import loras as lora
+from fluxcli.paths import config_folder
+from fluxcli.request import presets
+from fluxcli.request.fields import coerce
 from quant.checkpoint import MANIFEST, Checkpoint, Component, inspect
 from quant.errors import WriteError
 from quant.header import is_gguf

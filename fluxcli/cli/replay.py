@@ -7,14 +7,16 @@ from typing import Annotated, Optional
 
 import typer
 
-from fluxcli import console, lora, presets
+from fluxcli.cli import console
 from fluxcli.cli.generate import draw
 from fluxcli.cli.options import with_request_options
 from fluxcli.cli.settings import STARTED, given_settings, read_prompt, settled
 from fluxcli.errors import BadInputFile, ExitCode, UsageError
 from fluxcli.events import Notice
-from fluxcli.request import GenerationRequest, coerce, flag, from_settings
-from fluxcli.state import config_folder
+from fluxcli.models import loras as lora
+from fluxcli.paths import config_folder
+from fluxcli.request import presets
+from fluxcli.request.fields import GenerationRequest, coerce, flag, from_settings
 
 
 @with_request_options
@@ -28,7 +30,7 @@ def replay(
     **options: object,
 ) -> int:
     """Make a picture again from its own metadata; any option of generate overrides, e.g. -p quality."""
-    from fluxcli import image
+    from fluxcli.pictures import image
 
     metadata = image.read_metadata(picture)
     given = given_settings(options)
@@ -48,7 +50,7 @@ def decode(
     path: Annotated[Path, typer.Argument(help="A .latents.safetensors file.", show_default=False)], **options: object
 ) -> int:
     """Finish a picture for which memory ran out, from its kept latents. Options say how and where, not what."""
-    from fluxcli import latents
+    from fluxcli.pictures import latents
 
     given = given_settings(options)
     if odd := sorted(set(given) - {"output", "format", "quality", "metadata", "device", "vram_limit", "offload"}):
@@ -98,8 +100,8 @@ def _stored_request(picture: Path, stored: dict) -> GenerationRequest:
 
 
 def _check(picture: Path, request: GenerationRequest, metadata: dict, options: dict) -> int:
-    from fluxcli.image import pixels_sha256
-    from fluxcli.session import Session
+    from fluxcli.pictures.image import pixels_sha256
+    from fluxcli.run.session import Session
 
     expected = metadata.get("pixels_sha256")
     if not isinstance(expected, str):

@@ -3,10 +3,14 @@
 import sys
 import time
 
-from fluxcli import console, lora, models, output, presets
+from fluxcli.cli import console
 from fluxcli.errors import UsageError
-from fluxcli.request import KEYS, GenerationRequest, from_settings
-from fluxcli.state import config_folder
+from fluxcli.models import find as models
+from fluxcli.models import loras as lora
+from fluxcli.paths import config_folder
+from fluxcli.pictures import names as output
+from fluxcli.request import presets
+from fluxcli.request.fields import KEYS, GenerationRequest, from_settings
 
 STARTED = time.perf_counter()
 

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from fluxcli import client, console
+from fluxcli.cli import console
 from fluxcli.errors import UsageError
+from fluxcli.run import client
 
 worker_app = typer.Typer(help="Keep models in memory between commands.", no_args_is_help=True)
 UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600}
@@ -52,7 +53,7 @@ def evict() -> None:
 @worker_app.command(hidden=True)
 def run(idle: Idle = "10m") -> None:
     """Be the worker."""
-    from fluxcli import worker
+    from fluxcli.run import worker
 
     worker.serve(parse_duration(idle))
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from fluxcli import hardware, plan
-from fluxcli.engine import Engine
-from fluxcli.placement import load_component
+from fluxcli.engine import device as hardware
+from fluxcli.engine.engine import Engine
+from fluxcli.engine.streaming import load_component
+from fluxcli.plan import planner as plan
 from quant import codecs
 from quant.checkpoint import KEEP_FILE, inspect
 from quant.linear import CAPABILITIES, RowLinear, make_linear, path_of

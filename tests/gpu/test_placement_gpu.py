@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from fluxcli import hardware, placement
-from fluxcli.engine import Engine
-from fluxcli.plan import make_plan
+from fluxcli.engine import device as hardware
+from fluxcli.engine import streaming as placement
+from fluxcli.engine.engine import Engine
+from fluxcli.plan.planner import make_plan
 from quant.checkpoint import inspect
 from tests.helpers import BAKED, draw, tiny
 

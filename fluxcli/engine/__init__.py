@@ -1,0 +1,1 @@
+"""From checkpoints to pixels. torch begins here."""

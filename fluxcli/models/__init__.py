@@ -1,0 +1,1 @@
+"""Where weights and adapters are: bundled, in folders, in the hub's cache; and how they get there."""

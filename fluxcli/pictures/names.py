@@ -1,0 +1,238 @@
+"""Where pictures go: names, templates, and files that are whole or absent.
+
+Knows nothing of how a picture is made. Stdlib only. A file is written to a temporary one beside it, flushed to disk
+and moved into place; automatic names never replace a file, even when two processes race.
+"""
+
+import contextlib
+import errno
+import glob
+import math
+import os
+import re
+import secrets
+import shutil
+import string
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import date
+from itertools import count
+from pathlib import Path
+from typing import BinaryIO
+
+from fluxcli.errors import OutputError, UsageError
+from fluxcli.request.fields import FORMATS, GenerationRequest
+from quant.writer import nearest
+
+DEFAULT_TEMPLATE = "{slug}-{seed}"
+TEMPLATE_KEYS = ("seed", "n", "row", "slug", "preset", "width", "height", "date")
+SLUG_LENGTH = 48
+STDOUT = "-"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a run's pictures go. `pattern` has template fields and no extension unless `exact`; `folder` has none."""
+
+    folder: Path
+    pattern: str
+    exact: bool = False  # one plain file the user named: replaced only with --force
+    force: bool = False
+    stdout: bool = False
+
+
+def format_of(text: str | None, *, given: str | None = None) -> str | None:
+    """The format that an extension decides, None if open; raises `UsageError` for others and against a `given` one."""
+    if text in (None, STDOUT) or text.endswith(("/", os.sep)) or os.path.isdir(os.path.expanduser(text)):
+        return None
+    suffix = Path(text).suffix.lower().lstrip(".")
+    if not suffix and _check_template(text):
+        return None
+    format = suffix.replace("jpeg", "jpg")
+    if format not in FORMATS:
+        why = f"extension {suffix!r}" if suffix else "it has no extension"
+        hint = f"use one of {', '.join(FORMATS)}; a folder ends in /"
+        raise UsageError("unsupported picture format", which=text, why=why, hint=hint)
+    if given and format != given:
+        raise UsageError("--format contradicts the file name", which=text, why=f"--format {given}")
+    return format
+
+
+def parse_target(request: GenerationRequest, *, force: bool = False) -> Target:
+    """Where the pictures of `request` go; raises `UsageError` for a template or a file name that cannot be."""
+    text = request.output
+    if text == STDOUT:
+        if request.count > 1:
+            raise UsageError("-o - takes one picture", which=f"--count {request.count}")
+        return Target(Path(), STDOUT, stdout=True)
+    path = Path(os.path.expanduser(text or "."))
+    folder = os.path.isdir(path)
+    is_template = not folder and _check_template(str(path))
+    if folder or (text and text.endswith(("/", os.sep))):
+        return Target(Path(), str(path / DEFAULT_TEMPLATE)) if is_template else Target(path, DEFAULT_TEMPLATE)
+    if is_template:
+        return Target(Path(), str(path.with_suffix("")))
+    if request.count > 1:
+        hint = f"-o {path.stem}-{{seed}}{path.suffix}, or a folder"
+        raise UsageError("one file name for several pictures", which=text, hint=hint)
+    return Target(path.parent, path.name, exact=True, force=force)
+
+
+def _check_template(name: str) -> bool:
+    try:
+        keys = [key for _, key, spec, conversion in string.Formatter().parse(name) if key is not None]
+        if any(key not in TEMPLATE_KEYS for key in keys):
+            raise ValueError("fields are " + " ".join(f"{{{key}}}" for key in TEMPLATE_KEYS))
+        name.format(seed=1, n=1, row=1, slug="", preset="", width=1, height=1, date="")
+    except (ValueError, IndexError, KeyError, MemoryError) as error:  # the last: {n:99999999999}
+        raise UsageError("bad template", which=name, why=str(error)) from error
+    return bool(keys)
+
+
+def slug(prompt: str) -> str:
+    """A short file name made of a prompt: ASCII letters and digits where it has any, joined by '-'."""
+    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode()
+    text = "-".join(re.findall(r"[a-z0-9]+", plain.lower()))
+    if len(text) > SLUG_LENGTH:
+        text = text[: SLUG_LENGTH + 1].rpartition("-")[0] or text[:SLUG_LENGTH]
+    return text or "image"
+
+
+def candidates(target: Target, request: GenerationRequest, n: int, row: int = 0) -> Iterator[Path]:
+    """The names to try for picture `n` (from 1) of a row, best first."""
+    first = target.folder / _named(target, request, n=n, row=row, seed=request.seed, date=date.today().isoformat())
+    yield first
+    for k in count(2):
+        yield first.with_name(f"{first.stem}-{k}{first.suffix}")
+
+
+def _named(target: Target, request: GenerationRequest, **values: object) -> str:
+    """The file's name in the target's folder."""
+    width, height = request.size
+    values |= {"slug": slug(request.prompt), "preset": slug(request.preset), "width": width, "height": height}
+    return target.pattern if target.exact else f"{target.pattern.format(**values)}.{request.format}"
+
+
+class _Any(str):
+    """A field's value of whatever format, later a *."""
+
+    def __format__(self, _: str) -> str:
+        return "\0"
+
+
+def existing(target: Target, request: GenerationRequest, n: int, row: int) -> Iterator[Path]:
+    """Files that may be pictures of the request by their names, whatever seed, number or day these tell.
+
+    First comes the name that picture `n` (from 1) would get, so that mostly no folder is read; for 0 there is none.
+    """
+    first = next(candidates(target, request, n, row))
+    if n:
+        yield first
+    stem, dot, suffix = _named(target, request, n=_Any(), row=row, seed=_Any(), date=_Any()).rpartition(".")
+    place, free = str(target.folder / stem), "" if target.exact else "*"
+    name = re.escape(place).replace("\0", ".*") + r"(-\d+)?" * bool(free) + re.escape(f"{dot}{suffix}")
+    found = glob.glob(f"{glob.escape(place)}{free}{glob.escape(f'{dot}{suffix}')}".replace("\0", "*"))
+    named = (Path(path) for path in sorted(found) if re.fullmatch(name, path, re.DOTALL))
+    yield from (path for path in named if not n or path != first)
+
+
+def check_writable(target: Target, request: GenerationRequest, row: int = 0) -> None:
+    """Raise `OutputError` before any compute if the pictures could not be written; leaves nothing behind."""
+    if target.stdout:
+        if sys.stdout is None:
+            raise OutputError("cannot write to stdout", which="-o -", why="it is closed")
+        if sys.stdout.isatty():
+            raise UsageError("a picture would garble the terminal", which="-o -", hint="flux generate ... -o - > x.jpg")
+        return
+    path = next(candidates(target, request, 1, row))
+    need = request.count * (math.prod(request.size) * 3 + (1 << 20))
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(path)  # raises where it is no possible name; a dangling link takes it, too
+            if target.exact and not target.force:
+                hint = "--force replaces it; -o FOLDER/ picks a free name"
+                raise OutputError("the file exists", which=path, hint=hint)
+        folder = nearest(Path(os.path.realpath(path)).parent)
+        with _temporary(folder) as (_, file):
+            file.close()
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise _output_error(path, error) from error
+    if free < need:
+        why = f"needs about {need // 2**20 + 1} MiB, {free // 2**20} MiB are free"
+        raise OutputError("the disk is full", which=folder, why=why)
+
+
+def save(data: bytes, target: Target, request: GenerationRequest, n: int, row: int = 0) -> str:
+    """Write `data` as picture `n` of a row; returns its path as the user would spell it ('-' for stdout)."""
+    if target.stdout:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+        return STDOUT
+    try:
+        for path in candidates(target, request, n, row):
+            real = Path(os.path.realpath(path))
+            real.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                if target.force or not os.path.lexists(path):
+                    write_atomically(real, data, place=os.replace if target.force else move_if_free)
+                    break
+    except OSError as error:
+        raise _output_error(path, error) from error
+    if target.exact and path.name != target.pattern:
+        why = f"the picture is kept as {path}"
+        raise OutputError("the file exists now", which=target.folder / target.pattern, why=why, hint="--force replaces")
+    return str(path)
+
+
+def write_atomically(path: Path, data: bytes, *, place: Callable[[Path, Path], None]) -> None:
+    """Write `data` to `path`: a temporary file beside it, fsync, then `place(temporary, path)`; raises OSError."""
+    with _temporary(path.parent) as (temporary, file):
+        with file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if place is os.replace and path.exists():
+            shutil.copymode(path, temporary)
+        place(temporary, path)
+        with contextlib.suppress(OSError):  # Windows and some file systems refuse to; the file itself is synced
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+@contextlib.contextmanager
+def _temporary(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """A new file in `folder`, open for writing, with the mode that the umask gives; gone afterwards, come what may."""
+    path = folder / f".flux-{secrets.token_hex(6)}.tmp"
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        yield path, os.fdopen(descriptor, "wb")
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def move_if_free(temporary: Path, path: Path) -> None:
+    """Give the file its name unless that is taken (FileExistsError): a hard link, or a rename that never replaces."""
+    try:
+        (os.rename if os.name == "nt" else os.link)(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        reserved = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)  # no links here (FAT): reserve, then replace
+        try:
+            os.close(reserved)
+            os.replace(temporary, path)
+        except BaseException:
+            path.unlink()
+            raise
+
+
+def _output_error(path: Path, error: OSError) -> OutputError:
+    reasons = {errno.ENOSPC: "the disk is full", errno.EROFS: "the file system is read-only"}
+    why = reasons.get(error.errno or 0, (error.strerror or str(error)).lower())
+    return OutputError("cannot write the picture", which=path, why=why, hint="-o FOLDER/ writes elsewhere")

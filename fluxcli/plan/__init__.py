@@ -1,0 +1,1 @@
+"""Bytes, seconds, placement and precision: arithmetic only. Opens no file. Stdlib only."""

@@ -1,0 +1,159 @@
+"""The planner: which precision, and why. Every precision that a model's folders offer is a rung.
+
+By the device's TOTAL memory the best one is taken that is not predicted slower than 1.25 times the fastest that fits
+(by the table of cards, not by the moment's measurement: this decides pixels); by its FREE memory only where weights
+are (`residency`). Arithmetic on headers; docs/memory.md explains it. Stdlib only. Sizes are in bytes.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from fluxcli.errors import DoesNotFit, UsageError
+from fluxcli.plan import costs
+from fluxcli.plan.costs import Hardware
+from fluxcli.plan.placement import MemoryPlan, Offer, fit, host_limit, make_offer
+from fluxcli.request.fields import GenerationRequest, flag
+from quant.checkpoint import Checkpoint
+from quant.spec import SCHEMES, TEXT_ENCODER, QuantSpec
+
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+LONG = {short: long for long, short in SHORT.items()}
+QUALITY = ("fp32", "bf16", "fp16", "fp8", "int8", "gguf", "nf4")  # best first
+USABLE_SHARE = 0.92  # of the total: the rest is the desktop's and the driver's
+CPU_SHARE = 0.8  # of the RAM, that weights in float32 may take
+SLOWER = 1.25
+
+
+@dataclass(frozen=True)
+class Rung:
+    """An offer and its verdict: chosen, fits, too slow, does not fit, or not now (in what is free)."""
+
+    offer: Offer
+    verdict: str
+    why: str
+    plan: MemoryPlan | None
+
+
+def make_plan(
+    request: GenerationRequest, checkpoints: Sequence[Checkpoint], hardware: Hardware, learned: Mapping = {}
+) -> tuple[Checkpoint, MemoryPlan]:  # fmt: skip
+    """The folder and the plan to take; raises `DoesNotFit` with the numbers and with what would fit."""
+    rungs = survey(request, checkpoints, hardware, learned)
+    if chosen := chosen_of(rungs):
+        return chosen.offer.checkpoint, chosen.plan
+    worst = next((rung for rung in rungs if rung.verdict == "not now"), rungs[0])
+    hint = suggestion(request, checkpoints, hardware) or "another device, or -p tiny"
+    why = f"{worst.offer.precision}: {worst.why}"
+    raise DoesNotFit("the model does not fit", which=request.model, why=why, hint=hint)
+
+
+def chosen_of(rungs: Sequence[Rung]) -> Rung | None:
+    """The rung to take, None if nothing fits now."""
+    return next((rung for rung in rungs if rung.verdict == "chosen"), None)
+
+
+def survey(
+    request: GenerationRequest, checkpoints: Sequence[Checkpoint], hardware: Hardware, learned: Mapping = {}
+) -> list[Rung]:  # fmt: skip
+    """Every rung with its verdict, best quality first. `learned` has measured peaks by `learned_key`."""
+    if hardware.kind == "cpu" and request.offload != "auto":
+        why = "on the CPU weights are in RAM already, or in their mapped files"
+        raise UsageError(f"--offload {request.offload} without effect", which="cpu", why=why, hint="leave it out")
+    total = int(min(request.vram_limit or hardware.total_bytes, hardware.total_bytes * USABLE_SHARE))
+    free = total if hardware.kind == "cpu" else min(total, hardware.free_bytes)
+    offers = sorted(_offers(request, checkpoints, hardware), key=lambda offer: QUALITY.index(offer.precision))
+    ever = {"budget": total, "host": host_limit(hardware, ever=True), "speeds": hardware.table}
+    now = {"budget": free, "host": host_limit(hardware), "speeds": hardware.speeds}
+    by_total = [fit(offer, **ever) for offer in offers]
+    seconds = [sum(plan.seconds.values()) for plan, _ in by_total if plan]
+    limit, rungs = SLOWER * min(seconds, default=0.0), []
+    for offer, (whole, over) in zip(offers, by_total, strict=True):
+        known = learned.get(learned_key(hardware, offer.precision, request, offer.cost.stored), {})
+        plan, short, taken = None, "", any(rung.verdict in ("chosen", "not now") for rung in rungs)
+        if whole:
+            tiled = whole.residency.decode == "tiled"  # other pixels: never by what another moment has taught
+            plan, short = fit(offer, **now, learned=known, tiled=tiled)
+            if plan is None and known:  # what was measured in another moment orders the placements, and forbids none
+                rest = {key: peak for key, peak in known.items() if not key.startswith(short.split()[0])}
+                plan, short = fit(offer, **now, learned=rest, tiled=tiled)
+        slow = sum(whole.seconds.values()) / limit * SLOWER if whole else 0.0
+        verdict, why = (
+            ("does not fit", over) if not whole
+            else ("too slow", f"{slow:.1f} times the fastest that fits") if slow > SLOWER
+            else ("fits", "a better one fits") if taken
+            else ("chosen", offer.why) if plan
+            else ("not now", f"{short} free")
+        )  # fmt: skip
+        if verdict == "chosen":
+            because = [f"{offer.precision}: {why}", *(f"not {rung.offer.precision}: {rung.why}" for rung in rungs)]
+            plan = replace(plan, reasons=(*plan.reasons, *because))
+        rungs.append(Rung(offer, verdict, why, plan))
+    return rungs
+
+
+def learned_key(hardware: Hardware, precision: str, request: GenerationRequest, stored: int) -> str:
+    """What measured peaks depend on, beside the phase's level; `stored` is the size of the weights in bytes."""
+    (width, height), what = request.size, f"{precision} of {stored >> 20} MiB"
+    found = f"{hardware.name} {hardware.total_bytes >> 20} MiB, {what}, {width}x{height}, {request.text_tokens}"
+    return ", ".join((found, *request.lora))
+
+
+# --- precision
+
+
+def _offers(request: GenerationRequest, checkpoints: Sequence[Checkpoint], hardware: Hardware) -> Iterator[Offer]:
+    """Every precision of every folder that was asked for; raises `UsageError` where there is none."""
+    found, stored_as, wanted = set(), [], request.precision
+    for checkpoint in checkpoints:
+        stored = checkpoint.components["transformer"].precision
+        stored_as.append(stored or "16 bit")
+        for precision in [stored] if stored else [wanted if wanted in LONG else "auto", *SCHEMES]:
+            packs = precision in SCHEMES and not stored
+            spec = QuantSpec(precision, TEXT_ENCODER.get(precision, "keep")) if packs else None
+            dtypes, why = _dtypes(request, precision, checkpoint, hardware, spec)
+            name = precision if stored or packs else SHORT[dtypes["transformer"]]
+            if name in found or wanted not in ("auto", name):
+                continue
+            found.add(name)
+            why = "the weights are stored so" if stored else why
+            why = "packed while loading (flux quantize does that once for all)" if spec else why
+            yield make_offer(request, checkpoint, hardware, name, spec, dtypes, why)
+    if not found:
+        why = f"its weights are {' and '.join(dict.fromkeys(stored_as))}"
+        hint = "the 16-bit model, or --precision auto"
+        raise UsageError(f"--precision {wanted} is impossible", which=request.model, why=why, hint=hint)
+
+
+def _dtypes(
+    request: GenerationRequest, asked: str, checkpoint: Checkpoint, hardware: Hardware, spec: QuantSpec | None
+) -> tuple[dict[str, str], str]:  # fmt: skip
+    """The dtype that each component computes in, and why."""
+    every = dict.fromkeys(checkpoint.components, "float32")
+    if asked in LONG:
+        dtypes = every | {"transformer": LONG[asked]}
+        return dtypes | (dict.fromkeys(every, "bfloat16") if asked == "bf16" else {}), "asked for"
+    if hardware.bf16:
+        return dict.fromkeys(every, "bfloat16"), "the device computes it"
+    if hardware.kind != "cpu":
+        return every | {"transformer": "float16"}, "the device has no bfloat16 (encoders and VAE compute in float32)"
+    cost = costs.cost_of(request, checkpoint, every, spec)
+    if max(cost.t5, cost.transformer + cost.vae) <= hardware.total_bytes * CPU_SHARE:
+        return every, "this CPU has no fast bfloat16"
+    return dict.fromkeys(every, "bfloat16"), "slowly: float32 does not fit into this RAM"
+
+
+def suggestion(request: GenerationRequest, checkpoints: Sequence[Checkpoint], hardware: Hardware) -> str:
+    """Options with which the request would fit, "" where none of the usual ones helps."""
+    tries = [{"offload": "auto"}, {"precision": "nf4"}, {"precision": "auto"}]
+    tries += [{"precision": "nf4", "image_size": side, "width": None, "height": None} for side in (1024, 768, 512, 256)]
+    for changes in tries:
+        tried = replace(request, **changes)
+        if tried == request or max(tried.size) > max(request.size):
+            continue
+        try:
+            if chosen_of(survey(tried, checkpoints, hardware)):
+                changed = {key: value for key, value in changes.items() if value != getattr(request, key) and value}
+                return " ".join(f"{flag(key)} {value}" for key, value in changed.items())
+        except UsageError:  # a precision that these weights do not have
+            continue
+    return ""

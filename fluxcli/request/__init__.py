@@ -1,0 +1,1 @@
+"""What is wanted: requests, presets, rows and jobs. Stdlib only."""

@@ -1,0 +1,76 @@
+"""A row of a job with its plan: the pictures it asks for, and how many of them go through a phase together."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from fluxcli.engine import device as hardware
+from fluxcli.engine import modulation
+from fluxcli.engine.picture import Picture
+from fluxcli.events import GeneratedImage
+from fluxcli.pictures import names as output
+from fluxcli.pictures.latents import Latents
+from fluxcli.plan.costs import DTYPE_BYTES
+from fluxcli.plan.placement import MemoryPlan
+from fluxcli.request.fields import GenerationRequest
+from fluxcli.request.job import Row
+from quant.checkpoint import Checkpoint
+from quant.errors import ExplainedError
+
+MAX_WINDOW = 16  # pictures that go through a phase together: what is lost when a run is killed
+WINDOW_SHARE = 0.1  # of the free RAM, for their tables
+
+
+@dataclass
+class Planned:
+    """A row with its plan, what else could serve it, and its pictures as they come."""
+
+    row: Row
+    request: GenerationRequest  # with its seed
+    target: output.Target
+    checkpoint: Checkpoint
+    plan: MemoryPlan
+    machine: hardware.Hardware
+    others: tuple[Checkpoint, ...]
+    left: int  # pictures that were not skipped
+    images: list[GeneratedImage]  # at first those that a lost worker drew
+
+    def __post_init__(self) -> None:
+        self._drawn = [image.seed for image in self.images]
+
+    @property
+    def basis(self) -> tuple:
+        """What one engine has: rows that differ in it never share a window."""
+        plan = self.plan
+        where, dtypes = self.checkpoint.components["transformer"].folder, tuple(plan.dtypes.items())
+        return self.checkpoint.fingerprint, where, plan.device, plan.precision, plan.spec, dtypes
+
+    def pictures(self, resume: Latents | None) -> Iterator[tuple[Picture, int]]:
+        """The row's pictures, each with how many of the same request come before it."""
+        count, seeded = self.request.count, self.row.request.seed >= 0
+        for k in range(count):
+            one = self.request.picture(k)
+            picture = Picture(one, self.target, k + 1, self.row.number, seeded, k + 1, count, latents=resume)
+            yield picture, self.row.before[k] if self.row.before else 0
+
+    def was_drawn(self, picture: Picture) -> bool:
+        """Whether it is one that a lost worker drew; of a row without a seed, as many as it drew."""
+        if picture.seeded or not self._drawn:
+            return picture.request.seed in self._drawn
+        self._drawn.pop()
+        return True
+
+    def refused(self) -> ExplainedError | None:
+        """Why the row's file cannot be written."""
+        try:
+            output.check_writable(self.target, self.request, self.row.number)
+        except ExplainedError as error:
+            return error
+        return None
+
+
+def window_size(rows: Sequence[Planned]) -> int:
+    """How many pictures of these rows go through a phase together: by the RAM that their tables take."""
+    width = modulation.row_width(rows[0].checkpoint.components["transformer"])
+    plan, steps = rows[0].plan, max(planned.request.steps for planned in rows)
+    table = steps * width * DTYPE_BYTES[plan.dtypes["transformer"]]
+    return max(1, min(MAX_WINDOW, int(rows[0].machine.ram_free_bytes * WINDOW_SHARE) // table))
