@@ -24,6 +24,7 @@ from unittest import mock
 
 import torch
 
+from benchmarks.counting import CARD, Counter, packed
 from fluxcli.engine import device as hardware
 from fluxcli.engine import sampling
 from fluxcli.engine.engine import Engine
@@ -38,8 +39,6 @@ from quant import linear
 from quant.checkpoint import Checkpoint, inspect
 from quant.codecs import Reader
 from quant.spec import SCHEMES, QuantSpec
-from tests.counter import CARD, Counter
-from tests.simulate import packed
 
 TINY = Path(__file__).resolve().parent.parent / "presets" / "tiny"
 DEV = "black-forest-labs/FLUX.1-dev"

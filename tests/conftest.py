@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: the models are too small for more threads
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -79,8 +81,11 @@ def baked(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 @pytest.fixture(scope="session")
 def exported(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, dict]]:
-    """The bundled transformer in a dialect of tests/exports.py: (file, its float32 values by diffusers' names)."""
-    from tests import exports
+    """The bundled transformer in a dialect of tests/support/exports.py.
+
+    Returns (file, its float32 values by diffusers' names).
+    """
+    from tests.support import exports
 
     folder = tmp_path_factory.mktemp("exported")
     bfl = exports.bfl_tensors(tiny_folder, folder / "source.safetensors")
@@ -97,7 +102,7 @@ def exported(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list:
     """The requests that a fake engine was given."""
-    from tests.invariant import paint_instead
+    from tests.support.invariant import paint_instead
 
     requests: list = []
     paint_instead(monkeypatch, requests)
@@ -107,7 +112,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list:
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model cut down to a few tensors."""
-    from tests.bakes import make_micro
+    from tests.support.bakes import make_micro
 
     return make_micro(ROOT / "presets" / "tiny", tmp_path_factory.mktemp("micro"))
 

@@ -20,8 +20,8 @@ from quant.errors import CheckpointError, WriteError
 from quant.recipe import make_recipe
 from quant.spec import SCHEMES, QuantSpec
 from quant.writer import SafetensorsWriter
-from tests.bakes import ORIGIN, Hook, bake_all, change, content, recipe_of
-from tests.invariant import files
+from tests.support.bakes import ORIGIN, Hook, bake_all, change, content, recipe_of
+from tests.support.invariant import files
 
 SPECS = [
     QuantSpec(to, text_encoder, modulation, "absmax" if "nf4" in (to, text_encoder) else "search")

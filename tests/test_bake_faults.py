@@ -17,9 +17,9 @@ import torch
 from quant.bake import bake, remove_remains
 from quant.errors import CheckpointError, WriteError
 from quant.recipe import Recipe
-from tests.bakes import ORIGIN, Hook, bake_all, change, content, recipe_of
-from tests.conftest import ROOT
-from tests.invariant import files
+from tests.support.bakes import ORIGIN, Hook, bake_all, change, content, recipe_of
+from tests.support.helpers import ROOT
+from tests.support.invariant import files
 
 LEFT = ("flux-manifest.json", "transformer/x.safetensors", "x.safetensors", "x.safetensors.json")
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import tests.invariant  # noqa: F401 - the profile
+import tests.support.invariant  # noqa: F401 - the profile
 from fluxcli.errors import UsageError
 from fluxcli.request import rows as batch
 from fluxcli.request.job import Row

@@ -38,10 +38,9 @@ from fluxcli.run.processes import VARIABLES, Share
 from fluxcli.run.processes import count as count_processes
 from fluxcli.run.session import Session
 from quant.checkpoint import Checkpoint, inspect
-from tests.conftest import ROOT
-from tests.helpers import machine, tiny
-from tests.invariant import Fault, assert_failed, call, files, paint_instead
-from tests.loras import write_lora
+from tests.support.helpers import ROOT, machine, tiny
+from tests.support.invariant import Fault, assert_failed, call, files, paint_instead
+from tests.support.loras import write_lora
 
 SMALL = ("-p", "tiny", "--size", "64", "--steps", "2")  # real pictures
 FAKE = ("-p", "tiny", "--size", "64")
@@ -638,7 +637,7 @@ PAINTED = """
 import sys, pytest
 from fluxcli.cli import app
 from fluxcli.engine.engine import Engine
-from tests.invariant import paint_instead
+from tests.support.invariant import paint_instead
 paint_instead(pytest.MonkeyPatch())
 Engine.multiply = "fp32"  # as it is, without the import of torch
 app.main()

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from tests.conftest import ROOT
+from tests.support.helpers import ROOT
 
 
 def test_cards_runs_shrunk():

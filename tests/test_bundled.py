@@ -14,7 +14,7 @@ from PIL import Image
 from fluxcli.request import presets
 from fluxcli.request.fields import from_settings
 from quant.checkpoint import inspect
-from tests.helpers import draw, engine_of
+from tests.support.helpers import draw, engine_of
 from training import check, data
 
 LIMIT_BYTES = 12_000_000

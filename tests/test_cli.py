@@ -13,8 +13,8 @@ import typer
 from fluxcli.cli.app import app
 from fluxcli.errors import ExitCode
 from fluxcli.pictures.image import read_metadata
-from tests.conftest import ROOT
-from tests.invariant import assert_failed, call, files
+from tests.support.helpers import ROOT
+from tests.support.invariant import assert_failed, call, files
 
 GIVEN = ("generate", "a fox", "-p", "tiny", "--seed", "5")
 

@@ -10,7 +10,7 @@ from fluxcli.engine.streaming import load_component
 from fluxcli.errors import ExitCode
 from quant.checkpoint import inspect
 from quant.errors import CheckpointError
-from tests.invariant import assert_failed, call
+from tests.support.invariant import assert_failed, call
 
 HOSTILE = [
     ("transformer/config.json", {"num_attention_heads": "4"}),

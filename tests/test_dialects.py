@@ -16,7 +16,7 @@ from quant.recipe import Recipe, make_file_recipe
 from quant.single import transformer_in as inspect_file
 from quant.spec import QuantSpec
 from quant.weights import Piece, Weight
-from tests.bakes import bake_all
+from tests.support.bakes import bake_all
 
 REAL = {"in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,
         "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768}  # fmt: skip

@@ -22,8 +22,8 @@ from fluxcli.errors import DeviceUnusable, ExitCode
 from fluxcli.plan.costs import Hardware
 from fluxcli.plan.placement import GIB
 from quant import linear
-from tests.helpers import machine
-from tests.invariant import assert_failed, call, files
+from tests.support.helpers import machine
+from tests.support.invariant import assert_failed, call, files
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
 Usage = namedtuple("Usage", "total used free")

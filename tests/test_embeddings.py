@@ -24,7 +24,7 @@ from fluxcli import paths
 from fluxcli.cli import cache
 from fluxcli.engine import prompt_cache as embeddings
 from fluxcli.engine.prompt_cache import Embeddings, key_of, read, write
-from tests.invariant import Fault, files
+from tests.support.invariant import Fault, files
 
 DTYPES = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 KEY, OTHER = key_of(text="a fox"), key_of(text="a hare")

@@ -13,7 +13,7 @@ from fluxcli.pictures import names as output
 from fluxcli.pictures.image import pixels_sha256, read_metadata
 from fluxcli.plan.placement import Residency
 from quant.checkpoint import Checkpoint, inspect
-from tests.helpers import draw, engine_of, read_pixels, run, tiny
+from tests.support.helpers import draw, engine_of, read_pixels, run, tiny
 
 
 @pytest.fixture(scope="module")
@@ -158,14 +158,14 @@ def test_the_frugal_imports_leave_out_what_a_picture_never_uses(flux):
     import subprocess
     import sys
 
-    from tests.conftest import ROOT
+    from tests.support.helpers import ROOT
 
     code = (
         "import sys; from fluxcli.engine import classes\n"
         "classes.transformer(); classes.vae(); classes.clip(); classes.t5()\n"
         "classes.scheduler(); classes.clip_tokenizer(); classes.t5_tokenizer()\n"
         "from pathlib import Path; from quant.checkpoint import inspect\n"
-        "from tests.helpers import draw, engine_of, tiny\n"
+        "from tests.support.helpers import draw, engine_of, tiny\n"
         "draw(engine_of(inspect(Path('presets/tiny'))), tiny())\n"
         "print(sorted({'sympy', 'torch._dynamo', 'torch.distributed.tensor'} & set(sys.modules)))\n"
         "import torch; assert torch.distributed.is_available()\n"

@@ -12,8 +12,8 @@ import pytest
 from fluxcli.cli import console
 from fluxcli.errors import ExitCode
 from fluxcli.events import GeneratedImage, Notice, Phase, Saved, Step
-from tests.conftest import ROOT
-from tests.invariant import assert_failed, call, paint_instead
+from tests.support.helpers import ROOT
+from tests.support.invariant import assert_failed, call, paint_instead
 
 HEAVY = ("torch", "diffusers", "transformers", "numpy", "PIL", "safetensors", "huggingface_hub", "psutil")
 IMAGE = GeneratedImage("x.png", 5, 64, 64, "png", 9, "", "")

@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from fluxcli.engine.loader import build
 from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import Component, inspect
-from tests.conftest import ROOT
-from tests.helpers import draw, engine_of, tiny
+from tests.support.helpers import ROOT, draw, engine_of, tiny
 
 REAL = ROOT.parent / "shared" / "flux1-dev"  # the published configs and tokenizers, where a developer has them
 

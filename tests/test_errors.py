@@ -8,7 +8,7 @@ from fluxcli import errors
 from fluxcli.cli.app import _explained
 from fluxcli.errors import ExitCode, FluxError
 from quant.errors import CheckpointError
-from tests.conftest import ROOT
+from tests.support.helpers import ROOT
 
 KINDS = FluxError.__subclasses__()
 

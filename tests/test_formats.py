@@ -24,7 +24,7 @@ from quant.recipe import make_file_recipe, make_recipe
 from quant.single import transformer_in as inspect_file
 from quant.spec import STATE, QuantSpec
 from quant.weights import Piece, Weight
-from tests.helpers import BAKED
+from tests.support.helpers import BAKED
 from tests.test_equals_diffusers import write_random
 
 DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from quant import checkpoint, header
-from tests import fuzz, fuzz_inputs
+from tests.support import fuzz, fuzz_inputs
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "alarm"), reason="the fuzzer's clock is POSIX")
 real, real_files = header._parse, checkpoint._weight_files

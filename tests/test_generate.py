@@ -9,8 +9,8 @@ from fluxcli.errors import ExitCode
 from fluxcli.models import find as models
 from fluxcli.pictures.image import read_metadata
 from quant.spec import SCHEMES, TEXT_ENCODER
-from tests.helpers import read_pixels
-from tests.invariant import assert_failed, call, paint_instead
+from tests.support.helpers import read_pixels
+from tests.support.invariant import assert_failed, call, paint_instead
 
 TINY = ("generate", "a red circle", "-p", "tiny", "--steps", "2", "--size", "64", "--seed", "3", "--device", "cpu")
 

@@ -14,7 +14,7 @@ from fluxcli.paths import BUNDLED
 from fluxcli.plan.costs import CONTEXT_BYTES
 from fluxcli.plan.placement import GIB
 from fluxcli.run import lock
-from tests.invariant import assert_failed, call
+from tests.support.invariant import assert_failed, call
 
 NONE = {"cuda": 0, "xpu": 0, "mps": 0}
 

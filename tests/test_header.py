@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import numpy as reference
 
-import tests.invariant  # noqa: F401 - hypothesis without deadlines
+import tests.support.invariant  # noqa: F401 - hypothesis without deadlines
 from quant.errors import CheckpointError
 from quant.header import DTYPE_BITS, file_identity, read_header
 

@@ -26,9 +26,9 @@ from fluxcli.errors import ExitCode
 from fluxcli.models import find as models
 from fluxcli.models import hub
 from quant.checkpoint import MANIFEST, inspect
-from tests.conftest import ROOT
-from tests.hub_server import COMMIT, PAGE, HubServer
-from tests.invariant import assert_failed, call, files
+from tests.support.helpers import ROOT
+from tests.support.hub_server import COMMIT, PAGE, HubServer
+from tests.support.invariant import assert_failed, call, files
 
 DEV = "black-forest-labs/FLUX.1-dev"
 TOKEN = "hf_secretsecretsecretsecretsecret"

@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import tests.invariant  # noqa: F401 - hypothesis without deadlines
+import tests.support.invariant  # noqa: F401 - hypothesis without deadlines
 from fluxcli import versions
 from fluxcli.errors import BadInputFile, ExitCode
 from fluxcli.pictures.image import encode, pixels_sha256, read_metadata
 from fluxcli.request.fields import MAX_PROMPT_BYTES, GenerationRequest
-from tests.helpers import read_pixels
+from tests.support.helpers import read_pixels
 
 FORMATS = ("png", "jpg", "webp")
 SIGNATURES = {"png": b"\x89PNG", "jpg": b"\xff\xd8\xff", "webp": b"RIFF"}

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from fluxcli.errors import ExitCode
 from quant.checkpoint import COMPONENTS, TOKENIZERS, inspect
 from quant.spec import SCHEMES
-from tests.helpers import BAKED
-from tests.invariant import assert_failed, call, files
+from tests.support.helpers import BAKED
+from tests.support.invariant import assert_failed, call, files
 from tests.test_dialects import SMALL, published
 
 PART_KEYS = {"dialect", "precision", "parameters", "bytes", "tensors", "loads", "truncated"}

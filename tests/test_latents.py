@@ -24,8 +24,8 @@ from fluxcli.pictures.latents import Latents
 from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import inspect
 from quant.errors import CheckpointError
-from tests.helpers import draw, engine_of, read_pixels, tiny
-from tests.invariant import Fault, assert_failed, call, files
+from tests.support.helpers import draw, engine_of, read_pixels, tiny
+from tests.support.invariant import Fault, assert_failed, call, files
 
 REQUEST = tiny()
 BESIDE = output.Target(Path(), output.DEFAULT_TEMPLATE)

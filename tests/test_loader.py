@@ -13,7 +13,7 @@ from quant.checkpoint import COMPONENTS, KEEP_FILE, inspect
 from quant.config import CLASSES
 from quant.errors import CheckpointError
 from quant.spec import QuantSpec
-from tests.helpers import BAKED
+from tests.support.helpers import BAKED
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from benchmarks.counting import CARD, Counter
 from fluxcli.engine.engine import Engine
 from fluxcli.engine.loader import _single_block
 from fluxcli.engine.lora_hooks import attach
@@ -27,10 +28,8 @@ from quant.checkpoint import Checkpoint, inspect
 from quant.errors import CheckpointError
 from quant.single import assemble
 from quant.spec import QuantSpec
-from tests.conftest import ROOT
-from tests.counter import CARD, Counter
-from tests.helpers import BAKED, draw, engine_of, machine, tiny
-from tests.loras import linear_layers, low_rank, peft_tensors, write_described, write_lora, write_special
+from tests.support.helpers import BAKED, ROOT, draw, engine_of, machine, tiny
+from tests.support.loras import linear_layers, low_rank, peft_tensors, write_described, write_lora, write_special
 from tests.test_placement import WAYS, forward, inputs, place
 
 BLOCKS = r"(single_)?transformer_blocks\.\d+\.(attn|ff|proj).*"
@@ -90,7 +89,8 @@ def expected(files: dict[str, Path], tiny_folder: Path, tmp_path_factory: pytest
     """FluxPipeline's pictures with each combination, made where diffusers was imported with peft."""
     asked = {str(scales): [[str(files[name]), scale] for name, scale in scales.items()] for scales in COMBINATIONS}
     out = tmp_path_factory.mktemp("pipeline") / "pictures.npz"
-    command = [sys.executable, "-W", "ignore", "-m", "tests.loras", str(tiny_folder), str(out), json.dumps(asked)]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support.loras"]
+    command += [str(tiny_folder), str(out), json.dumps(asked)]
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     return dict(np.load(out))
 

@@ -15,9 +15,9 @@ from fluxcli.models import loras as lora
 from fluxcli.pictures.image import read_metadata
 from fluxcli.request import presets
 from quant.checkpoint import MANIFEST, Checkpoint, inspect
-from tests.helpers import draw, engine_of, read_pixels, tiny
-from tests.invariant import call
-from tests.loras import write_lora, write_special
+from tests.support.helpers import draw, engine_of, read_pixels, tiny
+from tests.support.invariant import call
+from tests.support.loras import write_lora, write_special
 
 QUICK = ("-p", "tiny", "--steps", "2", "--size", "64", "--seed", "7", "--text-tokens", "16", "--device", "cpu")
 PROMPT = "a red circle on a blue background"

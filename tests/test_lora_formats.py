@@ -21,8 +21,8 @@ from quant.checkpoint import Checkpoint, inspect
 from quant.codecs import Reader
 from quant.errors import CheckpointError
 from tests import published
-from tests.helpers import draw, engine_of, tiny
-from tests.loras import low_rank
+from tests.support.helpers import draw, engine_of, tiny
+from tests.support.loras import low_rank
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FORMATS = {

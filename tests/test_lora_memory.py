@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.counting import Counter, packed
 from fluxcli.engine import device as hardware
 from fluxcli.plan import placement as residency
 from fluxcli.plan.placement import PHASES
@@ -16,10 +17,9 @@ from quant import codecs
 from quant.checkpoint import inspect
 from quant.header import DTYPE_BITS
 from tests import published
-from tests.counter import Counter
-from tests.helpers import BAKED, draw, engine_of, tiny
-from tests.loras import write_lora
-from tests.simulate import every_rung, follow, full_size, on_card, packed
+from tests.support.helpers import BAKED, draw, engine_of, tiny
+from tests.support.loras import write_lora
+from tests.support.simulate import every_rung, follow, full_size, on_card
 from tests.test_memory import BAKES, MIB
 
 CASES = [

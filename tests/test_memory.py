@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.counting import Counter, packed
 from fluxcli.engine import device as hardware
 from fluxcli.plan import placement as residency
 from fluxcli.plan.placement import GIB, PHASES, MemoryPlan
@@ -14,9 +15,8 @@ from fluxcli.plan.planner import make_plan
 from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import Checkpoint, inspect
 from quant.spec import QuantSpec
-from tests.counter import Counter
-from tests.helpers import BAKED, tiny
-from tests.simulate import blocked, every_rung, follow, full_size, on_card, packed
+from tests.support.helpers import BAKED, tiny
+from tests.support.simulate import blocked, every_rung, follow, full_size, on_card
 
 MIB = 2**20
 BAKES = {"nf4": QuantSpec("nf4", "nf4"), "fp8": QuantSpec("fp8"), "int8": QuantSpec("int8")}

@@ -14,7 +14,7 @@ from quant.dialects import from_ldm
 from quant.errors import WriteError
 from quant.weights import Weight
 from quant.writer import check_room
-from tests.invariant import assert_failed, call
+from tests.support.invariant import assert_failed, call
 
 DEV = "black-forest-labs/FLUX.1-dev"
 WHOLE = (

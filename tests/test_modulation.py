@@ -10,7 +10,7 @@ from fluxcli.engine import modulation
 from fluxcli.engine.streaming import load_component
 from quant.checkpoint import Checkpoint, inspect
 from quant.spec import is_modulation
-from tests.helpers import draw, engine_of, tiny
+from tests.support.helpers import draw, engine_of, tiny
 
 STEPS = torch.tensor([1000.0, 600.0, 250.0])
 

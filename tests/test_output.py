@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from fluxcli.errors import ExitCode, OutputError, UsageError
 from fluxcli.pictures import names as output
 from fluxcli.request.fields import GenerationRequest
-from tests.invariant import Fault, files
+from tests.support.invariant import Fault, files
 
 REQUEST = GenerationRequest("A Fox, running!", seed=7, preset="tiny", aspect_ratio="2:1", image_size=128, format="png")
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX file modes and links")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.counting import CARD, Counter
 from fluxcli.engine import modulation
 from fluxcli.engine import streaming as placement
 from fluxcli.engine.components import Stage
@@ -20,11 +21,10 @@ from fluxcli.plan.placement import Residency
 from quant.checkpoint import Component, inspect
 from quant.single import assemble, transformer_in
 from quant.spec import QuantSpec, is_modulation
-from tests.counter import CARD, Counter
-from tests.helpers import BAKED, engine_of, tiny
+from tests.support.helpers import BAKED, engine_of, tiny
 
 PRECISIONS = ["fp32", "bf16", "nf4", "fp8", "int8"]
-FILES = ["gguf Q4_0", "gguf Q6_K", "nf4 v2", "comfy scaled"]  # single files, tests/exports.py; Q6_K beside F16
+FILES = ["gguf Q4_0", "gguf Q6_K", "nf4 v2", "comfy scaled"]  # single files, tests/support/exports.py; Q6_K beside F16
 WAYS = {  # which blocks of seven pass through, and whether from an arena
     "none": ((), True), "two": ((2, 5), True), "four": ((1, 3, 4, 6), True), "odd": ((0, 2, 5), True),
     "all": (range(7), True), "two from their file": ((2, 5), False), "all from their file": (range(7), False),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.counting import packed
 from fluxcli.cli import console
 from fluxcli.engine import device as hardware
 from fluxcli.errors import DoesNotFit, ExitCode, UsageError
@@ -21,10 +22,8 @@ from fluxcli.plan.planner import QUALITY, SLOWER, USABLE_SHARE, make_plan, surve
 from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import Checkpoint, inspect
 from quant.spec import SCHEMES, QuantSpec
-from tests.conftest import ROOT
-from tests.helpers import BAKED, machine, tiny
-from tests.invariant import assert_failed, call
-from tests.simulate import packed
+from tests.support.helpers import BAKED, ROOT, machine, tiny
+from tests.support.invariant import assert_failed, call
 
 GOLDEN = ROOT / "tests" / "golden_plans.txt"
 DEV = "black-forest-labs/FLUX.1-dev"
@@ -390,7 +389,7 @@ def test_a_damaged_variant_is_left_out_and_named(tiny_folder, capsys):
 def test_known_shapes_are_those_of_the_model_classes(dev):
     """What is planned without a download: names and shapes as the real classes have them."""
     from fluxcli.engine.loader import check_keys
-    from tests.helpers import expected_shapes
+    from tests.support.helpers import expected_shapes
 
     schnell = models.known_shapes("black-forest-labs/FLUX.1-schnell")
     for checkpoint in (dev, schnell, models.known_shapes("black-forest-labs/FLUX.1-Krea-dev")):

@@ -21,9 +21,8 @@ from fluxcli.plan.placement import GIB, PHASES
 from fluxcli.plan.planner import QUALITY
 from fluxcli.request.fields import GenerationRequest
 from quant.spec import SCHEMES
-from tests.conftest import ROOT
-from tests.helpers import BAKED, machine
-from tests.invariant import assert_failed, call
+from tests.support.helpers import BAKED, ROOT, machine
+from tests.support.invariant import assert_failed, call
 
 CARD = ("plan", "--card", "12GiB:sm89")
 VERDICTS = {"chosen", "fits", "too slow", "does not fit", "not now"}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fluxcli.errors import ExitCode, UsageError
 from fluxcli.request import presets
 from fluxcli.request.fields import KEYS, from_settings
-from tests.invariant import call
+from tests.support.invariant import call
 
 BUNDLED = ("dev", "draft", "hyper", "krea", "quality", "schnell", "tiny", "turbo")
 VALUES = {

@@ -22,8 +22,8 @@ from fluxcli.request import presets
 from quant.checkpoint import KEEP_FILE, MANIFEST, inspect
 from quant.single import transformer_in as inspect_file
 from quant.spec import SCHEMES
-from tests.conftest import ROOT
-from tests.invariant import assert_failed, call, files
+from tests.support.helpers import ROOT
+from tests.support.invariant import assert_failed, call, files
 
 FAST = ("--scales", "absmax", "-q")
 USAGE = namedtuple("usage", "total used free")

@@ -13,8 +13,8 @@ from fluxcli.errors import BadInputFile, ExitCode
 from fluxcli.pictures.image import encode, read_metadata
 from fluxcli.request import presets
 from fluxcli.request.fields import from_settings
-from tests.helpers import read_pixels
-from tests.invariant import assert_failed, call, files
+from tests.support.helpers import read_pixels
+from tests.support.invariant import assert_failed, call, files
 
 SAID = {
     "steps": st.integers(1, 60).map(str),

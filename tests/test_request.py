@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-import tests.invariant  # noqa: F401 - hypothesis without deadlines
+import tests.support.invariant  # noqa: F401 - hypothesis without deadlines
 from fluxcli.errors import ExitCode, UsageError
 from fluxcli.request.fields import (
     ASPECT_RATIOS,

@@ -13,9 +13,8 @@ import pytest
 
 from fluxcli.pictures import names as output
 from fluxcli.request.fields import GenerationRequest
-from tests.conftest import ROOT
-from tests.helpers import engine_of, run, tiny
-from tests.invariant import Fault, files
+from tests.support.helpers import ROOT, engine_of, run, tiny
+from tests.support.invariant import Fault, files
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 LONG = ("generate", "a fox", "-p", "tiny", "--steps", "1000", "--size", "64", "--events", "-o", "pics/")
@@ -173,7 +172,7 @@ def test_a_signal_that_the_parent_ignores_stays_ignored():
 PAINTED = """
 import sys, pytest
 from fluxcli.cli import app
-from tests.invariant import paint_instead
+from tests.support.invariant import paint_instead
 paint_instead(pytest.MonkeyPatch())
 app.main()
 """

@@ -26,10 +26,11 @@ from quant.checkpoint import COMPONENTS, Component, inspect
 from quant.errors import CheckpointError
 from quant.linear import PackedLinear
 from quant.single import assemble, inspect_file, transformer_in
-from tests import exports, published, real_width
-from tests.exports import DIALECTS
-from tests.helpers import draw, engine_of, tiny
-from tests.invariant import call
+from tests import published
+from tests.support import exports, real_width
+from tests.support.exports import DIALECTS
+from tests.support.helpers import draw, engine_of, tiny
+from tests.support.invariant import call
 from tests.test_formats import named
 
 KNOWN = {kind: models.known_shapes(f"black-forest-labs/FLUX.1-{kind}").components for kind in ("dev", "schnell")}
@@ -187,7 +188,7 @@ def test_every_weight_is_what_the_formats_library_reads(dialect, exported, tiny_
 
 
 def test_a_bfl_file_of_real_width_is_what_diffusers_converts(tmp_path):
-    """One block of each kind, 0.6 B parameters; the other dialects by hand: python -m tests.real_width."""
+    """One block of each kind, 0.6 B parameters; the other dialects by hand: python -m tests.support.real_width."""
     found = {dialect: counted for dialect, *counted, _ in real_width.rows(["bfl bf16", "vae"], tmp_path)}
     assert found == {"bfl bf16": [66, 0.0], "vae": [244, 0.0]}
 

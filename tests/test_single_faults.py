@@ -21,11 +21,11 @@ from quant.errors import CheckpointError
 from quant.header import TensorInfo, read_header
 from quant.single import inspect_file, transformer_in
 from quant.weights import Piece
-from tests import exports
-from tests.exports import COMFY, DIALECTS, STATE
-from tests.fuzz_inputs import GGUF_TENSORS, gguf_fields, pack_gguf
-from tests.helpers import read_pixels
-from tests.invariant import assert_failed, call
+from tests.support import exports
+from tests.support.exports import COMFY, DIALECTS, STATE
+from tests.support.fuzz_inputs import GGUF_TENSORS, gguf_fields, pack_gguf
+from tests.support.helpers import read_pixels
+from tests.support.invariant import assert_failed, call
 from tests.test_single import K_QUANTS, apart
 
 LAYER = "double_blocks.0.img_attn.qkv"

@@ -18,9 +18,8 @@ from fluxcli.errors import ExitCode
 from fluxcli.events import Phase
 from fluxcli.run import lock, session
 from fluxcli.run.lock import DeviceLock
-from tests.conftest import ROOT
-from tests.helpers import machine
-from tests.invariant import assert_failed, call, files
+from tests.support.helpers import ROOT, machine
+from tests.support.invariant import assert_failed, call, files
 
 CARD = "cuda GPU-1234"
 HOLDER = """

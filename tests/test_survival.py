@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.counting import CARD, Counter
 from fluxcli.engine import device as hardware
 from fluxcli.engine import sampling
 from fluxcli.engine.engine import Engine
@@ -20,10 +21,9 @@ from fluxcli.plan import placement as residency
 from fluxcli.plan.planner import make_plan
 from fluxcli.run import lock, session
 from quant.checkpoint import Checkpoint, inspect
-from tests.counter import CARD, Counter
-from tests.helpers import draw, engine_of, machine, read_pixels, tiny
-from tests.invariant import assert_failed, call
-from tests.simulate import follow, on_card
+from tests.support.helpers import draw, engine_of, machine, read_pixels, tiny
+from tests.support.invariant import assert_failed, call
+from tests.support.simulate import follow, on_card
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-import tests.invariant  # noqa: F401 - hypothesis without deadlines
+import tests.support.invariant  # noqa: F401 - hypothesis without deadlines
 from quant import codecs
 from quant.codecs import Reader, rows_of
 from quant.errors import CheckpointError

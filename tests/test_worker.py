@@ -24,7 +24,7 @@ from fluxcli.request.fields import GenerationRequest
 from fluxcli.request.job import Job, Row
 from fluxcli.run import client
 from quant.errors import ExplainedError
-from tests.conftest import ROOT
+from tests.support.helpers import ROOT
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="its pipes want a Windows to be tried on")
 

@@ -17,8 +17,8 @@ from fluxcli.request import presets
 from fluxcli.request.job import Job, Row
 from fluxcli.run import client
 from fluxcli.run import dispatch as runner
-from tests.conftest import ROOT
-from tests.invariant import assert_failed, call, files
+from tests.support.helpers import ROOT
+from tests.support.invariant import assert_failed, call, files
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="a socket of POSIX")
 SMALL = ("-p", "tiny", "--steps", "2", "--size", "64")

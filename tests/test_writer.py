@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import _TYPES as TYPES
 from safetensors.torch import load_file
 
-import tests.invariant  # noqa: F401 - hypothesis without deadlines
+import tests.support.invariant  # noqa: F401 - hypothesis without deadlines
 from quant.header import DTYPE_BITS, TensorInfo, read_header
 from quant.writer import SafetensorsWriter
 

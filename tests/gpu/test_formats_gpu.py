@@ -14,7 +14,7 @@ from fluxcli.plan import planner as plan
 from quant import codecs
 from quant.checkpoint import KEEP_FILE, inspect
 from quant.linear import CAPABILITIES, RowLinear, make_linear, path_of
-from tests.helpers import BAKED, draw, tiny
+from tests.support.helpers import BAKED, draw, tiny
 from tests.test_formats import apart, inputs
 from tests.test_linear import OPERATORS, WHERE, noise
 

@@ -9,7 +9,7 @@ from fluxcli.engine import streaming as placement
 from fluxcli.engine.engine import Engine
 from fluxcli.plan.planner import make_plan
 from quant.checkpoint import inspect
-from tests.helpers import BAKED, draw, tiny
+from tests.support.helpers import BAKED, draw, tiny
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -1,4 +1,6 @@
-"""What tests/fuzz.py feeds: tiny model folders, a GGUF, and damage to one of their files. Knows the formats, no reader.
+"""What tests/support/fuzz.py feeds: tiny model folders, a GGUF, and damage to one of their files.
+
+Knows the formats, no reader.
 
 A folder is its files by relative path. Damage is drawn from one `Random`: the same draws, the same bytes.
 """
@@ -11,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-TINY = Path(__file__).resolve().parent.parent / "presets" / "tiny"
+TINY = Path(__file__).resolve().parents[2] / "presets" / "tiny"
 OUTSIDE = "outside.safetensors"  # beside the folder: nobody may open it
 DTYPE_BYTES = {"U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F16": 2, "BF16": 2, "F32": 4, "I64": 8}
 SINGLE, SHARD = "transformer/diffusion_pytorch_model.safetensors", "transformer/d-0000{}-of-2.safetensors"

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from quant.checkpoint import Checkpoint
-from tests.helpers import tiny
+from tests.support.helpers import tiny
 
 PREFIX = {"text_encoder": "text_model."}
 

@@ -12,7 +12,7 @@ from quant.bake import Progress, bake
 from quant.checkpoint import MANIFEST, inspect
 from quant.recipe import Recipe, make_file_recipe, make_recipe
 from quant.spec import QuantSpec
-from tests.invariant import Fault, files
+from tests.support.invariant import Fault, files
 
 if TYPE_CHECKING:
     import torch

@@ -1,4 +1,4 @@
-"""Every dialect at FLUX.1's real width, one block of each kind: `python -m tests.real_width [DIALECT ...]`.
+"""Every dialect at FLUX.1's real width, one block of each kind: `python -m tests.support.real_width [DIALECT ...]`.
 
 Random weights under the published BFL names are written in each dialect, read back by the dialect's own library and
 renamed by diffusers' own converters: what we read of the same file must be equal. Minutes, 6 GB of memory and 3 GB of
@@ -26,7 +26,7 @@ from fluxcli.models import find as models
 from quant.checkpoint import Component
 from quant.single import inspect_file
 from tests import published
-from tests.exports import DIALECTS, Tensors
+from tests.support.exports import DIALECTS, Tensors
 
 DIMENSIONS, COUNT = (3072, 64), 15_485_863  # width and channels; different random values
 
@@ -96,7 +96,7 @@ def rows(dialects: list[str], root: Path | None) -> Iterator[tuple[str, int, flo
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tests.real_width", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.support.real_width", description=__doc__.partition("\n")[0])
     parser.add_argument("dialects", nargs="*", metavar="DIALECT", help=f"of {', '.join(DIALECTS)}, vae; all if none")
     parser.add_argument("--folder", type=Path, help="where to write; a temporary one by default")
     options = parser.parse_args(arguments)

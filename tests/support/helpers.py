@@ -19,6 +19,8 @@ from fluxcli.plan.placement import GIB
 from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import Checkpoint, Component
 
+ROOT = Path(__file__).resolve().parents[2]
+
 TINY = GenerationRequest(
     "a red circle on a blue background", preset="tiny", model="bundled/tiny", steps=3, seed=7, image_size=64,
     text_tokens=16, format="png", device="cpu",

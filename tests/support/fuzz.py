@@ -1,9 +1,9 @@
-"""Fuzz what a downloaded folder can hold: `python -m tests.fuzz --seconds 60 [--seed N] [--all]`.
+"""Fuzz what a downloaded folder can hold: `python -m tests.support.fuzz --seconds 60 [--seed N] [--all]`.
 
-Damages files of tiny model folders and a GGUF (tests/fuzz_inputs.py) and asks `inspect`, `read_header` or, of the GGUF,
-`inspect_file` what they are. Knows those three functions, nothing behind them. Input k of a seed depends on the two
-alone. What `outcome` raises is a finding: its files go to ./fuzz-findings, the exit code is 1. Limits in seconds and
-bytes.
+Damages files of tiny model folders and a GGUF (tests/support/fuzz_inputs.py) and asks `inspect`,
+`read_header` or, of the GGUF, `inspect_file` what they are. Knows those three functions, nothing
+behind them. Input k of a seed depends on the two alone. What `outcome` raises is a finding: its
+files go to ./fuzz-findings, the exit code is 1. Limits in seconds and bytes.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from random import Random
 
 from quant import checkpoint, header, single
 from quant.errors import CheckpointError
-from tests.fuzz_inputs import GGUF, OUTSIDE, damage, folders, pack, parse, write
+from tests.support.fuzz_inputs import GGUF, OUTSIDE, damage, folders, pack, parse, write
 
 MAX_CPU_S, HANG_S, MAX_PEAK_BYTES = 1, 60, 32 << 20  # CPU time: others may work on this machine too
 TRACED = 50  # one input in so many; it is not timed
@@ -130,7 +130,7 @@ def _hang(*_: object) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.support.fuzz", description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--all", action="store_true", help="go on behind a finding, keep one of each kind")

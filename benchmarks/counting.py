@@ -7,10 +7,15 @@ What an operator allocates inside itself is not seen. Over `budget` bytes it rai
 """
 
 import weakref
+from dataclasses import replace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+
+from quant.checkpoint import Checkpoint, Component
+from quant.spec import QuantSpec, layout
+from quant.weights import Piece, Weight
 
 CARD = "cpu:0"
 
@@ -67,3 +72,17 @@ class Counter(TorchDispatchMode):
 
 def _tensors(tree: object) -> list[torch.Tensor]:
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
+
+
+def packed(checkpoint: Checkpoint, spec: QuantSpec) -> Checkpoint:
+    """The same model as if it had been baked."""
+    parts = {}
+    for name, part in checkpoint.components.items():
+        weights = {}
+        for key, weight in part.weights.items():
+            scheme = spec.scheme(name, key, weight.shape)
+            stored = layout(scheme, weight.info)
+            pieces = {info.name.removeprefix(key): Piece(weight.pieces[""].file, info) for info in stored}
+            weights[key] = Weight(key, weight.shape, scheme, pieces)
+        parts[name] = Component(name, part.folder, part.config, weights)
+    return replace(checkpoint, components=parts)

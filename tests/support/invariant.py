@@ -12,7 +12,7 @@ from fluxcli.cli import app
 from fluxcli.engine import device as hardware
 from fluxcli.engine.engine import Engine
 from fluxcli.events import Phase, Step
-from tests.helpers import machine
+from tests.support.helpers import machine
 
 settings.register_profile("patient", deadline=None, derandomize="CI" in os.environ)  # other work shares the CPU
 settings.load_profile("patient")

@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from benchmarks.counting import CARD, Counter
 from fluxcli.engine import loader, modulation, sampling
 from fluxcli.engine.device import Hardware
 from fluxcli.engine.engine import Engine
@@ -23,13 +24,12 @@ from fluxcli.plan import planner as plan
 from fluxcli.plan.placement import MemoryPlan
 from fluxcli.request.fields import GenerationRequest
 from quant import codecs, linear
-from quant.checkpoint import Checkpoint, Component
+from quant.checkpoint import Checkpoint
 from quant.codecs import Reader
 from quant.header import GGUF_BITS
-from quant.spec import SCHEMES, QuantSpec, layout
+from quant.spec import SCHEMES
 from quant.weights import Piece, Weight
-from tests.counter import CARD, Counter
-from tests.helpers import machine
+from tests.support.helpers import machine
 
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "U8": torch.uint8, "I8": torch.int8}
 DTYPES["F8_E4M3"] = torch.float8_e4m3fn
@@ -87,20 +87,6 @@ def every_rung(
     for same in pictures.values():
         assert all(np.array_equal(each, same[0]) for each in same)
     return pictures
-
-
-def packed(checkpoint: Checkpoint, spec: QuantSpec) -> Checkpoint:
-    """The same model as if it had been baked."""
-    parts = {}
-    for name, part in checkpoint.components.items():
-        weights = {}
-        for key, weight in part.weights.items():
-            scheme = spec.scheme(name, key, weight.shape)
-            stored = layout(scheme, weight.info)
-            pieces = {info.name.removeprefix(key): Piece(weight.pieces[""].file, info) for info in stored}
-            weights[key] = Weight(key, weight.shape, scheme, pieces)
-        parts[name] = Component(name, part.folder, part.config, weights)
-    return replace(checkpoint, components=parts)
 
 
 def blocked(checkpoint: Checkpoint, kind: str) -> Checkpoint:
