@@ -166,7 +166,7 @@ def test_a_word_that_is_lost_with_the_worker_is_said_here(monkeypatch):
 def test_another_variable_makes_the_worker_give_way(worker, capsys, monkeypatch):
     pixels(call(capsys, "generate", "a red circle", *SMALL, "--seed", "1", "--json"))
     assert worker()["model"]
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     other = call(capsys, "generate", "a red circle", *SMALL, "--seed", "1")
     assert other.returncode == 0 and "OMP_NUM_THREADS" in other.stderr and "running here" in other.stderr
     monkeypatch.delenv("OMP_NUM_THREADS")
