@@ -4,12 +4,13 @@ import functools
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support.server import Interpreters, Server, is_available
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: the models are too small for more threads
 
@@ -38,21 +39,30 @@ def config_folder() -> Path:
     return Path(os.environ["XDG_CONFIG_HOME"]) / "flux"
 
 
+@pytest.fixture(scope="session")
+def commands() -> Iterator[Server | Interpreters]:
+    """Runs commands in processes of their own; forks, where that is safe."""
+    running = Server() if is_available() else Interpreters()
+    yield running
+    running.close()
+
+
 @pytest.fixture
-def flux() -> Callable[..., subprocess.CompletedProcess]:
+def flux(commands: Server | Interpreters) -> Callable[..., subprocess.CompletedProcess]:
     """Run `flux` as a process of its own in the current folder."""
 
-    def run(*arguments: str, stdin: str | None = None, timeout: float = 120, **environment: str):
-        return subprocess.run(
-            [sys.executable, "-m", "fluxcli", *arguments],
-            input=stdin,
-            stdin=subprocess.DEVNULL if stdin is None else None,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-            env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-        )
+    def run(*arguments: str, stdin: str | None = None, **environment: str) -> subprocess.CompletedProcess:
+        return commands.run("-m", "fluxcli", *arguments, stdin=stdin, environment=environment)
+
+    return run
+
+
+@pytest.fixture
+def flux_cold() -> Callable[..., subprocess.CompletedProcess]:
+    """Run `flux` in a new interpreter: for what depends on imports, or on variables that are read then."""
+
+    def run(*arguments: str, stdin: str | None = None, **environment: str) -> subprocess.CompletedProcess:
+        return Interpreters().run("-m", "fluxcli", *arguments, stdin=stdin, environment=environment)
 
     return run
 

@@ -153,7 +153,7 @@ def test_closing_the_generator_stops_within_a_step(engine):
     assert torch.is_grad_enabled()
 
 
-def test_the_frugal_imports_leave_out_what_a_picture_never_uses(flux):
+def test_the_frugal_imports_leave_out_what_a_picture_never_uses():
     """And torch.compile's machinery is still there for who asks."""
     import subprocess
     import sys

@@ -48,14 +48,14 @@ def broken_torch(request, tmp_path) -> dict[str, str]:
     return {"PYTHONPATH": f"{package.parent}{os.pathsep}{ROOT}"}
 
 
-def test_with_a_broken_torch_generate_is_exit_8_and_help_works(broken_torch, flux):
-    message = assert_failed(flux("generate", "a fox", "-p", "tiny", **broken_torch), ExitCode.DEVICE)
+def test_with_a_broken_torch_generate_is_exit_8_and_help_works(broken_torch, flux_cold):
+    message = assert_failed(flux_cold("generate", "a fox", "-p", "tiny", **broken_torch), ExitCode.DEVICE)
     assert "torch" in message and "pip install" in message and not list(Path().iterdir())
     if "ImportError" in message:
         completion = {"COMP_WORDS": "flux generate --gui", "COMP_CWORD": "2", "_FLUX_COMPLETE": "complete_bash"}
-        assert flux(**completion, **broken_torch).stdout.split() == ["--guidance"]
-        assert "--guidance" in flux("generate", "--help", **broken_torch).stdout
-        assert "\x1b" not in flux("--help", **broken_torch).stdout
+        assert flux_cold(**completion, **broken_torch).stdout.split() == ["--guidance"]
+        assert "--guidance" in flux_cold("generate", "--help", **broken_torch).stdout
+        assert "\x1b" not in flux_cold("--help", **broken_torch).stdout
 
 
 def test_malformed_settings_are_exit_2_with_file_and_line(config_folder, capsys):

@@ -5,7 +5,6 @@ import os
 import select
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import namedtuple
@@ -320,11 +319,8 @@ def test_an_empty_folder_is_taken_with_force(micro, capsys):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_ctrl_c_leaves_nothing_and_ends_by_the_signal():
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fluxcli", "quantize", "tiny", "out/x", "--to", "nf4"], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+def test_ctrl_c_leaves_nothing_and_ends_by_the_signal(commands):
+    process = commands.start("-m", "fluxcli", "quantize", "tiny", "out/x", "--to", "nf4")
     until = time.monotonic() + 60
     while not list(Path().glob("out/x.tmp-*/transformer/*.safetensors")) and time.monotonic() < until:
         time.sleep(0.01)

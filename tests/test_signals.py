@@ -37,8 +37,8 @@ def finished(process: subprocess.Popen, within_s: float) -> tuple[int, str]:
     return process.returncode, stderr
 
 
-def test_a_signal_in_the_middle_of_a_picture_ends_it_by_that_signal_without_a_trace():
-    process = start("-m", "fluxcli", *LONG)
+def test_a_signal_in_the_middle_of_a_picture_ends_it_by_that_signal_without_a_trace(commands):
+    process = commands.start("-m", "fluxcli", *LONG)
     assert any('"step"' in line for line in process.stdout)
     process.send_signal(signal.SIGTERM)
     code, stderr = finished(process, 20)
@@ -184,8 +184,8 @@ app.main()
      ("generate", "a fox", "-p", "tiny", "-q"), ("generate", "a fox", "-p", "tiny", "--events", "-q")],
     ids=" ".join,
 )  # fmt: skip
-def test_a_closed_pipe_dies_quietly(arguments):
-    process = start("-c", PAINTED, *arguments)
+def test_a_closed_pipe_dies_quietly(arguments, commands):
+    process = commands.start("-c", PAINTED, *arguments)
     process.stdout.close()  # long before the first byte
     process.stdout = None
     code, stderr = finished(process, 30)

@@ -17,7 +17,6 @@ from tests.support.batches import (
     SMALL,
     hashes,
     leftovers,
-    start,
     write,
 )
 from tests.support.invariant import Fault, call, files, paint_instead
@@ -70,9 +69,9 @@ def test_killed_at_any_write_a_batch_goes_on_and_has_every_picture_once(drawn, c
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_killed_at_any_moment_a_batch_goes_on(capsys, monkeypatch):
+def test_killed_at_any_moment_a_batch_goes_on(capsys, monkeypatch, commands):
     arguments, after, pause_s = write_batch(40), random.randrange(1, 36), random.random() / 50
-    process = start("-c", PAINTED, *arguments)
+    process = commands.start("-c", PAINTED, *arguments)
     told = [process.stdout.readline().rstrip() for _ in range(after)]
     time.sleep(pause_s)
     process.kill()
@@ -87,10 +86,10 @@ def test_killed_at_any_moment_a_batch_goes_on(capsys, monkeypatch):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_killed_a_real_batch_goes_on_with_the_same_pixels(capsys):
+def test_killed_a_real_batch_goes_on_with_the_same_pixels(capsys, commands):
     source = write(*({"prompt": "a red circle", "seed": seed} for seed in range(1, 7)))
     arguments = ("generate", "--from", source, *SMALL, "--resume", "--device", "cpu")
-    process = start("-m", "fluxcli", *arguments, "-o", "o/")
+    process = commands.start("-m", "fluxcli", *arguments, "-o", "o/")
     assert process.stdout.readline() == "o/a-red-circle-1.png\n"
     process.kill()
     process.communicate()

@@ -2,7 +2,6 @@
 
 import os
 import socket
-import subprocess
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,27 +12,29 @@ import torch
 from fluxcli.errors import ExitCode
 from fluxcli.run.processes import VARIABLES, Share
 from fluxcli.run.processes import count as count_processes
-from tests.support.batches import SMALL, hashes, split, start, stdin, write
+from tests.support.batches import SMALL, hashes, split, stdin, write
 from tests.support.invariant import assert_failed, call, files
+from tests.support.server import Interpreters, Server
 
 
-def processes(arguments: list[str], folder: str) -> list[subprocess.Popen]:
+def processes(commands: Server | Interpreters, arguments: list[str], folder: str) -> list:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [
-        start("-m", "fluxcli", *arguments, "-o", folder, environment=shared | {"RANK": rank, "LOCAL_RANK": rank})
-        for rank in ("0", "1")
-    ]
+    started = []
+    for rank in ("0", "1"):
+        variables = shared | {"RANK": rank, "LOCAL_RANK": rank}
+        started.append(commands.start("-m", "fluxcli", *arguments, "-o", folder, environment=variables))
+    return started
 
 
 @pytest.mark.skipif(os.name == "nt", reason="gloo")
-def test_two_processes_draw_together_what_one_does(capsys):
+def test_two_processes_draw_together_what_one_does(capsys, commands):
     rows = [{"prompt": "a red circle", "seed": seed} for seed in range(1, 6)]
     source = write(*rows[:3], "{", rows[3], rows[4])  # row 4 is the second process's
     arguments = ["generate", "--from", source, *SMALL, "--device", "cpu"]
-    both = processes(arguments, "both/")
+    both = processes(commands, arguments, "both/")
     assert call(capsys, *arguments, "-o", "one/").returncode == 7
     results = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [7, 0], results
@@ -48,10 +49,10 @@ def test_two_processes_draw_together_what_one_does(capsys):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="gloo")
-def test_a_process_whose_partner_is_killed_says_so(capsys):
+def test_a_process_whose_partner_is_killed_says_so(commands):
     source = write(*({"prompt": "a red circle", "seed": 1, "steps": 1 if k % 2 else 2000} for k in (1, 2)))
     arguments = ["generate", "--from", source, "-p", "tiny", "--size", "64", "--device", "cpu"]
-    main, other = processes(arguments, "both/")
+    main, other = processes(commands, arguments, "both/")
     assert main.stdout.readline() == "both/a-red-circle-1.png\n"
     other.kill()
     other.communicate()

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from fluxcli.errors import ExitCode
-from tests.support.batches import FAKE, PAINTED, failed_rows, start, stdin
+from tests.support.batches import FAKE, PAINTED, failed_rows, stdin
 from tests.support.invariant import assert_failed, call, files
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_a_picture_is_drawn_before_the_next_prompt_is_written_and_a_signal_ends_the_waiting():
-    process = start("-c", PAINTED, "generate", "--from", "-", *FAKE, "--seed", "1", stdin=subprocess.PIPE)
+def test_a_picture_is_drawn_before_the_next_prompt_is_written_and_a_signal_ends_the_waiting(commands):
+    process = commands.start("-c", PAINTED, "generate", "--from", "-", *FAKE, "--seed", "1", stdin=subprocess.PIPE)
     watchdog = threading.Timer(60, process.kill)  # rather a failure than a hang
     watchdog.start()
     for prompt in ("a fox", "an owl", "a bee"):
@@ -41,9 +41,9 @@ def test_stdin_names_its_rows_and_a_terminal_or_a_closed_one_is_refused(drawn, c
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes")
-def test_a_named_pipe_is_read_to_its_end(drawn, capsys):
+def test_a_named_pipe_is_read_to_its_end(drawn, capsys, commands):
     os.mkfifo("p.txt")
-    writer = start("-c", "open('p.txt', 'w').write('a\\nb\\n')")
+    writer = commands.start("-c", "open('p.txt', 'w').write('a\\nb\\n')")
     result = call(capsys, "generate", "--from", "p.txt", *FAKE, "--seed", "1")
     assert result.stdout == "a-1.png\nb-1.png\n" and writer.wait(10) == 0
     writer.communicate()

@@ -150,14 +150,14 @@ def test_an_exact_name_goes_before_the_model_of_a_preset(server, run, baked):
 # --- as a process
 
 
-def test_the_command_by_itself(server, flux, micro):
+def test_the_command_by_itself(server, flux_cold, micro):
     there = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
     server.fail(f"cdn.*{T5}", "cut")
-    result = flux("models", "download", "dev", **there)
+    result = flux_cold("models", "download", "dev", **there)
     assert result.returncode == 0 and set(files(Path(result.stdout.strip()))) == set(files(micro))
     assert all(line.startswith("flux: ") for line in result.stderr.splitlines()) and TOKEN not in result.stderr
-    assert_failed(flux("models", "download", "-q", "schnell", **there), ExitCode.WEIGHTS)
-    assert "HF_HUB_OFFLINE" in assert_failed(flux("models", "download", "schnell"), ExitCode.WEIGHTS)
+    assert_failed(flux_cold("models", "download", "-q", "schnell", **there), ExitCode.WEIGHTS)
+    assert "HF_HUB_OFFLINE" in assert_failed(flux_cold("models", "download", "schnell"), ExitCode.WEIGHTS)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")

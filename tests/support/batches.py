@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import pytest
 
 from fluxcli.errors import ExitCode
 from fluxcli.pictures.image import read_metadata
-from tests.support.helpers import ROOT
 from tests.support.invariant import assert_failed, call, files
 
 SMALL = ("-p", "tiny", "--size", "64", "--steps", "2")  # real pictures
@@ -103,12 +101,6 @@ paint_instead(pytest.MonkeyPatch())
 Engine.multiply = "fp32"  # as it is, without the import of torch
 app.main()
 """
-
-
-def start(*command: str, **options: object) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | options.pop("environment", {})
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    return subprocess.Popen([sys.executable, *command], text=True, env=environment, **pipes)
 
 
 def leftovers(folder: str) -> set[str]:

@@ -19,6 +19,8 @@ from fluxcli.run import client
 from fluxcli.run import dispatch as runner
 from tests.support.helpers import ROOT
 from tests.support.invariant import assert_failed, call, files
+from tests.support.server import Interpreters, Server
+from tests.support.workers import eventually
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="a socket of POSIX")
 SMALL = ("-p", "tiny", "--steps", "2", "--size", "64")
@@ -32,12 +34,15 @@ print(sorted({"torch", "numpy", "PIL", "transformers", "diffusers", "rich"} & se
 
 
 @pytest.fixture
-def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], dict]]:
+def worker(commands: Server | Interpreters, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], dict]]:
     """A real worker of this test alone; gives its status."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    subprocess.run([sys.executable, "-m", "fluxcli", "worker", "start"], capture_output=True, check=True)
+    with open("worker.log", "wb") as log:
+        process = commands.start("-m", "fluxcli", "worker", "run", "--idle", "600", stdout=log, stderr=log)
+    eventually(lambda: client.ask("status"), within_s=60)
     yield lambda: client.ask("status")
     client.ask("stop")
+    process.wait(20)
 
 
 def pixels(result: subprocess.CompletedProcess) -> list[str]:
@@ -117,13 +122,10 @@ def test_one_ctrl_c_stops_a_shell_loop_and_the_worker_lives(worker):
 
 
 @pytest.mark.parametrize("kind, count", [pytest.param("step", 3, marks=pytest.mark.exhaustive), ("saved", 1)])
-def test_a_worker_that_is_killed_in_mid_job_costs_no_picture(kind, count, worker, capsys):
+def test_a_worker_that_is_killed_in_mid_job_costs_no_picture(kind, count, worker, capsys, commands):
     command = ["generate", "a red circle", "-p", "tiny", "--size", "128", "--steps", "40", "--seed", "1", "-n", "3"]
     expected = pixels(call(capsys, *command, "--json", "-o", "here/x-{n}", "--no-worker"))
-    started = subprocess.Popen(
-        [sys.executable, "-m", "fluxcli", *command, "--events", "-o", "there/x-{n}"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    started = commands.start("-m", "fluxcli", *command, "--events", "-o", "there/x-{n}")
     events = []
     for line in started.stdout:
         events.append(json.loads(line))
