@@ -15,7 +15,7 @@ import typer
 
 import fluxcli
 from fluxcli import signals
-from fluxcli.cli import cache, console, generate, info, lora, models, quantize, replay, worker
+from fluxcli.cli import cache, console, generate, info, inspect, lora, models, presets, quantize, replay, worker
 from fluxcli.errors import ExitCode, OutputError, Terminated
 from fluxcli.events import Failed, to_json
 from fluxcli.explain import explained
@@ -30,8 +30,8 @@ app.command("plan")(info.plan_command)
 app.command("decode")(replay.decode)
 app.command("quantize")(quantize.quantize)
 app.command("doctor")(info.doctor_command)
-app.command("presets")(info.presets_command)
-app.command("inspect")(info.inspect_command)
+app.command("presets")(presets.presets_command)
+app.command("inspect")(inspect.inspect_command)
 app.command("cache")(cache.cache_command)
 app.add_typer(worker.worker_app, name="worker")
 app.add_typer(models.models_app, name="models")

@@ -1,8 +1,7 @@
-"""Commands that say what there is or would be: `flux plan`, `presets`, `doctor` and `inspect`."""
+"""Commands that say what would be: `flux plan` and `doctor`."""
 
 import os
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
@@ -17,14 +16,9 @@ from fluxcli.models import loras as lora
 from fluxcli.paths import config_folder
 from fluxcli.plan.placement import GIB, PHASES
 from fluxcli.plan.planner import Rung, chosen_of, suggestion, survey
-from fluxcli.request import presets
 from fluxcli.request.fields import GenerationRequest, coerce
 from fluxcli.run import lock
-from quant.checkpoint import COMPONENTS, TOKENIZERS, Checkpoint, Component, inspect, inspect_component
-from quant.errors import CheckpointError
-from quant.header import read_header
-from quant.lora import is_lora
-from quant.single import FOREIGN, inspect_file, part_of
+from quant.checkpoint import Checkpoint
 
 
 @with_request_options
@@ -105,31 +99,6 @@ def _show_rungs(request: GenerationRequest, machine: hardware.Hardware, rungs: l
             console.data(f"because   {reason}")
 
 
-def presets_command(
-    name: Annotated[Optional[str], typer.Argument(help="Show this one, merged, with each value's origin.")] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-) -> None:
-    """List the presets, or show what one comes to."""
-    if name is not None:
-        merged = presets.merge({"preset": name}, config_folder())
-        shown = {key: {"value": value, "origin": merged.origins[key]} for key, value in merged.values.items()}
-        rows = [f"{key:<13} {'none' if each['value'] is None else each['value']!s:<32} {each['origin']}"
-                for key, each in shown.items() if each["value"] is not None or key == "guidance"]  # fmt: skip
-    else:
-        shown, rows = {}, []
-        for known in presets.available(config_folder()):
-            try:
-                found = presets.load(known, config_folder())
-                shown[known] = {"description": found.description, **found.settings}
-                rows.append(f"{known:<10} {found.description}")
-            except UsageError as error:
-                console.say(f"{known}: {error}")
-    if json_output:
-        console.data_json(shown)
-    for row in [] if json_output else rows:
-        console.data(row)
-
-
 def doctor_command(
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda[:n], mps or xpu[:n].")] = "auto",
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
@@ -147,73 +116,3 @@ def doctor_command(
     if json_output:
         console.data_json({"checks": [asdict(check) for check in checks]})
     return ExitCode.DEVICE if any(check.verdict == "bad" for check in checks) else ExitCode.OK
-
-
-def inspect_command(
-    path: Annotated[Path, typer.Argument(help="A picture, a .safetensors file or a model folder.", show_default=False)],
-) -> int:
-    """Say what a file is, as JSON: how a picture was made, or what weights hold and still need (exit 4: unusable)."""
-    weights = path.is_dir() or path.suffix.lower() in models.MODEL_FILES
-    if weights:
-        described = _folder(path) if path.is_dir() else _file(path)
-    else:
-        from fluxcli.pictures import image
-
-        described = image.read_metadata(path)
-    console.data_json(described, indent=2)
-    return ExitCode.INPUT_FILE if weights and described["problems"] else ExitCode.OK
-
-
-def _folder(path: Path) -> dict:
-    """What each part of a model folder (or the folder of one part) is."""
-    whole = (path / "model_index.json").is_file()
-    parts = {name: path / name for name in COMPONENTS if (path / name).is_dir()} if whole else {part_of(path): path}
-    missing = [name for name in (*COMPONENTS, *TOKENIZERS, "scheduler") if whole and not (path / name).is_dir()]
-    components, problems = {}, [f"{name} is missing" for name in missing]
-    for name, folder in parts.items():
-        try:
-            components[name] = _component(inspect_component(name, folder), problems)
-        except CheckpointError as error:
-            problems.append(f"{name}: {error}")
-    if whole and not problems:
-        try:
-            inspect(path)
-        except CheckpointError as error:
-            problems.append(str(error))
-    kind, needs = ("model folder", missing) if whole else ("part of a model", ["the other parts of a model folder"])
-    return {"path": str(path), "kind": kind, "components": components, "needs": needs, "problems": problems}
-
-
-def _file(path: Path) -> dict:
-    """What a single file is; one that holds nothing of FLUX.1 is named and counted."""
-    infos, problems = read_header(path), []
-    if is_lora(infos):
-        return lora.describe(path)
-    try:
-        parts = inspect_file(path)
-    except CheckpointError as error:
-        if error.what != FOREIGN:
-            raise
-        numel, largest = sum(info.numel for info in infos.values()), max(infos.values(), key=lambda info: info.numel)
-        part = {"precision": largest.dtype, "tensors": len(infos), "parameters": numel, "truncated": False}
-        needs = ["the folder that it belongs to, with its config.json"]
-        return {"path": str(path), "kind": error.why, **part, "needs": needs, "problems": problems}
-    known = models.known_shapes(models.PUBLISHED).components
-    described = {n: _component(replace(p, config=p.config or known[n].config), problems) for n, p in parts.items()}
-    needs = [name for name in COMPONENTS if name not in parts] + ["tokenizers: a model folder has them"]
-    one = len(parts) == 1
-    kind, shown = (*parts, *described.values()) if one else ("several parts", {"components": described})
-    return {"path": str(path), "kind": kind, **shown, "needs": needs, "problems": problems}
-
-
-def _component(part: Component, problems: list[str]) -> dict:
-    from fluxcli.engine.loader import matching
-
-    matched, expected = matching(part)
-    if matched < expected:
-        problems.append(f"{part.name}: only {matched} of its {expected} tensors are there")
-    largest = max(part.weights.values(), key=lambda weight: weight.numel)
-    return {
-        "dialect": part.dialect, "precision": part.precision or largest.info.dtype, "parameters": part.numel,
-        "bytes": part.nbytes, "tensors": len(part.weights), "loads": f"{matched} of {expected}", "truncated": False,
-    }  # fmt: skip

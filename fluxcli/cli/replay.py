@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from fluxcli.cli import console
-from fluxcli.cli.generate import draw
+from fluxcli.cli.draw import draw
 from fluxcli.cli.options import with_request_options
 from fluxcli.cli.settings import STARTED, given_settings, read_prompt, settled
 from fluxcli.errors import BadInputFile, ExitCode, UsageError
