@@ -2,7 +2,9 @@
 
     python -m benchmarks.cards [--caps 8,12,16,24] [--sizes 1024x1024,768x1344] [--steps 4] [--out FILE]
     python -m benchmarks.cards --shrunk
+    python -m benchmarks.cards --row
 
+With --row it prints the row of presets/shapes/cards.toml for this card, as measured now; that file says where it goes.
 Needs a CUDA card of 80 GB or so, which each run caps by the allocator; the full-size weights are random and lie in one
 host buffer, as mapped files would. diffusers' FluxPipeline runs beside it: resident, model- and group-offloaded. With
 --shrunk it is the bundled model on the CPU as a simulated card, in seconds, so that this script is never broken: peaks
@@ -11,12 +13,14 @@ are counted, and budgets are MiB. A table for people, then one JSON line.
 
 import argparse
 import contextlib
+import datetime
 import gc
 import json
 import platform
 import statistics
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +36,7 @@ from fluxcli.events import Phase, Step
 from fluxcli.models import find as models
 from fluxcli.plan import costs
 from fluxcli.plan import placement as residency
+from fluxcli.plan.machine import CONTEXT_BYTES, Hardware
 from fluxcli.plan.placement import GIB, PHASES
 from fluxcli.plan.planner import survey
 from fluxcli.request.fields import GenerationRequest
@@ -79,7 +84,7 @@ def run(engine: Engine, request: GenerationRequest, counter: Counter | None) -> 
 
     def close() -> None:
         if counter is None:
-            peaks[phase] = max(peaks.get(phase, 0), torch.cuda.max_memory_reserved() + costs.CONTEXT_BYTES)
+            peaks[phase] = max(peaks.get(phase, 0), torch.cuda.max_memory_reserved() + CONTEXT_BYTES)
             torch.cuda.reset_peak_memory_stats()
 
     with torch.no_grad(), counter or contextlib.nullcontext():
@@ -180,6 +185,46 @@ def diffusers_rows(machine: object, request: GenerationRequest, *, shrunk: bool)
         hardware.empty_cache(machine.device)
 
 
+def measure_row(card: Hardware) -> str:
+    """The card's row of the table of cards: TFLOP/s of 16-bit and 8-bit products, GB/s of pinned copies, when and how.
+
+    The products are those of a block at 1024x1024: 4608 tokens by a (12288, 3072) weight.
+    """
+    rows, columns = 4608, 3072
+    dtype = torch.bfloat16 if card.bf16 else torch.float16
+    inputs = torch.ones(rows, columns, dtype=dtype, device=card.device)
+    weight = torch.ones(4 * columns, columns, dtype=dtype, device=card.device)
+    flop = 2 * rows * weight.numel()
+    figures = {"wide": flop / seconds_of(lambda: inputs @ weight.T, card.device) / 1e12}
+    for scheme, stored in (("fp8", torch.float8_e4m3fn), ("int8", torch.int8)):
+        if linear.path_of(scheme, card.device) != "dequantize":
+            pieces = {"": weight.to(stored), "_scale": weight[:, 0].float()}
+            layer = linear.make_linear(scheme, [pieces], [tuple(weight.shape)], None, arithmetic=True)
+            figures[scheme] = flop / seconds_of(lambda layer=layer: layer(inputs), card.device) / 1e12
+    host = torch.empty(128 << 20, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(host, device=card.device, pin_memory=False)
+    copy_s = seconds_of(lambda: target.copy_(host, non_blocking=True), card.device)
+    figures["bus"] = host.numel() / copy_s / 1e9
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    fields = [f"{name} = {figure:.1f}" for name, figure in figures.items()]
+    fields += [f'date = "{datetime.date.today()}"', f'driver = "{driver}"']
+    return f'"{card.name}" = {{ {", ".join(fields)} }}'
+
+
+def seconds_of(run: Callable[[], object], device: str) -> float:
+    """The median seconds of five calls, after one that does not count."""
+    run()
+    taken = []
+    for _ in range(5):
+        hardware.synchronize(device)
+        started = time.perf_counter()
+        run()
+        hardware.synchronize(device)
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
+
+
 def main() -> None:
     """Reads the command line, runs, prints."""
     parser = argparse.ArgumentParser(description="measured against planned, for cards that a large one stands for")
@@ -187,14 +232,18 @@ def main() -> None:
     parser.add_argument("--sizes", help="default 1024x1024,768x1344; with --shrunk 64x64")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--shrunk", action="store_true")
+    parser.add_argument("--row", action="store_true", help="only measure this card's row of the table of cards")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    if given.row:
+        print(measure_row(hardware.probe("cuda")))
+        return
     shrunk = given.shrunk
     if shrunk:  # the tiny model: what is fixed for the real one would be all there is
         costs.DECODE_BYTES, residency.CONTEXT_BYTES, residency.RESIDENT_SHARE = 64 << 10, 0, 0.0
     given.caps = given.caps or ("9,12,30" if shrunk else "8,12,16,24")
     given.sizes = given.sizes or ("64x64" if shrunk else "1024x1024,768x1344")
-    here = hardware.probe("cpu") if shrunk else hardware.probe("cuda", measure=True)
+    here = hardware.probe("cpu") if shrunk else hardware.probe("cuda")
     unit, rows, peers = 2**20 if shrunk else GIB, [], []
     with contextlib.nullcontext(inspect(TINY)) if shrunk else random_model() as checkpoint:
         for size in given.sizes.split(","):

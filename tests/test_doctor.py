@@ -19,7 +19,7 @@ from huggingface_hub import constants
 from fluxcli.cli import doctor
 from fluxcli.engine import device as hardware
 from fluxcli.errors import DeviceUnusable, ExitCode
-from fluxcli.plan.costs import Hardware
+from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB
 from quant import linear
 from tests.support.helpers import machine
@@ -29,7 +29,7 @@ TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
 Usage = namedtuple("Usage", "total used free")
 MACHINES = {
     "cpu": machine(16, "cpu", bf16=False, reason="no GPU was found"),
-    "cpu beside a driver": machine(16, "cpu", reason="this torch is CPU-only beside an NVIDIA driver"),
+    "cpu beside a driver": machine(16, "cpu", reason="this torch is CPU-only", gpu_unusable=True),
     "old card": machine(6, bf16=False, sm=(7, 5)),
     "card": machine(24),
     "busy card": machine(24, free_bytes=2 * GIB),

@@ -1,6 +1,7 @@
 """The probe: what exists is used, what does not is named, and why; cards by name; what counts as out of memory."""
 
 import tomllib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluxcli.engine import device as hardware
+from fluxcli.engine.cards import describe_card, read_cards
 from fluxcli.errors import DeviceUnusable, ExitCode, UsageError, is_out_of_memory
 from fluxcli.paths import BUNDLED
-from fluxcli.plan.costs import CONTEXT_BYTES
+from fluxcli.plan.machine import CONTEXT_BYTES
 from fluxcli.plan.placement import GIB
-from fluxcli.run import lock
 from tests.support.invariant import assert_failed, call
 
 NONE = {"cuda": 0, "xpu": 0, "mps": 0}
@@ -21,18 +22,17 @@ NONE = {"cuda": 0, "xpu": 0, "mps": 0}
 
 @pytest.fixture
 def two_cards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two cards of 8 GiB, sm86, that are not here; both have been measured before."""
-    monkeypatch.setattr(hardware, "_accelerators", lambda: NONE | {"cuda": 2})
+    """Two cards of 8 GiB, sm86, that are not here."""
+    monkeypatch.setattr(hardware, "_count_accelerators", lambda: NONE | {"cuda": 2})
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (7 * GIB, 8 * GIB))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (8, 6))
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda number: SimpleNamespace(name=f"card {number}", uuid=f"id{number}")
     )
-    monkeypatch.setattr(hardware, "_measured", lambda *_: {})
 
 
 def test_auto_takes_the_cpu_where_nothing_else_is(monkeypatch):
-    monkeypatch.setattr(hardware, "_accelerators", lambda: NONE)
+    monkeypatch.setattr(hardware, "_count_accelerators", lambda: NONE)
     found = hardware.probe()
     assert found.device == found.kind == "cpu"
     assert found.total_bytes >= found.free_bytes > 0
@@ -41,7 +41,7 @@ def test_auto_takes_the_cpu_where_nothing_else_is(monkeypatch):
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:3", "mps", "xpu:1"])
 def test_a_device_that_is_not_there_names_what_is(monkeypatch, device):
-    monkeypatch.setattr(hardware, "_accelerators", lambda: NONE)
+    monkeypatch.setattr(hardware, "_count_accelerators", lambda: NONE)
     with pytest.raises(DeviceUnusable, match="usable are cpu") as caught:
         hardware.probe(device)
     assert caught.value.exit_code == 8
@@ -49,7 +49,7 @@ def test_a_device_that_is_not_there_names_what_is(monkeypatch, device):
 
 
 def test_a_cpu_only_torch_beside_an_nvidia_driver_is_said(monkeypatch):
-    monkeypatch.setattr(hardware, "_accelerators", lambda: NONE)
+    monkeypatch.setattr(hardware, "_count_accelerators", lambda: NONE)
     monkeypatch.setattr(hardware.shutil, "which", lambda name: "/bin/nvidia-smi")
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "CPU-only beside an NVIDIA driver" in hardware.probe().reason
@@ -58,7 +58,7 @@ def test_a_cpu_only_torch_beside_an_nvidia_driver_is_said(monkeypatch):
 
 
 def test_an_empty_cuda_visible_devices_is_said(monkeypatch):
-    monkeypatch.setattr(hardware, "_accelerators", lambda: NONE)
+    monkeypatch.setattr(hardware, "_count_accelerators", lambda: NONE)
     monkeypatch.setattr(hardware.shutil, "which", lambda name: "/bin/nvidia-smi")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -120,10 +120,10 @@ def test_the_memory_peak_is_of_this_process():
     ],
 )
 def test_a_card_is_its_size_and_capability(text, total, capability, bf16):
-    found = hardware.card(text)
+    found = describe_card(text)
     assert (found.total_bytes, found.free_bytes, found.capability, found.bf16) == (total, total, capability, bf16)
-    assert found.kind == "cuda" and found.speeds == found.table and found.ram_bytes >= found.ram_free_bytes > 0
-    assert ("fp8" in found.table.eight_bit) == (capability >= (8, 9))
+    assert found.kind == "cuda" and found.ram_bytes >= found.ram_free_bytes > 0
+    assert ("fp8" in found.speeds.eight_bit) == (capability >= (8, 9))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_card_is_its_size_and_capability(text, total, capability, bf16):
 )  # fmt: skip
 def test_what_describes_no_card_is_exit_2_with_an_example(text, capsys):
     with pytest.raises(UsageError):
-        hardware.card(text)
+        describe_card(text)
     if text:
         message = assert_failed(call(capsys, "plan", f"--card={text}"), ExitCode.USAGE)
         assert "--card 12GiB:sm89" in message
@@ -141,7 +141,7 @@ def test_what_describes_no_card_is_exit_2_with_an_example(text, capsys):
 @given(st.text(max_size=12))
 def test_any_text_is_a_card_or_refused(text):
     try:
-        assert hardware.card(text).total_bytes > 0
+        assert describe_card(text).total_bytes > 0
     except UsageError as error:
         assert error.hint
 
@@ -172,7 +172,7 @@ NAMED = {
 @pytest.mark.parametrize("name", NAMED)
 def test_a_card_in_the_table_is_found_by_its_whole_name(name):
     key, capability = NAMED[name]
-    found = hardware._table("cuda:0", name, capability)
+    found = read_cards().find_speeds("cuda:0", name, capability)
     assert found.source == f"a table's {key}"
     assert found.bus_bytes == table()[key]["bus"] * 1e9 and found.wide < table()[key]["wide"] * 1e12
 
@@ -180,7 +180,7 @@ def test_a_card_in_the_table_is_found_by_its_whole_name(name):
 def test_no_name_in_the_table_is_taken_for_another():
     for key in table():
         if not key.startswith("sm"):
-            assert hardware._table("cuda:0", f"NVIDIA GeForce {key}", (12, 0)).source == f"a table's {key}"
+            assert read_cards().find_speeds("cuda:0", f"NVIDIA GeForce {key}", (12, 0)).source == f"a table's {key}"
 
 
 @pytest.mark.parametrize(
@@ -190,50 +190,23 @@ def test_no_name_in_the_table_is_taken_for_another():
      ("L400", (8, 6), "sm86"), ("Apple GPU", (0, 0), "gpu")],
 )  # fmt: skip
 def test_an_unknown_name_goes_by_its_capability_and_is_called_a_guess(name, capability, key):
-    found = hardware._table("cuda:0", name, capability)
+    found = read_cards().find_speeds("cuda:0", name, capability)
     assert found.source == f"a table's guess for {key}" and found.bus_bytes == table()[key]["bus"] * 1e9
 
 
 @given(st.sampled_from([*NAMED, "unknown"]), st.tuples(st.integers(5, 12), st.integers(0, 9)))
 def test_8_bit_speeds_are_only_of_cards_that_compute_them(name, capability):
-    rates = hardware._table("cuda:0", name, capability).eight_bit
+    rates = read_cards().find_speeds("cuda:0", name, capability).eight_bit
     assert ("fp8" not in rates or capability >= (8, 9)) and ("int8" not in rates or capability >= (7, 5))
     assert all(rate > 0 for rate in rates.values())
 
 
-# --- speeds
-
-
-def test_speeds_are_measured_once_asked_for_stored_and_read_back(monkeypatch, tmp_path):
-    sample = tmp_path / "weights"
-    sample.write_bytes(bytes(1 << 20))
-    monkeypatch.setattr(hardware, "_accelerators", lambda: NONE)
-    monkeypatch.setattr(hardware, "_seconds", lambda run, device: run() is None or 0.25)  # once, whatever it takes
-    assert hardware.probe("cpu").speeds.source != "measured here" and not lock.read("speeds")
-    measured = hardware.probe("cpu", measure=True, sample=sample)
-    assert measured.speeds.source == "measured here" != measured.table.source
-    assert measured.speeds.bus_bytes == (128 << 20) / 0.25 and measured.speeds.disk_bytes > 0
-    assert set(measured.speeds.eight_bit) <= {"fp8", "int8"}
-    again = hardware.probe("cpu")
-    assert again.speeds == measured.speeds and again.table == measured.table
-
-
-def test_a_card_is_measured_when_first_seen_and_not_again(two_cards, monkeypatch):
-    calls = []
-    speeds = {"wide": 1.0, "eight_bit": {}, "bus_bytes": 2.0, "disk_bytes": 3.0, "source": "measured here"}
-    monkeypatch.setattr(hardware, "_measured", lambda found, sample: calls.append(found.device) or speeds)
-    for device in ("cuda:0", "cuda:0", "auto", "cuda:1"):
-        assert hardware.probe(device).speeds.wide == 1.0
-    assert calls == ["cuda:0", "cuda:1"]
-    hardware.probe("cuda:1", measure=True)
-    assert calls == ["cuda:0", "cuda:1", "cuda:1"]
-
-
-@pytest.mark.parametrize("damage", [5, [], {}, {"wide": 1}, {"wide": 1, "nonsense": 2}], ids=str)
-def test_speeds_of_another_version_are_those_of_the_table(two_cards, monkeypatch, damage):
-    monkeypatch.setattr(hardware, "_measured", lambda *_: damage)
-    found = hardware.probe()
-    assert found.speeds == found.table
+def test_a_measured_row_is_taken_as_it_is_and_says_when():
+    row = {"wide": 100, "fp8": 150, "bus": 20, "date": "2026-11-30", "driver": "580.65"}
+    table = replace(read_cards(), rows={"RTX 4090": row})
+    found = table.find_speeds("cuda:0", "NVIDIA GeForce RTX 4090", (8, 9))
+    assert (found.wide, found.eight_bit, found.bus_bytes) == (100e12, {"fp8": 150e12}, 20e9)
+    assert found.source == "a table's RTX 4090, measured 2026-11-30 with driver 580.65"
 
 
 # --- memory

@@ -35,7 +35,6 @@ STDLIB_ONLY = (
 )
 UPWARD = {  # what still has to be straightened
     ("fluxcli.plan.costs", "fluxcli.models.loras"),
-    ("fluxcli.engine.device", "fluxcli.run.lock"),
     ("fluxcli.run.worker", "fluxcli.cli.console"),
 }
 

@@ -21,14 +21,13 @@ from fluxcli.engine.engine import Engine
 from fluxcli.engine.loader import _single_block
 from fluxcli.engine.lora_hooks import attach
 from fluxcli.events import Phase
-from fluxcli.plan.planner import learned_key
 from fluxcli.request.fields import GenerationRequest
 from quant import lora
 from quant.checkpoint import Checkpoint, inspect
 from quant.errors import CheckpointError
 from quant.single import assemble
 from quant.spec import QuantSpec
-from tests.support.helpers import BAKED, ROOT, draw, engine_of, machine, tiny
+from tests.support.helpers import BAKED, ROOT, draw, engine_of, tiny
 from tests.support.loras import linear_layers, low_rank, peft_tensors, write_described, write_lora, write_special
 from tests.test_placement import WAYS, forward, inputs, place
 
@@ -312,10 +311,3 @@ def test_a_picture_is_described_though_its_adapter_is_gone(files, checkpoint, tm
     Path(path).unlink()
     (identity,) = engine.metadata(request)["lora"].values()
     assert identity == f"{lora.read(files['blocks'], checkpoint.components).identity} x 1.0"
-
-
-def test_learned_peaks_are_of_these_adapters_and_weights(files, checkpoint):
-    here, plain = machine(16), tiny()
-    asked = [plain, using(files, blocks=1.0), using(files, blocks=0.5)]
-    keys = {learned_key(here, "fp32", each, checkpoint.nbytes) for each in asked}
-    assert len(keys | {learned_key(here, "fp32", plain, 2 * checkpoint.nbytes)}) == 4

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.counting import Counter, packed
-from fluxcli.engine import device as hardware
+from fluxcli.engine.cards import describe_card
 from fluxcli.plan import placement as residency
 from fluxcli.plan.placement import PHASES
 from fluxcli.plan.planner import make_plan
@@ -50,7 +50,7 @@ def test_the_plan_is_within_five_percent_of_what_is_counted(card, wanted, names,
     with full_size(monkeypatch) as dev:
         request = GenerationRequest("x", steps=2, seed=1, lora=files, **wanted)
         folders = [packed(dev, BAKES[request.precision])] if request.precision in BAKES else [dev]
-        here = hardware.card(card)
+        here = describe_card(card)
         checkpoint, made = make_plan(request, folders, here)
         counter, engine = Counter(), on_card(checkpoint, made, here)
         follow(engine, request, counter)

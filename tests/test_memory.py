@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.counting import Counter, packed
-from fluxcli.engine import device as hardware
+from fluxcli.engine.cards import describe_card
 from fluxcli.plan import placement as residency
 from fluxcli.plan.placement import GIB, PHASES, MemoryPlan
 from fluxcli.plan.planner import make_plan
@@ -47,7 +47,7 @@ def planned_and_counted(card: str, wanted: dict, monkeypatch: pytest.MonkeyPatch
         request = GenerationRequest("x", steps=2, seed=1, **wanted)
         folders = [packed(dev, BAKES[request.precision])] if request.precision in BAKES else [dev]
         folders = [blocked(dev, kind)] if kind else folders
-        here = hardware.card(card)
+        here = describe_card(card)
         checkpoint, made = make_plan(request, folders, here)
         counter, engine = Counter(), on_card(checkpoint, made, here)
         follow(engine, request, counter)

@@ -17,6 +17,7 @@ from fluxcli.engine import device as hardware
 from fluxcli.errors import ExitCode
 from fluxcli.models import find as models
 from fluxcli.pictures.image import read_metadata
+from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB, PHASES
 from fluxcli.plan.planner import QUALITY
 from fluxcli.request.fields import GenerationRequest
@@ -33,7 +34,7 @@ patient = settings(max_examples=25, suppress_health_check=[HealthCheck.function_
 def put(monkeypatch: pytest.MonkeyPatch, drawn: list):
     """A machine of a test in the place of this one; nothing is computed on it."""
 
-    def to(here: hardware.Hardware) -> None:
+    def to(here: Hardware) -> None:
         monkeypatch.setattr(hardware, "probe", lambda device="auto", **_: here)
         monkeypatch.setattr(hardware, "cap", lambda *_: None)
 
@@ -130,7 +131,6 @@ def test_the_hint_of_what_would_fit_is_right(capsys):
 @pytest.mark.parametrize(
     ("arguments", "code", "word"),
     [
-        ([*CARD, "--measure"], ExitCode.USAGE, "--measure"),
         ([*CARD, "-m", "somebody/else"], ExitCode.WEIGHTS, "somebody/else"),
         (["plan", "-m", "no-such-folder", "--card", "8GiB"], ExitCode.WEIGHTS, "no-such-folder"),
         (["plan", " ", "--card", "8GiB"], ExitCode.USAGE, "prompt"),
@@ -183,7 +183,7 @@ def test_it_takes_every_option_of_generate():
     generate, plan = options_of("generate"), options_of("plan")
     own = {"--dry-run", "--from", "--resume", "--fail-fast"}
     assert {name: shown for name, shown in generate.items() if name not in own}.items() <= plan.items()
-    assert set(plan) - set(generate) == {"--card", "--measure"} and own <= set(generate)
+    assert set(plan) - set(generate) == {"--card"} and own <= set(generate)
     assert {"--vram-limit", "--offload", "--no-wait", "--precision"} <= set(options_of("decode"))
 
 

@@ -349,10 +349,3 @@ def test_a_terminal_sees_speed_and_time_left(kind, expected, micro, capsys, monk
     assert ("\x1b" in text) == expected
     assert not expected or ("GB/s" in text and "s left" in text and "quantize " in text)
     assert "GB in " in text
-
-
-def test_the_reading_speed_is_measured_on_the_largest_file(micro, capsys, monkeypatch):
-    read = []
-    monkeypatch.setattr(hardware, "read_speed", lambda path: read.append(path) or 1e9)
-    assert call(capsys, "quantize", str(micro), "--to", "nf4", "--dry-run").returncode == 0
-    assert read == [max(inspect(micro).components["transformer"].files, key=lambda path: path.stat().st_size)]

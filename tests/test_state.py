@@ -16,8 +16,11 @@ from fluxcli.cli import console
 from fluxcli.engine import device as hardware
 from fluxcli.errors import ExitCode
 from fluxcli.events import Phase
-from fluxcli.run import lock, session
+from fluxcli.plan.machine import Hardware
+from fluxcli.plan.placement import GIB
+from fluxcli.run import margin, session
 from fluxcli.run.lock import DeviceLock
+from fluxcli.run.margin import grow_margin, read_margin
 from tests.support.helpers import ROOT, machine
 from tests.support.invariant import assert_failed, call, files
 
@@ -33,11 +36,12 @@ lock.release()
 """
 WRITER = """
 import sys
-from fluxcli.run.lock import update
+from fluxcli.run.margin import grow_margin
+from tests.support.helpers import machine
 print("ready", flush=True)
 sys.stdin.readline()
 for k in range(60):
-    update("peaks", {f"{sys.argv[1]} {k}": "x" * 5000})
+    grow_margin(machine(8, identity=f"{sys.argv[1]} {k}" * 500), 1 << 29)
 """
 
 
@@ -99,49 +103,80 @@ def test_the_folder_is_the_platforms(system, platform, environment, expected, mo
     assert paths.cache_folder(environment) == Path(expected)
 
 
-# --- what is remembered
+# --- the margin
 
 
-def test_what_was_written_is_read_and_other_entries_stay():
-    assert lock.read("speeds") == {}
-    lock.update("speeds", {"a": 1, "b": [1, 2]})
-    lock.update("speeds", {"b": {"ü": 2.5}})
-    assert lock.read("speeds") == {"a": 1, "b": {"ü": 2.5}} and lock.read("peaks") == {}
-    assert list(files(paths.cache_folder())) == ["speeds.json"]
+def card(identity: str = CARD) -> Hardware:
+    """A card of 8 GiB."""
+    return machine(8, identity=identity)
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b"7", b"\xff\xfe", b'{"a": 1', b"[" * 100_000], ids=len)
+def test_a_margin_grows_by_what_was_missing_for_this_card_alone():
+    assert read_margin(card()) == 0
+    grow_margin(card(), 300 << 20)
+    grow_margin(card("ü"), 400 << 20)
+    grow_margin(card(), 500 << 20)
+    assert (read_margin(card()), read_margin(card("ü"))) == (800 << 20, 400 << 20)
+    assert read_margin(card("another")) == 0 and list(files(paths.cache_folder())) == ["margin.json"]
+
+
+@pytest.mark.parametrize("missing_bytes", [-5 * GIB, 0, 1])
+def test_a_margin_grows_by_a_step_where_the_plan_should_have_fitted(missing_bytes):
+    grow_margin(card(), missing_bytes)
+    assert read_margin(card()) == margin.LEAST_GROWTH_BYTES
+
+
+def test_one_moment_teaches_no_more_than_a_share_of_the_card():
+    grow_margin(card(), 100 * GIB)
+    assert read_margin(card()) == GIB
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"{",
+        b"[1]",
+        b"7",
+        b"\xff\xfe",
+        b'{"a": 1',
+        b"[" * 100_000,
+        b'{"cuda GPU-1234": "x"}',
+        b'{"cuda GPU-1234": -1}',
+    ],
+    ids=len,
+)
 def test_a_corrupt_file_is_an_empty_one_and_is_replaced(damage):
-    lock.update("peaks", {"a": 1})
-    (paths.cache_folder() / "peaks.json").write_bytes(damage)
-    assert lock.read("peaks") == {}
-    lock.update("peaks", {"b": 2})
-    assert lock.read("peaks") == {"b": 2}
+    grow_margin(card(), GIB)
+    (paths.cache_folder() / "margin.json").write_bytes(damage)
+    assert read_margin(card()) == 0
+    grow_margin(card(), GIB)
+    assert read_margin(card()) == GIB
 
 
 def test_a_folder_in_the_place_of_the_file_is_no_error():
-    (paths.cache_folder() / "peaks.json").mkdir(parents=True)
-    lock.update("peaks", {"a": 1})
-    assert lock.read("peaks") == {} and files(paths.cache_folder()) == {}
+    (paths.cache_folder() / "margin.json").mkdir(parents=True)
+    grow_margin(card(), GIB)
+    assert read_margin(card()) == 0 and files(paths.cache_folder()) == {}
 
 
 @pytest.mark.parametrize("owner, name", [(os, "replace"), (os, "fsync"), (Path, "mkdir")])
 def test_an_update_that_fails_leaves_the_old_file_and_nothing_else(owner, name, monkeypatch):
-    lock.update("peaks", {"a": 1})
+    grow_margin(card(), GIB)
     before = files(paths.cache_folder())
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(owner, name, full)
-    lock.update("peaks", {"b": 2})
+    grow_margin(card(), GIB)
     assert files(paths.cache_folder()) == before
 
 
 def test_without_a_place_nothing_is_remembered_and_nothing_said(nowhere, tmp_path, capfd):
     before = files(tmp_path)
-    lock.update("peaks", {"a": 1})
-    assert lock.read("peaks") == {} and capfd.readouterr() == ("", "")
+    grow_margin(card(), GIB)
+    assert read_margin(card()) == 0 and capfd.readouterr() == ("", "")
     assert files(tmp_path) == before and list(Path().iterdir()) == []
 
 
@@ -150,16 +185,16 @@ def test_two_writers_leave_whole_files_only():
     for each in writers:
         each.stdin.write("go\n")
         each.stdin.flush()
-    path, seen = paths.cache_folder() / "peaks.json", 0
+    path, seen = paths.cache_folder() / "margin.json", 0
     while any(each.poll() is None for each in writers):
         if path.exists():
             seen = max(seen, len(json.loads(path.read_text())))  # raises for half a file
     assert [each.wait() for each in writers] == [0, 0]
     for each in writers:
         each.communicate()
-    found = lock.read("peaks")
-    assert seen and {"one 59", "other 59"} & set(found) and len(found) >= 60
-    assert list(files(paths.cache_folder())) == ["peaks.json"]
+    found = json.loads(path.read_text())
+    assert seen and {"one 59" * 500, "other 59" * 500} & set(found) and len(found) >= 60
+    assert list(files(paths.cache_folder())) == ["margin.json"]
 
 
 # --- the lock

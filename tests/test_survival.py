@@ -19,7 +19,8 @@ from fluxcli.pictures import latents
 from fluxcli.pictures.image import pixels_sha256
 from fluxcli.plan import placement as residency
 from fluxcli.plan.planner import make_plan
-from fluxcli.run import lock, session
+from fluxcli.run import lock, margin, session
+from fluxcli.run.margin import read_margin
 from quant.checkpoint import Checkpoint, inspect
 from tests.support.helpers import draw, engine_of, machine, read_pixels, tiny
 from tests.support.invariant import assert_failed, call
@@ -170,7 +171,7 @@ def test_a_step_that_fails_for_good_keeps_what_there_is(card, capsys, monkeypatc
     assert np.array_equal(read_pixels(Path("a.png")), expected)
 
 
-def test_the_next_run_starts_where_the_last_one_ended(card, capsys, monkeypatch):
+def test_what_was_missing_is_left_alone_by_the_next_run_of_this_card(card, capsys, monkeypatch):
     real, failed = sampling.step, []
 
     def step(*arguments: object) -> torch.Tensor:
@@ -184,11 +185,13 @@ def test_the_next_run_starts_where_the_last_one_ended(card, capsys, monkeypatch)
     first = call(capsys, *ARGUMENTS, "-o", "a.png", "--json")
     assert first.stderr.count("out of memory") == 2
     assert json.loads(first.stdout)["plan"]["residency"]["denoise"] == "streamed"
-    (known,) = lock.read("peaks").values()
-    assert any(key.startswith("denoise resident") for key in known)
+    grown = read_margin(machine(8))
+    assert grown >= 2 * margin.LEAST_GROWTH_BYTES
     second = call(capsys, *ARGUMENTS, "-o", "b.png", "--json")
-    assert "out of memory" not in second.stderr
-    assert json.loads(second.stdout)["plan"]["residency"]["denoise"] == "streamed"
+    assert "out of memory" not in second.stderr and read_margin(machine(8)) == grown
+    plans = [json.loads(result.stdout)["plan"] for result in (first, second)]
+    assert plans[1]["budget_bytes"] == plans[0]["budget_bytes"] - grown
+    assert any("ran out on this card before" in reason for reason in plans[1]["reasons"])
     shas = [json.loads(result.stdout)["images"][0]["pixels_sha256"] for result in (first, second)]
     assert shas[0] == shas[1]
 

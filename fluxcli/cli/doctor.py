@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fluxcli import paths
 from fluxcli.engine import device as hardware
 from fluxcli.models import find as models
-from fluxcli.plan.costs import Hardware
+from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB
 from quant.lazy import psutil, torch
 from quant.writer import nearest
@@ -37,7 +37,7 @@ def examine(device: str = "auto") -> Iterator[Check]:
     """Yield every check, cheapest first."""
     yield from _versions()
     try:
-        machine = hardware.probe(device, measure=False)
+        machine = hardware.probe(device)
     except Exception as error:  # noqa: BLE001 - a broken torch raises anything
         fix = getattr(error, "hint", "") or "install the driver, and a torch build for it"
         yield Check("device", "bad", f"{type(error).__name__}: {error}"[:200], fix)
@@ -67,10 +67,9 @@ def _device(machine: Hardware) -> Iterator[Check]:
 
     cpu, cuda = machine.kind == "cpu", machine.kind == "cuda"
     if cpu:
-        alone = "no GPU" in machine.reason
-        fix = (
-            "a GPU makes it a hundred times faster" if alone else "pytorch.org, Get Started: the build for your driver"
-        )
+        fix = "a GPU makes it a hundred times faster"
+        if machine.gpu_unusable:
+            fix = "pytorch.org, Get Started: the build for your driver"
         yield Check("device", "warn", f"cpu, {machine.name}: {machine.reason}", fix)
     else:
         driver = _nvidia("driver_version") if cuda else []

@@ -1,6 +1,5 @@
 """Commands that say what would be: `flux plan` and `doctor`."""
 
-import os
 from dataclasses import asdict, replace
 from typing import Annotated, Optional
 
@@ -10,14 +9,16 @@ from fluxcli.cli import console
 from fluxcli.cli.options import with_request_options
 from fluxcli.cli.settings import requested
 from fluxcli.engine import device as hardware
-from fluxcli.errors import DoesNotFit, ExitCode, UsageError, WeightsUnavailable
+from fluxcli.engine.cards import describe_card
+from fluxcli.errors import DoesNotFit, ExitCode, WeightsUnavailable
 from fluxcli.models import find as models
 from fluxcli.models import loras as lora
 from fluxcli.paths import config_folder
+from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB, PHASES
 from fluxcli.plan.planner import Rung, chosen_of, suggestion, survey
 from fluxcli.request.fields import GenerationRequest, coerce
-from fluxcli.run import lock
+from fluxcli.run.margin import read_margin
 from quant.checkpoint import Checkpoint
 
 
@@ -25,27 +26,22 @@ from quant.checkpoint import Checkpoint
 def plan_command(
     prompt: Annotated[str, typer.Argument(help="As for generate; it costs nothing.", show_default=False)] = "a plan",
     card: Annotated[Optional[str], typer.Option("--card", help="A card that is not here: SIZE[:smNN].")] = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Measure this machine's speeds again: 2 s.")] = False,
     **options: object,
 ) -> int:
     """Say which precision and placement generate would take, and why not another. Needs no weights."""
     request, _ = requested(prompt, options)
-    if card and measure:
-        raise UsageError("--measure excludes --card", why="a card that is not here cannot be measured")
     checkpoints, missing = _checkpoints(request)
     if card:
-        machine = hardware.card(card)
+        machine = describe_card(card)
     else:
         hardware.check_torch()
-        files = [path for part in checkpoints[-1].components.values() for path in part.files if path.is_file()]
-        largest = max(files, key=os.path.getsize, default=None)
-        machine = hardware.probe(request.device, measure=measure or None, sample=largest)
+        machine = hardware.probe(request.device)
     try:
         lora.adapters_of(request.lora, checkpoints[-1].components)
     except WeightsUnavailable as error:
         console.say(f"planned without adapters: {error}")
         request = replace(request, lora=())
-    rungs = survey(request, checkpoints, machine, {} if card else lock.peaks())
+    rungs = survey(request, checkpoints, machine, margin_bytes=0 if card else read_margin(machine))
     chosen = chosen_of(rungs)
     if options["json_output"]:
         console.data_json({
@@ -77,7 +73,7 @@ def _checkpoints(request: GenerationRequest) -> tuple[list[Checkpoint], int]:
         return [shapes], shapes.nbytes
 
 
-def _show_rungs(request: GenerationRequest, machine: hardware.Hardware, rungs: list[Rung], missing: int) -> None:
+def _show_rungs(request: GenerationRequest, machine: Hardware, rungs: list[Rung], missing: int) -> None:
     """The table of rungs, and the reasons of the one that is chosen."""
     width, height = request.size
     memory = f"{machine.total_bytes / GIB:.1f} GiB, {machine.free_bytes / GIB:.1f} free"

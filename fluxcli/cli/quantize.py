@@ -14,6 +14,7 @@ import typer
 import fluxcli
 from fluxcli.cli import console
 from fluxcli.engine import device as hardware
+from fluxcli.engine.cards import read_cards
 from fluxcli.errors import ExitCode, UsageError, WeightsUnavailable
 from fluxcli.models import find as models
 from fluxcli.models import loras as lora
@@ -68,7 +69,7 @@ def quantize(  # noqa: PLR0917 - typer's options
         model = "+".join((model.removesuffix(".safetensors"), *(each.path.stem for each in adapters)))
     path = _target(target, model, spec, kind=kind, source=folder, force=force)
     if not quiet:
-        _say_choices(recipe, parts.components["transformer"] if whole else parts, make)
+        _say_choices(recipe, make)
     if dry_run:
         check_disk(recipe, path)
         return _show(recipe, path, {}, json_output=json_output)
@@ -139,15 +140,15 @@ def _target(given: str | None, model: str, spec: QuantSpec, *, kind: str, source
     return path
 
 
-def _say_choices(recipe: Recipe, transformer: Component, make: Callable[[QuantSpec], Recipe]) -> None:
+def _say_choices(recipe: Recipe, make: Callable[[QuantSpec], Recipe]) -> None:
     """Size of the transformer and seconds of the condition pass for each --modulation."""
-    speed = hardware.read_speed(max(transformer.files, key=os.path.getsize))
+    speed = read_cards().disk_bytes
     for choice in ("keep",) if recipe.spec.to == "int8" else ("keep", recipe.spec.to):
         jobs = make(replace(recipe.spec, modulation=choice)).jobs
         size = {job.name: sum(info.nbytes for info in job.outputs) for job in jobs if "text_encoder" not in job.file}
         read = sum(size[job.name] for job in jobs if job.name in size and is_modulation(job.sources[0].name))
         chosen = " (chosen)" if choice == recipe.spec.modulation else ""
-        reads = f"each new prompt reads {read / GB:.2f} GB of it, {read / speed:.1f} s at this disk's speed"
+        reads = f"each new prompt reads {read / GB:.2f} GB of it, {read / speed:.1f} s at {speed / GB:.0f} GB/s"
         console.say(f"--modulation {choice}{chosen}: transformer {sum(size.values()) / GB:.2f} GB; {reads}")
 
 

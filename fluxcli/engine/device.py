@@ -1,56 +1,45 @@
-"""What this machine has: the one place that asks drivers and the operating system for devices, memory and speeds.
+"""The devices of this machine: the one place that asks drivers and the operating system for them.
 
-Imports torch inside functions only. Sizes are in bytes. `card` describes a machine that is not here, without torch.
+What exists, how much memory it has and holds, and the allocator's cap. Knows nothing of requests
+or placements. Sizes are in bytes.
 """
 
-import contextlib
 import os
 import platform
-import re
 import shutil
-import time
-import tomllib
-from collections.abc import Callable
-from dataclasses import asdict, replace
-from itertools import pairwise
-from pathlib import Path
+from typing import NamedTuple
 
-from fluxcli.errors import DeviceUnusable, NoSuchDevice, UsageError
-from fluxcli.paths import BUNDLED
-from fluxcli.plan.costs import CONTEXT_BYTES, Hardware, Speeds
-from fluxcli.request.fields import parse_bytes
-from fluxcli.run import lock
+from fluxcli.engine.cards import read_cards
+from fluxcli.errors import DeviceUnusable, NoSuchDevice
+from fluxcli.plan.machine import BF16_SINCE, CONTEXT_BYTES, Hardware
 from quant.lazy import psutil, torch
 
-FP8_SINCE, INT8_SINCE, BF16_SINCE = (8, 9), (7, 5), (8, 0)
 
+def probe(device: str = "auto") -> Hardware:
+    """Describe the device that `device` names: auto, cpu, cuda[:n], mps or xpu[:n].
 
-def probe(device: str = "auto", *, measure: bool | None = None, sample: Path | None = None) -> Hardware:
-    """Return the device that `device` (auto, cpu, cuda[:n], mps, xpu[:n]) names; raises `DeviceUnusable`.
-
-    The speeds of an accelerator are measured for two seconds when it is first seen, or whenever `measure` says;
-    `sample` is a large file on the disk of the weights.
+    Raises `NoSuchDevice` for one that is not here, `DeviceUnusable` for one that does not answer.
     """
+    counts = _count_accelerators()
+    if device == "auto":
+        kind = next((name for name, count in counts.items() if count), "cpu")
+        if kind == "cpu":
+            return _describe_cpu(_explain_no_gpu())
+        # One card for each of the processes that share a batch.
+        number = int(os.environ.get("LOCAL_RANK") or 0) % counts[kind]
+        return _describe(kind, number, reason="the first accelerator found")
     kind, _, index = device.partition(":")
-    counts, reason = _accelerators(), "--device"
-    if kind == "auto":
-        kind = next((name for name in counts if counts[name]), "cpu")
-        reason = "the first accelerator found" if kind != "cpu" else _why_no_gpu()
-    if device == "auto" and kind != "cpu":  # one card for each of the processes that share a batch
-        index = str(int(os.environ.get("LOCAL_RANK") or 0) % counts[kind])
-    if kind != "cpu" and int(index or 0) >= counts[kind]:
-        exist = [f"{name}:{k}" for name, count in counts.items() for k in range(count)]
-        why = f"usable are {' '.join(['cpu', *exist])}; {_why_no_gpu() if kind == 'cuda' else 'none of that kind'}"
-        raise NoSuchDevice("no such device", which=device, why=why, hint="--device auto takes what is here")
-    found = _found(kind, int(index or 0), reason)
-    key = f"{found.identity} {found.name} torch {torch.__version__}"
-    if measure or (measure is None and found.kind != "cpu" and key not in lock.read("speeds")):
-        with contextlib.suppress(RuntimeError, MemoryError):  # on a card that is full
-            lock.update("speeds", {key: _measured(found, sample)})
-    try:
-        return replace(found, speeds=Speeds(**lock.read("speeds")[key]))
-    except (KeyError, TypeError):
-        return found
+    if kind == "cpu":
+        return _describe_cpu(NoGpu("--device"))
+    number = int(index or 0)
+    if number >= counts[kind]:
+        usable = ["cpu"]
+        for name, count in counts.items():
+            usable += [f"{name}:{k}" for k in range(count)]
+        missing = _explain_no_gpu().reason if kind == "cuda" else "none of that kind"
+        why, hint = f"usable are {' '.join(usable)}; {missing}", "--device auto takes what is here"
+        raise NoSuchDevice("no such device", which=device, why=why, hint=hint)
+    return _describe(kind, number, reason="--device")
 
 
 def check_torch() -> None:
@@ -62,124 +51,117 @@ def check_torch() -> None:
         raise DeviceUnusable("torch cannot be imported", why=why, hint="pip install --force-reinstall torch") from error
 
 
-def card(text: str) -> Hardware:
-    """The hardware that `SIZE[:smNN]` describes, e.g. 12GiB:sm89; raises `UsageError`."""
-    match = re.fullmatch(r"([^:]+)(?::sm(\d{2,3}))?", text)
+def _hardware(
+    device: str,
+    name: str,
+    *,
+    total_bytes: int,
+    free_bytes: int,
+    bf16: bool,
+    reason: str,
+    identity: str,
+    capability: tuple[int, int] = (0, 0),
+    gpu_unusable: bool = False,
+) -> Hardware:
+    """A device of this machine, with the RAM beside it and the speeds that the table has for it."""
+    ram = psutil.virtual_memory()
+    return Hardware(
+        device=device,
+        name=name,
+        total_bytes=total_bytes,
+        free_bytes=free_bytes,
+        ram_bytes=ram.total,
+        ram_free_bytes=ram.available,
+        bf16=bf16,
+        reason=reason,
+        speeds=read_cards().find_speeds(device, name, capability),
+        identity=identity,
+        capability=capability,
+        gpu_unusable=gpu_unusable,
+    )
+
+
+def _count_accelerators() -> dict[str, int]:
+    """How many devices of each kind this torch can use, in the order in which "auto" takes them."""
     try:
-        total = parse_bytes(match[1]) if match else 0
-    except ValueError:
-        total = 0
-    if not total:
-        raise UsageError("no such card", which=f"--card {text}", why="it is SIZE[:smNN]", hint="--card 12GiB:sm89")
-    digits = match[2] or "89"
-    capability = (int(digits[:-1]), int(digits[-1]))
-    bf16, name = capability >= BF16_SINCE, f"a card of {match[1]}, sm{digits}"
-    return _hardware("cuda:0", name, total, total, bf16, reason="--card", identity=text, capability=capability)
-
-
-def _hardware(  # noqa: PLR0917
-    device: str, name: str, total: int, free: int, bf16: bool, capability: tuple[int, int] = (0, 0), **more: str
-) -> Hardware:  # fmt: skip
-    ram, table = psutil.virtual_memory(), _table(device, name, capability)
-    memory = {"total_bytes": total, "free_bytes": free, "ram_bytes": ram.total, "ram_free_bytes": ram.available}
-    return Hardware(device, name, **memory, bf16=bf16, speeds=table, table=table, capability=capability, **more)
-
-
-def _table(device: str, name: str, capability: tuple[int, int]) -> Speeds:
-    """The speeds of a card by its name, or by its capability."""
-    with (BUNDLED / "shapes" / "cards.toml").open("rb") as file:
-        table = tomllib.load(file)
-    cards, fallback = table["cards"], "cpu" if device == "cpu" else "gpu"
-    by_name = next((key for key in cards if not key.startswith("sm") and re.search(rf"\b{key}\b", name)), "")
-    known = [key for key in cards if key.startswith("sm") and capability >= (int(key[2:-1]), int(key[-1]))]
-    found = cards[by_name or (known[0] if known else fallback)]
-    capable = {"fp8": capability >= FP8_SINCE, "int8": capability >= INT8_SINCE}
-    reached = {scheme: share * 1e12 for scheme, share in table["efficiency"].items()}
-    rates = {scheme: found[scheme] * reached[scheme] for scheme, can in capable.items() if can and scheme in found}
-    source = f"a table's {by_name}" if by_name else f"a table's guess for {known[0] if known else fallback}"
-    return Speeds(found["wide"] * reached["wide"], rates, found["bus"] * 1e9, table["disk"] * 1e9, source)
-
-
-def _accelerators() -> dict[str, int]:
-    try:
-        mps = torch.backends.mps.is_available()
-        return {"cuda": torch.cuda.device_count(), "xpu": torch.xpu.device_count(), "mps": int(mps)}
+        mps = int(torch.backends.mps.is_available())
+        return {"cuda": torch.cuda.device_count(), "xpu": torch.xpu.device_count(), "mps": mps}
     except RuntimeError as error:
         raise DeviceUnusable("the GPU driver does not answer", why=str(error)[:120]) from error
 
 
-def _found(kind: str, number: int, reason: str) -> Hardware:
-    if kind == "cpu":
-        ram, name = psutil.virtual_memory(), platform.processor() or platform.machine()
-        matrix_units = getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # without: a quarter of float32's speed
-        return _hardware("cpu", name, ram.total, ram.available, matrix_units, reason=reason, identity="cpu")
+def _describe_cpu(why: "NoGpu") -> Hardware:
+    """The CPU; its memory is the RAM."""
+    ram = psutil.virtual_memory()
+    # Without matrix units bfloat16 runs at a quarter of float32's speed.
+    has_matrix_units = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    return _hardware(
+        "cpu",
+        platform.processor() or platform.machine(),
+        total_bytes=ram.total,
+        free_bytes=ram.available,
+        bf16=has_matrix_units,
+        reason=why.reason,
+        identity="cpu",
+        gpu_unusable=why.driver_found,
+    )
+
+
+def _describe(kind: str, number: int, *, reason: str) -> Hardware:
+    """An accelerator by its kind and number; raises `DeviceUnusable` where it does not answer."""
     if kind == "mps":
-        total = torch.mps.recommended_max_memory()
-        return _hardware("mps", "Apple GPU", total, total, True, reason=reason, identity="mps")
-    device, module = f"{kind}:{number}", getattr(torch, kind)
+        total_bytes = torch.mps.recommended_max_memory()
+        return _hardware(
+            "mps",
+            "Apple GPU",
+            total_bytes=total_bytes,
+            free_bytes=total_bytes,
+            bf16=True,
+            reason=reason,
+            identity="mps",
+        )
+    device = f"{kind}:{number}"
+    module = getattr(torch, kind)
+    capability = (0, 0)
     try:
-        free, total = module.mem_get_info(number)
-        found = module.get_device_properties(number)
-        capability = torch.cuda.get_device_capability(number) if kind == "cuda" else (0, 0)
+        free_bytes, total_bytes = module.mem_get_info(number)
+        properties = module.get_device_properties(number)
+        if kind == "cuda":
+            capability = torch.cuda.get_device_capability(number)
     except RuntimeError as error:
-        raise DeviceUnusable("the device does not answer", which=device, why=str(error)[:120]) from error
-    free = min(total, free + CONTEXT_BYTES + held_memory(device))  # asking has made the context
-    bf16, identity = kind != "cuda" or capability >= BF16_SINCE, f"{kind} {getattr(found, 'uuid', number)}"
-    return _hardware(device, found.name, total, free, bf16, capability, reason=reason, identity=identity)
+        why = str(error)[:120]
+        raise DeviceUnusable("the device does not answer", which=device, why=why) from error
+    # Asking has made this process's context, which is part of what the process may take.
+    own_bytes = CONTEXT_BYTES + held_memory(device)
+    return _hardware(
+        device,
+        properties.name,
+        total_bytes=total_bytes,
+        free_bytes=min(total_bytes, free_bytes + own_bytes),
+        bf16=kind != "cuda" or capability >= BF16_SINCE,
+        reason=reason,
+        identity=f"{kind} {getattr(properties, 'uuid', number)}",
+        capability=capability,
+    )
 
 
-def _why_no_gpu() -> str:
+class NoGpu(NamedTuple):
+    """Why the CPU is taken, and whether a GPU's driver is there all the same."""
+
+    reason: str
+    driver_found: bool = False
+
+
+def _explain_no_gpu() -> NoGpu:
+    """Why torch sees no CUDA device."""
     driver = shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia/version")
     if driver and not torch.version.cuda:
-        return "this torch is CPU-only beside an NVIDIA driver: install a CUDA build (pytorch.org, Get Started)"
-    if driver and os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
-        return f"CUDA_VISIBLE_DEVICES is {os.environ['CUDA_VISIBLE_DEVICES']!r}"
-    return "no GPU was found"
-
-
-# --- speeds
-
-
-def _measured(hardware: Hardware, sample: Path | None) -> dict:
-    """About two seconds of products, copies and reads: the fields of `Speeds`."""
-    from quant.linear import make_linear, path_of
-
-    device, rows, columns = hardware.device, 4608, 3072 if hardware.kind != "cpu" else 768
-    dtype = torch.bfloat16 if hardware.bf16 else torch.float32 if hardware.kind == "cpu" else torch.float16
-    inputs, weight = (torch.ones(n, columns, dtype=dtype, device=device) for n in (rows, 4 * columns))
-    work = 2 * rows * weight.numel()
-    rates = {}
-    for scheme, kind in (("fp8", torch.float8_e4m3fn), ("int8", torch.int8)):
-        if path_of(scheme, device) != "dequantize":
-            pieces = {"": weight.to(kind), "_scale": weight[:, 0].float()}
-            layer = make_linear(scheme, [pieces], [tuple(weight.shape)], None, arithmetic=True)
-            rates[scheme] = work / _seconds(lambda layer=layer: layer(inputs), device)
-    wide = work / _seconds(lambda: inputs @ weight.T, device)
-    host = torch.empty(128 << 20, dtype=torch.uint8, pin_memory=hardware.kind == "cuda")
-    target = torch.empty_like(host, device=device, pin_memory=False)
-    bus = host.numel() / _seconds(lambda: target.copy_(host, non_blocking=True), device)
-    disk = read_speed(sample) if sample else hardware.table.disk_bytes
-    return asdict(Speeds(wide, rates, bus, disk, "measured here"))
-
-
-def _seconds(run: Callable[[], object], device: str) -> float:
-    """Median seconds of a call, after one that does not count."""
-    at = []
-    for _ in range(6):
-        run()
-        synchronize(device)
-        at.append(time.perf_counter())
-    return sorted(after - before for before, after in pairwise(at))[2]
-
-
-def read_speed(path: Path, size: int = 128 << 20) -> float:
-    """Bytes per second of reading the start of a file from its disk (from memory, where it cannot be dropped there)."""
-    with path.open("rb", buffering=0) as file:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, size, os.POSIX_FADV_DONTNEED)
-        started = time.perf_counter()
-        count = len(file.read(size))
-    return count / max(1e-6, time.perf_counter() - started)
+        why = "this torch is CPU-only beside an NVIDIA driver: install a CUDA build"
+        return NoGpu(f"{why} (pytorch.org, Get Started)", driver_found=True)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if driver and visible is not None:
+        return NoGpu(f"CUDA_VISIBLE_DEVICES is {visible!r}", driver_found=True)
+    return NoGpu("no GPU was found")
 
 
 # --- memory

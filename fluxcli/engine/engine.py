@@ -9,7 +9,7 @@ classes are diffusers' and transformers' own; the loop equals diffusers' FluxPip
 import hashlib
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import fluxcli
 from fluxcli.engine import classes, modulation, sampling
@@ -26,6 +26,7 @@ from fluxcli.pictures import names as output
 from fluxcli.pictures.latents import Latents
 from fluxcli.plan import costs
 from fluxcli.plan import placement as residency
+from fluxcli.plan.machine import CONTEXT_BYTES
 from fluxcli.plan.placement import GIB, MemoryPlan
 from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import Checkpoint
@@ -35,6 +36,14 @@ from quant.lora import Adapter
 from quant.spec import FAMILIES
 
 KEPT_BYTES = 256 << 20  # of tables in RAM between windows: four prompts of the published size
+
+
+@dataclass(frozen=True)
+class OutOfMemory:
+    """A phase ran out of memory, with so many bytes less than it was planned to need (0 or less: with more)."""
+
+    phase: str
+    missing_bytes: int
 
 
 class Engine:
@@ -48,7 +57,7 @@ class Engine:
     ) -> None:  # fmt: skip
         """`cache` keeps prompt embeddings on disk."""
         self.checkpoint, self.machine, self.stage = checkpoint, machine, Stage(checkpoint, plan)
-        self.measured: dict[str, int] = {}  # peaks by "phase level", of phases that ended or ran out of memory
+        self.out_of_memory: list[OutOfMemory] = []  # what has happened so far, for who remembers it
         self.texts = Texts(checkpoint, plan, machine, cache=cache)
         self._tables: dict[modulation.Condition, Tensor] = {}  # in RAM
         self._adapters: dict[tuple[str, ...], tuple[Adapter, ...]] = {}  # of the window's requests
@@ -104,18 +113,14 @@ class Engine:
         """The phase, by the plan's next rung where memory runs out. Raises `DoesNotFit` after the last."""
         while pictures:
             level, failed = self.plan.residency.level(phase), ""
-            hardware.reset_peak(self.plan.device)
             try:
-                computed = yield from attempt(pictures)
-                peak = hardware.peak_memory(self.plan.device).get("vram_bytes")
-                if peak and computed:
-                    self._learn(f"{phase} {level}", peak + costs.CONTEXT_BYTES)
+                yield from attempt(pictures)
                 return
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 failed = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-            self._learn(f"{phase} {level}", max(self.plan.budget_bytes, self.plan.peak_bytes[phase]) + 1)
+            self.out_of_memory.append(OutOfMemory(phase, self.plan.peak_bytes[phase] - self._available_bytes()))
             self.stage.clear()
             now, largest = self.plan, max((each.request for each in pictures), key=lambda it: math.prod(it.size))
             offer = residency.make_offer(largest, self.checkpoint, self.machine, now.precision, now.spec, now.dtypes)
@@ -127,8 +132,10 @@ class Engine:
             self.stage.plan, words = following
             yield Notice(f"out of memory in {phase} ({level or 'as planned'}): once more, {words}")
 
-    def _learn(self, what: str, peak: int) -> None:
-        self.measured[what] = max(peak, self.measured.get(what, 0))
+    def _available_bytes(self) -> int:
+        """What this process may take of the device: what it holds and what is free, within its budget."""
+        held, free = hardware.held_memory(self.plan.device), hardware.free_memory(self.plan.device)
+        return min(self.plan.budget_bytes, CONTEXT_BYTES + held + free)
 
     def _begin(self, pictures: Sequence[Picture]) -> Iterator[Event]:
         """Adapters, the name of the embeddings, and noise where there are no latents yet."""

@@ -9,7 +9,7 @@ import fluxcli
 from fluxcli.engine import prompt_cache as embeddings
 from fluxcli.engine import sampling
 from fluxcli.engine.prompt_cache import Embeddings
-from fluxcli.plan.costs import Hardware
+from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import MemoryPlan
 from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import ENCODERS, Checkpoint

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fluxcli.models.loras import adapters_of
+from fluxcli.plan.machine import Speeds
 from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import Checkpoint, Component
 from quant.spec import QuantSpec, is_modulation, layout, scheme_in_memory
 from quant.weights import Weight
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-CONTEXT_BYTES = 512 << 20  # the driver's context with the kernels, and cuBLAS' workspace
 # Bytes at the peak of a step, counted: the larger of two lines (a, b), a x tokens x width + b x width^2 in the compute
 # dtype. The first is attention in every precision; the second what else can be largest: unpacked weights, wide sums.
 ACTIVATIONS = {
@@ -32,43 +32,6 @@ VAE_FLOP = 1.0e7  # a pixel
 TILED_WORK = 1.35  # overlaps are computed twice
 SLOW_BF16 = 0.25  # of float32's speed, on a CPU without units for it
 T5_BLOCKS = "encoder.block."
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """What a machine does in a second; `source` says how that is known."""
-
-    wide: float  # FLOP/s of products in 16 bit (32 on a CPU without)
-    eight_bit: dict[str, float]  # FLOP/s of fp8 and int8 products where the device computes them
-    bus_bytes: float  # from pinned memory to the device
-    disk_bytes: float
-    source: str = "assumed"
-
-    def of(self, scheme: str) -> float:
-        """FLOP/s of a layer packed so: its own arithmetic, or unpacking on top of 16 bit."""
-        return self.eight_bit.get(scheme) or (self.wide * 0.88 if scheme else self.wide)
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """The device to compute on. `total_bytes` and `free_bytes` are the device's memory (the RAM for a CPU)."""
-
-    device: str  # as torch names it: cpu, cuda:0, mps, xpu:0
-    name: str
-    total_bytes: int
-    free_bytes: int  # that this process may take, its own context included
-    ram_bytes: int
-    ram_free_bytes: int
-    bf16: bool  # computes bfloat16 at full speed
-    reason: str  # why this device
-    speeds: Speeds  # measured here where that was done, else as in `table`
-    table: Speeds  # of a card of this name: the same today and tomorrow
-    identity: str = ""  # of the physical device, whatever number it has today
-    capability: tuple[int, int] = (0, 0)
-
-    @property
-    def kind(self) -> str:
-        return self.device.partition(":")[0]
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@ when memory runs out all the same. Arithmetic on `costs`. Stdlib only. Sizes are
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 from fluxcli.plan import costs
-from fluxcli.plan.costs import CONTEXT_BYTES, Cost, Hardware, Speeds
+from fluxcli.plan.costs import Cost
+from fluxcli.plan.machine import CONTEXT_BYTES, Hardware, Speeds
 from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import Checkpoint
 from quant.spec import FAMILIES, QuantSpec
@@ -95,33 +96,26 @@ def make_offer(  # noqa: PLR0917
 ) -> Offer:  # fmt: skip
     """One precision of one folder with its costs."""
     scheme = precision if precision in FAMILIES.values() else ""
-    unpacks = scheme in ("fp8", "int8") and scheme not in hardware.table.eight_bit and hardware.kind != "cpu"
+    unpacks = scheme in ("fp8", "int8") and scheme not in hardware.speeds.eight_bit and hardware.kind != "cpu"
     cost = costs.cost_of(request, checkpoint, dtypes, spec, "unpacked" if unpacks else scheme)
     return Offer(checkpoint, hardware, precision, scheme, spec, dtypes, why, cost)
 
 
-def fit(
-    offer: Offer, *, budget: int, host: int, speeds: Speeds, learned: Mapping[str, int] = {}, tiled: bool = True
-) -> tuple[MemoryPlan | None, str]:
+def fit(offer: Offer, *, budget: int, host: int, tiled: bool = True) -> tuple[MemoryPlan | None, str]:
     """(the fastest residency within `budget` bytes of the device and `host` bytes of RAM, or why there is none).
 
-    `learned` has peaks measured before, by "phase level"; `tiled` allows the decode that changes pixels.
+    `tiled` allows the decode that changes pixels.
     """
-    cost, hardware, over = offer.cost, offer.hardware, ""
+    cost, hardware, speeds, over = offer.cost, offer.hardware, offer.hardware.speeds, ""
     if hardware.kind == "cpu" and offer.dtypes["transformer"] == "bfloat16" and not hardware.bf16:
         speeds = replace(speeds, wide=speeds.wide * costs.SLOW_BF16)
     small = cost.total + cost.modulation < budget * RESIDENT_SHARE
     every = ("text_encoder", "text_encoder_2", "transformer", "vae", "modulation")
     now = Residency(keep=every if small and cost.request.offload in ("auto", "none") else ("transformer", "vae"))
     for phase in ("encode", "denoise", "decode"):
-        least = 0  # blocks that must be streamed: an eighth more than where memory once ran out
         for level in _levels(phase, now, offer, speeds, tiled=tiled):
-            measured, count = learned.get(f"{phase} {level.level(phase)}"), len(level.streamed)
-            peak = _peaks(offer, level)[phase] if measured is None else measured
-            if measured and measured > budget and phase == "denoise":
-                least = count + max(1, len(cost.blocks) // 8)
-            enough = measured is not None or count >= least or level.denoise == "sequential"
-            if peak <= budget and enough and _held(offer, level) <= host:
+            peak = _peaks(offer, level)[phase]
+            if peak <= budget and _held(offer, level) <= host:
                 now, over = level, ""
                 break
             over = f"{phase} needs {peak / GIB:.1f} GiB, {hardware.device} has {budget / GIB:.1f} GiB"

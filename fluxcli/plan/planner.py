@@ -1,17 +1,17 @@
 """The planner: which precision, and why. Every precision that a model's folders offer is a rung.
 
 By the device's TOTAL memory the best one is taken that is not predicted slower than 1.25 times the fastest that fits
-(by the table of cards, not by the moment's measurement: this decides pixels); by its FREE memory only where weights
+(by the table of cards: nothing is timed); by its FREE memory only where weights
 are (`residency`). Arithmetic on headers; docs/memory.md explains it. Stdlib only. Sizes are in bytes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from fluxcli.errors import DoesNotFit, UsageError
 from fluxcli.plan import costs
-from fluxcli.plan.costs import Hardware
-from fluxcli.plan.placement import MemoryPlan, Offer, fit, host_limit, make_offer
+from fluxcli.plan.machine import Hardware
+from fluxcli.plan.placement import GIB, MemoryPlan, Offer, fit, host_limit, make_offer
 from fluxcli.request.fields import GenerationRequest, flag
 from quant.checkpoint import Checkpoint
 from quant.spec import SCHEMES, TEXT_ENCODER, QuantSpec
@@ -35,10 +35,10 @@ class Rung:
 
 
 def make_plan(
-    request: GenerationRequest, checkpoints: Sequence[Checkpoint], hardware: Hardware, learned: Mapping = {}
+    request: GenerationRequest, checkpoints: Sequence[Checkpoint], hardware: Hardware, *, margin_bytes: int = 0
 ) -> tuple[Checkpoint, MemoryPlan]:  # fmt: skip
     """The folder and the plan to take; raises `DoesNotFit` with the numbers and with what would fit."""
-    rungs = survey(request, checkpoints, hardware, learned)
+    rungs = survey(request, checkpoints, hardware, margin_bytes=margin_bytes)
     if chosen := chosen_of(rungs):
         return chosen.offer.checkpoint, chosen.plan
     worst = next((rung for rung in rungs if rung.verdict == "not now"), rungs[0])
@@ -53,29 +53,29 @@ def chosen_of(rungs: Sequence[Rung]) -> Rung | None:
 
 
 def survey(
-    request: GenerationRequest, checkpoints: Sequence[Checkpoint], hardware: Hardware, learned: Mapping = {}
+    request: GenerationRequest, checkpoints: Sequence[Checkpoint], hardware: Hardware, *, margin_bytes: int = 0
 ) -> list[Rung]:  # fmt: skip
-    """Every rung with its verdict, best quality first. `learned` has measured peaks by `learned_key`."""
+    """Every rung with its verdict, best quality first.
+
+    `margin_bytes` of what is free are left alone where that is possible: memory ran out on this card before. It moves
+    placements and never the precision, which follows the total memory.
+    """
     if hardware.kind == "cpu" and request.offload != "auto":
         why = "on the CPU weights are in RAM already, or in their mapped files"
         raise UsageError(f"--offload {request.offload} without effect", which="cpu", why=why, hint="leave it out")
     total = int(min(request.vram_limit or hardware.total_bytes, hardware.total_bytes * USABLE_SHARE))
     free = total if hardware.kind == "cpu" else min(total, hardware.free_bytes)
     offers = sorted(_offers(request, checkpoints, hardware), key=lambda offer: QUALITY.index(offer.precision))
-    ever = {"budget": total, "host": host_limit(hardware, ever=True), "speeds": hardware.table}
-    now = {"budget": free, "host": host_limit(hardware), "speeds": hardware.speeds}
-    by_total = [fit(offer, **ever) for offer in offers]
+    by_total = [fit(offer, budget=total, host=host_limit(hardware, ever=True)) for offer in offers]
     seconds = [sum(plan.seconds.values()) for plan, _ in by_total if plan]
     limit, rungs = SLOWER * min(seconds, default=0.0), []
     for offer, (whole, over) in zip(offers, by_total, strict=True):
-        known = learned.get(learned_key(hardware, offer.precision, request, offer.cost.stored), {})
         plan, short, taken = None, "", any(rung.verdict in ("chosen", "not now") for rung in rungs)
         if whole:
-            tiled = whole.residency.decode == "tiled"  # other pixels: never by what another moment has taught
-            plan, short = fit(offer, **now, learned=known, tiled=tiled)
-            if plan is None and known:  # what was measured in another moment orders the placements, and forbids none
-                rest = {key: peak for key, peak in known.items() if not key.startswith(short.split()[0])}
-                plan, short = fit(offer, **now, learned=rest, tiled=tiled)
+            tiled = whole.residency.decode == "tiled"  # other pixels: never by what is free in a moment
+            plan, short = fit(offer, budget=free - margin_bytes, host=host_limit(hardware), tiled=tiled)
+            if plan is None and margin_bytes:  # what ran out in another moment forbids nothing
+                plan, short = fit(offer, budget=free, host=host_limit(hardware), tiled=tiled)
         slow = sum(whole.seconds.values()) / limit * SLOWER if whole else 0.0
         verdict, why = (
             ("does not fit", over) if not whole
@@ -86,16 +86,11 @@ def survey(
         )  # fmt: skip
         if verdict == "chosen":
             because = [f"{offer.precision}: {why}", *(f"not {rung.offer.precision}: {rung.why}" for rung in rungs)]
+            if plan.budget_bytes < free:
+                because.append(f"{margin_bytes / GIB:.1f} GiB are left free: memory ran out on this card before")
             plan = replace(plan, reasons=(*plan.reasons, *because))
         rungs.append(Rung(offer, verdict, why, plan))
     return rungs
-
-
-def learned_key(hardware: Hardware, precision: str, request: GenerationRequest, stored: int) -> str:
-    """What measured peaks depend on, beside the phase's level; `stored` is the size of the weights in bytes."""
-    (width, height), what = request.size, f"{precision} of {stored >> 20} MiB"
-    found = f"{hardware.name} {hardware.total_bytes >> 20} MiB, {what}, {width}x{height}, {request.text_tokens}"
-    return ", ".join((found, *request.lora))
 
 
 # --- precision

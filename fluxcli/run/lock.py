@@ -1,39 +1,8 @@
-"""What is remembered between runs in the user's cache folder: speeds, memory peaks; and a lock for each device.
+"""A lock for each device in the user's cache folder: one flux computes on it at a time. Knows no torch."""
 
-Everything here may be lost or unwritable: then it is measured again, or not remembered. Knows no torch.
-"""
-
-import contextlib
-import json
-import os
 import re
-from collections.abc import Mapping
 
 from fluxcli.paths import cache_folder
-from fluxcli.pictures import names as output
-
-
-def read(name: str) -> dict:
-    """The JSON object of that name, {} where there is none that can be read."""
-    try:
-        value = json.loads((cache_folder() / f"{name}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def update(name: str, entries: Mapping[str, object]) -> None:
-    """Add entries to the object of that name; a reader sees it before or after. Nothing happens where that fails."""
-    path = cache_folder() / f"{name}.json"
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        output.write_atomically(path, json.dumps(read(name) | entries, indent=1).encode(), place=os.replace)
-
-
-def peaks() -> dict[str, dict[str, int]]:
-    """Memory peaks that runs have measured, by `plan.learned_key`, then by phase and level."""
-    found = {key: value for key, value in read("peaks").items() if isinstance(value, dict)}
-    return {key: {k: v for k, v in value.items() if isinstance(v, int)} for key, value in found.items()}
 
 
 class DeviceLock:

@@ -24,10 +24,11 @@ from fluxcli.pictures import names as output
 from fluxcli.pictures.latents import Latents
 from fluxcli.plan import placement as residency
 from fluxcli.plan.placement import MemoryPlan
-from fluxcli.plan.planner import learned_key, make_plan, suggestion
+from fluxcli.plan.planner import make_plan, suggestion
 from fluxcli.request.fields import GenerationRequest
 from fluxcli.request.job import Job, Row
-from fluxcli.run import lock as remembered
+from fluxcli.run.lock import DeviceLock
+from fluxcli.run.margin import grow_margin, read_margin
 from fluxcli.run.planned import Planned, window_size
 from quant.checkpoint import Checkpoint
 from quant.errors import ExplainedError
@@ -78,14 +79,13 @@ class Session:
         checkpoints = models.checkpoints_of(request, paths.config_folder(), said.append)
         yield from map(Notice, said)
         hardware.check_torch()
-        largest = max(checkpoints[-1].components["transformer"].files, key=lambda path: path.stat().st_size)
-        machine = hardware.probe(request.device, measure=False)
-        if lock and machine.kind != "cpu":  # before anything is measured: another flux may hold all of it
+        machine = hardware.probe(request.device)
+        if lock and machine.kind != "cpu":
             yield from self._lock(machine.identity, no_wait)
-            machine = hardware.probe(request.device, sample=largest)
+            machine = hardware.probe(request.device)  # once more: another flux may have held all of it
         if self.engine:  # what this process holds is its own to use
             machine = replace(machine, ram_free_bytes=machine.ram_free_bytes + self.engine.plan.host_bytes)
-        checkpoint, plan = make_plan(request, checkpoints, machine, remembered.peaks())
+        checkpoint, plan = make_plan(request, checkpoints, machine, margin_bytes=read_margin(machine))
         if lock and machine.kind == "cpu" and max(plan.peak_bytes.values()) > machine.total_bytes * LOCKED_SHARE:
             yield from self._lock(machine.identity, no_wait)
         return checkpoint, plan, machine, tuple(checkpoints)
@@ -149,7 +149,7 @@ class Session:
     def _lock(self, identity: str, no_wait: bool) -> Iterator[Event]:
         if identity in self._locked:
             return
-        device_lock = remembered.DeviceLock(identity)
+        device_lock = DeviceLock(identity)
         if not device_lock.acquire():
             if no_wait:
                 why, hint = "another flux computes on it", "leave --no-wait out to wait for it"
@@ -195,6 +195,7 @@ class Session:
         self, engine: Engine, window: Sequence[Picture], rows: dict[int, Planned], *, isolate: bool
     ) -> Iterator[Event]:  # fmt: skip
         """A window's events, the end of each row, and what went wrong."""
+        known = len(engine.out_of_memory)
         try:
             for event in engine.window(window, isolate=isolate):
                 yield event
@@ -207,21 +208,13 @@ class Session:
             _advise(error, rows[window[0].row], engine, window)
             raise
         finally:
-            self._remember(engine, [rows[picture.row] for picture in window])
+            for happened in engine.out_of_memory[known:]:
+                grow_margin(engine.machine, happened.missing_bytes)
         for picture in window:
             if isinstance(picture.error, DoesNotFit):
                 _advise(picture.error, rows[picture.row], engine, [picture])
             if picture.error:
                 yield failed(picture.error, picture.row)
-
-    @staticmethod
-    def _remember(engine: Engine, rows: Sequence[Planned]) -> None:
-        """Keep the measured peaks, where all pictures of the window have the same size and adapters."""
-        keys = {learned_key(it.machine, engine.plan.precision, it.request, it.checkpoint.nbytes) for it in rows}
-        if engine.measured and len(keys) == 1:
-            key = keys.pop()
-            remembered.update("peaks", {key: remembered.peaks().get(key, {}) | engine.measured})
-        engine.measured = {}
 
 
 def _finished(engine: Engine, picture: Picture, before: int, until: int) -> Path | None:

@@ -14,7 +14,7 @@ from fluxcli.events import Event
 from fluxcli.pictures import names as output
 from fluxcli.pictures.image import open_picture
 from fluxcli.plan import planner as plan
-from fluxcli.plan.costs import Hardware, Speeds
+from fluxcli.plan.machine import Hardware, Speeds
 from fluxcli.plan.placement import GIB
 from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import Checkpoint, Component
@@ -39,7 +39,7 @@ def machine(
     """A machine of that much memory on the device, all of it free, and 64 GiB of RAM; speeds as a table has them."""
     size = int(gib * GIB)
     table = Speeds(50e12, {"fp8": 80e12} if sm >= (8, 9) else {}, 24e9, 2e9, "a test's")
-    made = Hardware(device, "a test", size, size, 64 * GIB, 64 * GIB, bf16, "a test", table, table, "test", sm)
+    made = Hardware(device, "a test", size, size, 64 * GIB, 64 * GIB, bf16, "a test", table, "test", sm)
     return replace(made, **more)
 
 

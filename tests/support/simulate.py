@@ -14,13 +14,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from benchmarks.counting import CARD, Counter
 from fluxcli.engine import loader, modulation, sampling
-from fluxcli.engine.device import Hardware
 from fluxcli.engine.engine import Engine
 from fluxcli.models import find as models
 from fluxcli.pictures.latents import Latents
 from fluxcli.plan import costs
 from fluxcli.plan import placement as residency
 from fluxcli.plan import planner as plan
+from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import MemoryPlan
 from fluxcli.request.fields import GenerationRequest
 from quant import codecs, linear

@@ -1,0 +1,138 @@
+"""The device that a plan is for: its memory, what it computes natively, and what it does in a second.
+
+Values only: no driver is asked and no file is opened here. `engine.device` describes the devices of
+this machine; `card` describes one that is not here. Sizes are in bytes, speeds in bytes or FLOP a
+second. Stdlib only.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fluxcli.errors import UsageError
+from fluxcli.request.fields import parse_bytes
+
+CONTEXT_BYTES = 512 << 20  # the driver's context with the kernels, and cuBLAS' workspace
+UNPACKING_SPEED = 0.88  # of a 16-bit product's, where the weight is unpacked before each
+CAPABILITY = re.compile(r"sm(\d+)(\d)")
+# The first NVIDIA generations that multiply in these formats.
+BF16_SINCE = (8, 0)
+FP8_SINCE = (8, 9)
+INT8_SINCE = (7, 5)
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What a device does in a second; `source` says how that is known."""
+
+    wide: float  # FLOP/s of products in 16 bit (in 32 on a CPU without fast bfloat16)
+    eight_bit: dict[str, float]  # FLOP/s of fp8 and int8 products where the device computes them
+    bus_bytes: float  # from pinned memory to the device
+    disk_bytes: float
+    source: str = "assumed"
+
+    def of(self, scheme: str) -> float:
+        """FLOP/s of a layer whose weight is stored in a scheme ("" for 16 bit).
+
+        Where the device does not multiply in the scheme, the weight is unpacked on top of 16 bit.
+        """
+        if scheme in self.eight_bit:
+            return self.eight_bit[scheme]
+        if scheme:
+            return self.wide * UNPACKING_SPEED
+        return self.wide
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The device to compute on. Its memory is the RAM for a CPU."""
+
+    device: str  # as torch names it: cpu, cuda:0, mps, xpu:0
+    name: str
+    total_bytes: int
+    free_bytes: int  # that this process may take, its own context included
+    ram_bytes: int
+    ram_free_bytes: int
+    bf16: bool  # computes bfloat16 at full speed
+    reason: str  # why this device was taken
+    speeds: Speeds
+    identity: str = ""  # of the physical device, whatever number it has today
+    capability: tuple[int, int] = (0, 0)  # of NVIDIA's cards: (8, 9) is sm89
+    gpu_unusable: bool = False  # a GPU's driver is there, and this torch cannot use it
+
+    @property
+    def kind(self) -> str:
+        """The device without its number: cpu, cuda, mps or xpu."""
+        return self.device.partition(":")[0]
+
+
+@dataclass(frozen=True)
+class CardTable:
+    """What is known of cards: the parsed presets/shapes/cards.toml, whose head explains the rows."""
+
+    rows: Mapping[str, Mapping[str, Any]]  # by a part of the driver's name, by "smNN", "gpu", "cpu"
+    reached: Mapping[str, float]  # the share of a data sheet's figure, by wide, fp8, int8
+    disk_bytes: float  # a second
+
+    def find_speeds(self, device: str, name: str, capability: tuple[int, int]) -> Speeds:
+        """The speeds of a card by its name, else by its capability, else by its kind."""
+        for key, row in self.rows.items():
+            if not CAPABILITY.fullmatch(key) and re.search(rf"\b{re.escape(key)}\b", name):
+                return self._read_row(row, capability, key)
+        for key, row in self.rows.items():
+            found = CAPABILITY.fullmatch(key)
+            if found and capability >= (int(found[1]), int(found[2])):
+                return self._read_row(row, capability, f"guess for {key}")
+        key = "cpu" if device == "cpu" else "gpu"
+        return self._read_row(self.rows[key], capability, f"guess for {key}")
+
+    def _read_row(self, row: Mapping[str, Any], capability: tuple[int, int], called: str) -> Speeds:
+        """The speeds of one row; a measured row says what was reached, others what is promised."""
+        reached = dict(self.reached)
+        source = f"a table's {called}"
+        if "date" in row:
+            reached = dict.fromkeys(reached, 1.0)
+            source += f", measured {row['date']} with driver {row['driver']}"
+        eight_bit = {}
+        for scheme, since in (("fp8", FP8_SINCE), ("int8", INT8_SINCE)):
+            if scheme in row and capability >= since:
+                eight_bit[scheme] = row[scheme] * reached[scheme] * 1e12
+        return Speeds(
+            wide=row["wide"] * reached["wide"] * 1e12,
+            eight_bit=eight_bit,
+            bus_bytes=row["bus"] * 1e9,
+            disk_bytes=self.disk_bytes,
+            source=source,
+        )
+
+
+def card(text: str, table: CardTable, *, ram_bytes: int, ram_free_bytes: int) -> Hardware:
+    """The hardware that `SIZE[:smNN]` describes, e.g. 12GiB:sm89, beside so much RAM.
+
+    Raises `UsageError` for any other text.
+    """
+    match = re.fullmatch(r"([^:]+)(?::sm(\d{2,3}))?", text)
+    try:
+        total_bytes = parse_bytes(match[1]) if match else 0
+    except ValueError:
+        total_bytes = 0
+    if match is None or not total_bytes:
+        why, hint = "it is SIZE[:smNN]", "--card 12GiB:sm89"
+        raise UsageError("no such card", which=f"--card {text}", why=why, hint=hint)
+    digits = match[2] or "89"
+    capability = (int(digits[:-1]), int(digits[-1]))
+    name = f"a card of {match[1]}, sm{digits}"
+    return Hardware(
+        device="cuda:0",
+        name=name,
+        total_bytes=total_bytes,
+        free_bytes=total_bytes,
+        ram_bytes=ram_bytes,
+        ram_free_bytes=ram_free_bytes,
+        bf16=capability >= BF16_SINCE,
+        reason="--card",
+        speeds=table.find_speeds("cuda:0", name, capability),
+        identity=text,
+        capability=capability,
+    )

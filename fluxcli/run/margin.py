@@ -1,0 +1,51 @@
+"""The margin of a card: how much of its memory a plan leaves alone because runs have run out of it.
+
+One number of bytes for each card, by `Hardware.identity`, in margin.json in the user's cache
+folder. It grows when memory runs out and never shrinks by itself; deleting the file forgets it.
+Where the file cannot be read or written nothing is remembered, and nothing is said. No torch.
+"""
+
+import contextlib
+import json
+import os
+
+from fluxcli.paths import cache_folder
+from fluxcli.pictures import names
+from fluxcli.plan.machine import Hardware
+
+FILE = "margin.json"
+# The least that changes a placement: four blocks of the smallest precision (nf4) hold about so much.
+LEAST_GROWTH_BYTES = 256 << 20
+# The most that one occasion may teach, of the card's memory: it may have been another program's.
+MOST_GROWTH_SHARE = 0.125
+
+
+def read_margin(hardware: Hardware) -> int:
+    """The bytes that plans for this card leave alone; 0 where memory never ran out."""
+    return _read_all().get(hardware.identity, 0)
+
+
+def grow_margin(hardware: Hardware, missing_bytes: int) -> None:
+    """Remember that `missing_bytes` were missing on this card, for this process and the next.
+
+    They may be zero or less where the plan should have fitted: then the margin grows by a fixed step.
+    """
+    most_bytes = int(hardware.total_bytes * MOST_GROWTH_SHARE)
+    growth_bytes = min(max(missing_bytes, LEAST_GROWTH_BYTES), most_bytes)
+    margins = _read_all()
+    margins[hardware.identity] = margins.get(hardware.identity, 0) + growth_bytes
+    path = cache_folder() / FILE
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        names.write_atomically(path, json.dumps(margins, indent=1).encode(), place=os.replace)
+
+
+def _read_all() -> dict[str, int]:
+    """The margins of all cards; what is no number of bytes is left out."""
+    try:
+        found = json.loads((cache_folder() / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {key: size for key, size in found.items() if type(size) is int and size >= 0}
