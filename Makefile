@@ -2,13 +2,22 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test test-all lint types wheel clean
 
 demo: .venv/ready
 	$(BIN)/flux generate "a red circle on a blue background" -p tiny --seed 1 --force -o demo.png
 
+# First what must have the machine to itself, then the rest on as many cores as WORKERS says.
+WORKERS ?= 2
+PARALLEL := -n $(WORKERS) --dist loadfile
+
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "serial and not exhaustive"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not serial and not exhaustive"
+
+test-all: .venv/ready
+	$(BIN)/python -m pytest -m serial
+	$(BIN)/python -m pytest $(PARALLEL) -m "not serial"
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -86,6 +86,7 @@ def test_ctrl_c_after_any_tensor_leaves_nothing_behind(kind, replaces, stop, mic
         assert files(target.parent) == before and content(target) == old
 
 
+@pytest.mark.serial
 def test_rounds_leave_no_descriptors_threads_or_files(micro, copy, tmp_path):
     change(copy, "proj_out.weight", torch.full((64, 128), float("nan")))
     good, bad, process = recipe_of(micro), recipe_of(copy), psutil.Process()

@@ -89,7 +89,8 @@ PLANTED = [
 def test_a_planted_bug_is_found_and_kept(module, name, bug, found, capsys, monkeypatch):
     monkeypatch.setattr(module, name, bug)
     monkeypatch.setattr(fuzz, "MAX_CPU_S", 0.05 if bug is slow else 1)
-    monkeypatch.setattr(fuzz, "HANG_S", 1)
+    if bug is endless:  # of the others a busy machine must not be said to hang
+        monkeypatch.setattr(fuzz, "HANG_S", 1)
     code, out = run(capsys, 30)
     assert code == 1 and re.search(rf"^finding: --seed 1, input \d+: {found}", out, re.M), out
     (kept,) = Path("fuzz-findings").iterdir()

@@ -318,6 +318,7 @@ def test_an_empty_folder_is_taken_with_force(micro, capsys):
 # --- a process of its own
 
 
+@pytest.mark.serial
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_ctrl_c_leaves_nothing_and_ends_by_the_signal(commands):
     process = commands.start("-m", "fluxcli", "quantize", "tiny", "out/x", "--to", "nf4")

@@ -16,7 +16,7 @@ from fluxcli.request.fields import GenerationRequest
 from tests.support.helpers import ROOT, engine_of, run, tiny
 from tests.support.invariant import Fault, files
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+pytestmark = [pytest.mark.serial, pytest.mark.skipif(os.name == "nt", reason="POSIX signals")]
 LONG = ("generate", "a fox", "-p", "tiny", "--steps", "1000", "--size", "64", "--events", "-o", "pics/")
 REQUEST = GenerationRequest("a fox", seed=5, preset="tiny", aspect_ratio="1:1", image_size=64, format="png")
 

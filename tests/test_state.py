@@ -244,6 +244,7 @@ def test_another_device_is_free(hold):
     assert not free(CARD) and free("cuda GPU-5678")
 
 
+@pytest.mark.serial
 def test_a_killed_holder_holds_nothing(hold):
     other = hold(CARD)
     other.kill()

@@ -21,6 +21,8 @@ from tests.support.batches import (
 )
 from tests.support.invariant import Fault, call, files, paint_instead
 
+pytestmark = pytest.mark.serial
+
 
 def write_batch(rows: int, *, seeded: bool = True) -> list[str]:
     """A batch of so many rows and its arguments."""

@@ -48,6 +48,7 @@ def test_two_processes_draw_together_what_one_does(capsys, commands):
     assert "6 rows: 5 done, 1 failed, 0 skipped; 5 pictures" in first and " rows: " not in second
 
 
+@pytest.mark.serial
 @pytest.mark.skipif(os.name == "nt", reason="gloo")
 def test_a_process_whose_partner_is_killed_says_so(commands):
     source = write(*({"prompt": "a red circle", "seed": 1, "steps": 1 if k % 2 else 2000} for k in (1, 2)))

@@ -14,6 +14,7 @@ from tests.support.batches import FAKE, PAINTED, failed_rows, stdin
 from tests.support.invariant import assert_failed, call, files
 
 
+@pytest.mark.serial
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_a_picture_is_drawn_before_the_next_prompt_is_written_and_a_signal_ends_the_waiting(commands):
     process = commands.start("-c", PAINTED, "generate", "--from", "-", *FAKE, "--seed", "1", stdin=subprocess.PIPE)

@@ -160,6 +160,7 @@ def test_the_command_by_itself(server, flux_cold, micro):
     assert "HF_HUB_OFFLINE" in assert_failed(flux_cold("models", "download", "schnell"), ExitCode.WEIGHTS)
 
 
+@pytest.mark.serial
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_ctrl_c_stops_a_download_and_leaves_no_partial_file(server):
     server.fail(f"cdn.*{T5}", "stall", 99)

@@ -126,6 +126,7 @@ def test_an_error_of_the_moment_deletes_no_entry(monkeypatch):
 # --- others at the same time, and failures
 
 
+@pytest.mark.serial
 @posix
 def test_processes_that_share_the_folder_see_good_entries_or_none(quick, monkeypatch):
     monkeypatch.setattr(embeddings, "LIMIT_BYTES", limit := 3 * size_of(512))
@@ -183,6 +184,7 @@ def test_files_that_vanish_between_two_looks_are_no_error(monkeypatch):
     assert len(embeddings.entries()) == 1
 
 
+@pytest.mark.serial
 @posix
 def test_a_process_that_is_killed_in_mid_write_leaves_no_bad_entry_and_its_rest_goes_later(monkeypatch):
     write(OTHER, made())

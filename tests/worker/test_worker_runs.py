@@ -22,7 +22,7 @@ from tests.support.invariant import assert_failed, call, files
 from tests.support.server import Interpreters, Server
 from tests.support.workers import eventually
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="a socket of POSIX")
+pytestmark = [pytest.mark.serial, pytest.mark.skipif(os.name == "nt", reason="sockets of POSIX")]
 SMALL = ("-p", "tiny", "--steps", "2", "--size", "64")
 LONG = ("generate", "a red circle", "-p", "tiny", "--steps", "900", "--seed", "1", "--events", "-o", "pics/")
 WITHOUT_TORCH = """

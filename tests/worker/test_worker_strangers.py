@@ -19,7 +19,7 @@ from tests.support.workers import (
     serves,
 )
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="its pipes want a Windows to be tried on")
+pytestmark = [pytest.mark.serial, pytest.mark.skipif(os.name == "nt", reason="sockets of POSIX")]
 
 
 NONSENSE = [
