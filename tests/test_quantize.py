@@ -267,7 +267,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(options, micr
 
 
 def test_a_device_that_is_not_here_is_refused(micro, capsys, monkeypatch):
-    monkeypatch.setattr(hardware, "_accelerators", lambda: dict.fromkeys(("cuda", "xpu", "mps"), 0))
+    monkeypatch.setattr(hardware, "_count_accelerators", lambda: dict.fromkeys(("cuda", "xpu", "mps"), 0))
     result = call(capsys, "quantize", str(micro), "x", "--to", "nf4", "--device", "cuda", "-q")
     assert "usable are cpu" in assert_failed(result, ExitCode.DEVICE) and files(Path()) == {}
     assert call(capsys, "quantize", str(micro), "x", "--to", "nf4", "--device", "auto", *FAST).returncode == 0
