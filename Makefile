@@ -23,6 +23,9 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+types: .venv/ready
+	$(BIN)/python -m mypy
+
 wheel: .venv/ready
 	rm -rf dist build
 	$(BIN)/python -m build --outdir dist
