@@ -152,7 +152,7 @@ def _read(files: list[Path], sources: dict[str, dict]) -> Iterator[tuple[Path, s
 def _merged(recipe: Recipe, component: str, name: str, values: Tensor) -> Tensor:
     """A tensor's values with what the recipe's adapters add to them: summed in float32, rounded once."""
     (layer, _, leaf), reader, total = name.removeprefix("text_model.").rpartition("."), codecs.Reader(), values
-    for adapter, part in ((a, part) for a in recipe.adapters for part in a.acting(component or "transformer")):
+    for adapter, part in ((a, part) for a in recipe.adapters for part in a.active_parts(component or "transformer")):
         if layer in part.layers:
             tensors = {kind: tensor.float() for kind, tensor in reader.checked(part.stored).items()}
             (start, stop), scale, total = part.layers[layer], adapter.scale * part.factor, total.float()

@@ -16,10 +16,10 @@ from quant.config import read_config, read_json
 from quant.errors import CheckpointError
 from quant.header import file_identity, read_header
 from quant.spec import FAMILIES
-from quant.weights import SCB, Piece, Weight, group
+from quant.weights import SCB, Piece, Weight, group_weights
 
-ENCODERS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
-COMPONENTS = (*ENCODERS, "transformer", "vae")
+TEXT_ENCODERS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
+COMPONENTS = (*TEXT_ENCODERS, "transformer", "vae")
 AGAIN = "download the model again"
 PLAIN_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 # Never under a plain name: from_pretrained would load these without their scales and draw noise.
@@ -80,7 +80,7 @@ class Checkpoint:
         return self._identities[0]
 
     @property
-    def encoders(self) -> str:
+    def text_encoder_fingerprint(self) -> str:
         """As `fingerprint`, of tokenizers and text encoders alone."""
         return self._identities[1]
 
@@ -91,7 +91,7 @@ class Checkpoint:
         for name, component in self.components.items():
             for part in (json.dumps(component.config, sort_keys=True).encode(), *map(file_identity, component.files)):
                 whole.update(part)
-                if name in ENCODERS:
+                if name in TEXT_ENCODERS:
                     encoders.update(part)
         for path in sorted(path for name in TOKENIZERS for path in (self.folder / name).glob("*")):
             part = path.name.encode() + file_identity(path)
@@ -125,9 +125,9 @@ def is_complete(folder: Path, components: Collection[str] = COMPONENTS) -> bool:
 def inspect_component(name: str, folder: Path) -> Component:
     """Return one part of a model folder; raises `CheckpointError`."""
     config = read_config(name, folder / "config.json")
-    weights = group(_pieces(_weight_files(folder)))
+    weights = group_weights(_pieces(_weight_files(folder)))
     if (kept := folder / KEEP_FILE).is_file():  # 16-bit originals of what bitsandbytes' skip list could not spare
-        originals = group(_pieces([kept]))
+        originals = group_weights(_pieces([kept]))
         if odd := [n for n, w in originals.items() if n not in weights or weights[n].shape != w.shape]:
             raise CheckpointError("originals of other weights", kept, why=odd[0])
         weights |= originals

@@ -54,7 +54,7 @@ OTHERS = {
     "single_transformer_blocks": "a FLUX.1 transformer in diffusers' layout"}  # fmt: skip
 
 
-def table(config: Mapping) -> dict[str, tuple[str, ...]]:
+def map_bfl_layers(config: Mapping) -> dict[str, tuple[str, ...]]:
     """BFL's layers, and the diffusers layers of a transformer's config whose rows they hold one after the other."""
     blocks = [(f"double_blocks.{i}", f"transformer_blocks.{i}", DOUBLE) for i in range(config["num_layers"])]
     count = config["num_single_layers"]
@@ -76,23 +76,23 @@ def is_bfl(names: Collection[str]) -> bool:
     return not other and any(map(BLOCK_KEY.match, names))
 
 
-def kind_of(names: Collection[str]) -> str:
+def guess_kind(names: Collection[str]) -> str:
     """What a file of another kind seems to be, by its keys."""
     found = (kind for part, kind in OTHERS.items() if any(part in name for name in names))
     return next(found, f"its first key is {next(iter(names))[:60]}")
 
 
-def bfl_leaf(layer: str, leaf: str) -> str:
+def bfl_name(layer: str, leaf: str) -> str:
     """BFL's name of a layer's tensor: its norms call the weight a scale."""
     return f"{layer}.scale" if "_norm" in layer and leaf == "weight" else f"{layer}.{leaf}"
 
 
 def from_bfl(stored: Mapping[str, Weight]) -> tuple[dict[str, Weight], dict]:
     """(weights by diffusers names, the transformer's config) of a BFL file's; raises `CheckpointError`."""
-    found, known = {}, table(config := _config(stored))
+    found, known = {}, map_bfl_layers(config := _config(stored))
     for name, weight in stored.items():
         layer, _, leaf = name.rpartition(".")
-        if layer not in known or name not in (bfl_leaf(layer, "weight"), f"{layer}.bias"):
+        if layer not in known or name not in (bfl_name(layer, "weight"), f"{layer}.bias"):
             raise CheckpointError("another model than FLUX.1", weight.pieces[""].file, why=f"it has {name[:60]}")
         ranges = _rows(layer, known[layer], weight, stored.get(f"{layer}.weight"))
         for part, rows in zip(known[layer], ranges, strict=True):
@@ -101,7 +101,7 @@ def from_bfl(stored: Mapping[str, Weight]) -> tuple[dict[str, Weight], dict]:
     return found, config
 
 
-def renamed(stored: Mapping[str, Weight], rules: Sequence[tuple[str, str]]) -> dict[str, Weight]:
+def rename_weights(stored: Mapping[str, Weight], rules: Sequence[tuple[str, str]]) -> dict[str, Weight]:
     """The weights by the names that the rules give, one after the other."""
     found = {}
     for name, weight in stored.items():
@@ -118,7 +118,7 @@ def from_ldm(stored: Mapping[str, Weight]) -> dict[str, Weight]:
         turned = re.sub(r"^decoder\.up\.(\d{1,3})(?=\.)", lambda match: f"decoder.up.{last - int(match[1])}", name)
         kernel = ".attn_1." in name and weight.shape[2:] == (1, 1)
         found[turned] = replace(weight, shape=weight.shape[:2]) if kernel else weight
-    return renamed(found, LDM_VAE)
+    return rename_weights(found, LDM_VAE)
 
 
 def _rows(layer: str, ours: tuple[str, ...], stored: Weight, weight: Weight | None) -> list[tuple]:

@@ -1,18 +1,36 @@
-"""Errors that explain themselves: what went wrong, which thing, why, and a hint that says what to do next.
+"""Errors that explain themselves: what went wrong, with which thing, why, and what to do next.
 
-ExplainedError <- QuantError <- CheckpointError, MissingLibrary, SpecError, WriteError
+ExplainedError
+└── QuantError
+    ├── CheckpointError
+    │   └── ForeignFile
+    ├── MissingLibrary
+    ├── SpecError
+    └── WriteError
 """
 
 
 class ExplainedError(Exception):
-    """Base of every error that is not a bug: one line, `what (which): why`, and one hint."""
+    """Base of every error that is not a bug.
+
+    Its text is one line, `what (which): why`, without the parts that are empty. `hint` tells the
+    user what to do next and is not part of the text.
+    """
 
     def __init__(self, what: str, which: object = "", *, why: str = "", hint: str = "") -> None:
         super().__init__(what)
-        self.what, self.which, self.why, self.hint = what, str(which), why, hint
+        self.what = what
+        self.which = str(which)
+        self.why = why
+        self.hint = hint
 
     def __str__(self) -> str:
-        return self.what + f" ({self.which})" * bool(self.which) + f": {self.why}" * bool(self.why)
+        text = self.what
+        if self.which:
+            text += f" ({self.which})"
+        if self.why:
+            text += f": {self.why}"
+        return text
 
 
 class QuantError(ExplainedError):
@@ -23,12 +41,16 @@ class CheckpointError(QuantError):
     """A file or folder that cannot be read as the checkpoint it claims to be."""
 
 
+class ForeignFile(CheckpointError):
+    """A sound weight file that holds nothing of FLUX.1; `why` says what it seems to be instead."""
+
+
 class MissingLibrary(QuantError):
     """A dependency that cannot be imported."""
 
 
 class SpecError(QuantError):
-    """A wish that cannot be: schemes that do not go together, a pattern without a match."""
+    """Schemes that cannot be combined, or a pattern of tensor names that matches none."""
 
 
 class WriteError(QuantError):

@@ -2,8 +2,8 @@
 
 A layer's output grows by scale x factor x (B (A x) + b) with A (r, K), B (N, r), b (N) (Hu et al. 2021, "LoRA"). Reads
 the names of kohya's sd-scripts and OneTrainer, peft and diffusers, XLabs, and BFL's control adapters, with ComfyUI's
-prefixes: dots or underscores, each means a layer of `quant.dialects.table` or one of diffusers. diffusers' converters
-take 2 s to import, know one width and lose what they do not know; tests compare with them.
+prefixes: dots or underscores, each means a layer of `quant.dialects.map_bfl_layers` or one of diffusers. diffusers'
+converters take 2 s to import, know one width and lose what they do not know; tests compare with them.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from quant.checkpoint import Component
-from quant.dialects import SWAPPED, table
+from quant.dialects import SWAPPED, map_bfl_layers
 from quant.errors import CheckpointError
 from quant.header import TensorInfo, file_identity, read_header, read_metadata, read_scalar
 from quant.spec import is_modulation
@@ -72,13 +72,13 @@ class Adapter:
     unmatched: tuple[str, ...] = field(compare=False)  # layers of the file that the model does not have
     about: dict[str, str] = field(compare=False)  # what the file says of itself
 
-    def acting(self, component: str) -> Iterator[Part]:
+    def active_parts(self, component: str) -> Iterator[Part]:
         """The parts that change a component: none at scale 0."""
         return (part for part in self.parts if part.component == component and self.scale)
 
     def numel(self, component: str) -> int:
         """Numbers that are held while a component computes: not those of its modulation."""
-        parts = [part for part in self.acting(component) if not part.modulates]
+        parts = [part for part in self.active_parts(component) if not part.modulates]
         return sum(math.prod(piece.shape) for part in parts for piece in part.stored.pieces.values())
 
 
@@ -87,7 +87,7 @@ def is_lora(names: Collection[str]) -> bool:
     return any(re.search(KINDS, name) or (KEY.fullmatch(name) and "lora" in name) for name in names)
 
 
-def read(path: Path, components: Mapping[str, Component], *, scale: float = 1.0, fits: bool = True) -> Adapter:
+def read_adapter(path: Path, components: Mapping[str, Component], *, scale: float = 1.0, fits: bool = True) -> Adapter:
     """The adapter in a file, for a model of these components (`fits` off: whatever its width).
 
     Raises `CheckpointError` for a file that is none, one for another model, and kinds that are not supported.
@@ -135,7 +135,7 @@ def _known(components: Mapping[str, Component]) -> dict[tuple[str, str], Shapes]
         named = {match[1]: weight.shape for name, weight in weights.items() if (match := LAYER.fullmatch(name))}
         found |= {(component, _flat(layer)): {layer: shape} for layer, shape in named.items()}
         shapes |= named
-    for bfl, layers in table(components["transformer"].config).items():
+    for bfl, layers in map_bfl_layers(components["transformer"].config).items():
         ours = {layer: shapes[layer] for layer in layers if layer in shapes}
         start, leaf = re.fullmatch(r"(\w+_blocks\.\d+\.|)(.+)", bfl).groups()
         found["transformer", _flat(bfl)] = ours

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from quant.checkpoint import COMPONENTS, KEEP_FILE, PACKED_FILES, PLAIN_FILES, TOKENIZERS, Checkpoint, Component
-from quant.dialects import SWAPPED, bfl_leaf, table
+from quant.dialects import SWAPPED, bfl_name, map_bfl_layers
 from quant.errors import CheckpointError, SpecError
 from quant.header import TensorInfo
 from quant.lora import Adapter
@@ -110,7 +110,7 @@ def make_file_recipe(
         raise SpecError("impossible choice", f"--layout {kind} --to {spec.to}", why="that layout is fp8")
     weights, jobs = transformer.weights, []
     spec.check_keep(weights)
-    for layer, ours in table(transformer.config).items():
+    for layer, ours in map_bfl_layers(transformer.config).items():
         for leaf in ("weight", "bias"):
             sources = tuple(weights[f"{part}.{leaf}"] for part in ours if f"{part}.{leaf}" in weights)
             if not sources:
@@ -120,7 +120,7 @@ def make_file_recipe(
                 raise CheckpointError("not a whole transformer", transformer.folder, why=why)
             scheme = min(_scheme(transformer, spec, source) for source in sources)  # "" where one part is kept
             scalar = kind == "comfy" and scheme != ""
-            jobs.append(Job("", bfl_leaf(layer, leaf), scheme, sources, layer == SWAPPED, scalar))
+            jobs.append(Job("", bfl_name(layer, leaf), scheme, sources, layer == SWAPPED, scalar))
     if (read := sum(len(job.sources) for job in jobs)) != len(weights):
         why = f"{len(weights)} tensors, of which {read} have a place in that layout"
         raise CheckpointError("not a FLUX.1 transformer", transformer.folder, why=why)

@@ -81,7 +81,7 @@ class Weight:
         return replace(piece, rows=rows)
 
 
-def group(pieces: Mapping[str, Piece], *, raw: bool = False) -> dict[str, Weight]:
+def group_weights(pieces: Mapping[str, Piece], *, raw: bool = False) -> dict[str, Weight]:
     """The logical weights that a file's tensors make; raises `CheckpointError` for a pack that is not whole.
 
     `raw` allows fp8 matrices without any scale: those of a file that has none at all.

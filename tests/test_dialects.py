@@ -13,7 +13,7 @@ from quant.codecs import Reader
 from quant.errors import CheckpointError, SpecError
 from quant.header import TensorInfo, read_header
 from quant.recipe import Recipe, make_file_recipe
-from quant.single import transformer_in as inspect_file
+from quant.single_file import inspect_transformer as inspect_file
 from quant.spec import QuantSpec
 from quant.weights import Piece, Weight
 from tests.support.bakes import bake_all

@@ -21,7 +21,7 @@ from quant.checkpoint import KEEP_FILE, Component, inspect
 from quant.header import TensorInfo
 from quant.linear import NF4Linear, PackedLinear, RowLinear
 from quant.recipe import make_file_recipe, make_recipe
-from quant.single import transformer_in as inspect_file
+from quant.single_file import inspect_transformer as inspect_file
 from quant.spec import STATE, QuantSpec
 from quant.weights import Piece, Weight
 from tests.support.helpers import BAKED

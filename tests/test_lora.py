@@ -25,7 +25,7 @@ from fluxcli.request.fields import GenerationRequest
 from quant import lora
 from quant.checkpoint import Checkpoint, inspect
 from quant.errors import CheckpointError
-from quant.single import assemble
+from quant.single_file import assemble_checkpoint
 from quant.spec import QuantSpec
 from tests.support.helpers import BAKED, ROOT, draw, engine_of, tiny
 from tests.support.loras import linear_layers, low_rank, peft_tensors, write_described, write_lora, write_special
@@ -139,7 +139,7 @@ def digest(model: nn.Module) -> str:
 def model_in(dialect: str, exported: Callable, tiny_folder: Path) -> tuple[Checkpoint, GenerationRequest]:
     """The bundled model, and a request: to be packed while loading, or of a single file."""
     if " " in dialect:
-        return assemble(exported(dialect)[0], lambda _: tiny_folder), tiny()
+        return assemble_checkpoint(exported(dialect)[0], lambda _: tiny_folder), tiny()
     return inspect(tiny_folder), tiny(precision=dialect)
 
 
@@ -202,11 +202,11 @@ def test_every_placement_gives_the_resident_result_bit_for_bit(
     if to == "packed":
         spec = QuantSpec(packs, **BAKED[packs])
     elif packs:
-        component = assemble(exported(precision)[0], lambda _: tiny_folder).components["transformer"]
+        component = assemble_checkpoint(exported(precision)[0], lambda _: tiny_folder).components["transformer"]
     elif to in BAKED:
         component = inspect(baked(to, **BAKED[to])).components["transformer"]
     dtype = torch.bfloat16 if to == "bf16" else dtype
-    adapters = [lora.read(files[name], checkpoint.components, scale=0.6) for name in ("blocks", "everything")]
+    adapters = [lora.read_adapter(files[name], checkpoint.components, scale=0.6) for name in ("blocks", "everything")]
     options, given = {"dtype": dtype, "device": CARD}, inputs(dtype)
     resident = place(component, (), dtype=dtype, spec=spec)
     plain = forward(resident, given)
@@ -237,7 +237,7 @@ def test_a_layer_adds_the_product_to_what_it_gives_alone(checkpoint, tmp_path, b
     pairs = [low_rank(shapes, seed=seed) for seed in (1, 2)]
     for n, each in enumerate(pairs):
         save_file(peft_tensors("transformer", each), tmp_path / f"{n}.safetensors")
-    adapters = [lora.read(tmp_path / f"{n}.safetensors", checkpoint.components, scale=n + 0.5) for n in (0, 1)]
+    adapters = [lora.read_adapter(tmp_path / f"{n}.safetensors", checkpoint.components, scale=n + 0.5) for n in (0, 1)]
     layer, x = model.single_transformer_blocks[0].proj_in, torch.randn(1, 5, 128)
     with torch.no_grad():
         plain = layer(x)
@@ -252,7 +252,7 @@ def test_a_layer_adds_the_product_to_what_it_gives_alone(checkpoint, tmp_path, b
 
 def test_blocks_with_adapters_compile_without_a_break(checkpoint, files, monkeypatch):
     component, given = checkpoint.components["transformer"], inputs()
-    adapters = [lora.read(files["blocks"], checkpoint.components, scale=0.5)]
+    adapters = [lora.read_adapter(files["blocks"], checkpoint.components, scale=0.5)]
     model = place(component, ())
     plain = forward(model, given)
     attach(model, adapters, "transformer", dtype=torch.float32, device=CARD)
@@ -268,7 +268,7 @@ def test_blocks_with_adapters_compile_without_a_break(checkpoint, files, monkeyp
 
 def test_an_adapter_takes_its_own_bytes_and_those_of_the_small_product(checkpoint, files):
     """Nothing of the size of an output."""
-    adapter, component = lora.read(files["blocks"], checkpoint.components), checkpoint.components["transformer"]
+    adapter, component = lora.read_adapter(files["blocks"], checkpoint.components), checkpoint.components["transformer"]
     counter = Counter()
     with torch.no_grad(), counter:
         given, model = inputs(), place(component, ())
@@ -310,4 +310,4 @@ def test_a_picture_is_described_though_its_adapter_is_gone(files, checkpoint, tm
     draw(engine, request)
     Path(path).unlink()
     (identity,) = engine.metadata(request)["lora"].values()
-    assert identity == f"{lora.read(files['blocks'], checkpoint.components).identity} x 1.0"
+    assert identity == f"{lora.read_adapter(files['blocks'], checkpoint.components).identity} x 1.0"

@@ -109,7 +109,7 @@ def test_published_names_mean_what_they_mean_to_diffusers(name, dev, tmp_path):
 
 def read(tensors: dict[str, torch.Tensor], model: Checkpoint, folder: Path, **metadata: str) -> lora.Adapter:
     save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "x.safetensors", metadata or None)
-    return lora.read(folder / "x.safetensors", model.components)
+    return lora.read_adapter(folder / "x.safetensors", model.components)
 
 
 KOHYA_ENDS = {  # sd-scripts' names of what train_double_block_indices and in_dims leave out by default
@@ -272,7 +272,7 @@ def test_no_header_does_more_than_raise_an_error_of_the_file(tiny_folder, draw_f
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(CheckpointError):
         save_file(tensors, Path(folder) / "x.safetensors")
         describe(Path(folder) / "x.safetensors")
-        effects(lora.read(Path(folder) / "x.safetensors", inspect(tiny_folder).components))
+        effects(lora.read_adapter(Path(folder) / "x.safetensors", inspect(tiny_folder).components))
 
 
 def test_patterns_of_the_metadata_are_no_regular_expressions(tiny_folder, tmp_path):

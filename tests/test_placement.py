@@ -19,7 +19,7 @@ from fluxcli.engine.streaming import Bus, load_component
 from fluxcli.plan import costs
 from fluxcli.plan.placement import Residency
 from quant.checkpoint import Component, inspect
-from quant.single import assemble, transformer_in
+from quant.single_file import assemble_checkpoint, inspect_transformer
 from quant.spec import QuantSpec, is_modulation
 from tests.support.helpers import BAKED, engine_of, tiny
 
@@ -67,7 +67,7 @@ def test_every_placement_gives_the_resident_result_bit_for_bit(component, baked,
     to, _, packs = precision.partition(" ")
     dtype, spec = torch.bfloat16 if to == "bf16" else torch.float32, None
     if precision in FILES:
-        component = transformer_in(exported(precision)[0])
+        component = inspect_transformer(exported(precision)[0])
     elif packs:
         spec = QuantSpec(to, **BAKED[to])
     elif to in BAKED:
@@ -194,7 +194,7 @@ def test_the_card_holds_two_slots_and_the_host_an_arena_of_the_blocks_size(
     made = []
     real = placement.Conveyor.__init__
     monkeypatch.setattr(placement.Conveyor, "__init__", lambda self, *args: (made.append(self), real(self, *args))[1])
-    whole = assemble(exported(to)[0], lambda _: tiny_folder) if to in FILES else inspect(tiny_folder)
+    whole = assemble_checkpoint(exported(to)[0], lambda _: tiny_folder) if to in FILES else inspect(tiny_folder)
     if to in BAKED:
         whole = inspect(baked(to, **BAKED[to]))
     component = whole.components["transformer"]

@@ -19,7 +19,7 @@ from fluxcli.errors import ExitCode
 from fluxcli.models import find as models
 from fluxcli.request import presets
 from quant.checkpoint import KEEP_FILE, MANIFEST, inspect
-from quant.single import transformer_in as inspect_file
+from quant.single_file import inspect_transformer as inspect_file
 from quant.spec import SCHEMES
 from tests.support.helpers import ROOT
 from tests.support.invariant import assert_failed, call, files

@@ -17,7 +17,7 @@ from quant.codecs import Reader, rows_of
 from quant.errors import CheckpointError
 from quant.header import TensorInfo, read_header
 from quant.spec import SCHEMES, STATE
-from quant.weights import Piece, Weight, group
+from quant.weights import Piece, Weight, group_weights
 
 SHAPE = (32, 128)
 NAME = "block.weight"
@@ -36,7 +36,7 @@ def pack(scheme: str) -> dict[str, torch.Tensor]:
 
 def read(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, Weight]:
     save_file(tensors, path)
-    return group({name: Piece(path, info) for name, info in read_header(path).items()})
+    return group_weights({name: Piece(path, info) for name, info in read_header(path).items()})
 
 
 def refusal(tensors: dict[str, torch.Tensor], path: Path) -> str:

@@ -11,10 +11,10 @@ from fluxcli.errors import ExitCode
 from fluxcli.models import find as models
 from fluxcli.models import loras as lora
 from quant.checkpoint import COMPONENTS, TOKENIZERS, Component, inspect, inspect_component
-from quant.errors import CheckpointError
+from quant.errors import CheckpointError, ForeignFile
 from quant.header import read_header
 from quant.lora import is_lora
-from quant.single import FOREIGN, inspect_file, part_of
+from quant.single_file import inspect_file, name_component
 
 
 def inspect_command(
@@ -35,7 +35,10 @@ def inspect_command(
 def _folder(path: Path) -> dict:
     """What each part of a model folder (or the folder of one part) is."""
     whole = (path / "model_index.json").is_file()
-    parts = {name: path / name for name in COMPONENTS if (path / name).is_dir()} if whole else {part_of(path): path}
+    if whole:
+        parts = {name: path / name for name in COMPONENTS if (path / name).is_dir()}
+    else:
+        parts = {name_component(path): path}
     missing = [name for name in (*COMPONENTS, *TOKENIZERS, "scheduler") if whole and not (path / name).is_dir()]
     components, problems = {}, [f"{name} is missing" for name in missing]
     for name, folder in parts.items():
@@ -59,9 +62,7 @@ def _file(path: Path) -> dict:
         return lora.describe(path)
     try:
         parts = inspect_file(path)
-    except CheckpointError as error:
-        if error.what != FOREIGN:
-            raise
+    except ForeignFile as error:
         numel, largest = sum(info.numel for info in infos.values()), max(infos.values(), key=lambda info: info.numel)
         part = {"precision": largest.dtype, "tensors": len(infos), "parameters": numel, "truncated": False}
         needs = ["the folder that it belongs to, with its config.json"]

@@ -25,7 +25,7 @@ from quant.checkpoint import MANIFEST, Checkpoint, Component, inspect
 from quant.errors import WriteError
 from quant.header import is_gguf
 from quant.recipe import LAYOUTS, Recipe, make_file_recipe, make_recipe
-from quant.single import assemble, inspect_file, transformer_in
+from quant.single_file import assemble_checkpoint, inspect_file, inspect_transformer
 from quant.spec import TEXT_ENCODER, QuantSpec, is_modulation
 
 GB = 1e9
@@ -98,7 +98,7 @@ def _find(source: str, *, whole: bool) -> tuple[str, Checkpoint | Component, Pat
     if whole and len(inspect_file(path)) > 1:
         why = "its own encoders and VAE would be lost"
         raise UsageError("an all-in-one file is no source", which=path, why=why, hint="the model's folder")
-    transformer = transformer_in(path)
+    transformer = inspect_transformer(path)
     if is_gguf(path):
         raise UsageError("GGUF is no source", which=path, hint="quantize the 16-bit model")
     return name, _with_parts_of_preset(transformer, path) if whole else transformer, path
@@ -109,7 +109,7 @@ def _with_parts_of_preset(transformer: Component, path: Path) -> Checkpoint:
     name = "dev" if transformer.config["guidance_embeds"] else "schnell"
     model = str(presets.load(name, config_folder(), bundled=True).settings["model"])
     try:
-        return assemble(path, lambda lacking: models.locate(model, components=lacking))
+        return assemble_checkpoint(path, lambda lacking: models.locate(model, components=lacking))
     except WeightsUnavailable as error:
         why = f"a single file has no encoders and VAE, and {model} is not here"
         hint = f"flux models download {name} --only tokenizers,text_encoder,text_encoder_2,vae; or --layout bfl"

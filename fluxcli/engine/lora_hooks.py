@@ -28,7 +28,7 @@ def attach(
     hooks = []  # all read before the first acts
     for adapter in adapters:
         reader = Reader()
-        for part in adapter.acting(component):
+        for part in adapter.active_parts(component):
             here: dict[str, list] = {}  # columns of each layer's output, and rows of B
             for name, (start, stop) in part.layers.items():
                 if name in places:

@@ -36,7 +36,7 @@ def condition(
     pooled: Tensor, *, weights: str, guidance: float | None, timesteps: Tensor, adapters: Sequence[Adapter] = ()
 ) -> Condition:
     """Make the condition of one prompt; `pooled` (1, P) and `timesteps` (S,) in 0 to 1000."""
-    acting = (each for each in adapters if any(part.modulates for part in each.acting("transformer")))
+    acting = (each for each in adapters if any(part.modulates for part in each.active_parts("transformer")))
     return Condition(weights, digest_of(pooled), guidance, tuple(timesteps.tolist()), pooled, tuple(acting))
 
 

@@ -12,7 +12,7 @@ from fluxcli.engine.prompt_cache import Embeddings
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import MemoryPlan
 from fluxcli.request.fields import GenerationRequest
-from quant.checkpoint import ENCODERS, Checkpoint
+from quant.checkpoint import TEXT_ENCODERS, Checkpoint
 from quant.lazy import Tensor, torch
 from quant.lora import Adapter
 
@@ -27,7 +27,7 @@ class Texts:
         self.cache = cache
         self._folder = checkpoint.folder
         self._depends = {
-            "weights": checkpoint.encoders, "dtypes": [plan.dtypes[name] for name in ENCODERS],
+            "weights": checkpoint.text_encoder_fingerprint, "dtypes": [plan.dtypes[name] for name in TEXT_ENCODERS],
             "packed": str(plan.spec), "device": [machine.kind, machine.name, machine.capability],
             "cpu": torch.backends.cpu.get_cpu_capability() if machine.kind == "cpu" else "",
         }  # fmt: skip
@@ -38,7 +38,7 @@ class Texts:
 
     def key(self, request: GenerationRequest, adapters: Sequence[Adapter]) -> str:
         """The key of a request's embeddings."""
-        acting = [[each.identity, each.scale] for each in adapters if any(map(each.numel, ENCODERS))]
+        acting = [[each.identity, each.scale] for each in adapters if any(map(each.numel, TEXT_ENCODERS))]
         what = {"prompt": request.prompt, "text_tokens": request.text_tokens, "adapters": acting}
         return embeddings.key_of(**self._depends, **what, versions=fluxcli.versions())
 

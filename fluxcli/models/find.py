@@ -17,7 +17,7 @@ from quant.checkpoint import COMPONENTS, MANIFEST, Checkpoint, Component, is_com
 from quant.config import READ
 from quant.errors import CheckpointError
 from quant.header import TensorInfo
-from quant.single import assemble
+from quant.single_file import assemble_checkpoint
 from quant.spec import SCHEMES
 from quant.weights import Piece, Weight
 
@@ -84,7 +84,7 @@ def folders(model: str) -> list[Path]:
 def assembled(path: Path, request: GenerationRequest, bases: Callable[[], Sequence[str]]) -> Checkpoint:
     """The checkpoint of a model folder or file with the request's encoders and VAE; what it lacks is the first base's.
 
-    Raises what `locate` and `quant.single.assemble` raise.
+    Raises what `locate` and `quant.single_file.assemble_checkpoint` raise.
     """
     encoders = [locate(name, components=()) for name in request.text_encoders]
 
@@ -101,7 +101,7 @@ def assembled(path: Path, request: GenerationRequest, bases: Callable[[], Sequen
         raise WeightsUnavailable("not a whole model", which=path, why=why, hint=hint)
 
     vae = locate(request.vae, components=()) if request.vae else None
-    return assemble(path, base, text_encoders=encoders, vae=vae)
+    return assemble_checkpoint(path, base, text_encoders=encoders, vae=vae)
 
 
 def checkpoints_of(request: GenerationRequest, settings: Path, say: Callable[[str], None]) -> list[Checkpoint]:

@@ -17,7 +17,7 @@ from fluxcli.request.fields import joined, parse_lora
 from quant.checkpoint import Component
 from quant.errors import CheckpointError
 from quant.header import read_header
-from quant.lora import Adapter, is_lora, read
+from quant.lora import Adapter, is_lora, read_adapter
 
 
 def folder(environment: Mapping[str, str] = os.environ) -> Path:
@@ -59,8 +59,8 @@ def local(name: str, environment: Mapping[str, str] = os.environ) -> Path | None
 
 
 def adapters_of(texts: Sequence[str], components: Mapping[str, Component]) -> tuple[Adapter, ...]:
-    """The adapters of --lora for a model, in their order; raises what `locate` and `quant.lora.read` raise."""
-    return tuple(read(locate(name), components, scale=scale) for name, scale in map(parse_lora, texts))
+    """The adapters of --lora for a model, in their order; raises what `locate` and `quant.lora.read_adapter` raise."""
+    return tuple(read_adapter(locate(name), components, scale=scale) for name, scale in map(parse_lora, texts))
 
 
 def settled(texts: Iterable[str]) -> tuple[str, ...]:
@@ -104,7 +104,7 @@ def describe(path: Path) -> dict:
     """What an adapter is, JSON-able, whatever its width: format, ranks, layers by component; or its `problems`."""
     described = {"path": str(path), "kind": "a LoRA", "bytes": path.stat().st_size}
     try:
-        adapter = read(path, models.known_shapes(models.PUBLISHED).components, fits=False)
+        adapter = read_adapter(path, models.known_shapes(models.PUBLISHED).components, fits=False)
     except CheckpointError as error:
         return described | {"needs": [], "problems": [str(error)]}
     low, about = [part for part in adapter.parts if part.rank], adapter.about

@@ -21,7 +21,7 @@ from itertools import count
 from pathlib import Path
 from random import Random
 
-from quant import checkpoint, header, single
+from quant import checkpoint, header, single_file
 from quant.errors import CheckpointError
 from tests.support.fuzz_inputs import GGUF, OUTSIDE, damage, folders, pack, parse, write
 
@@ -42,7 +42,7 @@ def outcome(path: Path, root: Path, *, traced: bool) -> str:
     if traced:
         tracemalloc.start()
     try:
-        read = single.inspect_file if path.name == GGUF else header.read_header
+        read = single_file.inspect_file if path.name == GGUF else header.read_header
         found = checkpoint.inspect(path) if path.is_dir() else read(path)
         kind = "accepted"
     except CheckpointError as error:

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from fluxcli.engine.loader import matching, read_tensors
 from fluxcli.models import find as models
 from quant.checkpoint import Component
-from quant.single import inspect_file
+from quant.single_file import inspect_file
 from tests import published
 from tests.support.exports import DIALECTS, Tensors
 

@@ -25,7 +25,7 @@ from quant import codecs
 from quant.checkpoint import COMPONENTS, Component, inspect
 from quant.errors import CheckpointError
 from quant.linear import PackedLinear
-from quant.single import assemble, inspect_file, transformer_in
+from quant.single_file import assemble_checkpoint, inspect_file, inspect_transformer
 from tests import published
 from tests.support import exports, real_width
 from tests.support.exports import DIALECTS
@@ -165,7 +165,7 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> b
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_every_weight_is_what_the_formats_library_reads(dialect, exported, tiny_folder):
     path, expected = exported(dialect)
-    part = transformer_in(path)
+    part = inspect_transformer(path)
     assert part.dialect == DIALECTS[dialect][2]
     assert same(values_of(part), expected)
     plain = values_of(inspect(tiny_folder).components["transformer"])
@@ -280,7 +280,7 @@ def test_a_file_draws_what_a_folder_with_its_values_draws(dialect, exported, tin
     path, values = exported(dialect)
     folder = Path(shutil.copytree(tiny_folder, "folder"))
     save_file(values, folder / "transformer" / "diffusion_pytorch_model.safetensors")
-    engine = engine_of(assemble(path, lambda lacking: tiny_folder))
+    engine = engine_of(assemble_checkpoint(path, lambda lacking: tiny_folder))
     found, expected = draw(engine, tiny())[1], draw(engine_of(inspect(folder)), tiny())[1]
     assert engine.plan.precision == {"bfl": "fp32", "com": "fp8", "ggu": "gguf", "nf4": "nf4"}[dialect[:3]]
     if dialect in IN_8_BIT:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from quant.checkpoint import COMPONENTS, Checkpoint, Component, inspect, inspect_component
 from quant.config import CLASSES, read_config, read_json
-from quant.dialects import T5_GGUF, from_bfl, from_ldm, is_bfl, kind_of, renamed
-from quant.errors import CheckpointError
+from quant.dialects import T5_GGUF, from_bfl, from_ldm, guess_kind, is_bfl, rename_weights
+from quant.errors import CheckpointError, ForeignFile
 from quant.header import is_gguf, read_header, read_metadata
-from quant.weights import Piece, group
+from quant.weights import Piece, group_weights
 
 FOREIGN = "not a FLUX.1 model in one file"
 PREFIXES = {
@@ -47,15 +47,15 @@ def inspect_file(path: Path) -> dict[str, Component]:
     if rest:
         found = "transformer" if is_bfl(rest) else next((n for n, marks in MARKS.items() if _has(rest, marks)), "")
         if not found or found in parts:
-            raise CheckpointError(FOREIGN, path, why=kind_of(header))
+            raise ForeignFile(FOREIGN, path, why=guess_kind(header))
         parts[found] = rest
     if "transformer" in parts and not is_bfl(parts["transformer"]):
-        raise CheckpointError(FOREIGN, path, why=kind_of(header))
+        raise ForeignFile(FOREIGN, path, why=guess_kind(header))
     whole = "all-in-one, " if len(parts) > 1 else ""
     return {name: _component(name, path, parts[name], whole) for name in COMPONENTS if name in parts}
 
 
-def transformer_in(path: Path) -> Component:
+def inspect_transformer(path: Path) -> Component:
     """The transformer in a weight file; raises `CheckpointError` where there is none."""
     return _transformer_of(inspect_file(path), path)
 
@@ -74,7 +74,7 @@ def _component(name: str, path: Path, stored: Mapping[str, Piece], whole: str) -
     pieces = {n.replace(OLD_SCALE, SCALE): piece for n, piece in stored.items() if not UNUSED.fullmatch(n)}
     scaled = any(n.endswith((SCALE, "scaled_fp8", "comfy_quant")) for n in (*pieces, *stored))
     scaled = scaled or not _scaled_layers(path).isdisjoint(p.info.name.removesuffix(".weight") for p in stored.values())
-    weights, config = group(pieces, raw=not scaled), {}
+    weights, config = group_weights(pieces, raw=not scaled), {}
     if name == "transformer" and "kontext" in path.name.lower():
         why = "its name says Kontext, which edits a given picture; by its weights it cannot be told from dev"
         raise CheckpointError("another kind of FLUX model", path, why=why, hint="rename it if it is none")
@@ -82,7 +82,7 @@ def _component(name: str, path: Path, stored: Mapping[str, Piece], whole: str) -
         weights, config = from_bfl(weights)
         config = read_config(name, path, config)
     elif name == "text_encoder_2":
-        weights = renamed(weights, T5_GGUF)
+        weights = rename_weights(weights, T5_GGUF)
         if T5_SHARED in weights:  # the same once more, in some files
             weights.pop(T5_TIED, None)
     elif name == "vae":
@@ -107,7 +107,7 @@ def _fp8(stored: Mapping[str, Piece], scaled: bool) -> str:
     return "fp8 rows" if rows else "ComfyUI scaled fp8" if scaled else "fp8 without scales"
 
 
-def assemble(
+def assemble_checkpoint(
     model: Path, base: Callable[[list[str]], Path], *, text_encoders: Sequence[Path] = (), vae: Path | None = None
 ) -> Checkpoint:
     """The checkpoint of a model folder or file; what a file lacks is in the folder that `base` gives for these names.
@@ -133,7 +133,8 @@ def _parts(path: Path, wanted: Sequence[str]) -> dict[str, Component]:
     """Those of the wanted components that a file, a model folder or the folder of one holds."""
     if path.is_dir():
         folders = {name: path / name for name in wanted if (path / name).is_dir()}
-        found = {name: inspect_component(name, folder) for name, folder in (folders or {part_of(path): path}).items()}
+        folders = folders or {name_component(path): path}
+        found = {name: inspect_component(name, folder) for name, folder in folders.items()}
     else:
         found = inspect_file(path)
     if not (kept := {name: part for name, part in found.items() if name in wanted}):
@@ -141,7 +142,7 @@ def _parts(path: Path, wanted: Sequence[str]) -> dict[str, Component]:
     return kept
 
 
-def part_of(folder: Path) -> str:
+def name_component(folder: Path) -> str:
     """Which component a folder holds, by its config.json; raises `CheckpointError`."""
     config = read_json(folder / "config.json", "neither a model folder nor a part of one")
     named = [config.get("_class_name"), config.get("architectures")]

@@ -19,14 +19,14 @@ from fluxcli.engine.streaming import load_component
 from quant import codecs
 from quant.errors import CheckpointError
 from quant.header import TensorInfo, read_header
-from quant.single import inspect_file, transformer_in
+from quant.single_file import inspect_file, inspect_transformer
 from quant.weights import Piece
 from tests.support import exports
 from tests.support.exports import COMFY, DIALECTS, STATE
 from tests.support.fuzz_inputs import GGUF_TENSORS, gguf_fields, pack_gguf
 from tests.support.helpers import read_pixels
 from tests.support.invariant import assert_failed, call
-from tests.test_single import K_QUANTS, apart
+from tests.test_single_file import K_QUANTS, apart
 
 LAYER = "double_blocks.0.img_attn.qkv"
 WEIGHT, SCALE, NF4 = f"{LAYER}.weight", f"{LAYER}.weight_scale", f"{COMFY[0]}{LAYER}.weight"
@@ -133,7 +133,7 @@ def test_a_pack_that_is_not_whole_is_refused_by_its_header(dialect, change, word
 
 @pytest.mark.parametrize("dialect, change, words", BY_DATA.values(), ids=BY_DATA)
 def test_values_that_are_not_finite_are_refused_when_they_are_read(dialect, change, words, exported):
-    part = transformer_in(changed(exported, dialect, change))
+    part = inspect_transformer(changed(exported, dialect, change))
     with pytest.raises(CheckpointError, match=words) as caught:
         load_component(part, dtype=torch.float32, device="cpu")
     assert "x.safetensors" in str(caught.value)
@@ -148,7 +148,7 @@ def test_a_file_whose_header_alone_calls_layers_scaled_is_not_read_without_scale
     refused(capsys, Path("x.safetensors"), UNSCALED)
     for other in ('{"layers": {"x": {}}}', '{"layers": 1}', "[]", "{", "[" * 5000):
         save_file(tensors, "x.safetensors", {"_quantization_metadata": other})
-        assert transformer_in(Path("x.safetensors")).dialect == DIALECTS["comfy fp8"][2]
+        assert inspect_transformer(Path("x.safetensors")).dialect == DIALECTS["comfy fp8"][2]
 
 
 def test_a_scale_of_nothing_is_exit_4(exported, capsys):
