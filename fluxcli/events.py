@@ -1,16 +1,25 @@
-"""What a run says while it goes on: in process as it is, on a wire and for `--events` as `to_json`. Stdlib only."""
+"""What a run says while it goes on: values in process, `to_json` of them on a wire and for `--events`.
 
+Knows nothing of who listens. Stdlib only. Sizes are in pixels or bytes as named, times in seconds.
+"""
+
+import errno
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import get_args
+from typing import Any, get_args
 
-from fluxcli.errors import exit_code_of
+from fluxcli.errors import ExitCode, exit_code_of, is_out_of_memory
 from quant.errors import ExplainedError
+
+MAX_TEXT = 160  # characters of a library's message that are passed on
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase begins (and the one before it ends): wait, evict, load, encode, condition, denoise, decode or save."""
+    """A phase begins, and the one before it ends.
+
+    Its name is wait, evict, load, encode, condition, denoise, decode or save.
+    """
 
     name: str
     detail: str = ""
@@ -35,7 +44,10 @@ class Notice:
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """A finished picture: where it is and what identifies it. `pixels_sha256` is over the RGB bytes before encoding."""
+    """A finished picture: where its file is and what identifies it.
+
+    `sha256` is over the file, `pixels_sha256` over the RGB bytes before encoding.
+    """
 
     path: str
     seed: int
@@ -57,7 +69,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Skipped:
-    """The row's picture is there already, whole and made by the same request."""
+    """A picture of the row is there already, whole and made by the same request."""
 
     row: int
     path: str
@@ -65,17 +77,18 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Done:
-    """The run, or a row of a batch, is over: its pictures, what made them, seconds per phase, memory peaks in bytes.
+    """The run, or a row of a batch, is over.
 
-    The seconds are those since the command began, of all rows so far.
+    It names the pictures, what made them, seconds by phase and memory peaks in bytes. The seconds
+    are those since the command began, of all rows so far.
     """
 
     images: tuple[GeneratedImage, ...]
-    request: dict
-    plan: dict
-    timings_s: dict
-    peak_memory: dict
-    versions: dict
+    request: dict[str, Any]
+    plan: dict[str, Any]
+    timings_s: dict[str, float]
+    peak_memory: dict[str, int]
+    versions: dict[str, str]
     row: int = 0
 
 
@@ -91,7 +104,11 @@ class Failed:
 
 @dataclass(frozen=True)
 class Summary:
-    """A batch is over: rows by what became of them, pictures written, and seconds since the command began."""
+    """A batch is over.
+
+    It counts rows by what became of them and pictures written; the seconds are since the command
+    began.
+    """
 
     rows: int
     done: int
@@ -105,22 +122,51 @@ Event = Phase | Step | Notice | Saved | Skipped | Done | Failed | Summary
 KINDS = {kind.__name__.lower(): kind for kind in get_args(Event)}
 
 
-def failed(error: ExplainedError, row: int = 0) -> Failed:
-    """The event of an error that explains itself."""
-    return Failed(int(exit_code_of(error)), str(error), error.hint, row)
-
-
-def to_json(event: Event) -> dict:
+def to_json(event: Event) -> dict[str, Any]:
     """Return the event as a dict of JSON types, its kind under "event"."""
     return {"event": type(event).__name__.lower()} | asdict(event)
 
 
-def from_json(value: Mapping) -> Event:
-    """The event that `to_json` gave; raises KeyError or TypeError for anything else."""
+def from_json(value: Mapping[str, Any]) -> Event:
+    """Return the event that `to_json` gave; raises KeyError or TypeError for anything else."""
     found = dict(value)
     kind = KINDS[found.pop("event")]
     if kind is Saved:
         found["image"] = GeneratedImage(**found["image"])
     if kind is Done:
         found["images"] = tuple(GeneratedImage(**image) for image in found["images"])
-    return kind(**found)
+    event: Event = kind(**found)
+    return event
+
+
+def explain(error: Exception, row: int = 0) -> Failed:
+    """Return the exit code, the one line and the hint that an exception is for the user.
+
+    An error of ours says them itself. What libraries raise is told apart by its kind: out of
+    memory, a full disk, a failed device, a missing dependency, else a bug (exit 1).
+    """
+    if isinstance(error, ExplainedError):
+        return Failed(int(exit_code_of(error)), str(error), error.hint, row)
+    text = type(error).__name__
+    if str(error):
+        text = f"{text}: {str(error).splitlines()[0][:MAX_TEXT]}"
+    code = ExitCode.BUG
+    what = "this is a bug"
+    hint = "run it again with --debug and report what it prints"
+    if is_out_of_memory(error):
+        code = ExitCode.DOES_NOT_FIT
+        what = "out of memory"
+        hint = "a smaller --size, or --device cpu"
+    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        code = ExitCode.OUTPUT
+        what = "the disk is full"
+        hint = "free some space and run the command again"
+    elif "CUDA error" in text:
+        code = ExitCode.DEVICE
+        what = "the device failed"
+        hint = "run it again; if it stays: flux doctor"
+    elif isinstance(error, ImportError):
+        code = ExitCode.DEVICE
+        what = "a dependency cannot be imported"
+        hint = "pip install --force-reinstall fluxcli"
+    return Failed(int(code), f"{what}: {text}", hint, row)

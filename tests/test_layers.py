@@ -15,7 +15,7 @@ TORCH_MODULE = "quant.linear"  # its classes are torch modules; it is imported i
 # Packages and lone modules from the ground up; what shares a floor does not import each other.
 FLOORS = [
     ["quant"],
-    ["fluxcli.errors", "fluxcli.events", "fluxcli.signals", "fluxcli.paths", "fluxcli.explain"],
+    ["fluxcli.errors", "fluxcli.events", "fluxcli.signals", "fluxcli.paths"],
     ["fluxcli.request"],
     ["fluxcli.pictures", "fluxcli.plan", "fluxcli.models"],
     ["fluxcli.engine"],
@@ -24,7 +24,7 @@ FLOORS = [
     ["fluxcli.__main__"],
 ]
 LEVEL = {place: level for level, places in enumerate(FLOORS) for place in places}
-NEIGHBOURS = {"fluxcli.errors", "fluxcli.events", "fluxcli.signals", "fluxcli.paths", "fluxcli.explain"}
+NEIGHBOURS = {"fluxcli.errors", "fluxcli.events", "fluxcli.signals", "fluxcli.paths"}
 STDLIB_ONLY = (
     "fluxcli.request",
     "fluxcli.plan",

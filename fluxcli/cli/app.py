@@ -17,8 +17,7 @@ import fluxcli
 from fluxcli import signals
 from fluxcli.cli import cache, console, generate, info, inspect, lora, models, presets, quantize, replay, worker
 from fluxcli.errors import ExitCode, OutputError, Terminated
-from fluxcli.events import Failed, to_json
-from fluxcli.explain import explained
+from fluxcli.events import Failed, explain, to_json
 
 app = typer.Typer(
     name="flux", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -97,7 +96,7 @@ def _explained(error: Exception) -> Failed:
     """Exit code, message and hint of whatever ended a command."""
     if isinstance(error, typer.TyperException):
         return Failed(int(ExitCode.USAGE), *_usage_error(error))
-    return explained(error)
+    return explain(error)
 
 
 def _usage_error(error: typer.TyperException) -> tuple[str, str]:

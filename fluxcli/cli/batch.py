@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from fluxcli.cli.settings import STARTED, check_stdout, given_settings, job_options, read_prompt, reporter_of, settled
 from fluxcli.errors import BatchFailed, ExitCode, UsageError
-from fluxcli.events import Done, Event, Failed, Saved, Skipped, Summary, failed
+from fluxcli.events import Done, Event, Failed, Saved, Skipped, Summary, explain
 from fluxcli.paths import config_folder
 from fluxcli.pictures import names as output
 from fluxcli.request import presets
@@ -19,7 +19,7 @@ from fluxcli.request import rows as batch
 from fluxcli.request.fields import ALIASES, GenerationRequest, coerce
 from fluxcli.request.job import Job, Row
 from fluxcli.run import processes
-from fluxcli.run.dispatch import Runner
+from fluxcli.run.dispatch import Dispatcher
 
 WINDOW = 16  # rows that are handed on together, where so many are there
 
@@ -39,12 +39,11 @@ def draw_rows(source: str, prompt: str | None, options: dict, *, resume: bool, f
             raise UsageError("rows of a stream cannot be shared", which=source, why=why, hint="give a file")
         share = processes.Share()
         rows = batch.rows(file, source, requests.make)
-        rows = share.of(_counted(rows) if resume else rows)
-        since = time.time_ns() if resume else None
+        rows = share.of(_count_equal(rows))
         windows = batch.in_windows(rows, WINDOW, streaming=streaming)
-        with Runner(alone=options["no_worker"] or options["debug"]) as runner:
+        with Dispatcher(alone=options["no_worker"] or options["debug"]) as runner:
             for window in windows:
-                for event in _events(runner, window, job_options(options) | {"resume": since}):
+                for event in _events(runner, window, job_options(options) | {"resume": resume}):
                     tally.add(event)
                     reporter.show(event)
                     if fail_fast and isinstance(event, Failed):
@@ -138,29 +137,28 @@ def _requested(row: dict, given: dict) -> tuple[dict, GenerationRequest]:
     return said, settled(prompt, presets.merge(merged, config_folder()).values, merged)
 
 
-def _counted(rows: Iterator[Row]) -> Iterator[Row]:
-    """Rows that know how many pictures of the same request come before them in the same place."""
-    before: Counter[tuple[GenerationRequest, int]] = Counter()
+def _count_equal(rows: Iterator[Row]) -> Iterator[Row]:
+    """Yield rows that know how many equal pictures the rows before them ask for, in the same place.
+
+    A row without a seed asks for `count` pictures that differ in nothing that it says.
+    """
+    asked: Counter[GenerationRequest] = Counter()
     for row in rows:
         if row.request is None:
             yield row
-        else:
-            own = row.number * ("{row" in (row.request.output or ""))  # of a name that is no other row's
-            found, seed = [], row.request.seed
-            for k in range(row.request.count):
-                same = replace(row.request, count=1, seed=seed + k * (seed >= 0), offload="auto"), own
-                found.append(before[same])
-                before[same] += 1
-            yield replace(row, before=tuple(found))
+            continue
+        picture = replace(row.request, count=1)
+        yield replace(row, nth=asked[picture] + 1)
+        asked[picture] += row.request.count if row.request.seed < 0 else 1
 
 
-def _events(runner: Runner, window: list[Row], options: dict) -> Iterator[Event]:
+def _events(runner: Dispatcher, window: list[Row], options: dict) -> Iterator[Event]:
     """The events of a window of rows; a row that fails is named by where it stands."""
     where = {row.number: row.where for row in window}
     good = tuple(row for row in window if row.request)
     for row in window:
         if row.error:
-            yield replace(failed(row.error, row.number), message=f"{row.where}: {row.error}")
+            yield replace(explain(row.error, row.number), message=f"{row.where}: {row.error}")
     for event in runner.run(Job(good, batch=True, **options)) if good else ():
         yield replace(event, message=f"{where[event.row]}: {event.message}") if isinstance(event, Failed) else event
 

@@ -9,7 +9,7 @@ from fluxcli.pictures import names as output
 from fluxcli.plan.placement import GIB, MemoryPlan
 from fluxcli.request.fields import GenerationRequest
 from fluxcli.request.job import Job, Row
-from fluxcli.run.dispatch import Runner
+from fluxcli.run.dispatch import Dispatcher
 
 if TYPE_CHECKING:
     from fluxcli.pictures.latents import Latents
@@ -31,8 +31,8 @@ def draw(
             console.say("--quality does nothing for png")
         if options["force"] and not target.exact:
             console.say("--force does nothing here: automatic names never replace a file")
-    with reporter_of(options) as reporter, Runner(alone=options["no_worker"] or options["debug"]) as runner:
-        for event in runner.run(Job((Row(0, request),), made=made, **job_options(options)), resume=resume):
+    with reporter_of(options) as reporter, Dispatcher(alone=options["no_worker"] or options["debug"]) as runner:
+        for event in runner.run(Job((Row(0, request),), made=made, **job_options(options)), kept=resume):
             reporter.show(event)
     return ExitCode.OK
 

@@ -12,7 +12,14 @@ from fluxcli.run import client
 worker_app = typer.Typer(help="Keep models in memory between commands.", no_args_is_help=True)
 UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600}
 LONGEST_S = 30 * 24 * 3600
+GIB = 1 << 30
 Idle = Annotated[str, typer.Option(help="End after so long without a job: 30s, 10m, 2h.")]
+
+
+@worker_app.callback()
+def check_system() -> None:
+    """Refuse every command where there are no workers."""
+    client.check_available()
 
 
 @worker_app.command()
@@ -24,49 +31,60 @@ def start(idle: Idle = "10m") -> None:
 
 
 @worker_app.command("status")
-def status_command(json_output: Annotated[bool, typer.Option("--json", help="One JSON value.")] = False) -> None:
+def status_command(
+    json_output: Annotated[bool, typer.Option("--json", help="One JSON value.")] = False,
+) -> None:
     """Say what the worker does and holds; "no worker is running" (--json: null) and exit 0 where there is none."""
     status = client.ask("status")
     if json_output:
         console.data_json(status)
-    elif status is None:
+        return
+    if status is None:
         console.data("no worker is running")
-    for name, value in sorted((status or {}).items()) if not json_output else ():
+        return
+    for name, value in sorted(status.items()):
         if name.endswith("_bytes") and isinstance(value, int):
-            name, value = name.removesuffix("_bytes"), f"{value / 2**30:.2f} GiB"  # noqa: PLW2901
-        text = ", ".join(f"{key} {each}" for key, each in value.items()) if isinstance(value, dict) else str(value)
-        console.data(console.CONTROL.sub("?", f"{name:<14}{text}"))
+            line = f"{name.removesuffix('_bytes'):<14}{value / GIB:.2f} GiB"
+        elif isinstance(value, dict):
+            line = f"{name:<14}{', '.join(f'{key} {each}' for key, each in value.items())}"
+        else:
+            line = f"{name:<14}{value}"
+        console.data(console.CONTROL.sub("?", line))
 
 
 @worker_app.command()
 def stop() -> None:
     """End the worker, which gives all its memory back; a job that it runs is finished by the command that gave it."""
-    _tell("stop", "has ended")
+    _tell("stop", done="has ended")
 
 
 @worker_app.command()
 def evict() -> None:
     """Drop the worker's models, after the jobs before, and keep it: it loads them again when they are needed."""
-    _tell("evict", "holds no models")
+    _tell("evict", done="holds no models")
 
 
 @worker_app.command(hidden=True)
-def run(idle: Idle = "10m") -> None:
+def run(
+    idle: Idle = "10m",
+    _events: Annotated[bool, typer.Option("--events", help="What ends it is a JSON object on stdout.")] = False,
+) -> None:
     """Be the worker."""
     from fluxcli.run import worker
 
     worker.serve(parse_duration(idle))
 
 
-def _tell(what: str, done: str) -> None:
+def _tell(what: str, *, done: str) -> None:
     answer = client.ask(what)
     console.say("no worker is running" if answer is None else f"worker {answer['pid']} {done}")
 
 
 def parse_duration(text: str) -> float:
-    """Seconds of 30s, 10m, 2h or a plain number; raises `UsageError`."""
+    """Return the seconds of 30s, 10m, 2h or a plain number; raises `UsageError`."""
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([smh]?)", text.strip())
     seconds = float(match[1]) * UNITS_S[match[2]] if match else 0.0
     if not 0 < seconds <= LONGEST_S:
-        raise UsageError("no such time", which=f"--idle {text[:20]}", why="it takes 30s, 10m or 2h, up to 30 days")
+        why = "it takes 30s, 10m or 2h, up to 30 days"
+        raise UsageError("no such time", which=f"--idle {text[:20]}", why=why)
     return seconds

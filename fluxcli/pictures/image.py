@@ -4,12 +4,11 @@ Metadata: the A1111 `parameters` text that every viewer reads (PNG text, EXIF Us
 `trainedAlgorithmicMedia` and all of it as JSON. Pixels are (H, W, 3) uint8, RGB.
 """
 
-import contextlib
 import functools
 import hashlib
 import io
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection
 from html import escape, unescape
 from pathlib import Path
 
@@ -67,21 +66,21 @@ def request_hash(metadata: dict, *, seeded: bool = True) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def made_as(wanted: Collection[str], paths: Iterable[Path], *, seeded: bool, until: int) -> Iterator[Path]:
-    """Those of the paths that are whole pictures with one of these request hashes, older than that time in ns."""
-    for path in paths:
-        with contextlib.suppress(BadInputFile, OSError):
-            status = path.stat()
-            made = status.st_mtime_ns
-            if made < until and _hashes(path.absolute(), made, status.st_size)[seeded] in wanted:
-                yield path
+def carries_hash(path: Path, wanted: Collection[str], *, seeded: bool) -> bool:
+    """Return whether a path is a whole picture with one of these request hashes."""
+    try:
+        status = path.stat()
+        hashes = _read_hashes(path.absolute(), status.st_mtime_ns, status.st_size)
+    except (BadInputFile, OSError):
+        return False
+    return hashes[seeded] in wanted
 
 
-@functools.cache
-def _hashes(path: Path, *_: int) -> tuple[str, str]:
-    """The hashes of a picture's request, without and with its seed; read once for each state of the file."""
+@functools.lru_cache(maxsize=100_000)
+def _read_hashes(path: Path, *_: int) -> dict[bool, str]:
+    """Return a picture's request hashes, with and without its seed; read once for each state of the file."""
     metadata = read_metadata(path)
-    return request_hash(metadata, seeded=False), request_hash(metadata)
+    return {seeded: request_hash(metadata, seeded=seeded) for seeded in (True, False)}
 
 
 def parameters_text(metadata: dict) -> str:

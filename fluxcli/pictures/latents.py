@@ -27,6 +27,7 @@ class Latents:
     tokens: "torch.Tensor"
     step: int = 0
     model: str = ""
+    request_hash: str = ""  # what the finished picture will carry, see `image.request_hash`
 
 
 def save(latents: Latents, target: output.Target, n: int = 1, row: int = 0) -> Path:
@@ -34,6 +35,7 @@ def save(latents: Latents, target: output.Target, n: int = 1, row: int = 0) -> P
     from safetensors.torch import save as to_bytes
 
     described = {"request": latents.request.to_json(), "step": latents.step, "model": latents.model}
+    described |= {"request_hash": latents.request_hash}
     data = to_bytes({"latents": latents.tokens.cpu().contiguous()}, {"flux_latents": json.dumps(described)})
     beside = output.Target(Path(), output.DEFAULT_TEMPLATE) if target.stdout else target
     for path in output.candidates(beside, latents.request, n, row):
@@ -63,7 +65,8 @@ def load(path: Path) -> Latents:
             fits = info.shape == (1, width * height // 256, 64) and info.dtype in ("F32", "F16", "BF16")
             if not fits or step not in range(request.steps + 1):
                 raise CheckpointError("damaged latents", which=path, why="they are not of the request's size or steps")
-            return Latents(request, file.get_tensor("latents"), int(step), model)
+            made = str(described.get("request_hash", ""))
+            return Latents(request, file.get_tensor("latents"), int(step), model, made)
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError, SafetensorError, UsageError) as error:
         why = f"it holds no picture of flux: {str(error)[:80]}"
         raise BadInputFile("no latents to finish", which=path, why=why) from error

@@ -27,6 +27,7 @@ from fluxcli.request.fields import FORMATS, GenerationRequest
 from quant.writer import nearest
 
 DEFAULT_TEMPLATE = "{slug}-{seed}"
+OPEN_FIELDS = ("date",)  # told by a name, and decided by no request
 TEMPLATE_KEYS = ("seed", "n", "row", "slug", "preset", "width", "height", "date")
 SLUG_LENGTH = 48
 STDOUT = "-"
@@ -41,6 +42,11 @@ class Target:
     exact: bool = False  # one plain file the user named: replaced only with --force
     force: bool = False
     stdout: bool = False
+
+    def has_field(self, *keys: str) -> bool:
+        """Return whether the name is made with one of these template fields."""
+        found = {key for _, key, _, _ in string.Formatter().parse(self.pattern)}
+        return not self.exact and not found.isdisjoint(keys)
 
 
 def format_of(text: str | None, *, given: str | None = None) -> str | None:
@@ -115,27 +121,35 @@ def _named(target: Target, request: GenerationRequest, **values: object) -> str:
     return target.pattern if target.exact else f"{target.pattern.format(**values)}.{request.format}"
 
 
-class _Any(str):
-    """A field's value of whatever format, later a *."""
+def list_names(target: Target, request: GenerationRequest, n: int, row: int, *, seeded: bool) -> Iterator[Path]:
+    """Yield the names that picture `n` of a row has or could have got, best first.
+
+    Where the name tells what the request leaves open (the day; without a seed also the seed, and
+    the number, since equal pictures differ in nothing else), these are the files that are there.
+    """
+    if target.exact:
+        yield target.folder / target.pattern
+        return
+    open_fields = OPEN_FIELDS if seeded else (*OPEN_FIELDS, "seed", "n")
+    if not target.has_field(*open_fields):
+        yield from candidates(target, request, n, row)
+        return
+    values = {"n": n, "row": row, "seed": request.seed} | dict.fromkeys(open_fields, _Open())
+    stem, dot, suffix = _named(target, request, **values).rpartition(".")
+    wanted = re.escape(stem).replace(_Open.MARK, ".*") + r"(-\d+)?" + re.escape(dot + suffix)
+    pattern = glob.escape(stem).replace(_Open.MARK, "*") + "*" + glob.escape(dot + suffix)
+    for name in sorted(glob.glob(pattern, root_dir=target.folder)):
+        if re.fullmatch(wanted, name, re.DOTALL):
+            yield target.folder / name
+
+
+class _Open(str):
+    """The value of a field that is open, whatever its format: a mark that no file name holds."""
+
+    MARK = "\0"
 
     def __format__(self, _: str) -> str:
-        return "\0"
-
-
-def existing(target: Target, request: GenerationRequest, n: int, row: int) -> Iterator[Path]:
-    """Files that may be pictures of the request by their names, whatever seed, number or day these tell.
-
-    First comes the name that picture `n` (from 1) would get, so that mostly no folder is read; for 0 there is none.
-    """
-    first = next(candidates(target, request, n, row))
-    if n:
-        yield first
-    stem, dot, suffix = _named(target, request, n=_Any(), row=row, seed=_Any(), date=_Any()).rpartition(".")
-    place, free = str(target.folder / stem), "" if target.exact else "*"
-    name = re.escape(place).replace("\0", ".*") + r"(-\d+)?" * bool(free) + re.escape(f"{dot}{suffix}")
-    found = glob.glob(f"{glob.escape(place)}{free}{glob.escape(f'{dot}{suffix}')}".replace("\0", "*"))
-    named = (Path(path) for path in sorted(found) if re.fullmatch(name, path, re.DOTALL))
-    yield from (path for path in named if not n or path != first)
+        return self.MARK
 
 
 def check_writable(target: Target, request: GenerationRequest, row: int = 0) -> None:

@@ -6,7 +6,6 @@ Knows nothing of models or devices. Stdlib only.
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from fluxcli.events import GeneratedImage
 from fluxcli.request.fields import GenerationRequest
 from quant.errors import ExplainedError
 
@@ -19,8 +18,7 @@ class Row:
     request: GenerationRequest | None
     where: str = ""  # for people: FILE:LINE
     error: ExplainedError | None = None  # instead of a request
-    before: tuple[int, ...] = ()  # of each of its pictures: how many of the same request there are in earlier rows
-    drawn: tuple[GeneratedImage, ...] = ()  # pictures of it that a worker saved before it was lost; not on the wire
+    nth: int = 1  # of the equal pictures that the batch asks for, its first one is the n-th
 
 
 @dataclass(frozen=True)
@@ -32,18 +30,18 @@ class Job:
     force: bool = False  # replace a file that was named
     no_wait: bool = False  # rather fail than wait for the device
     cache: bool = True  # prompt embeddings on disk
-    resume: int | None = None  # leave out pictures that were there at that time, in ns
+    resume: bool = False  # leave out pictures that are there already
     made: str | None = None  # the fingerprint of the model that made the picture to make again
 
     def to_json(self) -> dict:
-        rows = [[row.number, row.where, row.before, row.request.to_json()] for row in self.rows]
+        rows = [[row.number, row.where, row.nth, row.request.to_json()] for row in self.rows]
         return asdict(self) | {"rows": rows}
 
     @classmethod
     def from_json(cls, value: Mapping) -> "Job":
         """What `to_json` gave; raises TypeError, ValueError or `UsageError` for anything else."""
         rows = tuple(
-            Row(number, GenerationRequest(**request), where, before=tuple(before))
-            for number, where, before, request in value["rows"]
+            Row(number, GenerationRequest(**request), where, nth=nth)
+            for number, where, nth, request in value["rows"]
         )
         return cls(**dict(value) | {"rows": rows})

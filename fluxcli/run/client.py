@@ -1,12 +1,16 @@
 """The other end of the warm worker: hand it a job and relay its events, ask it something, start it.
 
-Knows nothing of models. Stdlib only and quick to import, since every `flux generate` goes through here. The wire is
-`multiprocessing.connection` with JSON objects as bytes, never pickles: a hello from the client, then frames from the
-worker, the first of which says whether it takes the hello. POSIX: a socket in a folder that only this user can enter,
-which both sides check. Windows: a pipe, and a key in the user's cache folder that both sides prove to have.
+Knows nothing of models. Stdlib only and quick to import, since every `flux generate` goes through
+here: nothing of it loads sockets where no worker is up. Times are in seconds.
+
+The wire is `multiprocessing.connection` over a Unix socket, with JSON objects as bytes, never
+pickles. The client sends one hello {"protocol", "identity", "kind", ...} and no more. The worker
+answers with frames: first {"accepted": protocol} or {"refused": why}, then for the kind "generate"
+the events as `events.to_json` gives them and {"end": true}, for other kinds {"answer": {...}}.
+{"alive": true} comes between where the worker has nothing else to say. The socket lies in a folder
+that only this user can enter, which both sides check. There is none on Windows yet.
 """
 
-import base64
 import contextlib
 import hashlib
 import json
@@ -18,97 +22,114 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import fluxcli
 from fluxcli import paths
-from fluxcli.errors import ExitCode
+from fluxcli.errors import DeviceUnusable, ExitCode
 from fluxcli.events import Event, Failed, from_json
 from fluxcli.request.job import Job
 from quant.errors import ExplainedError
 
 if TYPE_CHECKING:
+    import socket
     from multiprocessing.connection import Connection
 
-PROTOCOL = 1
-ANSWER_S, SILENCE_S, START_S, STOP_S, FRAME_S = 5.0, 60.0, 10.0, 60.0, 30  # the last: for the rest of a frame
-HELLO_BYTES, FRAME_BYTES, LOG_BYTES = 4 << 20, 64 << 20, 1 << 20  # a Done may name ten thousand pictures
-BROKEN = (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError)  # of a peer that is gone, or a stranger
+AVAILABLE = os.name != "nt"
+PROTOCOL = 2
+ANSWER_S = 5.0  # until the worker takes or refuses a hello
+SILENCE_S = 60.0  # without a frame: the worker hangs
+START_S = 10.0  # until a started worker answers
+STOP_S = 60.0  # until a stopped worker has ended
+FRAME_S = 30  # for the rest of a frame that has begun
+HELLO_BYTES = 4 << 20
+FRAME_BYTES = 64 << 20  # a Done may name ten thousand pictures
+LOG_BYTES = 1 << 20  # a longer log begins anew
+
+# What a peer that is gone, or a stranger, gives rise to.
+BROKEN = (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError)
+
+# Variables that decide which models are found and how they compute: a worker with others is not used.
 VARIABLES = (
-    "HOME", "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME",
-    "FLUX_MIRROR", "LOCALAPPDATA", "APPDATA",
-)  # fmt: skip
+    "FLUX_MIRROR",
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HOME",
+    "HUGGINGFACE_HUB_CACHE",
+    "XDG_CACHE_HOME",
+    "XDG_CONFIG_HOME",
+    "XDG_DATA_HOME",
+)
 PREFIXES = ("CUDA_", "HIP_", "PYTORCH_", "OMP_", "MKL_")
 
 
 class Lost(ExplainedError):
-    """No worker that can be used; str() says why, and is empty where there simply is none."""
+    """No worker can be used; str() says why, and is empty where there simply is none."""
 
     exit_code = ExitCode.DEVICE
 
 
 class Ended(Lost):
-    """It closed the connection; or something broke it."""
+    """The worker closed the connection, or something broke it."""
 
 
 class RemoteError(ExplainedError):
-    """What ended a job in the worker, or the worker at its start, with the exit code it has in process."""
+    """What ended a job in the worker, or the worker at its start; with the exit code of a run in process."""
 
-    def __init__(self, message: str, hint: str, code: int) -> None:
+    def __init__(self, message: str, *, hint: str, exit_code: int) -> None:
         super().__init__(message, hint=hint)
-        self.exit_code = ExitCode(code)
+        self.exit_code = ExitCode(exit_code)
+
+
+# --- what commands ask for
 
 
 def run(job: Job) -> Iterator[Event]:
-    """Yield the events of a job that the worker runs, and write what it writes to stdout just before the next one.
+    """Yield the events of a job that the worker runs. Closing the generator cancels the job.
 
-    Closing the generator cancels the job. Raises `RemoteError` as the job failed, `Lost` where the worker did.
+    Raises `RemoteError` where the job failed, `Lost` where the worker did.
     """
     mask = os.umask(0o077)
     os.umask(mask)
     try:
-        caller = {"folder": os.getcwd(), "umask": mask}
+        folder = os.getcwd()
     except OSError as error:
         raise Lost("the current folder is gone") from error
-    written = b""
-    with _asked("generate", job=job.to_json(), **caller) as connection:
-        while "end" not in (frame := _receive(connection, SILENCE_S)):
-            written, event = _taken(frame, written)
-            if event is None:
+    with _say_hello("generate", job=job.to_json(), folder=folder, umask=mask) as connection:
+        while True:
+            frame = _receive(connection, within_s=SILENCE_S)
+            if "end" in frame:
+                return
+            if "event" not in frame:  # a sign of life
                 continue
-            if written:
-                sys.stdout.buffer.write(written)
-                sys.stdout.buffer.flush()
-                written = b""
+            event = _read_event(frame)
             if isinstance(event, Failed) and not event.row:
-                raise RemoteError(event.message, event.hint, event.exit_code)
+                raise RemoteError(event.message, hint=event.hint, exit_code=event.exit_code)
             yield event
 
 
-def _taken(frame: dict, written: bytes) -> tuple[bytes, Event | None]:
-    """(what was written to stdout since the last event, the frame's event)."""
+def _read_event(frame: dict[str, Any]) -> Event:
     try:
-        return written + base64.b64decode(frame.get("stdout", "")), from_json(frame) if "event" in frame else None
+        return from_json(frame)
     except BROKEN as error:
         raise Lost("the worker answers what this flux does not understand") from error
 
 
-def ask(what: str) -> dict | None:
-    """The answer to "status", "stop" (once the worker has ended) or "evict"; None where there is no worker.
+def ask(what: str) -> dict[str, Any] | None:
+    """Return the answer to "status", "stop" or "evict"; None where there is no worker.
 
-    Raises `Lost` for one that does not answer.
+    The answer to "stop" comes once the worker has ended. Raises `Lost` for a worker that does not
+    answer.
     """
     try:
-        with _asked(what) as connection:
-            while "answer" not in (frame := _receive(connection, SILENCE_S)):
-                pass
-            until = time.monotonic() + STOP_S
-            with contextlib.suppress(Ended):
-                while what == "stop":
-                    _receive(connection, STOP_S)
-                    if time.monotonic() > until:
-                        raise Lost("the worker has not ended yet", hint=f"kill {frame['answer']['pid']}")
-            return frame["answer"]
+        with _say_hello(what) as connection:
+            frame: dict[str, Any] = {}
+            while "answer" not in frame:
+                frame = _receive(connection, within_s=SILENCE_S)
+            answer: dict[str, Any] = frame["answer"]
+            if what == "stop":
+                _wait_for_end(connection, pid=answer["pid"])
+            return answer
     except Ended:
         return None
     except Lost as lost:
@@ -117,155 +138,196 @@ def ask(what: str) -> dict | None:
         return None
 
 
-def start(idle_s: float) -> dict:
-    """The status of the worker, which is started unless there is one. Raises `RemoteError` where it does not start."""
-    path = paths.cache_folder() / "worker.log"
-    until, process = time.monotonic() + START_S, None
-    while (status := ask("status")) is None and time.monotonic() < until:
-        if process is None or process.poll() == 0:  # 0: it met another one, that was about to end
-            process, begin = _spawn(path, idle_s)
-        if process.poll():
-            with path.open(encoding="utf-8", errors="replace") as log:
-                log.seek(begin)
-                lines = [line for line in log.read().splitlines() if line.strip() and not line.startswith("hint: ")]
-            code = process.returncode if process.returncode in iter(ExitCode) else ExitCode.BUG
-            why = lines[-1].removeprefix("flux: error: ").rstrip(".") if lines else f"exit {process.returncode}"
-            raise RemoteError(f"the worker did not start: {why}", f"{path} has it all", code)
-        time.sleep(0.05)
-    if status is None:
-        raise RemoteError(f"the worker does not answer after {START_S:g} s", f"see {path}", ExitCode.DEVICE)
+def _wait_for_end(connection: "Connection", *, pid: int) -> None:
+    """Return once the worker closes the connection; raises `Lost` where it takes too long."""
+    until = time.monotonic() + STOP_S
+    with contextlib.suppress(Ended):
+        while time.monotonic() < until:
+            _receive(connection, within_s=STOP_S)
+        raise Lost("the worker has not ended yet", hint=f"kill {pid}")
+
+
+def start(idle_s: float) -> dict[str, Any]:
+    """Return the status of the worker, which is started unless there is one.
+
+    The key "started" tells whether this call did it. Raises `RemoteError` where it does not start,
+    `DeviceUnusable` where there are no workers.
+    """
+    check_available()
+    log = paths.cache_folder() / "worker.log"
+    process = None
+    until = time.monotonic() + START_S
+    with tempfile.TemporaryFile() as said:
+        while (status := ask("status")) is None:
+            if time.monotonic() >= until:
+                why = f"the worker does not answer after {START_S:g} s"
+                raise RemoteError(why, hint=f"see {log}", exit_code=ExitCode.DEVICE)
+            if process is None or process.poll() == 0:  # 0: it met another one, that was about to end
+                process = _spawn(log, idle_s=idle_s, said=said)
+            if process.poll():
+                raise _explain_death(process.returncode, said=said, log=log)
+            time.sleep(0.05)
     return status | {"started": process is not None}
 
 
-def _spawn(path: Path, idle_s: float) -> tuple[subprocess.Popen, int]:
-    """(a worker in a session of its own, where in the log its words begin)."""
-    alone = {"start_new_session": True}
-    if os.name == "nt":
-        alone = {"creationflags": subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP}
+def _spawn(log: Path, *, idle_s: float, said: IO[bytes]) -> "subprocess.Popen[bytes]":
+    """Start a worker in a session of its own, which writes what ends it to `said` as an event."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as log:
-            if log.tell() > LOG_BYTES:
-                log.truncate(0)
-            begin = path.stat().st_size
-            null = subprocess.DEVNULL
-            package = identity()["package"]  # found there by -m, and nothing in the folder of the caller
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as stderr:
+            if stderr.tell() > LOG_BYTES:
+                stderr.truncate(0)
             return subprocess.Popen(
-                _command(idle_s), stdin=null, stdout=null, stderr=log, cwd=Path(package).parent, **alone
-            ), begin
+                _command(idle_s),
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=stderr,
+                cwd=Path(fluxcli.__file__).parent.parent,  # -m finds fluxcli there, and nothing of the caller's
+                start_new_session=True,
+            )
     except OSError as error:
-        raise RemoteError(f"the worker did not start: {error}", f"{path} must be writable", ExitCode.OUTPUT) from error
+        hint = f"{log} must be writable"
+        why = f"the worker did not start: {error}"
+        raise RemoteError(why, hint=hint, exit_code=ExitCode.OUTPUT) from error
 
 
 def _command(idle_s: float) -> list[str]:
-    return [sys.executable, "-m", "fluxcli", "worker", "run", "--idle", str(idle_s)]
+    return [sys.executable, "-m", "fluxcli", "worker", "run", "--idle", str(idle_s), "--events"]
 
 
-def identity() -> dict[str, str | int]:
-    """What a worker shares with whoever uses it: version, installation, and the variables that models depend on."""
-    here = {"version": fluxcli.__version__, "protocol": PROTOCOL, "prefix": sys.prefix}
-    here |= {"package": str(Path(fluxcli.__file__).parent)}
-    return here | {k: v for k, v in os.environ.items() if k in VARIABLES or k.startswith(PREFIXES)}
+def _explain_death(returncode: int, *, said: IO[bytes], log: Path) -> RemoteError:
+    """Return the error of a worker that ended before it answered: its Failed event, else its exit code."""
+    message = f"exit {returncode}"
+    exit_code = ExitCode.BUG
+    said.seek(0)
+    with contextlib.suppress(*BROKEN):  # killed before it could say anything
+        last_line = said.read().strip().rpartition(b"\n")[2]
+        event = from_json(json.loads(last_line))
+        if isinstance(event, Failed):
+            message = event.message
+            exit_code = ExitCode(event.exit_code)
+    hint = f"{log} has it all"
+    return RemoteError(f"the worker did not start: {message}", hint=hint, exit_code=exit_code)
 
 
-def place() -> tuple[str, Path]:
-    """(the worker's address, the path that its lock and its key are named after)."""
-    cache = paths.cache_folder()
-    name = hashlib.sha256(os.fsencode(cache)).hexdigest()[:12]
-    if os.name == "nt":
-        return rf"\\.\pipe\flux-{name}", cache / "worker"
-    folder = Path(tempfile.gettempdir(), f"flux-{os.getuid()}")
-    return str(folder / f"{name}.sock"), folder / name
+# --- what both ends agree on
+
+
+def check_available() -> None:
+    """Raise `DeviceUnusable` on a system that has no workers."""
+    if not AVAILABLE:
+        hint = "flux generate runs without it"
+        raise DeviceUnusable("the worker is not available on Windows yet", hint=hint)
+
+
+def describe_installation() -> dict[str, str | int]:
+    """Return what a worker must share with whoever uses it: version, installation and variables."""
+    described = {
+        "version": fluxcli.__version__,
+        "protocol": PROTOCOL,
+        "prefix": sys.prefix,
+        "package": str(Path(fluxcli.__file__).parent),
+    }
+    for name, value in os.environ.items():
+        if name in VARIABLES or name.startswith(PREFIXES):
+            described[name] = value
+    return described
+
+
+def locate_socket() -> Path:
+    """Return the path of the worker's socket; its lock lies beside it, with the suffix .lock.
+
+    The name is made of the cache folder's, so that homes of their own have workers of their own.
+    """
+    name = hashlib.sha256(os.fsencode(paths.cache_folder())).hexdigest()[:12]
+    return Path(tempfile.gettempdir(), f"flux-{os.getuid()}", f"{name}.sock")
 
 
 def check_private(folder: Path) -> None:
     """Raise `Lost` for a folder that others can enter, or could have made; OSError where there is none."""
     found = os.lstat(folder)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise Lost("the worker's folder is not private", which=folder, hint=f"chmod 700 {folder}, or remove it")
+        hint = f"chmod 700 {folder}, or remove it"
+        raise Lost("the worker's folder is not private", which=folder, hint=hint)
 
 
-def send(connection: "Connection", value: dict) -> None:
+def send(connection: "Connection", value: dict[str, Any]) -> None:
     """Send one frame; raises OSError."""
     connection.send_bytes(json.dumps(value).encode())
 
 
-def receive(connection: "Connection", within_s: float, *, limit: int = FRAME_BYTES) -> dict:
-    """The next frame; raises one of `BROKEN` for anything else."""
+def receive(connection: "Connection", *, within_s: float, limit_bytes: int = FRAME_BYTES) -> dict[str, Any]:
+    """Return the next frame; raises one of `BROKEN` for anything else, TimeoutError for none in time."""
     if not connection.poll(within_s):
         raise TimeoutError
-    value = json.loads(connection.recv_bytes(limit))
+    value = json.loads(connection.recv_bytes(limit_bytes))
     if not isinstance(value, dict):
         raise TypeError
     return value
 
 
-def _receive(connection: "Connection", within_s: float) -> dict:
-    try:
-        return receive(connection, within_s)
-    except TimeoutError as error:
-        raise Lost("the worker does not answer") from error
-    except BROKEN as error:
-        raise Ended("the worker closed the connection") from error
-
-
-@contextlib.contextmanager
-def _asked(kind: str, **more: object) -> "Iterator[Connection]":
-    """A connection whose hello the worker takes; raises `Lost`."""
-    hello = json.dumps({"protocol": PROTOCOL, "identity": identity(), "kind": kind} | more).encode()
-    if len(hello) > HELLO_BYTES:
-        raise Lost("the job is too long for the worker")
-    with _connected() as connection:
-        with contextlib.suppress(OSError):  # it may have said why before it closed
-            connection.send_bytes(hello)
-        answer = _receive(connection, ANSWER_S)
-        if "refused" in answer:
-            raise Lost(f"the worker is of no use here: {answer['refused']}", hint="flux worker stop")
-        yield connection
-
-
-def _connected() -> "Connection":
-    """A connection to whatever listens; raises `Lost`."""
-    try:
-        address, stem = place()
-        return _piped(address, stem.with_suffix(".key")) if os.name == "nt" else _plugged(address, stem.parent)
-    except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as error:
-        raise Lost("") from error
-    except TimeoutError as error:
-        raise Lost("the worker does not answer") from error
-    except (OSError, EOFError) as error:
-        raise Lost("the worker cannot be reached", why=str(error)) from error
-
-
-def _plugged(address: str, folder: Path) -> "Connection":
-    os.lstat(address)  # none: nothing more is imported
-    check_private(folder)
-    import socket
-    from multiprocessing.connection import Connection
-
-    with socket.socket(socket.AF_UNIX) as plain:
-        plain.settimeout(ANSWER_S)
-        plain.connect(address)
-        plain.settimeout(None)
-        bound(plain)
-        return Connection(plain.detach())
-
-
-def _piped(address: str, key: Path) -> "Connection":
-    proof = key.read_bytes()
-    from multiprocessing import AuthenticationError
-    from multiprocessing.connection import Client
-
-    try:
-        return Client(address, family="AF_PIPE", authkey=proof)
-    except (AuthenticationError, AssertionError) as error:
-        raise Lost("what listens is no worker of this user") from error
-
-
-def bound(plain: object) -> None:
+def limit_waits(plain: "socket.socket") -> None:
     """Let no read or write of a socket block for ever in the middle of a frame."""
     import socket
     import struct
 
     for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
         plain.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", FRAME_S, 0))
+
+
+# --- the client's side of the wire
+
+
+@contextlib.contextmanager
+def _say_hello(kind: str, **more: object) -> "Iterator[Connection]":
+    """Give a connection whose hello the worker takes; raises `Lost`."""
+    about = {"protocol": PROTOCOL, "identity": describe_installation(), "kind": kind}
+    hello = json.dumps(about | more).encode()
+    if len(hello) > HELLO_BYTES:
+        raise Lost("the job is too long for the worker")
+    with connect() as connection:
+        with contextlib.suppress(OSError):  # it may have said why before it closed
+            connection.send_bytes(hello)
+        answer = _receive(connection, within_s=ANSWER_S)
+        if "refused" in answer:
+            why = f"the worker is of no use here: {answer['refused']}"
+            raise Lost(why, hint="flux worker stop")
+        yield connection
+
+
+def _receive(connection: "Connection", *, within_s: float) -> dict[str, Any]:
+    try:
+        return receive(connection, within_s=within_s)
+    except TimeoutError as error:
+        raise Lost("the worker does not answer") from error
+    except BROKEN as error:
+        raise Ended("the worker closed the connection") from error
+
+
+def connect() -> "Connection":
+    """Return a connection to whatever listens at the socket; raises `Lost`."""
+    if not AVAILABLE:
+        raise Lost("")
+    path = locate_socket()
+    try:
+        os.lstat(path)  # there is none: nothing more is imported
+        check_private(path.parent)
+        return _connect_to(path)
+    except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as error:
+        raise Lost("") from error
+    except TimeoutError as error:
+        raise Lost("the worker does not answer") from error
+    except OSError as error:
+        raise Lost("the worker cannot be reached", why=str(error)) from error
+
+
+def _connect_to(path: Path) -> "Connection":
+    import socket
+    from multiprocessing.connection import Connection
+
+    with socket.socket(socket.AF_UNIX) as plain:
+        plain.settimeout(ANSWER_S)
+        plain.connect(str(path))
+        plain.settimeout(None)
+        limit_waits(plain)
+        return Connection(plain.detach())

@@ -1,17 +1,17 @@
-"""Where a job runs: in a live worker, or here; and here, too, what a worker that failed has left of it.
+"""Where a job runs: in a live worker, or here; and here, too, what a worker that was lost has left of it.
 
 Imports neither torch nor the engine unless the job runs here.
 """
 
 import os
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
 from fluxcli.errors import UsageError
-from fluxcli.events import Done, Event, Failed, GeneratedImage, Notice, Saved
+from fluxcli.events import Done, Event, Failed, Notice, Saved
+from fluxcli.pictures.names import STDOUT
 from fluxcli.request.job import Job
 from fluxcli.run import client, processes
 
@@ -19,19 +19,22 @@ if TYPE_CHECKING:
     from fluxcli.pictures.latents import Latents
     from fluxcli.run.session import Session
 
-VARIABLE, WISHES = "FLUX_WORKER", ("on", "off", "auto")
+VARIABLE = "FLUX_WORKER"
+CHOICES = ("on", "off", "auto")  # auto starts a worker where there is none
 AUTO_IDLE_S = 600.0  # of a worker that FLUX_WORKER=auto starts
 
 
-class Runner:
+class Dispatcher:
     """Runs the jobs of one command; what it loads here stays until the end of it."""
 
     def __init__(self, *, alone: bool) -> None:
-        """`alone` asks no worker. Raises `UsageError` for a FLUX_WORKER that is none of `WISHES`."""
-        wish = os.environ.get(VARIABLE) or "on"
-        if wish not in WISHES:
-            raise UsageError("wrong value", which=VARIABLE, why=f"{wish[:40]!r} is none of {', '.join(WISHES)}")
-        self._wish = "off" if alone or processes.count() > 1 else wish
+        """`alone` asks no worker. Raises `UsageError` for a FLUX_WORKER that is none of `CHOICES`."""
+        self._choice = os.environ.get(VARIABLE) or "on"
+        if self._choice not in CHOICES:
+            why = f"{self._choice[:40]!r} is none of {', '.join(CHOICES)}"
+            raise UsageError("wrong value", which=VARIABLE, why=why)
+        if alone or processes.count() > 1:
+            self._choice = "off"
         self._held = ExitStack()
         self._session: Session | None = None
 
@@ -46,48 +49,75 @@ class Runner:
         if self._session:
             self._session.release()
 
-    def run(self, job: Job, *, resume: "Latents | None" = None) -> Iterator[Event]:
-        """Yield the job's events; raises what ended it. `resume` is what there is of its only picture."""
-        saved: dict[int, list[GeneratedImage]] = defaultdict(list)  # by row
-        over: set[int] = set()  # rows
-        lost = None
-        if self._wish != "off" and not resume and not self._session:
+    def run(self, job: Job, *, kept: "Latents | None" = None) -> Iterator[Event]:
+        """Yield the job's events; raises what ended it.
+
+        `kept` is what there is of its only picture. A job that the worker leaves half done is
+        finished here: its rows that are not over are drawn, without the pictures that lie there
+        already (see `Session.run`), and what was said once is not said again.
+        """
+        over: set[int] = set()  # numbers of rows
+        told: set[str] = set()  # paths of pictures
+        has_begun = False
+        was_up = False
+        if self._may_use_worker(job, kept=kept):
             try:
-                if self._wish == "auto":
-                    _started()
-                for event in client.run(job):
+                for event in self._run_in_worker(job):
                     if isinstance(event, Saved):
-                        saved[event.row].append(event.image)
+                        told.add(event.image.path)
                     if isinstance(event, Done | Failed):
                         over.add(event.row)
+                    if not isinstance(event, Notice):
+                        has_begun = True
                     yield event
                 return
-            except client.Lost as error:
-                lost = error if str(error) else None
-        if lost:
-            yield Notice(f"{lost}: running here" + f" (hint: {lost.hint})" * bool(lost.hint))
+            except client.Lost as lost:
+                was_up = bool(str(lost))
+                if was_up:
+                    hint = f" (hint: {lost.hint})" if lost.hint else ""
+                    yield Notice(f"{lost}: running here{hint}")
         if not self._session:
             from fluxcli.run.session import Session
 
-            yield from _evict_worker(job, always=bool(lost))
+            yield from _evict_worker(job, always=was_up)
             self._session = self._held.enter_context(Session())
-        left = (replace(row, drawn=tuple(saved[row.number])) for row in job.rows if row.number not in over)
-        yield from self._session.run(replace(job, rows=tuple(left)), resume=resume)
+        left = tuple(row for row in job.rows if row.number not in over)
+        job = replace(job, rows=left)
+        for event in self._session.run(job, kept=kept, after_loss=has_begun):
+            if not (isinstance(event, Saved) and event.image.path in told):
+                yield event
 
+    def _may_use_worker(self, job: Job, *, kept: "Latents | None") -> bool:
+        """Return whether a worker is asked for a job: it has neither this stdout nor half a picture."""
+        if self._choice == "off" or kept or self._session:
+            return False
+        return not any(row.request and row.request.output == STDOUT for row in job.rows)
 
-def _started() -> None:
-    try:
-        client.start(AUTO_IDLE_S)
-    except client.RemoteError as error:
-        raise client.Lost(str(error)) from error
+    def _run_in_worker(self, job: Job) -> Iterator[Event]:
+        """Yield the job's events; raises `client.RemoteError` as it failed, `client.Lost` as the worker did."""
+        if not client.AVAILABLE and VARIABLE in os.environ:
+            raise client.Lost("the worker is not available on Windows yet")
+        if self._choice == "auto":
+            try:
+                client.start(AUTO_IDLE_S)
+            except client.RemoteError as error:
+                raise client.Lost(str(error)) from error
+        yield from client.run(job)
 
 
 def _evict_worker(job: Job, *, always: bool) -> Iterator[Event]:
-    """Let a worker give back the memory that this run needs; that of a CPU's only if it could not serve."""
+    """Let a worker give back the memory that this run needs; on the CPU only if it could not serve.
+
+    A job that would rather not wait takes nothing from a worker that is at work.
+    """
     with suppress(client.Lost):
         status = client.ask("status")
-        loaded = status and status.get("model") and (always or status.get("device") != "cpu")
-        if loaded and not (job.no_wait and status.get("running")):
-            if status.get("running"):
-                yield Notice(f"worker {status['pid']} makes room after its job: waiting (--no-wait does not)")
-            client.ask("evict")
+        if not status or not status.get("model"):
+            return
+        if status.get("device") == "cpu" and not always:
+            return
+        if status.get("running"):
+            if job.no_wait:
+                return
+            yield Notice(f"worker {status['pid']} makes room after its job: waiting (--no-wait does not)")
+        client.ask("evict")

@@ -1,7 +1,7 @@
 """A row of a job with its plan: the pictures it asks for, and how many of them go through a phase together."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fluxcli.engine import device as hardware
 from fluxcli.engine import modulation
@@ -32,10 +32,7 @@ class Planned:
     machine: hardware.Hardware
     others: tuple[Checkpoint, ...]
     left: int  # pictures that were not skipped
-    images: list[GeneratedImage]  # at first those that a lost worker drew
-
-    def __post_init__(self) -> None:
-        self._drawn = [image.seed for image in self.images]
+    images: list[GeneratedImage] = field(default_factory=list)
 
     @property
     def basis(self) -> tuple:
@@ -44,20 +41,12 @@ class Planned:
         where, dtypes = self.checkpoint.components["transformer"].folder, tuple(plan.dtypes.items())
         return self.checkpoint.fingerprint, where, plan.device, plan.precision, plan.spec, dtypes
 
-    def pictures(self, resume: Latents | None) -> Iterator[tuple[Picture, int]]:
-        """The row's pictures, each with how many of the same request come before it."""
+    def pictures(self, resume: Latents | None) -> Iterator[Picture]:
+        """The row's pictures."""
         count, seeded = self.request.count, self.row.request.seed >= 0
         for k in range(count):
             one = self.request.picture(k)
-            picture = Picture(one, self.target, k + 1, self.row.number, seeded, k + 1, count, latents=resume)
-            yield picture, self.row.before[k] if self.row.before else 0
-
-    def was_drawn(self, picture: Picture) -> bool:
-        """Whether it is one that a lost worker drew; of a row without a seed, as many as it drew."""
-        if picture.seeded or not self._drawn:
-            return picture.request.seed in self._drawn
-        self._drawn.pop()
-        return True
+            yield Picture(one, self.target, k + 1, self.row.number, seeded, k + 1, count, latents=resume)
 
     def refused(self) -> ExplainedError | None:
         """Why the row's file cannot be written."""

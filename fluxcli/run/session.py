@@ -6,9 +6,11 @@ those of its own plan, only where weights are is decided for a window as a whole
 
 import contextlib
 import gc
-import itertools
+import hashlib
+import os
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice, repeat
 from pathlib import Path
 
 import fluxcli
@@ -17,7 +19,7 @@ from fluxcli.engine import device as hardware
 from fluxcli.engine.engine import Engine
 from fluxcli.engine.picture import Picture
 from fluxcli.errors import DoesNotFit
-from fluxcli.events import Done, Event, Notice, Phase, Saved, Skipped, failed
+from fluxcli.events import Done, Event, GeneratedImage, Notice, Phase, Saved, Skipped, explain
 from fluxcli.models import find as models
 from fluxcli.pictures import image, latents
 from fluxcli.pictures import names as output
@@ -52,24 +54,28 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    def run(self, job: Job, *, resume: Latents | None = None) -> Iterator[Event]:
-        """Yield the events of every row. Raises `FluxError` and `QuantError`, in a batch if they end all."""
+    def run(self, job: Job, *, kept: Latents | None = None, after_loss: bool = False) -> Iterator[Event]:
+        """Yield the events of every row. Raises `FluxError` and `QuantError`, in a batch if they end all.
+
+        `kept` is what there is of the only picture. With `after_loss` a worker was lost that may have
+        drawn some of it: pictures of rows with a seed that are there count as saved.
+        """
         groups: dict[tuple, list[Planned]] = {}
         known: dict[GenerationRequest, tuple] = {}
         for row in job.rows:
             try:
-                planned = yield from self._planned(row, job, known)
+                planned = yield from self._planned(row, job, known, after_loss)
             except ExplainedError as error:
                 if not job.batch:
                     raise
-                yield failed(error, row.number)
+                yield explain(error, row.number)
                 continue
             if job.made not in (None, planned.checkpoint.fingerprint):
                 yield Notice("the model here is not the one that made the picture: expect another picture")
             tiled = planned.plan.residency.decode == "tiled"  # other pixels: decided by each row's own plan
             groups.setdefault((planned.basis, tiled, row.request.vram_limit), []).append(planned)
         for group in groups.values():
-            yield from self._draw(group, job, resume)
+            yield from self._draw(group, job, kept, after_loss)
 
     def prepare(
         self, request: GenerationRequest, *, lock: bool = True, no_wait: bool = False
@@ -128,10 +134,10 @@ class Session:
         described = {"model": str(self.engine.checkpoint.folder), "device": plan.device, "precision": plan.precision}
         return described | {"placement": plan.residency.level("denoise"), "held_bytes": held}
 
-    def _planned(self, row: Row, job: Job, known: dict) -> Generator[Event, None, Planned]:
+    def _planned(self, row: Row, job: Job, known: dict, after_loss: bool) -> Generator[Event, None, Planned]:
         request = row.request
         target = output.parse_target(request, force=job.force)
-        if job.batch and not (job.resume and target.exact):  # else the file may be the row's picture
+        if job.batch and not ((job.resume or after_loss) and target.exact):  # else the file may be the row's picture
             output.check_writable(target, request, row.number)
         same = replace(request, prompt="x", seed=0, count=1, output=None)  # plans depend on none of these
         if same not in known:
@@ -142,9 +148,8 @@ class Session:
                 what = f"{request.model} on {plan.device} in {plan.precision}"
                 yield Notice(f"{width}x{height}, {request.steps} steps{seed}, {what}")
         checkpoint, plan, machine, others = known[same]
-        unseeded = row.drawn and request.seed < 0  # and then goes on where a lost worker began
-        request = replace(request, seed=row.drawn[0].seed) if unseeded else request.with_seed()
-        return Planned(row, request, target, checkpoint, plan, machine, others, request.count, list(row.drawn))
+        request = request.with_seed()
+        return Planned(row, request, target, checkpoint, plan, machine, others, request.count)
 
     def _lock(self, identity: str, no_wait: bool) -> Iterator[Event]:
         if identity in self._locked:
@@ -160,7 +165,7 @@ class Session:
         self._locked.add(identity)
         self._held.callback(device_lock.release)
 
-    def _draw(self, group: Sequence[Planned], job: Job, resume: Latents | None) -> Iterator[Event]:
+    def _draw(self, group: Sequence[Planned], job: Job, resume: Latents | None, after_loss: bool) -> Iterator[Event]:
         """Rows of one basis: their pictures in windows."""
         first, placed = group[0], group[0].plan.residency
         for planned in group[1:]:
@@ -171,18 +176,7 @@ class Session:
         engine = self.engine_for(first.checkpoint, plan, first.machine, first.basis, cache=job.cache)
         missing: list[Picture] = []
         for planned in group:
-            for picture, before in planned.pictures(resume):
-                if found := _finished(engine, picture, before, job.resume) if job.resume else None:
-                    planned.left -= 1
-                    yield Skipped(picture.row, str(found))
-                elif planned.was_drawn(picture):
-                    continue
-                elif error := planned.refused() if job.resume and planned.target.exact else None:
-                    yield failed(error, picture.row)
-                else:
-                    missing.append(picture)
-            if len(planned.images) == planned.left > 0:  # all that was lost is the word of it
-                yield _done(engine, planned)
+            yield from self._take_stock(engine, planned, job, missing=missing, resume=resume, lost=after_loss)
         missing.sort(key=lambda picture: picture.request.lora)  # adapters change as rarely as can be
         if job.batch:
             for k, picture in enumerate(missing, 1):
@@ -190,6 +184,31 @@ class Session:
         size, rows = window_size(group), {planned.row.number: planned for planned in group}
         for at in range(0, len(missing), size):
             yield from self._window(engine, missing[at : at + size], rows, isolate=job.batch)
+
+    def _take_stock(
+        self, engine: Engine, planned: Planned, job: Job, *, missing: list[Picture], resume: Latents | None, lost: bool
+    ) -> Iterator[Event]:  # fmt: skip
+        """Say which pictures of a row are there already, and add the others to `missing`."""
+        done: list[Path | None] = [None] * planned.request.count
+        if planned.request.metadata and (job.resume or (lost and planned.row.request.seed >= 0)):
+            done = _find_done(engine, planned)
+        for picture, path in zip(planned.pictures(resume), done, strict=True):
+            if path is None:
+                error = planned.refused() if planned.target.exact and (job.resume or lost) else None
+                if error:
+                    yield explain(error, picture.row)
+                    return
+                if job.resume and picture.seeded:
+                    picture.latents = _find_kept(engine, picture)
+                missing.append(picture)
+            elif lost:
+                planned.images.append(_describe_file(path, picture.request))
+                yield Saved(planned.images[-1], picture.row)
+            else:
+                planned.left -= 1
+                yield Skipped(picture.row, str(path))
+        if len(planned.images) == planned.left > 0:  # all that was lost is the word of it
+            yield _done(engine, planned)
 
     def _window(
         self, engine: Engine, window: Sequence[Picture], rows: dict[int, Planned], *, isolate: bool
@@ -214,17 +233,63 @@ class Session:
             if isinstance(picture.error, DoesNotFit):
                 _advise(picture.error, rows[picture.row], engine, [picture])
             if picture.error:
-                yield failed(picture.error, picture.row)
+                yield explain(picture.error, picture.row)
 
 
-def _finished(engine: Engine, picture: Picture, before: int, until: int) -> Path | None:
-    """The file of a picture that was there: it decodes, and carries the hash; `before` such are others'."""
+def _find_done(engine: Engine, planned: Planned) -> list[Path | None]:
+    """Return the file that each picture of a row is done with, None for those that are to be drawn.
+
+    Names that hold other pictures do not count. Of the rest, the k-th of equal pictures is done if
+    the k-th name carries its hash: a whole picture, made by the same request with the same model.
+    """
+    pictures, nth = list(planned.pictures(None)), planned.row.nth
+    if planned.target.exact or planned.target.has_field("row"):
+        nth = 1  # these names are no other row's
+    if pictures[0].seeded:
+        return [next(islice(_list_done(engine, picture), nth - 1, None)) for picture in pictures]
+    return list(islice(_list_done(engine, pictures[0]), nth - 1, nth - 1 + len(pictures)))
+
+
+def _list_done(engine: Engine, picture: Picture) -> Iterator[Path | None]:
+    """Yield a picture's names that carry its hash, and None for each that is free; without end."""
     seeded = picture.seeded
-    paths = output.existing(picture.target, picture.request, picture.number * seeded, picture.row)
-    planned = engine.metadata(picture.request, seeded=seeded)
-    tiled = planned | {"compute": planned["compute"] | {"tiled": True}}  # where memory ran out
-    wanted = {image.request_hash(each, seeded=seeded) for each in (planned, tiled)}
-    return next(itertools.islice(image.made_as(wanted, paths, seeded=seeded, until=until), before, None), None)
+    wanted = _hashes_of(engine, picture)
+    for path in output.list_names(picture.target, picture.request, picture.number, picture.row, seeded=seeded):
+        if image.carries_hash(path, wanted, seeded=seeded):
+            yield path
+        elif not os.path.lexists(path):
+            yield None
+    yield from repeat(None)
+
+
+def _hashes_of(engine: Engine, picture: Picture) -> set[str]:
+    """Return the hashes that a picture may carry: decoded in tiles, too, as it is where memory runs out."""
+    planned = engine.metadata(picture.request, seeded=picture.seeded)
+    tiled = planned | {"compute": planned["compute"] | {"tiled": True}}
+    return {image.request_hash(each, seeded=picture.seeded) for each in (planned, tiled)}
+
+
+def _find_kept(engine: Engine, picture: Picture) -> Latents | None:
+    """Return the latents that a run before has kept of a picture; None where there are none of its hash."""
+    wanted = _hashes_of(engine, picture)
+    for path in output.candidates(picture.target, picture.request, picture.number, picture.row):
+        place = path.with_name(path.stem + latents.SUFFIX)
+        if not place.exists():
+            return None
+        with contextlib.suppress(ExplainedError):  # of somebody else, or damaged
+            kept = latents.load(place)
+            if kept.request_hash in wanted:
+                return replace(kept, request=picture.request)
+    return None
+
+
+def _describe_file(path: Path, request: GenerationRequest) -> GeneratedImage:
+    """Return what identifies a picture that lies there."""
+    data = path.read_bytes()
+    metadata = image.read_metadata(path)
+    seed, digest = metadata["request"]["seed"], metadata["pixels_sha256"]
+    sha256 = hashlib.sha256(data).hexdigest()
+    return GeneratedImage(str(path), seed, *request.size, request.format, len(data), sha256, digest)
 
 
 def _done(engine: Engine, planned: Planned) -> Done:
@@ -243,5 +308,7 @@ def _advise(error: DoesNotFit, planned: Planned, engine: Engine, window: Sequenc
     for picture in window:
         if picture.latents and picture.latents.step and not picture.saved:
             with contextlib.suppress(OSError):  # what went wrong first is what must be said
-                place = latents.save(picture.latents, picture.target, picture.number, picture.row)
+                made = image.request_hash(engine.metadata(picture.request))
+                kept = replace(picture.latents, request_hash=made)
+                place = latents.save(kept, picture.target, picture.number, picture.row)
                 error.why, error.hint = f"{error.why}; the latents are kept in {place}", f"flux decode {place}"

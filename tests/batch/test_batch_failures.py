@@ -133,6 +133,14 @@ def test_memory_that_ends_for_one_row_is_an_error_of_that_row_and_its_latents_ar
     (kept,) = Path("out").glob("*.latents.safetensors")
     assert str(kept) in of(events, "failed")[0]["message"] and f"flux decode {kept}" in of(events, "failed")[0]["hint"]
     assert steps.count(False) == 4  # finished pictures are not begun again
+    monkeypatch.setattr(sampling, "step", real)
+    events = draw(capsys, source, *SMALL, "-o", "out/", "--resume")  # what is kept is finished, not drawn again
+    assert [(step["index"], step["total"]) for step in of(events, "step")] == [(2, 2)]
+    assert pixels(events) == {2: single(capsys, "a red circle", "--seed", "2", "--size", "128")}
+    assert len(of(events, "skipped")) == 2
+    Path("out/a-red-circle-2-2.png").unlink()
+    events = draw(capsys, source, *SMALL, "-o", "out/", "--resume", "--guidance", "2")  # another picture of that name
+    assert len(of(events, "step")) == 6
 
 
 def test_tiles_for_one_picture_leave_its_neighbours_and_resume_alone(capsys, monkeypatch):

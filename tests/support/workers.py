@@ -52,11 +52,9 @@ class Session:
         Path("out/x.jpg").write_bytes(b"abc")
         yield saved("out/x.jpg")
 
-    def bytes(self, job, row):
-        sys.stdout.buffer.write(bytes(range(256)) * 20000)
-        sys.stdout.buffer.flush()
-        assert not sys.stdout.isatty()
-        yield saved("-")
+    def flood(self, job, row):
+        for k in range(100):
+            yield Notice("x" * 100_000)
 
     def gate(self, job, row):
         try:
@@ -104,7 +102,7 @@ class Session:
     def status(self):
         return {"model": "fake", "held_bytes": 1 << 30}
 
-def explained(error):
+def explain(error):
     if isinstance(error, ExplainedError):
         return Failed(int(exit_code_of(error)), str(error), error.hint)
     return Failed(1, f"this is a bug: {type(error).__name__}", "report it")
@@ -114,7 +112,7 @@ if __name__ == "__main__":
     client.FRAME_S = 1
     signals.install_signals()
     try:
-        worker.serve(float(sys.argv[1]), session=Session(), explained=explained)
+        worker.serve(float(sys.argv[1]), session=Session(), explain=explain)
     except Terminated as stop:
         signals.die_by(*stop.args)
     except ExplainedError as error:
@@ -168,7 +166,7 @@ def client_process(what: Job, **options: object) -> subprocess.Popen:
 
 def raw(hello: object = None) -> "client.Connection":
     """A connection of a client that says `hello`, or nothing."""
-    connection = client._connected()
+    connection = client.connect()
     if hello is not None:
         connection.send_bytes(hello if isinstance(hello, bytes) else json.dumps(hello).encode())
     return connection
@@ -176,7 +174,7 @@ def raw(hello: object = None) -> "client.Connection":
 
 def hello(what: Job | object, **changes: object) -> dict:
     sent = what.to_json() if isinstance(what, Job) else what
-    known = {"protocol": client.PROTOCOL, "identity": client.identity(), "kind": "generate", "job": sent}
+    known = {"protocol": client.PROTOCOL, "identity": client.describe_installation(), "kind": "generate", "job": sent}
     return known | {"folder": os.getcwd(), "umask": 0o22} | changes
 
 

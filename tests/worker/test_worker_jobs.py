@@ -1,10 +1,7 @@
 """The warm worker: what a job says and does there it says and does here."""
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +16,6 @@ from fluxcli.events import Done, Failed, Notice, Phase, Step
 from fluxcli.run import client
 from quant.errors import ExplainedError
 from tests.support.workers import (
-    CLIENT,
     FAKE,
     client_process,
     eventually,
@@ -43,8 +39,8 @@ def test_events_exit_code_message_and_hint_are_those_of_a_run_in_process(worker,
         try:
             yield from fake["Session"]().run(job(*prompts))
         except ExplainedError as error:
-            failed = fake["explained"](error)
-            raise client.RemoteError(failed.message, failed.hint, failed.exit_code) from error
+            failed = fake["explain"](error)
+            raise client.RemoteError(failed.message, hint=failed.hint, exit_code=failed.exit_code) from error
 
     expected = outcome(here())
     assert outcome(client.run(job(*prompts))) == expected
@@ -72,20 +68,9 @@ def test_nothing_is_imported_from_the_callers_folder(worker, tmp_path, monkeypat
 
 def test_a_folder_that_is_gone_is_an_error_of_the_job(worker):
     with raw(hello(job("here"), folder="/no/such/folder")) as connection:
-        frames = [client.receive(connection, 5) for _ in range(2)]
+        frames = [client.receive(connection, within_s=5) for _ in range(2)]
     assert (frames[1]["event"], frames[1]["exit_code"]) == ("failed", ExitCode.OUTPUT)
     assert serves()
-
-
-def test_bytes_for_stdout_arrive(worker):
-    process = client_process(job("bytes"))
-    process.stdout.close()
-    process.stdout = None
-    assert process.wait(10) != 0 and "BrokenPipeError" in process.stderr.read()
-    process.stderr.close()
-    command = [sys.executable, "-c", CLIENT, json.dumps(job("bytes").to_json())]
-    assert subprocess.run(command, capture_output=True, check=True).stdout == bytes(range(256)) * 20000
-    assert worker.poll() is None
 
 
 def test_ctrl_c_cancels_within_a_step_and_the_next_job_is_served(worker, home):
@@ -144,7 +129,7 @@ def test_without_a_worker_there_is_no_reason_and_nothing_is_asked(home):
 def test_a_socket_that_a_killed_worker_left_is_replaced(worker, start):
     worker.kill()
     worker.wait()
-    assert Path(client.place()[0]).exists() and client.ask("status") is None
+    assert Path(client.locate_socket()).exists() and client.ask("status") is None
     assert start().pid == client.ask("status")["pid"] and serves()
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fluxcli.errors import UsageError
-from fluxcli.events import Done, Step
+from fluxcli.errors import ExitCode, UsageError
+from fluxcli.events import Done, Failed, Step
 from fluxcli.run import client
+from tests.support.invariant import assert_failed, call
 from tests.support.workers import (
     FAKE,
     client_process,
@@ -31,7 +32,7 @@ def test_an_idle_worker_ends_and_leaves_only_its_lock(start, home):
     process = start(0.5)
     assert serves()
     assert process.wait(5) == 0 and client.ask("status") is None
-    assert [path.suffix for path in client.place()[1].parent.iterdir()] == [".lock"]
+    assert [path.suffix for path in client.locate_socket().parent.iterdir()] == [".lock"]
 
 
 def test_a_job_keeps_an_idle_worker_alive(start):
@@ -62,7 +63,7 @@ def test_a_stop_that_is_not_heeded_yet_is_not_called_done(worker, monkeypatch):
 
 
 def test_a_worker_whose_socket_somebody_removed_ends(worker, home):
-    os.unlink(client.place()[0])
+    os.unlink(client.locate_socket())
     assert worker.wait(5) == 0 and (home / "log").read_text() == ""
 
 
@@ -74,7 +75,7 @@ def test_a_signal_ends_it_and_its_socket(worker, number, busy):
         next(events)
     worker.send_signal(number)
     assert worker.wait(5) == -number
-    assert [path.suffix for path in client.place()[1].parent.iterdir()] == [".lock"]
+    assert [path.suffix for path in client.locate_socket().parent.iterdir()] == [".lock"]
     events.close()
 
 
@@ -117,16 +118,46 @@ def test_a_start_that_met_a_worker_about_to_end_is_tried_again(home, monkeypatch
     assert client.ask("stop")
 
 
+TELL = "import sys; from fluxcli.events import *; import json; print(json.dumps(to_json({}))); sys.exit(5)"
+
+
 @pytest.mark.parametrize(
     "code, expected",
-    [("import sys; print('flux: error: no room.\\nhint: x', file=sys.stderr); sys.exit(5)", (5, "no room")),
-     ("raise RuntimeError('oh')", (1, "RuntimeError: oh")), ("import os; os.abort()", (1, "exit -6"))],
-)  # fmt: skip
+    [
+        (TELL.format(Failed(5, "no room", "x")), (5, "did not start: no room$")),
+        ("print('nonsense'); raise RuntimeError('oh')", (1, "exit 1")),
+        ("import os; os.abort()", (1, "exit -6")),
+    ],
+)
 def test_a_worker_that_dies_at_its_start_is_an_error_with_its_last_words(home, monkeypatch, code, expected):
     monkeypatch.setattr(client, "_command", lambda _: [sys.executable, "-c", code])
     with pytest.raises(client.RemoteError, match=expected[1]) as failed:
         client.start(30)
     assert failed.value.exit_code == expected[0] and "worker.log" in failed.value.hint
+
+
+def test_what_ends_a_real_worker_at_its_start_is_said_by_the_command_that_started_it(home, capsys):
+    folder = client.locate_socket().parent
+    folder.mkdir()
+    folder.chmod(0o755)
+    with pytest.raises(client.RemoteError, match="did not start: the worker's folder is not private") as failed:
+        client.start(30)
+    assert failed.value.exit_code == ExitCode.DEVICE
+
+
+def test_windows_has_no_worker_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(client, "AVAILABLE", False)
+    for command in (("start",), ("status",), ("status", "--json"), ("stop",), ("evict",), ("run",)):
+        said = assert_failed(call(capsys, "worker", *command), ExitCode.DEVICE)
+        assert "the worker is not available on Windows yet" in said
+    small = ("generate", "a red circle", "-p", "tiny", "--steps", "1", "--size", "64")
+    assert "not available" not in call(capsys, *small).stderr
+    for choice in ("on", "auto"):
+        monkeypatch.setenv("FLUX_WORKER", choice)
+        result = call(capsys, *small)
+        assert result.returncode == 0 and "the worker is not available on Windows yet: running here" in result.stderr
+    monkeypatch.setenv("FLUX_WORKER", "off")
+    assert "not available" not in call(capsys, *small).stderr
 
 
 def test_the_client_is_stdlib_only_and_imports_nothing_more_without_a_worker(home):

@@ -11,13 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from fluxcli.cli.settings import settled
-from fluxcli.events import Done, GeneratedImage, Notice, Saved
-from fluxcli.request import presets
+from fluxcli.events import Done, Event, GeneratedImage, Notice, Phase, Saved
+from fluxcli.request.fields import GenerationRequest
 from fluxcli.request.job import Job, Row
-from fluxcli.run import client
-from fluxcli.run import dispatch as runner
-from tests.support.helpers import ROOT
+from fluxcli.run import client, dispatch
+from tests.support.helpers import ROOT, tiny
 from tests.support.invariant import assert_failed, call, files
 from tests.support.server import Interpreters, Server
 from tests.support.workers import eventually
@@ -45,6 +43,11 @@ def worker(commands: Server | Interpreters, monkeypatch: pytest.MonkeyPatch) -> 
     process.wait(20)
 
 
+def flux_bytes(*arguments: str) -> bytes:
+    command = [sys.executable, "-m", "fluxcli", *arguments]
+    return subprocess.run(command, capture_output=True, check=True).stdout
+
+
 def pixels(result: subprocess.CompletedProcess) -> list[str]:
     assert result.returncode == 0, result.stderr
     return [image["pixels_sha256"] for image in json.loads(result.stdout)["images"]]
@@ -69,8 +72,8 @@ def test_a_warm_call_imports_no_torch_and_gives_the_path_and_the_picture(worker,
     run = [sys.executable, "-c", WITHOUT_TORCH, "generate", "a red circle", *SMALL, "--seed", "1", "-q"]
     warm = subprocess.run([*run, "-o", "sub/"], capture_output=True, text=True, check=True)
     assert warm.stdout.splitlines() == ["sub/a-red-circle-1-2.png", "[] 0"]
-    raw = subprocess.run([*run, "-o", "-"], capture_output=True, check=True).stdout
-    assert raw.startswith(b"\x89PNG") and raw[:-5] == Path("sub/a-red-circle-1.png").read_bytes()
+    raw = flux_bytes(*run[3:], "-o", "-")  # no worker has this stdout
+    assert raw == Path("sub/a-red-circle-1.png").read_bytes() and worker()["jobs"] == 2
 
 
 def test_errors_are_those_of_a_run_without_it(worker, capsys):
@@ -145,24 +148,58 @@ def test_who_waits_for_a_busy_worker_to_make_room_is_told(monkeypatch):
     asked = []
     busy = {"pid": 5, "model": "a model", "device": "cuda:0", "running": True}
     monkeypatch.setattr(client, "ask", lambda what: asked.append(what) or busy)
-    (notice,) = runner._evict_worker(Job(()), always=False)
+    (notice,) = dispatch._evict_worker(Job(()), always=False)
     assert "worker 5" in notice.message and asked == ["status", "evict"]
-    assert list(runner._evict_worker(Job((), no_wait=True), always=False)) == [] and asked[2:] == ["status"]
+    assert list(dispatch._evict_worker(Job((), no_wait=True), always=False)) == [] and asked[2:] == ["status"]
+
+
+def lose_after(monkeypatch: pytest.MonkeyPatch, *events: Event) -> None:
+    """Have a worker that says these events and is lost."""
+
+    def run(job: Job) -> Iterator[Event]:
+        yield from events
+        raise client.Lost("the worker closed the connection", hint="a hint")
+
+    monkeypatch.setattr(client, "run", run)
+
+
+def run_lost(*requests: GenerationRequest, batch: bool = False) -> list[Event]:
+    first = 1 if batch else 0
+    rows = tuple(Row(number, request) for number, request in enumerate(requests, first))
+    with dispatch.Dispatcher(alone=False) as dispatcher:
+        return list(dispatcher.run(Job(rows, batch=batch)))
+
+
+def images(events: list[Event]) -> list[GeneratedImage]:
+    return [event.image for event in events if isinstance(event, Saved)]
 
 
 def test_a_word_that_is_lost_with_the_worker_is_said_here(monkeypatch):
-    request = settled("a red circle", presets.merge({"preset": "tiny"}, Path("none")).values, {}).with_seed()
-    image = GeneratedImage("x.png", request.seed, 64, 64, "png", 1, "a", "b")
+    request = tiny(output="o/")
+    lose_after(monkeypatch)
+    (image,) = images(run_lost(request))
+    lose_after(monkeypatch, Phase("save"), Saved(image))
+    events = run_lost(request)
+    assert [type(event) for event in events] == [Phase, Saved, Notice, Notice, Done] and events[-1].images == (image,)
+    assert events[2].message == "the worker closed the connection: running here (hint: a hint)"
+    lose_after(monkeypatch, Phase("save"))  # and killed before it could say what it saved
+    events = run_lost(request)
+    assert images(events) == [image] and events[-1].images == (image,) and len(files(Path("o"))) == 1
+    lose_after(monkeypatch)  # which drew nothing
+    assert images(run_lost(request))[0].path == "o/a-red-circle-on-a-blue-background-7-2.png"
 
-    def lost(job):
-        yield Saved(image)
-        raise client.Lost("the worker closed the connection", hint="a hint")
 
-    monkeypatch.setattr(client, "run", lost)
-    with runner.Runner(alone=False) as running:
-        events = list(running.run(Job((Row(0, request),))))
-    assert [type(event) for event in events] == [Saved, Notice, Notice, Done] and events[-1].images == (image,)
-    assert events[1].message == "the worker closed the connection: running here (hint: a hint)"
+def test_of_a_lost_batch_only_what_is_not_there_is_drawn(monkeypatch):
+    rows = [tiny(output="o/", seed=1, count=3), tiny(output="o/x.png", seed=9), tiny(output="p/", seed=-1)]
+    lose_after(monkeypatch)
+    before = images(run_lost(*rows, batch=True))
+    for image in (before[1], before[4]):
+        Path(image.path).unlink()
+    lose_after(monkeypatch, Saved(before[0], 1))
+    events = run_lost(*rows, batch=True)
+    assert images(events)[:4] == [before[0], before[2], before[3], before[1]]
+    done = {event.row: len(event.images) for event in events if isinstance(event, Done)}
+    assert done == {1: 3, 2: 1, 3: 1} and len(files(Path("o"))) == 4 and len(files(Path("p"))) == 1
 
 
 def test_another_variable_makes_the_worker_give_way(worker, capsys, monkeypatch):
