@@ -43,7 +43,7 @@ from fluxcli.request.fields import GenerationRequest
 from quant import linear
 from quant.checkpoint import Checkpoint, inspect
 from quant.codecs import Reader
-from quant.spec import SCHEMES, QuantSpec
+from quant.spec import BAKEABLE, QuantSpec
 
 TINY = Path(__file__).resolve().parent.parent / "presets" / "tiny"
 DEV = "black-forest-labs/FLUX.1-dev"
@@ -129,7 +129,7 @@ def rungs(checkpoint: Checkpoint, machine: object, request: GenerationRequest, *
     specs = [QuantSpec("nf4", "nf4"), QuantSpec("fp8"), QuantSpec("int8")]
     folders = [checkpoint] if shrunk else [*(packed(checkpoint, spec) for spec in specs), checkpoint]
     wide = "fp32" if shrunk else "bf16"
-    wanted = [(to, "auto") for to in (wide, *SCHEMES)] + [(wide, offload) for offload in ("stream", "sequential")]
+    wanted = [(to, "auto") for to in (wide, *BAKEABLE)] + [(wide, offload) for offload in ("stream", "sequential")]
     for precision, offload in wanted:
         asked = replace(request, precision=precision, offload=offload)
         found = survey(asked, folders, machine)[0]

@@ -23,7 +23,7 @@ from fluxcli.models import find as models
 from fluxcli.plan import planner as plan
 from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import inspect
-from quant.spec import TEXT_ENCODER, QuantSpec
+from quant.spec import SCHEMES, QuantSpec
 from training import check, data
 from training.evaluate import wilson
 
@@ -32,9 +32,9 @@ VARIANTS = {
     "fp8": QuantSpec("fp8"),
     "fp8, T5 fp8": QuantSpec("fp8", "fp8"),
     "int8": QuantSpec("int8"),
-    "nf4 search": QuantSpec("nf4", TEXT_ENCODER.get("nf4", "keep")),
-    "nf4 absmax": QuantSpec("nf4", TEXT_ENCODER.get("nf4", "keep"), scales="absmax"),
-    "nf4 search, modulation nf4": QuantSpec("nf4", TEXT_ENCODER.get("nf4", "keep"), modulation="nf4"),
+    "nf4 search": QuantSpec("nf4", SCHEMES["nf4"].text_encoder),
+    "nf4 absmax": QuantSpec("nf4", SCHEMES["nf4"].text_encoder, scales="absmax"),
+    "nf4 search, modulation nf4": QuantSpec("nf4", SCHEMES["nf4"].text_encoder, modulation="nf4"),
 }
 SIZE = {"image_size": 128, "steps": 10, "text_tokens": 24, "format": "png"}
 

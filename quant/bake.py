@@ -19,14 +19,14 @@ from pathlib import Path
 from quant import codecs
 from quant.checkpoint import MANIFEST
 from quant.errors import CheckpointError, WriteError
+from quant.files import flush_to_disk
 from quant.header import read_header
 from quant.lazy import Tensor, Tensors, psutil, torch
 from quant.lora import BIAS, DOWN, NORM, UP
-from quant.recipe import Job, Recipe
-from quant.writer import SafetensorsWriter, check_room, nearest
+from quant.recipe import Job, Recipe, check_disk
+from quant.writer import SafetensorsWriter
 
 AHEAD = 6  # tensors that wait to be packed, and to be written
-MARGIN = 64 << 20  # of free disk, beside what is written
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,6 @@ def remove_remains(target: Path) -> None:
             if match[2] == ".old" and not target.exists():
                 os.rename(path, target)
             _remove(path)
-
-
-def check_disk(recipe: Recipe, target: Path) -> None:
-    """Raise `WriteError` where the weights, and the links in case they must be copies, have no room."""
-    there, links = nearest(target.parent).stat().st_dev, [path.stat() for path in recipe.links.values()]
-    need = sum(recipe.sizes.values()) + sum(link.st_size for link in links if link.st_dev != there) + MARGIN
-    check_room(target.parent, need, hint="another DST, or --modulation nf4")
 
 
 def _pack(recipe: Recipe, writers: dict[str, SafetensorsWriter], device: str, manifest: dict) -> Iterator[Progress]:
@@ -188,8 +181,7 @@ def _place(recipe: Recipe, temporary: Path, target: Path, manifest: dict) -> Non
     described = temporary / MANIFEST if is_folder else Path(f"{temporary}.json")
     with described.open("w", encoding="utf-8") as file:
         file.write(json.dumps(manifest, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+        flush_to_disk(file)
     try:
         if is_folder and target.exists():
             os.rename(target, old)

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from quant.config import read_config, read_json
 from quant.errors import CheckpointError
 from quant.header import file_identity, read_header
-from quant.spec import FAMILIES
+from quant.spec import FAMILIES, SCHEMES
 from quant.weights import SCB, Piece, Weight, group_weights
 
 TEXT_ENCODERS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
@@ -23,7 +23,7 @@ COMPONENTS = (*TEXT_ENCODERS, "transformer", "vae")
 AGAIN = "download the model again"
 PLAIN_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 # Never under a plain name: from_pretrained would load these without their scales and draw noise.
-PACKED_FILES = {"fp8": "flux-fp8r.safetensors", "int8": "flux-int8.safetensors"}
+PACKED_FILES = {name: row.file_name for name, row in SCHEMES.items() if row.file_name}
 KEEP_FILE, MANIFEST = "flux-keep.safetensors", "flux-manifest.json"
 
 

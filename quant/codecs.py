@@ -15,7 +15,7 @@ from quant import nf4
 from quant.errors import CheckpointError, MissingLibrary
 from quant.header import GGUF_BITS, is_gguf
 from quant.lazy import Tensor, Tensors, torch
-from quant.spec import NF4_ONCE
+from quant.spec import NF4_ONCE, SCHEMES
 from quant.weights import SCB, Piece, Weight
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
@@ -24,8 +24,6 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 GGUF_SCALES = dict.fromkeys(("Q4_0", "Q5_0", "Q8_0"), (0, 2)) | dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 4))
 GGUF_SCALES |= {"Q2_K": (-4, None), "Q3_K": (-2, None), "Q6_K": (-2, None)}
 CHUNK = 1 << 19  # values that are encoded at a time
-LIBRARIES = {"nf4": "bitsandbytes", "fp8": "optimum-quanto", "int8": "optimum-quanto"}
-LARGEST = {"fp8": 448.0, "int8": 127.0}
 SMALLEST_SCALE = 1e-12  # of a row of zeros
 NF4_BOUND = 0.15  # relative; Gaussian weights have 0.085 to 0.092
 
@@ -52,7 +50,7 @@ class Reader(dict):
         """The tensors of a weight by suffix, as they are stored, GGUF's blocks as rows of bytes; `_scale` if any."""
         found = {suffix: rows_of(self._tensor(piece), piece) for suffix, piece in weight.pieces.items()}
         if SCB in found:
-            found["_scale"] = found.pop(SCB).float() / LARGEST["int8"]
+            found["_scale"] = found.pop(SCB).float() / SCHEMES["int8"].largest
         return found
 
     def checked(self, weight: Weight, device: str = "cpu") -> Tensors:
@@ -84,7 +82,7 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
 
 def library(scheme: str) -> ModuleType:
     """Import what packs in a scheme, seconds the first time; raises `MissingLibrary`."""
-    name = LIBRARIES[scheme]
+    name = SCHEMES[scheme].library
     try:
         return importlib.import_module(name.replace("-", "."))
     except ImportError as error:
@@ -106,10 +104,10 @@ def encode(
     else:
         quanto, data, scales, error, norm = library(scheme), [], [], 0.0, 0.0
         kind = quanto.qfloat8_e4m3fn if scheme == "fp8" else quanto.qint8
-        one = weight.abs().amax().float().clamp(min=SMALLEST_SCALE) / LARGEST[scheme] if scalar else None
+        one = weight.abs().amax().float().clamp(min=SMALLEST_SCALE) / SCHEMES[scheme].largest if scalar else None
         for part in weight.tensor_split(max(1, min(weight.shape[0] // 2, weight.numel() // CHUNK))):
             values = part.float()
-            scale = values.abs().amax(1, keepdim=True).div_(LARGEST[scheme]).clamp_(min=SMALLEST_SCALE)
+            scale = values.abs().amax(1, keepdim=True).div_(SCHEMES[scheme].largest).clamp_(min=SMALLEST_SCALE)
             scale = scale if one is None else one.expand_as(scale).contiguous()
             given = scale if len(values) > 1 else scale.view(())
             packed = quanto.quantize_weight(values, kind, 0, given, optimized=False)._data

@@ -11,15 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quant.codecs import LARGEST, SMALLEST_SCALE, stacked, unblocked
+from quant.codecs import SMALLEST_SCALE, stacked, unblocked
 from quant.nf4 import absmax_of, dequantize, offset_of
-from quant.spec import BLOCK, FAMILIES
+from quant.spec import BLOCK, FAMILIES, SCHEMES
 
 Parts, Shapes = Sequence[dict[str, Tensor]], Sequence[tuple[int, int]]
 ROWS = 1024  # that are multiplied in int8 at a time: the sums are four bytes wide, twice
 MIN_ROWS, ALIGNED = 32, 16  # CUDA's _int_mm wants more rows than 16, both 8-bit products widths that 16 divides
-MULTIPLIERS = {"fp8": "scaled_mm", "int8": "int_mm"}
-CAPABILITIES = {"fp8": (8, 9), "int8": (7, 5)}
 PROBED: dict[tuple[str, str], bool] = {}  # torch.compile looks through functools.cache, not into this
 
 
@@ -87,7 +85,7 @@ class RowLinear(PackedLinear):
     def forward(self, x: Tensor) -> Tensor:
         if not (self.arithmetic and _multiplies(self.scheme, str(x.device))):
             return super().forward(x)
-        rows, most = x.reshape(-1, self.in_features), LARGEST[self.scheme]
+        rows, most = x.reshape(-1, self.in_features), SCHEMES[self.scheme].largest
         scale = rows.abs().amax(1, keepdim=True).float().div_(most).clamp_(min=SMALLEST_SCALE)  # (M, 1)
         values = rows / scale
         values = values.round_().char() if self.scheme == "int8" else values.clamp_(-most, most).to(torch.float8_e4m3fn)
@@ -139,7 +137,10 @@ def fits_together(scheme: str, shapes: Shapes) -> bool:
 
 def path_of(scheme: str, device: str) -> str:
     """How a scheme multiplies on a device: "scaled_mm", "int_mm" or "dequantize"."""
-    return MULTIPLIERS[scheme] if scheme in MULTIPLIERS and _multiplies(scheme, device) else "dequantize"
+    row = SCHEMES.get(scheme)
+    if row and row.multiply and _multiplies(scheme, device):
+        return row.multiply
+    return "dequantize"
 
 
 def _multiplies(scheme: str, device: str) -> bool:
@@ -151,7 +152,7 @@ def _multiplies(scheme: str, device: str) -> bool:
 def _probe(scheme: str, device: str) -> bool:
     """Whether the device has the scheme's arithmetic: by capability, then by a product that must be right."""
     kind = torch.device(device).type
-    if kind != "cpu" and (kind != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITIES[scheme]):
+    if kind != "cpu" and (kind != "cuda" or torch.cuda.get_device_capability(device) < SCHEMES[scheme].capability):
         return False
     ones = torch.ones(MIN_ROWS, MIN_ROWS, device=device)
     packed = {"": ones.to(torch.int8 if scheme == "int8" else torch.float8_e4m3fn), "_scale": ones[0]}

@@ -11,12 +11,14 @@ from pathlib import Path
 from quant.checkpoint import COMPONENTS, KEEP_FILE, PACKED_FILES, PLAIN_FILES, TOKENIZERS, Checkpoint, Component
 from quant.dialects import SWAPPED, bfl_name, map_bfl_layers
 from quant.errors import CheckpointError, SpecError
+from quant.files import check_room, nearest
 from quant.header import TensorInfo
 from quant.lora import Adapter
 from quant.spec import QuantSpec, layout
 from quant.weights import Weight
 from quant.writer import SafetensorsWriter
 
+MARGIN_BYTES = 64 << 20  # of free disk, beside what is written
 LAYOUTS = ("diffusers", "bfl", "comfy")
 COPIED = (".json", ".safetensors", ".txt", ".model", ".md")
 # diffusers matches these as parts of dotted names and as leaf names: "proj_out" here would spare every single block's.
@@ -125,6 +127,20 @@ def make_file_recipe(
         why = f"{len(weights)} tensors, of which {read} have a place in that layout"
         raise CheckpointError("not a FLUX.1 transformer", transformer.folder, why=why)
     return Recipe(spec, kind, tuple(jobs), {}, {}, adapters)
+
+
+def check_disk(recipe: Recipe, target: Path) -> None:
+    """Raise `WriteError` where what the recipe makes has no room at `target`.
+
+    Files that are linked count where they lie on another disk: there they become copies.
+    """
+    disk = nearest(target.parent).stat().st_dev
+    need_bytes = sum(recipe.sizes.values()) + MARGIN_BYTES
+    for path in recipe.links.values():
+        status = path.stat()
+        if status.st_dev != disk:
+            need_bytes += status.st_size
+    check_room(target.parent, need_bytes, hint="another DST, or --modulation nf4")
 
 
 def _scheme(part: Component, spec: QuantSpec, weight: Weight) -> str:

@@ -1,80 +1,233 @@
-"""Which tensors of a model are quantized, in which scheme, and what then lies in the file for each. Pure arithmetic.
+"""The quantization schemes, which tensors of a model get one, and what then lies in a file for each.
 
-By `layout` the writer lays out files, the loader knows which keys must exist, the planner prices a precision before
-any quantized file exists. nf4 is bitsandbytes': blocks of 64, scales quantized again in blocks of 256. fp8 ("fp8r",
-float8_e4m3fn) and int8 have one float32 scale per row. Knows names and shapes, no data. Stdlib only.
+`SCHEMES` has one row for each scheme; whatever the program knows about a scheme stands there. `layout`
+is read by three: the writer lays out files by it, the loader knows which keys must exist, and the
+planner prices a precision before any quantized file exists. This module knows names, shapes and
+numbers, and no data. Sizes are in bytes. Stdlib only.
 """
 
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 from quant.errors import SpecError
 from quant.header import GGUF_BITS, TensorInfo
 
-POLICY = 1  # of which tensors stay in 16 bit; raised when the rules below change
-SCHEMES = ("nf4", "fp8", "int8")
-NF4_ONCE = "nf4_once"  # NF4 with float32 scales
-FAMILIES = {**{to: to for to in SCHEMES}, NF4_ONCE: "nf4", **dict.fromkeys(GGUF_BITS, "gguf")}  # by scheme, for people
-TEXT_ENCODER = {"nf4": "nf4"}  # T5's scheme where none is asked for; kept with others
-BLOCK, NESTED_BLOCK, STATE_BYTES = 64, 256, 256
+# The version of the rules of which tensors stay in 16 bit; raised when those below change.
+POLICY = 1
+
+# bitsandbytes' NF4: one scale for so many weights, and one scale for so many of these scales.
+BLOCK = 64
+NESTED_BLOCK = 256
+# The name's end and the size of the JSON text that bitsandbytes stores beside each NF4 weight.
 STATE = ".quant_state.bitsandbytes__nf4"
-MODULATION = re.compile(r"(?:.*\.)?(?:norm1|norm1_context|norm|norm_out)\.linear\.(?:weight|bias)|time_text_embed\..*")
-PACKABLE = {
-    "transformer": r"(?:single_)?transformer_blocks\.\d+\..+\.weight",
-    "text_encoder_2": r"encoder\.block\..+\.(?:SelfAttention\.[qkvo]|DenseReluDense\.wi(?:_[01])?)\.weight",
+STATE_BYTES = 256
+# An NF4 weight whose scales are stored in float32 instead of being quantized themselves.
+NF4_ONCE = "nf4_once"
+
+
+class ActivationLine(NamedTuple):
+    """A line fitted to counted memory at the peak of a denoising step.
+
+    The elements of the compute dtype that are alive are
+    `per_token` x tokens x width + `per_width` x width^2, where tokens are those of the picture and of
+    the text together and width is the transformer's, in channels.
+    """
+
+    per_token: float
+    per_width: float
+
+
+# Attention, which is the same in every precision.
+ATTENTION = ActivationLine(20.25, 0.45)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a quantized tensor is stored, and what follows from that elsewhere.
+
+    The peak of a denoising step is the larger of the two `activation_lines`: attention, and whatever
+    else can be largest (an unpacked weight, sums in float32). `unpacked_lines` hold instead where the
+    device cannot multiply in the scheme and each weight is unpacked before its product.
+    """
+
+    name: str
+    words: str  # for help and errors
+    bits: int  # of one weight, without its scales; 0 where they depend on the form
+    quality: int  # rank by the pictures' likeness to those of 16 bit: higher is better
+    forms: tuple[str, ...]  # the names that `Weight.scheme` has for tensors stored in this scheme
+    library: str  # the package that quantizes to it, or unpacks it where flux never quantizes to it
+    activation_lines: tuple[ActivationLine, ActivationLine]
+    unpacked_lines: tuple[ActivationLine, ActivationLine]
+    can_bake: bool = True  # flux can quantize to it
+    can_bake_modulation: bool = False
+    can_bake_text_encoder: bool = False
+    text_encoder: str = "keep"  # T5's scheme beside a transformer in this one, unless asked otherwise
+    file_name: str = ""  # of a baked component where its plain name would be misread by others
+    multiply: str = ""  # the operator that multiplies in it; "" where weights are always unpacked
+    capability: tuple[int, int] | None = None  # NVIDIA's least compute capability for `multiply`
+    largest: float = 0.0  # the largest value of a code of the 8-bit schemes
+
+
+_UNPACKED_TO_16_BIT = (ATTENTION, ActivationLine(10.6, 7.2))
+_UNPACKED_THROUGH_32_BIT = (ATTENTION, ActivationLine(6.0, 21.3))
+
+# The planner ranks 16 and 32 bit above all of these, in steps of ten.
+_ROWS = (
+    Scheme(
+        name="nf4",
+        words="4-bit NormalFloat in blocks of 64, as bitsandbytes stores it",
+        bits=4,
+        quality=10,
+        forms=("nf4", NF4_ONCE),
+        library="bitsandbytes",
+        activation_lines=_UNPACKED_TO_16_BIT,
+        unpacked_lines=_UNPACKED_TO_16_BIT,
+        can_bake_modulation=True,
+        can_bake_text_encoder=True,
+        text_encoder="nf4",
+    ),
+    Scheme(
+        name="fp8",
+        words="float8_e4m3fn with a float32 scale for each row",
+        bits=8,
+        quality=40,
+        forms=("fp8",),
+        library="optimum-quanto",
+        activation_lines=(ATTENTION, ActivationLine(7.0, 3.6)),
+        unpacked_lines=_UNPACKED_THROUGH_32_BIT,
+        can_bake_modulation=True,
+        can_bake_text_encoder=True,
+        file_name="flux-fp8r.safetensors",
+        multiply="scaled_mm",
+        capability=(8, 9),
+        largest=448.0,
+    ),
+    Scheme(
+        name="int8",
+        words="8-bit integers with a float32 scale for each row",
+        bits=8,
+        quality=30,
+        forms=("int8",),
+        library="optimum-quanto",
+        activation_lines=(ATTENTION, ActivationLine(13.0, 5.0)),
+        unpacked_lines=_UNPACKED_THROUGH_32_BIT,
+        file_name="flux-int8.safetensors",
+        multiply="int_mm",
+        capability=(7, 5),
+        largest=127.0,
+    ),
+    Scheme(
+        name="gguf",
+        words="GGUF's blocks, as the file has them",
+        bits=0,
+        quality=20,
+        forms=tuple(GGUF_BITS),
+        library="gguf",
+        activation_lines=_UNPACKED_TO_16_BIT,
+        unpacked_lines=_UNPACKED_TO_16_BIT,
+        can_bake=False,
+    ),
+)
+SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in _ROWS}
+# The schemes that flux quantizes to, by name.
+BAKEABLE = tuple(scheme.name for scheme in _ROWS if scheme.can_bake)
+# The scheme's name by that of a form: "nf4_once" is nf4, "Q4_K" is gguf.
+FAMILIES = {form: scheme.name for scheme in _ROWS for form in scheme.forms}
+
+# Transformer keys that only make adaLN modulation.
+MODULATION = re.compile(
+    r"(?:.*\.)?(?:norm1|norm1_context|norm|norm_out)\.linear\.(?:weight|bias)|time_text_embed\..*"
+)
+# The weights that may be quantized, by component; all others stay in 16 bit.
+QUANTIZABLE = {
+    "transformer": re.compile(r"(?:single_)?transformer_blocks\.\d+\..+\.weight"),
+    "text_encoder_2": re.compile(
+        r"encoder\.block\..+\.(?:SelfAttention\.[qkvo]|DenseReluDense\.wi(?:_[01])?)\.weight"
+    ),
 }
 
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """How a model is stored: the scheme of the transformer's blocks, of its modulation, of T5; what else is kept."""
+    """How to quantize a model: a scheme for each part of it, and the exceptions.
 
-    to: str
-    text_encoder: str = "keep"
-    modulation: str = "keep"
-    scales: str = "search"  # of nf4: least squared error per block, or "absmax"
+    Raises `SpecError` for choices that do not go together.
+    """
+
+    to: str  # of the weights of the transformer's blocks
+    text_encoder: str = "keep"  # of T5
+    modulation: str = "keep"  # of the blocks' modulation layers
+    scales: str = "search"  # of nf4: least squared error of each block, or "absmax"
     keep: tuple[str, ...] = ()  # patterns of tensor or layer names that stay in 16 bit
 
     def __post_init__(self) -> None:
-        for field, value, known in (
-            ("--to", self.to, SCHEMES),
-            ("--text-encoder", self.text_encoder, ("keep", "nf4", "fp8")),
-            ("--modulation", self.modulation, ("keep", self.to)[: 1 if self.to == "int8" else 2]),
-            ("--scales", self.scales, ("search", "absmax")[: 2 if "nf4" in (self.to, self.text_encoder) else 1]),
-        ):
-            if value not in known:
-                why = f"known are {' or '.join(known)}" + f" with --to {self.to}" * (field != "--to")
-                raise SpecError("impossible choice", f"{field} {value}", why=why)
+        if self.to not in BAKEABLE:
+            raise SpecError(
+                "impossible choice", f"--to {self.to}", why=f"known are {' or '.join(BAKEABLE)}"
+            )
+        text_encoders = [name for name in BAKEABLE if SCHEMES[name].can_bake_text_encoder]
+        self._check_choice("--text-encoder", self.text_encoder, known=["keep", *text_encoders])
+        modulations = ["keep"]
+        if SCHEMES[self.to].can_bake_modulation:
+            modulations.append(self.to)
+        self._check_choice("--modulation", self.modulation, known=modulations)
+        scales = ["search"]
+        if "nf4" in (self.to, self.text_encoder):
+            scales.append("absmax")
+        self._check_choice("--scales", self.scales, known=scales)
 
-    def to_json(self) -> dict:
+    def _check_choice(self, option: str, value: str, *, known: list[str]) -> None:
+        if value not in known:
+            why = f"known are {' or '.join(known)} with --to {self.to}"
+            raise SpecError("impossible choice", f"{option} {value}", why=why)
+
+    def to_json(self) -> dict[str, object]:
+        """The spec and the policy's version, as a checkpoint's manifest has them."""
         return asdict(self) | {"policy": POLICY}
 
     def scheme(self, component: str, name: str, shape: tuple[int, ...]) -> str:
         """The scheme of a 16-bit tensor by its diffusers name, "" where it stays as it is."""
-        if len(shape) != 2 or not all(shape) or not re.fullmatch(PACKABLE.get(component, ""), name):
+        quantizable = QUANTIZABLE.get(component)
+        is_matrix = len(shape) == 2 and all(shape)
+        if quantizable is None or not is_matrix or not quantizable.fullmatch(name):
             return ""
-        part = self.text_encoder if component == "text_encoder_2" else self.to
-        wish = self.modulation if component == "transformer" and is_modulation(name) else part
-        return "" if wish == "keep" or self.is_kept(name) else wish
+        if component == "text_encoder_2":
+            wish = self.text_encoder
+        elif is_modulation(name):
+            wish = self.modulation
+        else:
+            wish = self.to
+        if wish == "keep" or self.is_kept(name):
+            return ""
+        return wish
 
     def is_kept(self, name: str) -> bool:
         """Whether a pattern of `keep` names this tensor or its layer."""
-        return any(fnmatchcase(text, pattern) for text in (name, name.rpartition(".")[0]) for pattern in self.keep)
+        layer = name.rpartition(".")[0]
+        return any(fnmatchcase(name, each) or fnmatchcase(layer, each) for each in self.keep)
 
     def check_keep(self, names: Iterable[str]) -> None:
         """Raise `SpecError` for a pattern of `keep` that matches no name."""
         names = list(names)
         for pattern in self.keep:
-            if not any(QuantSpec(self.to, keep=(pattern,)).is_kept(name) for name in names):
-                raise SpecError("--keep matches nothing", pattern, hint="--dry-run --json lists the tensors")
+            alone = QuantSpec(self.to, keep=(pattern,))
+            if not any(alone.is_kept(name) for name in names):
+                hint = "--dry-run --json lists the tensors"
+                raise SpecError("--keep matches nothing", pattern, hint=hint)
 
 
 def scheme_in_memory(component: str, name: str, scheme: str) -> str:
-    """The scheme that a stored weight keeps in memory; "" where its module is none of ours and takes values."""
-    stays = component == "transformer" or re.fullmatch(PACKABLE.get(component, "-"), name)
-    return scheme if stays else ""
+    """The scheme that a stored weight keeps in memory.
+
+    It is "" where the weight's module is none of ours (an embedding, a norm), which takes values only.
+    """
+    quantizable = QUANTIZABLE.get(component)
+    if component == "transformer" or (quantizable and quantizable.fullmatch(name)):
+        return scheme
+    return ""
 
 
 def is_modulation(name: str) -> bool:
@@ -83,15 +236,32 @@ def is_modulation(name: str) -> bool:
 
 
 def layout(scheme: str, tensor: TensorInfo) -> tuple[TensorInfo, ...]:
-    """The tensors that store one (N, K) weight in a scheme, with the names and dtypes of the file."""
-    codes, blocks = -(-tensor.numel // 2), -(-tensor.numel // BLOCK)
-    stored = {
-        "fp8": [("", "F8_E4M3", tensor.shape), ("_scale", "F32", tensor.shape[:1])],
-        "int8": [("", "I8", tensor.shape), ("_scale", "F32", tensor.shape[:1])],
-        "nf4": [("", "U8", (codes, 1)), (".absmax", "U8", (blocks,)),
-                (".nested_absmax", "F32", (-(-blocks // NESTED_BLOCK),)), (".nested_quant_map", "F32", (256,)),
-                (".quant_map", "F32", (16,)), (STATE, "U8", (STATE_BYTES,))],
-        NF4_ONCE: [("", "U8", (codes, 1)), (".absmax", "F32", (blocks,)), (".quant_map", "F32", (16,)),
-                   (STATE, "U8", (STATE_BYTES,))],
-    }.get(scheme, [("", tensor.dtype, tensor.shape)])  # fmt: skip
-    return tuple(TensorInfo(tensor.name + suffix, dtype, shape) for suffix, dtype, shape in stored)
+    """The tensors that store one (N, K) weight in a scheme, with the names and dtypes of the file.
+
+    The first has the weight's own name; a scheme that is none of ours stores the tensor as it is.
+    """
+
+    def stored(suffix: str, dtype: str, *shape: int) -> TensorInfo:
+        return TensorInfo(tensor.name + suffix, dtype, shape)
+
+    if scheme in ("fp8", "int8"):
+        dtype = "F8_E4M3" if scheme == "fp8" else "I8"
+        return stored("", dtype, *tensor.shape), stored("_scale", "F32", *tensor.shape[:1])
+    if scheme not in ("nf4", NF4_ONCE):
+        return (stored("", tensor.dtype, *tensor.shape),)
+    codes = -(-tensor.numel // 2)
+    blocks = -(-tensor.numel // BLOCK)
+    if scheme == NF4_ONCE:
+        scales = [stored(".absmax", "F32", blocks)]
+    else:
+        scales = [
+            stored(".absmax", "U8", blocks),
+            stored(".nested_absmax", "F32", -(-blocks // NESTED_BLOCK)),
+            stored(".nested_quant_map", "F32", 256),
+        ]
+    return (
+        stored("", "U8", codes, 1),
+        *scales,
+        stored(".quant_map", "F32", 16),
+        stored(STATE, "U8", STATE_BYTES),
+    )

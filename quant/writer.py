@@ -5,26 +5,12 @@ Knows the file format only. Offsets and sizes are in bytes. Stdlib only; tensors
 
 import json
 import os
-import shutil
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from quant.errors import WriteError
 from quant.header import DTYPE_BITS, TensorInfo, read_header
-
-
-def nearest(folder: Path) -> Path:
-    """The folder, or the first above it that exists."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
-
-
-def check_room(folder: Path, need: int, *, hint: str) -> None:
-    """Raise `WriteError` where the disk of a folder (that may not exist yet) has less than `need` bytes free."""
-    if need > (free := shutil.disk_usage(nearest(folder)).free):
-        why = f"needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
-        raise WriteError("the disk is too small", nearest(folder), why=why, hint=hint)
 
 
 class SafetensorsWriter:

@@ -12,20 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import quant.bake
 from quant import codecs
 from quant.checkpoint import KEEP_FILE, MANIFEST, Checkpoint, inspect
 from quant.codecs import Reader
 from quant.errors import CheckpointError, WriteError
-from quant.recipe import make_recipe
-from quant.spec import SCHEMES, QuantSpec
+from quant.recipe import MARGIN_BYTES, make_recipe
+from quant.spec import BAKEABLE, QuantSpec
 from quant.writer import SafetensorsWriter
 from tests.support.bakes import ORIGIN, Hook, bake_all, change, content, recipe_of
 from tests.support.invariant import files
 
 SPECS = [
     QuantSpec(to, text_encoder, modulation, "absmax" if "nf4" in (to, text_encoder) else "search")
-    for to in SCHEMES
+    for to in BAKEABLE
     for text_encoder in ("keep", "nf4", "fp8")
     for modulation in (("keep",) if to == "int8" else ("keep", to))
 ]
@@ -107,7 +106,7 @@ def test_the_same_source_gives_the_same_bytes(kind, micro, tmp_path):
     assert content(tmp_path / "a" / "x") == content(tmp_path / "b" / "x") != {}
 
 
-@pytest.mark.parametrize("to", SCHEMES)
+@pytest.mark.parametrize("to", BAKEABLE)
 def test_shards_and_wide_dtypes_give_the_same_model(to, copy, tmp_path):
     spec = QuantSpec(to)
     bake_all(recipe_of(copy, spec=spec), tmp_path / "whole")
@@ -139,7 +138,7 @@ def test_a_source_that_is_not_finite_is_refused_by_the_tensors_name(name, value,
     assert files(tmp_path / "out") == {}
 
 
-@pytest.mark.parametrize("to", SCHEMES)
+@pytest.mark.parametrize("to", BAKEABLE)
 def test_what_is_quantized_already_is_refused(to, micro, tmp_path):
     bake_all(recipe_of(micro, spec=QuantSpec(to)), tmp_path / "x")
     with pytest.raises(CheckpointError, match=f"quantized already.*is {to}") as caught:
@@ -166,7 +165,7 @@ def test_the_top_proj_out_is_never_a_pattern_that_spares_every_single_block(micr
 
 def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(micro, tmp_path, monkeypatch):
     usage, recipe = namedtuple("usage", "total used free"), recipe_of(micro)
-    need = sum(recipe.sizes.values()) + quant.bake.MARGIN
+    need = sum(recipe.sizes.values()) + MARGIN_BYTES
     hook = Hook(0, lambda _: None).install(monkeypatch.setattr)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(need, 0, need - 1))
     with pytest.raises(WriteError, match=r"disk is too small.*needs 0\.07 GB, 0\.07 GB are free"):

@@ -11,7 +11,7 @@ import tests.support.invariant  # noqa: F401 - hypothesis without deadlines
 from quant import codecs
 from quant.errors import CheckpointError
 from quant.header import TensorInfo
-from quant.spec import SCHEMES
+from quant.spec import BAKEABLE
 from quant.weights import Piece
 
 WHERE = Piece(Path("source.safetensors"), TensorInfo("a.weight", "BF16", (1, 1)))
@@ -36,7 +36,7 @@ def encode(weight: torch.Tensor, scheme: str, **options: bool) -> codecs.Encoded
 
 
 @settings(max_examples=80)
-@given(st.sampled_from(SCHEMES), KINDS, st.integers(1, 70), st.integers(1, 200), st.booleans(), st.booleans())
+@given(st.sampled_from(BAKEABLE), KINDS, st.integers(1, 70), st.integers(1, 200), st.booleans(), st.booleans())
 def test_the_error_is_the_one_that_readers_see_and_within_the_bound(scheme, kind, rows, columns, search, scalar):
     weight = weight_of(kind, rows, columns)
     encoded = encode(weight, scheme, search=search, scalar=scalar and scheme == "fp8")
@@ -48,7 +48,7 @@ def test_the_error_is_the_one_that_readers_see_and_within_the_bound(scheme, kind
     codecs.check("a.weight", encoded.pieces, WHERE)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", BAKEABLE)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_every_source_dtype_is_packed_and_left_as_it_was(scheme, dtype):
     weight = weight_of("normal", 96, 256, dtype)
@@ -82,7 +82,7 @@ def test_one_scale_for_all_rows_is_that_of_the_largest_value():
     assert float(pieces[""].float().abs().max()) == 448
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", BAKEABLE)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", [(0, 0), (299, 63)])
 def test_values_that_are_not_finite_are_refused_by_the_tensors_name(scheme, value, place):
@@ -92,7 +92,7 @@ def test_values_that_are_not_finite_are_refused_by_the_tensors_name(scheme, valu
         encode(weight, scheme)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", BAKEABLE)
 def test_a_pack_beyond_the_schemes_bound_is_refused_with_the_way_out(scheme, monkeypatch):
     monkeypatch.setattr(codecs.nf4, "decode", lambda _, shape, __: torch.full(shape, 1e6))
     monkeypatch.setattr(codecs, "_widen", lambda packed: torch.full(packed.shape, 1e6))
@@ -139,7 +139,7 @@ def test_a_missing_optimum_quanto_is_explained(monkeypatch):
         encode(weight_of("normal", 4, 4), "fp8")
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", BAKEABLE)
 def test_values_beyond_float32_are_refused_not_packed_as_infinity(scheme):
     weight = weight_of("normal", 8, 64, torch.float64)
     weight[3, 3] = 1e300

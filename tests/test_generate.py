@@ -8,7 +8,7 @@ import pytest
 from fluxcli.errors import ExitCode
 from fluxcli.models import find as models
 from fluxcli.pictures.image import read_metadata
-from quant.spec import SCHEMES, TEXT_ENCODER
+from quant.spec import BAKEABLE, SCHEMES
 from tests.support.helpers import read_pixels
 from tests.support.invariant import assert_failed, call, paint_instead
 
@@ -38,11 +38,11 @@ def test_a_run_that_fails_early_leaves_no_folder(capsys):
     assert not list(Path().iterdir())
 
 
-@pytest.mark.parametrize("to", SCHEMES)
+@pytest.mark.parametrize("to", BAKEABLE)
 def test_a_precision_is_the_same_picture_packed_while_loading_baked_or_found(to, baked, capsys):
     from quant.linear import path_of
 
-    folder = baked(to, text_encoder=TEXT_ENCODER.get(to, "keep"))
+    folder = baked(to, text_encoder=SCHEMES[to].text_encoder)
     packed = call(capsys, *TINY, "--precision", to, "-o", "packed.png", "--json")
     assert packed.returncode == 0 and f"flux quantize ... --to {to} saves that" in packed.stderr
     models.baked_folder().mkdir(parents=True)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from fluxcli.errors import ExitCode
 from quant.checkpoint import COMPONENTS, TOKENIZERS, inspect
-from quant.spec import SCHEMES
+from quant.spec import BAKEABLE
 from tests.support.helpers import BAKED
 from tests.support.invariant import assert_failed, call, files
 from tests.test_dialects import SMALL, published
@@ -52,7 +52,7 @@ def test_a_model_folder_is_whole(to, tiny_folder, baked, capsys):
     for name, part in parts.items():
         assert set(part) == PART_KEYS and part["truncated"] is False
         by = "bitsandbytes" if part["precision"] == "nf4" else "flux"
-        packed = f", {part['precision']} by {by}" * (part["precision"] in SCHEMES)
+        packed = f", {part['precision']} by {by}" * (part["precision"] in BAKEABLE)
         assert part["dialect"] == f"diffusers{packed}"
         assert part["parameters"] == source[name].numel  # packed or not
         there, needed = map(int, part["loads"].split(" of "))

@@ -10,7 +10,7 @@ import torch
 from quant import codecs, linear
 from quant.header import TensorInfo
 from quant.linear import FP8Linear, Int8Linear, NF4Linear, PackedLinear, fits_together, make_linear, path_of
-from quant.spec import SCHEMES
+from quant.spec import BAKEABLE
 from quant.weights import Piece
 
 K = 64
@@ -60,7 +60,7 @@ def calls(monkeypatch) -> list[tuple]:
     return found
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", BAKEABLE)
 def test_a_fused_layer_is_its_parts_one_below_the_other(scheme):
     fused = make(scheme, bias=False)
     assert type(fused) is KINDS[scheme] and (fused.in_features, fused.out_features) == (K, 288)
@@ -72,7 +72,7 @@ def test_a_fused_layer_is_its_parts_one_below_the_other(scheme):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", BAKEABLE)
 def test_dequantized_products_are_those_of_the_decoded_weights(scheme, dtype, calls):
     layer, x = make(scheme, arithmetic=False), noise(7, K).to(dtype)
     layer.bias = layer.bias.to(dtype)
@@ -113,7 +113,7 @@ def test_8_bit_products_are_exact_but_for_the_activations(scheme):
 
 
 @pytest.mark.parametrize("shape", [(48, 72), (40, 64), (3, 50), (1, 64)])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", BAKEABLE)
 def test_odd_widths_are_dequantized(scheme, shape, calls):
     layer, x = make(scheme, [shape]), noise(4, shape[1])
     calls.clear()
@@ -123,7 +123,7 @@ def test_odd_widths_are_dequantized(scheme, shape, calls):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", BAKEABLE)
 def test_every_shape_of_input(scheme, dtype):
     layer = make(scheme)
     layer.bias = layer.bias.to(dtype)
@@ -139,7 +139,7 @@ def test_every_shape_of_input(scheme, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", BAKEABLE)
 def test_rows_of_zeros_are_no_nan(scheme, dtype):
     weight = noise(32, K)
     weight[3] = 0
@@ -154,7 +154,7 @@ def test_rows_of_zeros_are_no_nan(scheme, dtype):
     assert torch.equal(layer(torch.zeros(2, K, dtype=dtype)), layer.bias.expand(2, 32))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", BAKEABLE)
 def test_all_of_its_state_moves_copies_and_loads_as_plain_tensors(scheme):
     layer, x = make(scheme), noise(5, K)
     expected = layer(x)
@@ -181,7 +181,7 @@ def test_it_takes_the_bytes_of_its_scheme(scheme, most):
     assert sum(t.nbytes for t in layer.buffers()) - tables <= most * 768 * K
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", BAKEABLE)
 def test_it_compiles_without_a_break(scheme, monkeypatch):
     monkeypatch.setattr(linear, "PROBED", {})
     layer, x = make(scheme), noise(5, K)
@@ -193,7 +193,7 @@ def test_it_compiles_without_a_break(scheme, monkeypatch):
 
 
 def test_the_path_is_named():
-    assert {scheme: path_of(scheme, "cpu") for scheme in (*SCHEMES, "bfloat16")} == {
+    assert {scheme: path_of(scheme, "cpu") for scheme in (*BAKEABLE, "bfloat16")} == {
         "nf4": "dequantize", "fp8": "scaled_mm", "int8": "int_mm", "bfloat16": "dequantize",
     }  # fmt: skip
     assert path_of("fp8", "meta") == path_of("int8", "mps") == "dequantize"
@@ -215,7 +215,7 @@ def test_where_the_operator_is_missing_or_wrong_it_dequantizes(scheme, operator,
 
 def test_only_nf4_minds_where_a_part_ends():
     crossing = [(3, 50), (5, 50)]
-    assert [fits_together(scheme, QKV) for scheme in SCHEMES] == [True] * 3
-    assert [fits_together(scheme, crossing) for scheme in SCHEMES] == [False, True, True]
+    assert [fits_together(scheme, QKV) for scheme in BAKEABLE] == [True] * 3
+    assert [fits_together(scheme, crossing) for scheme in BAKEABLE] == [False, True, True]
     layer = make("int8", crossing)
     torch.testing.assert_close(layer.dequantize(torch.float32).double(), values("int8", crossing), rtol=0, atol=0)

@@ -12,8 +12,8 @@ from fluxcli.errors import ExitCode, UsageError, WeightsUnavailable
 from fluxcli.models import find as models
 from quant.dialects import from_ldm
 from quant.errors import WriteError
+from quant.files import check_room
 from quant.weights import Weight
-from quant.writer import check_room
 from tests.support.invariant import assert_failed, call
 
 DEV = "black-forest-labs/FLUX.1-dev"

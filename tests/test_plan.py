@@ -21,7 +21,7 @@ from fluxcli.plan.placement import GIB, PHASES
 from fluxcli.plan.planner import QUALITY, SLOWER, USABLE_SHARE, make_plan, survey
 from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import Checkpoint, inspect
-from quant.spec import SCHEMES, QuantSpec
+from quant.spec import BAKEABLE, QuantSpec
 from tests.support.helpers import BAKED, ROOT, machine, tiny
 from tests.support.invariant import assert_failed, call
 
@@ -99,7 +99,7 @@ def test_the_choice_is_the_best_within_a_quarter_of_the_fastest(gib, size, varia
     assert {rung.verdict for rung in found} <= {"chosen", "fits", "too slow", "does not fit"}
 
 
-@pytest.mark.parametrize("precision", ["bf16", *SCHEMES])
+@pytest.mark.parametrize("precision", ["bf16", *BAKEABLE])
 def test_less_free_memory_streams_more_and_changes_no_pixel(precision, variants):
     whole, plans = card("24GiB:sm89"), []
     for free in (24, 20, 16, 12, 10, 8, 6, 5):
@@ -176,7 +176,7 @@ def test_bf16_on_24_fp8_on_12_and_nf4_on_8_gib_keep_every_block_on_the_card(vari
 
 def test_streaming_keeps_up_with_the_bus(variants):
     """A step takes at most 1.1 times the longer of computing and copying, for every count that a plan may have."""
-    for precision, text in product(("bf16", *SCHEMES), ("16GiB:sm86", "16GiB:sm89")):
+    for precision, text in product(("bf16", *BAKEABLE), ("16GiB:sm86", "16GiB:sm89")):
         offer = survey(request(precision=precision), variants, card(text))[0].offer
         for bus in (12e9, 24e9, 50e9):
             speeds = replace(card(text).speeds, bus_bytes=bus)
@@ -330,7 +330,7 @@ def test_more_pixels_steps_and_tokens_never_need_less(dev):
 # --- precision
 
 
-@pytest.mark.parametrize("to", SCHEMES)
+@pytest.mark.parametrize("to", BAKEABLE)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_price_of_a_precision_is_that_of_its_files(to, dtype, checkpoint, baked):
     stored = inspect(baked(to, **BAKED[to]))
@@ -362,12 +362,12 @@ def test_a_precision_that_the_weights_do_not_have_is_refused(asked, there, baked
 
 def test_what_was_baked_is_found_and_taken_before_packing(baked, monkeypatch):
     models.baked_folder().mkdir(parents=True)
-    for to in SCHEMES:
+    for to in BAKEABLE:
         (models.baked_folder() / f"tiny-{to}").symlink_to(baked(to, **BAKED[to]))
     found = models.checkpoints_of(tiny(), Path(), console.say)
     assert sorted(each.components["transformer"].precision for each in found) == ["", "fp8", "int8", "nf4"]
     here = machine(24, "cpu", bf16=False)
-    for precision in SCHEMES:
+    for precision in BAKEABLE:
         checkpoint, made = make_plan(tiny(precision=precision), found, here)
         assert (checkpoint.components["transformer"].precision, made.spec) == (precision, None)
     assert make_plan(tiny(), found, here)[1].precision == "fp32"

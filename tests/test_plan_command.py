@@ -21,7 +21,7 @@ from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB, PHASES
 from fluxcli.plan.planner import QUALITY
 from fluxcli.request.fields import GenerationRequest
-from quant.spec import SCHEMES
+from quant.spec import BAKEABLE
 from tests.support.helpers import BAKED, ROOT, machine
 from tests.support.invariant import assert_failed, call
 
@@ -187,7 +187,7 @@ def test_it_takes_every_option_of_generate():
     assert {"--vram-limit", "--offload", "--no-wait", "--precision"} <= set(options_of("decode"))
 
 
-@pytest.mark.parametrize("precision", ["auto", "bf16", "fp32", *SCHEMES])
+@pytest.mark.parametrize("precision", ["auto", "bf16", "fp32", *BAKEABLE])
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 def test_generate_would_do_what_the_plan_says(precision, device, put, capsys, baked):
     models.baked_folder().mkdir(parents=True)

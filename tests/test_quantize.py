@@ -20,7 +20,7 @@ from fluxcli.models import find as models
 from fluxcli.request import presets
 from quant.checkpoint import KEEP_FILE, MANIFEST, inspect
 from quant.single_file import inspect_transformer as inspect_file
-from quant.spec import SCHEMES
+from quant.spec import BAKEABLE
 from tests.support.helpers import ROOT
 from tests.support.invariant import assert_failed, call, files
 
@@ -93,7 +93,7 @@ def test_small_and_kept_and_one_file_have_names_of_their_own(capsys):
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("to", SCHEMES)
+@pytest.mark.parametrize("to", BAKEABLE)
 def test_a_folder_becomes_a_folder_of_exactly_the_predicted_bytes(to, micro, capsys):
     arguments = ("quantize", str(micro), "out", "--to", to, "--json", *(FAST if to == "nf4" else ("-q",)))
     predicted = call(capsys, *arguments, "--dry-run")

@@ -12,7 +12,7 @@ from quant import codecs
 from quant.checkpoint import inspect
 from quant.errors import SpecError
 from quant.header import TensorInfo
-from quant.spec import SCHEMES, TEXT_ENCODER, QuantSpec, is_modulation, layout
+from quant.spec import BAKEABLE, SCHEMES, QuantSpec, is_modulation, layout
 from quant.weights import Piece
 
 BLOCK = {
@@ -40,7 +40,7 @@ def schemes(spec: QuantSpec, component: str, layers: set[str], leaf: str = "weig
     return {spec.scheme(component, f"{layer}.{leaf}", shape) for layer in layers}
 
 
-@pytest.mark.parametrize("to", SCHEMES)
+@pytest.mark.parametrize("to", BAKEABLE)
 @pytest.mark.parametrize("text_encoder", ["keep", "nf4", "fp8"])
 def test_blocks_and_t5_are_quantized_and_nothing_else(to, text_encoder):
     spec = QuantSpec(to, text_encoder)
@@ -96,12 +96,12 @@ def test_impossible_choices_are_refused_by_name(wish, word):
 
 
 def test_t5_goes_to_nf4_with_nf4_alone_and_the_policy_has_a_version():
-    assert [TEXT_ENCODER.get(to, "keep") for to in SCHEMES] == ["nf4", "keep", "keep"]
+    assert [SCHEMES[to].text_encoder for to in BAKEABLE] == ["nf4", "keep", "keep"]
     assert QuantSpec("nf4").to_json()["policy"] == 1
 
 
 @settings(max_examples=60)
-@given(st.sampled_from(SCHEMES), st.sampled_from(["BF16", "F16", "F32"]), st.integers(1, 80), st.integers(1, 300))
+@given(st.sampled_from(BAKEABLE), st.sampled_from(["BF16", "F16", "F32"]), st.integers(1, 80), st.integers(1, 300))
 def test_layout_is_what_the_codec_stores(scheme, dtype, rows, columns):
     import torch
 
@@ -114,7 +114,11 @@ def test_layout_is_what_the_codec_stores(scheme, dtype, rows, columns):
 
 def test_the_bundled_model_in_each_scheme_keeps_the_same_layers(tiny_folder):
     weights = inspect(tiny_folder).components["transformer"].weights.values()
-    kept = {to: {w.name for w in weights if not QuantSpec(to).scheme("transformer", w.name, w.shape)} for to in SCHEMES}
+    specs = {to: QuantSpec(to) for to in BAKEABLE}
+    kept = {
+        to: {w.name for w in weights if not spec.scheme("transformer", w.name, w.shape)}
+        for to, spec in specs.items()
+    }
     assert kept["nf4"] == kept["fp8"] == kept["int8"]
     wide = {name.removesuffix(".weight") for name in kept["nf4"] if name.endswith("weight") and "attn." not in name}
     assert all("norm" in layer or "embed" in layer or layer == "proj_out" for layer in wide) and len(wide) == 19

@@ -16,7 +16,7 @@ from quant import codecs
 from quant.codecs import Reader, rows_of
 from quant.errors import CheckpointError
 from quant.header import TensorInfo, read_header
-from quant.spec import SCHEMES, STATE
+from quant.spec import BAKEABLE, STATE
 from quant.weights import Piece, Weight, group_weights
 
 SHAPE = (32, 128)
@@ -49,7 +49,7 @@ def refusal(tensors: dict[str, torch.Tensor], path: Path) -> str:
     return text
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", BAKEABLE)
 def test_a_whole_pack_is_one_weight_with_the_values_that_were_packed(scheme, tmp_path):
     tensors = pack(scheme)
     weights = read(tensors | {"block.bias": torch.ones(32)}, tmp_path / "x.safetensors")

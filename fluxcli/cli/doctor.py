@@ -15,8 +15,8 @@ from fluxcli.engine import device as hardware
 from fluxcli.models import find as models
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB
+from quant.files import nearest
 from quant.lazy import psutil, torch
-from quant.writer import nearest
 
 LIBRARIES = ("torch", "diffusers", "transformers", "bitsandbytes", "optimum-quanto", "safetensors", "huggingface-hub")
 ROOM_BYTES, RAM_BYTES = 60e9, 16 * GIB  # a model with a baked variant; what loading is comfortable with

@@ -24,9 +24,9 @@ from fluxcli.request.fields import coerce
 from quant.checkpoint import MANIFEST, Checkpoint, Component, inspect
 from quant.errors import WriteError
 from quant.header import is_gguf
-from quant.recipe import LAYOUTS, Recipe, make_file_recipe, make_recipe
+from quant.recipe import LAYOUTS, Recipe, check_disk, make_file_recipe, make_recipe
 from quant.single_file import assemble_checkpoint, inspect_file, inspect_transformer
-from quant.spec import TEXT_ENCODER, QuantSpec, is_modulation
+from quant.spec import SCHEMES, QuantSpec, is_modulation
 
 GB = 1e9
 
@@ -50,14 +50,15 @@ def quantize(  # noqa: PLR0917 - typer's options
     debug: Annotated[bool, typer.Option("--debug", help="Tracebacks and library warnings.")] = False,
 ) -> int:
     """Make a quantized checkpoint once, instead of quantizing at every start."""
-    from quant.bake import bake, check_disk
-
     if kind not in LAYOUTS:
         raise UsageError("unknown layout", which=kind, why=f"known are {', '.join(LAYOUTS)}", hint="--layout bfl")
     whole = kind == "diffusers"
     if not whole and text_encoder not in (None, "keep"):
         raise UsageError("the file has no T5", which=f"--layout {kind}", hint="leave --text-encoder out")
-    text_encoder = text_encoder or (TEXT_ENCODER.get(to, "keep") if whole else "keep")
+    if text_encoder is None:
+        text_encoder = "keep"
+        if whole and to in SCHEMES:
+            text_encoder = SCHEMES[to].text_encoder
     spec = QuantSpec(to, text_encoder, modulation, scales, tuple(keep or ()))
     model, parts, folder = _find(source, whole=whole)
     adapters = lora.adapters_of(lora.settled(loras or ()), parts.components if whole else {"transformer": parts})
@@ -73,6 +74,8 @@ def quantize(  # noqa: PLR0917 - typer's options
     if dry_run:
         check_disk(recipe, path)
         return _show(recipe, path, {}, json_output=json_output)
+    from quant.bake import bake
+
     hardware.check_torch()
     device = hardware.probe(coerce("device", device, where="--device")).device  # raises for one that is not there
     merged = [{"path": str(a.path), "scale": a.scale, "sha256": hashlib.sha256(a.path.read_bytes()).hexdigest()}

@@ -33,7 +33,7 @@ from quant.checkpoint import Checkpoint
 from quant.errors import ExplainedError
 from quant.lazy import Tensor, np, torch
 from quant.lora import Adapter
-from quant.spec import FAMILIES
+from quant.spec import SCHEMES
 
 KEPT_BYTES = 256 << 20  # of tables in RAM between windows: four prompts of the published size
 
@@ -295,7 +295,7 @@ class Engine:
         from quant.linear import path_of
 
         precision = self.plan.precision
-        return path_of(precision, self.plan.device) if precision in FAMILIES.values() else precision
+        return path_of(precision, self.plan.device) if precision in SCHEMES else precision
 
     def metadata(self, request: GenerationRequest, *, seeded: bool = True) -> dict:
         """What identifies a picture: the request that makes it alone, the model, what computed it, versions.

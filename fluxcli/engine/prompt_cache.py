@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fluxcli import paths
-from fluxcli.pictures import names as output
+from quant.files import write_atomically
 from quant.lazy import Tensor, torch
 
 LIMIT_BYTES = 1 << 30  # 256 prompts of 512 tokens in bf16
@@ -80,7 +80,7 @@ def write(key: str, embeddings: Embeddings) -> None:
         return
     with contextlib.suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        output.write_atomically(path, data, place=os.replace)
+        write_atomically(path, data, place=os.replace)
     _evict(path)
 
 

@@ -18,7 +18,7 @@ from quant.config import READ
 from quant.errors import CheckpointError
 from quant.header import TensorInfo
 from quant.single_file import assemble_checkpoint
-from quant.spec import SCHEMES
+from quant.spec import BAKEABLE
 from quant.weights import Piece, Weight
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -161,7 +161,7 @@ def baked(model: str) -> dict[str, Path]:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             manifest = json.loads(path.read_text(encoding="utf-8"))
             to, left = manifest["recipe"]["to"], ".tmp-" in path.parent.name  # of a bake that goes on, or was killed
-            if manifest["model"] == model and to in SCHEMES and not left:
+            if manifest["model"] == model and to in BAKEABLE and not left:
                 found.append((path.parent.name, to, path.parent))
     return {to: folder for _, to, folder in sorted(found, reverse=True)}
 

@@ -20,8 +20,8 @@ from fluxcli.models import loras as lora
 from quant.checkpoint import COMPONENTS, MANIFEST, TOKENIZERS, is_complete
 from quant.config import read_json
 from quant.errors import CheckpointError
+from quant.files import check_room, nearest
 from quant.header import read_header
-from quant.writer import check_room, nearest
 
 PAUSES_S, LONGEST_PAUSE_S = (1, 4, 15, 60), 120  # between five tries, and the most that the hub may ask for
 MAY_PASS = (408, 429, 500, 502, 503, 504)

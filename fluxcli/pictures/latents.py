@@ -13,6 +13,7 @@ from fluxcli.errors import BadInputFile, UsageError
 from fluxcli.pictures import names as output
 from fluxcli.request.fields import OPTIONAL, GenerationRequest, coerce, from_settings
 from quant.errors import CheckpointError
+from quant.files import move_if_free, write_atomically
 from quant.header import read_header
 from quant.lazy import torch
 
@@ -43,7 +44,7 @@ def save(latents: Latents, target: output.Target, n: int = 1, row: int = 0) -> P
         with suppress(FileExistsError):
             if not os.path.lexists(place):
                 place.parent.mkdir(parents=True, exist_ok=True)
-                output.write_atomically(place, data, place=output.move_if_free)
+                write_atomically(place, data, place=move_if_free)
                 return place
     raise AssertionError("names never end")
 

@@ -10,21 +10,19 @@ import glob
 import math
 import os
 import re
-import secrets
 import shutil
 import string
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
 from itertools import count
 from pathlib import Path
-from typing import BinaryIO
 
 from fluxcli.errors import OutputError, UsageError
 from fluxcli.request.fields import FORMATS, GenerationRequest
-from quant.writer import nearest
+from quant.files import move_if_free, nearest, open_temporary, write_atomically
 
 DEFAULT_TEMPLATE = "{slug}-{seed}"
 OPEN_FIELDS = ("date",)  # told by a name, and decided by no request
@@ -169,7 +167,7 @@ def check_writable(target: Target, request: GenerationRequest, row: int = 0) -> 
                 hint = "--force replaces it; -o FOLDER/ picks a free name"
                 raise OutputError("the file exists", which=path, hint=hint)
         folder = nearest(Path(os.path.realpath(path)).parent)
-        with _temporary(folder) as (_, file):
+        with open_temporary(folder) as (_, file):
             file.close()
         free = shutil.disk_usage(folder).free
     except OSError as error:
@@ -199,51 +197,6 @@ def save(data: bytes, target: Target, request: GenerationRequest, n: int, row: i
         why = f"the picture is kept as {path}"
         raise OutputError("the file exists now", which=target.folder / target.pattern, why=why, hint="--force replaces")
     return str(path)
-
-
-def write_atomically(path: Path, data: bytes, *, place: Callable[[Path, Path], None]) -> None:
-    """Write `data` to `path`: a temporary file beside it, fsync, then `place(temporary, path)`; raises OSError."""
-    with _temporary(path.parent) as (temporary, file):
-        with file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if place is os.replace and path.exists():
-            shutil.copymode(path, temporary)
-        place(temporary, path)
-        with contextlib.suppress(OSError):  # Windows and some file systems refuse to; the file itself is synced
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-
-
-@contextlib.contextmanager
-def _temporary(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """A new file in `folder`, open for writing, with the mode that the umask gives; gone afterwards, come what may."""
-    path = folder / f".flux-{secrets.token_hex(6)}.tmp"
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-        yield path, os.fdopen(descriptor, "wb")
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def move_if_free(temporary: Path, path: Path) -> None:
-    """Give the file its name unless that is taken (FileExistsError): a hard link, or a rename that never replaces."""
-    try:
-        (os.rename if os.name == "nt" else os.link)(temporary, path)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
-            raise
-        reserved = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)  # no links here (FAT): reserve, then replace
-        try:
-            os.close(reserved)
-            os.replace(temporary, path)
-        except BaseException:
-            path.unlink()
-            raise
 
 
 def _output_error(path: Path, error: OSError) -> OutputError:

@@ -11,7 +11,7 @@ from fluxcli.plan.costs import Cost
 from fluxcli.plan.machine import CONTEXT_BYTES, Hardware, Speeds
 from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import Checkpoint
-from quant.spec import FAMILIES, QuantSpec
+from quant.spec import SCHEMES, QuantSpec
 
 RAM_SHARE, FREE_RAM_SHARE = 0.6, 0.8  # of all RAM, and of what is free now, that streamed blocks may take
 RESIDENT_SHARE = 0.25  # everything stays when together it takes less than this share of memory
@@ -95,7 +95,7 @@ def make_offer(  # noqa: PLR0917
     dtypes: dict[str, str], why: str = "",
 ) -> Offer:  # fmt: skip
     """One precision of one folder with its costs."""
-    scheme = precision if precision in FAMILIES.values() else ""
+    scheme = precision if precision in SCHEMES else ""
     unpacks = scheme in ("fp8", "int8") and scheme not in hardware.speeds.eight_bit and hardware.kind != "cpu"
     cost = costs.cost_of(request, checkpoint, dtypes, spec, "unpacked" if unpacks else scheme)
     return Offer(checkpoint, hardware, precision, scheme, spec, dtypes, why, cost)

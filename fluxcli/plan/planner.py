@@ -14,7 +14,7 @@ from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB, MemoryPlan, Offer, fit, host_limit, make_offer
 from fluxcli.request.fields import GenerationRequest, flag
 from quant.checkpoint import Checkpoint
-from quant.spec import SCHEMES, TEXT_ENCODER, QuantSpec
+from quant.spec import BAKEABLE, SCHEMES, QuantSpec
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 LONG = {short: long for long, short in SHORT.items()}
@@ -102,9 +102,9 @@ def _offers(request: GenerationRequest, checkpoints: Sequence[Checkpoint], hardw
     for checkpoint in checkpoints:
         stored = checkpoint.components["transformer"].precision
         stored_as.append(stored or "16 bit")
-        for precision in [stored] if stored else [wanted if wanted in LONG else "auto", *SCHEMES]:
-            packs = precision in SCHEMES and not stored
-            spec = QuantSpec(precision, TEXT_ENCODER.get(precision, "keep")) if packs else None
+        for precision in [stored] if stored else [wanted if wanted in LONG else "auto", *BAKEABLE]:
+            packs = precision in BAKEABLE and not stored
+            spec = QuantSpec(precision, SCHEMES[precision].text_encoder) if packs else None
             dtypes, why = _dtypes(request, precision, checkpoint, hardware, spec)
             name = precision if stored or packs else SHORT[dtypes["transformer"]]
             if name in found or wanted not in ("auto", name):

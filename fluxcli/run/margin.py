@@ -10,8 +10,8 @@ import json
 import os
 
 from fluxcli.paths import cache_folder
-from fluxcli.pictures import names
 from fluxcli.plan.machine import Hardware
+from quant.files import write_atomically
 
 FILE = "margin.json"
 # The least that changes a placement: four blocks of the smallest precision (nf4) hold about so much.
@@ -37,7 +37,7 @@ def grow_margin(hardware: Hardware, missing_bytes: int) -> None:
     path = cache_folder() / FILE
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        names.write_atomically(path, json.dumps(margins, indent=1).encode(), place=os.replace)
+        write_atomically(path, json.dumps(margins, indent=1).encode(), place=os.replace)
 
 
 def _read_all() -> dict[str, int]:

@@ -13,7 +13,8 @@ from fluxcli.engine.streaming import load_component
 from fluxcli.plan import planner as plan
 from quant import codecs
 from quant.checkpoint import KEEP_FILE, inspect
-from quant.linear import CAPABILITIES, RowLinear, make_linear, path_of
+from quant.linear import RowLinear, make_linear, path_of
+from quant.spec import SCHEMES
 from tests.support.helpers import BAKED, draw, tiny
 from tests.test_formats import apart, inputs
 from tests.test_linear import OPERATORS, WHERE, noise
@@ -27,7 +28,7 @@ BF16 = torch.bfloat16
 
 
 def needs(scheme: str) -> None:
-    if torch.cuda.get_device_capability() < CAPABILITIES[scheme]:
+    if torch.cuda.get_device_capability() < SCHEMES[scheme].capability:
         pytest.skip(f"this device has no {OPERATORS[scheme]}")
 
 

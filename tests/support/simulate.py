@@ -27,7 +27,7 @@ from quant import codecs, linear
 from quant.checkpoint import Checkpoint
 from quant.codecs import Reader
 from quant.header import GGUF_BITS
-from quant.spec import SCHEMES
+from quant.spec import BAKEABLE
 from quant.weights import Piece, Weight
 from tests.support.helpers import machine
 
@@ -129,7 +129,7 @@ def full_size(monkeypatch: pytest.MonkeyPatch, *, arithmetic: bool = True) -> It
             return real(self, request)
 
     monkeypatch.setattr(Engine, "_scheduler", scheduler)
-    for scheme in SCHEMES:  # as on a card that computes it
+    for scheme in BAKEABLE:  # as on a card that computes it
         monkeypatch.setitem(linear.PROBED, (scheme, CARD), arithmetic)
         monkeypatch.setitem(linear.PROBED, (scheme, "cpu"), arithmetic)
     with FakeTensorMode(allow_non_fake_inputs=True):
