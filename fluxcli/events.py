@@ -1,4 +1,4 @@
-"""What a run says while it goes on: values in process, `to_json` of them on a wire and for `--events`.
+"""What a run says while it goes on: values in process, JSON on a wire and for `--events`.
 
 Knows nothing of who listens. Stdlib only. Sizes are in pixels or bytes as named, times in seconds.
 """

@@ -15,7 +15,7 @@ from PIL import Image
 import tests.support.invariant  # noqa: F401 - hypothesis without deadlines
 from fluxcli import versions
 from fluxcli.errors import BadInputFile, ExitCode
-from fluxcli.pictures.image import encode, pixels_sha256, read_metadata
+from fluxcli.pictures.image import encode, hash_pixels, read_metadata
 from fluxcli.request.fields import MAX_PROMPT_BYTES, GenerationRequest
 from tests.support.helpers import read_pixels
 
@@ -133,11 +133,11 @@ def test_more_quality_is_nearer_and_larger(format, tmp_path):
 
 
 def test_the_pixel_hash_is_over_size_and_pixels():
-    assert pixels_sha256(PIXELS) == hashlib.sha256(b"40x24:" + PIXELS.tobytes()).hexdigest()
+    assert hash_pixels(PIXELS) == hashlib.sha256(b"40x24:" + PIXELS.tobytes()).hexdigest()
     turned = np.ascontiguousarray(PIXELS.reshape(40, 24, 3))
     changed = PIXELS.copy()
     changed[3, 4, 1] ^= 1
-    assert len({pixels_sha256(p) for p in (PIXELS, turned, changed)}) == 3
+    assert len({hash_pixels(p) for p in (PIXELS, turned, changed)}) == 3
 
 
 @pytest.mark.parametrize("format", FORMATS)

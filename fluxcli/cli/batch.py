@@ -39,7 +39,7 @@ def draw_rows(source: str, prompt: str | None, options: dict, *, resume: bool, f
             raise UsageError("rows of a stream cannot be shared", which=source, why=why, hint="give a file")
         share = processes.Share()
         rows = batch.rows(file, source, requests.make)
-        rows = share.of(_count_equal(rows))
+        rows = share.take(_count_equal(rows))
         windows = batch.in_windows(rows, WINDOW, streaming=streaming)
         with Dispatcher(alone=options["no_worker"] or options["debug"]) as runner:
             for window in windows:
@@ -53,7 +53,7 @@ def draw_rows(source: str, prompt: str | None, options: dict, *, resume: bool, f
                     runner.pause()  # the next row may be hours away
                 if fail_fast and tally.failed:
                     break
-        summary = Summary(*share.total(tally.counts()), round(time.perf_counter() - STARTED, 3))
+        summary = Summary(*share.add_up(tally.counts()), round(time.perf_counter() - STARTED, 3))
         if share.is_main:
             reporter.show(summary)
     if summary.failed and share.is_main:

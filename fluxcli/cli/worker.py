@@ -1,4 +1,4 @@
-"""`flux worker`: a process that keeps models in memory between commands; start, look at, empty and stop it."""
+"""`flux worker`: start, look at, empty and stop the process that keeps models in memory."""
 
 import re
 from typing import Annotated
@@ -27,14 +27,19 @@ def start(idle: Idle = "10m") -> None:
     """Start the worker, unless there is one; generate then uses it without being told."""
     status = client.start(parse_duration(idle))
     what = "is up" if status["started"] else "was up already (flux worker stop ends it)"
-    console.say(f"worker {status['pid']} {what}; it ends after {status['idle_limit_s']:g} s without a job")
+    console.say(
+        f"worker {status['pid']} {what}; it ends after {status['idle_limit_s']:g} s without a job"
+    )
 
 
 @worker_app.command("status")
 def status_command(
     json_output: Annotated[bool, typer.Option("--json", help="One JSON value.")] = False,
 ) -> None:
-    """Say what the worker does and holds; "no worker is running" (--json: null) and exit 0 where there is none."""
+    """Say what the worker does and holds.
+
+    Where there is none: "no worker is running" (--json: null) and exit 0.
+    """
     status = client.ask("status")
     if json_output:
         console.data_json(status)
@@ -54,20 +59,28 @@ def status_command(
 
 @worker_app.command()
 def stop() -> None:
-    """End the worker, which gives all its memory back; a job that it runs is finished by the command that gave it."""
+    """End the worker, which gives all its memory back.
+
+    A job that it runs is finished by the command that gave it.
+    """
     _tell("stop", done="has ended")
 
 
 @worker_app.command()
 def evict() -> None:
-    """Drop the worker's models, after the jobs before, and keep it: it loads them again when they are needed."""
+    """Drop the worker's models, after the jobs before, and keep the worker.
+
+    It loads them again when they are needed.
+    """
     _tell("evict", done="holds no models")
 
 
 @worker_app.command(hidden=True)
 def run(
     idle: Idle = "10m",
-    _events: Annotated[bool, typer.Option("--events", help="What ends it is a JSON object on stdout.")] = False,
+    _events: Annotated[
+        bool, typer.Option("--events", help="What ends it is a JSON object on stdout.")
+    ] = False,
 ) -> None:
     """Be the worker."""
     from fluxcli.run import worker

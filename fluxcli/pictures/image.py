@@ -1,73 +1,146 @@
 """Pixels to a jpg, png or webp file in memory with its metadata, and the metadata back from a file.
 
-Metadata: the A1111 `parameters` text that every viewer reads (PNG text, EXIF UserComment), and an XMP packet with
-`trainedAlgorithmicMedia` and all of it as JSON. Pixels are (H, W, 3) uint8, RGB.
+Metadata stands in a file twice: as the A1111 `parameters` text that every viewer reads (a PNG text
+or the EXIF UserComment), and as JSON in an XMP packet that also says `trainedAlgorithmicMedia`.
+Pixels are arrays (H, W, 3) of uint8, RGB. Knows nothing of how a picture is made or named; numpy
+and PIL are imported where a picture is encoded or read.
 """
 
 import functools
 import hashlib
 import io
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from html import escape, unescape
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fluxcli.errors import BadInputFile
-from quant.lazy import Image, np
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+Metadata = Mapping[str, Any]  # JSON types, see `run.saving.make_metadata`
 
 MAX_PIXELS = 64 * 1024 * 1024
-WISHES = ("device", "precision", "vram_limit", "offload")  # what came of them is said under "compute"
+FULL_CHROMA_QUALITY = 90  # from here on a jpg keeps the colours of every pixel
+KNOWN_HASHES = 65_536  # of files that were read, remembered by a process
+
+# Settings that say what was wished; what came of them stands under "compute".
+RESOURCES = ("device", "precision", "vram_limit", "offload")
+
 XMP = (
-    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf='
-    '"http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" xmlns:Iptc4xmpExt='
-    '"http://iptc.org/std/Iptc4xmpExt/2008-02-29/" xmlns:flux="urn:flux:1"><Iptc4xmpExt:DigitalSourceType>'
-    "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia</Iptc4xmpExt:DigitalSourceType>"
-    '<flux:metadata>{json}</flux:metadata></rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
+    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
+    '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about=""'
+    ' xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" xmlns:flux="urn:flux:1">'
+    "<Iptc4xmpExt:DigitalSourceType>"
+    "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+    "</Iptc4xmpExt:DigitalSourceType>"
+    "<flux:metadata>{json}</flux:metadata>"
+    '</rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
 )
+XMP_BEGIN = "<flux:metadata>"
+XMP_END = "</flux:metadata>"
 
 
-def encode(pixels: "np.ndarray", format: str, *, quality: int, metadata: dict | None) -> bytes:
-    """Encode pixels (H, W, 3) uint8; `metadata` is JSON-able (see `engine.metadata`) or None for a bare picture."""
-    from PIL import ExifTags
-    from PIL.PngImagePlugin import PngInfo
+# --- to a file
 
-    image, buffer = Image.fromarray(pixels, "RGB"), io.BytesIO()
-    options: dict = {"quality": quality, "subsampling": 0 if quality >= 90 else -1}  # each format takes what it knows
-    if metadata:
-        text = parameters_text(metadata)
-        xmp = XMP.format(json=escape(json.dumps(metadata, ensure_ascii=False, sort_keys=True), quote=False))
-        if format == "png":
-            info = options["pnginfo"] = PngInfo()
-            info.add_itxt("parameters", text)
-            info.add_itxt("XML:com.adobe.xmp", xmp)
-        else:
-            exif = Image.Exif()
-            comment = b"UNICODE\0" + text.encode("utf-16-be", "surrogatepass")
-            exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
-            options |= {"exif": exif.tobytes(), "xmp": xmp.encode()}
+
+def encode(pixels: "np.ndarray", format: str, *, quality: int, metadata: Metadata | None) -> bytes:
+    """Return the bytes of a jpg, png or webp file; without `metadata` it is a bare picture.
+
+    `quality` is from 1 to 100 and means nothing for a png.
+    """
+    from PIL import Image
+
+    image = Image.fromarray(pixels, "RGB")
+    options: dict[str, Any] = {}
+    if metadata and format == "png":
+        options["pnginfo"] = _make_png_texts(metadata)
+    elif metadata:
+        options["exif"] = _make_exif(metadata)
+        options["xmp"] = _make_xmp(metadata).encode()
+    if format != "png":
+        options["quality"] = quality
+    if format == "jpg":
+        options["subsampling"] = "4:4:4" if quality >= FULL_CHROMA_QUALITY else "4:2:0"
+    buffer = io.BytesIO()
     image.save(buffer, "jpeg" if format == "jpg" else format, **options)
     return buffer.getvalue()
 
 
-def pixels_sha256(pixels: "np.ndarray") -> str:
-    """sha256 of the size and the RGB bytes: equal for equal pictures, whatever the file format."""
-    return hashlib.sha256(f"{pixels.shape[1]}x{pixels.shape[0]}:".encode() + pixels.tobytes()).hexdigest()
+def _make_png_texts(metadata: Metadata) -> Any:
+    from PIL.PngImagePlugin import PngInfo
+
+    texts = PngInfo()
+    texts.add_itxt("parameters", format_parameters(metadata))
+    texts.add_itxt("XML:com.adobe.xmp", _make_xmp(metadata))
+    return texts
 
 
-def request_hash(metadata: dict, *, seeded: bool = True) -> str:
-    """sha256 of what decides a picture, from its metadata: request, model, adapters, and what it was computed with.
+def _make_exif(metadata: Metadata) -> bytes:
+    from PIL import ExifTags, Image
 
-    Without `seeded` any seed does that was not asked for.
+    exif = Image.Exif()
+    text = format_parameters(metadata).encode("utf-16-be", "surrogatepass")
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + text
+    return exif.tobytes()
+
+
+def _make_xmp(metadata: Metadata) -> str:
+    text = json.dumps(metadata, ensure_ascii=False, sort_keys=True)
+    return XMP.format(json=escape(text, quote=False))
+
+
+def format_parameters(metadata: Metadata) -> str:
+    """Return the text that A1111 and its readers know: the prompt, then a line of settings."""
+    request = metadata["request"]
+    width, height = metadata["size"]
+    settings = [
+        f"Steps: {request['steps']}",
+        "Sampler: Euler",
+        "Schedule type: Simple",
+        "CFG scale: 1",
+    ]
+    if request["guidance"] is not None:
+        settings.append(f"Distilled CFG Scale: {request['guidance']:g}")
+    settings += [
+        f"Seed: {request['seed']}",
+        f"Size: {width}x{height}",
+        f"Model: {metadata['model']['name']}",
+        f"Model hash: {metadata['model']['fingerprint'][:10]}",
+        f"Version: flux {metadata['versions']['flux']}",
+    ]
+    return f"{request['prompt']}\n{', '.join(settings)}"
+
+
+# --- what identifies a picture
+
+
+def hash_pixels(pixels: "np.ndarray") -> str:
+    """Return the sha256 of the size and the RGB bytes: equal for equal pictures in any format."""
+    height, width, _ = pixels.shape
+    return hashlib.sha256(f"{width}x{height}:".encode() + pixels.tobytes()).hexdigest()
+
+
+def hash_request(metadata: Metadata, *, seeded: bool = True) -> str:
+    """Return the sha256 of what decides a picture, from its metadata.
+
+    That is the request, the model, the adapters and what it was computed with; not the wishes that
+    led there. Without `seeded` any seed does that was not asked for.
     """
-    parts = {key: metadata.get(key) for key in ("request", "size", "model", "compute", "lora")}
-    parts["request"] = {key: value for key, value in parts["request"].items() if key not in WISHES}
+    request = {name: value for name, value in metadata["request"].items() if name not in RESOURCES}
+    parts = {name: metadata.get(name) for name in ("size", "model", "compute", "lora")}
     if not seeded:
-        parts |= {"request": parts["request"] | {"seed": -1}, "seeded": metadata.get("seeded")}
+        request["seed"] = -1
+        parts["seeded"] = metadata.get("seeded")
+    parts["request"] = request
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def carries_hash(path: Path, wanted: Collection[str], *, seeded: bool) -> bool:
-    """Return whether a path is a whole picture with one of these request hashes."""
+    """Return whether a path is a whole picture with one of these hashes of its request."""
     try:
         status = path.stat()
         hashes = _read_hashes(path.absolute(), status.st_mtime_ns, status.st_size)
@@ -76,50 +149,61 @@ def carries_hash(path: Path, wanted: Collection[str], *, seeded: bool) -> bool:
     return hashes[seeded] in wanted
 
 
-@functools.lru_cache(maxsize=100_000)
-def _read_hashes(path: Path, *_: int) -> dict[bool, str]:
-    """Return a picture's request hashes, with and without its seed; read once for each state of the file."""
+@functools.lru_cache(KNOWN_HASHES)
+def _read_hashes(path: Path, *_state: int) -> dict[bool, str]:
+    """Return the hashes of a picture's request with (True) and without (False) its seed.
+
+    They are read once for each state of the file.
+    """
     metadata = read_metadata(path)
-    return {seeded: request_hash(metadata, seeded=seeded) for seeded in (True, False)}
+    return {seeded: hash_request(metadata, seeded=seeded) for seeded in (True, False)}
 
 
-def parameters_text(metadata: dict) -> str:
-    """The text that A1111 and its readers know: the prompt, then a line of settings."""
-    request, (width, height) = metadata["request"], metadata["size"]
-    guidance = "" if request["guidance"] is None else f"Distilled CFG Scale: {request['guidance']:g}, "
-    return (
-        f"{request['prompt']}\nSteps: {request['steps']}, Sampler: Euler, Schedule type: Simple, CFG scale: 1, "
-        f"{guidance}Seed: {request['seed']}, Size: {width}x{height}, Model: {metadata['model']['name']}, "
-        f"Model hash: {metadata['model']['fingerprint'][:10]}, Version: flux {metadata['versions']['flux']}"
-    )
+# --- from a file
 
 
-def read_metadata(path: Path) -> dict:
-    """The metadata that `encode` wrote; raises `BadInputFile` where there is none or the file is no picture."""
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Return the metadata that `encode` wrote.
+
+    Raises `BadInputFile` where there is none or the file is no picture.
+    """
     with open_picture(path) as image:
         packet = image.info.get("xmp", b"").decode("utf-8", "replace")
-    text = packet.partition("<flux:metadata>")[2].rpartition("</flux:metadata>")[0]
+    text = packet.partition(XMP_BEGIN)[2].rpartition(XMP_END)[0]
     try:
         metadata = json.loads(unescape(text))
     except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict) or not isinstance(metadata.get("request"), dict):
-        hint = "pictures made with --no-metadata, or edited since, cannot be replayed"
-        raise BadInputFile("no flux metadata", which=path, why="the picture carries none", hint=hint)
+        raise BadInputFile(
+            "no flux metadata",
+            which=path,
+            why="the picture carries none",
+            hint="pictures made with --no-metadata, or edited since, cannot be replayed",
+        )
     return metadata
 
 
 def open_picture(path: Path) -> "Image.Image":
-    """Open and fully decode a png, jpg or webp; raises `BadInputFile` for anything else, or one too large."""
+    """Open and fully decode a png, jpg or webp.
+
+    Raises `BadInputFile` for anything else, and for more than `MAX_PIXELS`.
+    """
+    from PIL import Image
+
     try:
         if path.exists() and not path.is_file():
             raise BadInputFile("cannot read the picture", which=path, why="it is no regular file")
         with path.open("rb") as file:
             image = Image.open(file, formats=("PNG", "JPEG", "WEBP"))
             if image.width * image.height > MAX_PIXELS:
-                raise BadInputFile("picture too large", which=path, why=f"{image.width}x{image.height} pixels")
+                why = f"{image.width}x{image.height} pixels"
+                raise BadInputFile("picture too large", which=path, why=why)
             image.load()
             return image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         why = getattr(error, "strerror", None) or "it is no readable png, jpg or webp"
         raise BadInputFile("cannot read the picture", which=path, why=why) from error
+
+
+pixels_sha256 = hash_pixels  # until its callers are rewritten

@@ -28,7 +28,7 @@ class Latents:
     tokens: "torch.Tensor"
     step: int = 0
     model: str = ""
-    request_hash: str = ""  # what the finished picture will carry, see `image.request_hash`
+    request_hash: str = ""  # what the finished picture will carry, see `image.hash_request`
 
 
 def save(latents: Latents, target: output.Target, n: int = 1, row: int = 0) -> Path:

@@ -49,7 +49,8 @@ LOG_BYTES = 1 << 20  # a longer log begins anew
 # What a peer that is gone, or a stranger, gives rise to.
 BROKEN = (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError)
 
-# Variables that decide which models are found and how they compute: a worker with others is not used.
+# Variables that decide which models are found and how they compute: a worker with others is of no
+# use.
 VARIABLES = (
     "FLUX_MIRROR",
     "HF_HOME",
@@ -74,7 +75,10 @@ class Ended(Lost):
 
 
 class RemoteError(ExplainedError):
-    """What ended a job in the worker, or the worker at its start; with the exit code of a run in process."""
+    """What ended a job in the worker, or the worker at its start.
+
+    Message, hint and exit code are those of a run in process.
+    """
 
     def __init__(self, message: str, *, hint: str, exit_code: int) -> None:
         super().__init__(message, hint=hint)
@@ -162,7 +166,9 @@ def start(idle_s: float) -> dict[str, Any]:
             if time.monotonic() >= until:
                 why = f"the worker does not answer after {START_S:g} s"
                 raise RemoteError(why, hint=f"see {log}", exit_code=ExitCode.DEVICE)
-            if process is None or process.poll() == 0:  # 0: it met another one, that was about to end
+            if (
+                process is None or process.poll() == 0
+            ):  # 0: it met another one, that was about to end
                 process = _spawn(log, idle_s=idle_s, said=said)
             if process.poll():
                 raise _explain_death(process.returncode, said=said, log=log)
@@ -182,7 +188,9 @@ def _spawn(log: Path, *, idle_s: float, said: IO[bytes]) -> "subprocess.Popen[by
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=stderr,
-                cwd=Path(fluxcli.__file__).parent.parent,  # -m finds fluxcli there, and nothing of the caller's
+                cwd=Path(
+                    fluxcli.__file__
+                ).parent.parent,  # -m finds fluxcli there, and nothing of the caller's
                 start_new_session=True,
             )
     except OSError as error:
@@ -196,7 +204,10 @@ def _command(idle_s: float) -> list[str]:
 
 
 def _explain_death(returncode: int, *, said: IO[bytes], log: Path) -> RemoteError:
-    """Return the error of a worker that ended before it answered: its Failed event, else its exit code."""
+    """Return the error of a worker that ended before it answered.
+
+    It is that of the worker's Failed event, where it could say one, else its exit code.
+    """
     message = f"exit {returncode}"
     exit_code = ExitCode.BUG
     said.seek(0)
@@ -244,7 +255,10 @@ def locate_socket() -> Path:
 
 
 def check_private(folder: Path) -> None:
-    """Raise `Lost` for a folder that others can enter, or could have made; OSError where there is none."""
+    """Raise `Lost` for a folder that others can enter or could have made.
+
+    Raises OSError where there is none.
+    """
     found = os.lstat(folder)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         hint = f"chmod 700 {folder}, or remove it"
@@ -256,8 +270,13 @@ def send(connection: "Connection", value: dict[str, Any]) -> None:
     connection.send_bytes(json.dumps(value).encode())
 
 
-def receive(connection: "Connection", *, within_s: float, limit_bytes: int = FRAME_BYTES) -> dict[str, Any]:
-    """Return the next frame; raises one of `BROKEN` for anything else, TimeoutError for none in time."""
+def receive(
+    connection: "Connection", *, within_s: float, limit_bytes: int = FRAME_BYTES
+) -> dict[str, Any]:
+    """Return the next frame.
+
+    Raises TimeoutError where none comes in time, one of `BROKEN` for what is no frame.
+    """
     if not connection.poll(within_s):
         raise TimeoutError
     value = json.loads(connection.recv_bytes(limit_bytes))

@@ -1,4 +1,4 @@
-"""Where a job runs: in a live worker, or here; and here, too, what a worker that was lost has left of it.
+"""Where a job runs: in a live worker, or here; and here, too, what a lost worker has left of it.
 
 Imports neither torch nor the engine unless the job runs here.
 """
@@ -28,7 +28,7 @@ class Dispatcher:
     """Runs the jobs of one command; what it loads here stays until the end of it."""
 
     def __init__(self, *, alone: bool) -> None:
-        """`alone` asks no worker. Raises `UsageError` for a FLUX_WORKER that is none of `CHOICES`."""
+        """Ask no worker where `alone`. Raises `UsageError` for an unknown FLUX_WORKER."""
         self._choice = os.environ.get(VARIABLE) or "on"
         if self._choice not in CHOICES:
             why = f"{self._choice[:40]!r} is none of {', '.join(CHOICES)}"
@@ -88,13 +88,16 @@ class Dispatcher:
                 yield event
 
     def _may_use_worker(self, job: Job, *, kept: "Latents | None") -> bool:
-        """Return whether a worker is asked for a job: it has neither this stdout nor half a picture."""
+        """Return whether a worker can run a job: it has neither this stdout nor half a picture."""
         if self._choice == "off" or kept or self._session:
             return False
         return not any(row.request and row.request.output == STDOUT for row in job.rows)
 
     def _run_in_worker(self, job: Job) -> Iterator[Event]:
-        """Yield the job's events; raises `client.RemoteError` as it failed, `client.Lost` as the worker did."""
+        """Yield the job's events.
+
+        Raises `client.RemoteError` where the job failed, `client.Lost` where the worker did.
+        """
         if not client.AVAILABLE and VARIABLE in os.environ:
             raise client.Lost("the worker is not available on Windows yet")
         if self._choice == "auto":
@@ -119,5 +122,7 @@ def _evict_worker(job: Job, *, always: bool) -> Iterator[Event]:
         if status.get("running"):
             if job.no_wait:
                 return
-            yield Notice(f"worker {status['pid']} makes room after its job: waiting (--no-wait does not)")
+            yield Notice(
+                f"worker {status['pid']} makes room after its job: waiting (--no-wait does not)"
+            )
         client.ask("evict")

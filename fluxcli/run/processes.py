@@ -1,6 +1,7 @@
-"""Several processes on one batch, as `accelerate launch` and torchrun start them: whose rows are whose, one summary.
+"""Several processes on one batch, as `accelerate launch` and torchrun start them.
 
-The processes see the same rows; each draws every n-th of them on its own device.
+All processes see the same rows; each draws every n-th of them on its own device, and one of them
+says the summary of all. accelerate is imported only where a launcher has started several.
 """
 
 import os
@@ -16,38 +17,55 @@ PATIENCE = timedelta(days=1)  # cards differ, and one process may have all the l
 
 
 def count() -> int:
-    """How many processes share the batch, as a launcher says it by all of its variables."""
+    """Return how many processes share the batch, as a launcher says it by all of its variables.
+
+    A WORLD_SIZE alone is what some scheduler left: then there is one.
+    """
     text = os.environ.get("WORLD_SIZE", "")
-    return max(1, int(text)) if text.isdecimal() and all(map(os.environ.get, VARIABLES)) else 1
+    if not text.isdecimal() or not all(os.environ.get(name) for name in VARIABLES):
+        return 1
+    return max(1, int(text))
 
 
 class Share:
-    """This process's part of the rows."""
+    """This process's part of the rows. `is_main` tells whether it speaks for all."""
 
     def __init__(self) -> None:
-        self.is_main, self._index, self._count = True, 0, count()
-        if self._count > 1:
-            from accelerate import PartialState
+        """Find the other processes; raises `DeviceUnusable` where they do not answer."""
+        self.is_main = True
+        self._index = 0
+        self._count = count()
+        if self._count == 1:
+            return
+        from accelerate import PartialState
 
-            try:  # gloo in any case: what is shared is a few numbers, and NCCL would take memory of every card
-                state = PartialState(cpu=True, backend="gloo", timeout=PATIENCE)
-            except (RuntimeError, ValueError) as error:
-                why = str(error).splitlines()[0][:160]
-                raise DeviceUnusable("the processes do not find each other", why=why) from error
-            self._index, self._count, self.is_main = state.process_index, state.num_processes, state.is_main_process
+        try:
+            # gloo in any case: a few numbers are shared, and NCCL would take memory of every card.
+            state = PartialState(cpu=True, backend="gloo", timeout=PATIENCE)
+        except (RuntimeError, ValueError) as error:
+            why = str(error).splitlines()[0][:160]
+            raise DeviceUnusable("the processes do not find each other", why=why) from error
+        self.is_main = state.is_main_process
+        self._index = state.process_index
+        self._count = state.num_processes
 
-    def of(self, rows: Iterator[Row]) -> Iterator[Row]:
-        """Every n-th of the rows."""
+    def take(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """Yield every n-th of the rows."""
         return islice(rows, self._index, None, self._count)
 
-    def total(self, counts: Sequence[int]) -> list[int]:
-        """The sums over all processes; waits for them."""
+    def add_up(self, counts: Sequence[int]) -> list[int]:
+        """Return the sums over all processes, once all have asked.
+
+        Raises `BatchFailed` where one of them has ended before.
+        """
         if self._count == 1:
             return list(counts)
         from accelerate.utils import gather_object
 
         try:
-            return [sum(column) for column in zip(*gather_object([list(counts)]), strict=True)]
+            gathered = gather_object([list(counts)])
         except RuntimeError as error:
+            why = "its rows are not done"
             hint = "the same command with --resume draws what is left"
-            raise BatchFailed("another process has ended", why="its rows are not done", hint=hint) from error
+            raise BatchFailed("another process has ended", why=why, hint=hint) from error
+        return [sum(column) for column in zip(*gathered, strict=True)]

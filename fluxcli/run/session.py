@@ -266,7 +266,7 @@ def _hashes_of(engine: Engine, picture: Picture) -> set[str]:
     """Return the hashes that a picture may carry: decoded in tiles, too, as it is where memory runs out."""
     planned = engine.metadata(picture.request, seeded=picture.seeded)
     tiled = planned | {"compute": planned["compute"] | {"tiled": True}}
-    return {image.request_hash(each, seeded=picture.seeded) for each in (planned, tiled)}
+    return {image.hash_request(each, seeded=picture.seeded) for each in (planned, tiled)}
 
 
 def _find_kept(engine: Engine, picture: Picture) -> Latents | None:
@@ -308,7 +308,7 @@ def _advise(error: DoesNotFit, planned: Planned, engine: Engine, window: Sequenc
     for picture in window:
         if picture.latents and picture.latents.step and not picture.saved:
             with contextlib.suppress(OSError):  # what went wrong first is what must be said
-                made = image.request_hash(engine.metadata(picture.request))
+                made = image.hash_request(engine.metadata(picture.request))
                 kept = replace(picture.latents, request_hash=made)
                 place = latents.save(kept, picture.target, picture.number, picture.row)
                 error.why, error.hint = f"{error.why}; the latents are kept in {place}", f"flux decode {place}"

@@ -2,8 +2,8 @@
 
 Knows the wire (see `client`) and the queue, nothing of models: the session does. Jobs run one at a
 time in the main thread, where torch and signals want to be; every connection has a thread that only
-talks. The worker ends when idle, when told to, by a signal, and after an error that leaves the device
-in doubt; the next one begins with a clean device. Times are in seconds.
+talks. The worker ends when idle, when told to, by a signal, and after an error that leaves the
+device in doubt; the next one begins with a clean device. Times are in seconds.
 """
 
 import contextlib
@@ -54,14 +54,18 @@ def serve(idle_s: float, *, session: "Session | None" = None, explain: Explain =
         from fluxcli.run.session import Session
 
         session = Session()
-    sys.path[:] = [os.path.abspath(each) for each in sys.path]  # nothing is imported from a caller's folder
+    sys.path[:] = [
+        os.path.abspath(each) for each in sys.path
+    ]  # nothing is imported from a caller's folder
     os.umask(0o077)
     path = client.locate_socket()
     with contextlib.suppress(FileExistsError):
         os.mkdir(path.parent, 0o700)
     client.check_private(path.parent)
     if len(os.fsencode(path)) > PATH_BYTES:
-        raise OutputError("no socket can be here", which=path, why="the path is too long", hint="set TMPDIR")
+        raise OutputError(
+            "no socket can be here", which=path, why="the path is too long", hint="set TMPDIR"
+        )
     try:
         held = FileLock(path.with_suffix(".lock")).acquire(timeout=0)
     except Timeout:
@@ -83,7 +87,9 @@ def _listen(path: Path) -> "Iterator[Listener]":
     try:
         yield listener
     finally:
-        with contextlib.suppress(FileNotFoundError):  # it removes the socket: somebody may have done so
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # it removes the socket: somebody may have done so
             listener.close()
 
 
@@ -111,9 +117,9 @@ class Call:
 
 
 class Outcome(NamedTuple):
-    """How a job ended: its last frame (None where it was cancelled), and whether the device is in doubt."""
+    """How a job ended."""
 
-    frame: dict[str, Any] | None
+    frame: dict[str, Any] | None  # its last; None where it was cancelled
     is_doubtful: bool = False
 
 
@@ -128,7 +134,9 @@ class Worker:
         self._idle_s = idle_s
         self._path = path
         self._explain = explain
-        self._installation = client.describe_installation()  # before a library changes the environment
+        self._installation = (
+            client.describe_installation()
+        )  # before a library changes the environment
         self._changed = threading.Condition()  # guards the next three
         self._waiting: list[Call] = []
         self._running: Call | None = None
@@ -226,7 +234,8 @@ class Worker:
                     if connection.poll(ALIVE_S):  # a client says no more: it has gone
                         break
                     call.send({"alive": True})
-        except (OSError, EOFError):  # anything else that a stranger provokes ends the thread, too, and is logged
+        except (OSError, EOFError):
+            # Anything else that a stranger provokes ends this thread, too, and stands in the log.
             pass
         finally:
             with call.lock:
@@ -264,7 +273,10 @@ class Worker:
         return sorted(key for key in mine | theirs if mine.get(key) != theirs.get(key))
 
     def _queue(self, call: Call) -> None:
-        """Let a call wait for its turn, and say behind how many; or not, where it would rather not wait."""
+        """Let a call wait for its turn, and say behind how many.
+
+        One that would rather not wait is told so at once, and is over.
+        """
         with call.lock:  # so that nothing precedes what is said here
             with self._changed:
                 before = sum(not each.gone for each in self._waiting)

@@ -63,7 +63,7 @@ def test_a_process_whose_partner_is_killed_says_so(commands):
 
 def test_a_variable_that_a_scheduler_left_is_no_batch_of_many(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert count_processes() == 1 and list(Share().of(iter("abc"))) == list("abc")
+    assert count_processes() == 1 and list(Share().take(iter("abc"))) == list("abc")
 
 
 def test_no_process_waits_too_short_for_the_others(monkeypatch):
@@ -74,7 +74,7 @@ def test_no_process_waits_too_short_for_the_others(monkeypatch):
         monkeypatch.setenv(name, "2")
     state = SimpleNamespace(process_index=1, num_processes=2, is_main_process=False)
     monkeypatch.setattr(accelerate, "PartialState", lambda **options: asked.update(options) or state)
-    assert list(Share().of(iter("abc"))) == ["b"]
+    assert list(Share().take(iter("abc"))) == ["b"]
     assert asked["timeout"] >= timedelta(days=1) and asked["backend"] == "gloo" and asked["cpu"]
 
 

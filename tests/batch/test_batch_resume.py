@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fluxcli.events import Saved, Skipped
-from fluxcli.pictures.image import read_metadata, request_hash
+from fluxcli.pictures.image import hash_request, read_metadata
 from fluxcli.request.job import Job, Row
 from fluxcli.run.session import Session
 from quant.checkpoint import Checkpoint, inspect
@@ -62,8 +62,8 @@ def test_another_model_device_or_adapter_of_the_same_name_is_another_picture(dra
     assert resumed(capsys) == ([], [path])
     made = read_metadata(Path(path))
     for part in ("request", "size", "model", "compute", "lora"):
-        assert request_hash(made | {part: {"seed": 1}}) != request_hash(made), part
-    assert request_hash(made | {"versions": {}, "pixels_sha256": ""}) == request_hash(made)
+        assert hash_request(made | {part: {"seed": 1}}) != hash_request(made), part
+    assert hash_request(made | {"versions": {}, "pixels_sha256": ""}) == hash_request(made)
     write_lora(Path("x.safetensors"), checkpoint, pattern=".*attn.to_q", seed=1)
     assert len(resumed(capsys)[0]) == 1
 
