@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Self
 
@@ -14,6 +14,7 @@ from fluxcli.errors import OutputError
 from fluxcli.events import Done, Event, Failed, Notice, Phase, Saved, Skipped, Step, Summary, to_json
 from fluxcli.signals import LAST_WORDS, check_signals
 
+TEXT = object()  # in place of a JSON value: the table itself is wanted
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -39,6 +40,26 @@ def data_json(value: object, *, indent: int | None = None) -> None:
     encoding = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "")
     text = json.dumps(value, ensure_ascii=indent is None or encoding != "utf8", indent=indent)
     data(re.sub(r"[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text))
+
+
+def table(rows: Iterable[Sequence[str]], *, json: object = TEXT) -> None:
+    """Print rows of cells as lines of aligned columns, or instead the value that `json` is.
+
+    A cell may come from a file's name: what would control the terminal is spelled out. The JSON
+    has such characters as escapes, so nothing is lost there.
+    """
+    if json is not TEXT:
+        data_json(json)
+        return
+    lines = [[_one_line(cell) for cell in row] for row in rows]
+    widths: list[int] = []
+    for line in lines:
+        widths += [0] * (len(line) - len(widths))
+        for k, cell in enumerate(line[:-1]):  # the last is as long as it is
+            widths[k] = max(widths[k], len(cell))
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
+        data("  ".join(cells).rstrip())
 
 
 def say(text: str) -> None:

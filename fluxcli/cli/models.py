@@ -10,89 +10,144 @@ import typer
 from fluxcli.cli import console
 from fluxcli.errors import BadInputFile, UsageError, WeightsUnavailable
 from fluxcli.models import find as models
-from fluxcli.models import hub
+from fluxcli.models import hub, loras
 from fluxcli.paths import config_folder
 from fluxcli.request import presets
 from quant.checkpoint import COMPONENTS, is_complete
 
 models_app = typer.Typer(help="Get, check and remove the weights of models.", no_args_is_help=True)
-Name = Annotated[str, typer.Argument(help="A preset, a hub id ORG/NAME, or a name of flux models list.")]
+ONLY = f"Parts, e.g. tokenizers or transformer,vae: {' '.join(hub.PARTS)}."
+
+Name = Annotated[
+    str, typer.Argument(help="A preset, a hub id ORG/NAME, or a name of flux models list.")
+]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors on stderr.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON array.")]
 
 
 @models_app.command("list")
-def list_command(json_output: Annotated[bool, typer.Option("--json", help="One JSON array.")] = False) -> None:
+def list_command(json_output: Json = False) -> None:
     """List the models that are here: bundled, in the hub's cache, in FLUX_MIRROR, and made by quantize."""
-    rows = [vars(each) | {"path": str(each.path), "state": each.state, "bytes": hub.nbytes([each])}
-            for each in hub.listing()]  # fmt: skip
-    if json_output:
-        console.data_json(rows)
-    for row in [] if json_output else rows:
-        size = f"{row['bytes'] / 1e9:>7.2f} GB"
-        line = f"{row['name']:<36} {row['kind']:<8} {row['commit'][:12]:<12} {row['state']:<8} {size}"
-        console.data(console.CONTROL.sub("?", line))
+    rows = []
+    described = []
+    for each in hub.list_models(also=_list_lora_repositories()):
+        size_bytes = hub.count_bytes([each])
+        about = {"name": each.name, "kind": each.kind, "path": str(each.path)}
+        about |= {"commit": each.commit, "state": each.state, "bytes": size_bytes}
+        described.append(about)
+        size = f"{size_bytes / 1e9:>7.2f} GB"
+        rows.append((each.name, each.kind, each.commit[:12], each.state, size))
+    console.table(rows, json=described if json_output else console.TEXT)
 
 
 @models_app.command()
 def download(
-    name: Annotated[str, typer.Argument(help="A preset, ORG/NAME, or ORG/NAME:FILE.safetensors.", show_default=False)],
-    only: Annotated[str, typer.Option(help=f"Parts, e.g. tokenizers or transformer,vae: {' '.join(hub.PARTS)}.")] = "",
-    mirror: Annotated[Optional[Path], typer.Option(help="Plain files below this folder; see FLUX_MIRROR.")] = None,
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A preset, ORG/NAME, or ORG/NAME:FILE.safetensors.", show_default=False
+        ),
+    ],
+    only: Annotated[str, typer.Option(help=ONLY)] = "",
+    mirror: Annotated[
+        Optional[Path], typer.Option(help="Plain files below this folder; see FLUX_MIRROR.")
+    ] = None,
     revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
     quiet: Quiet = False,
 ) -> None:
     """Download a model's weights into the hub's cache (34 GB for dev) and check them; prints the folder or file."""
     model = presets.model_of(name, config_folder())
-    parts, bundled = [part.strip() for part in only.split(",") if part.strip()], model.startswith("bundled/")
+    parts = [part.strip() for part in only.split(",") if part.strip()]
+    bundled = model.startswith("bundled/")
     if parts and (bundled or ":" in model):
-        raise UsageError("--only does not apply", which=name, why="it takes parts of a model of the hub, ORG/NAME")
+        why = "it takes parts of a model of the hub, ORG/NAME"
+        raise UsageError("--only does not apply", which=name, why=why)
     if bundled:
         console.say(f"{name} comes with flux, there is nothing to download")
-    options = {"only": parts, "folder": mirror, "revision": revision}
-    with console.Reporter(quiet=quiet, started=time.perf_counter()) as reporter:
-        say = (lambda _: None) if quiet else console.say
-        path = models.locate(model) if bundled else hub.download(model, say, reporter.show_bytes, **options)
+        path = models.locate(model)
+    else:
+        say = _say_nothing if quiet else console.say
+        with console.Reporter(quiet=quiet, started=time.perf_counter()) as reporter:
+            path = hub.download(
+                model, say, reporter.show_bytes, only=parts, mirror=mirror, revision=revision
+            )
     console.data(str(path))
+
+
+def _say_nothing(_line: str) -> None:
+    """In place of `console.say` for --quiet."""
 
 
 @models_app.command()
 def verify(name: Name, quiet: Quiet = False) -> None:
-    """Compare every file of a model with its published checksum; needs no network. Damaged: exit 4, partial: exit 3."""
-    found = _found(name)
+    """Compare every file of a model with the checksum that the hub publishes. Damaged: exit 4, partial: exit 3."""
+    found = _find(name)
     usable = any(each.state == "complete" for each in found)
     for each in found:
-        with console.Reporter(quiet=quiet, started=time.perf_counter()) as reporter:
-            damaged, known = hub.verify(each, reporter.show_bytes)
+        if not quiet:
+            console.say(f"{each.name}: reads {hub.count_bytes([each]) / 1e9:.2f} GB")
+        damaged, known = hub.verify(each)
         if damaged:
-            why = "; ".join(damaged[:3]) + f"; and {len(damaged) - 3} more" * (len(damaged) > 3)
-            hint = f"flux models remove {each.name} --yes, then: flux models download {each.name}"
-            raise BadInputFile("damaged", each.name, why=why, hint=hint if each.kind == "hub" else "make a new one")
-        checked = f"{len(each.files)} files, " + (f"{known} by checksum" if known else "no checksum is known")
+            _refuse_damaged(each, damaged)
+        by_checksum = f"{known} by checksum" if known else "no checksum is known"
+        checked = f"{len(each.files)} files, {by_checksum}"
         if each.state == "partial" and not usable:
-            lacking = [part for part in COMPONENTS if not is_complete(each.path, (part,))]
-            what = f"weights of {', '.join(lacking)}" if is_complete(each.path, ()) else "configs or tokenizers"
-            hint = f"flux models download {each.name}" + f" --mirror {each.path.parents[1]}" * (each.kind == "mirror")
-            hint = "make a new one" if each.kind == "baked" else hint
-            raise WeightsUnavailable("not whole", which=each.name, why=f"{what} are missing; {checked}", hint=hint)
+            _refuse_partial(each, checked)
         console.data(f"{each.name} {each.commit[:12]} {each.state}: {checked}")
 
 
+def _refuse_damaged(model: hub.LocalModel, damaged: list[str]) -> None:
+    why = "; ".join(damaged[:3])
+    if len(damaged) > 3:
+        why += f"; and {len(damaged) - 3} more"
+    hint = "make a new one"
+    if model.kind == "hub":
+        hint = f"flux models remove {model.name} --yes, then: flux models download {model.name}"
+    raise BadInputFile("damaged", model.name, why=why, hint=hint)
+
+
+def _refuse_partial(model: hub.LocalModel, checked: str) -> None:
+    what = "configs or tokenizers"
+    if is_complete(model.path, ()):
+        lacking = [part for part in COMPONENTS if not is_complete(model.path, (part,))]
+        what = f"weights of {', '.join(lacking)}"
+    hint = f"flux models download {model.name}"
+    if model.kind == "mirror":
+        hint += f" --mirror {model.path.parents[1]}"
+    elif model.kind == "baked":
+        hint = "make a new one"
+    why = f"{what} are missing; {checked}"
+    raise WeightsUnavailable("not whole", which=model.name, why=why, hint=hint)
+
+
 @models_app.command()
-def remove(name: Name, yes: Annotated[bool, typer.Option("--yes", help="Without asking.")] = False) -> None:
+def remove(
+    name: Name, yes: Annotated[bool, typer.Option("--yes", help="Without asking.")] = False
+) -> None:
     """Delete a model from the hub's cache, every revision of it, or one that quantize made."""
-    found = [each for each in _found(name) if each.kind in ("hub", "baked")]
+    found = [each for each in _find(name) if each.kind in ("hub", "baked")]
     if not found:
-        raise UsageError("not removed", which=name, why="it comes with flux, or lies in the mirror")
-    console.say(f"{', '.join(str(each.path) for each in found)}: {hub.nbytes(found) / 1e9:.2f} GB will be deleted")
+        why = "it comes with flux, or lies in the mirror"
+        raise UsageError("not removed", which=name, why=why)
+    paths = ", ".join(str(each.path) for each in found)
+    console.say(f"{paths}: {hub.count_bytes(found) / 1e9:.2f} GB will be deleted")
     if not yes and not (sys.stdin and sys.stdin.isatty()):
-        raise UsageError("not removed", which=name, why="nobody can be asked", hint=f"flux models remove {name} --yes")
-    for each in found if yes or console.confirmed("delete it?") else ():
-        hub.remove(each)
+        hint = f"flux models remove {name} --yes"
+        raise UsageError("not removed", which=name, why="nobody can be asked", hint=hint)
+    if yes or console.confirmed("delete it?"):
+        for each in found:
+            hub.remove(each)
 
 
-def _found(name: str) -> list[hub.Here]:
-    """What has exactly this name, else the model of the preset."""
+def _find(name: str) -> list[hub.LocalModel]:
+    """The models that have exactly this name, else those of the preset of this name."""
     for wanted in (name, presets.model_of(name, config_folder())):
-        if found := [each for each in hub.listing(wanted) if each.name == wanted]:
+        found = [each for each in hub.list_models(also=[wanted]) if each.name == wanted]
+        if found:
             return found
     raise WeightsUnavailable("no such model here", which=name, hint="flux models list")
+
+
+def _list_lora_repositories() -> set[str]:
+    """The hub ids whose repositories in the cache hold a LoRA."""
+    return {name.partition(":")[0] for name in loras.listing() if ":" in name}

@@ -1,211 +1,442 @@
-"""Weights of the hub: one pinned commit downloaded, retried in process and checked; what is here verified, removed.
+"""Models and the hub: one pinned commit is downloaded and checked; what is here is listed, verified, removed.
 
-huggingface_hub does the work, in its own cache. Knows no terminal: `say(line)` and `count(bytes done, total, file)`.
+huggingface_hub does the work, in its own cache and with its own patience. Knows no terminal: what
+it has to tell goes to `say(line)` and `count(bytes_done, bytes_total, what)`. Sizes are in bytes.
 """
 
 import contextlib
-import hashlib
-import os
+import glob
 import re
 import shutil
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fluxcli.errors import BadInputFile, OutputError, UsageError, WeightsUnavailable
 from fluxcli.models import find as models
-from fluxcli.models import loras as lora
 from quant.checkpoint import COMPONENTS, MANIFEST, TOKENIZERS, is_complete
 from quant.config import read_json
-from quant.errors import CheckpointError
+from quant.errors import CheckpointError, ExplainedError
 from quant.files import check_room, nearest
 from quant.header import read_header
 
-PAUSES_S, LONGEST_PAUSE_S = (1, 4, 15, 60), 120  # between five tries, and the most that the hub may ask for
-MAY_PASS = (408, 429, 500, 502, 503, 504)
+if TYPE_CHECKING:
+    from huggingface_hub import DryRunFileInfo
+
+Say = Callable[[str], None]
+Count = Callable[[int, int, str], None]
+
+# Pauses before a download is taken up again after a dropped connection or an error of the server.
+PAUSES_S = (1, 4, 15, 60)
+# How long the library's threads may take to end, and to remove their partial files, after Ctrl-C.
+GRACE_S = 2
 NON_COMMERCIAL = re.compile(r"black-forest-labs/FLUX\.1-.*dev")
+# The files of a model folder that are used: never code, pickles or half-precision copies.
 WANTED = re.compile(
-    r"model_index\.json|scheduler/[^/]+\.json|tokenizer(_2)?/[^/]+\.(json|txt|model)"
+    r"model_index\.json"
+    r"|scheduler/[^/]+\.json"
+    r"|tokenizer(_2)?/[^/]+\.(json|txt|model)"
     r"|(text_encoder|text_encoder_2|transformer|vae)/(?![^/]*\.fp16)[^/]+\.(json|safetensors)"
 )
-SMALL = re.compile(r"model_index\.json|scheduler/.*|.*/config\.json")  # taken with every part
-SINGLE = (".safetensors", ".gguf")
-PARTS = {"tokenizers": TOKENIZERS} | {name: (name,) for name in (*COMPONENTS, *TOKENIZERS)}
-Say, Count = Callable[[str], None], Callable[[int, int, str], None]
+# Files of every part that come with whichever part is asked for.
+SMALL = re.compile(r"model_index\.json|scheduler/.*|.*/config\.json")
+DAMAGED = "the hub delivers a damaged file"
+PROXY = "is a proxy in between? try it later"
+WEIGHTS = (".safetensors", ".gguf")
+PARTS: dict[str, Sequence[str]] = {
+    "tokenizers": TOKENIZERS,
+    **{name: (name,) for name in (*COMPONENTS, *TOKENIZERS)},
+}
+
+
+# --- download
+
+
+class _Place(NamedTuple):
+    """A hub id, and where its files go: `mirror` is its folder below --mirror, None for the cache."""
+
+    model: str
+    mirror: Path | None
+
+    @property
+    def folder(self) -> Path:
+        return self.mirror or models.repository(self.model)
+
+    @property
+    def arguments(self) -> dict[str, Path]:
+        """What the library's functions call the place."""
+        if self.mirror:
+            return {"local_dir": self.mirror}
+        return {"cache_dir": models.hub_cache()}
 
 
 def download(
-    name: str, say: Say, count: Count, *, only: Sequence[str] = (), folder: Path | None = None, revision: str = "main"
+    name: str,
+    say: Say,
+    count: Count,
+    *,
+    only: Sequence[str] = (),
+    mirror: Path | None = None,
+    revision: str = "main",
 ) -> Path:
-    """The folder of a hub id, in the hub's cache or below `folder`, or the file of ORG/NAME:FILE, downloaded.
+    """Download a model and return its folder, or for ORG/NAME:FILE that file.
 
-    `only` names `PARTS`. Raises `UsageError`, `WeightsUnavailable`, `WriteError` for a disk that is too small (before
-    the first byte), `OutputError`, and `BadInputFile` for a file that twice is not what the hub publishes.
+    The files lie in the hub's cache, or as plain files in the folder ORG/NAME below `mirror`. All of
+    them are of one commit, to which `revision` is resolved first. `only` names `PARTS`.
+
+    Raises `UsageError`; `WeightsUnavailable` if the hub does not give the files; `WriteError` before
+    the first byte if the disk is too small; `OutputError` if the files cannot be written; and
+    `BadInputFile`, after it was removed, for a file that is not what the hub publishes.
     """
     model, colon, file = name.partition(":")
-    if not models.HUB_ID.fullmatch(model) or ".." in name or (colon and not file.endswith(SINGLE)):
-        raise UsageError("nothing to download", which=name, why="it is no ORG/NAME or ORG/NAME:FILE.safetensors")
-    if unknown := sorted({*only} - {*PARTS}):
+    is_file_name = not colon or file.endswith(WEIGHTS)
+    if not models.HUB_ID.fullmatch(model) or ".." in name or not is_file_name:
+        why = "it is no ORG/NAME or ORG/NAME:FILE.safetensors"
+        raise UsageError("nothing to download", which=name, why=why)
+    unknown = sorted(set(only) - set(PARTS))
+    if unknown:
         raise UsageError("unknown part", which=unknown[0], why=f"known are {', '.join(PARTS)}")
     if NON_COMMERCIAL.fullmatch(model):
         say(f"{model} comes under a non-commercial licence: read it at huggingface.co/{model}")
-    from huggingface_hub import HfApi, file_download, hf_hub_download, set_client_factory
-
-    set_client_factory(_client)
-    root = models.repository(model)
-    target = folder.expanduser().absolute() / model if folder else root
-    patiently = partial(_patiently, name, target, say)
-    ask = partial(HfApi().model_info, model, revision=revision, files_metadata=True, timeout=20)
-    info = patiently(ask, f"asks again for {model}", drops=False)
-    published = {each.rfilename: each.lfs.sha256 if each.lfs else each.blob_id or "" for each in info.siblings}
-    place = {"revision": info.sha, "cache_dir": models.hub_cache(), "local_dir": target if folder else None}
-    fetch, names = partial(hf_hub_download, model, **place), _wanted(model, file, only, list(published))
-    plan = [patiently(partial(fetch, each, dry_run=True), f"asks again for {each}") for each in names]
-    left = [each for each in plan if each.will_download or not os.path.exists(each.local_path)]
-    size = {each.filename: each.file_size or 0 for each in left if each.will_download or folder}
-    done, total = 0, sum(size.values())
-    check_room(target, total, hint="HF_HOME moves the cache elsewhere, --mirror takes a folder")
-    room = f"{total / 1e9:.2f} GB to download, {shutil.disk_usage(nearest(target)).free / 1e9:.0f} GB free"
-    say(f"{model}@{info.sha[:12]}: {len(plan)} files, {len(left)} of them missing, {room}")
-    for each in (info.filename for info in left):
-        if each.endswith(SINGLE):
-            say(f"{each}: {size.get(each, 0) / 1e9:.2f} GB")
-        counted = {"count": staticmethod(partial(count, total=total, detail=each)), "done": done}
-        get = partial(fetch, each, tqdm_class=type("Bar", (_Bar,), counted))
-        patiently(partial(_fetch, get, each, published[each]), f"starts this file again: {each}")
-        done += size.get(each, 0)
-    if not folder:
-        with contextlib.suppress(OSError):  # a pinned download leaves no ref; a cache that cannot be written will do
-            file_download._cache_commit_hash_for_specific_revision(str(root), revision, info.sha)
-    return (target if folder else root / "snapshots" / info.sha) / file
+    place = _Place(model, mirror.expanduser().absolute() / model if mirror else None)
+    try:
+        return _download(place, file, only=only, revision=revision, say=say, count=count)
+    except Exception as error:
+        raise _explain(error, name, place.folder) from error
 
 
-def _wanted(model: str, file: str, only: Sequence[str], names: list[str]) -> list[str]:
-    """The files to download, weights last; raises `WeightsUnavailable` where the repository lacks them."""
-    singles = ", ".join([name for name in names if name.endswith(SINGLE)][:5])
-    hint = f"flux models download {model}:FILE, with FILE one of {singles}" if singles else ""
-    if (needed := file or "model_index.json") not in names:
+def _download(
+    place: _Place, file: str, *, only: Sequence[str], revision: str, say: Say, count: Count
+) -> Path:
+    """Download as `download` does, with the errors of the library."""
+    from huggingface_hub import is_offline_mode, snapshot_download
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if is_offline_mode():
+        raise OfflineModeIsEnabled
+    commit = _resolve(place, revision)
+    names = _choose_files(place.model, file, only, published=_list_files(place, commit))
+    wanted: dict[str, Any] = {
+        "repo_id": place.model,
+        "revision": commit,
+        # The names are patterns to the library, and may hold brackets.
+        "allow_patterns": [glob.escape(name) for name in names],
+        "cache_dir": models.hub_cache(),  # a mirror copies from it what it has
+        "local_dir": place.mirror,
+    }
+    silent = _make_progress_class(count, [], [])
+    plan = snapshot_download(**wanted, tqdm_class=silent, dry_run=True)
+    missing = [each for each in plan if each.will_download or not Path(each.local_path).exists()]
+    # What the cache has is linked there, but copied to a mirror.
+    need_bytes = sum(each.file_size or 0 for each in missing if each.will_download or place.mirror)
+    room_hint = "HF_HOME moves the cache elsewhere, --mirror takes a folder"
+    check_room(place.folder, need_bytes, hint=room_hint)
+    free_bytes = shutil.disk_usage(nearest(place.folder)).free
+    say(
+        f"{place.model}@{commit[:12]}: {len(plan)} files, {len(missing)} of them missing, "
+        f"{need_bytes / 1e9:.2f} GB to download, {free_bytes / 1e9:.0f} GB free"
+    )
+    for each in missing:
+        if each.filename.endswith(WEIGHTS):
+            say(f"{each.filename}: {(each.file_size or 0) / 1e9:.2f} GB")
+    if missing:
+        _fetch(place, wanted, missing=missing, say=say, count=count)
+        _check_downloaded(place, commit, missing)
+    folder = place.mirror or place.folder / "snapshots" / commit
+    return folder / file
+
+
+def _resolve(place: _Place, revision: str) -> str:
+    """The commit that a branch or tag means now; the cache notes it, so that `main` is found later."""
+    from huggingface_hub import HfApi
+
+    if place.mirror:
+        return HfApi().model_info(place.model, revision=revision).sha
+    cache = models.hub_cache()
+    return HfApi().resolve_revision(place.model, revision=revision, cache_dir=cache).resolved
+
+
+def _list_files(place: _Place, commit: str) -> list[str]:
+    """The names of all files of a repository at a commit: as the library has kept them, or the hub's."""
+    from huggingface_hub import HfApi, RepoFile, get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        files = get_cached_repo_tree(place.model, revision=commit, **place.arguments)
+    except CachedRepoTreeNotFoundError:
+        files = HfApi().list_repo_tree(place.model, recursive=True, revision=commit)
+    return [each.path for each in files if isinstance(each, RepoFile)]
+
+
+def _choose_files(
+    model: str, file: str, only: Sequence[str], *, published: Sequence[str]
+) -> list[str]:
+    """The files to download of those that the repository has.
+
+    Raises `WeightsUnavailable` where it lacks one, with the weight files that it has for a hint.
+    """
+    hint = ""
+    weights = [name for name in published if name.endswith(WEIGHTS)]
+    if weights:
+        hint = f"flux models download {model}:FILE, with FILE one of {', '.join(weights[:5])}"
+    needed = file or "model_index.json"
+    if needed not in published:
         raise WeightsUnavailable("not in this repository", which=f"{model}:{needed}", hint=hint)
     if file:
         return [file]
-    parts = {folder for part in only for folder in PARTS[part]} or {*COMPONENTS, *TOKENIZERS}
-    found = {name: name.partition("/")[0] for name in names if WANTED.fullmatch(name)}
-    if missing := sorted(parts - {part for name, part in found.items() if not SMALL.fullmatch(name)}):
-        raise WeightsUnavailable("not a whole model", which=model, why=f"no usable file in {missing[0]}/", hint=hint)
-    taken = [name for name, part in found.items() if part in parts or SMALL.fullmatch(name)]
-    return sorted(taken, key=lambda name: (name.endswith(SINGLE), name))
+    parts = {*COMPONENTS, *TOKENIZERS}
+    if only:
+        parts = {folder for part in only for folder in PARTS[part]}
+    wanted = [name for name in published if WANTED.fullmatch(name)]
+    usable = {name.partition("/")[0] for name in wanted if not SMALL.fullmatch(name)}
+    lacking = sorted(parts - usable)
+    if lacking:
+        why = f"no usable file in {lacking[0]}/"
+        raise WeightsUnavailable("not a whole model", which=model, why=why, hint=hint)
+    return [name for name in wanted if SMALL.fullmatch(name) or name.partition("/")[0] in parts]
 
 
-class _Bar(contextlib.ExitStack):
-    """What the library takes for the progress bar of a file: it counts bytes, and shows nothing."""
+def _fetch(
+    place: _Place,
+    wanted: dict[str, Any],
+    *,
+    missing: Sequence["DryRunFileInfo"],
+    say: Say,
+    count: Count,
+) -> None:
+    """Download the missing files; a connection that drops, or a server's error, is tried again.
 
-    count, done = print, 0  # of a subclass
-
-    def __init__(self, *_: object, **__: object) -> None:
-        super().__init__()
-
-    def update(self, n: float | None = 1) -> None:
-        self.done += int(n or 0)
-        self.count(self.done)
-
-    def update_transfer(self, *_: object, **__: object) -> None:
-        """Nothing: xet's bytes on the wire are others than those of the file."""
-
-    set_postfix_str = set_transfer_postfix_str = update_transfer
-
-
-def _fetch(fetch: Callable[[], str], file: str, published: str) -> None:
-    """Download a file; raises `BadInputFile` naming one that is damaged, after it is removed."""
-    path, why = None, "its size is not what the hub announced"
-    try:
-        path = Path(fetch())
-        why = damage(path, published)
-    except OSError as error:
-        if "Consistency check" not in str(error):
-            raise
-    if why:
-        for each in {path, path.resolve()} if path else ():
-            each.unlink(missing_ok=True)
-        raise BadInputFile("the hub delivers a damaged file", file, why=why, hint="is a proxy in between? try it later")
-
-
-def _patiently(name: str, target: Path, say: Say, call: Callable, again: str, *, drops: bool = True) -> object:
-    """What `call` returns; a refusal, or a connection that `drops`, is tried again four times, damage once."""
-    pauses = list(PAUSES_S)
+    The library itself waits for a hub that is busy. A file that was interrupted begins anew.
+    """
+    pauses_s = list(PAUSES_S)
     while True:
+        left = _list_missing(missing)
         try:
-            return call()
-        except BadInputFile as damaged:
-            if not pauses:
-                raise
-            wait, pauses, why = 0, [], f"{damaged.which} is damaged ({damaged.why})"
-        except Exception as raised:
-            error = (isinstance(raised, FileNotFoundError) and raised.__cause__) or raised  # of "no local entry"
-            status, asked = _answer(error)
-            if not pauses or not (status in MAY_PASS or (drops and _is_drop(error))):
-                raise _explained(name, error, status, target) from raised
-            pause, why = pauses.pop(0), f"HTTP {status}" if status else f"connection dropped ({type(error).__name__})"
-            wait = min(pause if asked is None else asked, LONGEST_PAUSE_S)
-        say(f"{why}: {again}, in {wait} s")
-        time.sleep(wait)
+            bars = _make_progress_class(count, missing, left)
+            _run_apart(wanted | {"tqdm_class": bars}, place.folder)
+            return
+        except Exception as error:
+            names = [each.filename for each in _list_missing(missing)]
+            named = ", ".join(names[:3]) or "what has changed"
+            if len(names) > 3:
+                named += f" and {len(names) - 3} more"
+            if not pauses_s or not _may_pass(error):
+                say(f"not downloaded: {named}; the same command goes on from there")
+                if not _is_wrong_size(error):
+                    raise
+                why = "its size is not what the hub announced"
+                raise BadInputFile(DAMAGED, which=named, why=why, hint=PROXY) from error
+            pause_s = pauses_s.pop(0)
+            say(f"{_name_failure(error)}: goes on with {named}, in {pause_s} s")
+        time.sleep(pause_s)
 
 
-def _answer(error: Exception) -> tuple[int, int | None]:
-    """(the hub's status, 0 if it did not answer; the seconds that it asks to wait)."""
-    from huggingface_hub.utils import parse_ratelimit_headers
+def _list_missing(files: Sequence["DryRunFileInfo"]) -> list["DryRunFileInfo"]:
+    return [each for each in files if not Path(each.local_path).exists()]
 
-    if (response := getattr(error, "response", None)) is None:
-        return 0, None
-    limit, after = parse_ratelimit_headers(response.headers), response.headers.get("retry-after", "")
-    asked = limit.reset_in_seconds if limit and not limit.remaining else int(after) if after.isdigit() else None
-    return response.status_code, asked
+
+def _run_apart(wanted: dict[str, Any], folder: Path) -> None:
+    """Run the library in a thread, so that Ctrl-C need not wait until whole files are downloaded.
+
+    The signal unwinds this thread. The library's threads end when they next count bytes, and remove
+    their partial files; what is left of those that do not end is removed here.
+    """
+    from huggingface_hub import snapshot_download
+
+    started = time.time()
+    executor = ThreadPoolExecutor(max_workers=1)
+    running = executor.submit(snapshot_download, **wanted)
+    try:
+        running.result()
+    finally:
+        executor.shutdown(wait=False)
+        ended = wait([running], timeout=GRACE_S).done
+        if not ended:
+            for path in folder.rglob("*.incomplete"):
+                with contextlib.suppress(OSError):
+                    if path.stat().st_mtime >= started:
+                        path.unlink()
+
+
+def _make_progress_class(
+    count: Count, missing: Sequence["DryRunFileInfo"], left: Sequence["DryRunFileInfo"]
+) -> type:
+    """The class of what the library takes for its progress bars: it shows nothing, and counts bytes.
+
+    `left` are the files of this try; those of `missing` that an earlier one has brought count at once.
+    """
+    from huggingface_hub.utils import tqdm
+
+    total_bytes = sum(each.file_size or 0 for each in missing)
+    done_bytes = total_bytes - sum(each.file_size or 0 for each in left)
+    what = f"download {len(missing)} files"
+    lock = threading.Lock()  # several files are downloaded at once
+
+    class Progress(tqdm):
+        def __init__(self, *args: object, name: str | None = None, **kwargs: object) -> None:
+            kwargs["disable"] = True
+            super().__init__(*args, name=name, **kwargs)
+            # One bar counts files, one bytes on the wire, and this one bytes of files.
+            self._counts = name == "huggingface_hub.snapshot_download"
+
+        def update(self, n: float | None = 1) -> None:
+            nonlocal done_bytes
+            if self._counts:
+                with lock:
+                    done_bytes += int(n or 0)
+                    count(done_bytes, total_bytes, what)
+
+    return Progress
+
+
+def _check_downloaded(place: _Place, commit: str, files: Sequence["DryRunFileInfo"]) -> None:
+    """Compare what was downloaded with the published checksums; raises `BadInputFile` after removing what differs."""
+    from huggingface_hub import HfApi
+
+    why = {}
+    for each in files:
+        path = Path(each.local_path)
+        if path.suffix == ".safetensors":
+            try:
+                read_header(path)
+            except CheckpointError as error:
+                why[each.filename] = error.why
+    found = HfApi().verify_repo_checksums(place.model, revision=commit, **place.arguments)
+    for mismatch in found.mismatches:
+        why.setdefault(mismatch["path"], _describe_mismatch(mismatch["algorithm"]))
+    damaged = [each for each in files if each.filename in why]
+    for each in damaged:
+        path = Path(each.local_path)
+        path.resolve().unlink(missing_ok=True)  # the blob of the cache
+        path.unlink(missing_ok=True)
+    if damaged:
+        first = damaged[0].filename
+        raise BadInputFile(DAMAGED, which=first, why=why[first], hint=PROXY)
+
+
+def _describe_mismatch(algorithm: str) -> str:
+    return f"its {algorithm.removeprefix('git-')} is not the published one"
+
+
+# --- what went wrong
+
+
+def _explain(error: Exception, name: str, target: Path) -> Exception:
+    """What the user is told of an error; one that nobody can expect is returned as it is.
+
+    The library's own texts are not shown: they hold addresses.
+    """
+    from huggingface_hub.errors import HFValidationError
+
+    if isinstance(error, ExplainedError):
+        return error
+    cause = _find_cause(error)
+    if _get_status(cause) or isinstance(cause, HFValidationError):
+        return _explain_answer(cause, name)
+    return _explain_failure(cause, name, target)
+
+
+def _explain_answer(error: Exception, name: str) -> WeightsUnavailable:
+    """What the hub's refusal means, and what to do about it."""
+    from huggingface_hub import errors, get_token
+
+    page = f"huggingface.co/{name.partition(':')[0]}"
+    if isinstance(error, errors.GatedRepoError):
+        why = "this account or its token has no access" if get_token() else "nobody is logged in"
+        steps = (
+            f"1. accept the licence at {page}; "
+            "2. make a read token at huggingface.co/settings/tokens; "
+            f"3. hf auth login; 4. flux models download {name}"
+        )
+        return WeightsUnavailable("the model is gated", which=name, why=why, hint=steps)
+    if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
+        why = "the hub knows no such model, or this account may not see it"
+        hint = f"look at {page}, then: hf auth login"
+        return WeightsUnavailable("no such model", which=name, why=why, hint=hint)
+    if isinstance(error, errors.RevisionNotFoundError):
+        hint = f"{page}/commits/main has them"
+        return WeightsUnavailable("no such revision", which=name, hint=hint)
+    status = _get_status(error)
+    what = "the hub does not deliver"
+    hint = "try it later"
+    if status in (401, 403):
+        what = "the hub refuses the token"
+        hint = "hf auth login"
+    return WeightsUnavailable(what, which=name, why=f"HTTP {status}", hint=hint)
+
+
+def _explain_failure(error: Exception, name: str, target: Path) -> Exception:
+    """What an error on the way to the hub, or of the disk, means."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    kind = type(error).__name__
+    if isinstance(error, OfflineModeIsEnabled):
+        what = "nothing is downloaded"
+        why = "HF_HUB_OFFLINE is set"
+    elif _is_drop(error):
+        what = "the hub is out of reach"
+        why = f"no connection ({kind})"
+    elif isinstance(error, OSError) and error.errno is not None:
+        return OutputError("cannot store the model", which=target, why=error.strerror or kind)
+    elif isinstance(error, ValueError | OSError):
+        what = "the hub is not understood"
+        why = f"{kind}: the page of a proxy?"
+    else:
+        return error
+    here = ", ".join(f"{each.name} ({each.state})" for each in list_models())
+    return WeightsUnavailable(what, which=name, why=why, hint=f"without it there is {here}")
+
+
+def _find_cause(error: Exception) -> Exception:
+    """What made the library give up: it wraps the error of the network or the hub once."""
+    from huggingface_hub import errors
+
+    wrappers = (errors.RevisionResolutionError, errors.DryRunError, errors.LocalEntryNotFoundError)
+    if isinstance(error, wrappers) and isinstance(error.__cause__, Exception):
+        return error.__cause__
+    return error
+
+
+def _get_status(error: Exception) -> int:
+    """The HTTP status that the hub answered, 0 if it did not answer."""
+    response = getattr(error, "response", None)
+    return 0 if response is None else response.status_code
 
 
 def _is_drop(error: Exception) -> bool:
-    kinds, modules = (ConnectionError, TimeoutError, RuntimeError), ("httpx", "hf_xet")  # xet raises any of these
-    return isinstance(error, kinds) or type(error).__module__.startswith(modules)
+    """Whether the connection failed; xet raises a RuntimeError of any kind for that."""
+    if isinstance(error, ConnectionError | TimeoutError | RuntimeError):
+        return True
+    return type(error).__module__.startswith(("httpx", "hf_xet"))
 
 
-def _client() -> object:
-    """The library's client, but a refusal is raised at once: its own retries wait as long as a hub asks."""
-    from huggingface_hub.utils import _http
-
-    client = _http.default_client_factory()
-    client.event_hooks["response"].append(lambda it: it.status_code in MAY_PASS and _http.hf_raise_for_status(it))
-    return client
+def _may_pass(error: Exception) -> bool:
+    """Whether it makes sense to try at once again."""
+    error = _find_cause(error)
+    return _get_status(error) >= 500 or (_get_status(error) == 0 and _is_drop(error))
 
 
-def _explained(name: str, error: Exception, status: int, target: Path) -> Exception:
-    """The user's view of what huggingface_hub raised (its own text has addresses); an unknown error as it is."""
-    from huggingface_hub import errors, get_token
+def _is_wrong_size(error: Exception) -> bool:
+    """Whether the library received another number of bytes than announced: a bare OSError without a number."""
+    return type(error) is OSError and error.errno is None
 
-    page, kind = f"huggingface.co/{name.partition(':')[0]}", type(error).__name__
-    here = "without it there is " + ", ".join(f"{each.name} ({each.state})" for each in listing())
-    if isinstance(error, OSError) and error.errno is not None and not _is_drop(error):
-        return OutputError("cannot store the model", which=target, why=error.strerror or kind)
-    rows = (
-        (isinstance(error, errors.GatedRepoError), "the model is gated",
-         "this account or its token has no access" if get_token() else "nobody is logged in",
-         f"1. accept the licence at {page}; 2. make a read token at huggingface.co/settings/tokens; "
-         f"3. hf auth login; 4. flux models download {name}"),
-        (isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)), "no such model",
-         "the hub knows no such model, or this account may not see it", f"look at {page}, then: hf auth login"),
-        (isinstance(error, errors.RevisionNotFoundError), "no such revision", "", f"{page}/commits/main has them"),
-        (status in (401, 403), "the hub refuses the token", f"HTTP {status}", "hf auth login"),
-        (status, "the hub does not deliver", f"HTTP {status}", "try it later"),
-        (kind == "OfflineModeIsEnabled", "nothing is downloaded", "HF_HUB_OFFLINE is set", here),
-        (_is_drop(error), "the hub is out of reach", f"no connection ({kind})", here),
-        (isinstance(error, (ValueError, OSError)), "the hub is not understood", f"{kind}: the page of a proxy?", here),
-    )  # fmt: skip
-    found = next((row for applies, *row in rows if applies), None)
-    return WeightsUnavailable(found[0], which=name, why=found[1], hint=found[2]) if found else error
+
+def _name_failure(error: Exception) -> str:
+    error = _find_cause(error)
+    status = _get_status(error)
+    return f"HTTP {status}" if status else f"connection dropped ({type(error).__name__})"
+
+
+# --- what is here
 
 
 @dataclass(frozen=True)
-class Here:
-    """A model of this machine; `kind` is bundled, hub, mirror or baked, `state` complete, partial or (single) files."""
+class LocalModel:
+    """A model of this machine; `kind` is bundled, hub, mirror or baked, `commit` that of the hub's."""
 
     name: str
     kind: str
@@ -214,87 +445,140 @@ class Here:
 
     @property
     def state(self) -> str:
-        return "complete" if is_complete(self.path) else "partial" if _pipeline(self.path) else "files"
+        """Complete, partial (a model folder that lacks weights or configs), or files (of no model folder)."""
+        if is_complete(self.path):
+            return "complete"
+        return "partial" if _read_pipeline(self.path) else "files"
 
     @property
     def files(self) -> list[Path]:
-        found = (path for path in sorted(self.path.rglob("*")) if path.is_symlink() or not path.is_dir())
-        return [path for path in found if ".cache" not in path.relative_to(self.path).parts]
+        """All files, links that point nowhere too; not what the library notes in a mirror."""
+        found = [path for path in self.path.rglob("*") if path.is_symlink() or not path.is_dir()]
+        return sorted(path for path in found if ".cache" not in path.relative_to(self.path).parts)
 
 
-def listing(named: str = "") -> list[Here]:
-    """What is here and FLUX's by its model_index.json, else its name, or has a LoRA; and all that is `named` so."""
-    share, baked = models.mirror(), models.baked_folder().glob(f"*/{MANIFEST}")
-    found = [Here(f"bundled/{path.name}", "bundled", path) for path in models.BUNDLED.iterdir() if _pipeline(path)]
+def list_models(also: Collection[str] = ()) -> list[LocalModel]:
+    """The FLUX models that are here, sorted by kind and name.
+
+    A folder of the hub's cache or of the mirror is one if its model_index.json names a pipeline of
+    FLUX, if there is none but its own name does, or if `also` holds its name.
+    """
+    found = []
     for path in models.hub_cache().glob("models--*--*/snapshots/*"):
-        found.append(Here(path.parts[-3].removeprefix("models--").replace("--", "/"), "hub", path, path.name))
-    found += [Here(f"{path.parent.name}/{path.name}", "mirror", path) for path in (share.glob("*/*/") if share else ())]
-    taken = {named} | {name.partition(":")[0] for name in lora.listing() if ":" in name}
-    found = [it for it in found if it.name in taken or "flux" in (_pipeline(it.path) or it.name).lower()]
-    found += [Here(path.parent.name, "baked", path.parent) for path in baked if ".tmp-" not in path.parent.name]
+        name = path.parts[-3].removeprefix("models--").replace("--", "/")
+        found.append(LocalModel(name, "hub", path, commit=path.name))
+    mirror = models.mirror()
+    if mirror:
+        for path in mirror.glob("*/*/"):
+            found.append(LocalModel(f"{path.parent.name}/{path.name}", "mirror", path))
+    found = [each for each in found if each.name in also or _is_flux(each)]
+    for path in models.BUNDLED.iterdir():
+        if _read_pipeline(path):
+            found.append(LocalModel(f"bundled/{path.name}", "bundled", path))
+    for manifest in models.baked_folder().glob(f"*/{MANIFEST}"):
+        path = manifest.parent
+        if ".tmp-" not in path.name:  # of a bake that goes on, or was killed
+            found.append(LocalModel(path.name, "baked", path))
     return sorted(found, key=lambda each: (each.kind, each.name, each.commit))
 
 
-def nbytes(found: list[Here]) -> int:
-    """Bytes on the disk; what several revisions share counts once."""
-    paths = {path.resolve() for each in found for path in each.files}
-    return sum(path.stat().st_size for path in paths if path.exists())
+def _is_flux(model: LocalModel) -> bool:
+    return "flux" in (_read_pipeline(model.path) or model.name).lower()
 
 
-def _pipeline(folder: Path) -> str:
-    """The class that a model folder names, "" where it is none."""
+def _read_pipeline(folder: Path) -> str:
+    """The class that a model folder's model_index.json names, "" where there is none."""
     with contextlib.suppress(CheckpointError):
         return str(read_json(folder / "model_index.json", "").get("_class_name"))
     return ""
 
 
-def damage(path: Path, published: str = "") -> str:
-    """Why a file is not what was published (the hub's sha256, git's sha1 of a small file, "" if unknown), else ""."""
-    try:
-        if path.suffix == ".safetensors":
-            read_header(path)
-        digest = hashlib.sha256() if len(published) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
-        with path.open("rb") as file:
-            while published and (chunk := file.read(8 << 20)):
-                digest.update(chunk)
-    except (CheckpointError, OSError) as error:
-        return getattr(error, "why", "") or getattr(error, "strerror", "") or "unreadable"
-    return "" if published in ("", digest.hexdigest()) else f"its {digest.name} is not the published one"
+def count_bytes(found: Sequence[LocalModel]) -> int:
+    """Bytes on the disk; what several revisions share counts once."""
+    paths = {path.resolve() for each in found for path in each.files}
+    return sum(path.stat().st_size for path in paths if path.exists())
 
 
-def verify(model: Here, count: Count) -> tuple[list[str], int]:
-    """(what is damaged, as `file: why`; how many files have a known checksum), without a network.
+class Verification(NamedTuple):
+    """Files that are damaged as `file: why`, and how many were compared with a published checksum."""
 
-    A blob of the hub's cache has its checksum for a name, a mirror notes them; a baked folder knows sizes.
+    damaged: list[str]
+    checked: int
+
+
+def verify(model: LocalModel) -> Verification:
+    """Compare a model's files with the checksums that the hub publishes, which asks the hub.
+
+    Of a model that is not the hub's, sizes are compared with its manifest, and headers are read.
+    Raises `WeightsUnavailable` where the hub does not answer.
     """
-    sizes = read_json(model.path / MANIFEST, "no manifest").get("bytes", {}) if model.kind == "baked" else {}
-    damaged, known, done, total = [], 0, 0, nbytes([model])
+    if model.kind not in ("hub", "mirror"):
+        return Verification(_verify_sizes(model), 0)
+    from huggingface_hub import HfApi
+
+    place = _Place(model.name, model.path if model.kind == "mirror" else None)
+    commit = model.commit or _read_mirrored_commit(model.path)
+    try:
+        found = HfApi().verify_repo_checksums(model.name, revision=commit, **place.arguments)
+    except Exception as error:
+        raise _explain(error, model.name, model.path) from error
+    damaged = [
+        f"{path.relative_to(model.path).as_posix()}: its data are gone"
+        for path in model.files
+        if not path.exists()
+    ]
+    for each in found.mismatches:
+        damaged.append(f"{each['path']}: {_describe_mismatch(each['algorithm'])}")
+    return Verification(damaged, found.checked_count)
+
+
+def _read_mirrored_commit(folder: Path) -> str | None:
+    """The commit that the library has noted beside the files of a mirror; None, the newest, if it has not."""
+    for note in sorted((folder / ".cache/huggingface/download").rglob("*.metadata")):
+        return note.read_text().split()[0]
+    return None
+
+
+def _verify_sizes(model: LocalModel) -> list[str]:
+    """What of a bundled or baked model is damaged."""
+    sizes: dict[str, int] = {}
+    if model.kind == "baked":
+        sizes = read_json(model.path / MANIFEST, "no manifest").get("bytes", {})
+    damaged = []
     for path in sorted({*model.files, *(model.path / name for name in sizes)}):
-        name, size = path.relative_to(model.path).as_posix(), path.stat().st_size if path.exists() else 0
-        link, note = path.is_symlink(), model.path / ".cache/huggingface/download" / f"{name}.metadata"
-        words = [os.path.basename(os.readlink(path))] if link else note.read_text().split() if note.is_file() else []
-        published = next((word for word in words[-2:] if re.fullmatch("[0-9a-f]{40}([0-9a-f]{24})?", word)), "")
-        why = damage(path, published) or (f"it has {size} bytes" if size != sizes.get(name, size) else "")
-        damaged += [f"{name}: {why}"] if why else []
-        known, done = known + bool(published), done + size
-        count(done, total, name)
-    return damaged, known
+        name = path.relative_to(model.path).as_posix()
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            if path.suffix == ".safetensors":
+                read_header(path)
+            if size != sizes.get(name, size):
+                damaged.append(f"{name}: it has {size} bytes")
+        except CheckpointError as error:
+            damaged.append(f"{name}: {error.why or 'unreadable'}")
+    return damaged
 
 
-def remove(model: Here) -> None:
-    """Delete a baked folder, or all that the hub's cache has of a model; raises `OutputError`."""
-    from huggingface_hub import scan_cache_dir
-
+def remove(model: LocalModel) -> None:
+    """Delete a baked folder, or every revision of a model in the hub's cache; raises `OutputError`."""
     path = models.repository(model.name) if model.kind == "hub" else model.path
     try:
         if model.kind == "hub":
-            cache = scan_cache_dir(models.hub_cache())
-            mine = frozenset(repo for repo in cache.repos if repo.repo_path.name == path.name)
-            hashes = [each.commit_hash for repo in mine for each in repo.revisions]  # a copied repository has the same
-            replace(cache, repos=mine).delete_revisions(*hashes).execute()
+            _remove_revisions(path)
         if path.is_symlink():
             path.unlink()
         elif path.exists():  # also what the library leaves out as corrupted
             shutil.rmtree(path)
     except OSError as error:
-        raise OutputError("cannot remove the model", which=path, why=error.strerror or str(error)) from error
+        raise OutputError(
+            "cannot remove the model", path, why=error.strerror or str(error)
+        ) from error
+
+
+def _remove_revisions(repository: Path) -> None:
+    """Delete all revisions of one repository of the cache, and no copy's that has the same commits."""
+    from huggingface_hub import scan_cache_dir
+
+    cache = scan_cache_dir(models.hub_cache())
+    own = frozenset(repo for repo in cache.repos if repo.repo_path.name == repository.name)
+    commits = [revision.commit_hash for repo in own for revision in repo.revisions]
+    replace(cache, repos=own).delete_revisions(*commits).execute()

@@ -1,14 +1,15 @@
 """A hub on this machine with a small model, and `flux models` in this process."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from subprocess import CompletedProcess
+from time import sleep
 
 import pytest
-from huggingface_hub import constants, set_client_factory
-from huggingface_hub.utils import _http
+from huggingface_hub import constants
 
 from fluxcli.models import hub
 from tests.support.hub import DEV, REFUSED
@@ -42,9 +43,8 @@ def server(
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
         monkeypatch.setattr(hub, "PAUSES_S", (0, 0, 0, 0))
-        monkeypatch.setattr(hub, "LONGEST_PAUSE_S", 0.2)
+        monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.02)))  # the library's pauses
         yield running
-    set_client_factory(_http.default_client_factory)
 
 
 @pytest.fixture

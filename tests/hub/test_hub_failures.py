@@ -2,7 +2,6 @@
 
 import errno
 import os
-import time
 
 import pytest
 
@@ -15,24 +14,19 @@ from tests.support.hub_server import PAGE
 from tests.support.invariant import files
 
 
-@pytest.mark.parametrize("where", ["GET /api/models", f"HEAD .*{T5}", f"GET .*cdn.*{T5}"])
+@pytest.mark.parametrize("where", ["GET /api/models/.*/tree", f"HEAD .*{T5}", f"GET .*cdn.*{T5}"])
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_refusal_that_passes_is_waited_for(status, where, server, run):
     server.fail(where, status, 2, Retry_After="0")
     result = run("download", "dev")
-    tries = 1 if "HEAD" in where else 2  # the library asks again at once
-    assert result.returncode == 0 and result.stderr.count(f"HTTP {status}: ") == tries and inspect(snapshot())
+    assert result.returncode == 0 and len(server.asked(where)) > 2 and inspect(snapshot())
 
 
-@pytest.mark.parametrize(
-    "headers", [{"Retry_After": "86400"}, {"RateLimit": '"api";r=0;t=86400'}, {"Retry_After": "x"}, {}]
-)
-def test_a_hub_that_stays_busy_is_given_up_soon_whatever_it_asks_for(headers, server, run):
+@pytest.mark.parametrize("headers", [{"Retry_After": "0"}, {"RateLimit": '"api";r=0;t=0'}, {"Retry_After": "x"}, {}])
+def test_a_hub_that_stays_busy_is_given_up(headers, server, run):
     server.fail("HEAD .*vae/config", 429, 99, **headers)
-    started = time.perf_counter()
-    result = run("download", "dev")
-    assert "HTTP 429" in error_of(result, ExitCode.WEIGHTS) and result.stderr.count("asks again") == 4
-    assert time.perf_counter() - started < 5 and not weights_asked(server)
+    assert "HTTP 429" in error_of(run("download", "dev"), ExitCode.WEIGHTS)
+    assert 4 < len(server.asked("HEAD .*vae/config")) < 20 and not weights_asked(server)
 
 
 def test_a_hub_that_is_down_is_given_up(server, run):
@@ -43,26 +37,26 @@ def test_a_hub_that_is_down_is_given_up(server, run):
     assert not list(models.repository(DEV).rglob("*.incomplete"))
 
 
-def test_a_dropped_connection_starts_the_file_again(server, run):
+def test_a_download_goes_on_after_a_dropped_connection(server, run):
     server.fail(f"cdn.*{T5}", "reset", 2)
     result = run("download", "dev")
-    assert result.returncode == 0 and result.stderr.count(f"starts this file again: {T5}") == 2 and inspect(snapshot())
+    assert result.returncode == 0 and result.stderr.count(f"goes on with {T5}") == 2 and inspect(snapshot())
     assert "connection dropped" in result.stderr
 
 
 def test_a_connection_that_always_drops_is_given_up(server, run):
     server.fail("cdn", "reset", 99)
     result = run("download", "dev")
-    assert "out of reach" in error_of(result, ExitCode.WEIGHTS) and result.stderr.count("starts this file again") == 4
+    assert "out of reach" in error_of(result, ExitCode.WEIGHTS) and result.stderr.count("goes on with") == 4
 
 
-def test_an_error_of_xet_starts_the_file_again(server, run, monkeypatch):
+def test_a_download_goes_on_after_an_error_of_xet(server, run, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("Data processing error: CAS service error : Request failed")
 
     monkeypatch.setattr("huggingface_hub.file_download.http_get", fail)
     result = run("download", "dev")
-    assert "out of reach" in error_of(result, ExitCode.WEIGHTS) and result.stderr.count("starts this file again") == 4
+    assert "out of reach" in error_of(result, ExitCode.WEIGHTS) and result.stderr.count("goes on with") == 4
 
 
 def test_bytes_are_counted_once_also_where_a_file_starts_again(server, micro):
@@ -71,7 +65,7 @@ def test_bytes_are_counted_once_also_where_a_file_starts_again(server, micro):
     hub.download(DEV, lambda _: None, lambda done, total, detail: seen.append((done, total, detail)))
     size = sum(map(len, files(micro).values()))
     assert max(done for done, _, _ in seen) == seen[-1][0] == {total for _, total, _ in seen}.pop()
-    assert abs(seen[-1][0] - size) < 200 and len({detail for _, _, detail in seen}) == len(files(micro))  # JSON differs
+    assert abs(seen[-1][0] - size) < 200  # JSON differs
 
 
 @pytest.mark.parametrize("kind", ["cut", "stall"])
@@ -85,18 +79,10 @@ def test_a_file_that_ends_early_or_stalls_is_taken_up_by_the_library_while_the_p
 
 
 @pytest.mark.parametrize("kind, why", [("swap", "web page"), ("page", "size")])
-def test_a_web_page_instead_of_weights_is_fetched_once_more(kind, why, server, run):
-    server.fail(f"cdn.*{T5}", kind)
-    result = run("download", "dev")
-    assert result.returncode == 0 and why in result.stderr and "starts this file again" in result.stderr
-    assert inspect(snapshot())
-
-
-@pytest.mark.parametrize("kind, why", [("swap", "web page"), ("page", "size")])
-def test_a_web_page_that_stays_is_named_and_not_kept(kind, why, server, run):
+def test_a_web_page_instead_of_weights_is_named_and_not_kept(kind, why, server, run):
     server.fail(f"cdn.*{T5}", kind, 99)
     stderr = error_of(run("download", "dev"), ExitCode.INPUT_FILE)
-    assert T5 in stderr and why in stderr and len(server.asked(f"GET .*cdn.*{T5}")) == 2
+    assert T5 in stderr and why in stderr and len(server.asked(f"GET .*cdn.*{T5}")) == 1
     assert not (snapshot() / T5).exists() and not (snapshot() / T5).is_symlink()
     assert not any(path.read_bytes().startswith(PAGE[:9]) for path in (models.repository(DEV) / "blobs").iterdir())
 
@@ -133,5 +119,5 @@ def test_a_cache_that_cannot_be_written_is_exit_6(number, why, server, run, monk
 
 
 def test_a_bug_stays_a_bug(server, run, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: {}["sha"])
+    monkeypatch.setattr("huggingface_hub.HfApi.resolve_revision", lambda *_, **__: {}["sha"])
     assert "bug" in error_of(run("download", "dev"), ExitCode.BUG)

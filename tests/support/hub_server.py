@@ -1,4 +1,4 @@
-"""A hub on this machine: what huggingface_hub asks of one (model_info, resolve with HEAD, GET and Range), and faults.
+"""A hub on this machine: what huggingface_hub asks of one (info, tree, resolve with HEAD, GET, Range), and faults.
 
 Weights are "LFS" files: their address is a redirect to another origin, as of the real hub's CDN.
 """
@@ -9,9 +9,9 @@ import re
 import socket
 import struct
 import threading
-import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from time import sleep  # the real one: tests shorten the pauses of the library
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "3de623fc3c33e44ffbe2bad470d0f45bccf2eb21"
@@ -84,6 +84,8 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.server.take(f"{self.command} {path}")
         if fault and isinstance(fault.kind, int):
             return self._answer(fault.kind, b'{"error": "no"}', fault.headers)
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/(.+)", path):
+            return self._tree(*match.groups(), fault)
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             return self._model(*match.groups(), fault)
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
@@ -102,13 +104,19 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(404, b"", {"X-Error-Code": "RepoNotFound"})
         if revision not in (None, "main", self.server.commit):
             return self._answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
-        siblings = []
-        for name, data in self.server.repositories[model].items():
-            lfs = {"sha256": checksum(name, data), "size": len(data), "pointerSize": 134}
-            one = {"rfilename": name, "size": len(data), "blobId": checksum("", data)}
-            siblings.append(one | ({"lfs": lfs} if name.endswith(LFS) else {}))
-        said = {"id": model, "modelId": model, "sha": self.server.commit, "siblings": siblings, "tags": []}
+        said = {"id": model, "modelId": model, "sha": self.server.commit, "siblings": [], "tags": []}
         return self._answer(200, json.dumps(said).encode(), {"Content-Type": "application/json"})
+
+    def _tree(self, model: str, revision: str, fault: Fault | None) -> None:
+        if fault:
+            return self._answer(200, PAGE, {"Content-Type": "text/html"})
+        files = []
+        for name, data in self.server.repositories[model].items():
+            one = {"type": "file", "path": name, "size": len(data), "oid": checksum("", data)}
+            if name.endswith(LFS):
+                one["lfs"] = {"oid": checksum(name, data), "size": len(data), "pointerSize": 134}
+            files.append(one)
+        return self._answer(200, json.dumps(files).encode(), {"Content-Type": "application/json"})
 
     def _resolve(self, model: str, _revision: str, name: str, fault: Fault | None) -> None:
         data = self.server.repositories[model][name]
@@ -136,9 +144,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         self.close_connection = True
         if kind == "stall":
-            time.sleep(1.5)
+            sleep(1.5)
         elif kind == "reset":  # RST instead of FIN
-            time.sleep(0.1)
+            sleep(0.1)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
         return None
