@@ -39,7 +39,7 @@ from fluxcli.plan import placement as residency
 from fluxcli.plan.machine import CONTEXT_BYTES, Hardware
 from fluxcli.plan.placement import GIB, PHASES
 from fluxcli.plan.planner import survey
-from fluxcli.request.fields import GenerationRequest
+from fluxcli.request.fields import Order
 from quant import linear
 from quant.checkpoint import Checkpoint, inspect
 from quant.codecs import Reader
@@ -78,7 +78,7 @@ def random_model() -> Iterator[Checkpoint]:
         yield models.known_shapes(DEV)
 
 
-def run(engine: Engine, request: GenerationRequest, counter: Counter | None) -> tuple[dict, list[float]]:
+def run(engine: Engine, request: Order, counter: Counter | None) -> tuple[dict, list[float]]:
     """(peak bytes of each phase, seconds of each step but the first) of one picture."""
     peaks, seconds, phase, since = {}, [], "encode", 0.0
 
@@ -104,7 +104,7 @@ def run(engine: Engine, request: GenerationRequest, counter: Counter | None) -> 
     return (counter.peaks if counter else peaks), seconds
 
 
-def rung(made: object, offer: object, machine: object, request: GenerationRequest, *, shrunk: bool) -> dict:
+def rung(made: object, offer: object, machine: object, request: Order, *, shrunk: bool) -> dict:
     """One plan, carried out."""
     counter = Counter(budget=made.budget_bytes) if shrunk else None
     engine = Engine(offer.checkpoint, replace(made, device=CARD) if shrunk else made, machine)
@@ -124,20 +124,20 @@ def rung(made: object, offer: object, machine: object, request: GenerationReques
     return row
 
 
-def rungs(checkpoint: Checkpoint, machine: object, request: GenerationRequest, *, shrunk: bool) -> Iterator[dict]:
+def rungs(checkpoint: Checkpoint, machine: object, request: Order, *, shrunk: bool) -> Iterator[dict]:
     """Every precision that fits, as planned; and 16 bit with all blocks on the card, streamed, and from their files."""
     specs = [QuantSpec("nf4", "nf4"), QuantSpec("fp8"), QuantSpec("int8")]
     folders = [checkpoint] if shrunk else [*(packed(checkpoint, spec) for spec in specs), checkpoint]
     wide = "fp32" if shrunk else "bf16"
     wanted = [(to, "auto") for to in (wide, *BAKEABLE)] + [(wide, offload) for offload in ("stream", "sequential")]
     for precision, offload in wanted:
-        asked = replace(request, precision=precision, offload=offload)
+        asked = replace(request, resources=replace(request.resources, precision=precision, offload=offload))
         found = survey(asked, folders, machine)[0]
         if found.plan:
             yield rung(found.plan, found.offer, machine, asked, shrunk=shrunk) | {"offload": offload}
 
 
-def diffusers_rows(machine: object, request: GenerationRequest, *, shrunk: bool) -> Iterator[dict]:
+def diffusers_rows(machine: object, request: Order, *, shrunk: bool) -> Iterator[dict]:
     """diffusers' own pipeline from prepared embeddings: seconds a step, and the allocator's peak."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
@@ -146,7 +146,7 @@ def diffusers_rows(machine: object, request: GenerationRequest, *, shrunk: bool)
     dtype = torch.float32 if shrunk else torch.bfloat16
     width = configs["transformer"].get("joint_attention_dim", 4096)
     embeddings = {
-        "prompt_embeds": torch.zeros(1, request.text_tokens, width, dtype=dtype, device=machine.device),
+        "prompt_embeds": torch.zeros(1, request.request.text_tokens, width, dtype=dtype, device=machine.device),
         "pooled_prompt_embeds": torch.zeros(1, configs["transformer"]["pooled_projection_dim"], dtype=dtype,
                                             device=machine.device),
     }  # fmt: skip
@@ -175,7 +175,7 @@ def diffusers_rows(machine: object, request: GenerationRequest, *, shrunk: bool)
             times.append(time.perf_counter())
             return {}
 
-        pipe(**embeddings, width=request.size[0], height=request.size[1], num_inference_steps=request.steps,
+        pipe(**embeddings, width=request.request.size[0], height=request.request.size[1], num_inference_steps=request.request.steps,
              callback_on_step_end=tick, output_type="np")  # fmt: skip
         steps = [b - a for a, b in pairwise(times)]
         peak = hardware.peak_memory(machine.device).get("vram_bytes", 0)
@@ -249,7 +249,7 @@ def main() -> None:
         for size in given.sizes.split(","):
             width, height = map(int, size.split("x"))
             tokens = {"text_tokens": 24, "model": "bundled/tiny"} if shrunk else {}
-            request = GenerationRequest("x", steps=given.steps, width=width, height=height, seed=1, **tokens)
+            request = Order.from_settings("x", dict(steps=given.steps, width=width, height=height, seed=1, **tokens))
             for cap in map(int, given.caps.split(",")):
                 machine = replace(here, device="cuda:0", total_bytes=cap * unit, free_bytes=cap * unit)
                 for row in rungs(checkpoint, machine, request, shrunk=shrunk):

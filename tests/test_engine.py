@@ -78,7 +78,7 @@ def test_picture_k_of_count_is_the_picture_of_that_seed_alone(engine, tmp_path):
 
 
 def test_a_saved_picture_says_how_to_make_it_again(engine, checkpoint, tmp_path):
-    from fluxcli.request.fields import GenerationRequest
+    from fluxcli.request.fields import Order
 
     request = tiny(seed=-1, count=2, output=f"{tmp_path}/")
     target = output.parse_target(request)
@@ -86,7 +86,7 @@ def test_a_saved_picture_says_how_to_make_it_again(engine, checkpoint, tmp_path)
         if isinstance(event, Saved):
             path = Path(event.image.path)
             metadata = read_metadata(path)
-            _, again = draw(engine, GenerationRequest(**metadata["request"]))
+            _, again = draw(engine, Order.from_json(metadata["request"]))
             assert np.array_equal(again, read_pixels(path))
             assert metadata["model"]["fingerprint"] == checkpoint.fingerprint
             assert metadata["pixels_sha256"] == event.image.pixels_sha256

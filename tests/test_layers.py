@@ -19,7 +19,7 @@ FLOORS = [
     ["fluxcli.request"],
     ["fluxcli.pictures", "fluxcli.plan", "fluxcli.models"],
     ["fluxcli.engine"],
-    ["fluxcli.run"],
+    ["fluxcli.resolve", "fluxcli.run"],
     ["fluxcli.cli"],
     ["fluxcli.__main__"],
 ]

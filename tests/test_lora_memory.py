@@ -12,12 +12,11 @@ from fluxcli.engine.cards import describe_card
 from fluxcli.plan import placement as residency
 from fluxcli.plan.placement import PHASES
 from fluxcli.plan.planner import make_plan
-from fluxcli.request.fields import GenerationRequest
 from quant import codecs
 from quant.checkpoint import inspect
 from quant.header import DTYPE_BITS
 from tests import published
-from tests.support.helpers import BAKED, draw, engine_of, tiny
+from tests.support.helpers import BAKED, draw, engine_of, order, tiny
 from tests.support.loras import write_lora
 from tests.support.simulate import every_rung, follow, full_size, on_card
 from tests.test_memory import BAKES, MIB
@@ -48,8 +47,8 @@ def test_the_plan_is_within_five_percent_of_what_is_counted(card, wanted, names,
     codecs.library("nf4")  # now: what it logs when it is imported keeps the frames of its first use alive
     files = tuple(str(sparse(f"lora_{name}", tmp_path / f"{name}.safetensors")) for name in names)
     with full_size(monkeypatch) as dev:
-        request = GenerationRequest("x", steps=2, seed=1, lora=files, **wanted)
-        folders = [packed(dev, BAKES[request.precision])] if request.precision in BAKES else [dev]
+        request = order("x", steps=2, seed=1, lora=files, **wanted)
+        folders = [packed(dev, BAKES[request.resources.precision])] if request.resources.precision in BAKES else [dev]
         here = describe_card(card)
         checkpoint, made = make_plan(request, folders, here)
         counter, engine = Counter(), on_card(checkpoint, made, here)

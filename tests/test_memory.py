@@ -12,10 +12,9 @@ from fluxcli.engine.cards import describe_card
 from fluxcli.plan import placement as residency
 from fluxcli.plan.placement import GIB, PHASES, MemoryPlan
 from fluxcli.plan.planner import make_plan
-from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import Checkpoint, inspect
 from quant.spec import QuantSpec
-from tests.support.helpers import BAKED, tiny
+from tests.support.helpers import BAKED, order, tiny
 from tests.support.simulate import blocked, every_rung, follow, full_size, on_card
 
 MIB = 2**20
@@ -44,14 +43,14 @@ def planned_and_counted(card: str, wanted: dict, monkeypatch: pytest.MonkeyPatch
     """The plan of a request on a card, and the counter after two pictures of it."""
     with full_size(monkeypatch) as dev:
         kind, wanted = wanted.get("gguf"), {key: value for key, value in wanted.items() if key != "gguf"}
-        request = GenerationRequest("x", steps=2, seed=1, **wanted)
-        folders = [packed(dev, BAKES[request.precision])] if request.precision in BAKES else [dev]
+        request = order("x", steps=2, seed=1, **wanted)
+        folders = [packed(dev, BAKES[request.resources.precision])] if request.resources.precision in BAKES else [dev]
         folders = [blocked(dev, kind)] if kind else folders
         here = describe_card(card)
         checkpoint, made = make_plan(request, folders, here)
         counter, engine = Counter(), on_card(checkpoint, made, here)
         follow(engine, request, counter)
-        follow(engine, GenerationRequest("x", steps=2, seed=2, **wanted), counter)  # with the VAE there, or loaded anew
+        follow(engine, order("x", steps=2, seed=2, **wanted), counter)  # with the VAE there, or loaded anew
     return made, counter
 
 

@@ -19,10 +19,10 @@ from fluxcli.plan import planner as plan
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB, PHASES
 from fluxcli.plan.planner import QUALITY, SLOWER, USABLE_SHARE, make_plan, survey
-from fluxcli.request.fields import GenerationRequest
+from fluxcli.request.fields import Order
 from quant.checkpoint import Checkpoint, inspect
 from quant.spec import BAKEABLE, QuantSpec
-from tests.support.helpers import BAKED, ROOT, machine, tiny
+from tests.support.helpers import BAKED, ROOT, machine, order, tiny
 from tests.support.invariant import assert_failed, call
 
 GOLDEN = ROOT / "tests" / "golden_plans.txt"
@@ -48,8 +48,8 @@ def variants(dev) -> list[Checkpoint]:
     return [*baked, dev]
 
 
-def request(**changes: object) -> GenerationRequest:
-    return GenerationRequest("a fox", **changes)
+def request(**changes: object) -> Order:
+    return order("a fox", **changes)
 
 
 def card(text: str, *, ram_gib: int = 64) -> Hardware:
@@ -311,11 +311,11 @@ def test_guidance_that_does_nothing_or_is_missing_is_refused(checkpoint):
     part = replace(checkpoint.components["transformer"], config=schnell)
     without = replace(checkpoint, components={**checkpoint.components, "transformer": part})
     with pytest.raises(UsageError, match="without effect"):
-        models.check_guidance(tiny(guidance=3.5), without)
+        models.check_guidance(tiny(guidance=3.5).request, without)
     with pytest.raises(UsageError, match="needs a guidance"):
-        models.check_guidance(tiny(guidance=None), checkpoint)
-    models.check_guidance(tiny(guidance=None), without)
-    models.check_guidance(tiny(guidance=0.0), checkpoint)
+        models.check_guidance(tiny(guidance=None).request, checkpoint)
+    models.check_guidance(tiny(guidance=None).request, without)
+    models.check_guidance(tiny(guidance=0.0).request, checkpoint)
 
 
 def test_more_pixels_steps_and_tokens_never_need_less(dev):

@@ -20,9 +20,8 @@ from fluxcli.pictures.image import read_metadata
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB, PHASES
 from fluxcli.plan.planner import QUALITY
-from fluxcli.request.fields import GenerationRequest
 from quant.spec import BAKEABLE
-from tests.support.helpers import BAKED, ROOT, machine
+from tests.support.helpers import BAKED, ROOT, machine, order
 from tests.support.invariant import assert_failed, call
 
 CARD = ("plan", "--card", "12GiB:sm89")
@@ -233,13 +232,13 @@ def test_a_picture_keeps_limit_and_offload_and_a_replay_has_them(put, drawn, cap
     assert (stored["vram_limit"], stored["offload"]) == (8 * GIB, "none")
     assert call(capsys, "replay", str(picture)).returncode == 0
     assert call(capsys, "replay", str(picture), "--vram-limit", "9GiB", "--offload", "auto").returncode == 0
-    assert [(each.vram_limit, each.offload) for each in drawn] == [(8 * GIB, "none")] * 2 + [(9 * GIB, "auto")]
+    assert [(each.resources.vram_limit, each.resources.offload) for each in drawn] == [(8 * GIB, "none")] * 2 + [(9 * GIB, "auto")]
     assert read_metadata(picture) == read_metadata(Path("a-fox-5-2.png"))
 
 
 @patient
 @given(st.none() | st.integers(1 << 20, 1 << 50), st.sampled_from(["auto", "none", "stream", "sequential"]))
 def test_any_limit_and_offload_come_back_from_metadata(limit, offload):
-    metadata = GenerationRequest("a fox", seed=5, vram_limit=limit, offload=offload).to_json()
+    metadata = order("a fox", seed=5, vram_limit=limit, offload=offload).to_json()
     stored = json.loads(json.dumps(metadata))
     assert _replayed(Path("x.png"), stored, {}, None).to_json() == metadata

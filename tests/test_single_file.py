@@ -270,7 +270,7 @@ def apart(first: np.ndarray, second: np.ndarray) -> float:
 @pytest.fixture(scope="module")
 def picture(tiny_folder: Path) -> np.ndarray:
     found = draw(engine_of(inspect(tiny_folder)), tiny())[1]
-    other = replace(tiny(), prompt="a green square on a white background")
+    other = tiny(prompt="a green square on a white background")
     assert apart(found, draw(engine_of(inspect(tiny_folder), other), other)[1]) > 20
     return found
 

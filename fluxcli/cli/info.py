@@ -7,7 +7,7 @@ import typer
 
 from fluxcli.cli import console
 from fluxcli.cli.options import with_request_options
-from fluxcli.cli.settings import requested
+from fluxcli.cli.settings import given_settings, read_prompt
 from fluxcli.engine import device as hardware
 from fluxcli.engine.cards import describe_card
 from fluxcli.errors import DoesNotFit, ExitCode, WeightsUnavailable
@@ -17,7 +17,9 @@ from fluxcli.paths import config_folder
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB, PHASES
 from fluxcli.plan.planner import Rung, chosen_of, suggestion, survey
-from fluxcli.request.fields import GenerationRequest, coerce
+from fluxcli.request.fields import Order
+from fluxcli.request.settings import coerce
+from fluxcli.resolve import resolve_order
 from fluxcli.run.margin import read_margin
 from quant.checkpoint import Checkpoint
 
@@ -29,23 +31,23 @@ def plan_command(
     **options: object,
 ) -> int:
     """Say which precision and placement generate would take, and why not another. Needs no weights."""
-    request, _ = requested(prompt, options)
-    checkpoints, missing = _checkpoints(request)
+    order = resolve_order(read_prompt(prompt), given_settings(options))
+    checkpoints, missing = _checkpoints(order)
     if card:
         machine = describe_card(card)
     else:
         hardware.check_torch()
-        machine = hardware.probe(request.device)
+        machine = hardware.probe(order.resources.device)
     try:
-        lora.adapters_of(request.lora, checkpoints[-1].components)
+        lora.adapters_of(order.request.lora, checkpoints[-1].components)
     except WeightsUnavailable as error:
         console.say(f"planned without adapters: {error}")
-        request = replace(request, lora=())
-    rungs = survey(request, checkpoints, machine, margin_bytes=0 if card else read_margin(machine))
+        order = replace(order, request=replace(order.request, lora=()))
+    rungs = survey(order, checkpoints, machine, margin_bytes=0 if card else read_margin(machine))
     chosen = chosen_of(rungs)
     if options["json_output"]:
         console.data_json({
-            "request": request.to_json(), "size": request.size, "hardware": asdict(machine), "download_bytes": missing,
+            "request": order.to_json(), "size": order.request.size, "hardware": asdict(machine), "download_bytes": missing,
             "chosen": chosen and chosen.offer.precision,
             "rungs": [{
                 "precision": rung.offer.precision, "verdict": rung.verdict, "why": rung.why,
@@ -54,27 +56,28 @@ def plan_command(
             } for rung in rungs],
         })  # fmt: skip
     else:
-        _show_rungs(request, machine, rungs, missing)
+        _show_rungs(order, machine, rungs, missing)
     if chosen is None:
-        hint = suggestion(request, checkpoints, machine) or "a larger card, or -p tiny"
+        hint = suggestion(order, checkpoints, machine) or "a larger card, or -p tiny"
         raise DoesNotFit("nothing fits", which=machine.name, why=rungs[0].why, hint=hint)
     return ExitCode.OK
 
 
-def _checkpoints(request: GenerationRequest) -> tuple[list[Checkpoint], int]:
+def _checkpoints(order: Order) -> tuple[list[Checkpoint], int]:
     """(what there is of the model, or its known shapes; bytes that are not downloaded)."""
     try:
-        return models.checkpoints_of(request, config_folder(), console.say), 0
+        return models.checkpoints_of(order, config_folder(), console.say), 0
     except WeightsUnavailable:
-        shapes = models.known_shapes(request.model)
+        shapes = models.known_shapes(order.request.model)
         if shapes is None:
             raise
-        models.check_guidance(request, shapes)
+        models.check_guidance(order.request, shapes)
         return [shapes], shapes.nbytes
 
 
-def _show_rungs(request: GenerationRequest, machine: Hardware, rungs: list[Rung], missing: int) -> None:
+def _show_rungs(order: Order, machine: Hardware, rungs: list[Rung], missing: int) -> None:
     """The table of rungs, and the reasons of the one that is chosen."""
+    request = order.request
     width, height = request.size
     memory = f"{machine.total_bytes / GIB:.1f} GiB, {machine.free_bytes / GIB:.1f} free"
     console.data(f"{request.model}, {width}x{height}, {request.steps} steps, on {machine.name} ({memory})")

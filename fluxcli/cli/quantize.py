@@ -20,7 +20,7 @@ from fluxcli.models import find as models
 from fluxcli.models import loras as lora
 from fluxcli.paths import config_folder
 from fluxcli.request import presets
-from fluxcli.request.fields import coerce
+from fluxcli.request.settings import LoraRef, coerce
 from quant.checkpoint import MANIFEST, Checkpoint, Component, inspect
 from quant.errors import WriteError
 from quant.header import is_gguf
@@ -61,7 +61,10 @@ def quantize(  # noqa: PLR0917 - typer's options
             text_encoder = SCHEMES[to].text_encoder
     spec = QuantSpec(to, text_encoder, modulation, scales, tuple(keep or ()))
     model, parts, folder = _find(source, whole=whole)
-    adapters = lora.adapters_of(lora.settled(loras or ()), parts.components if whole else {"transformer": parts})
+    adapters = lora.adapters_of(
+        lora.with_absolute_paths([LoraRef.parse(text) for text in loras or ()]),
+        parts.components if whole else {"transformer": parts},
+    )
     make = partial(make_recipe, parts) if whole else partial(make_file_recipe, parts, kind=kind)
     recipe = (make := partial(make, adapters=adapters))(spec)
     for said in lora.warnings(adapters):

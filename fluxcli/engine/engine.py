@@ -28,7 +28,7 @@ from fluxcli.plan import costs
 from fluxcli.plan import placement as residency
 from fluxcli.plan.machine import CONTEXT_BYTES
 from fluxcli.plan.placement import GIB, MemoryPlan
-from fluxcli.request.fields import GenerationRequest
+from fluxcli.request.fields import GenerationRequest, Order
 from quant.checkpoint import Checkpoint
 from quant.errors import ExplainedError
 from quant.lazy import Tensor, np, torch
@@ -88,11 +88,9 @@ class Engine:
             if whole and self.plan.residency.decode == "tiled":  # other pixels: this picture's matter alone
                 self.stage.plan = replace(self.plan, residency=replace(self.plan.residency, decode="alone"))
 
-    def picture(
-        self, request: GenerationRequest, *, resume: Latents | None = None
-    ) -> "Generator[Event, None, np.ndarray]":
+    def picture(self, order: Order, *, resume: Latents | None = None) -> "Generator[Event, None, np.ndarray]":
         """Yield the events of one picture, or of what `resume` has left of it; returns its pixels (H, W, 3) uint8."""
-        alone = Picture(request, latents=resume)
+        alone = Picture(order, latents=resume)
         yield from self.window([alone])
         return alone.pixels
 
@@ -122,7 +120,7 @@ class Engine:
                 failed = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
             self.out_of_memory.append(OutOfMemory(phase, self.plan.peak_bytes[phase] - self._available_bytes()))
             self.stage.clear()
-            now, largest = self.plan, max((each.request for each in pictures), key=lambda it: math.prod(it.size))
+            now, largest = self.plan, max((each.order for each in pictures), key=lambda it: math.prod(it.request.size))
             offer = residency.make_offer(largest, self.checkpoint, self.machine, now.precision, now.spec, now.dtypes)
             following = residency.relaxed(self.plan, phase, offer)
             if following is None:
@@ -146,7 +144,7 @@ class Engine:
                 yield Notice(said)
             picture.text = self.texts.key(request, picture.adapters)
             picture.latents = picture.latents or Latents(
-                request,
+                picture.order,
                 sampling.noise(request.seed, request.size, dtype=self.stage.dtype("transformer")),
                 model=self.checkpoint.fingerprint,
             )
@@ -280,14 +278,16 @@ class Engine:
         return sampling.to_pixels(decoded).numpy()
 
     def _save(self, picture: Picture) -> GeneratedImage:
-        request, pixels, digest = picture.request, picture.pixels, image.pixels_sha256(picture.pixels)
+        order, pixels, digest = picture.order, picture.pixels, image.pixels_sha256(picture.pixels)
         metadata = None
-        if request.metadata:
-            metadata = self.metadata(request, seeded=picture.seeded) | {"pixels_sha256": digest}
-        data = image.encode(pixels, request.format, quality=request.quality, metadata=metadata)
-        path = output.save(data, picture.target, request, picture.number, picture.row)
+        if order.output.metadata:
+            metadata = self.metadata(order, seeded=picture.seeded) | {"pixels_sha256": digest}
+        data = image.encode(pixels, order.output.format, quality=order.output.quality, metadata=metadata)
+        path = output.save(data, picture.target, order, picture.number, picture.row)
         sha256 = hashlib.sha256(data).hexdigest()
-        return GeneratedImage(path, request.seed, *request.size, request.format, len(data), sha256, digest)
+        return GeneratedImage(
+            path, order.request.seed, *order.request.size, order.output.format, len(data), sha256, digest
+        )
 
     @property
     def multiply(self) -> str:
@@ -297,12 +297,13 @@ class Engine:
         precision = self.plan.precision
         return path_of(precision, self.plan.device) if precision in SCHEMES else precision
 
-    def metadata(self, request: GenerationRequest, *, seeded: bool = True) -> dict:
+    def metadata(self, order: Order, *, seeded: bool = True) -> dict:
         """What identifies a picture: the request that makes it alone, the model, what computed it, versions.
 
         `seeded` tells whether the seed was asked for.
         """
-        plan, described = self.plan, replace(request, output=None).to_json()
+        request, plan = order.request, self.plan
+        described = order.to_json() | {"output": None}
         compute = {"device": plan.device.partition(":")[0], "precision": plan.precision, "multiply": self.multiply}
         compute |= {"dtypes": plan.dtypes, "tiled": plan.residency.decode == "tiled"}
         model = {"name": request.model, "fingerprint": self.checkpoint.fingerprint}

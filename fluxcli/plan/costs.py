@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fluxcli.models.loras import adapters_of
 from fluxcli.plan.machine import Speeds
-from fluxcli.request.fields import GenerationRequest
+from fluxcli.request.fields import Order
 from quant.checkpoint import Checkpoint, Component
 from quant.spec import QuantSpec, is_modulation, layout, scheme_in_memory
 from quant.weights import Weight
@@ -47,7 +47,7 @@ class Block:
 class Cost:
     """What a request makes of a checkpoint in one precision, in bytes; `blocks` in the order of the forward."""
 
-    request: GenerationRequest
+    order: Order
     clip: int
     t5: int
     t5_numel: int
@@ -103,13 +103,13 @@ def part_bytes(part: Component, dtype: str, spec: QuantSpec | None, start: str =
 
 
 def cost_of(
-    request: GenerationRequest, checkpoint: Checkpoint, dtypes: dict[str, str], spec: QuantSpec | None, scheme: str = ""
+    order: Order, checkpoint: Checkpoint, dtypes: dict[str, str], spec: QuantSpec | None, scheme: str = ""
 ) -> Cost:  # fmt: skip
     """Bytes of every part that is placed by itself, and beside them; `scheme` is one of `ACTIVATIONS`."""
-    parts, (width, height), tokens = checkpoint.components, request.size, request.text_tokens
+    parts, (width, height), tokens = checkpoint.components, order.request.size, order.request.text_tokens
     t5, transformer, wide = parts["text_encoder_2"], parts["transformer"], DTYPE_BYTES[dtypes["transformer"]]
     of = {name: part_bytes(part, dtypes[name], spec) for name, part in parts.items() if name != "transformer"}
-    adapters = adapters_of(request.lora, parts)
+    adapters = adapters_of(order.request.lora, parts)
     held = {name: sum(each.numel(name) for each in adapters) * DTYPE_BYTES[dtypes[name]] for name in parts}
     of = {name: size + held[name] for name, size in of.items()}
     t5_blocks = [part_bytes(t5, dtypes[t5.name], spec, f"{block}.") for block in t5_block_names(t5)]
@@ -125,12 +125,12 @@ def cost_of(
     pixel = PIXEL_ACTIVATIONS * parts["vae"].config["block_out_channels"][0] * DTYPE_BYTES[dtypes["vae"]]
     joined = 2 * 3 * DTYPE_BYTES[dtypes["vae"]] * width * height  # the tiles that are done, and the whole picture
     return Cost(
-        request, of["text_encoder"], of[t5.name], t5.numel, max(t5_blocks, default=0), of[t5.name] - sum(t5_blocks),
+        order, of["text_encoder"], of[t5.name], t5.numel, max(t5_blocks, default=0), of[t5.name] - sum(t5_blocks),
         blocks, rest + held["transformer"], sum(numels) * wide, max(numels, default=0) * wide, sum(numels),
         UNBLOCKING_BYTES * (transformer.precision == "gguf"), of["vae"],
         checkpoint.nbytes, inner,
         encode=int((scores + unpacked) * DTYPE_BYTES[dtypes[t5.name]]) + UNBLOCKING_BYTES * (t5.precision == "gguf"),
-        tables=request.steps * outputs * wide,
+        tables=order.request.steps * outputs * wide,
         denoise=int(max(lines)), decode=pixel * width * height + DECODE_BYTES,
         decode_tiled=pixel * min(width, TILE_PX) * min(height, TILE_PX) + joined + DECODE_BYTES,
     )  # fmt: skip
@@ -154,7 +154,7 @@ def _blocks(transformer: Component, dtype: str, spec: QuantSpec | None) -> tuple
 
 def block_seconds(cost: Cost, speeds: Speeds, scheme: str) -> list[float]:
     """Seconds that each block computes in one step."""
-    image, text = math.prod(cost.request.size) // 256, cost.request.text_tokens
+    image, text = math.prod(cost.order.request.size) // 256, cost.order.request.text_tokens
     attention = 4 * (image + text) ** 2 * cost.width / speeds.wide
     flop = [2 * (block.image_numel * image + block.text_numel * text) for block in cost.blocks]
     return [each / speeds.of(scheme) + attention for each in flop]

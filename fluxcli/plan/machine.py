@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fluxcli.errors import UsageError
-from fluxcli.request.fields import parse_bytes
+from fluxcli.request.settings import parse_bytes
 
 CONTEXT_BYTES = 512 << 20  # the driver's context with the kernels, and cuBLAS' workspace
 UNPACKING_SPEED = 0.88  # of a 16-bit product's, where the weight is unpacked before each

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from fluxcli.plan import costs
 from fluxcli.plan.costs import Cost
 from fluxcli.plan.machine import CONTEXT_BYTES, Hardware, Speeds
-from fluxcli.request.fields import GenerationRequest
+from fluxcli.request.fields import Order
 from quant.checkpoint import Checkpoint
 from quant.spec import SCHEMES, QuantSpec
 
@@ -91,13 +91,13 @@ def weaker(first: Residency, second: Residency) -> Residency:
 
 
 def make_offer(  # noqa: PLR0917
-    request: GenerationRequest, checkpoint: Checkpoint, hardware: Hardware, precision: str, spec: QuantSpec | None,
+    order: Order, checkpoint: Checkpoint, hardware: Hardware, precision: str, spec: QuantSpec | None,
     dtypes: dict[str, str], why: str = "",
 ) -> Offer:  # fmt: skip
     """One precision of one folder with its costs."""
     scheme = precision if precision in SCHEMES else ""
     unpacks = scheme in ("fp8", "int8") and scheme not in hardware.speeds.eight_bit and hardware.kind != "cpu"
-    cost = costs.cost_of(request, checkpoint, dtypes, spec, "unpacked" if unpacks else scheme)
+    cost = costs.cost_of(order, checkpoint, dtypes, spec, "unpacked" if unpacks else scheme)
     return Offer(checkpoint, hardware, precision, scheme, spec, dtypes, why, cost)
 
 
@@ -111,7 +111,7 @@ def fit(offer: Offer, *, budget: int, host: int, tiled: bool = True) -> tuple[Me
         speeds = replace(speeds, wide=speeds.wide * costs.SLOW_BF16)
     small = cost.total + cost.modulation < budget * RESIDENT_SHARE
     every = ("text_encoder", "text_encoder_2", "transformer", "vae", "modulation")
-    now = Residency(keep=every if small and cost.request.offload in ("auto", "none") else ("transformer", "vae"))
+    now = Residency(keep=every if small and cost.order.resources.offload in ("auto", "none") else ("transformer", "vae"))
     for phase in ("encode", "denoise", "decode"):
         for level in _levels(phase, now, offer, speeds, tiled=tiled):
             peak = _peaks(offer, level)[phase]
@@ -129,7 +129,7 @@ def fit(offer: Offer, *, budget: int, host: int, tiled: bool = True) -> tuple[Me
 
 def _levels(phase: str, now: Residency, offer: Offer, speeds: Speeds, *, tiled: bool) -> Iterator[Residency]:
     """What the phase may have, from most memory to least; an --offload leaves one."""
-    offload, alone = offer.cost.request.offload, replace(now, keep=())
+    offload, alone = offer.cost.order.resources.offload, replace(now, keep=())
     if phase == "decode":
         yield now
         yield replace(alone, decode="alone")
@@ -216,7 +216,7 @@ def _planned(offer: Offer, residency: Residency, budget: int, speeds: Speeds) ->
 
 def _seconds(offer: Offer, residency: Residency, speeds: Speeds) -> dict[str, float]:
     """Seconds of each phase of one picture from cold; overlaps of reading and computing are not counted."""
-    cost, request, slow_bus = offer.cost, offer.cost.request, speeds.bus_bytes / 2  # not pinned, not beside
+    cost, request, slow_bus = offer.cost, offer.cost.order.request, speeds.bus_bytes / 2  # not pinned, not beside
     packed = sum(block.image_numel + block.text_numel for block in cost.blocks) if offer.spec else 0
     modulation = cost.modulation_numel * 2
     compute = costs.block_seconds(cost, speeds, offer.scheme)

@@ -12,7 +12,8 @@ from fluxcli.errors import DoesNotFit, UsageError
 from fluxcli.plan import costs
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB, MemoryPlan, Offer, fit, host_limit, make_offer
-from fluxcli.request.fields import GenerationRequest, flag
+from fluxcli.request.fields import Order
+from fluxcli.request.settings import flag
 from quant.checkpoint import Checkpoint
 from quant.spec import BAKEABLE, SCHEMES, QuantSpec
 
@@ -35,16 +36,16 @@ class Rung:
 
 
 def make_plan(
-    request: GenerationRequest, checkpoints: Sequence[Checkpoint], hardware: Hardware, *, margin_bytes: int = 0
+    order: Order, checkpoints: Sequence[Checkpoint], hardware: Hardware, *, margin_bytes: int = 0
 ) -> tuple[Checkpoint, MemoryPlan]:  # fmt: skip
     """The folder and the plan to take; raises `DoesNotFit` with the numbers and with what would fit."""
-    rungs = survey(request, checkpoints, hardware, margin_bytes=margin_bytes)
+    rungs = survey(order, checkpoints, hardware, margin_bytes=margin_bytes)
     if chosen := chosen_of(rungs):
         return chosen.offer.checkpoint, chosen.plan
     worst = next((rung for rung in rungs if rung.verdict == "not now"), rungs[0])
-    hint = suggestion(request, checkpoints, hardware) or "another device, or -p tiny"
+    hint = suggestion(order, checkpoints, hardware) or "another device, or -p tiny"
     why = f"{worst.offer.precision}: {worst.why}"
-    raise DoesNotFit("the model does not fit", which=request.model, why=why, hint=hint)
+    raise DoesNotFit("the model does not fit", which=order.request.model, why=why, hint=hint)
 
 
 def chosen_of(rungs: Sequence[Rung]) -> Rung | None:
@@ -53,19 +54,19 @@ def chosen_of(rungs: Sequence[Rung]) -> Rung | None:
 
 
 def survey(
-    request: GenerationRequest, checkpoints: Sequence[Checkpoint], hardware: Hardware, *, margin_bytes: int = 0
+    order: Order, checkpoints: Sequence[Checkpoint], hardware: Hardware, *, margin_bytes: int = 0
 ) -> list[Rung]:  # fmt: skip
     """Every rung with its verdict, best quality first.
 
     `margin_bytes` of what is free are left alone where that is possible: memory ran out on this card before. It moves
     placements and never the precision, which follows the total memory.
     """
-    if hardware.kind == "cpu" and request.offload != "auto":
+    if hardware.kind == "cpu" and order.resources.offload != "auto":
         why = "on the CPU weights are in RAM already, or in their mapped files"
-        raise UsageError(f"--offload {request.offload} without effect", which="cpu", why=why, hint="leave it out")
-    total = int(min(request.vram_limit or hardware.total_bytes, hardware.total_bytes * USABLE_SHARE))
+        raise UsageError(f"--offload {order.resources.offload} without effect", which="cpu", why=why, hint="leave it out")
+    total = int(min(order.resources.vram_limit or hardware.total_bytes, hardware.total_bytes * USABLE_SHARE))
     free = total if hardware.kind == "cpu" else min(total, hardware.free_bytes)
-    offers = sorted(_offers(request, checkpoints, hardware), key=lambda offer: QUALITY.index(offer.precision))
+    offers = sorted(_offers(order, checkpoints, hardware), key=lambda offer: QUALITY.index(offer.precision))
     by_total = [fit(offer, budget=total, host=host_limit(hardware, ever=True)) for offer in offers]
     seconds = [sum(plan.seconds.values()) for plan, _ in by_total if plan]
     limit, rungs = SLOWER * min(seconds, default=0.0), []
@@ -96,31 +97,31 @@ def survey(
 # --- precision
 
 
-def _offers(request: GenerationRequest, checkpoints: Sequence[Checkpoint], hardware: Hardware) -> Iterator[Offer]:
+def _offers(order: Order, checkpoints: Sequence[Checkpoint], hardware: Hardware) -> Iterator[Offer]:
     """Every precision of every folder that was asked for; raises `UsageError` where there is none."""
-    found, stored_as, wanted = set(), [], request.precision
+    found, stored_as, wanted = set(), [], order.resources.precision
     for checkpoint in checkpoints:
         stored = checkpoint.components["transformer"].precision
         stored_as.append(stored or "16 bit")
         for precision in [stored] if stored else [wanted if wanted in LONG else "auto", *BAKEABLE]:
             packs = precision in BAKEABLE and not stored
             spec = QuantSpec(precision, SCHEMES[precision].text_encoder) if packs else None
-            dtypes, why = _dtypes(request, precision, checkpoint, hardware, spec)
+            dtypes, why = _dtypes(order, precision, checkpoint, hardware, spec)
             name = precision if stored or packs else SHORT[dtypes["transformer"]]
             if name in found or wanted not in ("auto", name):
                 continue
             found.add(name)
             why = "the weights are stored so" if stored else why
             why = "packed while loading (flux quantize does that once for all)" if spec else why
-            yield make_offer(request, checkpoint, hardware, name, spec, dtypes, why)
+            yield make_offer(order, checkpoint, hardware, name, spec, dtypes, why)
     if not found:
         why = f"its weights are {' and '.join(dict.fromkeys(stored_as))}"
         hint = "the 16-bit model, or --precision auto"
-        raise UsageError(f"--precision {wanted} is impossible", which=request.model, why=why, hint=hint)
+        raise UsageError(f"--precision {wanted} is impossible", which=order.request.model, why=why, hint=hint)
 
 
 def _dtypes(
-    request: GenerationRequest, asked: str, checkpoint: Checkpoint, hardware: Hardware, spec: QuantSpec | None
+    order: Order, asked: str, checkpoint: Checkpoint, hardware: Hardware, spec: QuantSpec | None
 ) -> tuple[dict[str, str], str]:  # fmt: skip
     """The dtype that each component computes in, and why."""
     every = dict.fromkeys(checkpoint.components, "float32")
@@ -131,23 +132,24 @@ def _dtypes(
         return dict.fromkeys(every, "bfloat16"), "the device computes it"
     if hardware.kind != "cpu":
         return every | {"transformer": "float16"}, "the device has no bfloat16 (encoders and VAE compute in float32)"
-    cost = costs.cost_of(request, checkpoint, every, spec)
+    cost = costs.cost_of(order, checkpoint, every, spec)
     if max(cost.t5, cost.transformer + cost.vae) <= hardware.total_bytes * CPU_SHARE:
         return every, "this CPU has no fast bfloat16"
     return dict.fromkeys(every, "bfloat16"), "slowly: float32 does not fit into this RAM"
 
 
-def suggestion(request: GenerationRequest, checkpoints: Sequence[Checkpoint], hardware: Hardware) -> str:
-    """Options with which the request would fit, "" where none of the usual ones helps."""
+def suggestion(order: Order, checkpoints: Sequence[Checkpoint], hardware: Hardware) -> str:
+    """Options with which the order would fit, "" where none of the usual ones helps."""
     tries = [{"offload": "auto"}, {"precision": "nf4"}, {"precision": "auto"}]
     tries += [{"precision": "nf4", "image_size": side, "width": None, "height": None} for side in (1024, 768, 512, 256)]
+    now = order.settings()
     for changes in tries:
-        tried = replace(request, **changes)
-        if tried == request or max(tried.size) > max(request.size):
+        tried = Order.from_settings(order.request.prompt, now | changes)
+        if tried == order or max(tried.request.size) > max(order.request.size):
             continue
         try:
             if chosen_of(survey(tried, checkpoints, hardware)):
-                changed = {key: value for key, value in changes.items() if value != getattr(request, key) and value}
+                changed = {key: value for key, value in changes.items() if value != now[key] and value}
                 return " ".join(f"{flag(key)} {value}" for key, value in changed.items())
         except UsageError:  # a precision that these weights do not have
             continue

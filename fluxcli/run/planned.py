@@ -11,7 +11,7 @@ from fluxcli.pictures import names as output
 from fluxcli.pictures.latents import Latents
 from fluxcli.plan.costs import DTYPE_BYTES
 from fluxcli.plan.placement import MemoryPlan
-from fluxcli.request.fields import GenerationRequest
+from fluxcli.request.fields import Order
 from fluxcli.request.job import Row
 from quant.checkpoint import Checkpoint
 from quant.errors import ExplainedError
@@ -25,7 +25,7 @@ class Planned:
     """A row with its plan, what else could serve it, and its pictures as they come."""
 
     row: Row
-    request: GenerationRequest  # with its seed
+    order: Order  # with its seed
     target: output.Target
     checkpoint: Checkpoint
     plan: MemoryPlan
@@ -43,15 +43,15 @@ class Planned:
 
     def pictures(self, resume: Latents | None) -> Iterator[Picture]:
         """The row's pictures."""
-        count, seeded = self.request.count, self.row.request.seed >= 0
+        count, seeded = self.order.output.count, self.row.order.request.seed >= 0
         for k in range(count):
-            one = self.request.picture(k)
+            one = self.order.picture(k)
             yield Picture(one, self.target, k + 1, self.row.number, seeded, k + 1, count, latents=resume)
 
     def refused(self) -> ExplainedError | None:
         """Why the row's file cannot be written."""
         try:
-            output.check_writable(self.target, self.request, self.row.number)
+            output.check_writable(self.target, self.order, self.row.number)
         except ExplainedError as error:
             return error
         return None
@@ -60,6 +60,6 @@ class Planned:
 def window_size(rows: Sequence[Planned]) -> int:
     """How many pictures of these rows go through a phase together: by the RAM that their tables take."""
     width = modulation.row_width(rows[0].checkpoint.components["transformer"])
-    plan, steps = rows[0].plan, max(planned.request.steps for planned in rows)
+    plan, steps = rows[0].plan, max(planned.order.request.steps for planned in rows)
     table = steps * width * DTYPE_BYTES[plan.dtypes["transformer"]]
     return max(1, min(MAX_WINDOW, int(rows[0].machine.ram_free_bytes * WINDOW_SHARE) // table))

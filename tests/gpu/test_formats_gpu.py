@@ -78,11 +78,11 @@ def test_diffusers_opens_the_nf4_folder_and_both_models_give_our_values(folder):
 def test_the_nf4_folder_gives_the_same_picture_in_plain_diffusers(folder):
     pipe = open_plainly(folder)
     request = tiny(device="cuda", steps=8, image_size=128)
-    width, height = request.size
+    width, height = request.request.size
     reference = pipe(
-        request.prompt, width=width, height=height, num_inference_steps=request.steps,
-        guidance_scale=request.guidance, max_sequence_length=request.text_tokens,
-        generator=torch.Generator("cpu").manual_seed(request.seed),
+        request.request.prompt, width=width, height=height, num_inference_steps=request.request.steps,
+        guidance_scale=request.request.guidance, max_sequence_length=request.request.text_tokens,
+        generator=torch.Generator("cpu").manual_seed(request.request.seed),
     ).images[0]  # fmt: skip
     checkpoint = inspect(folder)
     machine = hardware.probe("cuda")

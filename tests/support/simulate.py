@@ -22,7 +22,7 @@ from fluxcli.plan import placement as residency
 from fluxcli.plan import planner as plan
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import MemoryPlan
-from fluxcli.request.fields import GenerationRequest
+from fluxcli.request.fields import Order
 from quant import codecs, linear
 from quant.checkpoint import Checkpoint
 from quant.codecs import Reader
@@ -40,7 +40,7 @@ def on_card(checkpoint: Checkpoint, plan: MemoryPlan, machine: Hardware, **optio
     return Engine(checkpoint, replace(plan, device=CARD), machine, **options)
 
 
-def follow(engine: Engine, request: GenerationRequest, counter: Counter, resume: Latents | None = None) -> tuple:
+def follow(engine: Engine, request: Order, counter: Counter, resume: Latents | None = None) -> tuple:
     """Run one picture under the counter, which learns the phases: (events, pixels)."""
     events, run = [], engine.picture(request, resume=resume)
     with torch.no_grad(), counter:
@@ -57,7 +57,7 @@ def follow(engine: Engine, request: GenerationRequest, counter: Counter, resume:
 
 
 def every_rung(
-    request: GenerationRequest, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, *, step_kib: int
+    request: Order, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, *, step_kib: int
 ) -> dict[bool, list]:
     """Pictures under each placement that fits below 40 MiB, by whether they were decoded in tiles.
 
@@ -119,7 +119,7 @@ def full_size(monkeypatch: pytest.MonkeyPatch, *, arithmetic: bool = True) -> It
     monkeypatch.setattr(sampling, "is_finite", lambda _: True)
     monkeypatch.setattr(sampling, "to_pixels", lambda decoded: SimpleNamespace(numpy=lambda: decoded.shape))
     monkeypatch.setattr(Checkpoint, "fingerprint", "full size")
-    monkeypatch.setattr(Checkpoint, "encoders", "full size")
+    monkeypatch.setattr(Checkpoint, "text_encoder_fingerprint", "full size")
     monkeypatch.setattr(modulation, "digest_of", lambda _: "")
     monkeypatch.setattr(sampling, "tokenize", _tokens)
     real = Engine._scheduler
