@@ -69,7 +69,7 @@ def random_model() -> Iterator[Checkpoint]:
     tokens = torch.ones(1, 77, dtype=torch.long), torch.ones(1, 512, dtype=torch.long), ""
     with (
         mock.patch.object(Reader, "weight", weight),
-        mock.patch("quant.codecs.check", lambda *_: None),
+        mock.patch("quant.codecs.check_values", lambda *_: None),
         mock.patch.object(linear, "offset_of", lambda _: 0.0),
         mock.patch.object(sampling, "is_finite", lambda _: True),
         mock.patch.object(sampling, "tokenize", lambda *_: tokens),
@@ -198,8 +198,8 @@ def measure_row(card: Hardware) -> str:
     figures = {"wide": flop / seconds_of(lambda: inputs @ weight.T, card.device) / 1e12}
     for scheme, stored in (("fp8", torch.float8_e4m3fn), ("int8", torch.int8)):
         if linear.path_of(scheme, card.device) != "dequantize":
-            pieces = {"": weight.to(stored), "_scale": weight[:, 0].float()}
-            layer = linear.make_linear(scheme, [pieces], [tuple(weight.shape)], None, arithmetic=True)
+            tensors = {"": weight.to(stored), "_scale": weight[:, 0].float()}
+            layer = linear.make_linear(scheme, [tensors], [tuple(weight.shape)], None, arithmetic=True)
             figures[scheme] = flop / seconds_of(lambda layer=layer: layer(inputs), card.device) / 1e12
     host = torch.empty(128 << 20, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(host, device=card.device, pin_memory=False)

@@ -109,13 +109,13 @@ def _stored(piece: Piece) -> torch.Tensor:
 def full_size(monkeypatch: pytest.MonkeyPatch, *, arithmetic: bool = True) -> Iterator[Checkpoint]:
     """The full-size model by its shapes, and engines that compute nothing: only what needs numbers is left out."""
     monkeypatch.setattr(
-        Reader, "weight", lambda _, weight: {suffix: _stored(piece) for suffix, piece in weight.pieces.items()}
+        Reader, "read", lambda _, weight: {suffix: _stored(piece) for suffix, piece in weight.pieces.items()}
     )
     made = torch.tensor  # of FakeTensors it knows no card
     monkeypatch.setattr(torch, "tensor", lambda values, device=None, **options: made(values, **options).to(device))
     for module in (codecs, loader.codecs):
-        monkeypatch.setattr(module, "check", lambda *_: None)
-    monkeypatch.setattr(linear, "offset_of", lambda _: 0.0)
+        monkeypatch.setattr(module, "check_values", lambda *_: None)
+    monkeypatch.setattr(linear, "read_offset", lambda _: 0.0)
     monkeypatch.setattr(sampling, "is_finite", lambda _: True)
     monkeypatch.setattr(sampling, "to_pixels", lambda decoded: SimpleNamespace(numpy=lambda: decoded.shape))
     monkeypatch.setattr(Checkpoint, "fingerprint", "full size")
