@@ -1,5 +1,6 @@
 """Adapters at run time: FluxPipeline's pictures, on every precision and placement, with the base as it was."""
 
+import functools
 import gc
 import hashlib
 import json
@@ -7,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from fluxcli.engine.lora_hooks import attach
 from fluxcli.events import Phase
 from fluxcli.request.fields import GenerationRequest
 from quant import lora
-from quant.checkpoint import Checkpoint, inspect
+from quant.checkpoint import Checkpoint, Component, inspect
 from quant.errors import CheckpointError
 from quant.single_file import assemble_checkpoint
 from quant.spec import QuantSpec
@@ -190,33 +191,62 @@ def test_the_same_adapter_again_computes_nothing_anew_and_another_scale_does(fil
 # --- every precision, wherever the blocks are
 
 
+@dataclass(frozen=True)
+class Resident:
+    """A precision's component, what it is loaded with, and its results with every block on the device."""
+
+    component: Component
+    dtype: torch.dtype
+    spec: QuantSpec | None
+    plain: torch.Tensor  # (1, 64, 64), without adapters
+    expected: torch.Tensor  # (1, 64, 64), with them
+
+
+@pytest.fixture(scope="module")
+def adapters(checkpoint: Checkpoint, files: dict[str, Path]) -> list[lora.Adapter]:
+    return [lora.read_adapter(files[name], checkpoint.components, scale=0.6) for name in ("blocks", "everything")]
+
+
+@pytest.fixture(scope="module")
+def resident(
+    checkpoint: Checkpoint, adapters: list, baked: Callable, exported: Callable, tiny_folder: Path
+) -> Callable[[str], Resident]:
+    """The resident results of a precision, computed once."""
+
+    @functools.cache
+    def of(precision: str) -> Resident:
+        to, _, packs = precision.partition(" ")
+        component, spec = checkpoint.components["transformer"], None
+        if to == "packed":
+            spec = QuantSpec(packs, **BAKED[packs])
+        elif packs:
+            whole = assemble_checkpoint(exported(precision)[0], lambda _: tiny_folder)
+            component = whole.components["transformer"]
+        elif to in BAKED:
+            component = inspect(baked(to, **BAKED[to])).components["transformer"]
+        dtype = torch.bfloat16 if to == "bf16" else torch.float32
+        given = inputs(dtype)
+        model = place(component, (), dtype=dtype, spec=spec)
+        plain = forward(model, given)
+        attach(model, adapters, "transformer", dtype=dtype, device=CARD)
+        return Resident(component, dtype, spec, plain, forward(model, given))
+
+    return of
+
+
 @pytest.mark.parametrize("way", ["two", "odd", "all", "two from their file", "all from their file"])
 @pytest.mark.parametrize(
     "precision", ["fp32", "bf16", *BAKED, *(f"packed {to}" for to in BAKED), "gguf Q4_0", "nf4 v2"]
 )
-def test_every_placement_gives_the_resident_result_bit_for_bit(
-    checkpoint, files, baked, exported, tiny_folder, precision, way
-):
-    to, _, packs = precision.partition(" ")
-    dtype, spec, component = torch.float32, None, checkpoint.components["transformer"]
-    if to == "packed":
-        spec = QuantSpec(packs, **BAKED[packs])
-    elif packs:
-        component = assemble_checkpoint(exported(precision)[0], lambda _: tiny_folder).components["transformer"]
-    elif to in BAKED:
-        component = inspect(baked(to, **BAKED[to])).components["transformer"]
-    dtype = torch.bfloat16 if to == "bf16" else dtype
-    adapters = [lora.read_adapter(files[name], checkpoint.components, scale=0.6) for name in ("blocks", "everything")]
-    options, given = {"dtype": dtype, "device": CARD}, inputs(dtype)
-    resident = place(component, (), dtype=dtype, spec=spec)
-    plain = forward(resident, given)
-    attach(resident, adapters, "transformer", **options)
-    expected = forward(resident, given)
+def test_every_placement_gives_the_resident_result_bit_for_bit(resident, adapters, precision, way):
+    wanted = resident(precision)
+    plain, expected = wanted.plain, wanted.expected
     assert (expected - plain).abs().max() > 0.1 * plain.abs().max()
     blocks, arena = WAYS[way]
-    model = place(component, blocks, arena=arena, dtype=dtype, spec=spec)
+    given = inputs(wanted.dtype)
+    model = place(wanted.component, blocks, arena=arena, dtype=wanted.dtype, spec=wanted.spec)
     for _ in range(2):
-        handles = attach(model, adapters, "transformer", **options)
+        handles = attach(model, adapters, "transformer", dtype=wanted.dtype, device=CARD)
         for _ in range(2):
             assert torch.equal(forward(model, given), expected)
         for handle in handles:
@@ -251,6 +281,7 @@ def test_a_layer_adds_the_product_to_what_it_gives_alone(checkpoint, tmp_path, b
 
 
 def test_blocks_with_adapters_compile_without_a_break(checkpoint, files, monkeypatch):
+    torch._dynamo.reset()  # what other tests compiled counts towards its limit
     component, given = checkpoint.components["transformer"], inputs()
     adapters = [lora.read_adapter(files["blocks"], checkpoint.components, scale=0.5)]
     model = place(component, ())

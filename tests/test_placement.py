@@ -1,8 +1,9 @@
 """Placement: wherever blocks are, the result is that of all on the device, bit for bit; and copies run ahead."""
 
+import functools
 import gc
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -61,23 +62,46 @@ def forward(model: nn.Module, given: dict) -> torch.Tensor:
     return model(**given, return_dict=False)[0]
 
 
+@dataclass(frozen=True)
+class Resident:
+    """A precision's component, what it is loaded with, and its result with every block on the device."""
+
+    component: Component
+    dtype: torch.dtype
+    spec: QuantSpec | None
+    expected: torch.Tensor  # (1, 64, 64)
+
+
+@pytest.fixture(scope="module")
+def resident(component: Component, baked: Callable, exported: Callable) -> Callable[[str], Resident]:
+    """The resident result of a precision, computed once."""
+
+    @functools.cache
+    def of(precision: str) -> Resident:
+        to, _, packs = precision.partition(" ")
+        found, spec = component, None
+        if precision in FILES:
+            found = inspect_transformer(exported(precision)[0])
+        elif packs:
+            spec = QuantSpec(to, **BAKED[to])
+        elif to in BAKED:
+            found = inspect(baked(to, **BAKED[to])).components["transformer"]
+        dtype = torch.bfloat16 if to == "bf16" else torch.float32
+        model = place(found, (), dtype=dtype, spec=spec)
+        return Resident(found, dtype, spec, forward(model, inputs(dtype)))
+
+    return of
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("precision", [*PRECISIONS, *(f"{to} packed while loading" for to in BAKED), *FILES])
-def test_every_placement_gives_the_resident_result_bit_for_bit(component, baked, exported, precision, way):
-    to, _, packs = precision.partition(" ")
-    dtype, spec = torch.bfloat16 if to == "bf16" else torch.float32, None
-    if precision in FILES:
-        component = inspect_transformer(exported(precision)[0])
-    elif packs:
-        spec = QuantSpec(to, **BAKED[to])
-    elif to in BAKED:
-        component = inspect(baked(to, **BAKED[to])).components["transformer"]
+def test_every_placement_gives_the_resident_result_bit_for_bit(resident, precision, way):
+    wanted = resident(precision)
     blocks, arena = WAYS[way]
-    given = inputs(dtype)
-    expected = forward(place(component, (), dtype=dtype, spec=spec), given)
-    model = place(component, blocks, arena=arena, dtype=dtype, spec=spec)
+    given = inputs(wanted.dtype)
+    model = place(wanted.component, blocks, arena=arena, dtype=wanted.dtype, spec=wanted.spec)
     for _ in range(3):
-        assert torch.equal(forward(model, given), expected)
+        assert torch.equal(forward(model, given), wanted.expected)
 
 
 # --- the order of copies
