@@ -84,7 +84,7 @@ def bitsandbytes(folder: Path, files: list[Path]) -> dict:
     reader = Reader()
     for weight in part.weights.values():
         if spec.scheme("transformer", weight.name, weight.shape):
-            quantize_4bit(reader.weight(weight)[""], compress_statistics=True, quant_type="nf4")
+            quantize_4bit(reader.read(weight)[""], compress_statistics=True, quant_type="nf4")
     return {"seconds": round(time.perf_counter() - started, 1)}
 
 

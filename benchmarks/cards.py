@@ -34,11 +34,12 @@ from fluxcli.engine import sampling
 from fluxcli.engine.engine import Engine
 from fluxcli.events import Phase, Step
 from fluxcli.models import find as models
-from fluxcli.plan import costs, placement
+from fluxcli.plan import costs
+from fluxcli.plan import placement as residency
 from fluxcli.plan.machine import CONTEXT_BYTES, Hardware
-from fluxcli.plan.placement import GIB, PHASES, Candidate
+from fluxcli.plan.placement import GIB, PHASES
 from fluxcli.plan.planner import survey
-from fluxcli.request.fields import GenerationRequest
+from fluxcli.request.fields import Order
 from quant import linear
 from quant.checkpoint import Checkpoint, inspect
 from quant.codecs import Reader
@@ -68,7 +69,7 @@ def random_model() -> Iterator[Checkpoint]:
     tokens = torch.ones(1, 77, dtype=torch.long), torch.ones(1, 512, dtype=torch.long), ""
     with (
         mock.patch.object(Reader, "weight", weight),
-        mock.patch("quant.codecs.check", lambda *_: None),
+        mock.patch("quant.codecs.check_values", lambda *_: None),
         mock.patch.object(linear, "offset_of", lambda _: 0.0),
         mock.patch.object(sampling, "is_finite", lambda _: True),
         mock.patch.object(sampling, "tokenize", lambda *_: tokens),
@@ -77,7 +78,7 @@ def random_model() -> Iterator[Checkpoint]:
         yield models.known_shapes(DEV)
 
 
-def run(engine: Engine, request: GenerationRequest, counter: Counter | None) -> tuple[dict, list[float]]:
+def run(engine: Engine, request: Order, counter: Counter | None) -> tuple[dict, list[float]]:
     """(peak bytes of each phase, seconds of each step but the first) of one picture."""
     peaks, seconds, phase, since = {}, [], "encode", 0.0
 
@@ -103,17 +104,16 @@ def run(engine: Engine, request: GenerationRequest, counter: Counter | None) -> 
     return (counter.peaks if counter else peaks), seconds
 
 
-def carry_out(candidate: Candidate, machine: Hardware, request: GenerationRequest, *, shrunk: bool) -> dict:
+def rung(made: object, offer: object, machine: object, request: Order, *, shrunk: bool) -> dict:
     """One plan, carried out."""
-    made = candidate.plan
     counter = Counter(budget=made.budget_bytes) if shrunk else None
-    engine = Engine(candidate.checkpoint, replace(made, device=CARD) if shrunk else made, machine)
+    engine = Engine(offer.checkpoint, replace(made, device=CARD) if shrunk else made, machine)
     peaks, seconds = run(engine, request, counter)
-    compute = costs.block_seconds(candidate.cost, machine.speeds, candidate.scheme)
-    copied = sum(candidate.cost.blocks[i].nbytes for i in made.placement.streamed)
+    compute = costs.block_seconds(offer.cost, machine.speeds, offer.scheme)
+    copied = sum(offer.cost.blocks[i].nbytes for i in made.residency.streamed)
     row = {
-        "precision": made.precision, "placed": made.placement.level("denoise"), "encode": made.placement.encode,
-        "decode": made.placement.decode, "went_on_as_planned": engine.plan.placement == made.placement,
+        "precision": made.precision, "placed": made.residency.level("denoise"), "encode": made.residency.encode,
+        "decode": made.residency.decode, "went_on_as_planned": engine.plan.residency == made.residency,
         "plan_bytes": made.peak_bytes, "measured_bytes": {phase: peaks.get(phase, 0) for phase in PHASES},
         "step_s": round(statistics.median(seconds), 4), "planned_step_s": round(sum(compute), 4),
         "bus_s": round(copied / machine.speeds.bus_bytes, 4),
@@ -124,20 +124,20 @@ def carry_out(candidate: Candidate, machine: Hardware, request: GenerationReques
     return row
 
 
-def rungs(checkpoint: Checkpoint, machine: object, request: GenerationRequest, *, shrunk: bool) -> Iterator[dict]:
+def rungs(checkpoint: Checkpoint, machine: object, request: Order, *, shrunk: bool) -> Iterator[dict]:
     """Every precision that fits, as planned; and 16 bit with all blocks on the card, streamed, and from their files."""
     specs = [QuantSpec("nf4", "nf4"), QuantSpec("fp8"), QuantSpec("int8")]
     folders = [checkpoint] if shrunk else [*(packed(checkpoint, spec) for spec in specs), checkpoint]
     wide = "fp32" if shrunk else "bf16"
     wanted = [(to, "auto") for to in (wide, *BAKEABLE)] + [(wide, offload) for offload in ("stream", "sequential")]
     for precision, offload in wanted:
-        asked = replace(request, precision=precision, offload=offload)
-        found = survey(costs.make_workload(asked), asked, folders, machine)[0]
+        asked = replace(request, resources=replace(request.resources, precision=precision, offload=offload))
+        found = survey(asked, folders, machine)[0]
         if found.plan:
-            yield carry_out(found, machine, asked, shrunk=shrunk) | {"offload": offload}
+            yield rung(found.plan, found.offer, machine, asked, shrunk=shrunk) | {"offload": offload}
 
 
-def diffusers_rows(machine: object, request: GenerationRequest, *, shrunk: bool) -> Iterator[dict]:
+def diffusers_rows(machine: object, request: Order, *, shrunk: bool) -> Iterator[dict]:
     """diffusers' own pipeline from prepared embeddings: seconds a step, and the allocator's peak."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
@@ -146,7 +146,7 @@ def diffusers_rows(machine: object, request: GenerationRequest, *, shrunk: bool)
     dtype = torch.float32 if shrunk else torch.bfloat16
     width = configs["transformer"].get("joint_attention_dim", 4096)
     embeddings = {
-        "prompt_embeds": torch.zeros(1, request.text_tokens, width, dtype=dtype, device=machine.device),
+        "prompt_embeds": torch.zeros(1, request.request.text_tokens, width, dtype=dtype, device=machine.device),
         "pooled_prompt_embeds": torch.zeros(1, configs["transformer"]["pooled_projection_dim"], dtype=dtype,
                                             device=machine.device),
     }  # fmt: skip
@@ -175,7 +175,7 @@ def diffusers_rows(machine: object, request: GenerationRequest, *, shrunk: bool)
             times.append(time.perf_counter())
             return {}
 
-        pipe(**embeddings, width=request.size[0], height=request.size[1], num_inference_steps=request.steps,
+        pipe(**embeddings, width=request.request.size[0], height=request.request.size[1], num_inference_steps=request.request.steps,
              callback_on_step_end=tick, output_type="np")  # fmt: skip
         steps = [b - a for a, b in pairwise(times)]
         peak = hardware.peak_memory(machine.device).get("vram_bytes", 0)
@@ -198,8 +198,8 @@ def measure_row(card: Hardware) -> str:
     figures = {"wide": flop / seconds_of(lambda: inputs @ weight.T, card.device) / 1e12}
     for scheme, stored in (("fp8", torch.float8_e4m3fn), ("int8", torch.int8)):
         if linear.path_of(scheme, card.device) != "dequantize":
-            pieces = {"": weight.to(stored), "_scale": weight[:, 0].float()}
-            layer = linear.make_linear(scheme, [pieces], [tuple(weight.shape)], None, arithmetic=True)
+            tensors = {"": weight.to(stored), "_scale": weight[:, 0].float()}
+            layer = linear.make_linear(scheme, [tensors], [tuple(weight.shape)], None, arithmetic=True)
             figures[scheme] = flop / seconds_of(lambda layer=layer: layer(inputs), card.device) / 1e12
     host = torch.empty(128 << 20, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(host, device=card.device, pin_memory=False)
@@ -240,7 +240,7 @@ def main() -> None:
         return
     shrunk = given.shrunk
     if shrunk:  # the tiny model: what is fixed for the real one would be all there is
-        costs.DECODE_BYTES, placement.CONTEXT_BYTES, placement.RESIDENT_SHARE = 64 << 10, 0, 0.0
+        costs.DECODE_BYTES, residency.CONTEXT_BYTES, residency.RESIDENT_SHARE = 64 << 10, 0, 0.0
     given.caps = given.caps or ("9,12,30" if shrunk else "8,12,16,24")
     given.sizes = given.sizes or ("64x64" if shrunk else "1024x1024,768x1344")
     here = hardware.probe("cpu") if shrunk else hardware.probe("cuda")
@@ -249,7 +249,7 @@ def main() -> None:
         for size in given.sizes.split(","):
             width, height = map(int, size.split("x"))
             tokens = {"text_tokens": 24, "model": "bundled/tiny"} if shrunk else {}
-            request = GenerationRequest("x", steps=given.steps, width=width, height=height, seed=1, **tokens)
+            request = Order.from_settings("x", dict(steps=given.steps, width=width, height=height, seed=1, **tokens))
             for cap in map(int, given.caps.split(",")):
                 machine = replace(here, device="cuda:0", total_bytes=cap * unit, free_bytes=cap * unit)
                 for row in rungs(checkpoint, machine, request, shrunk=shrunk):

@@ -27,7 +27,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def relative_error(weight: torch.Tensor, *, search: bool) -> float:
-    decoded = nf4.decode(nf4.encode(weight, search=search), weight.shape, torch.float32)
+    decoded = nf4.dequantize(nf4.quantize(weight, search=search), weight.shape, torch.float32)
     return round(float((decoded - weight.float()).norm() / weight.float().norm()), 5)
 
 
@@ -36,8 +36,8 @@ def measured(shape: tuple[int, int], pairs: int) -> dict:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
     ways = {
         "bitsandbytes": lambda: bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4"),
-        "absmax": lambda: nf4.encode(weight, search=False),
-        "searched": lambda: nf4.encode(weight, search=True),
+        "absmax": lambda: nf4.quantize(weight, search=False),
+        "searched": lambda: nf4.quantize(weight, search=True),
     }
     for work in ways.values():
         work()

@@ -21,8 +21,7 @@ from fluxcli.engine import device as hardware
 from fluxcli.engine.engine import Engine
 from fluxcli.models import find as models
 from fluxcli.plan import planner as plan
-from fluxcli.plan.costs import make_workload
-from fluxcli.request.fields import GenerationRequest
+from fluxcli.request.fields import Order
 from quant.checkpoint import inspect
 from quant.spec import SCHEMES, QuantSpec
 from training import check, data
@@ -42,7 +41,9 @@ SIZE = {"image_size": 128, "steps": 10, "text_tokens": 24, "format": "png"}
 
 def picture(engine: Engine, fact: data.Fact, seed: int) -> np.ndarray:
     """Pixels (H, W, 3) of a fact's sentence."""
-    request = GenerationRequest(data.prompt(fact), preset="tiny", model="bundled/tiny", seed=seed, device="cpu", **SIZE)
+    request = Order.from_settings(
+        data.prompt(fact), {"preset": "tiny", "model": "bundled/tiny", "seed": seed, "device": "cpu"} | SIZE
+    )
     run = engine.picture(request)
     while True:
         try:
@@ -54,10 +55,10 @@ def picture(engine: Engine, fact: data.Fact, seed: int) -> np.ndarray:
 def measure(name: str, facts: list[data.Fact], reference: list[np.ndarray]) -> tuple[dict, list[np.ndarray]]:
     """Shares of right answers per attribute, PSNR against the reference pictures, seconds per picture."""
     spec = VARIANTS[name]
-    request = GenerationRequest("x", preset="tiny", model="bundled/tiny", device="cpu", **SIZE)
+    request = Order.from_settings("x", {"preset": "tiny", "model": "bundled/tiny", "device": "cpu"} | SIZE)
     checkpoint = inspect(models.locate("bundled/tiny"))
     machine = hardware.probe("cpu")
-    _, planned = plan.make_plan(make_workload(request), request, [checkpoint], machine)
+    _, planned = plan.make_plan(request, [checkpoint], machine)
     planned = replace(planned, spec=spec, precision=spec.to if spec else planned.precision)
     engine, started = Engine(checkpoint, planned, machine), time.perf_counter()
     pictures = [picture(engine, fact, seed) for seed, fact in enumerate(facts)]

@@ -23,7 +23,7 @@ from quant.files import flush_to_disk
 from quant.header import read_header
 from quant.lazy import Tensor, Tensors, psutil, torch
 from quant.lora import BIAS, DOWN, NORM, UP
-from quant.recipe import Job, Recipe, check_disk
+from quant.recipe import OutputTensor, Recipe, check_disk
 from quant.writer import SafetensorsWriter
 
 AHEAD = 6  # tensors that wait to be packed, and to be written
@@ -38,21 +38,31 @@ class Progress:
     total: int
 
 
-def bake(recipe: Recipe, target: Path, *, origin: dict, device: str = "cpu", verify: bool = True) -> Iterator[Progress]:
+def bake(
+    recipe: Recipe, target: Path, *, origin: dict, device: str = "cpu", verify: bool = True
+) -> Iterator[Progress]:
     """Write the recipe's checkpoint to `target`, replacing what is there; yields after every tensor.
 
     `origin` goes into the manifest. Raises `WriteError`, and `CheckpointError` for a source that is not finite.
     """
     started = time.perf_counter()
     temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-    manifest = {"format": 1, **origin, "source": {}, "recipe": recipe.spec.to_json(), "layout": recipe.layout}
+    manifest = {
+        "format": 1,
+        **origin,
+        "source": {},
+        "recipe": recipe.spec.to_json(),
+        "layout": recipe.layout,
+    }
     manifest |= {"verified": verify, "bytes": recipe.sizes, "seconds": 0.0, "relative_errors": {}}
     writers = {}
     try:
         remove_remains(target)
         check_disk(recipe, target)
-        for scheme in {job.scheme for job in recipe.jobs if job.scheme}:
-            codecs.library(scheme)  # now: a signal in an import kills at once, and would leave the folder
+        for scheme in {job.scheme for job in recipe.tensors if job.scheme}:
+            codecs.import_library(
+                scheme
+            )  # now: a signal in an import kills at once, and would leave the folder
         for file in (*recipe.texts, *recipe.links, *recipe.sizes):
             (temporary / file).parent.mkdir(parents=True, exist_ok=True)
         for file, text in recipe.texts.items():
@@ -68,10 +78,19 @@ def bake(recipe: Recipe, target: Path, *, origin: dict, device: str = "cpu", ver
             writer.finish()
         if name := next((name for w in writers.values() if verify and (name := w.damaged())), ""):
             why = f"{name} does not read back as it was written"
-            raise WriteError("the file is damaged", target, why=why, hint="check the disk, then run it again")
-        _place(recipe, temporary, target, manifest | {"seconds": round(time.perf_counter() - started, 1)})
+            raise WriteError(
+                "the file is damaged", target, why=why, hint="check the disk, then run it again"
+            )
+        _place(
+            recipe,
+            temporary,
+            target,
+            manifest | {"seconds": round(time.perf_counter() - started, 1)},
+        )
     except OSError as error:
-        raise WriteError("cannot write the checkpoint", target, why=error.strerror or str(error)) from error
+        raise WriteError(
+            "cannot write the checkpoint", target, why=error.strerror or str(error)
+        ) from error
     finally:
         for writer in writers.values():
             writer.close()
@@ -82,17 +101,21 @@ def bake(recipe: Recipe, target: Path, *, origin: dict, device: str = "cpu", ver
 def remove_remains(target: Path) -> None:
     """Remove what killed bakes of this target left; an old one that was out of the way comes back."""
     for path in list(target.parent.iterdir()) if target.parent.is_dir() else ():
-        match = re.fullmatch(re.escape(target.name) + r"\.tmp-(\d+)-[0-9a-f]{8}(\.json|\.old)?", path.name)
+        match = re.fullmatch(
+            re.escape(target.name) + r"\.tmp-(\d+)-[0-9a-f]{8}(\.json|\.old)?", path.name
+        )
         if match and not psutil.pid_exists(int(match[1])):
             if match[2] == ".old" and not target.exists():
                 os.rename(path, target)
             _remove(path)
 
 
-def _pack(recipe: Recipe, writers: dict[str, SafetensorsWriter], device: str, manifest: dict) -> Iterator[Progress]:
+def _pack(
+    recipe: Recipe, writers: dict[str, SafetensorsWriter], device: str, manifest: dict
+) -> Iterator[Progress]:
     """Read the next tensor and write the last ones while one is packed; a job begins when its last source is there."""
     uses = defaultdict(list)  # (job, source) by file and tensor
-    for n, job in enumerate(recipe.jobs):
+    for n, job in enumerate(recipe.tensors):
         for k, source in enumerate(job.sources):
             uses[source.pieces[""].file, source.pieces[""].info.name].append((n, k))
     files = sorted({path for path, _ in uses})
@@ -108,11 +131,15 @@ def _pack(recipe: Recipe, writers: dict[str, SafetensorsWriter], device: str, ma
                 ahead.append(reading.submit(next, tensors, None))
                 path, name, tensor = item
                 for n, k in uses[path, name]:
-                    job, parts = recipe.jobs[n], arrived[n]
-                    values = codecs.rows_of(tensor, job.sources[k].pieces[""])
-                    parts[k] = _merged(recipe, job.file.partition("/")[0], job.sources[k].name, values)
+                    job, parts = recipe.tensors[n], arrived[n]
+                    values = codecs.take_rows(tensor, job.sources[k].pieces[""])
+                    parts[k] = _merged(
+                        recipe, job.file.partition("/")[0], job.sources[k].name, values
+                    )
                     if len(parts) == len(job.sources):
-                        pieces = _encode(job, arrived.pop(n), device, search, manifest["relative_errors"])
+                        pieces = _encode(
+                            job, arrived.pop(n), device, search, manifest["relative_errors"]
+                        )
                         written.append(writing.submit(_write, writers[job.file], job, pieces))
                         written.popleft().result()
                 done += tensor.nbytes
@@ -133,22 +160,44 @@ def _read(files: list[Path], sources: dict[str, dict]) -> Iterator[tuple[Path, s
             for info in infos.values():
                 data = torch.empty(info.nbytes, dtype=torch.uint8)
                 if file.readinto(data.numpy()) < info.nbytes:
-                    raise CheckpointError("weight file is truncated", path, why=f"it ends in {info.name[:60]}")
+                    raise CheckpointError(
+                        "weight file is truncated", path, why=f"it ends in {info.name[:60]}"
+                    )
                 digest.update(data.numpy())
-                if hasattr(os, "posix_fadvise"):  # what was written shall stay in the page cache, to be verified
-                    os.posix_fadvise(file.fileno(), start + info.start, info.nbytes, os.POSIX_FADV_DONTNEED)
+                if hasattr(
+                    os, "posix_fadvise"
+                ):  # what was written shall stay in the page cache, to be verified
+                    os.posix_fadvise(
+                        file.fileno(), start + info.start, info.nbytes, os.POSIX_FADV_DONTNEED
+                    )
                 known = codecs.DTYPES.get(info.dtype)  # of others nothing but the bytes matters
-                yield path, info.name, data.view(getattr(torch, known)).view(info.shape) if known else data
+                yield (
+                    path,
+                    info.name,
+                    data.view(getattr(torch, known)).view(info.shape) if known else data,
+                )
         sources[f"{path.parent.name}/{path.name}"] = {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _merged(recipe: Recipe, component: str, name: str, values: Tensor) -> Tensor:
     """A tensor's values with what the recipe's adapters add to them: summed in float32, rounded once."""
-    (layer, _, leaf), reader, total = name.removeprefix("text_model.").rpartition("."), codecs.Reader(), values
-    for adapter, part in ((a, part) for a in recipe.adapters for part in a.active_parts(component or "transformer")):
+    (layer, _, leaf), reader, total = (
+        name.removeprefix("text_model.").rpartition("."),
+        codecs.Reader(),
+        values,
+    )
+    for adapter, part in (
+        (a, part) for a in recipe.adapters for part in a.active_parts(component or "transformer")
+    ):
         if layer in part.layers:
-            tensors = {kind: tensor.float() for kind, tensor in reader.checked(part.stored).items()}
-            (start, stop), scale, total = part.layers[layer], adapter.scale * part.factor, total.float()
+            tensors = {
+                kind: tensor.float() for kind, tensor in reader.read_checked(part.stored).items()
+            }
+            (start, stop), scale, total = (
+                part.layers[layer],
+                adapter.scale * part.factor,
+                total.float(),
+            )
             if leaf == "weight":
                 low = None if NORM in tensors else (tensors[UP][start:stop], tensors[DOWN])
                 total = total.addmm(*low, alpha=scale) if low else tensors[NORM]
@@ -157,22 +206,28 @@ def _merged(recipe: Recipe, component: str, name: str, values: Tensor) -> Tensor
     return total.to(values.dtype)
 
 
-def _encode(job: Job, parts: dict[int, Tensor], device: str, search: bool, errors: dict) -> Tensors:
+def _encode(
+    job: OutputTensor, parts: dict[int, Tensor], device: str, search: bool, errors: dict
+) -> Tensors:
     """What is stored for the rows of the job's sources, by suffix."""
-    tensor = codecs.stacked([parts[k] for k in range(len(parts))])
-    tensor = (codecs.stacked(tensor.chunk(2)[::-1]) if job.swap else tensor).to(device)
+    tensor = codecs.stack_rows([parts[k] for k in range(len(parts))])
+    tensor = (codecs.stack_rows(tensor.chunk(2)[::-1]) if job.swap else tensor).to(device)
     where = job.sources[0].pieces[""]
     if not job.scheme:
-        codecs.check(job.name, {"": tensor}, where)
+        codecs.check_values(job.name, {"": tensor}, where)
         return {"": tensor}
-    encoded = codecs.encode(tensor, job.scheme, name=job.name, where=where, search=search, scalar=job.scalar)
-    errors[job.name] = round(encoded.relative_error, 6)
-    return encoded.pieces
+    quantized = codecs.quantize(
+        tensor, job.scheme, name=job.name, where=where, search=search, scalar=job.scalar
+    )
+    errors[job.name] = round(quantized.relative_error, 6)
+    return quantized.stored
 
 
-def _write(writer: SafetensorsWriter, job: Job, pieces: Tensors) -> None:
+def _write(writer: SafetensorsWriter, job: OutputTensor, pieces: Tensors) -> None:
     for suffix, tensor in pieces.items():
-        writer.add(job.name + suffix, memoryview(tensor.cpu().reshape(-1).view(torch.uint8).numpy()))
+        writer.add(
+            job.name + suffix, memoryview(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+        )
 
 
 def _place(recipe: Recipe, temporary: Path, target: Path, manifest: dict) -> None:

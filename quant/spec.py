@@ -64,7 +64,9 @@ class Scheme:
     can_bake: bool = True  # flux can quantize to it
     can_bake_modulation: bool = False
     can_bake_text_encoder: bool = False
-    text_encoder: str = "keep"  # T5's scheme beside a transformer in this one, unless asked otherwise
+    text_encoder: str = (
+        "keep"  # T5's scheme beside a transformer in this one, unless asked otherwise
+    )
     file_name: str = ""  # of a baked component where its plain name would be misread by others
     multiply: str = ""  # the operator that multiplies in it; "" where weights are always unpacked
     capability: tuple[int, int] | None = None  # NVIDIA's least compute capability for `multiply`

@@ -16,12 +16,18 @@ from quant.header import DTYPE_BITS, TensorInfo, read_header
 class SafetensorsWriter:
     """One file with exactly the tensors it was told of; `nbytes` is its size, known at once."""
 
-    def __init__(self, path: Path, tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self, path: Path, tensors: Iterable[TensorInfo], metadata: Mapping[str, str]
+    ) -> None:
         """Lay the file out: wide dtypes first, so that each tensor is aligned; nothing is written yet."""
         self.path, self.infos, at, header = path, {}, 0, {"__metadata__": dict(metadata)}
         for info in sorted(tensors, key=lambda info: -DTYPE_BITS[info.dtype]):
             self.infos[info.name] = replace(info, start=at)
-            header[info.name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [at, at + info.nbytes]}
+            header[info.name] = {
+                "dtype": info.dtype,
+                "shape": info.shape,
+                "data_offsets": [at, at + info.nbytes],
+            }
             at += info.nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         self._header = text.ljust(-(-len(text) // 8) * 8)  # aligned
@@ -47,7 +53,9 @@ class SafetensorsWriter:
 
     def finish(self) -> None:
         """Bring the file to the disk; every tensor must have been added."""
-        assert set(self._checksums) == set(self.infos), sorted(set(self.infos) - set(self._checksums))[:3]
+        assert set(self._checksums) == set(self.infos), sorted(
+            set(self.infos) - set(self._checksums)
+        )[:3]
         os.fsync(self._file.fileno())
         self.close()
 

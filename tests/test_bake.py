@@ -28,19 +28,29 @@ SPECS = [
     for text_encoder in ("keep", "nf4", "fp8")
     for modulation in (("keep",) if to == "int8" else ("keep", to))
 ]
-MAIN = {"nf4": "diffusion_pytorch_model.safetensors", "fp8": "flux-fp8r.safetensors", "int8": "flux-int8.safetensors"}
+MAIN = {
+    "nf4": "diffusion_pytorch_model.safetensors",
+    "fp8": "flux-fp8r.safetensors",
+    "int8": "flux-int8.safetensors",
+}
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.to}-{spec.text_encoder}-{spec.modulation}")
+@pytest.mark.parametrize(
+    "spec", SPECS, ids=lambda spec: f"{spec.to}-{spec.text_encoder}-{spec.modulation}"
+)
 def test_every_choice_has_exactly_the_predicted_bytes_and_is_a_model(spec, tiny_folder, tmp_path):
     source, target = inspect(tiny_folder), tmp_path / "deep" / "er" / "model"
     recipe = make_recipe(source, spec)
     progress = bake_all(recipe, target)
     written = {name for name in files(target) if name.endswith(".safetensors")} - set(recipe.links)
     assert recipe.sizes == {name: (target / name).stat().st_size for name in written}
-    assert f"transformer/{MAIN[spec.to]}" in written and (f"transformer/{KEEP_FILE}" in written) == (spec.to == "nf4")
+    assert f"transformer/{MAIN[spec.to]}" in written and (
+        f"transformer/{KEEP_FILE}" in written
+    ) == (spec.to == "nf4")
     assert {stat.S_IMODE((target / name).stat().st_mode) for name in written} == {0o666 & ~_umask()}
-    assert [p.done for p in progress] == sorted(p.done for p in progress) and progress[-1].done <= progress[-1].total
+    assert [p.done for p in progress] == sorted(p.done for p in progress) and progress[
+        -1
+    ].done <= progress[-1].total
     _assert_same_model(source, inspect(target), spec)
     assert not list(target.parent.glob("*.tmp-*"))
 
@@ -59,12 +69,20 @@ def _assert_same_model(source: Checkpoint, found: Checkpoint, spec: QuantSpec) -
         reader = Reader()
         for weight in part.weights.values():
             packed = weights[weight.name]
-            expected = "" if weight.name == "proj_out.weight" else spec.scheme(name, weight.name, weight.shape)
+            expected = (
+                ""
+                if weight.name == "proj_out.weight"
+                else spec.scheme(name, weight.name, weight.shape)
+            )
             assert (packed.scheme, packed.shape) == (expected, weight.shape)
-            ours = reader.weight(weight)[""].float()
-            read = codecs.decode(reader.weight(packed), packed.scheme, packed.shape, torch.float32)
+            ours = reader.read(weight)[""].float()
+            read = codecs.dequantize(
+                reader.read(packed), packed.scheme, packed.shape, torch.float32
+            )
             error = float((read - ours).norm())
-            assert error <= {"": 0, "nf4": 0.1, "fp8": 0.037, "int8": 0.025}[expected] * float(ours.norm())
+            assert error <= {"": 0, "nf4": 0.1, "fp8": 0.037, "int8": 0.025}[expected] * float(
+                ours.norm()
+            )
 
 
 @pytest.mark.parametrize("kind", ["bfl", "comfy"])
@@ -83,7 +101,11 @@ def test_the_manifest_says_what_was_made_of_what(micro, tmp_path):
     manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
     assert {key: manifest[key] for key in ORIGIN} == ORIGIN and manifest["verified"] is True
     assert manifest["recipe"] == json.loads(json.dumps(spec.to_json())) and manifest["seconds"] >= 0
-    sources = [path for part in ("transformer", "text_encoder_2") for path in (micro / part).glob("*.safetensors")]
+    sources = [
+        path
+        for part in ("transformer", "text_encoder_2")
+        for path in (micro / part).glob("*.safetensors")
+    ]
     sums = {hashlib.sha256(path.read_bytes()).hexdigest(): path.stat().st_size for path in sources}
     assert {found["sha256"]: found["bytes"] for found in manifest["source"].values()} == sums
     errors = manifest["relative_errors"]
@@ -115,7 +137,9 @@ def test_shards_and_wide_dtypes_give_the_same_model(to, copy, tmp_path):
     path.unlink()
     shards = {name: f"s-{k % 3}.safetensors" for k, name in enumerate(tensors)}
     for shard in set(shards.values()):
-        save_file({name: tensors[name] for name in tensors if shards[name] == shard}, path.parent / shard)
+        save_file(
+            {name: tensors[name] for name in tensors if shards[name] == shard}, path.parent / shard
+        )
     (path.parent / f"{path.name}.index.json").write_text(json.dumps({"weight_map": shards}))
     bake_all(recipe_of(copy, spec=spec), tmp_path / "shards")
     file = f"transformer/{MAIN[to]}"
@@ -159,7 +183,9 @@ def test_a_quantized_text_encoder_is_refused_unless_it_is_kept(micro, tmp_path):
 
 def test_the_top_proj_out_is_never_a_pattern_that_spares_every_single_block(micro):
     for keep in ((), ("proj_out",), ("*proj_out*",)):
-        config = json.loads(recipe_of(micro, spec=QuantSpec("nf4", keep=keep)).texts["transformer/config.json"])
+        config = json.loads(
+            recipe_of(micro, spec=QuantSpec("nf4", keep=keep)).texts["transformer/config.json"]
+        )
         assert "proj_out" not in config["quantization_config"]["llm_int8_skip_modules"]
 
 
@@ -176,7 +202,9 @@ def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(micro, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["diffusers", "bfl"])
-def test_a_byte_that_changes_on_the_disk_is_found_before_the_rename(kind, micro, tmp_path, monkeypatch):
+def test_a_byte_that_changes_on_the_disk_is_found_before_the_rename(
+    kind, micro, tmp_path, monkeypatch
+):
     def finish(writer: SafetensorsWriter) -> None:
         real(writer)
         data = bytearray(writer.path.read_bytes())

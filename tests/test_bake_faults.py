@@ -26,7 +26,11 @@ LEFT = ("flux-manifest.json", "transformer/x.safetensors", "x.safetensors", "x.s
 
 def put_old(target: Path, kind: str) -> dict[str, bytes]:
     """An old checkpoint at the target."""
-    names = [target / name for name in LEFT[:2]] if kind == "diffusers" else [target, Path(f"{target}.json")]
+    names = (
+        [target / name for name in LEFT[:2]]
+        if kind == "diffusers"
+        else [target, Path(f"{target}.json")]
+    )
     for path in names:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"old")
@@ -63,7 +67,7 @@ def test_a_disk_that_is_full_at_any_call_leaves_a_whole_checkpoint_or_none(kind,
         if len(hook.names) < k:
             break
         shutil.rmtree(target.parent)
-    assert failed > len(recipe.jobs) and content(target) != old
+    assert failed > len(recipe.tensors) and content(target) != old
     assert len([1 for name in hook.names if name == "fsync"]) == len(recipe.sizes) + 1
 
 
@@ -74,7 +78,7 @@ def test_ctrl_c_after_any_tensor_leaves_nothing_behind(kind, replaces, stop, mic
     target.parent.mkdir()
     old = put_old(target, kind) if replaces else {}
     before = files(target.parent)
-    for n in range(1, len(recipe.jobs)):
+    for n in range(1, len(recipe.tensors)):
         run = bake(recipe, target, origin=ORIGIN)
         for _ in range(n):
             next(run)
@@ -109,12 +113,19 @@ def test_the_remains_of_dead_bakes_are_removed_and_no_others(name, tmp_path):
     dead.wait()
     target = tmp_path / name
     mine = [f"{name}.tmp-{dead.pid}-01234567", f"{name}.tmp-{dead.pid}-89abcdef.json"]
-    others = [f"{name}.tmp-{os.getpid()}-01234567", f"{name}.tmp-x", f"y.tmp-{dead.pid}-01234567", name]
+    others = [
+        f"{name}.tmp-{os.getpid()}-01234567",
+        f"{name}.tmp-x",
+        f"y.tmp-{dead.pid}-01234567",
+        name,
+    ]
     for file in (*mine, *others):
         (tmp_path / file).write_bytes(b"")
     remove_remains(target)
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == set(others)
-    target.rename(tmp_path / f"{name}.tmp-{dead.pid}-01234567.old")  # killed between the two renames
+    target.rename(
+        tmp_path / f"{name}.tmp-{dead.pid}-01234567.old"
+    )  # killed between the two renames
     remove_remains(target)
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == set(others)
     remove_remains(tmp_path / "absent" / "x")
@@ -122,9 +133,21 @@ def test_the_remains_of_dead_bakes_are_removed_and_no_others(name, tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
 def test_a_bake_that_is_killed_at_any_write_leaves_the_old_checkpoint_or_the_new_one(ram):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "tests.test_bake_faults", str(ram / "micro"), str(ram / "sweep")]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "tests.test_bake_faults",
+        str(ram / "micro"),
+        str(ram / "sweep"),
+    ]
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=240
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     print(result.stdout)
     assert result.stdout.count("kill points") == len(CASES)
@@ -134,7 +157,11 @@ def sweep(micro: Path, folder: Path) -> None:
     """Kill a bake before its k-th write, for each k until one ends untouched; in a process without threads."""
     torch.set_num_threads(1)
     for kind, replaces in CASES:
-        started, recipe, target = time.perf_counter(), recipe_of(micro, kind), folder / f"{kind}-{replaces}" / "x"
+        started, recipe, target = (
+            time.perf_counter(),
+            recipe_of(micro, kind),
+            folder / f"{kind}-{replaces}" / "x",
+        )
         bake_all(recipe, target.with_name("y"))
         new = {name.replace("y", "x", 1) if kind != "diffusers" else name: data
                for name, data in content(target.with_name("y")).items()}  # fmt: skip
@@ -145,19 +172,39 @@ def sweep(micro: Path, folder: Path) -> None:
             old = put_old(target, kind) if replaces else {}
             names = _killed(recipe, target, k)
             found = content(target)
-            states.append("old" if found == old else "new" if found == new else "absent" if not target.exists() else "")
-            assert states[-1] or (kind != "diffusers" and found["x"] == new["x"]), (k, names, set(found))  # no manifest
+            states.append(
+                "old"
+                if found == old
+                else "new"
+                if found == new
+                else "absent"
+                if not target.exists()
+                else ""
+            )
+            assert states[-1] or (kind != "diffusers" and found["x"] == new["x"]), (
+                k,
+                names,
+                set(found),
+            )  # no manifest
             if k % 4 == 0 or len(names) < k:  # often enough: these are most of the seconds
                 bake_all(recipe, target)
                 assert content(target) == new and not list(target.parent.glob("*.tmp-*"))
             if len(names) < k:
                 break
-        must = sum(len(job.outputs) for job in recipe.jobs) + sum(n in ("fsync", "rename", "replace") for n in names)
+        must = sum(len(tensor.stored) for tensor in recipe.tensors) + sum(
+            n in ("fsync", "rename", "replace") for n in names
+        )
         assert k - 1 >= must and names.count("fsync") == len(recipe.sizes) + 1
-        assert states[-1] == "new" and states == sorted(states, key=["old", "absent", "", "new"].index)
-        assert states.count("absent") == (kind == "diffusers" and replaces) and states.count("") <= 1
+        assert states[-1] == "new" and states == sorted(
+            states, key=["old", "absent", "", "new"].index
+        )
+        assert (
+            states.count("absent") == (kind == "diffusers" and replaces) and states.count("") <= 1
+        )
         seconds = time.perf_counter() - started
-        print(f"{kind}, {'replaced' if replaces else 'new'}: {k - 1} kill points (at least {must}), {seconds:.1f} s")
+        print(
+            f"{kind}, {'replaced' if replaces else 'new'}: {k - 1} kill points (at least {must}), {seconds:.1f} s"
+        )
 
 
 def _killed(recipe: Recipe, target: Path, k: int) -> list[str]:

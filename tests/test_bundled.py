@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from fluxcli.request import presets
-from fluxcli.request.fields import from_settings
+from fluxcli.request.fields import Order
 from quant.checkpoint import inspect
 from tests.support.helpers import draw, engine_of
 from training import check, data
@@ -22,7 +22,7 @@ LIMIT_BYTES = 12_000_000
 
 def request_of(prompt: str, tmp_path: Path, **flags: object):
     settings = presets.merge({"preset": "tiny", "device": "cpu", **flags}, tmp_path, {})
-    return from_settings(prompt, settings.values)
+    return Order.from_settings(prompt, settings.values)
 
 
 def score(facts: list, tiny_folder: Path, tmp_path: Path, **flags: object) -> dict[str, float]:

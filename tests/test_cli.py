@@ -98,7 +98,7 @@ def test_usage_errors_are_exit_2_before_a_model_or_a_file_is_touched(arguments, 
 
 def test_after_two_dashes_everything_is_prompt(drawn, capsys):
     assert call(capsys, *GIVEN[:1], *GIVEN[2:], "--", "--steps of stone").returncode == 0
-    assert drawn[0].prompt == "--steps of stone" and Path("steps-of-stone-5.png").exists()
+    assert drawn[0].request.prompt == "--steps of stone" and Path("steps-of-stone-5.png").exists()
     assert "-a" in assert_failed(call(capsys, "generate", "-a", "-p", "tiny"), ExitCode.USAGE)
 
 
@@ -114,7 +114,7 @@ def test_after_two_dashes_everything_is_prompt(drawn, capsys):
 def test_a_dash_reads_the_prompt_from_stdin_to_its_end(data, prompt, drawn, capsys, monkeypatch):
     stdin(monkeypatch, data)
     assert call(capsys, "generate", "-", "-p", "tiny").returncode == 0
-    assert drawn[0].prompt == prompt
+    assert drawn[0].request.prompt == prompt
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_stdin_on_a_terminal_or_closed_is_a_hint_not_a_hang(unmoved, capsys, mon
 
 def test_a_byte_order_mark_is_no_part_of_a_prompt(drawn, capsys):
     call(capsys, "generate", "\ufeffa fox", "-p", "tiny")
-    assert drawn[0].prompt == "a fox"
+    assert drawn[0].request.prompt == "a fox"
 
 
 def test_stdout_has_the_paths_and_stderr_the_rest(drawn, capsys):
@@ -177,7 +177,7 @@ def test_events_are_one_object_a_line_and_end_with_done(drawn, capsys):
 
 def test_a_random_seed_is_reported(drawn, capsys):
     seed = json.loads(call(capsys, "generate", "a fox", "-p", "tiny", "--json").stdout)["images"][0]["seed"]
-    assert seed >= 0 and drawn[0].seed == seed and Path(f"a-fox-{seed}.png").exists()
+    assert seed >= 0 and drawn[0].request.seed == seed and Path(f"a-fox-{seed}.png").exists()
 
 
 def test_stdout_takes_the_picture_and_nothing_else(drawn, capsysbinary):

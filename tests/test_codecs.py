@@ -19,7 +19,9 @@ LARGEST_ERROR = {"nf4": 0.093, "fp8": 0.037, "int8": 0.012}  # of normal weights
 KINDS = st.sampled_from(["normal", "outlier", "zeros", "zero rows", "tiny", "huge", "constant"])
 
 
-def weight_of(kind: str, rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+def weight_of(
+    kind: str, rows: int, columns: int, dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
     torch.manual_seed(rows * 1000 + columns)
     weight = torch.randn(rows, columns)
     if kind == "outlier":
@@ -31,21 +33,30 @@ def weight_of(kind: str, rows: int, columns: int, dtype: torch.dtype = torch.bfl
     return (weight * {"tiny": 1e-4, "huge": 1e3}.get(kind, 1)).to(dtype)
 
 
-def encode(weight: torch.Tensor, scheme: str, **options: bool) -> codecs.Encoded:
-    return codecs.encode(weight, scheme, name="a.weight", where=WHERE, **options)
+def encode(weight: torch.Tensor, scheme: str, **options: bool) -> codecs.Quantized:
+    return codecs.quantize(weight, scheme, name="a.weight", where=WHERE, **options)
 
 
 @settings(max_examples=80)
-@given(st.sampled_from(BAKEABLE), KINDS, st.integers(1, 70), st.integers(1, 200), st.booleans(), st.booleans())
-def test_the_error_is_the_one_that_readers_see_and_within_the_bound(scheme, kind, rows, columns, search, scalar):
+@given(
+    st.sampled_from(BAKEABLE),
+    KINDS,
+    st.integers(1, 70),
+    st.integers(1, 200),
+    st.booleans(),
+    st.booleans(),
+)
+def test_the_error_is_the_one_that_readers_see_and_within_the_bound(
+    scheme, kind, rows, columns, search, scalar
+):
     weight = weight_of(kind, rows, columns)
     encoded = encode(weight, scheme, search=search, scalar=scalar and scheme == "fp8")
-    decoded = codecs.decode(encoded.pieces, scheme, (rows, columns), torch.float32)
+    decoded = codecs.dequantize(encoded.stored, scheme, (rows, columns), torch.float32)
     norm = float(weight.float().norm()) or 1.0
     error = float((decoded - weight.float()).norm()) / norm
     assert error == pytest.approx(encoded.relative_error, rel=1e-3, abs=1e-9)
     assert decoded.isfinite().all() and not (kind == "zeros" and decoded.any())
-    codecs.check("a.weight", encoded.pieces, WHERE)
+    codecs.check_values("a.weight", encoded.stored, WHERE)
 
 
 @pytest.mark.parametrize("scheme", BAKEABLE)
@@ -56,7 +67,7 @@ def test_every_source_dtype_is_packed_and_left_as_it_was(scheme, dtype):
     encoded = encode(weight, scheme)
     assert torch.equal(weight, before)
     assert encoded.relative_error < LARGEST_ERROR[scheme]
-    decoded = codecs.decode(encoded.pieces, scheme, (96, 256), torch.float32)
+    decoded = codecs.dequantize(encoded.stored, scheme, (96, 256), torch.float32)
     assert float((decoded - before.float()).norm() / before.float().norm()) < LARGEST_ERROR[scheme]
 
 
@@ -67,19 +78,21 @@ def test_rows_are_optimum_quantos_whatever_the_chunk(scheme, rows, monkeypatch):
 
     weight = weight_of("outlier", rows, 160)
     kind = quanto.qfloat8_e4m3fn if scheme == "fp8" else quanto.qint8
-    expected = quanto.quantize_weight(weight.float(), kind, 0, quanto.AbsmaxOptimizer()(weight.float(), kind, axis=0))
+    expected = quanto.quantize_weight(
+        weight.float(), kind, 0, quanto.AbsmaxOptimizer()(weight.float(), kind, axis=0)
+    )
     for chunk in (1, 500, 1 << 18):
         monkeypatch.setattr(codecs, "CHUNK", chunk)
-        pieces = encode(weight, scheme).pieces
-        assert torch.equal(pieces[""].view(torch.int8), expected._data.view(torch.int8))
-        assert torch.equal(pieces["_scale"], expected._scale.flatten())
+        stored = encode(weight, scheme).stored
+        assert torch.equal(stored[""].view(torch.int8), expected._data.view(torch.int8))
+        assert torch.equal(stored["_scale"], expected._scale.flatten())
 
 
 def test_one_scale_for_all_rows_is_that_of_the_largest_value():
     weight = weight_of("outlier", 64, 128)
-    pieces = encode(weight, "fp8", scalar=True).pieces
-    assert pieces["_scale"].shape == () and float(pieces["_scale"]) == pytest.approx(1000 / 448)
-    assert float(pieces[""].float().abs().max()) == 448
+    stored = encode(weight, "fp8", scalar=True).stored
+    assert stored["_scale"].shape == () and float(stored["_scale"]) == pytest.approx(1000 / 448)
+    assert float(stored[""].float().abs().max()) == 448
 
 
 @pytest.mark.parametrize("scheme", BAKEABLE)
@@ -88,15 +101,19 @@ def test_one_scale_for_all_rows_is_that_of_the_largest_value():
 def test_values_that_are_not_finite_are_refused_by_the_tensors_name(scheme, value, place):
     weight = weight_of("normal", 300, 64)
     weight[place] = value
-    with pytest.raises(CheckpointError, match=r"not finite \(source.safetensors\): NaN or Inf in a.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"not finite \(source.safetensors\): NaN or Inf in a.weight"
+    ):
         encode(weight, scheme)
 
 
 @pytest.mark.parametrize("scheme", BAKEABLE)
 def test_a_pack_beyond_the_schemes_bound_is_refused_with_the_way_out(scheme, monkeypatch):
-    monkeypatch.setattr(codecs.nf4, "decode", lambda _, shape, __: torch.full(shape, 1e6))
+    monkeypatch.setattr(codecs.nf4, "dequantize", lambda _, shape, __: torch.full(shape, 1e6))
     monkeypatch.setattr(codecs, "_widen", lambda packed: torch.full(packed.shape, 1e6))
-    with pytest.raises(CheckpointError, match=f"weights that {scheme} cannot hold.*a.weight") as caught:
+    with pytest.raises(
+        CheckpointError, match=f"weights that {scheme} cannot hold.*a.weight"
+    ) as caught:
         encode(weight_of("normal", 64, 64), scheme)
     assert caught.value.hint == "--keep a.weight"
 
@@ -107,28 +124,30 @@ def test_a_pack_beyond_the_schemes_bound_is_refused_with_the_way_out(scheme, mon
     ("", (3, 3), float("nan"), "NaN in a.weight"),
 ])  # fmt: skip
 def test_impossible_rows_are_found_when_they_are_read(suffix, place, value, word):
-    pieces = encode(weight_of("normal", 8, 64), "fp8").pieces
-    pieces[suffix][place] = value
+    stored = encode(weight_of("normal", 8, 64), "fp8").stored
+    stored[suffix][place] = value
     with pytest.raises(CheckpointError, match=word):
-        codecs.check("a.weight", pieces, WHERE)
+        codecs.check_values("a.weight", stored, WHERE)
 
 
 @pytest.mark.parametrize("suffix", [".nested_absmax", ".nested_quant_map", ".quant_map"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_impossible_nf4_scales_are_found_when_they_are_read(suffix, value):
-    pieces = encode(weight_of("normal", 8, 64), "nf4").pieces
-    pieces[suffix][0] = value
+    stored = encode(weight_of("normal", 8, 64), "nf4").stored
+    stored[suffix][0] = value
     with pytest.raises(CheckpointError, match=f"NaN or Inf in a.weight{suffix}"):
-        codecs.check("a.weight", pieces, WHERE)
+        codecs.check_values("a.weight", stored, WHERE)
 
 
-@pytest.mark.parametrize("values", [[1.0, float("nan")], [-float("inf"), 1.0], [float("inf"), -float("inf")]])
+@pytest.mark.parametrize(
+    "values", [[1.0, float("nan")], [-float("inf"), 1.0], [float("inf"), -float("inf")]]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_plain_tensors_are_checked_and_large_sums_are_no_fault(values, dtype):
     with pytest.raises(CheckpointError, match=r"NaN or Inf in a\.bias"):
-        codecs.check("a.bias", {"": torch.tensor(values, dtype=dtype)}, WHERE)
-    codecs.check("a.bias", {"": torch.full((8,), 3e38, dtype=dtype)}, WHERE)
-    codecs.check("ids", {"": torch.arange(5)}, WHERE)
+        codecs.check_values("a.bias", {"": torch.tensor(values, dtype=dtype)}, WHERE)
+    codecs.check_values("a.bias", {"": torch.full((8,), 3e38, dtype=dtype)}, WHERE)
+    codecs.check_values("ids", {"": torch.arange(5)}, WHERE)
 
 
 def test_a_missing_optimum_quanto_is_explained(monkeypatch):

@@ -68,10 +68,10 @@ def unread(config: dict) -> Component:
 @pytest.mark.parametrize("guidance, count", [(True, 780), (False, 776)], ids=["dev", "schnell"])
 def test_a_full_size_file_has_the_published_names_and_shapes(guidance, count):
     recipe = make_file_recipe(unread(REAL | {"guidance_embeds": guidance}), QuantSpec("fp8", keep=("*",)), kind="bfl")
-    written = {job.name: job.info.shape for job in recipe.jobs}
-    assert written == published(REAL, guidance=guidance) and len(recipe.jobs) == len(written) == count
+    written = {tensor.name: tensor.info.shape for tensor in recipe.tensors}
+    assert written == published(REAL, guidance=guidance) and len(recipe.tensors) == len(written) == count
     packed = make_file_recipe(unread(REAL | {"guidance_embeds": guidance}), QuantSpec("fp8"), kind="bfl")
-    assert sum(bool(job.scheme) for job in packed.jobs) == 19 * 8 + 38 * 2
+    assert sum(bool(tensor.scheme) for tensor in packed.tensors) == 19 * 8 + 38 * 2
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def small(tmp_path_factory) -> Component:
 def values_of(component: Component) -> dict[str, torch.Tensor]:
     reader = Reader()
     return {
-        name: codecs.decode(reader.weight(weight), weight.scheme, weight.shape, torch.float32)
+        name: codecs.dequantize(reader.read(weight), weight.scheme, weight.shape, torch.float32)
         for name, weight in component.weights.items()
     }
 
@@ -146,8 +146,8 @@ def test_a_file_reads_back_as_the_model_that_was_written(kind, keep, prefix, sma
         if not weight.scheme:
             assert torch.equal(read[name], ours[name]), name
         elif kind == "bfl":  # each row has its own scale: nothing changes where rows lie in one tensor
-            pieces = codecs.encode(ours[name], "fp8", name=name, where=weight.pieces[""]).pieces
-            assert torch.equal(read[name], codecs.decode(pieces, "fp8", weight.shape, torch.float32)), name
+            stored = codecs.quantize(ours[name], "fp8", name=name, where=weight.pieces[""]).stored
+            assert torch.equal(read[name], codecs.dequantize(stored, "fp8", weight.shape, torch.float32)), name
         else:
             assert float((read[name] - ours[name]).norm() / ours[name].norm()) < 0.037, name
     packed = {name for name, weight in found.weights.items() if weight.scheme}

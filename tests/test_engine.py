@@ -11,7 +11,7 @@ from fluxcli.errors import NotFinite
 from fluxcli.events import Notice, Phase, Saved, Step
 from fluxcli.pictures import names as output
 from fluxcli.pictures.image import pixels_sha256, read_metadata
-from fluxcli.plan.placement import Placement
+from fluxcli.plan.placement import Residency
 from quant.checkpoint import Checkpoint, inspect
 from tests.support.helpers import draw, engine_of, read_pixels, run, tiny
 
@@ -54,7 +54,7 @@ def test_a_new_guidance_makes_new_tables_but_no_new_embeddings(engine):
 
 def test_encoders_leave_when_the_plan_does_not_keep_them(checkpoint):
     engine = engine_of(checkpoint)
-    engine.stage.plan = replace(engine.plan, placement=Placement(keep=("transformer", "vae")))
+    engine.stage.plan = replace(engine.plan, residency=Residency(keep=("transformer", "vae")))
     draw(engine, tiny())
     assert set(engine.stage._models) == {"transformer", "vae"}
 
@@ -78,7 +78,7 @@ def test_picture_k_of_count_is_the_picture_of_that_seed_alone(engine, tmp_path):
 
 
 def test_a_saved_picture_says_how_to_make_it_again(engine, checkpoint, tmp_path):
-    from fluxcli.request.fields import GenerationRequest
+    from fluxcli.request.fields import Order
 
     request = tiny(seed=-1, count=2, output=f"{tmp_path}/")
     target = output.parse_target(request)
@@ -86,7 +86,7 @@ def test_a_saved_picture_says_how_to_make_it_again(engine, checkpoint, tmp_path)
         if isinstance(event, Saved):
             path = Path(event.image.path)
             metadata = read_metadata(path)
-            _, again = draw(engine, GenerationRequest(**metadata["request"]))
+            _, again = draw(engine, Order.from_json(metadata["request"]))
             assert np.array_equal(again, read_pixels(path))
             assert metadata["model"]["fingerprint"] == checkpoint.fingerprint
             assert metadata["pixels_sha256"] == event.image.pixels_sha256

@@ -10,38 +10,38 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fluxcli.engine.loader import build
-from fluxcli.request.fields import GenerationRequest
+from fluxcli.request.fields import Order
 from quant.checkpoint import Component, inspect
 from tests.support.helpers import ROOT, draw, engine_of, tiny
 
 REAL = ROOT.parent / "shared" / "flux1-dev"  # the published configs and tokenizers, where a developer has them
 
 
-def diffusers_pixels(folder: Path, requests: list[GenerationRequest]) -> list[np.ndarray]:
+def diffusers_pixels(folder: Path, requests: list[Order]) -> list[np.ndarray]:
     from diffusers import FluxPipeline
 
     pipe = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     pictures = []
     for request in requests:
-        width, height = request.size
-        options = {} if request.guidance is None else {"guidance_scale": request.guidance}
+        width, height = request.request.size
+        options = {} if request.request.guidance is None else {"guidance_scale": request.request.guidance}
         image = pipe(
-            request.prompt, width=width, height=height, num_inference_steps=request.steps,
-            max_sequence_length=request.text_tokens, generator=torch.Generator("cpu").manual_seed(request.seed),
+            request.request.prompt, width=width, height=height, num_inference_steps=request.request.steps,
+            max_sequence_length=request.request.text_tokens, generator=torch.Generator("cpu").manual_seed(request.request.seed),
             **options,
         ).images[0]  # fmt: skip
         pictures.append(np.asarray(image))
     return pictures
 
 
-def assert_equal(folder: Path, requests: list[GenerationRequest]) -> None:
+def assert_equal(folder: Path, requests: list[Order]) -> None:
     references = diffusers_pixels(folder, requests)
     engine = engine_of(inspect(folder), requests[0])
     for request, reference in zip(requests, references, strict=True):
         _, pixels = draw(engine, request)
         apart = np.abs(pixels.astype(int) - reference.astype(int)).max()
-        assert apart <= 1, f"{request.size}, {request.steps} steps: {apart}/255 apart"
+        assert apart <= 1, f"{request.request.size}, {request.request.steps} steps: {apart}/255 apart"
         assert reference.std() > 1  # a picture, not a plain colour
 
 

@@ -19,7 +19,7 @@ from quant import checkpoint
 from quant.bake import bake
 from quant.checkpoint import KEEP_FILE, Component, inspect
 from quant.header import TensorInfo
-from quant.linear import NF4Linear, PackedLinear, RowLinear
+from quant.linear import NF4Linear, QuantizedLinear, RowLinear
 from quant.recipe import make_file_recipe, make_recipe
 from quant.single_file import inspect_transformer as inspect_file
 from quant.spec import STATE, QuantSpec
@@ -166,7 +166,7 @@ def test_diffusers_replaces_exactly_the_packed_layers(tiny_folder, full_size, si
     source = full_size if size == "full" else inspect(tiny_folder)
     keep = (pattern,) if pattern else ()
     recipe = make_recipe(source, QuantSpec("nf4", modulation=modulation, keep=keep))
-    outputs = [info.name for job in recipe.jobs for info in job.outputs]
+    outputs = [info.name for tensor in recipe.tensors for info in tensor.stored]
     packed = {name.removesuffix(f".weight{STATE}") for name in outputs if name.endswith(STATE)}
     config = json.loads(recipe.texts["transformer/config.json"])
     assert replaced_by_diffusers(config, config.pop("quantization_config")) == packed
@@ -281,7 +281,7 @@ def test_optimum_quantos_checkpoints_are_read(tiny_folder, tmp_path, weights, sc
         assert torch.equal(found, layers[name.removesuffix(".weight")].weight.dequantize()), name
     ours = load(component)
     assert {type(layer.proj_out) for layer in ours.single_transformer_blocks} == {type(ours.x_embedder)}
-    assert isinstance(ours.x_embedder, PackedLinear) and isinstance(ours.proj_out, PackedLinear)
+    assert isinstance(ours.x_embedder, QuantizedLinear) and isinstance(ours.proj_out, QuantizedLinear)
     assert apart(velocity(dequantizing(ours)), velocity(theirs)) < 1e-5
 
 
@@ -314,7 +314,7 @@ def test_fused_layers_draw_what_separate_ones_draw(tiny_folder, baked, plain, to
     component = inspect(folder).components["transformer"]
     ours = dequantizing(load(component))
     layers = layers_fused(ours)
-    assert len(layers) == fused and isinstance(ours.get_submodule(layers[0]), PackedLinear) == bool(to)
+    assert len(layers) == fused and isinstance(ours.get_submodule(layers[0]), QuantizedLinear) == bool(to)
     assert not {name for name, _ in ours.named_modules()} & {part for layer in layers for part in named(layer)}
     assert apart(velocity(ours), velocity(plain(component))) < 1e-5
 

@@ -16,8 +16,8 @@ import tests.support.invariant  # noqa: F401 - hypothesis without deadlines
 from fluxcli import versions
 from fluxcli.errors import BadInputFile, ExitCode
 from fluxcli.pictures.image import encode, hash_pixels, read_metadata
-from fluxcli.request.fields import MAX_PROMPT_BYTES, GenerationRequest
-from tests.support.helpers import read_pixels
+from fluxcli.request.fields import MAX_PROMPT_BYTES, Order
+from tests.support.helpers import order, read_pixels
 
 FORMATS = ("png", "jpg", "webp")
 SIGNATURES = {"png": b"\x89PNG", "jpg": b"\xff\xd8\xff", "webp": b"RIFF"}
@@ -28,11 +28,11 @@ TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=300).filter(st
 patient = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def metadata_of(request: GenerationRequest, **more: object) -> dict:
+def metadata_of(request: Order, **more: object) -> dict:
     return {
         "request": request.to_json(),
-        "size": list(request.size),
-        "model": {"name": request.model, "fingerprint": "0123456789abcdef"},
+        "size": list(request.request.size),
+        "model": {"name": request.request.model, "fingerprint": "0123456789abcdef"},
         "compute": {"device": "cpu", "dtypes": {"vae": "float32"}},
         "versions": versions(),
         **more,
@@ -63,20 +63,20 @@ def parameters_in(data: bytes) -> str:
 @example(prompt="\x01x" * (MAX_PROMPT_BYTES // 2), model="x", guidance=3.5, seed=0, steps=1, more={})
 @example(prompt="🦊" * (MAX_PROMPT_BYTES // 4), model="x", guidance=3.5, seed=0, steps=1, more={})
 def test_the_metadata_that_is_written_is_read(tmp_path, prompt, model, guidance, seed, steps, more):
-    request = GenerationRequest(prompt, model=model, guidance=guidance, seed=seed, steps=steps)
+    request = order(prompt, model=model, guidance=guidance, seed=seed, steps=steps)
     metadata = {**more, **metadata_of(request)}
     for format in FORMATS:
         path = tmp_path / f"x.{format}"
         path.write_bytes(encode(PIXELS, format, quality=80, metadata=metadata))
         assert read_metadata(path) == metadata
-        assert GenerationRequest(**read_metadata(path)["request"]) == request
+        assert Order.from_json(read_metadata(path)["request"]) == request
 
 
 @patient
 @given(prompt=TEXT, seed=st.integers(0, 2**64 - 1))
 @example(prompt=HARD, seed=0)
 def test_other_readers_see_prompt_and_settings(prompt, seed):
-    metadata = metadata_of(GenerationRequest(prompt, seed=seed, steps=12, guidance=2.5))
+    metadata = metadata_of(order(prompt, seed=seed, steps=12, guidance=2.5))
     for format in FORMATS:
         text = parameters_in(encode(PIXELS, format, quality=80, metadata=metadata))
         shown, _, line = text.rpartition("\n")
@@ -88,7 +88,7 @@ def test_other_readers_see_prompt_and_settings(prompt, seed):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_picture_says_that_a_model_made_it_unless_bare(format, tmp_path):
-    metadata = metadata_of(GenerationRequest("a fox"))
+    metadata = metadata_of(order("a fox"))
     data, bare = (encode(PIXELS, format, quality=80, metadata=m) for m in (metadata, None))
     assert data.startswith(SIGNATURES[format]) and bare.startswith(SIGNATURES[format])
     packet = re.search(rb"<x:xmpmeta.*</x:xmpmeta>", data, re.DOTALL)[0]
@@ -104,14 +104,14 @@ def test_the_xmp_packet_is_well_formed_for_text_that_xml_can_hold():
     from xml.etree import ElementTree
 
     prompt = "<b> & \"quotes\" 'too' ]]> 🦊\n"
-    data = encode(PIXELS, "png", quality=80, metadata=metadata_of(GenerationRequest(prompt)))
+    data = encode(PIXELS, "png", quality=80, metadata=metadata_of(order(prompt)))
     tree = ElementTree.fromstring(re.search(rb"<x:xmpmeta.*</x:xmpmeta>", data, re.DOTALL)[0])
     assert json.loads(tree.find(".//{urn:flux:1}metadata").text)["request"]["prompt"] == prompt
 
 
 @pytest.mark.parametrize("with_metadata", [True, False])
 def test_pixels_survive_png_exactly_and_metadata_never_changes_them(with_metadata, tmp_path):
-    metadata = metadata_of(GenerationRequest("a fox")) if with_metadata else None
+    metadata = metadata_of(order("a fox")) if with_metadata else None
     path = tmp_path / "x.png"
     path.write_bytes(encode(PIXELS, "png", quality=1, metadata=metadata))
     assert np.array_equal(read_pixels(path), PIXELS)
@@ -144,7 +144,7 @@ def test_the_pixel_hash_is_over_size_and_pixels():
 @patient
 @given(data=st.data())
 def test_a_damaged_picture_is_read_or_refused_never_a_crash(tmp_path, format, data):
-    whole = bytearray(encode(PIXELS, format, quality=80, metadata=metadata_of(GenerationRequest("a fox"))))
+    whole = bytearray(encode(PIXELS, format, quality=80, metadata=metadata_of(order("a fox"))))
     cut = data.draw(st.integers(0, len(whole)))
     for place, value in data.draw(st.lists(st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)), max_size=4)):
         whole[place] = value

@@ -21,7 +21,7 @@ from fluxcli.pictures import latents
 from fluxcli.pictures import names as output
 from fluxcli.pictures.image import read_metadata
 from fluxcli.pictures.latents import Latents
-from fluxcli.request.fields import GenerationRequest
+from fluxcli.request.fields import Order
 from quant.checkpoint import inspect
 from quant.errors import CheckpointError
 from tests.support.helpers import draw, engine_of, read_pixels, tiny
@@ -47,8 +47,8 @@ def drawing(engine: Engine) -> tuple[dict[int, Latents], np.ndarray]:
     return kept, alone.pixels
 
 
-def tokens(request: GenerationRequest = REQUEST, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    width, height = request.size
+def tokens(request: Order = REQUEST, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    width, height = request.request.size
     return torch.randn(1, width * height // 256, 64).to(dtype)
 
 
@@ -74,7 +74,7 @@ def test_what_is_saved_is_loaded(step, seed, sides, dtype, limit, guidance):
     request = tiny(seed=seed, steps=60, width=width, height=height, vram_limit=limit, guidance=guidance)
     made = Latents(request, tokens(request, dtype), step, "a fingerprint")
     found = latents.load(latents.save(made, BESIDE))
-    assert (found.request, found.step, found.model) == (request, step, "a fingerprint")
+    assert (found.order, found.step, found.model) == (request, step, "a fingerprint")
     assert found.tokens.dtype == dtype and torch.equal(found.tokens, made.tokens)
 
 
@@ -139,7 +139,7 @@ DAMAGE = {
     "a prompt that is no text": {"request": REQUEST.to_json() | {"prompt": 5}},
     "a blank prompt": {"request": REQUEST.to_json() | {"prompt": " "}},
     "a step before the first": {"step": -1},
-    "a step after the last": {"step": REQUEST.steps + 1},
+    "a step after the last": {"step": REQUEST.request.steps + 1},
     "a step between two": {"step": 1.5},
     "a step in words": {"step": "1"},
     "a step of nothing": {"step": None},
@@ -221,7 +221,7 @@ def test_kept_latents_are_finished_to_the_pixels_of_the_uninterrupted_run(step, 
     result = call(capsys, "decode", str(path), "-o", "x.png", "-q", "--events")
     assert (result.returncode, result.stderr) == (0, "") and path.read_bytes() == data
     steps = [event["index"] for event in map(json.loads, result.stdout.splitlines()) if event["event"] == "step"]
-    assert steps == list(range(step + 1, REQUEST.steps + 1))
+    assert steps == list(range(step + 1, REQUEST.request.steps + 1))
     assert np.array_equal(read_pixels(Path("x.png")), pixels)
     assert read_metadata(Path("x.png"))["request"] == REQUEST.to_json()
     assert "--force" in assert_failed(call(capsys, "decode", str(path), "-o", "x.png"), ExitCode.OUTPUT)

@@ -19,7 +19,7 @@ FLOORS = [
     ["fluxcli.request"],
     ["fluxcli.pictures", "fluxcli.plan", "fluxcli.models"],
     ["fluxcli.engine"],
-    ["fluxcli.run"],
+    ["fluxcli.resolve", "fluxcli.run"],
     ["fluxcli.cli"],
     ["fluxcli.__main__"],
 ]
@@ -34,6 +34,7 @@ STDLIB_ONLY = (
     "fluxcli.paths",
 )
 UPWARD = {  # what still has to be straightened
+    ("fluxcli.plan.costs", "fluxcli.models.loras"),
     ("fluxcli.run.worker", "fluxcli.cli.console"),
 }
 

@@ -9,7 +9,15 @@ import torch
 
 from quant import codecs, linear
 from quant.header import TensorInfo
-from quant.linear import FP8Linear, Int8Linear, NF4Linear, PackedLinear, fits_together, make_linear, path_of
+from quant.linear import (
+    FP8Linear,
+    Int8Linear,
+    NF4Linear,
+    QuantizedLinear,
+    fits_together,
+    make_linear,
+    path_of,
+)
 from quant.spec import BAKEABLE
 from quant.weights import Piece
 
@@ -28,18 +36,23 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 @functools.cache
 def pack(scheme: str, shape: tuple[int, int], seed: int = 1) -> dict[str, torch.Tensor]:
     spread = 2 ** noise(shape[0], 1, seed=seed + 100)  # rows of very different size
-    return codecs.encode(noise(*shape, seed=seed) * spread, scheme, name="w", where=WHERE).pieces
+    return codecs.quantize(noise(*shape, seed=seed) * spread, scheme, name="w", where=WHERE).stored
 
 
-def make(scheme: str, shapes=QKV, *, bias: bool = True, arithmetic: bool = True) -> PackedLinear:
+def make(scheme: str, shapes=QKV, *, bias: bool = True, arithmetic: bool = True) -> QuantizedLinear:
     parts = [pack(scheme, shape, seed) for seed, shape in enumerate(shapes)]
     rows = sum(shape[0] for shape in shapes)
-    return make_linear(scheme, parts, shapes, noise(rows, seed=9) if bias else None, arithmetic=arithmetic)
+    return make_linear(
+        scheme, parts, shapes, noise(rows, seed=9) if bias else None, arithmetic=arithmetic
+    )
 
 
 def values(scheme: str, shapes=QKV) -> torch.Tensor:
-    """The weight (N, K) float64 that the pieces of `make` hold."""
-    parts = [codecs.decode(pack(scheme, s, seed), scheme, s, torch.float32) for seed, s in enumerate(shapes)]
+    """The weight (N, K) float64 that the stored of `make` hold."""
+    parts = [
+        codecs.dequantize(pack(scheme, s, seed), scheme, s, torch.float32)
+        for seed, s in enumerate(shapes)
+    ]
     return torch.cat(parts).double()
 
 
@@ -64,11 +77,18 @@ def calls(monkeypatch) -> list[tuple]:
 def test_a_fused_layer_is_its_parts_one_below_the_other(scheme):
     fused = make(scheme, bias=False)
     assert type(fused) is KINDS[scheme] and (fused.in_features, fused.out_features) == (K, 288)
-    parts = [make_linear(scheme, [pack(scheme, s, i)], [s], None, arithmetic=True) for i, s in enumerate(QKV)]
+    parts = [
+        make_linear(scheme, [pack(scheme, s, i)], [s], None, arithmetic=True)
+        for i, s in enumerate(QKV)
+    ]
     for dtype in DTYPES:
-        assert torch.equal(fused.dequantize(dtype), torch.cat([part.dequantize(dtype) for part in parts]))
+        assert torch.equal(
+            fused.dequantize(dtype), torch.cat([part.dequantize(dtype) for part in parts])
+        )
     x = noise(5, K)
-    torch.testing.assert_close(fused(x), torch.cat([part(x) for part in parts], -1), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        fused(x), torch.cat([part(x) for part in parts], -1), rtol=1e-5, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -77,10 +97,16 @@ def test_dequantized_products_are_those_of_the_decoded_weights(scheme, dtype, ca
     layer, x = make(scheme, arithmetic=False), noise(7, K).to(dtype)
     layer.bias = layer.bias.to(dtype)
     exact = x.double() @ values(scheme).T + layer.bias.double()
-    size = x.double().abs() @ values(scheme).T.abs() + layer.bias.double().abs()  # of all that is summed
-    assert ((layer(x).double() - exact).abs() <= 2 * torch.finfo(dtype).eps * size + 1e-5 * size).all()
+    size = (
+        x.double().abs() @ values(scheme).T.abs() + layer.bias.double().abs()
+    )  # of all that is summed
+    assert (
+        (layer(x).double() - exact).abs() <= 2 * torch.finfo(dtype).eps * size + 1e-5 * size
+    ).all()
     assert layer(x).dtype == dtype and calls == []
-    torch.testing.assert_close(layer.dequantize(torch.float32).double(), values(scheme), rtol=0, atol=0)
+    torch.testing.assert_close(
+        layer.dequantize(torch.float32).double(), values(scheme), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("shapes", [QKV[:1], QKV], ids=["one part", "qkv"])
@@ -88,16 +114,23 @@ def test_dequantized_products_are_those_of_the_decoded_weights(scheme, dtype, ca
 @pytest.mark.parametrize("scheme", OPERATORS)
 def test_8_bit_products_run_and_err_by_the_rounding_of_activations(scheme, dtype, shapes, calls):
     layer, w = make(scheme, shapes), values(scheme, shapes)
-    x = (noise(33, K) * 2 ** noise(33, 1, seed=3)).to(dtype)  # rows of very different size: each has its own scale
+    x = (noise(33, K) * 2 ** noise(33, 1, seed=3)).to(
+        dtype
+    )  # rows of very different size: each has its own scale
     layer.bias = layer.bias.to(dtype)
     calls.clear()  # of the probe
     y, exact = layer(x).double(), x.double() @ w.T + layer.bias.double()
     kind = torch.int8 if scheme == "int8" else torch.float8_e4m3fn
     assert calls == [(OPERATORS[scheme], kind, kind)]
     x, largest = x.double(), x.double().abs().amax(1, keepdim=True)
-    step = largest / 254 if scheme == "int8" else torch.maximum(x.abs() / 16, largest / 448 * 2**-10)
+    step = (
+        largest / 254 if scheme == "int8" else torch.maximum(x.abs() / 16, largest / 448 * 2**-10)
+    )
     rounding = step.expand_as(x) @ w.T.abs()  # the worst that rounding every activation can do
-    assert ((y - exact).abs() <= rounding + 3 * torch.finfo(dtype).eps * (x.abs() @ w.T.abs() + layer.bias.abs())).all()
+    assert (
+        (y - exact).abs()
+        <= rounding + 3 * torch.finfo(dtype).eps * (x.abs() @ w.T.abs() + layer.bias.abs())
+    ).all()
     relative = (y - exact).norm() / exact.norm()
     assert 1e-3 < relative < (0.012 if scheme == "int8" else 0.035)
 
@@ -130,11 +163,16 @@ def test_every_shape_of_input(scheme, dtype):
     x = noise(2, 3, 20, K).to(dtype)
     whole = layer(x)
     assert whole.shape == (2, 3, 20, 288) and whole.dtype == dtype
-    options = {"rtol": 0, "atol": (1e-6 if dtype == torch.float32 else 0.02) * float(whole.abs().max())}
+    options = {
+        "rtol": 0,
+        "atol": (1e-6 if dtype == torch.float32 else 0.02) * float(whole.abs().max()),
+    }
     torch.testing.assert_close(layer(x[1, 2]), whole[1, 2], **options)
     torch.testing.assert_close(layer(x[1, 2, :1]), whole[1, 2, :1], **options)  # one row
     torch.testing.assert_close(layer(x[1, 2, 0]), whole[1, 2, 0], **options)  # no row dimension
-    torch.testing.assert_close(layer(x.transpose(1, 2)), whole.transpose(1, 2), **options)  # not contiguous
+    torch.testing.assert_close(
+        layer(x.transpose(1, 2)), whole.transpose(1, 2), **options
+    )  # not contiguous
     assert layer(x[:, :, :0]).shape == (2, 3, 0, 288)
 
 
@@ -143,8 +181,8 @@ def test_every_shape_of_input(scheme, dtype):
 def test_rows_of_zeros_are_no_nan(scheme, dtype):
     weight = noise(32, K)
     weight[3] = 0
-    pieces = codecs.encode(weight, scheme, name="w", where=WHERE).pieces
-    layer = make_linear(scheme, [pieces], [(32, K)], noise(32, seed=2).to(dtype), arithmetic=True)
+    stored = codecs.quantize(weight, scheme, name="w", where=WHERE).stored
+    layer = make_linear(scheme, [stored], [(32, K)], noise(32, seed=2).to(dtype), arithmetic=True)
     x = noise(6, K).to(dtype)
     x[2] = 0
     y = layer(x)
@@ -160,12 +198,16 @@ def test_all_of_its_state_moves_copies_and_loads_as_plain_tensors(scheme):
     expected = layer(x)
     state = layer.state_dict()
     assert {type(tensor) for tensor in state.values()} == {torch.Tensor}
-    assert set(state) == {name for name, _ in layer.named_buffers()} and not list(layer.parameters())
+    assert set(state) == {name for name, _ in layer.named_buffers()} and not list(
+        layer.parameters()
+    )
     assert not [name for name, value in vars(layer).items() if isinstance(value, torch.Tensor)]
     twin = copy.deepcopy(layer)
     assert torch.equal(twin(x), expected)
     assert not {t.data_ptr() for t in twin.buffers()} & {t.data_ptr() for t in layer.buffers()}
-    other = make_linear(scheme, [pack(scheme, s, 50) for s in QKV], QKV, torch.zeros(288), arithmetic=True)
+    other = make_linear(
+        scheme, [pack(scheme, s, 50) for s in QKV], QKV, torch.zeros(288), arithmetic=True
+    )
     assert not torch.equal(other(x), expected)
     other.load_state_dict(state)
     assert torch.equal(other(x), expected)
@@ -218,4 +260,6 @@ def test_only_nf4_minds_where_a_part_ends():
     assert [fits_together(scheme, QKV) for scheme in BAKEABLE] == [True] * 3
     assert [fits_together(scheme, crossing) for scheme in BAKEABLE] == [False, True, True]
     layer = make("int8", crossing)
-    torch.testing.assert_close(layer.dequantize(torch.float32).double(), values("int8", crossing), rtol=0, atol=0)
+    torch.testing.assert_close(
+        layer.dequantize(torch.float32).double(), values("int8", crossing), rtol=0, atol=0
+    )

@@ -134,18 +134,18 @@ def test_a_config_of_another_shape_is_refused_before_it_builds(model):
 
 
 def test_packed_components_hold_layers_of_their_scheme(baked):
-    from quant.linear import FP8Linear, Int8Linear, NF4Linear, PackedLinear
+    from quant.linear import FP8Linear, Int8Linear, NF4Linear, QuantizedLinear
 
     for to, kind in (("nf4", NF4Linear), ("fp8", FP8Linear), ("int8", Int8Linear)):
         module = load(baked(to, **BAKED[to]), "transformer")
-        packed = [layer for layer in module.modules() if isinstance(layer, PackedLinear)]
+        packed = [layer for layer in module.modules() if isinstance(layer, QuantizedLinear)]
         assert {type(layer) for layer in packed} == {kind}
         assert len(packed) == 2 * (12 - 4) + 5 * (5 - 3)  # of 12 and 5, of which q, k, v (and the MLP) are one
         assert {p.dtype for p in module.parameters()} == {torch.float32} == {layer.bias.dtype for layer in packed}
         assert not any(p.requires_grad for p in module.parameters())
         assert not [t for t in [*module.parameters(), *module.buffers()] if t.is_meta]
         encoder = load(baked(to, **BAKED[to]), "text_encoder_2")
-        layers = [layer for layer in encoder.modules() if isinstance(layer, PackedLinear)]
+        layers = [layer for layer in encoder.modules() if isinstance(layer, QuantizedLinear)]
         assert len(layers) == (0 if to == "int8" else 12)
         assert not [layer for layer in layers if getattr(layer, "arithmetic", False)]  # outliers: never in 8 bit
 

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +22,13 @@ from fluxcli.engine.engine import Engine
 from fluxcli.engine.loader import _single_block
 from fluxcli.engine.lora_hooks import attach
 from fluxcli.events import Phase
-from fluxcli.request.fields import GenerationRequest
+from fluxcli.request.fields import Order
 from quant import lora
 from quant.checkpoint import Checkpoint, Component, inspect
 from quant.errors import CheckpointError
 from quant.single_file import assemble_checkpoint
 from quant.spec import QuantSpec
-from tests.support.helpers import BAKED, ROOT, draw, engine_of, tiny
+from tests.support.helpers import BAKED, ROOT, changed, draw, engine_of, tiny
 from tests.support.loras import linear_layers, low_rank, peft_tensors, write_described, write_lora, write_special
 from tests.test_placement import WAYS, forward, inputs, place
 
@@ -66,7 +66,7 @@ def files(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> d
     return made
 
 
-def using(files: dict[str, Path], **scales: float) -> GenerationRequest:
+def using(files: dict[str, Path], **scales: float) -> Order:
     return tiny(lora=tuple(f"{files[name]}:{scale}" for name, scale in scales.items()))
 
 
@@ -137,7 +137,7 @@ def digest(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def model_in(dialect: str, exported: Callable, tiny_folder: Path) -> tuple[Checkpoint, GenerationRequest]:
+def model_in(dialect: str, exported: Callable, tiny_folder: Path) -> tuple[Checkpoint, Order]:
     """The bundled model, and a request: to be packed while loading, or of a single file."""
     if " " in dialect:
         return assemble_checkpoint(exported(dialect)[0], lambda _: tiny_folder), tiny()
@@ -147,14 +147,14 @@ def model_in(dialect: str, exported: Callable, tiny_folder: Path) -> tuple[Check
 @pytest.mark.parametrize("dialect", ["fp32", *BAKED, "gguf Q8_0", "nf4 v1"])
 def test_switching_adapters_loads_nothing_and_leaves_the_base_as_it_was(dialect, files, exported, tiny_folder):
     checkpoint, request = model_in(dialect, exported, tiny_folder)
-    engine, precision = engine_of(checkpoint, request), request.precision
+    engine, precision = engine_of(checkpoint, request), request.resources.precision
     _, plain = draw(engine, request)
     models = dict(engine.stage._models)
     assert {"transformer", "text_encoder", "text_encoder_2"} <= set(models)
     before = {name: digest(model) for name, model in models.items()}
     pictures = []
     for names in (("blocks",), ("everything", "t5"), ("modulation",), ("blocks",)):
-        asked = replace(using(files, **dict.fromkeys(names, 0.5)), precision=precision)
+        asked = changed(using(files, **dict.fromkeys(names, 0.5)), precision=precision)
         events, pixels = draw(engine, asked)
         assert {event.detail for event in events if isinstance(event, Phase) and event.name == "load"} <= {"tokenizers"}
         assert {name: digest(model) for name, model in engine.stage._models.items()} == before
@@ -169,10 +169,10 @@ def test_switching_adapters_loads_nothing_and_leaves_the_base_as_it_was(dialect,
 @pytest.mark.parametrize("dialect", ["fp32", *BAKED, "gguf Q4_0"])
 def test_scale_0_is_no_adapter_bit_for_bit(dialect, files, exported, tiny_folder):
     checkpoint, request = model_in(dialect, exported, tiny_folder)
-    engine, precision = engine_of(checkpoint, request), request.precision
+    engine, precision = engine_of(checkpoint, request), request.resources.precision
     _, plain = draw(engine, request)
-    _, off = draw(engine, replace(using(files, everything=0, t5=0), precision=precision))
-    _, on = draw(engine, replace(using(files, everything=1e-1, t5=1), precision=precision))
+    _, off = draw(engine, changed(using(files, everything=0, t5=0), precision=precision))
+    _, on = draw(engine, changed(using(files, everything=1e-1, t5=1), precision=precision))
     assert np.array_equal(off, plain)
     assert apart(on, plain) > MOVES
 
@@ -330,7 +330,7 @@ def test_an_adapter_that_is_not_finite_leaves_nothing_behind(files, engine, tmp_
     next(iter(bad.values())).fill_(float("nan"))
     save_file(bad | load_file(files["blocks"]), tmp_path / "nan.safetensors")
     with pytest.raises(CheckpointError, match="not finite"):
-        draw(engine, replace(good, lora=(f"{tmp_path}/nan.safetensors:1.0",)))
+        draw(engine, changed(good, lora=(f"{tmp_path}/nan.safetensors:1.0",)))
     assert np.array_equal(draw(engine, good)[1], before)
     assert apart(draw(engine, tiny())[1], before) > MOVES
 

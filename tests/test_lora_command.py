@@ -14,6 +14,7 @@ from fluxcli.models import find as models
 from fluxcli.models import loras as lora
 from fluxcli.pictures.image import read_metadata
 from fluxcli.request import presets
+from fluxcli.request.settings import LoraRef
 from quant.checkpoint import MANIFEST, Checkpoint, inspect
 from tests.support.helpers import draw, engine_of, read_pixels, tiny
 from tests.support.invariant import call
@@ -75,9 +76,9 @@ def test_what_is_not_here_names_the_command_that_gets_it(name, hint):
 def test_presets_of_8_steps_name_their_adapter(name, config_folder):
     values = presets.merge({"preset": name}, config_folder, {}).values
     assert (values["steps"], values["guidance"], values["model"]) == (8, 3.5, "black-forest-labs/FLUX.1-dev")
-    (text,) = values["lora"]
-    repo, file, scale = text.split(":")
-    assert scale == {"turbo": "1", "hyper": "0.125"}[name]
+    (ref,) = values["lora"]
+    repo, file = ref.name.split(":")
+    assert ref.scale == {"turbo": 1, "hyper": 0.125}[name]
     snapshot = in_cache(repo, file, "another.safetensors")
     assert lora.locate(f"{repo}:{file}") == snapshot / file
     assert presets.merge({"preset": name, "lora": ("none",)}, config_folder, {}).values["lora"] == ()
@@ -180,7 +181,7 @@ def test_merged_is_what_the_adapter_does_at_run_time(file, style, checkpoint, ti
     for weights in wide.rglob("*.safetensors"):
         save_file({name: tensor.float() for name, tensor in load_file(weights).items()}, weights)
     source = inspect(wide)
-    adapters = lora.adapters_of([f"{path}:0.6"], source.components)
+    adapters = lora.adapters_of([LoraRef(str(path), 0.6)], source.components)
     recipe = make_recipe(source, QuantSpec("nf4", keep=("*",), scales="absmax"), adapters=adapters)
     assert list(bake(recipe, tmp_path / "merged", origin={}))
     engine = engine_of(source)

@@ -52,7 +52,7 @@ def effects(adapter: lora.Adapter) -> dict[str, torch.Tensor]:
     """What each layer adds for one input, or the weight that a norm gets, by its name in diffusers."""
     found, reader = {}, Reader()
     for part in adapter.parts:
-        tensors = {kind: tensor.float() for kind, tensor in reader.checked(part.stored).items()}
+        tensors = {kind: tensor.float() for kind, tensor in reader.read_checked(part.stored).items()}
         for layer, (start, stop) in part.layers.items():
             key = f"{part.component}.{layer}"
             if part.rank:

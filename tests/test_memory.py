@@ -9,12 +9,12 @@ import pytest
 
 from benchmarks.counting import Counter, packed
 from fluxcli.engine.cards import describe_card
-from fluxcli.plan import placement
+from fluxcli.plan import placement as residency
 from fluxcli.plan.placement import GIB, PHASES, MemoryPlan
-from fluxcli.request.fields import GenerationRequest
+from fluxcli.plan.planner import make_plan
 from quant.checkpoint import Checkpoint, inspect
 from quant.spec import QuantSpec
-from tests.support.helpers import BAKED, plan_for, tiny
+from tests.support.helpers import BAKED, order, tiny
 from tests.support.simulate import blocked, every_rung, follow, full_size, on_card
 
 MIB = 2**20
@@ -43,14 +43,14 @@ def planned_and_counted(card: str, wanted: dict, monkeypatch: pytest.MonkeyPatch
     """The plan of a request on a card, and the counter after two pictures of it."""
     with full_size(monkeypatch) as dev:
         kind, wanted = wanted.get("gguf"), {key: value for key, value in wanted.items() if key != "gguf"}
-        request = GenerationRequest("x", steps=2, seed=1, **wanted)
-        folders = [packed(dev, BAKES[request.precision])] if request.precision in BAKES else [dev]
+        request = order("x", steps=2, seed=1, **wanted)
+        folders = [packed(dev, BAKES[request.resources.precision])] if request.resources.precision in BAKES else [dev]
         folders = [blocked(dev, kind)] if kind else folders
         here = describe_card(card)
-        checkpoint, made = plan_for(request, folders, here)
+        checkpoint, made = make_plan(request, folders, here)
         counter, engine = Counter(), on_card(checkpoint, made, here)
         follow(engine, request, counter)
-        follow(engine, GenerationRequest("x", steps=2, seed=2, **wanted), counter)  # with the VAE there, or loaded anew
+        follow(engine, order("x", steps=2, seed=2, **wanted), counter)  # with the VAE there, or loaded anew
     return made, counter
 
 
@@ -60,10 +60,10 @@ def planned_and_counted(card: str, wanted: dict, monkeypatch: pytest.MonkeyPatch
 def test_the_plan_is_within_five_percent_of_what_is_counted(card, wanted, monkeypatch):
     made, counter = planned_and_counted(card, wanted, monkeypatch)
     for phase in PHASES:
-        predicted = made.peak_bytes[phase] - placement.CONTEXT_BYTES
+        predicted = made.peak_bytes[phase] - residency.CONTEXT_BYTES
         slack = 24 * MIB  # of small things, where nearly everything is evicted
-        assert counter.peaks[phase] <= predicted * 1.01 + slack, (phase, made.placement.level(phase))
-        assert predicted <= counter.peaks[phase] * 1.05 + slack, (phase, made.placement.level(phase))
+        assert counter.peaks[phase] <= predicted * 1.01 + slack, (phase, made.residency.level(phase))
+        assert predicted <= counter.peaks[phase] * 1.05 + slack, (phase, made.residency.level(phase))
     arena = made.host_bytes
     assert arena <= counter.host + MIB and counter.host < arena + 600 * MIB  # beside it one tensor and its block
 
@@ -91,9 +91,9 @@ if __name__ == "__main__":  # the table of docs/memory.md
         with pytest.MonkeyPatch.context() as patch:
             plan_, counted = planned_and_counted(name, asked, patch)
         cells = [
-            f"{(plan_.peak_bytes[phase] - placement.CONTEXT_BYTES) / GIB:.2f} / {counted.peaks[phase] / GIB:.2f}"
+            f"{(plan_.peak_bytes[phase] - residency.CONTEXT_BYTES) / GIB:.2f} / {counted.peaks[phase] / GIB:.2f}"
             for phase in PHASES
         ]
         what = ", ".join(f"{key} {value}" for key, value in asked.items() if key != "precision")
-        blocks = plan_.placement.level("denoise")
+        blocks = plan_.residency.level("denoise")
         print(f"| {name} | {asked.get('precision', '')} {what} | {blocks} | " + " | ".join(cells) + " |", flush=True)

@@ -9,7 +9,6 @@ import stat
 import sys
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from datetime import date
 from itertools import count
 from pathlib import Path
@@ -20,18 +19,19 @@ from hypothesis import strategies as st
 
 from fluxcli.errors import ExitCode, OutputError, UsageError
 from fluxcli.pictures import names as output
-from fluxcli.request.fields import GenerationRequest
+from fluxcli.request.fields import Order
+from tests.support.helpers import changed, order
 from tests.support.invariant import Fault, files
 
-REQUEST = GenerationRequest("A Fox, running!", seed=7, preset="tiny", aspect_ratio="2:1", image_size=128, format="png")
+REQUEST = order("A Fox, running!", seed=7, preset="tiny", aspect_ratio="2:1", image_size=128, format="png")
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX file modes and links")
 
 
-def target_of(text: str | None, *, force: bool = False, **changes: object) -> tuple[GenerationRequest, output.Target]:
+def target_of(text: str | None, *, force: bool = False, **changes: object) -> tuple[Order, output.Target]:
     given = "format" in changes
-    request = replace(REQUEST, output=text, **changes)
-    decided = output.format_of(text, given=request.format if given else None)
-    request = replace(request, format=decided or request.format)
+    request = changed(REQUEST, output=text, **changes)
+    decided = output.format_of(text, given=request.output.format if given else None)
+    request = changed(request, format=decided or request.output.format)
     return request, output.parse_target(request, force=force)
 
 
@@ -77,8 +77,8 @@ def test_a_picture_has_the_name_that_was_asked_for(text, name):
 
 @pytest.mark.parametrize("text, format", [("x.jpg", "jpg"), ("x.jpeg", "jpg"), ("x.PNG", "png"), ("{n}.webp", "webp")])
 def test_the_extension_decides_the_format(text, format):
-    assert target_of(text)[0].format == format
-    assert target_of(text, format=format)[0].format == format
+    assert target_of(text)[0].output.format == format
+    assert target_of(text, format=format)[0].output.format == format
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from fluxcli.engine.components import Stage
 from fluxcli.engine.loader import _single_block
 from fluxcli.engine.streaming import Bus, load_component
 from fluxcli.plan import costs
-from fluxcli.plan.placement import SIXTEEN_BIT_LINES, Placement
+from fluxcli.plan.placement import Residency
 from quant.checkpoint import Component, inspect
 from quant.single_file import assemble_checkpoint, inspect_transformer
 from quant.spec import QuantSpec, is_modulation
@@ -231,9 +231,7 @@ def test_the_card_holds_two_slots_and_the_host_an_arena_of_the_blocks_size(
         gc.collect()
         model = place(component, blocks, dtype=torch.bfloat16)
         streamed = counter.live[True]
-    workload = costs.make_workload(tiny())
-    cost = costs.estimate_cost(workload, whole, dtypes=_all("bfloat16"), spec=None, lines=SIXTEEN_BIT_LINES)
-    sizes = cost.blocks
+    sizes = costs.cost_of(tiny(), whole, _all("bfloat16"), None).blocks
     passing = [sizes[i].nbytes for i in blocks]
     padding = 40 * placement.ALIGNMENT * len(blocks)
     assert abs((resident - streamed) - (sum(passing) - 2 * max(passing))) < padding
@@ -296,9 +294,9 @@ STREAMED = {"denoise": "streamed", "decode": "alone"}
 )  # fmt: skip
 def test_a_placement_goes_down_when_it_must_and_up_when_it_can(tiny_folder, loaded, first, then, placed, stays):
     engine = engine_of(inspect(tiny_folder))
-    stage = Stage(engine.checkpoint, replace(engine.plan, placement=Placement(**first)))
+    stage = Stage(engine.checkpoint, replace(engine.plan, residency=Residency(**first)))
     if loaded:
         stage._models["transformer"] = object()
-    stage.adopt(replace(engine.plan, placement=Placement(**then)))
-    assert (stage.plan.placement.denoise, stage.plan.placement.streamed) == placed
+    stage.adopt(replace(engine.plan, residency=Residency(**then)))
+    assert (stage.plan.residency.denoise, stage.plan.residency.streamed) == placed
     assert ("transformer" in stage._models) == stays

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from fluxcli.errors import ExitCode, UsageError
 from fluxcli.request import presets
-from fluxcli.request.fields import KEYS, from_settings
+from fluxcli.request.fields import Order
+from fluxcli.request.settings import SETTINGS
 from tests.support.invariant import call
 
 BUNDLED = ("dev", "draft", "hyper", "krea", "quality", "schnell", "tiny", "turbo")
@@ -48,27 +49,32 @@ def refusal(folder, flags=None, **environment):
 
 
 def test_the_bundled_presets_are_these(config_folder):
-    assert tuple(presets.available(config_folder)) == BUNDLED
+    assert tuple(presets.list_presets(config_folder)) == BUNDLED
 
 
 @pytest.mark.parametrize("name", BUNDLED)
 def test_a_bundled_preset_makes_a_request_and_describes_itself(name, config_folder):
     merged = merge(config_folder, {"preset": name})
-    assert from_settings("a fox", merged.values).preset == name
-    assert set(merged.values) == set(KEYS) == set(merged.origins)
+    assert Order.from_settings("a fox", merged.values).preset == name
+    assert set(merged.values) == set(SETTINGS) == set(merged.origins)
     assert presets.load(name, config_folder).description
 
 
 def test_dev_is_the_default_and_as_published(config_folder):
-    request = from_settings("a fox", merge(config_folder).values)
-    assert (request.preset, request.model) == ("dev", "black-forest-labs/FLUX.1-dev")
-    assert (request.steps, request.guidance, request.size, request.text_tokens) == (28, 3.5, (1024, 1024), 512)
-    assert (request.format, request.quality, request.seed) == ("jpg", 80, -1)
+    request = Order.from_settings("a fox", merge(config_folder).values)
+    assert (request.preset, request.request.model) == ("dev", "black-forest-labs/FLUX.1-dev")
+    assert (request.request.steps, request.request.guidance, request.request.size, request.request.text_tokens) == (
+        28,
+        3.5,
+        (1024, 1024),
+        512,
+    )
+    assert (request.output.format, request.output.quality, request.request.seed) == ("jpg", 80, -1)
 
 
 def test_schnell_takes_four_steps_and_no_guidance(config_folder):
-    request = from_settings("a fox", merge(config_folder, {"preset": "schnell"}).values)
-    assert (request.steps, request.guidance, request.text_tokens) == (4, None, 256)
+    request = Order.from_settings("a fox", merge(config_folder, {"preset": "schnell"}).values)
+    assert (request.request.steps, request.request.guidance, request.request.text_tokens) == (4, None, 256)
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -85,7 +91,7 @@ def test_the_strongest_layer_that_names_a_key_wins_and_is_its_origin(config_fold
         value, origin = next((layer[key], origin) for layer, origin in layers if key in layer)
         assert merged.values[key] == value
         assert origin is None or merged.origins[key] == origin
-    assert from_settings("a fox", merged.values)
+    assert Order.from_settings("a fox", merged.values)
 
 
 @pytest.mark.parametrize("stronger", ["preset", "variables", "flags"])
@@ -95,9 +101,9 @@ def test_a_later_size_replaces_the_other_kind_of_an_earlier_layer(stronger, conf
         write(config_folder / "presets" / "mine.toml", toml(late if stronger == "preset" else {}))
         flags = late if stronger == "flags" else {}
         variables = {f"FLUX_{key.upper()}": str(value) for key, value in late.items()}
-        return from_settings(
+        return Order.from_settings(
             "a fox", merge(config_folder, flags, **(variables if stronger == "variables" else {})).values
-        ).size
+        ).request.size
 
     pixels, ratio = {"width": 512, "height": 256}, {"aspect_ratio": "2:1", "image_size": 640}
     assert size(pixels, ratio) == (640, 320)
@@ -241,7 +247,7 @@ def test_a_broken_preset_does_not_hide_the_others(config_folder, capsys):
     result = call(capsys, "presets")
     assert result.returncode == 0
     assert "tiny" in result.stdout and "mine" not in result.stdout
-    assert "mine" in result.stderr and "steps" in result.stderr + str(presets.KEYS)
+    assert "mine" in result.stderr and "steps" in result.stderr + str(presets.SETTINGS)
 
 
 def test_toml_nested_without_end_is_a_usage_error(config_folder):

@@ -12,7 +12,7 @@ from fluxcli.cli.replay import _replayed
 from fluxcli.errors import BadInputFile, ExitCode
 from fluxcli.pictures.image import encode, read_metadata
 from fluxcli.request import presets
-from fluxcli.request.fields import from_settings
+from fluxcli.request.fields import Order
 from tests.support.helpers import read_pixels
 from tests.support.invariant import assert_failed, call, files
 
@@ -38,7 +38,7 @@ def picture(drawn, capsys) -> Path:
 def stored(config_folder, preset, said):
     """What a picture made with `preset` and options `said` carries."""
     values = presets.merge({"preset": preset, "seed": "5"} | said, config_folder, {}).values
-    return from_settings("a fox", values).to_json()
+    return Order.from_settings("a fox", values).to_json()
 
 
 @patient
@@ -72,26 +72,38 @@ def test_under_another_preset_what_was_said_stays_and_what_the_preset_said_chang
 def test_the_final_of_a_draft(config_folder):
     draft = stored(config_folder, "draft", {"aspect_ratio": "16:9", "guidance": "2.5"})
     final = _replayed(Path("x.jpg"), draft, {"preset": "quality"}, None)
-    assert (final.steps, final.size, final.format, final.preset) == (50, (1024, 576), "png", "quality")
-    assert (final.seed, final.guidance, final.prompt) == (5, 2.5, "a fox")
+    assert (final.request.steps, final.request.size, final.output.format, final.preset) == (
+        50,
+        (1024, 576),
+        "png",
+        "quality",
+    )
+    assert (final.request.seed, final.request.guidance, final.request.prompt) == (5, 2.5, "a fox")
 
 
 def test_a_model_without_guidance_is_given_none(config_folder):
     final = _replayed(Path("x.jpg"), stored(config_folder, "dev", {}), {"preset": "schnell"}, None)
-    assert (final.guidance, final.steps, final.model) == (None, 4, "black-forest-labs/FLUX.1-schnell")
+    assert (final.request.guidance, final.request.steps, final.request.model) == (
+        None,
+        4,
+        "black-forest-labs/FLUX.1-schnell",
+    )
 
 
 def test_a_size_in_another_form_replaces_the_one_that_was_said(config_folder):
     pixels = stored(config_folder, "draft", {"width": "512", "height": "256"})
     square = {"aspect_ratio": "1:1", "image_size": "320"}
     for given_ in ({}, {"preset": "quality"}):
-        assert _replayed(Path("x"), pixels, given_, None).size == (512, 256)
-        assert _replayed(Path("x"), pixels, given_ | square, None).size == (
+        assert _replayed(Path("x"), pixels, given_, None).request.size == (512, 256)
+        assert _replayed(Path("x"), pixels, given_ | square, None).request.size == (
             320,
             320,
         )
     ratio = stored(config_folder, "draft", {"aspect_ratio": "16:9"})
-    assert _replayed(Path("x"), ratio, {"preset": "dev", "width": "512", "height": "256"}, None).size == (512, 256)
+    assert _replayed(Path("x"), ratio, {"preset": "dev", "width": "512", "height": "256"}, None).request.size == (
+        512,
+        256,
+    )
 
 
 def test_a_users_preset_with_pixels_and_one_that_is_gone(config_folder):
@@ -99,13 +111,13 @@ def test_a_users_preset_with_pixels_and_one_that_is_gone(config_folder):
     mine.parent.mkdir(parents=True)
     mine.write_text("width = 512\nheight = 256\nsteps = 9\n")
     metadata = stored(config_folder, "mine", {"aspect_ratio": "16:9"})
-    assert _replayed(Path("x"), metadata, {"preset": "draft"}, None).size == (640, 368)
+    assert _replayed(Path("x"), metadata, {"preset": "draft"}, None).request.size == (640, 368)
     plain = stored(config_folder, "mine", {})
-    assert _replayed(Path("x"), plain, {"preset": "draft"}, None).size == (640, 640)
+    assert _replayed(Path("x"), plain, {"preset": "draft"}, None).request.size == (640, 640)
     mine.unlink()
-    assert _replayed(Path("x"), plain, {}, None).steps == 9
+    assert _replayed(Path("x"), plain, {}, None).request.steps == 9
     gone = _replayed(Path("x"), plain, {"preset": "draft"}, None)
-    assert (gone.steps, gone.size) == (9, (512, 256))
+    assert (gone.request.steps, gone.request.size) == (9, (512, 256))
 
 
 def test_the_variables_and_settings_of_today_do_not_change_a_picture_of_yesterday(config_folder, monkeypatch):
@@ -140,7 +152,7 @@ def test_a_foreign_picture_chooses_neither_place_nor_number(config_folder):
     hostile = stored(config_folder, "tiny", {}) | {"output": "/tmp/owned.png", "count": 9999}
     for given_ in ({}, {"preset": "dev"}):
         replayed = _replayed(Path("x.png"), hostile, given_, None)
-        assert (replayed.output, replayed.count) == (None, 1)
+        assert (replayed.output.output, replayed.output.count) == (None, 1)
 
 
 def test_replay_writes_the_same_pixels_under_the_next_name(picture, drawn, capsys):
@@ -148,13 +160,13 @@ def test_replay_writes_the_same_pixels_under_the_next_name(picture, drawn, capsy
     assert (result.returncode, result.stdout, result.stderr) == (0, "a-fox-5-2.png\n", "")
     assert (read_pixels(picture) == read_pixels(Path("a-fox-5-2.png"))).all()
     assert read_metadata(picture) == read_metadata(Path("a-fox-5-2.png"))
-    assert (drawn[0].steps, drawn[0].size) == (3, (128, 80))
+    assert (drawn[0].request.steps, drawn[0].request.size) == (3, (128, 80))
 
 
 def test_replay_takes_another_prompt_and_every_option(picture, drawn, capsys):
     result = call(capsys, "replay", str(picture), "--prompt", "a hen", "--seed=8", "-n2", "-o{slug}-{n}.webp")
     assert result.stdout.split() == ["a-hen-1.webp", "a-hen-2.webp"]
-    assert [(r.prompt, r.seed, r.steps) for r in drawn] == [("a hen", 8, 3), ("a hen", 9, 3)]
+    assert [(r.request.prompt, r.request.seed, r.request.steps) for r in drawn] == [("a hen", 8, 3), ("a hen", 9, 3)]
     assert_failed(call(capsys, "replay", str(picture), "--prompt", " "), ExitCode.USAGE)
 
 

@@ -10,28 +10,21 @@ from hypothesis import strategies as st
 
 import tests.support.invariant  # noqa: F401 - hypothesis without deadlines
 from fluxcli.errors import ExitCode, UsageError
-from fluxcli.request.fields import (
-    ASPECT_RATIOS,
-    BOUNDS,
-    KEYS,
-    LISTS,
-    MAX_AREA_PX,
-    MAX_PROMPT_BYTES,
-    MAX_SEED,
-    GenerationRequest,
-    coerce,
-    flag,
-    from_settings,
-    size_of,
-)
+from fluxcli.request.fields import DEFAULTS, MAX_PROMPT_BYTES, PART_OF, GenerationRequest, Order
+from fluxcli.request.settings import MAX_SEED, SETTINGS, Bytes, Integer, Number, Side, Texts, coerce, flag
+from fluxcli.request.sizes import ASPECT_RATIOS, MAX_AREA_PX, size_of
 
 SIDES = st.integers(4, 256).map(lambda k: k * 16)
 RATIOS = st.tuples(st.integers(1, 99999), st.integers(1, 99999)).filter(lambda r: max(r) <= 4 * min(r))
 
 
+def made(prompt: str = "a fox", **values: object) -> Order:
+    return Order.from_settings(prompt, values)
+
+
 def refusal(**values: object) -> str:
     with pytest.raises(UsageError) as caught:
-        GenerationRequest(**{"prompt": "a fox"} | values)
+        made(**values)
     assert caught.value.exit_code == ExitCode.USAGE
     return f"{caught.value} | {caught.value.hint}"
 
@@ -50,10 +43,10 @@ def test_every_ratio_up_to_4_to_1_is_drawn_unless_the_area_is_too_large(ratio, s
     width, height = size_of(f"{ratio[0]}:{ratio[1]}", side)
     values = {"aspect_ratio": f"{ratio[0]}:{ratio[1]}", "image_size": side}
     if width * height <= MAX_AREA_PX:
-        assert GenerationRequest("a fox", **values).size == (width, height)
+        assert made(**values).request.size == (width, height)
         return
     possible = int(re.search(r"--size (\d+) is the largest", refusal(**values))[1])
-    assert possible < side and GenerationRequest("a fox", **values | {"image_size": possible}).size
+    assert possible < side and made(**values | {"image_size": possible}).request.size
     refusal(**values | {"image_size": possible + 16})
 
 
@@ -65,12 +58,12 @@ def test_pixels_that_are_too_many_come_with_the_most_that_are_possible(tokens):
     width, height = (16 * side for side in tokens)
     values = re.search(r"--width (\d+) --height (\d+) is the largest", refusal(width=width, height=height)).groups()
     smaller = tuple(map(int, values))
-    assert GenerationRequest("a fox", width=smaller[0], height=smaller[1]).size == smaller
+    assert made(width=smaller[0], height=smaller[1]).request.size == smaller
 
 
 @pytest.mark.parametrize("ratio", ASPECT_RATIOS)
 def test_the_published_ratios_are_taken(ratio):
-    width, height = GenerationRequest("a fox", aspect_ratio=ratio).size
+    width, height = made(aspect_ratio=ratio).request.size
     wide, high = map(int, ratio.split(":"))
     assert max(width, height) == 1024 and abs(width / height - wide / high) < 0.04
 
@@ -80,7 +73,7 @@ def test_the_published_ratios_are_taken(ratio):
     [("16:9", 1024, (1024, 576)), ("9:21", 1024, (432, 1024)), ("2.39:1", 1024, (1024, 432)), ("4:1", 80, (80, 16))],
 )
 def test_sizes_by_hand(ratio, size, expected):
-    assert GenerationRequest("a fox", aspect_ratio=ratio, image_size=size).size == expected
+    assert made(aspect_ratio=ratio, image_size=size).request.size == expected
 
 
 @pytest.mark.parametrize(
@@ -135,33 +128,40 @@ def test_numbers_and_names_out_of_range_are_refused_by_their_flag(name, value):
     assert flag(name) in refusal(**{name: value})
 
 
-@pytest.mark.parametrize("name", BOUNDS)
+RANGES = {name: row.kind for name, row in SETTINGS.items() if isinstance(row.kind, Integer | Number | Bytes | Side)}
+
+
+@pytest.mark.parametrize("name", [name for name, kind in RANGES.items() if not isinstance(kind, Side)])
 def test_both_ends_of_a_range_are_taken(name):
-    for value in BOUNDS[name]:
+    for value in (RANGES[name].low, RANGES[name].high):
         changes = {name: value} | ({"count": 1} if name == "seed" else {})
-        assert getattr(GenerationRequest("a fox", **changes), name) == value
+        assert made(**changes).settings()[name] == value
+
+
+def test_every_setting_is_a_field_and_every_field_a_setting():
+    assert set(DEFAULTS) == set(SETTINGS) == set(PART_OF) - {"prompt"} | {"preset"}
 
 
 def test_the_last_seed_of_a_series_is_in_range():
-    assert GenerationRequest("a fox", seed=MAX_SEED - 2, count=3).picture(2).seed == MAX_SEED
+    assert made(seed=MAX_SEED - 2, count=3).picture(2).request.seed == MAX_SEED
     assert "seed" in refusal(seed=MAX_SEED - 1, count=3)
 
 
 @given(st.integers(0, 2**63), st.integers(1, 50), st.data())
-def test_picture_k_is_the_request_of_seed_plus_k_alone(seed, count, data):
-    request = GenerationRequest("a fox", seed=seed, count=count, output="x/")
+def test_picture_k_is_the_order_of_seed_plus_k_alone(seed, count, data):
+    order = made(seed=seed, count=count, output="x/")
     k = data.draw(st.integers(0, count - 1))
-    assert request.picture(k) == GenerationRequest("a fox", seed=seed + k)
+    assert order.picture(k) == made(seed=seed + k)
 
 
 def test_a_random_seed_is_drawn_once_and_a_given_one_kept():
-    seeds = {GenerationRequest("a fox").with_seed().seed for _ in range(20)}
+    seeds = {made().with_seed().request.seed for _ in range(20)}
     assert len(seeds) > 1 and all(0 <= seed < 2**32 for seed in seeds)
-    assert GenerationRequest("a fox", seed=0).with_seed().seed == 0
+    assert made(seed=0).with_seed().request.seed == 0
 
 
-REQUESTS = st.builds(
-    GenerationRequest,
+ORDERS = st.builds(
+    made,
     prompt=st.text(st.characters(codec="utf-8"), min_size=1, max_size=80).filter(str.strip),
     steps=st.integers(1, 1000),
     guidance=st.none() | st.floats(0, 100),
@@ -175,18 +175,17 @@ REQUESTS = st.builds(
 )
 
 
-@given(REQUESTS)
-def test_a_request_survives_json(request):
-    stored = json.loads(json.dumps(request.to_json()))
-    assert from_settings(stored.pop("prompt"), stored) == request
+@given(ORDERS)
+def test_an_order_survives_json(order):
+    assert Order.from_json(json.loads(json.dumps(order.to_json()))) == order
 
 
-@given(REQUESTS)
-def test_the_text_of_a_setting_means_its_value(request):
-    for key, value in vars(request).items():
-        if key in KEYS and value is not None:
+@given(ORDERS)
+def test_the_text_of_a_setting_means_its_value(order):
+    for key, value in order.settings().items():
+        if value is not None:
             assert coerce(key, value, where="x") == value
-            assert key in LISTS or coerce(key, str(value), where="x") == value
+            assert isinstance(SETTINGS[key].kind, Texts) or coerce(key, str(value), where="x") == value
     assert coerce("guidance", "none", where="x") is None
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from fluxcli.pictures import names as output
-from fluxcli.request.fields import GenerationRequest
-from tests.support.helpers import ROOT, engine_of, run, tiny
+from fluxcli.request.fields import Order
+from tests.support.helpers import ROOT, changed, engine_of, order, run, tiny
 from tests.support.invariant import Fault, files
 
 pytestmark = [pytest.mark.serial, pytest.mark.skipif(os.name == "nt", reason="POSIX signals")]
 LONG = ("generate", "a fox", "-p", "tiny", "--steps", "1000", "--size", "64", "--events", "-o", "pics/")
-REQUEST = GenerationRequest("a fox", seed=5, preset="tiny", aspect_ratio="1:1", image_size=64, format="png")
+REQUEST = order("a fox", seed=5, preset="tiny", aspect_ratio="1:1", image_size=64, format="png")
 
 
 def start(*command: str, **options: object) -> subprocess.Popen:
@@ -207,10 +207,9 @@ def _killed_at(k: int, text: str) -> bool:
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
-def _with_output(text: str) -> GenerationRequest:
-    from dataclasses import replace
+def _with_output(text: str) -> Order:
 
-    return replace(REQUEST, output=text)
+    return changed(REQUEST, output=text)
 
 
 @pytest.mark.parametrize("text, name, before", [("x.png", "x.png", b"old"), ("{seed}", "5.png", None)])

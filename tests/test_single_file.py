@@ -24,7 +24,7 @@ from fluxcli.models import find as models
 from quant import codecs
 from quant.checkpoint import COMPONENTS, Component, inspect
 from quant.errors import CheckpointError
-from quant.linear import PackedLinear
+from quant.linear import QuantizedLinear
 from quant.single_file import assemble_checkpoint, inspect_file, inspect_transformer
 from tests import published
 from tests.support import exports, real_width
@@ -173,14 +173,14 @@ def test_every_weight_is_what_the_formats_library_reads(dialect, exported, tiny_
     module = load_component(part, dtype=torch.float32, device="cpu")
     compared, packed = {name for name in expected if not name.endswith("weight")}, 0
     for name, layer in module.named_modules():
-        if isinstance(layer, PackedLinear | nn.Linear):
+        if isinstance(layer, QuantizedLinear | nn.Linear):
             names = [f"{each}.weight" for each in named(name)]
-            weight = layer.dequantize(torch.float32) if isinstance(layer, PackedLinear) else layer.weight
+            weight = layer.dequantize(torch.float32) if isinstance(layer, QuantizedLinear) else layer.weight
             assert torch.equal(weight, torch.cat([expected[each] for each in names])), name
             biases = [expected[each.replace("weight", "bias")] for each in names]
             assert torch.equal(layer.bias, torch.cat(biases)), name
             compared |= set(names)
-            packed += isinstance(layer, PackedLinear)
+            packed += isinstance(layer, QuantizedLinear)
         elif name + ".weight" in expected:  # norms
             assert torch.equal(layer.weight, expected[name + ".weight"]), name
             compared.add(name + ".weight")
@@ -223,7 +223,7 @@ def test_a_t5_of_llama_cpp_has_the_values_that_gguf_reads(kind, tiny_folder):
     )
     assert same(values_of(part), expected)
     module = load_component(part, dtype=torch.float32, device="cpu")
-    packed = {name for name, layer in module.named_modules() if isinstance(layer, PackedLinear)}
+    packed = {name for name, layer in module.named_modules() if isinstance(layer, QuantizedLinear)}
     assert len(packed) == (0 if kind == "F16" else 12)  # not `wo`, which transformers keeps in float32
     for name in packed:
         assert torch.equal(module.get_submodule(name).dequantize(torch.float32), expected[f"{name}.weight"])
@@ -255,8 +255,8 @@ def test_blocks_unpack_as_the_gguf_package_unpacks_them(kind, monkeypatch):
     expected = torch.from_numpy(gguf.dequantize(blocks, chosen))
     for chunk in (codecs.CHUNK, 192, 1):  # all at once, two rows at a time and an odd one, each row by itself
         monkeypatch.setattr(codecs, "CHUNK", chunk)
-        assert torch.equal(codecs.unblocked(torch.from_numpy(blocks), kind, torch.float32), expected)
-        narrow = codecs.unblocked(torch.from_numpy(blocks), kind, torch.bfloat16)
+        assert torch.equal(codecs.dequantize_gguf(torch.from_numpy(blocks), kind, torch.float32), expected)
+        narrow = codecs.dequantize_gguf(torch.from_numpy(blocks), kind, torch.bfloat16)
         assert narrow.dtype == torch.bfloat16 and torch.equal(narrow, expected.bfloat16())
 
 
@@ -270,7 +270,7 @@ def apart(first: np.ndarray, second: np.ndarray) -> float:
 @pytest.fixture(scope="module")
 def picture(tiny_folder: Path) -> np.ndarray:
     found = draw(engine_of(inspect(tiny_folder)), tiny())[1]
-    other = replace(tiny(), prompt="a green square on a white background")
+    other = tiny(prompt="a green square on a white background")
     assert apart(found, draw(engine_of(inspect(tiny_folder), other), other)[1]) > 20
     return found
 

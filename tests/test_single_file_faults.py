@@ -169,7 +169,7 @@ def test_a_block_is_refused_exactly_where_the_gguf_package_reads_what_is_not_fin
     else:
         whole = gguf.quantize(np.random.default_rng(5).standard_normal((1, 64), np.float32), chosen).reshape(2, -1)
     where = Piece(Path("x.gguf"), TensorInfo("x", kind, (2, 256 if kind in K_QUANTS else 32)))
-    codecs.check("x", {"": torch.from_numpy(whole)}, where)
+    codecs.check_values("x", {"": torch.from_numpy(whole)}, where)
     refused_at = []
     for at in range(0, whole.shape[1] - 1, 2):
         blocks = whole.copy()
@@ -177,7 +177,7 @@ def test_a_block_is_refused_exactly_where_the_gguf_package_reads_what_is_not_fin
         with np.errstate(all="ignore"):
             finite = np.isfinite(gguf.dequantize(blocks, chosen)).all()
         try:
-            codecs.check("x", {"": torch.from_numpy(blocks)}, where)
+            codecs.check_values("x", {"": torch.from_numpy(blocks)}, where)
         except CheckpointError:
             refused_at.append(at)
         assert finite == (at not in refused_at), at

@@ -36,7 +36,9 @@ T5_16_BIT = {
 }  # fmt: skip
 
 
-def schemes(spec: QuantSpec, component: str, layers: set[str], leaf: str = "weight", shape=(128, 128)) -> set[str]:
+def schemes(
+    spec: QuantSpec, component: str, layers: set[str], leaf: str = "weight", shape=(128, 128)
+) -> set[str]:
     return {spec.scheme(component, f"{layer}.{leaf}", shape) for layer in layers}
 
 
@@ -59,7 +61,9 @@ def test_modulation_is_quantized_when_asked_for_and_alone_changes(to):
     spec = QuantSpec(to, modulation=to)
     assert schemes(spec, "transformer", MODULATION | BLOCK) == {to}
     assert schemes(spec, "transformer", ALWAYS_16_BIT) == {""}
-    assert all(is_modulation(f"{layer}.{leaf}") for layer in MODULATION for leaf in ("weight", "bias"))
+    assert all(
+        is_modulation(f"{layer}.{leaf}") for layer in MODULATION for leaf in ("weight", "bias")
+    )
     assert not any(is_modulation(f"{layer}.weight") for layer in BLOCK)
 
 
@@ -73,11 +77,15 @@ def test_modulation_is_quantized_when_asked_for_and_alone_changes(to):
 ])  # fmt: skip
 def test_a_pattern_keeps_what_it_names(pattern, kept):
     spec = QuantSpec("fp8", keep=(pattern,))
-    assert {layer for layer in BLOCK if not spec.scheme("transformer", f"{layer}.weight", (8, 8))} == kept
+    assert {
+        layer for layer in BLOCK if not spec.scheme("transformer", f"{layer}.weight", (8, 8))
+    } == kept
     spec.check_keep(f"{layer}.weight" for layer in BLOCK)
 
 
-@pytest.mark.parametrize("pattern", ["", "to_q", "TRANSFORMER_BLOCKS.*", "*.lora", "transformer_blocks.0"])
+@pytest.mark.parametrize(
+    "pattern", ["", "to_q", "TRANSFORMER_BLOCKS.*", "*.lora", "transformer_blocks.0"]
+)
 def test_a_pattern_without_a_match_is_refused(pattern):
     with pytest.raises(SpecError, match="--keep matches nothing"):
         QuantSpec("fp8", keep=("*.to_q", pattern)).check_keep(f"{layer}.weight" for layer in BLOCK)
@@ -101,15 +109,24 @@ def test_t5_goes_to_nf4_with_nf4_alone_and_the_policy_has_a_version():
 
 
 @settings(max_examples=60)
-@given(st.sampled_from(BAKEABLE), st.sampled_from(["BF16", "F16", "F32"]), st.integers(1, 80), st.integers(1, 300))
+@given(
+    st.sampled_from(BAKEABLE),
+    st.sampled_from(["BF16", "F16", "F32"]),
+    st.integers(1, 80),
+    st.integers(1, 300),
+)
 def test_layout_is_what_the_codec_stores(scheme, dtype, rows, columns):
     import torch
 
     info = TensorInfo("a.weight", dtype, (rows, columns))
     weight = torch.randn(rows, columns).to(DTYPES[dtype])
-    pieces = codecs.encode(weight, scheme, name=info.name, where=Piece(Path(), info)).pieces
-    predicted = {part.name: (DTYPES[part.dtype], part.shape, part.nbytes) for part in layout(scheme, info)}
-    assert predicted == {f"a.weight{suffix}": (t.dtype, tuple(t.shape), t.nbytes) for suffix, t in pieces.items()}
+    stored = codecs.quantize(weight, scheme, name=info.name, where=Piece(Path(), info)).stored
+    predicted = {
+        part.name: (DTYPES[part.dtype], part.shape, part.nbytes) for part in layout(scheme, info)
+    }
+    assert predicted == {
+        f"a.weight{suffix}": (t.dtype, tuple(t.shape), t.nbytes) for suffix, t in stored.items()
+    }
 
 
 def test_the_bundled_model_in_each_scheme_keeps_the_same_layers(tiny_folder):
@@ -120,5 +137,12 @@ def test_the_bundled_model_in_each_scheme_keeps_the_same_layers(tiny_folder):
         for to, spec in specs.items()
     }
     assert kept["nf4"] == kept["fp8"] == kept["int8"]
-    wide = {name.removesuffix(".weight") for name in kept["nf4"] if name.endswith("weight") and "attn." not in name}
-    assert all("norm" in layer or "embed" in layer or layer == "proj_out" for layer in wide) and len(wide) == 19
+    wide = {
+        name.removesuffix(".weight")
+        for name in kept["nf4"]
+        if name.endswith("weight") and "attn." not in name
+    }
+    assert (
+        all("norm" in layer or "embed" in layer or layer == "proj_out" for layer in wide)
+        and len(wide) == 19
+    )

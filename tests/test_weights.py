@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import tests.support.invariant  # noqa: F401 - hypothesis without deadlines
 from quant import codecs
-from quant.codecs import Reader, rows_of
+from quant.codecs import Reader, take_rows
 from quant.errors import CheckpointError
 from quant.header import TensorInfo, read_header
 from quant.spec import BAKEABLE, STATE
@@ -27,7 +27,7 @@ NAME = "block.weight"
 def _pieces(scheme: str) -> dict[str, torch.Tensor]:
     torch.manual_seed(7)
     where = Piece(Path("source"), TensorInfo(NAME, "BF16", SHAPE))
-    return codecs.encode(torch.randn(SHAPE, dtype=torch.bfloat16), scheme, name=NAME, where=where).pieces
+    return codecs.quantize(torch.randn(SHAPE, dtype=torch.bfloat16), scheme, name=NAME, where=where).stored
 
 
 def pack(scheme: str) -> dict[str, torch.Tensor]:
@@ -59,7 +59,7 @@ def test_a_whole_pack_is_one_weight_with_the_values_that_were_packed(scheme, tmp
     assert weight.nbytes == sum(tensor.nbytes for tensor in tensors.values())
     assert (weights["block.bias"].scheme, weights["block.bias"].info.dtype) == ("", "F32")
     reader = Reader()
-    stored = reader.weight(weight)
+    stored = reader.read(weight)
     assert {NAME + suffix for suffix in stored} == set(tensors)
     assert all(torch.equal(tensor.view(-1).view(torch.uint8), tensors[NAME + suffix].view(-1).view(torch.uint8))
                for suffix, tensor in stored.items())  # fmt: skip
@@ -161,7 +161,7 @@ def test_one_scale_for_all_rows_and_scales_in_a_column_are_read(scheme, scale, t
     weight = read(tensors, tmp_path / "x.safetensors")[NAME]
     assert (weight.scheme, weight.shape) == (scheme, SHAPE)
     reader = Reader()
-    decoded = codecs.decode(reader.weight(weight), scheme, SHAPE, torch.float32)
+    decoded = codecs.dequantize(reader.read(weight), scheme, SHAPE, torch.float32)
     assert torch.equal(decoded, tensors[NAME].float() * scale.float().view(-1, 1))
 
 
@@ -176,7 +176,7 @@ def test_what_optimum_quanto_saves_is_read(kind, scheme, tmp_path):
     assert set(weights) == {NAME, "block.bias", "norm.weight", "norm.bias"}
     assert (weights[NAME].scheme, weights[NAME].shape) == (scheme, SHAPE)
     reader = Reader()
-    decoded = codecs.decode(reader.weight(weights[NAME]), scheme, SHAPE, torch.float32)
+    decoded = codecs.dequantize(reader.read(weights[NAME]), scheme, SHAPE, torch.float32)
     assert torch.allclose(decoded, model["block"].weight.dequantize(), atol=1e-7)
 
 
@@ -188,5 +188,5 @@ def test_ranges_of_rows_are_read_in_their_order(tmp_path, ranges):
     piece = Piece(tmp_path / "x.safetensors", read_header(tmp_path / "x.safetensors")["a"], tuple(ranges))
     expected = torch.cat([values[start:stop] for start, stop in ranges])
     reader = Reader()
-    assert torch.equal(rows_of(reader[piece.file].get_tensor(piece.info.name), piece), expected)
+    assert torch.equal(take_rows(reader[piece.file].get_tensor(piece.info.name), piece), expected)
     assert piece.shape == expected.shape and piece.nbytes == expected.nbytes

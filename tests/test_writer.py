@@ -28,7 +28,9 @@ METADATA = {"format": "pt", "é": '{"a": 1}'}
 
 def write(path: Path, data: dict[str, tuple[str, tuple[int, ...], bytes]]) -> SafetensorsWriter:
     """Write tensors given by name as (dtype, shape, bytes); added last first."""
-    writer = SafetensorsWriter(path, [TensorInfo(n, dtype, shape) for n, (dtype, shape, _) in data.items()], METADATA)
+    writer = SafetensorsWriter(
+        path, [TensorInfo(n, dtype, shape) for n, (dtype, shape, _) in data.items()], METADATA
+    )
     for name, (_, _, content) in reversed(data.items()):
         writer.add(name, memoryview(content))
     writer.finish()
@@ -37,7 +39,9 @@ def write(path: Path, data: dict[str, tuple[str, tuple[int, ...], bytes]]) -> Sa
 
 def with_bytes(tensors: dict) -> dict:
     sizes = {n: math.prod(shape) * DTYPE_BITS[dtype] // 8 for n, (dtype, shape) in tensors.items()}
-    return {name: (*tensors[name], bytes(k % 251 for k in range(size))) for name, size in sizes.items()}
+    return {
+        name: (*tensors[name], bytes(k % 251 for k in range(size))) for name, size in sizes.items()
+    }
 
 
 @patient
@@ -50,7 +54,11 @@ def test_what_is_written_is_what_the_reference_library_reads(tmp_path, data):
     read = load_file(path)
     laid_out = {name: (TYPES[dtype], shape) for name, (dtype, shape, _) in data.items()}
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in read.items()} == laid_out
-    assert all(bytes(t.view(-1).view(torch.uint8).tolist()) == data[n][2] for n, t in read.items() if t.numel())
+    assert all(
+        bytes(t.view(-1).view(torch.uint8).tolist()) == data[n][2]
+        for n, t in read.items()
+        if t.numel()
+    )
     with safe_open(path, "pt") as file:
         assert file.metadata() == METADATA
     start = 8 + int.from_bytes(path.read_bytes()[:8], "little")
@@ -64,10 +72,17 @@ def test_what_is_written_is_what_the_reference_library_reads(tmp_path, data):
 def test_the_size_is_known_before_the_first_byte(tmp_path, tensors):
     infos = [TensorInfo(name, dtype, shape) for name, (dtype, shape) in tensors.items()]
     writer = SafetensorsWriter(tmp_path / "absent" / "x", infos, {})
-    assert 8 + sum(info.nbytes for info in infos) < writer.nbytes and not (tmp_path / "absent").exists()
+    assert (
+        8 + sum(info.nbytes for info in infos) < writer.nbytes
+        and not (tmp_path / "absent").exists()
+    )
 
 
-DATA = {"a": ("F32", (3,), bytes(range(12))), "b": ("U8", (5,), b"hello"), "c": ("BF16", (2, 2), bytes(range(8)))}
+DATA = {
+    "a": ("F32", (3,), bytes(range(12))),
+    "b": ("U8", (5,), b"hello"),
+    "c": ("BF16", (2, 2), bytes(range(8))),
+}
 
 
 def test_any_byte_that_changes_is_found(tmp_path):
@@ -82,7 +97,11 @@ def test_any_byte_that_changes_is_found(tmp_path):
             assert writer.damaged() == info.name
     renamed = json.loads(whole[8:start])
     renamed["x"] = renamed.pop("a")
-    path.write_bytes(whole[:8] + json.dumps(renamed, separators=(",", ":")).encode().ljust(start - 8) + whole[start:])
+    path.write_bytes(
+        whole[:8]
+        + json.dumps(renamed, separators=(",", ":")).encode().ljust(start - 8)
+        + whole[start:]
+    )
     assert writer.damaged() == "the header"
 
 
@@ -123,7 +142,9 @@ def test_writes_that_stop_short_are_continued(step, tmp_path, monkeypatch):
 
 def test_the_same_tensors_give_the_same_bytes_in_whatever_order_they_come(tmp_path):
     write(tmp_path / "x", DATA)
-    writer = SafetensorsWriter(tmp_path / "y", [TensorInfo(n, d, s) for n, (d, s, _) in DATA.items()], METADATA)
+    writer = SafetensorsWriter(
+        tmp_path / "y", [TensorInfo(n, d, s) for n, (d, s, _) in DATA.items()], METADATA
+    )
     for name in ("c", "a", "b"):
         writer.add(name, memoryview(DATA[name][2]))
     writer.finish()

@@ -9,15 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from fluxcli.cli.settings import STARTED, check_stdout, given_settings, job_options, read_prompt, reporter_of, settled
+from fluxcli.cli.settings import STARTED, check_stdout, given_settings, job_options, read_prompt, reporter_of
 from fluxcli.errors import BatchFailed, ExitCode, UsageError
 from fluxcli.events import Done, Event, Failed, Saved, Skipped, Summary, explain
 from fluxcli.paths import config_folder
 from fluxcli.pictures import names as output
 from fluxcli.request import presets
 from fluxcli.request import rows as batch
-from fluxcli.request.fields import ALIASES, GenerationRequest, coerce
+from fluxcli.request.fields import GenerationRequest, Order, Output
 from fluxcli.request.job import Job, Row
+from fluxcli.request.settings import ALIASES, coerce
+from fluxcli.resolve import build_order
 from fluxcli.run import processes
 from fluxcli.run.dispatch import Dispatcher
 
@@ -98,23 +100,23 @@ class Requests:
         self._named: set[str] = set()  # files that rows have named
         values = presets.merge(given, config_folder()).values
         output.format_of(values["output"], given=given.get("format") and values["format"])
-        self._check(output.parse_target(GenerationRequest("x", output=values["output"])))
+        self._check(output.parse_target(Order(GenerationRequest("x"), output=Output(values["output"]))))
 
-    def make(self, row: dict) -> GenerationRequest:
+    def make(self, row: dict) -> Order:
         """The request of a row. Raises `UsageError`."""
-        said, request = _requested(self._base | row, self._given)
-        target = output.parse_target(request)
+        said, order = _requested(self._base | row, self._given)
+        target = output.parse_target(order)
         self._check(target)
-        if target.exact and ("output" not in said or request.output in self._named):
+        if target.exact and ("output" not in said or order.output.output in self._named):
             raise UsageError(
-                "one file name for several pictures", which=request.output, hint="a folder, or {row} in it"
+                "one file name for several pictures", which=order.output.output, hint="a folder, or {row} in it"
             )
-        if self._resume and not request.metadata:
+        if self._resume and not order.output.metadata:
             why = "a picture without metadata does not say what made it"
             raise UsageError("--resume excludes --no-metadata", why=why)
         if target.exact:
-            self._named.add(request.output)
-        return request
+            self._named.add(order.output.output)
+        return order
 
     @staticmethod
     def _check(target: output.Target) -> None:
@@ -122,7 +124,7 @@ class Requests:
             raise UsageError("-o - takes one picture", which="--from", hint="-o FOLDER/, or a template")
 
 
-def _requested(row: dict, given: dict) -> tuple[dict, GenerationRequest]:
+def _requested(row: dict, given: dict) -> tuple[dict, Order]:
     """(what a row says, its request). Raises `UsageError`."""
     settings = {ALIASES.get(key, key): value for key, value in row.items() if key != "prompt"}
     if twice := [key for key in row if ALIASES.get(key) in row]:
@@ -134,7 +136,7 @@ def _requested(row: dict, given: dict) -> tuple[dict, GenerationRequest]:
     if said.get("width") or said.get("height"):  # instead of the command line's, as in every later layer
         given = {key: value for key, value in given.items() if key not in ("aspect_ratio", "image_size")}
     merged = presets.overlay(given, said)
-    return said, settled(prompt, presets.merge(merged, config_folder()).values, merged)
+    return said, build_order(prompt, presets.merge(merged, config_folder()).values, merged)
 
 
 def _count_equal(rows: Iterator[Row]) -> Iterator[Row]:
@@ -142,20 +144,20 @@ def _count_equal(rows: Iterator[Row]) -> Iterator[Row]:
 
     A row without a seed asks for `count` pictures that differ in nothing that it says.
     """
-    asked: Counter[GenerationRequest] = Counter()
+    asked: Counter[Order] = Counter()
     for row in rows:
-        if row.request is None:
+        if row.order is None:
             yield row
             continue
-        picture = replace(row.request, count=1)
+        picture = replace(row.order, output=replace(row.order.output, count=1))
         yield replace(row, nth=asked[picture] + 1)
-        asked[picture] += row.request.count if row.request.seed < 0 else 1
+        asked[picture] += row.order.output.count if row.order.request.seed < 0 else 1
 
 
 def _events(runner: Dispatcher, window: list[Row], options: dict) -> Iterator[Event]:
     """The events of a window of rows; a row that fails is named by where it stands."""
     where = {row.number: row.where for row in window}
-    good = tuple(row for row in window if row.request)
+    good = tuple(row for row in window if row.order)
     for row in window:
         if row.error:
             yield replace(explain(row.error, row.number), message=f"{row.where}: {row.error}")

@@ -7,7 +7,7 @@ from fluxcli.cli.settings import STARTED, check_stdout, job_options, reporter_of
 from fluxcli.errors import ExitCode
 from fluxcli.pictures import names as output
 from fluxcli.plan.placement import GIB, MemoryPlan
-from fluxcli.request.fields import GenerationRequest
+from fluxcli.request.fields import Order
 from fluxcli.request.job import Job, Row
 from fluxcli.run.dispatch import Dispatcher
 
@@ -16,45 +16,46 @@ if TYPE_CHECKING:
 
 
 def draw(
-    request: GenerationRequest, options: dict, given: dict, *, dry_run: bool = False, made: str | None = None,
+    order: Order, options: dict, given: dict, *, dry_run: bool = False, made: str | None = None,
     resume: "Latents | None" = None,
 ) -> int:  # fmt: skip
     """Plan, then run and show. `given` is what the command line said; `made` the model of the picture to make again."""
-    target = output.parse_target(request, force=options["force"])
+    target = output.parse_target(order, force=options["force"])
     check_stdout(options, target.stdout)
-    request = request.with_seed()
+    order = order.with_seed()
     if dry_run:
-        return _dry_run(request, options)
-    output.check_writable(target, request)
+        return _dry_run(order, options)
+    output.check_writable(target, order)
     if not options["quiet"]:
-        if "quality" in given and request.format == "png":
+        if "quality" in given and order.output.format == "png":
             console.say("--quality does nothing for png")
         if options["force"] and not target.exact:
             console.say("--force does nothing here: automatic names never replace a file")
     with reporter_of(options) as reporter, Dispatcher(alone=options["no_worker"] or options["debug"]) as runner:
-        for event in runner.run(Job((Row(0, request),), made=made, **job_options(options)), kept=resume):
+        for event in runner.run(Job((Row(0, order),), expected_model=made, **job_options(options)), kept=resume):
             reporter.show(event)
     return ExitCode.OK
 
 
-def _dry_run(request: GenerationRequest, options: dict) -> int:
+def _dry_run(order: Order, options: dict) -> int:
     from fluxcli.run.session import Session
 
     with console.Reporter(quiet=options["quiet"], started=STARTED) as reporter:
-        plan = reporter.result(Session().prepare(request, lock=False)).plan
-    return _show_plan(request, plan, as_json=options["json_output"] or options["events"])
+        _, plan, *_ = reporter.result(Session().prepare(order, lock=False))
+    return _show_plan(order, plan, as_json=options["json_output"] or options["events"])
 
 
-def _show_plan(request: GenerationRequest, plan: MemoryPlan, *, as_json: bool) -> int:
+def _show_plan(order: Order, plan: MemoryPlan, *, as_json: bool) -> int:
     """What a run would do."""
     if as_json:
-        console.data_json({"request": request.to_json(), "size": request.size, "plan": plan.to_json()})
+        console.data_json({"request": order.to_json(), "size": order.request.size, "plan": plan.to_json()})
         return ExitCode.OK
+    request = order.request
     (width, height), guidance = request.size, "none" if request.guidance is None else f"{request.guidance:g}"
     dtypes = ", ".join(f"{name} {dtype}" for name, dtype in plan.dtypes.items())
     for name, text in (
         ("picture", f"{width}x{height}, {request.steps} steps, guidance {guidance}, seed {request.seed}"),
-        ("model", f"{request.model} (preset {request.preset})"),
+        ("model", f"{request.model} (preset {order.preset})"),
         ("device", f"{plan.device}, {plan.precision}; computes {dtypes}"),
         *((phase, f"{peak / GIB:.2f} GiB") for phase, peak in plan.peak_bytes.items()),
         *(("because", reason) for reason in plan.reasons),

@@ -7,8 +7,9 @@ import typer
 from fluxcli.cli import batch
 from fluxcli.cli.draw import draw
 from fluxcli.cli.options import with_request_options
-from fluxcli.cli.settings import requested
+from fluxcli.cli.settings import given_settings, read_prompt
 from fluxcli.errors import UsageError
+from fluxcli.resolve import resolve_order
 
 
 @with_request_options
@@ -33,5 +34,6 @@ def generate(
         raise UsageError(f"{'--resume' if resume else '--fail-fast'} needs --from", why="it is for many pictures")
     if prompt is None:
         raise UsageError("no prompt", hint='flux generate "a red circle on a blue background" -p tiny')
-    request, given = requested(prompt, options)
-    return draw(request, options, given, dry_run=dry_run)
+    given = given_settings(options)
+    order = resolve_order(read_prompt(prompt), given)
+    return draw(order, options, given, dry_run=dry_run)

@@ -7,7 +7,7 @@ import typer
 from fluxcli.cli import console
 from fluxcli.errors import ExitCode
 from fluxcli.models import loras as lora
-from fluxcli.request.fields import parse_lora
+from fluxcli.request.settings import LoraRef
 
 lora_app = typer.Typer(help="List LoRA files, and say what one is.", no_args_is_help=True)
 
@@ -29,6 +29,6 @@ def list_command(json_output: Annotated[bool, typer.Option("--json", help="One J
 @lora_app.command()
 def info(name: Annotated[str, typer.Argument(help="What --lora takes.", show_default=False)]) -> int:
     """Say as JSON what a LoRA is: format, rank, alpha, layers, base model (exit 4: unusable)."""
-    described = lora.describe(lora.locate(parse_lora(name)[0]))
+    described = lora.describe(lora.locate(LoraRef.parse(name).name))
     console.data_json(described, indent=2)
     return ExitCode.INPUT_FILE if described["problems"] else ExitCode.OK

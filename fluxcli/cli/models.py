@@ -18,9 +18,7 @@ from quant.checkpoint import COMPONENTS, is_complete
 models_app = typer.Typer(help="Get, check and remove the weights of models.", no_args_is_help=True)
 ONLY = f"Parts, e.g. tokenizers or transformer,vae: {' '.join(hub.PARTS)}."
 
-Name = Annotated[
-    str, typer.Argument(help="A preset, a hub id ORG/NAME, or a name of flux models list.")
-]
+Name = Annotated[str, typer.Argument(help="A preset, a hub id ORG/NAME, or a name of flux models list.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors on stderr.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON array.")]
 
@@ -44,14 +42,10 @@ def list_command(json_output: Json = False) -> None:
 def download(
     name: Annotated[
         str,
-        typer.Argument(
-            help="A preset, ORG/NAME, or ORG/NAME:FILE.safetensors.", show_default=False
-        ),
+        typer.Argument(help="A preset, ORG/NAME, or ORG/NAME:FILE.safetensors.", show_default=False),
     ],
     only: Annotated[str, typer.Option(help=ONLY)] = "",
-    mirror: Annotated[
-        Optional[Path], typer.Option(help="Plain files below this folder; see FLUX_MIRROR.")
-    ] = None,
+    mirror: Annotated[Optional[Path], typer.Option(help="Plain files below this folder; see FLUX_MIRROR.")] = None,
     revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
     quiet: Quiet = False,
 ) -> None:
@@ -68,9 +62,7 @@ def download(
     else:
         say = _say_nothing if quiet else console.say
         with console.Reporter(quiet=quiet, started=time.perf_counter()) as reporter:
-            path = hub.download(
-                model, say, reporter.show_bytes, only=parts, mirror=mirror, revision=revision
-            )
+            path = hub.download(model, say, reporter.show_bytes, only=parts, mirror=mirror, revision=revision)
     console.data(str(path))
 
 
@@ -121,9 +113,7 @@ def _refuse_partial(model: hub.LocalModel, checked: str) -> None:
 
 
 @models_app.command()
-def remove(
-    name: Name, yes: Annotated[bool, typer.Option("--yes", help="Without asking.")] = False
-) -> None:
+def remove(name: Name, yes: Annotated[bool, typer.Option("--yes", help="Without asking.")] = False) -> None:
     """Delete a model from the hub's cache, every revision of it, or one that quantize made."""
     found = [each for each in _find(name) if each.kind in ("hub", "baked")]
     if not found:

@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from fluxcli.request.fields import ASPECT_RATIOS
+from fluxcli.request.settings import SETTINGS
 
 
 def _option(kind: type, *names: str, text: str) -> object:
@@ -15,36 +15,23 @@ def _option(kind: type, *names: str, text: str) -> object:
     return Annotated[bool, shown] if kind is bool else Annotated[Optional[kind], shown]
 
 
-REQUEST_OPTIONS: dict[str, object] = {
-    "preset": _option(str, "-p", "--preset", text="Named settings, see flux presets; default dev."),
-    "model": _option(str, "-m", "--model", text="Model folder, file or hub id; default: the preset's."),
-    "text_encoders": _option(list[str], "--text-encoders", text="Folder or file (CLIP, T5) for a model in one file."),
-    "vae": _option(str, "--vae", text="Folder or file of the VAE for a model in one file."),
-    "lora": _option(list[str], "--lora", text="PATH[:SCALE] or REPO[:FILE][:SCALE]; repeatable; none drops presets'."),
-    "aspect_ratio": _option(str, "--ar", text=f"W:H, e.g. {' '.join(ASPECT_RATIOS)}."),
-    "image_size": _option(int, "--size", text="Longest side in pixels, a multiple of 16."),
-    "width": _option(int, "--width", text="Pixels; with --height, instead of --ar and --size."),
-    "height": _option(int, "--height", text="Pixels; with --width."),
-    "steps": _option(int, "--steps", text="Denoising steps."),
-    "guidance": _option(str, "--guidance", text="How closely to follow the prompt; none for schnell."),
-    "seed": _option(int, "--seed", text="-1 picks one; the seed used is always reported."),
-    "count": _option(int, "-n", "--count", text="Pictures; number k uses seed+k; default 1."),
-    "text_tokens": _option(int, "--text-tokens", text="T5 length; padding counts: it changes the picture."),
-    "output": _option(
-        str, "-o", "--output",
-        text="File, folder/, - for stdout, or template of {seed} {n} {row} {slug} {preset} {width} {height} {date}.",
-    ),
-    "format": _option(str, "--format", text="jpg, png or webp."),
-    "quality": _option(int, "--quality", text="1 to 100, for jpg and webp."),
-    "no_metadata": _option(bool, "--no-metadata", text="Write the bare picture."),
+def _setting_options() -> dict[str, object]:
+    """The options of the settings, by the name of their parameter."""
+    found = {}
+    for setting in SETTINGS.values():
+        name = setting.name
+        kind = setting.kind.option_type
+        if kind is bool:
+            name = f"no_{name}"
+        found[name] = _option(kind, *setting.flags, text=setting.help)
+    return found
+
+
+REQUEST_OPTIONS: dict[str, object] = _setting_options() | {
     "force": _option(bool, "--force", text="Replace an existing -o file."),
-    "precision": _option(str, "--precision", text="auto, bf16, fp16, fp32, fp8, int8 or nf4."),
-    "vram_limit": _option(str, "--vram-limit", text="Plan as if the device had only so much, e.g. 8GiB."),
-    "offload": _option(str, "--offload", text="auto, none, stream (blocks pass through) or sequential (least memory)."),
     "no_wait": _option(bool, "--no-wait", text="Fail (exit 5) where another flux has the device, instead of waiting."),
     "no_worker": _option(bool, "--no-worker", text="Run here, even where flux worker is up."),
     "no_cache": _option(bool, "--no-cache", text="Neither read nor keep encoded prompts on disk: see flux cache."),
-    "device": _option(str, "--device", text="auto, cpu, cuda[:n], mps or xpu[:n]."),
     "json_output": _option(bool, "--json", text="One JSON object on stdout instead of paths."),
     "events": _option(bool, "--events", text="One JSON object a line while it goes on."),
     "quiet": _option(bool, "-q", "--quiet", text="Only errors on stderr."),

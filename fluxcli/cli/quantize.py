@@ -20,7 +20,7 @@ from fluxcli.models import find as models
 from fluxcli.models import loras as lora
 from fluxcli.paths import config_folder
 from fluxcli.request import presets
-from fluxcli.request.fields import coerce
+from fluxcli.request.settings import LoraRef, coerce
 from quant.checkpoint import MANIFEST, Checkpoint, Component, inspect
 from quant.errors import WriteError
 from quant.header import is_gguf
@@ -61,7 +61,10 @@ def quantize(  # noqa: PLR0917 - typer's options
             text_encoder = SCHEMES[to].text_encoder
     spec = QuantSpec(to, text_encoder, modulation, scales, tuple(keep or ()))
     model, parts, folder = _find(source, whole=whole)
-    adapters = lora.adapters_of(lora.settled(loras or ()), parts.components if whole else {"transformer": parts})
+    adapters = lora.adapters_of(
+        lora.with_absolute_paths([LoraRef.parse(text) for text in loras or ()]),
+        parts.components if whole else {"transformer": parts},
+    )
     make = partial(make_recipe, parts) if whole else partial(make_file_recipe, parts, kind=kind)
     recipe = (make := partial(make, adapters=adapters))(spec)
     for said in lora.warnings(adapters):
@@ -147,9 +150,13 @@ def _say_choices(recipe: Recipe, make: Callable[[QuantSpec], Recipe]) -> None:
     """Size of the transformer and seconds of the condition pass for each --modulation."""
     speed = read_cards().disk_bytes
     for choice in ("keep",) if recipe.spec.to == "int8" else ("keep", recipe.spec.to):
-        jobs = make(replace(recipe.spec, modulation=choice)).jobs
-        size = {job.name: sum(info.nbytes for info in job.outputs) for job in jobs if "text_encoder" not in job.file}
-        read = sum(size[job.name] for job in jobs if job.name in size and is_modulation(job.sources[0].name))
+        tensors = make(replace(recipe.spec, modulation=choice)).tensors
+        size, read = {}, 0
+        for tensor in tensors:
+            if "text_encoder" not in tensor.file:
+                size[tensor.name] = sum(info.nbytes for info in tensor.stored)
+                if is_modulation(tensor.sources[0].name):
+                    read += size[tensor.name]
         chosen = " (chosen)" if choice == recipe.spec.modulation else ""
         reads = f"each new prompt reads {read / GB:.2f} GB of it, {read / speed:.1f} s at {speed / GB:.0f} GB/s"
         console.say(f"--modulation {choice}{chosen}: transformer {sum(size.values()) / GB:.2f} GB; {reads}")
@@ -158,8 +165,8 @@ def _say_choices(recipe: Recipe, make: Callable[[QuantSpec], Recipe]) -> None:
 def _show(recipe: Recipe, path: Path, more: dict, *, json_output: bool) -> int:
     sizes, total = {file or path.name: size for file, size in recipe.sizes.items()}, sum(recipe.sizes.values())
     if json_output:
-        kept = [job.name for job in recipe.jobs if not job.scheme and len(job.info.shape) == 2]
-        packed = {job.name: job.scheme for job in recipe.jobs if job.scheme}
+        kept = [tensor.name for tensor in recipe.tensors if not tensor.scheme and len(tensor.info.shape) == 2]
+        packed = {tensor.name: tensor.scheme for tensor in recipe.tensors if tensor.scheme}
         made = {"recipe": recipe.spec.to_json(), "layout": recipe.layout, "packed": packed, "kept": kept}
         console.data_json({"path": str(path), "bytes": sizes, "total_bytes": total} | made | more)
     elif more:

@@ -10,13 +10,15 @@ import typer
 from fluxcli.cli import console
 from fluxcli.cli.draw import draw
 from fluxcli.cli.options import with_request_options
-from fluxcli.cli.settings import STARTED, given_settings, read_prompt, settled
+from fluxcli.cli.settings import STARTED, given_settings, read_prompt
 from fluxcli.errors import BadInputFile, ExitCode, UsageError
 from fluxcli.events import Notice
 from fluxcli.models import loras as lora
 from fluxcli.paths import config_folder
 from fluxcli.request import presets
-from fluxcli.request.fields import GenerationRequest, coerce, flag, from_settings
+from fluxcli.request.fields import Order
+from fluxcli.request.settings import LORA_NONE, LoraRef, flag
+from fluxcli.resolve import build_order
 
 
 @with_request_options
@@ -34,15 +36,15 @@ def replay(
 
     metadata = image.read_metadata(picture)
     given = given_settings(options)
-    request = _replayed(picture, metadata["request"], given, None if prompt is None else read_prompt(prompt))
+    order = _replayed(picture, metadata["request"], given, None if prompt is None else read_prompt(prompt))
     if not check:
-        return draw(request, options, given, dry_run=dry_run, made=_group(metadata, "model").get("fingerprint", ""))
+        return draw(order, options, given, dry_run=dry_run, made=_group(metadata, "model").get("fingerprint", ""))
     inert = [flag(name) for name in ("output", "format", "quality", "count", "metadata") if name in given]
     switches = {"--force": options["force"], "--json": options["json_output"], "--events": options["events"]}
     inert += [name for name, on in {**switches, "--dry-run": dry_run}.items() if on]
     if inert:
         raise UsageError(f"--check excludes {', '.join(inert)}", why="it writes nothing, it only says whether")
-    return _check(picture, request, metadata, options)
+    return _check(picture, order, metadata, options)
 
 
 @with_request_options
@@ -56,50 +58,48 @@ def decode(
     if odd := sorted(set(given) - {"output", "format", "quality", "metadata", "device", "vram_limit", "offload"}):
         raise UsageError("the latents say what is drawn", which=flag(odd[0]), hint="flux generate draws another")
     kept = latents.load(path)
-    values = {key: value for key, value in vars(kept.request).items() if key != "prompt"}
-    request = settled(kept.request.prompt, presets.overlay(values | {"output": None, "count": 1}, given), given)
-    return draw(request, options, given, made=kept.model, resume=replace(kept, request=request))
+    values = kept.order.settings()
+    order = build_order(kept.order.request.prompt, presets.overlay(values | {"output": None, "count": 1}, given), given)
+    return draw(order, options, given, made=kept.model, resume=replace(kept, order=order))
 
 
-def _replayed(picture: Path, stored: dict, given: dict, prompt: str | None) -> GenerationRequest:
+def _replayed(picture: Path, stored: dict, given: dict, prompt: str | None) -> Order:
     """The stored request with overrides. Under another preset only what the picture's own preset did not say stays."""
     folder = config_folder()
     made = _stored_request(picture, stored)
-    text = made.prompt if prompt is None else prompt
-    values = {key: value for key, value in vars(made).items() if key not in ("prompt", "output", "count")}
+    text = made.request.prompt if prompt is None else prompt
+    values = {key: value for key, value in made.settings().items() if key not in ("output", "count")}
     if "preset" not in given:
-        here = presets.read_config(folder) | presets.from_environment()
-        return settled(text, presets.overlay(values | {"output": here.get("output")}, given), given)
+        here = presets.read_config(folder) | presets.read_environment()
+        return build_order(text, presets.overlay(values | {"output": here.get("output")}, given), given)
     try:
         own = presets.merge({"preset": made.preset}, folder, {}).values
     except UsageError:  # the preset is gone: everything stored counts as said
         own = {}
-    values["lora"] = _said_loras(values["lora"], lora.settled(own.get("lora", ())))
-    ruled_out = ("preset", "aspect_ratio", "image_size") if made.width else ("preset",)
+    values["lora"] = _said_loras(values["lora"], lora.with_absolute_paths(own.get("lora", ())))
+    ruled_out = ("preset", "aspect_ratio", "image_size") if made.request.width else ("preset",)
     changed = {key: value for key, value in values.items() if key not in ruled_out and value != own.get(key, ...)}
     base = presets.merge({"preset": given["preset"]}, folder).values
-    return settled(text, presets.overlay(presets.overlay(base, changed), given), given)
+    return build_order(text, presets.overlay(presets.overlay(base, changed), given), given)
 
 
-def _said_loras(stored: tuple[str, ...], own: tuple[str, ...]) -> tuple[str, ...]:
+def _said_loras(stored: tuple[LoraRef, ...], own: tuple[LoraRef, ...]) -> tuple[LoraRef, ...]:
     """What was said beside a preset's own adapters; "none" first where one of these was dropped."""
-    return ("none",) * (not set(own) <= set(stored)) + tuple(text for text in stored if text not in own)
+    said = tuple(ref for ref in stored if ref not in own)
+    return said if set(own) <= set(stored) else (LoraRef(LORA_NONE), *said)
 
 
-def _stored_request(picture: Path, stored: dict) -> GenerationRequest:
+def _stored_request(picture: Path, stored: dict) -> Order:
     """The request in a picture's metadata; raises `BadInputFile` for anything that flux does not write."""
     try:
-        prompt, _ = stored["prompt"], stored["preset"]
-        if not isinstance(prompt, str):
-            raise UsageError("wrong value", why="the prompt is no text")
-        settings = {key: coerce(key, value, where="metadata") for key, value in stored.items() if key != "prompt"}
-        return from_settings(prompt, settings)
+        _ = stored["prompt"], stored["preset"]
+        return Order.from_json(stored)
     except (KeyError, UsageError) as error:
         why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise BadInputFile("damaged metadata", which=picture, why=why) from error
 
 
-def _check(picture: Path, request: GenerationRequest, metadata: dict, options: dict) -> int:
+def _check(picture: Path, order: Order, metadata: dict, options: dict) -> int:
     from fluxcli.pictures.image import pixels_sha256
     from fluxcli.run.session import Session
 
@@ -107,10 +107,10 @@ def _check(picture: Path, request: GenerationRequest, metadata: dict, options: d
     if not isinstance(expected, str):
         raise BadInputFile("damaged metadata", which=picture, why="it has no pixels_sha256")
     with Session() as session, console.Reporter(quiet=options["quiet"], started=STARTED) as reporter:
-        engine = reporter.result(session.engine_of(request, no_wait=options["no_wait"]))
-        for difference in _differences(metadata, engine.metadata(request)):
+        engine = reporter.result(session.engine_of(order, no_wait=options["no_wait"]))
+        for difference in _differences(metadata, engine.metadata(order)):
             reporter.show(Notice(difference))
-        identical = pixels_sha256(reporter.result(engine.picture(request))) == expected
+        identical = pixels_sha256(reporter.result(engine.picture(order))) == expected
     console.data(f"{picture}: {'identical' if identical else 'different'}")
     return ExitCode.OK if identical else ExitCode.BUG
 

@@ -27,9 +27,7 @@ def start(idle: Idle = "10m") -> None:
     """Start the worker, unless there is one; generate then uses it without being told."""
     status = client.start(parse_duration(idle))
     what = "is up" if status["started"] else "was up already (flux worker stop ends it)"
-    console.say(
-        f"worker {status['pid']} {what}; it ends after {status['idle_limit_s']:g} s without a job"
-    )
+    console.say(f"worker {status['pid']} {what}; it ends after {status['idle_limit_s']:g} s without a job")
 
 
 @worker_app.command("status")
@@ -78,9 +76,7 @@ def evict() -> None:
 @worker_app.command(hidden=True)
 def run(
     idle: Idle = "10m",
-    _events: Annotated[
-        bool, typer.Option("--events", help="What ends it is a JSON object on stdout.")
-    ] = False,
+    _events: Annotated[bool, typer.Option("--events", help="What ends it is a JSON object on stdout.")] = False,
 ) -> None:
     """Be the worker."""
     from fluxcli.run import worker

@@ -33,10 +33,10 @@ class Stage:
 
     def adopt(self, plan: MemoryPlan) -> None:
         """Go on under another plan of the same precision. A streamed transformer stays if it takes no more."""
-        before, now = self.plan.placement, plan.placement
+        before, now = self.plan.residency, plan.residency
         if "transformer" in self._models and before.denoise == now.denoise:
             now = replace(now, streamed=max(before.streamed, now.streamed, key=len))
-        self.plan = replace(plan, placement=now)
+        self.plan = replace(plan, residency=now)
         moved = (now.denoise, now.streamed) != (before.denoise, before.streamed)
         self.evict(*["transformer"] * moved, *["text_encoder_2"] * (now.encode != before.encode))
         if "modulation" not in now.keep:
@@ -58,7 +58,7 @@ class Stage:
             component, since, is_main = self.checkpoint.components[name], time.perf_counter(), name == "transformer"
             model = load_component(
                 component, blocks=self._passing(name, component), spec=self.plan.spec, **options,
-                arena=is_main and self.plan.placement.denoise == "streamed",
+                arena=is_main and self.plan.residency.denoise == "streamed",
                 skip=is_modulation if is_main else lambda _: False,
             )  # fmt: skip
             if is_main:
@@ -85,7 +85,7 @@ class Stage:
 
     def _passing(self, name: str, component: Component) -> list[str]:
         """The component's blocks that pass through the device instead of staying on it."""
-        placed = self.plan.placement
+        placed = self.plan.residency
         if name == "text_encoder_2":
             return costs.t5_block_names(component) if placed.encode == "sequential" else []
         if name != "transformer" or placed.denoise == "resident":
@@ -95,7 +95,7 @@ class Stage:
 
     def make_room(self, name: str) -> Iterator[Event]:
         """Evict what may not stay beside a component."""
-        keep = self.plan.placement.keep
+        keep = self.plan.residency.keep
         if leaving := [other for other in self._models if other != name and not {other, name} <= set(keep)]:
             yield Phase("evict", " ".join(leaving))
             self.evict(*leaving)

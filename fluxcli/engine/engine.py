@@ -25,10 +25,10 @@ from fluxcli.pictures import image
 from fluxcli.pictures import names as output
 from fluxcli.pictures.latents import Latents
 from fluxcli.plan import costs
-from fluxcli.plan.costs import make_workload
+from fluxcli.plan import placement as residency
 from fluxcli.plan.machine import CONTEXT_BYTES
-from fluxcli.plan.placement import GIB, MemoryPlan, make_candidate, step_down
-from fluxcli.request.fields import GenerationRequest
+from fluxcli.plan.placement import GIB, MemoryPlan
+from fluxcli.request.fields import GenerationRequest, Order
 from quant.checkpoint import Checkpoint
 from quant.errors import ExplainedError
 from quant.lazy import Tensor, np, torch
@@ -83,16 +83,14 @@ class Engine:
         for phase, attempt in phases:
             yield from self._phase(phase, [picture for picture in pictures if not picture.error], attempt, isolate)
         for picture in (each for each in pictures if not each.error):
-            whole = self.plan.placement.decode != "tiled"
+            whole = self.plan.residency.decode != "tiled"
             yield from self._phase("decode", [picture], self._decode, isolate)
-            if whole and self.plan.placement.decode == "tiled":  # other pixels: this picture's matter alone
-                self.stage.plan = replace(self.plan, placement=replace(self.plan.placement, decode="alone"))
+            if whole and self.plan.residency.decode == "tiled":  # other pixels: this picture's matter alone
+                self.stage.plan = replace(self.plan, residency=replace(self.plan.residency, decode="alone"))
 
-    def picture(
-        self, request: GenerationRequest, *, resume: Latents | None = None
-    ) -> "Generator[Event, None, np.ndarray]":
+    def picture(self, order: Order, *, resume: Latents | None = None) -> "Generator[Event, None, np.ndarray]":
         """Yield the events of one picture, or of what `resume` has left of it; returns its pixels (H, W, 3) uint8."""
-        alone = Picture(request, latents=resume)
+        alone = Picture(order, latents=resume)
         yield from self.window([alone])
         return alone.pixels
 
@@ -112,7 +110,7 @@ class Engine:
     def _surviving(self, phase: str, pictures: Sequence[Picture], attempt: Callable) -> Iterator[Event]:
         """The phase, by the plan's next rung where memory runs out. Raises `DoesNotFit` after the last."""
         while pictures:
-            level, failed = self.plan.placement.level(phase), ""
+            level, failed = self.plan.residency.level(phase), ""
             try:
                 yield from attempt(pictures)
                 return
@@ -122,11 +120,9 @@ class Engine:
                 failed = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
             self.out_of_memory.append(OutOfMemory(phase, self.plan.peak_bytes[phase] - self._available_bytes()))
             self.stage.clear()
-            now, largest = self.plan, max(pictures, key=lambda each: math.prod(each.request.size))
-            workload = make_workload(largest.request, largest.adapters)
-            chosen = {"precision": now.precision, "spec": now.spec, "dtypes": now.dtypes}
-            candidate = make_candidate(workload, self.checkpoint, self.machine, **chosen)
-            following = step_down(self.plan, phase, candidate)
+            now, largest = self.plan, max((each.order for each in pictures), key=lambda it: math.prod(it.request.size))
+            offer = residency.make_offer(largest, self.checkpoint, self.machine, now.precision, now.spec, now.dtypes)
+            following = residency.relaxed(self.plan, phase, offer)
             if following is None:
                 needs, free = now.peak_bytes[phase] / GIB, hardware.free_memory(now.device) / GIB
                 why = f"{phase} needs about {needs:.1f} GiB by plan, {free:.1f} GiB are free: {failed}"
@@ -143,14 +139,12 @@ class Engine:
         """Adapters, the name of the embeddings, and noise where there are no latents yet."""
         for picture in pictures:
             request, known = picture.request, picture.request.lora in self._adapters
-            if picture.adapters:
-                self._adapters[request.lora] = picture.adapters
             picture.adapters = self._adapters_of(request)
             for said in () if known else lora.warnings(picture.adapters):
                 yield Notice(said)
             picture.text = self.texts.key(request, picture.adapters)
             picture.latents = picture.latents or Latents(
-                request,
+                picture.order,
                 sampling.noise(request.seed, request.size, dtype=self.stage.dtype("transformer")),
                 model=self.checkpoint.fingerprint,
             )
@@ -196,7 +190,7 @@ class Engine:
         if missing:
             yield from self.stage.make_room("transformer")
             yield Phase("condition")
-            keep = self.stage.modulation if "modulation" in self.plan.placement.keep else None
+            keep = self.stage.modulation if "modulation" in self.plan.residency.keep else None
             self._tables |= modulation.make_tables(self.checkpoint.components["transformer"], missing, keep=keep)
         for k, condition in wanted.items():
             pictures[k].table = self._tables[condition] = self._tables.pop(condition)  # the last used is the last
@@ -271,7 +265,7 @@ class Engine:
             raise NotFinite("the picture is not finite", which=seed, why="NaN or Inf in the latents")
         vae = yield from self.stage.load("vae", picture.adapters)
         yield Phase("decode")
-        tile = costs.TILE_PX if self.plan.placement.decode == "tiled" else 0
+        tile = costs.TILE_PX if self.plan.residency.decode == "tiled" else 0
         vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = bool(tile), tile, tile // 8
         latents = sampling.unpack(picture.latents.tokens.to(self.plan.device), picture.request.size)
         decoded = sampling.decode(vae, latents.to(self.stage.dtype("vae")))
@@ -284,14 +278,16 @@ class Engine:
         return sampling.to_pixels(decoded).numpy()
 
     def _save(self, picture: Picture) -> GeneratedImage:
-        request, pixels, digest = picture.request, picture.pixels, image.pixels_sha256(picture.pixels)
+        order, pixels, digest = picture.order, picture.pixels, image.pixels_sha256(picture.pixels)
         metadata = None
-        if request.metadata:
-            metadata = self.metadata(request, seeded=picture.seeded) | {"pixels_sha256": digest}
-        data = image.encode(pixels, request.format, quality=request.quality, metadata=metadata)
-        path = output.save(data, picture.target, request, picture.number, picture.row)
+        if order.output.metadata:
+            metadata = self.metadata(order, seeded=picture.seeded) | {"pixels_sha256": digest}
+        data = image.encode(pixels, order.output.format, quality=order.output.quality, metadata=metadata)
+        path = output.save(data, picture.target, order, picture.number, picture.row)
         sha256 = hashlib.sha256(data).hexdigest()
-        return GeneratedImage(path, request.seed, *request.size, request.format, len(data), sha256, digest)
+        return GeneratedImage(
+            path, order.request.seed, *order.request.size, order.output.format, len(data), sha256, digest
+        )
 
     @property
     def multiply(self) -> str:
@@ -301,14 +297,15 @@ class Engine:
         precision = self.plan.precision
         return path_of(precision, self.plan.device) if precision in SCHEMES else precision
 
-    def metadata(self, request: GenerationRequest, *, seeded: bool = True) -> dict:
+    def metadata(self, order: Order, *, seeded: bool = True) -> dict:
         """What identifies a picture: the request that makes it alone, the model, what computed it, versions.
 
         `seeded` tells whether the seed was asked for.
         """
-        plan, described = self.plan, replace(request, output=None).to_json()
+        request, plan = order.request, self.plan
+        described = order.to_json() | {"output": None}
         compute = {"device": plan.device.partition(":")[0], "precision": plan.precision, "multiply": self.multiply}
-        compute |= {"dtypes": plan.dtypes, "tiled": plan.placement.decode == "tiled"}
+        compute |= {"dtypes": plan.dtypes, "tiled": plan.residency.decode == "tiled"}
         model = {"name": request.model, "fingerprint": self.checkpoint.fingerprint}
         adapters = lora.identities(request.lora, self._adapters_of(request))
         found = {"request": described, "size": list(request.size), "model": model, "compute": compute, "lora": adapters}

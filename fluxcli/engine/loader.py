@@ -98,13 +98,13 @@ class Filler:
 
     def _dense(self, layers: Sequence[str], leaf: str) -> Tensor:
         weights = [self.weights[f"{layer}.{leaf}".removeprefix(".")] for layer in layers]
-        return codecs.stacked([_values(weight, self.reader, self.dtype, self.device) for weight in weights])
+        return codecs.stack_rows([_values(weight, self.reader, self.dtype, self.device) for weight in weights])
 
     def _packed(self, weight: Weight, scheme: str) -> Tensors:
         if weight.scheme:
-            return self.reader.checked(weight, self.device)
-        stored, search = self.reader.weight(weight)[""].to(self.device), self.spec.scales == "search"
-        return codecs.encode(stored, scheme, name=weight.name, where=weight.pieces[""], search=search).pieces
+            return self.reader.read_checked(weight, self.device)
+        stored, search = self.reader.read(weight)[""].to(self.device), self.spec.scales == "search"
+        return codecs.quantize(stored, scheme, name=weight.name, where=weight.pieces[""], search=search).stored
 
     def _fuse(self) -> dict[str, tuple[str, ...]]:
         """Make one layer (on meta) of those over the same input whose weights can be one; the layers in each such.
@@ -175,7 +175,7 @@ def read_tensors(component: Component, names: Iterable[str], *, dtype: "torch.dt
 
 
 def _values(weight: Weight, reader: Reader, dtype: "torch.dtype", device: str) -> Tensor:
-    return codecs.decode(reader.checked(weight, device), weight.scheme, weight.shape, dtype)
+    return codecs.dequantize(reader.read_checked(weight, device), weight.scheme, weight.shape, dtype)
 
 
 def _set(module: "nn.Module", name: str, value: "torch.Tensor") -> None:

@@ -34,7 +34,7 @@ def attach(
                 if name in places:
                     layer, at = places[name]
                     here.setdefault(layer, []).append((slice(at, at + stop - start), slice(start, stop)))
-            stored = reader.checked(part.stored) if here else {}
+            stored = reader.read_checked(part.stored) if here else {}
             tensors = {kind: tensor.to(device, dtype) for kind, tensor in stored.items()}
             for layer, spans in here.items():
                 hooks.append((layer, _hook(tensors, adapter.scale * part.factor, spans)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fluxcli.engine.prompt_cache import Embeddings
 from fluxcli.pictures import names as output
 from fluxcli.pictures.latents import Latents
-from fluxcli.request.fields import GenerationRequest
+from fluxcli.request.fields import GenerationRequest, Order
 from quant.errors import ExplainedError
 from quant.lazy import np, torch
 from quant.lora import Adapter
@@ -18,7 +18,7 @@ from quant.lora import Adapter
 class Picture:
     """One picture under way: what is asked for, and what the phases have made of it."""
 
-    request: GenerationRequest  # of this picture alone
+    order: Order  # of this picture alone
     target: output.Target | None = None  # None: the pixels stay here
     number: int = 1  # of its request, for its name
     row: int = 0  # of the batch
@@ -33,6 +33,10 @@ class Picture:
     pixels: "np.ndarray | None" = None  # (H, W, 3) uint8
     saved: bool = False
     error: ExplainedError | None = None  # what ended it
+
+    @property
+    def request(self) -> GenerationRequest:
+        return self.order.request
 
     @property
     def denoised(self) -> bool:

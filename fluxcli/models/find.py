@@ -11,8 +11,8 @@ from pathlib import Path
 from fluxcli import paths
 from fluxcli.errors import UsageError, WeightsUnavailable
 from fluxcli.paths import BUNDLED
-from fluxcli.request.fields import GenerationRequest
-from fluxcli.request.presets import bases_of
+from fluxcli.request.fields import GenerationRequest, Order
+from fluxcli.request.presets import base_models
 from quant.checkpoint import COMPONENTS, MANIFEST, Checkpoint, Component, is_complete
 from quant.config import READ
 from quant.errors import CheckpointError
@@ -104,16 +104,16 @@ def assembled(path: Path, request: GenerationRequest, bases: Callable[[], Sequen
     return assemble_checkpoint(path, base, text_encoders=encoders, vae=vae)
 
 
-def checkpoints_of(request: GenerationRequest, settings: Path, say: Callable[[str], None]) -> list[Checkpoint]:
+def checkpoints_of(order: Order, settings: Path, say: Callable[[str], None]) -> list[Checkpoint]:
     """Every checkpoint that can serve the request's model; a damaged one that was baked is left out and named.
 
     `settings` is the user's folder of presets. Raises `WeightsUnavailable`, `UsageError` and `CheckpointError`.
     """
-    found, every = [], folders(request.model)
+    found, every = [], folders(order.request.model)
     for folder in every:
         try:
-            found.append(assembled(folder, request, lambda: bases_of(request.preset, settings)))
-            check_guidance(request, found[-1])
+            found.append(assembled(folder, order.request, lambda: base_models(order.preset, settings)))
+            check_guidance(order.request, found[-1])
         except CheckpointError as error:
             if folder == every[-1] and not found:
                 raise

@@ -13,7 +13,7 @@ from pathlib import Path
 from fluxcli import paths
 from fluxcli.errors import UsageError, WeightsUnavailable
 from fluxcli.models import find as models
-from fluxcli.request.fields import joined, parse_lora
+from fluxcli.request.settings import LoraRef, merge_loras
 from quant.checkpoint import Component
 from quant.errors import CheckpointError
 from quant.header import read_header
@@ -58,19 +58,18 @@ def local(name: str, environment: Mapping[str, str] = os.environ) -> Path | None
     return None
 
 
-def adapters_of(texts: Sequence[str], components: Mapping[str, Component]) -> tuple[Adapter, ...]:
-    """The adapters of --lora for a model, in their order; raises what `locate` and `quant.lora.read_adapter` raise."""
-    return tuple(read_adapter(locate(name), components, scale=scale) for name, scale in map(parse_lora, texts))
+def adapters_of(refs: Sequence[LoraRef], components: Mapping[str, Component]) -> tuple[Adapter, ...]:
+    """The adapters of --lora for a model, in their order; raises what `locate` and `quant.lora.read` raise."""
+    return tuple(read_adapter(locate(ref.name), components, scale=ref.scale) for ref in refs)
 
 
-def settled(texts: Iterable[str]) -> tuple[str, ...]:
-    """What --lora takes, with absolute paths where it names files that are no hub's; the same file only once."""
+def with_absolute_paths(refs: Iterable[LoraRef]) -> tuple[LoraRef, ...]:
+    """The references with the absolute paths of those that are files here; a file that is named twice only once."""
     found = []
-    for text in texts:
-        name, scale = parse_lora(text)
-        path = None if name == "none" else local(name)
-        found.append(f"{path or name}:{scale!r}" if text != "none" else text)
-    return joined((), tuple(found))
+    for ref in refs:
+        path = None if ref.drops_weaker else local(ref.name)
+        found.append(LoraRef(str(path), ref.scale) if path else ref)
+    return merge_loras((), found)
 
 
 def warnings(adapters: Sequence[Adapter]) -> Iterator[str]:
@@ -81,10 +80,10 @@ def warnings(adapters: Sequence[Adapter]) -> Iterator[str]:
             yield f"{each.path.name}: {every} have no place in this model, the first is {each.unmatched[0][:60]}"
 
 
-def identities(texts: Sequence[str], adapters: Sequence[Adapter]) -> dict[str, str]:
+def identities(refs: Sequence[LoraRef], adapters: Sequence[Adapter]) -> dict[str, str]:
     """What identifies each adapter, by name."""
-    each = zip(texts, adapters, strict=True)
-    return {parse_lora(text)[0]: f"{adapter.identity} x {adapter.scale!r}" for text, adapter in each}
+    each = zip(refs, adapters, strict=True)
+    return {ref.name: f"{adapter.identity} x {adapter.scale!r}" for ref, adapter in each}
 
 
 def listing(environment: Mapping[str, str] = os.environ) -> dict[str, Path]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fluxcli.errors import BadInputFile, UsageError
 from fluxcli.pictures import names as output
-from fluxcli.request.fields import OPTIONAL, GenerationRequest, coerce, from_settings
+from fluxcli.request.fields import Order
 from quant.errors import CheckpointError
 from quant.files import move_if_free, write_atomically
 from quant.header import read_header
@@ -24,7 +24,7 @@ SUFFIX = ".latents.safetensors"
 class Latents:
     """Packed latents after `step` of the request's steps; `model` is the checkpoint's fingerprint."""
 
-    request: GenerationRequest
+    order: Order
     tokens: "torch.Tensor"
     step: int = 0
     model: str = ""
@@ -35,11 +35,11 @@ def save(latents: Latents, target: output.Target, n: int = 1, row: int = 0) -> P
     """Write the latents beside where picture `n` of a row would be; raises OSError."""
     from safetensors.torch import save as to_bytes
 
-    described = {"request": latents.request.to_json(), "step": latents.step, "model": latents.model}
+    described = {"request": latents.order.to_json(), "step": latents.step, "model": latents.model}
     described |= {"request_hash": latents.request_hash}
     data = to_bytes({"latents": latents.tokens.cpu().contiguous()}, {"flux_latents": json.dumps(described)})
     beside = output.Target(Path(), output.DEFAULT_TEMPLATE) if target.stdout else target
-    for path in output.candidates(beside, latents.request, n, row):
+    for path in output.candidates(beside, latents.order, n, row):
         place = path.with_name(path.stem + SUFFIX)
         with suppress(FileExistsError):
             if not os.path.lexists(place):
@@ -57,17 +57,14 @@ def load(path: Path) -> Latents:
     try:
         with safe_open(path, framework="pt") as file:
             described = json.loads((file.metadata() or {})["flux_latents"])
-            prompt, step, model = described["request"].pop("prompt"), described["step"], described["model"]
-            request = from_settings(prompt, {
-                key: value if value is None and key in OPTIONAL else coerce(key, value, where="metadata")
-                for key, value in described["request"].items()
-            })  # fmt: skip
-            width, height = request.size
+            step, model = described["step"], described["model"]
+            order = Order.from_json(described["request"])
+            width, height = order.request.size
             fits = info.shape == (1, width * height // 256, 64) and info.dtype in ("F32", "F16", "BF16")
-            if not fits or step not in range(request.steps + 1):
+            if not fits or step not in range(order.request.steps + 1):
                 raise CheckpointError("damaged latents", which=path, why="they are not of the request's size or steps")
             made = str(described.get("request_hash", ""))
-            return Latents(request, file.get_tensor("latents"), int(step), model, made)
+            return Latents(order, file.get_tensor("latents"), int(step), model, made)
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError, SafetensorError, UsageError) as error:
         why = f"it holds no picture of flux: {str(error)[:80]}"
         raise BadInputFile("no latents to finish", which=path, why=why) from error

@@ -21,7 +21,8 @@ from itertools import count
 from pathlib import Path
 
 from fluxcli.errors import OutputError, UsageError
-from fluxcli.request.fields import FORMATS, GenerationRequest
+from fluxcli.request.fields import Order
+from fluxcli.request.settings import FORMATS
 from quant.files import move_if_free, nearest, open_temporary, write_atomically
 
 DEFAULT_TEMPLATE = "{slug}-{seed}"
@@ -64,12 +65,12 @@ def format_of(text: str | None, *, given: str | None = None) -> str | None:
     return format
 
 
-def parse_target(request: GenerationRequest, *, force: bool = False) -> Target:
+def parse_target(order: Order, *, force: bool = False) -> Target:
     """Where the pictures of `request` go; raises `UsageError` for a template or a file name that cannot be."""
-    text = request.output
+    text = order.output.output
     if text == STDOUT:
-        if request.count > 1:
-            raise UsageError("-o - takes one picture", which=f"--count {request.count}")
+        if order.output.count > 1:
+            raise UsageError("-o - takes one picture", which=f"--count {order.output.count}")
         return Target(Path(), STDOUT, stdout=True)
     path = Path(os.path.expanduser(text or "."))
     folder = os.path.isdir(path)
@@ -78,7 +79,7 @@ def parse_target(request: GenerationRequest, *, force: bool = False) -> Target:
         return Target(Path(), str(path / DEFAULT_TEMPLATE)) if is_template else Target(path, DEFAULT_TEMPLATE)
     if is_template:
         return Target(Path(), str(path.with_suffix("")))
-    if request.count > 1:
+    if order.output.count > 1:
         hint = f"-o {path.stem}-{{seed}}{path.suffix}, or a folder"
         raise UsageError("one file name for several pictures", which=text, hint=hint)
     return Target(path.parent, path.name, exact=True, force=force)
@@ -104,22 +105,22 @@ def slug(prompt: str) -> str:
     return text or "image"
 
 
-def candidates(target: Target, request: GenerationRequest, n: int, row: int = 0) -> Iterator[Path]:
+def candidates(target: Target, order: Order, n: int, row: int = 0) -> Iterator[Path]:
     """The names to try for picture `n` (from 1) of a row, best first."""
-    first = target.folder / _named(target, request, n=n, row=row, seed=request.seed, date=date.today().isoformat())
+    first = target.folder / _named(target, order, n=n, row=row, seed=order.request.seed, date=date.today().isoformat())
     yield first
     for k in count(2):
         yield first.with_name(f"{first.stem}-{k}{first.suffix}")
 
 
-def _named(target: Target, request: GenerationRequest, **values: object) -> str:
+def _named(target: Target, order: Order, **values: object) -> str:
     """The file's name in the target's folder."""
-    width, height = request.size
-    values |= {"slug": slug(request.prompt), "preset": slug(request.preset), "width": width, "height": height}
-    return target.pattern if target.exact else f"{target.pattern.format(**values)}.{request.format}"
+    width, height = order.request.size
+    values |= {"slug": slug(order.request.prompt), "preset": slug(order.preset), "width": width, "height": height}
+    return target.pattern if target.exact else f"{target.pattern.format(**values)}.{order.output.format}"
 
 
-def list_names(target: Target, request: GenerationRequest, n: int, row: int, *, seeded: bool) -> Iterator[Path]:
+def list_names(target: Target, order: Order, n: int, row: int, *, seeded: bool) -> Iterator[Path]:
     """Yield the names that picture `n` of a row has or could have got, best first.
 
     Where the name tells what the request leaves open (the day; without a seed also the seed, and
@@ -130,10 +131,10 @@ def list_names(target: Target, request: GenerationRequest, n: int, row: int, *, 
         return
     open_fields = OPEN_FIELDS if seeded else (*OPEN_FIELDS, "seed", "n")
     if not target.has_field(*open_fields):
-        yield from candidates(target, request, n, row)
+        yield from candidates(target, order, n, row)
         return
-    values = {"n": n, "row": row, "seed": request.seed} | dict.fromkeys(open_fields, _Open())
-    stem, dot, suffix = _named(target, request, **values).rpartition(".")
+    values = {"n": n, "row": row, "seed": order.request.seed} | dict.fromkeys(open_fields, _Open())
+    stem, dot, suffix = _named(target, order, **values).rpartition(".")
     wanted = re.escape(stem).replace(_Open.MARK, ".*") + r"(-\d+)?" + re.escape(dot + suffix)
     pattern = glob.escape(stem).replace(_Open.MARK, "*") + "*" + glob.escape(dot + suffix)
     for name in sorted(glob.glob(pattern, root_dir=target.folder)):
@@ -150,7 +151,7 @@ class _Open(str):
         return self.MARK
 
 
-def check_writable(target: Target, request: GenerationRequest, row: int = 0) -> None:
+def check_writable(target: Target, order: Order, row: int = 0) -> None:
     """Raise `OutputError` before any compute if the pictures could not be written; leaves nothing behind."""
     if target.stdout:
         if sys.stdout is None:
@@ -158,8 +159,8 @@ def check_writable(target: Target, request: GenerationRequest, row: int = 0) -> 
         if sys.stdout.isatty():
             raise UsageError("a picture would garble the terminal", which="-o -", hint="flux generate ... -o - > x.jpg")
         return
-    path = next(candidates(target, request, 1, row))
-    need = request.count * (math.prod(request.size) * 3 + (1 << 20))
+    path = next(candidates(target, order, 1, row))
+    need = order.output.count * (math.prod(order.request.size) * 3 + (1 << 20))
     try:
         with contextlib.suppress(FileNotFoundError):
             os.lstat(path)  # raises where it is no possible name; a dangling link takes it, too
@@ -177,14 +178,14 @@ def check_writable(target: Target, request: GenerationRequest, row: int = 0) -> 
         raise OutputError("the disk is full", which=folder, why=why)
 
 
-def save(data: bytes, target: Target, request: GenerationRequest, n: int, row: int = 0) -> str:
+def save(data: bytes, target: Target, order: Order, n: int, row: int = 0) -> str:
     """Write `data` as picture `n` of a row; returns its path as the user would spell it ('-' for stdout)."""
     if target.stdout:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
         return STDOUT
     try:
-        for path in candidates(target, request, n, row):
+        for path in candidates(target, order, n, row):
             real = Path(os.path.realpath(path))
             real.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileExistsError):

@@ -1,47 +1,70 @@
-"""What a run is asked for: rows of requests, and what the command line said beside them. As JSON on a worker's wire.
+"""A job: rows to draw in one go, and what the command line said beside them.
 
-Knows nothing of models or devices. Stdlib only.
+It is JSON on the worker's wire. Knows nothing of models or devices. Stdlib only.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
-from fluxcli.request.fields import GenerationRequest
+from fluxcli.request.fields import Order
 from quant.errors import ExplainedError
 
 
 @dataclass(frozen=True)
 class Row:
-    """One request of a run: its number (from 1 in a batch, 0 outside one), and where it stood or what is wrong."""
+    """One order of a run: its number (from 1 in a batch, 0 outside one), and where it stood.
+
+    A row whose line is no order has the error instead. `nth` says which of the equal pictures that
+    a batch asks for the row's first one is, from 1.
+    """
 
     number: int
-    request: GenerationRequest | None
+    order: Order | None
     where: str = ""  # for people: FILE:LINE
-    error: ExplainedError | None = None  # instead of a request
-    nth: int = 1  # of the equal pictures that the batch asks for, its first one is the n-th
+    error: ExplainedError | None = None
+    nth: int = 1
 
 
 @dataclass(frozen=True)
 class Job:
-    """Rows to draw. In a `batch` a row that fails does not end the others."""
+    """Rows to draw.
+
+    In a `batch` a row that fails does not end the others. `force` replaces a file that was named,
+    `no_wait` fails rather than waits for the device, `prompt_cache` reads and keeps prompt
+    embeddings on disk, `resume` leaves out pictures that are there already, and `expected_model` is
+    the fingerprint of the model that made the picture to make again.
+    """
 
     rows: tuple[Row, ...]
     batch: bool = False
-    force: bool = False  # replace a file that was named
-    no_wait: bool = False  # rather fail than wait for the device
-    cache: bool = True  # prompt embeddings on disk
-    resume: bool = False  # leave out pictures that are there already
-    made: str | None = None  # the fingerprint of the model that made the picture to make again
+    force: bool = False
+    no_wait: bool = False
+    prompt_cache: bool = True
+    resume: bool = False
+    expected_model: str | None = None
 
-    def to_json(self) -> dict:
-        rows = [[row.number, row.where, row.nth, row.request.to_json()] for row in self.rows]
+    def to_json(self) -> dict[str, Any]:
+        """Return the job as JSON types; its rows must have orders."""
+        rows = [
+            {
+                "number": row.number,
+                "where": row.where,
+                "nth": row.nth,
+                "order": row.order.to_json() if row.order else None,
+            }
+            for row in self.rows
+        ]
         return asdict(self) | {"rows": rows}
 
     @classmethod
-    def from_json(cls, value: Mapping) -> "Job":
-        """What `to_json` gave; raises TypeError, ValueError or `UsageError` for anything else."""
-        rows = tuple(
-            Row(number, GenerationRequest(**request), where, nth=nth)
-            for number, where, nth, request in value["rows"]
-        )
-        return cls(**dict(value) | {"rows": rows})
+    def from_json(cls, value: Mapping[str, Any]) -> "Job":
+        """Return the job that `to_json` described.
+
+        Raises TypeError, KeyError, ValueError or `UsageError` for anything else.
+        """
+        rows = []
+        for row in value["rows"]:
+            order = Order.from_json(row["order"])
+            rows.append(Row(row["number"], order, row["where"], nth=row["nth"]))
+        return cls(**dict(value) | {"rows": tuple(rows)})

@@ -1,145 +1,220 @@
 """Presets and settings: TOML deltas, merged weakest first, each value with its origin.
 
-Order: defaults < config.toml < preset (and what it extends) < FLUX_* variables < flags. A later size setting
-(`width`/`height` or `aspect_ratio`/`image_size`) replaces the other kind of an earlier layer. Stdlib only.
+The layers are defaults < config.toml < preset (and what it extends) < FLUX_* variables < flags. A
+size in a later layer (`width`/`height`, or `aspect_ratio`/`image_size`) replaces the other kind of
+an earlier one. Stdlib only.
 """
 
 import contextlib
 import os
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from fluxcli.errors import UsageError
 from fluxcli.paths import BUNDLED
-from fluxcli.request.fields import ALIASES, KEYS, GenerationRequest, coerce, flag, joined
+from fluxcli.request.fields import DEFAULTS
+from fluxcli.request.settings import ALIASES, SETTINGS, coerce, flag, merge_loras
+
+BY_RATIO = {"aspect_ratio", "image_size"}
+BY_PIXELS = {"width", "height"}
 
 
 @dataclass(frozen=True)
 class Preset:
-    """One TOML file: where it is, what it says of itself, what it builds on and the settings it changes."""
+    """One TOML file: where it is, what it says of itself, what it builds on, what it changes."""
 
     path: Path
     description: str
     extends: str
-    settings: dict
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Merged settings: the values by field name, and where each came from."""
+    """Merged settings: the values by field name, and where each of them came from."""
 
-    values: dict
-    origins: dict
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+
+    def apply(self, layer: Mapping[str, Any], origin: Callable[[str], str]) -> None:
+        """Put a stronger layer on top; `origin` names where a setting of it came from.
+
+        Adapters add up. Sizes by ratio replace those by pixels. Raises `UsageError` for a layer
+        that gives a size in both ways.
+        """
+        said = {name for name, value in layer.items() if value is not None}
+        if said & BY_RATIO and said & BY_PIXELS:
+            which = origin(max(said & BY_PIXELS))
+            raise UsageError("--width/--height exclude --ar/--size", which=which)
+        if said & BY_RATIO:
+            self.values.update(width=None, height=None)
+        for name, value in layer.items():
+            if name == "lora":
+                value = merge_loras(self.values.get("lora", ()), value)  # noqa: PLW2901
+            self.values[name] = value
+            self.origins[name] = origin(name)
 
 
-def available(config_folder: Path | None) -> dict[str, Path]:
-    """Return every preset by name; a user's own hides a bundled one of the same name. None: the bundled ones."""
+def list_presets(config_folder: Path | None) -> dict[str, Path]:
+    """Return the file of every preset by its name, in order.
+
+    A preset of the user hides a bundled one of the same name. Without a folder only the bundled
+    ones are listed.
+    """
     found = {path.stem: path for path in BUNDLED.glob("*.toml")}
-    with contextlib.suppress(OSError):
-        found |= {path.stem: path for path in (config_folder / "presets").glob("*.toml")} if config_folder else {}
+    if config_folder:
+        with contextlib.suppress(OSError):
+            found |= {path.stem: path for path in (config_folder / "presets").glob("*.toml")}
     return dict(sorted(found.items()))
 
 
 def load(name: str, config_folder: Path, *, bundled: bool = False) -> Preset:
-    """Read one preset; raises `UsageError` for an unknown name, malformed TOML, unknown keys or wrong types."""
-    known = available(None if bundled else config_folder)
+    """Read one preset, with `bundled` the one that comes with flux.
+
+    Raises `UsageError` for an unknown name, malformed TOML, unknown keys and wrong values.
+    """
+    known = list_presets(None if bundled else config_folder)
     if name not in known:
         near = get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "flux presets"
-        raise UsageError("unknown preset", which=name, why="known are " + " ".join(known), hint=hint)
+        raise UsageError(
+            "unknown preset",
+            which=name,
+            why="known are " + " ".join(known),
+            hint=f"did you mean {near[0]!r}?" if near else "flux presets",
+        )
     path = known[name]
     settings = _read_toml(path)
-    extends, description = settings.pop("extends", ""), settings.pop("description", "")
+    extends = settings.pop("extends", "")
+    description = settings.pop("description", "")
     if not isinstance(extends, str) or not isinstance(description, str):
         raise UsageError("wrong value", which=path, why="extends and description are texts")
     if "preset" in settings:
-        raise UsageError("unknown setting", which=path, why="'preset' is none here", hint="use extends = ...")
-    return Preset(path, description, extends, _checked(settings, path))
+        raise UsageError(
+            "unknown setting",
+            which=path,
+            why="'preset' is none here",
+            hint="use extends = ...",
+        )
+    return Preset(path, description, extends, _coerce_table(settings, path))
 
 
-def chain(name: str, config_folder: Path) -> list[Preset]:
-    """The preset and what it extends (a user's own: the bundled one, too), weakest first; `UsageError` on a cycle."""
+def load_chain(name: str, config_folder: Path) -> list[Preset]:
+    """Read a preset and all that it extends, weakest first.
+
+    A preset of the user that extends its own name builds on the bundled one. Raises `UsageError`
+    where presets extend each other in a circle, and what `load` raises.
+    """
     presets = [load(name, config_folder)]
     while following := presets[-1].extends:
-        preset = load(following, config_folder, bundled=following == presets[-1].path.stem)
+        own_name = following == presets[-1].path.stem
+        preset = load(following, config_folder, bundled=own_name)
         if preset.path in [each.path for each in presets]:
-            raise UsageError("presets extend each other", which=name, why=f"{following} comes round again")
+            why = f"{following} comes round again"
+            raise UsageError("presets extend each other", which=name, why=why)
         presets.append(preset)
     return presets[::-1]
 
 
 def model_of(name: str, config_folder: Path) -> str:
-    """The model of a preset; any other name is a model's own."""
-    return str(merge({"preset": name}, config_folder, {}).values["model"]) if name in available(config_folder) else name
+    """Return the model of the preset of that name; any other name is returned as it is."""
+    if name not in list_presets(config_folder):
+        return name
+    return str(merge({"preset": name}, config_folder, {}).values["model"])
 
 
-def bases_of(name: str, config_folder: Path) -> list[str]:
-    """The models of a preset and of what it extends, strongest first: where a model in one file finds the rest."""
-    said = [preset.settings.get("model") for preset in chain(name, config_folder)[::-1]]
-    return list(dict.fromkeys(filter(None, said)))
+def base_models(name: str, config_folder: Path) -> list[str]:
+    """Return the models of a preset and of what it extends, strongest first.
+
+    A model in one file takes the components that it lacks from the first of these that is here.
+    """
+    found = []
+    for preset in load_chain(name, config_folder)[::-1]:
+        model = preset.settings.get("model")
+        if model and model not in found:
+            found.append(model)
+    return found
 
 
-def read_config(config_folder: Path) -> dict:
-    """The user's config.toml, checked; an absent or unreadable folder is an empty one."""
+def read_config(config_folder: Path) -> dict[str, Any]:
+    """Read the user's config.toml; an absent or unreadable folder counts as an empty file."""
     path = config_folder / "config.toml"
     with contextlib.suppress(OSError):
-        return _checked(_read_toml(path), path) if path.is_file() else {}
+        if path.is_file():
+            return _coerce_table(_read_toml(path), path)
     return {}
 
 
-def _checked(table: Mapping[str, object], path: Path) -> dict:
-    return {(name := ALIASES.get(key, key)): coerce(name, value, where=str(path)) for key, value in table.items()}
+def read_environment(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """Return the settings that FLUX_* variables give, such as FLUX_STEPS=20.
+
+    Other FLUX_* variables are none of its business, but a near miss of one of its own raises
+    `UsageError`.
+    """
+    names = {f"FLUX_{name.upper()}": name for name in SETTINGS}
+    names |= {f"FLUX_{alias.upper()}": name for alias, name in ALIASES.items()}
+    given = {}
+    for variable, value in environment.items():
+        if variable in names:
+            if value:
+                name = names[variable]
+                given[name] = coerce(name, value, where=variable)
+        elif variable.startswith("FLUX_"):
+            near = get_close_matches(variable, names, n=1, cutoff=0.85)
+            if near:
+                hint = f"did you mean {near[0]}?"
+                raise UsageError("unknown variable", which=variable, hint=hint)
+    return given
 
 
-def _read_toml(path: Path) -> dict:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        what = "malformed TOML" if isinstance(error, tomllib.TOMLDecodeError) else "unreadable settings"
-        raise UsageError(what, which=path, why=str(error)) from error
-
-
-def from_environment(environment: Mapping[str, str] = os.environ) -> dict:
-    """FLUX_* variables that name a field, e.g. FLUX_STEPS=20; raises `UsageError` for a near miss of one."""
-    names = {f"FLUX_{key.upper()}": ALIASES.get(key, key) for key in (*KEYS, *ALIASES)}
-    for unknown in (name for name in environment if name.startswith("FLUX_") and name not in names):
-        if near := get_close_matches(unknown, names, n=1, cutoff=0.85):
-            raise UsageError("unknown variable", which=unknown, hint=f"did you mean {near[0]}?")
-    given = {name: value for name, value in environment.items() if name in names and value}
-    return {names[name]: coerce(names[name], value, where=name) for name, value in given.items()}
-
-
-def merge(flags: Mapping[str, object], config_folder: Path, environment: Mapping[str, str] = os.environ) -> Settings:
-    """Merge every layer. `flags` holds only what the command line gave, by field name."""
-    defaults = {field.name: field.default for field in fields(GenerationRequest) if field.name != "prompt"}
-    config, variables = read_config(config_folder), from_environment(environment)
-    given = {key: coerce(key, value, where=flag(key)) for key, value in flags.items()}
-    name = {**defaults, **config, **variables, **given}["preset"]
-    merged = Settings({}, {})
-    _apply(merged, defaults, lambda _: "default")
-    _apply(merged, config, lambda _: "config.toml")
-    for preset in chain(name, config_folder):
-        _apply(merged, preset.settings, lambda _, of=preset: f"preset {of.path.stem}")
-    _apply(merged, variables, lambda key: f"FLUX_{key.upper()}")
-    _apply(merged, given, flag)
+def merge(
+    flags: Mapping[str, Any],
+    config_folder: Path,
+    environment: Mapping[str, str] = os.environ,
+) -> Settings:
+    """Merge every layer of settings. `flags` holds only what the command line gave, by name."""
+    config = read_config(config_folder)
+    variables = read_environment(environment)
+    given = {name: coerce(name, value, where=flag(name)) for name, value in flags.items()}
+    preset_name = {**DEFAULTS, **config, **variables, **given}["preset"]
+    merged = Settings()
+    merged.apply(DEFAULTS, lambda _: "default")
+    merged.apply(config, lambda _: "config.toml")
+    for preset in load_chain(preset_name, config_folder):
+        origin = f"preset {preset.path.stem}"
+        merged.apply(preset.settings, lambda _, origin=origin: origin)
+    merged.apply(variables, lambda name: f"FLUX_{name.upper()}")
+    merged.apply(given, flag)
     return merged
 
 
-def overlay(base: Mapping[str, object], changes: Mapping[str, object]) -> dict:
-    """`base` with `changes` on top, the one rule of sizes included; both by field name, values of any text form."""
-    merged = Settings(dict(base), {})
-    _apply(merged, {key: coerce(key, value, where=flag(key)) for key, value in changes.items()}, flag)
+def overlay(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with `changes` on top, by the rules of `Settings.apply`.
+
+    Both are by field name; the values of `changes` may be texts.
+    """
+    merged = Settings(dict(base))
+    converted = {name: coerce(name, value, where=flag(name)) for name, value in changes.items()}
+    merged.apply(converted, flag)
     return merged.values
 
 
-def _apply(merged: Settings, layer: Mapping[str, object], origin: Callable[[str], str]) -> None:
-    said = {key for key, value in layer.items() if value is not None}
-    by_ratio, by_pixels = said & {"aspect_ratio", "image_size"}, said & {"width", "height"}
-    if by_ratio and by_pixels:
-        raise UsageError("--width/--height exclude --ar/--size", which=origin(max(by_pixels)))
-    added = {"lora": joined(merged.values.get("lora", ()), layer["lora"])} if "lora" in layer else {}
-    merged.values.update(dict.fromkeys(("width", "height") if by_ratio else ()) | dict(layer) | added)
-    merged.origins.update({key: origin(key) for key in layer})
+def _coerce_table(table: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return a file's settings by field name; raises `UsageError` naming the file."""
+    found = {}
+    for key, value in table.items():
+        name = ALIASES.get(key, key)
+        found[name] = coerce(name, value, where=str(path))
+    return found
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError("malformed TOML", which=path, why=str(error)) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError("unreadable settings", which=path, why=str(error)) from error

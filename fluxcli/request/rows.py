@@ -17,7 +17,7 @@ from threading import Event, Thread
 from typing import BinaryIO, NamedTuple
 
 from fluxcli.errors import UsageError
-from fluxcli.request.fields import GenerationRequest
+from fluxcli.request.fields import Order
 from fluxcli.request.job import Row
 from quant.errors import ExplainedError
 
@@ -57,7 +57,7 @@ class Line(NamedTuple):
             ) from error
 
 
-def rows(source: BinaryIO, name: str, make: Callable[[dict], GenerationRequest]) -> Iterator[Row]:
+def rows(source: BinaryIO, name: str, make: Callable[[dict], Order]) -> Iterator[Row]:
     """A row for each prompt of `source`, as soon as it is there; one that is no request has the error instead.
 
     The format goes by the extension of `name`; without a known one it is JSONL if it begins with {, else text. Raises

@@ -147,7 +147,7 @@ def _wait_for_end(connection: "Connection", *, pid: int) -> None:
     until = time.monotonic() + STOP_S
     with contextlib.suppress(Ended):
         while time.monotonic() < until:
-            _receive(connection, within_s=STOP_S)
+            _receive(connection, within_s=SILENCE_S)
         raise Lost("the worker has not ended yet", hint=f"kill {pid}")
 
 

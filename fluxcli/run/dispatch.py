@@ -91,7 +91,7 @@ class Dispatcher:
         """Return whether a worker can run a job: it has neither this stdout nor half a picture."""
         if self._choice == "off" or kept or self._session:
             return False
-        return not any(row.request and row.request.output == STDOUT for row in job.rows)
+        return not any(row.order and row.order.output.output == STDOUT for row in job.rows)
 
     def _run_in_worker(self, job: Job) -> Iterator[Event]:
         """Yield the job's events.

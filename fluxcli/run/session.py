@@ -21,19 +21,17 @@ from fluxcli.engine.picture import Picture
 from fluxcli.errors import DoesNotFit
 from fluxcli.events import Done, Event, GeneratedImage, Notice, Phase, Saved, Skipped, explain
 from fluxcli.models import find as models
-from fluxcli.models.loras import adapters_of
 from fluxcli.pictures import image, latents
 from fluxcli.pictures import names as output
 from fluxcli.pictures.latents import Latents
-from fluxcli.plan.costs import make_workload
-from fluxcli.plan.machine import Hardware
-from fluxcli.plan.placement import MemoryPlan, weaker
-from fluxcli.plan.planner import make_plan, suggest_options
-from fluxcli.request.fields import GenerationRequest
+from fluxcli.plan import placement as residency
+from fluxcli.plan.placement import MemoryPlan
+from fluxcli.plan.planner import make_plan, suggestion
+from fluxcli.request.fields import Order
 from fluxcli.request.job import Job, Row
 from fluxcli.run.lock import DeviceLock
 from fluxcli.run.margin import grow_margin, read_margin
-from fluxcli.run.planned import Planned, Prepared, window_size
+from fluxcli.run.planned import Planned, window_size
 from quant.checkpoint import Checkpoint
 from quant.errors import ExplainedError
 
@@ -63,7 +61,7 @@ class Session:
         drawn some of it: pictures of rows with a seed that are there count as saved.
         """
         groups: dict[tuple, list[Planned]] = {}
-        known: dict[GenerationRequest, Prepared] = {}
+        known: dict[Order, tuple] = {}
         for row in job.rows:
             try:
                 planned = yield from self._planned(row, job, known, after_loss)
@@ -72,43 +70,34 @@ class Session:
                     raise
                 yield explain(error, row.number)
                 continue
-            if job.made not in (None, planned.checkpoint.fingerprint):
+            if job.expected_model not in (None, planned.checkpoint.fingerprint):
                 yield Notice("the model here is not the one that made the picture: expect another picture")
-            tiled = planned.plan.placement.decode == "tiled"  # other pixels: decided by each row's own plan
-            groups.setdefault((planned.basis, tiled, row.request.vram_limit), []).append(planned)
+            tiled = planned.plan.residency.decode == "tiled"  # other pixels: decided by each row's own plan
+            groups.setdefault((planned.basis, tiled, row.order.resources.vram_limit), []).append(planned)
         for group in groups.values():
             yield from self._draw(group, job, kept, after_loss)
 
     def prepare(
-        self, request: GenerationRequest, *, lock: bool = True, no_wait: bool = False
-    ) -> Generator[Event, None, Prepared]:
-        """Plan a request, the device's lock held; an adapter's header is read here and nowhere else."""
+        self, order: Order, *, lock: bool = True, no_wait: bool = False
+    ) -> Generator[Event, None, tuple[Checkpoint, MemoryPlan, hardware.Hardware, tuple[Checkpoint, ...]]]:
+        """Plan a request: (checkpoint, plan, machine, every checkpoint that can serve it), the device's lock held."""
         said: list[str] = []
-        checkpoints = models.checkpoints_of(request, paths.config_folder(), said.append)
+        checkpoints = models.checkpoints_of(order, paths.config_folder(), said.append)
         yield from map(Notice, said)
-        adapters = adapters_of(request.lora, checkpoints[-1].components)
         hardware.check_torch()
-        machine = hardware.probe(request.device)
+        machine = hardware.probe(order.resources.device)
         if lock and machine.kind != "cpu":
             yield from self._lock(machine.identity, no_wait)
-            machine = hardware.probe(request.device)  # once more: another flux may have held all of it
+            machine = hardware.probe(order.resources.device)  # once more: another flux may have held all of it
         if self.engine:  # what this process holds is its own to use
             machine = replace(machine, ram_free_bytes=machine.ram_free_bytes + self.engine.plan.host_bytes)
-        workload, margin_bytes = make_workload(request, adapters), read_margin(machine)
-        try:
-            checkpoint, plan = make_plan(
-                workload, request, checkpoints, machine, margin_bytes=margin_bytes, model=request.model
-            )
-        except DoesNotFit as error:
-            found = suggest_options(request, request, checkpoints, machine, adapters=adapters)
-            error.hint = found or error.hint
-            raise
+        checkpoint, plan = make_plan(order, checkpoints, machine, margin_bytes=read_margin(machine))
         if lock and machine.kind == "cpu" and max(plan.peak_bytes.values()) > machine.total_bytes * LOCKED_SHARE:
             yield from self._lock(machine.identity, no_wait)
-        return Prepared(checkpoint, plan, machine, adapters, tuple(checkpoints))
+        return checkpoint, plan, machine, tuple(checkpoints)
 
     def engine_for(
-        self, checkpoint: Checkpoint, plan: MemoryPlan, machine: Hardware, basis: tuple, *, cache: bool
+        self, checkpoint: Checkpoint, plan: MemoryPlan, machine: hardware.Hardware, basis: tuple, *, cache: bool
     ) -> Engine:
         """The engine that is there, where it has the same basis, else a new one."""
         if self.engine and self._basis == basis:
@@ -119,10 +108,10 @@ class Session:
             self.engine, self._basis = Engine(checkpoint, plan, machine, cache=cache), basis
         return self.engine
 
-    def engine_of(self, request: GenerationRequest, *, no_wait: bool) -> Generator[Event, None, Engine]:
+    def engine_of(self, order: Order, *, no_wait: bool) -> Generator[Event, None, Engine]:
         """An engine for a request."""
-        found = yield from self.prepare(request, no_wait=no_wait)
-        return self.engine_for(found.checkpoint, found.plan, found.hardware, (), cache=False)
+        checkpoint, plan, machine, _ = yield from self.prepare(order, no_wait=no_wait)
+        return self.engine_for(checkpoint, plan, machine, (), cache=False)
 
     def evict(self) -> None:
         """Drop the engine and give its memory back."""
@@ -143,25 +132,29 @@ class Session:
         plan = self.engine.plan
         held = hardware.held_memory(plan.device)
         described = {"model": str(self.engine.checkpoint.folder), "device": plan.device, "precision": plan.precision}
-        return described | {"placement": plan.placement.level("denoise"), "held_bytes": held}
+        return described | {"placement": plan.residency.level("denoise"), "held_bytes": held}
 
-    def _planned(
-        self, row: Row, job: Job, known: dict[GenerationRequest, Prepared], after_loss: bool
-    ) -> Generator[Event, None, Planned]:
-        request = row.request
-        target = output.parse_target(request, force=job.force)
+    def _planned(self, row: Row, job: Job, known: dict, after_loss: bool) -> Generator[Event, None, Planned]:
+        order = row.order
+        target = output.parse_target(order, force=job.force)
         if job.batch and not ((job.resume or after_loss) and target.exact):  # else the file may be the row's picture
-            output.check_writable(target, request, row.number)
-        same = replace(request, prompt="x", seed=0, count=1, output=None)  # plans depend on none of these
+            output.check_writable(target, order, row.number)
+        same = replace(
+            order,
+            request=replace(order.request, prompt="x", seed=0),
+            output=replace(order.output, count=1, output=None),
+        )  # plans depend on none of these
         if same not in known:
-            known[same] = yield from self.prepare(request, no_wait=job.no_wait)
-            plan = known[same].plan
+            known[same] = yield from self.prepare(order, no_wait=job.no_wait)
+            checkpoint, plan, *_ = known[same]
             if not job.batch:
+                request = order.request
                 (width, height), seed = request.size, f", seed {request.seed}" * (request.seed >= 0)
                 what = f"{request.model} on {plan.device} in {plan.precision}"
                 yield Notice(f"{width}x{height}, {request.steps} steps{seed}, {what}")
-        request = request.with_seed()
-        return Planned(row, request, target, known[same], request.count)
+        checkpoint, plan, machine, others = known[same]
+        order = order.with_seed()
+        return Planned(row, order, target, checkpoint, plan, machine, others, order.output.count)
 
     def _lock(self, identity: str, no_wait: bool) -> Iterator[Event]:
         if identity in self._locked:
@@ -179,17 +172,17 @@ class Session:
 
     def _draw(self, group: Sequence[Planned], job: Job, resume: Latents | None, after_loss: bool) -> Iterator[Event]:
         """Rows of one basis: their pictures in windows."""
-        first, placed = group[0], group[0].plan.placement
+        first, placed = group[0], group[0].plan.residency
         for planned in group[1:]:
-            placed = weaker(placed, planned.plan.placement)
+            placed = residency.weaker(placed, planned.plan.residency)
         if job.batch:
-            yield Notice(f"{first.request.model} on {first.plan.device} in {first.plan.precision}")
-        plan = replace(first.plan, placement=placed)
-        engine = self.engine_for(first.checkpoint, plan, first.machine, first.basis, cache=job.cache)
+            yield Notice(f"{first.order.request.model} on {first.plan.device} in {first.plan.precision}")
+        plan = replace(first.plan, residency=placed)
+        engine = self.engine_for(first.checkpoint, plan, first.machine, first.basis, cache=job.prompt_cache)
         missing: list[Picture] = []
         for planned in group:
             yield from self._take_stock(engine, planned, job, missing=missing, resume=resume, lost=after_loss)
-        missing.sort(key=lambda picture: picture.request.lora)  # adapters change as rarely as can be
+        missing.sort(key=lambda picture: [str(ref) for ref in picture.request.lora])  # adapters change as rarely as can be
         if job.batch:
             for k, picture in enumerate(missing, 1):
                 picture.image, picture.images = k, len(missing)
@@ -201,8 +194,8 @@ class Session:
         self, engine: Engine, planned: Planned, job: Job, *, missing: list[Picture], resume: Latents | None, lost: bool
     ) -> Iterator[Event]:  # fmt: skip
         """Say which pictures of a row are there already, and add the others to `missing`."""
-        done: list[Path | None] = [None] * planned.request.count
-        if planned.request.metadata and (job.resume or (lost and planned.row.request.seed >= 0)):
+        done: list[Path | None] = [None] * planned.order.output.count
+        if planned.order.output.metadata and (job.resume or (lost and planned.row.order.request.seed >= 0)):
             done = _find_done(engine, planned)
         for picture, path in zip(planned.pictures(resume), done, strict=True):
             if path is None:
@@ -214,7 +207,7 @@ class Session:
                     picture.latents = _find_kept(engine, picture)
                 missing.append(picture)
             elif lost:
-                planned.images.append(_describe_file(path, picture.request))
+                planned.images.append(_describe_file(path, picture.order))
                 yield Saved(planned.images[-1], picture.row)
             else:
                 planned.left -= 1
@@ -266,7 +259,7 @@ def _list_done(engine: Engine, picture: Picture) -> Iterator[Path | None]:
     """Yield a picture's names that carry its hash, and None for each that is free; without end."""
     seeded = picture.seeded
     wanted = _hashes_of(engine, picture)
-    for path in output.list_names(picture.target, picture.request, picture.number, picture.row, seeded=seeded):
+    for path in output.list_names(picture.target, picture.order, picture.number, picture.row, seeded=seeded):
         if image.carries_hash(path, wanted, seeded=seeded):
             yield path
         elif not os.path.lexists(path):
@@ -276,7 +269,7 @@ def _list_done(engine: Engine, picture: Picture) -> Iterator[Path | None]:
 
 def _hashes_of(engine: Engine, picture: Picture) -> set[str]:
     """Return the hashes that a picture may carry: decoded in tiles, too, as it is where memory runs out."""
-    planned = engine.metadata(picture.request, seeded=picture.seeded)
+    planned = engine.metadata(picture.order, seeded=picture.seeded)
     tiled = planned | {"compute": planned["compute"] | {"tiled": True}}
     return {image.hash_request(each, seeded=picture.seeded) for each in (planned, tiled)}
 
@@ -284,43 +277,46 @@ def _hashes_of(engine: Engine, picture: Picture) -> set[str]:
 def _find_kept(engine: Engine, picture: Picture) -> Latents | None:
     """Return the latents that a run before has kept of a picture; None where there are none of its hash."""
     wanted = _hashes_of(engine, picture)
-    for path in output.candidates(picture.target, picture.request, picture.number, picture.row):
+    for path in output.candidates(picture.target, picture.order, picture.number, picture.row):
         place = path.with_name(path.stem + latents.SUFFIX)
         if not place.exists():
             return None
         with contextlib.suppress(ExplainedError):  # of somebody else, or damaged
             kept = latents.load(place)
             if kept.request_hash in wanted:
-                return replace(kept, request=picture.request)
+                return replace(kept, order=picture.order)
     return None
 
 
-def _describe_file(path: Path, request: GenerationRequest) -> GeneratedImage:
+def _describe_file(path: Path, order: Order) -> GeneratedImage:
     """Return what identifies a picture that lies there."""
     data = path.read_bytes()
     metadata = image.read_metadata(path)
     seed, digest = metadata["request"]["seed"], metadata["pixels_sha256"]
     sha256 = hashlib.sha256(data).hexdigest()
-    return GeneratedImage(str(path), seed, *request.size, request.format, len(data), sha256, digest)
+    return GeneratedImage(str(path), seed, *order.request.size, order.output.format, len(data), sha256, digest)
 
 
 def _done(engine: Engine, planned: Planned) -> Done:
     now, peaks = engine.plan, hardware.peak_memory(engine.plan.device)
-    plan = replace(planned.plan, placement=now.placement, device=now.device)
+    plan = replace(planned.plan, residency=now.residency, device=now.device)
     described = plan.to_json() | {"multiply": engine.multiply}
-    images, request, row = tuple(planned.images), planned.request.to_json(), planned.row.number
+    images, request, row = tuple(planned.images), planned.order.to_json(), planned.row.number
     return Done(images, request, described, {}, peaks, fluxcli.versions(), row)
 
 
 def _advise(error: DoesNotFit, planned: Planned, engine: Engine, window: Sequence[Picture]) -> None:
     """Say what would fit, and keep what is left of the pictures."""
-    less = replace(planned.request, vram_limit=int(engine.plan.budget_bytes * 0.8))
-    tried = suggest_options(less, less, planned.others, planned.machine, adapters=planned.prepared.adapters)
+    less = replace(
+        planned.order,
+        resources=replace(planned.order.resources, vram_limit=int(engine.plan.budget_bytes * 0.8)),
+    )
+    tried = suggestion(less, planned.others, planned.machine)
     error.hint = " or ".join(filter(None, (error.hint, tried and f"again with {tried}")))
     for picture in window:
         if picture.latents and picture.latents.step and not picture.saved:
             with contextlib.suppress(OSError):  # what went wrong first is what must be said
-                made = image.hash_request(engine.metadata(picture.request))
+                made = image.hash_request(engine.metadata(picture.order))
                 kept = replace(picture.latents, request_hash=made)
                 place = latents.save(kept, picture.target, picture.number, picture.row)
                 error.why, error.hint = f"{error.why}; the latents are kept in {place}", f"flux decode {place}"

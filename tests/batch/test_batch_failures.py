@@ -9,7 +9,7 @@ from fluxcli.engine import sampling
 from fluxcli.errors import OutputError
 from fluxcli.pictures import names as output
 from fluxcli.pictures.image import read_metadata
-from fluxcli.request.fields import KEYS
+from fluxcli.request.settings import SETTINGS as KEYS
 from tests.support.batches import FAKE, SMALL, draw, failed_rows, of, pixels, resumed, single, split, write
 from tests.support.helpers import machine
 from tests.support.invariant import call, files
@@ -49,7 +49,7 @@ def test_each_wrong_row_says_what_is_wrong_and_rows_between_them_are_drawn(drawn
     for number, (name, (_, word)) in zip(range(1, len(rows), 2), WRONG.items(), strict=True):
         message = found.pop(number)
         assert message.startswith(f"p.jsonl:{number}: ") and word in message, name
-    assert not found and [request.seed for request in drawn] == list(range(len(WRONG)))
+    assert not found and [order.request.seed for order in drawn] == list(range(len(WRONG)))
 
 
 HOSTILE = [
@@ -63,7 +63,7 @@ def test_no_value_of_any_field_ends_the_batch(drawn, capsys):
     events = draw(capsys, write(*rows, {"prompt": "last", "seed": 1}), *FAKE, "-o", "out/", code=7)
     (summary,) = of(events, "summary")
     assert summary["rows"] == len(rows) + 1 == summary["done"] + summary["failed"] and summary["skipped"] == 0
-    assert drawn[-1].prompt == "last" and of(events, "failed")[-1]["row"] == 0
+    assert drawn[-1].request.prompt == "last" and of(events, "failed")[-1]["row"] == 0
     assert all(event["exit_code"] in range(2, 10) for event in of(events, "failed"))
 
 
@@ -175,5 +175,5 @@ def test_a_row_that_cannot_fit_is_refused_alone_before_anything_is_drawn(drawn, 
     monkeypatch.setattr(hardware, "probe", lambda *_, **__: machine(0.1, "cpu", bf16=False))
     one = {"prompt": "a", "seed": 1}
     result = call(capsys, "generate", "--from", write(one, one | {"size": 2048}, one | {"seed": 2}), *FAKE)
-    assert failed_rows(result).keys() == {2} and [request.seed for request in drawn] == [1, 2]
+    assert failed_rows(result).keys() == {2} and [order.request.seed for order in drawn] == [1, 2]
     assert result.stderr.index("row 2 failed") < result.stderr.index("row 1: a-1.png")

@@ -8,7 +8,7 @@ import pytest
 from fluxcli.engine import prompt_cache as embeddings
 from fluxcli.events import from_json
 from fluxcli.pictures.image import read_metadata
-from fluxcli.plan import placement
+from fluxcli.plan import placement as residency
 from quant.checkpoint import Checkpoint, inspect
 from tests.support.batches import FAKE, SMALL, draw, failed_rows, of, pixels, single, write, write_csv
 from tests.support.invariant import call, files
@@ -89,11 +89,11 @@ def test_what_a_row_says_beats_the_flags_and_these_stay_for_the_rest(drawn, caps
     )
     arguments = ("default", "--from", source, *FAKE, "--steps", "3", "--seed", "5", "--guidance", "2")
     assert call(capsys, "generate", *arguments).returncode == 0
-    assert [(r.prompt, r.seed, r.steps, r.size, r.guidance) for r in drawn] == [
+    assert [(r.request.prompt, r.request.seed, r.request.steps, r.request.size, r.request.guidance) for r in drawn] == [
         ("a", 1, 7, (64, 32), 2.0), ("b", 5, 3, (64, 128), 2.0), ("c", 5, 3, (80, 64), 2.0),
         ("d", 5, 3, (64, 64), 9.0), ("default", 9, 3, (64, 64), 2.0),
     ]  # fmt: skip
-    assert [r.metadata for r in drawn] == [True, True, True, False, True]
+    assert [r.output.metadata for r in drawn] == [True, True, True, False, True]
 
 
 @pytest.mark.parametrize("row, column", [({"prompt": ""}, ""), ({"seed": 1}, ""), ("seed\n1", "p.csv")])
@@ -101,7 +101,7 @@ def test_a_row_without_a_prompt_fails_or_takes_that_of_the_command_line(row, col
     source = write(row, name=column or "p.jsonl")
     assert "the prompt is empty" in call(capsys, "generate", "--from", source, *FAKE).stderr and not drawn
     assert call(capsys, "generate", "a fox", "--from", source, *FAKE).returncode == (7 if row == {"prompt": ""} else 0)
-    assert [request.prompt for request in drawn] == ["a fox"][: row != {"prompt": ""}]
+    assert [order.request.prompt for order in drawn] == ["a fox"][: row != {"prompt": ""}]
 
 
 def test_events_carry_rows_and_end_with_the_summary(drawn, capsys):
@@ -137,9 +137,9 @@ def test_json_is_an_object_a_row_and_one_of_all(drawn, capsys):
     assert set(summary) == {"rows", "done", "failed", "skipped", "pictures", "seconds"} and summary["rows"] == 3
 
 
-@pytest.mark.parametrize("share", [0.0, placement.RESIDENT_SHARE])
+@pytest.mark.parametrize("share", [0.0, residency.RESIDENT_SHARE])
 def test_a_window_loads_a_component_once_and_goes_through_each_phase_together(share, capsys, monkeypatch):
-    monkeypatch.setattr(placement, "RESIDENT_SHARE", share)
+    monkeypatch.setattr(residency, "RESIDENT_SHARE", share)
     rows = [{"prompt": f"a {word}", "seed": k} for k in range(8) for word in ("circle", "square")]
     rows += [{"prompt": "a star", "seed": 1}, {"prompt": "a circle", "seed": 9, "guidance": 2.0}]  # the last: known
     source = write(*({"guidance": 2.0 + k % 2} | row for k, row in enumerate(rows)))

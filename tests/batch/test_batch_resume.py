@@ -124,7 +124,9 @@ def test_rows_without_seeds_and_equal_rows_have_a_picture_each(name, drawn, caps
     rows = [{"prompt": "a"}, {"prompt": "a"}, {"prompt": "b", "seed": 1}, {"prompt": "b", "seed": 1}]
     write(*rows, {"prompt": "a", "count": 3}, {"prompt": "a"})
     new, _ = resumed(capsys, "-o", name)
-    assert len(new) == 8 == len(files(Path("o"))) and len({r.seed for r in drawn if r.prompt == "a"}) == 6
+    assert (
+        len(new) == 8 == len(files(Path("o"))) and len({r.request.seed for r in drawn if r.request.prompt == "a"}) == 6
+    )
     assert resumed(capsys, "-o", name)[0] == []
     for gone in (new[1], new[3]):
         Path(gone).unlink()
@@ -150,7 +152,7 @@ def test_a_row_of_several_draws_those_that_are_missing(drawn, capsys):
     assert [e["image"]["path"] for e in of(events, "saved")] == ["a-6.png", "a-8.png"]
     assert [event["path"] for event in of(events, "skipped")] == ["a-5.png", "a-7.png"]
     assert [len(event["images"]) for event in of(events, "done")] == [2]
-    assert [request.seed for request in drawn] == [5, 6, 7, 8, 6, 8]
+    assert [order.request.seed for order in drawn] == [5, 6, 7, 8, 6, 8]
     (summary,) = of(events, "summary")
     assert [summary[key] for key in ("rows", "done", "failed", "skipped", "pictures")] == [1, 1, 0, 0, 2]
     write({"prompt": "a", "seed": 7, "count": 4})  # others of the same pictures

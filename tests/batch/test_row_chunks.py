@@ -26,7 +26,7 @@ def read(data: bytes | str, name: str = "x.txt", make: Callable = dict) -> list[
 
 def requests(rows: list[Row]) -> list:
     """Settings, or the text of the error."""
-    return [str(row.error) if row.error else row.request for row in rows]
+    return [str(row.error) if row.error else row.order for row in rows]
 
 
 def prompts(*texts: str) -> list[dict]:

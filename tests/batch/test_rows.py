@@ -25,7 +25,7 @@ def read(data: bytes | str, name: str = "x.txt", make: Callable = dict) -> list[
 
 def requests(rows: list[Row]) -> list:
     """Settings, or the text of the error."""
-    return [str(row.error) if row.error else row.request for row in rows]
+    return [str(row.error) if row.error else row.order for row in rows]
 
 
 def prompts(*texts: str) -> list[dict]:
@@ -120,7 +120,7 @@ def test_a_wrong_line_is_an_error_of_its_row_and_the_rest_goes_on(name, line, wh
     before = b"prompt,seed" if name == "x.csv" else good % b"before"
     rows = read(b"\n".join([before, line, good % b"one", good % b"two"]), name)
     wrong, *others = rows if name == "x.csv" else rows[1:]
-    assert isinstance(wrong.error, UsageError) and wrong.request is None and wrong.where == f"{name}:2"
+    assert isinstance(wrong.error, UsageError) and wrong.order is None and wrong.where == f"{name}:2"
     assert what in str(wrong.error) and why in str(wrong.error)
     assert requests(others) == prompts("one", "two")
     assert [row.number for row in rows] == list(range(1, len(rows) + 1))
@@ -134,9 +134,9 @@ def test_what_makes_requests_may_refuse_a_row_but_a_bug_is_no_row():
         return {"c": lambda: 1 / 0}.get(settings["prompt"], lambda: settings)()
 
     found = batch.rows(io.BytesIO(b"a\nb\nc\n"), "x.txt", make)
-    assert next(found).request == {"prompt": "a"}
+    assert next(found).order == {"prompt": "a"}
     row = next(found)
-    assert row.request is None and str(row.error) == "no b" and row.where == "x.txt:2"
+    assert row.order is None and str(row.error) == "no b" and row.where == "x.txt:2"
     with pytest.raises(ZeroDivisionError):
         next(found)
 
@@ -148,7 +148,7 @@ def test_a_line_of_just_the_limit_is_taken_and_one_byte_more_swallows_nothing(na
     fits, over = read(head + line + b"\nafter", name), read(head + b" " + line + b"\nafter", name)
     assert requests(fits)[1:] == requests(over)[1:] == prompts("after")
     assert "too long" in str(over[0].error)
-    assert "field limit" in str(fits[0].error) if name == "x.csv" else fits[0].request["prompt"].endswith("over")
+    assert "field limit" in str(fits[0].error) if name == "x.csv" else fits[0].order["prompt"].endswith("over")
 
 
 class Endless(io.RawIOBase):
@@ -200,7 +200,7 @@ def test_an_endless_csv_header_ends_the_batch_and_an_endless_record_its_row():
 def test_many_lines_under_an_open_quote_are_bounded_and_rows_come_after_them(line, lines, what):
     rows = read(b'prompt\n"a\n' + line * lines + b"c\n", "x.csv")
     assert what in str(rows[0].error) and "quote" in rows[0].error.hint and rows[0].where == "x.csv:2"
-    assert rows[-1].request == {"prompt": "c"} and rows[-1].where == f"x.csv:{lines + 3}"
+    assert rows[-1].order == {"prompt": "c"} and rows[-1].where == f"x.csv:{lines + 3}"
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_a_record_of_several_lines_is_named_by_its_first():
 
 def test_bad_bytes_in_a_records_later_line_name_that_line():
     rows = read(b'prompt\n"a\nb\xff"\nc\n', "x.csv")
-    assert "byte offset 1 of line 3" in str(rows[0].error) and rows[1].request == {"prompt": "c"}
+    assert "byte offset 1 of line 3" in str(rows[0].error) and rows[1].order == {"prompt": "c"}
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_a_source_that_fails_later_is_an_error_after_its_rows(error):
             return data
 
     found = batch.rows(Failing(b"a\nb\n"), "x.txt", dict)
-    assert [next(found).request, next(found).request] == prompts("a", "b")
+    assert [next(found).order, next(found).order] == prompts("a", "b")
     with pytest.raises(UsageError, match="unreadable prompts") as caught:
         next(found)
     assert caught.value.why == (error.strerror or "gone")
@@ -294,7 +294,7 @@ def test_rows_are_read_one_at_a_time():
     for name, head in (("x.txt", b""), ("-", b""), ("x.csv", b"prompt\n")):
         source = Counting(head + b"a\nb\nc\n")
         found = batch.rows(source, name, dict)
-        assert next(found).request == {"prompt": "a"} and source.count == 1 + bool(head), name
+        assert next(found).order == {"prompt": "a"} and source.count == 1 + bool(head), name
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).filter(str.strip)
@@ -329,4 +329,4 @@ def test_prompts_survive_csv(texts, kind, end):
 def test_any_bytes_are_rows_or_a_usage_error(data, name):
     with contextlib.suppress(UsageError):
         for number, row in enumerate(read(data, name), 1):
-            assert row.number == number and (row.request is None) == isinstance(row.error, UsageError)
+            assert row.number == number and (row.order is None) == isinstance(row.error, UsageError)

@@ -10,11 +10,12 @@ import torch
 from fluxcli.engine import device as hardware
 from fluxcli.engine.engine import Engine
 from fluxcli.engine.streaming import load_component
+from fluxcli.plan import planner as plan
 from quant import codecs
 from quant.checkpoint import KEEP_FILE, inspect
 from quant.linear import RowLinear, make_linear, path_of
 from quant.spec import SCHEMES
-from tests.support.helpers import BAKED, draw, plan_for, tiny
+from tests.support.helpers import BAKED, draw, tiny
 from tests.test_formats import apart, inputs
 from tests.test_linear import OPERATORS, WHERE, noise
 
@@ -77,15 +78,15 @@ def test_diffusers_opens_the_nf4_folder_and_both_models_give_our_values(folder):
 def test_the_nf4_folder_gives_the_same_picture_in_plain_diffusers(folder):
     pipe = open_plainly(folder)
     request = tiny(device="cuda", steps=8, image_size=128)
-    width, height = request.size
+    width, height = request.request.size
     reference = pipe(
-        request.prompt, width=width, height=height, num_inference_steps=request.steps,
-        guidance_scale=request.guidance, max_sequence_length=request.text_tokens,
-        generator=torch.Generator("cpu").manual_seed(request.seed),
+        request.request.prompt, width=width, height=height, num_inference_steps=request.request.steps,
+        guidance_scale=request.request.guidance, max_sequence_length=request.request.text_tokens,
+        generator=torch.Generator("cpu").manual_seed(request.request.seed),
     ).images[0]  # fmt: skip
     checkpoint = inspect(folder)
     machine = hardware.probe("cuda")
-    _, pixels = draw(Engine(*plan_for(request, [checkpoint], machine), machine), request)
+    _, pixels = draw(Engine(*plan.make_plan(request, [checkpoint], machine), machine), request)
     difference = np.abs(pixels.astype(int) - np.asarray(reference).astype(int))
     assert pixels.std() > 5 and difference.mean() < 6, difference.mean()
 
@@ -98,8 +99,8 @@ def test_8_bit_products_run_and_err_by_the_rounding_of_activations(scheme, rows,
     assert path_of(scheme, "cuda") == path_of(scheme, "cuda:0") == {"fp8": "scaled_mm", "int8": "int_mm"}[scheme]
     shapes = [(96, 64), (32, 64), (160, 64)]
     weights = [noise(*shape, seed=seed).cuda() for seed, shape in enumerate(shapes)]
-    parts = [codecs.encode(weight, scheme, name="w", where=WHERE).pieces for weight in weights]
-    w = torch.cat([codecs.decode(part, scheme, s, torch.float32) for part, s in zip(parts, shapes, strict=True)])
+    parts = [codecs.quantize(weight, scheme, name="w", where=WHERE).stored for weight in weights]
+    w = torch.cat([codecs.dequantize(part, scheme, s, torch.float32) for part, s in zip(parts, shapes, strict=True)])
     layer = make_linear(scheme, parts, shapes, noise(288, seed=9).cuda().to(dtype), arithmetic=True)
     calls, original = [], getattr(torch, OPERATORS[scheme])
     monkeypatch.setattr(torch, OPERATORS[scheme], lambda *a, **k: calls.append(1) or original(*a, **k))
@@ -127,9 +128,9 @@ def test_the_packed_transformer_gives_in_8_bit_what_it_gives_dequantized(baked, 
 def test_the_packer_gives_on_cuda_what_it_gives_on_the_cpu():
     weight = noise(256, 320).to(BF16)
     for scheme in ("nf4", "fp8", "int8"):
-        there = codecs.encode(weight.cuda(), scheme, name="w", where=WHERE)
-        here = codecs.encode(weight, scheme, name="w", where=WHERE)
-        values = codecs.decode({k: t.cpu() for k, t in there.pieces.items()}, scheme, (256, 320), torch.float32)
-        expected = codecs.decode(here.pieces, scheme, (256, 320), torch.float32)
+        there = codecs.quantize(weight.cuda(), scheme, name="w", where=WHERE)
+        here = codecs.quantize(weight, scheme, name="w", where=WHERE)
+        values = codecs.dequantize({k: t.cpu() for k, t in there.stored.items()}, scheme, (256, 320), torch.float32)
+        expected = codecs.dequantize(here.stored, scheme, (256, 320), torch.float32)
         assert apart(values, expected) < 0.01
         assert there.relative_error == pytest.approx(here.relative_error, rel=0.01)

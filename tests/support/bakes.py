@@ -52,7 +52,9 @@ def recipe_of(folder: Path, kind: str = "diffusers", spec: QuantSpec | None = No
     checkpoint = inspect(folder)
     if kind == "diffusers":
         return make_recipe(checkpoint, spec or QuantSpec("nf4", "nf4", scales="absmax"))
-    return make_file_recipe(checkpoint.components["transformer"], spec or QuantSpec("fp8"), kind=kind)
+    return make_file_recipe(
+        checkpoint.components["transformer"], spec or QuantSpec("fp8"), kind=kind
+    )
 
 
 def change(folder: Path, name: str, values: "torch.Tensor") -> None:

@@ -1,6 +1,6 @@
 """Requests and runs that several tests share."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,19 +11,24 @@ from fluxcli.engine import loader
 from fluxcli.engine.engine import Engine
 from fluxcli.engine.picture import Picture
 from fluxcli.events import Event
-from fluxcli.models.loras import adapters_of
 from fluxcli.pictures import names as output
 from fluxcli.pictures.image import open_picture
-from fluxcli.plan.costs import make_workload
+from fluxcli.plan import planner as plan
 from fluxcli.plan.machine import Hardware, Speeds
-from fluxcli.plan.placement import GIB, Candidate
-from fluxcli.plan.planner import Planned, make_plan, survey
-from fluxcli.request.fields import GenerationRequest
+from fluxcli.plan.placement import GIB
+from fluxcli.request.fields import Order
+from fluxcli.request.settings import coerce
 from quant.checkpoint import Checkpoint, Component
 
 ROOT = Path(__file__).resolve().parents[2]
 
-TINY = GenerationRequest(
+
+def order(prompt: str = "a fox", **settings: object) -> Order:
+    """An order with these settings by name, the others at their defaults; values may be texts."""
+    return Order.from_settings(prompt, {name: coerce(name, value, where="a test") for name, value in settings.items()})
+
+
+TINY = order(
     "a red circle on a blue background", preset="tiny", model="bundled/tiny", steps=3, seed=7, image_size=64,
     text_tokens=16, format="png", device="cpu",
 )  # fmt: skip
@@ -45,40 +50,29 @@ def machine(
     return replace(made, **more)
 
 
-def tiny(**changes: object) -> GenerationRequest:
-    """A small, quick request of the bundled model."""
-    return replace(TINY, **changes)
+def changed(before: Order, **settings: object) -> Order:
+    """The order with other settings by name."""
+    return order(before.request.prompt, **before.settings() | settings)
 
 
-def engine_of(checkpoint: Checkpoint, request: GenerationRequest = TINY) -> Engine:
+def tiny(**changes: object) -> Order:
+    """A small, quick order of the bundled model."""
+    return order(str(changes.pop("prompt", TINY.request.prompt)), **TINY.settings() | changes)
+
+
+def engine_of(checkpoint: Checkpoint, request: Order = TINY) -> Engine:
     machine = hardware.probe("cpu")
-    return Engine(*plan_for(request, [checkpoint], machine), machine)
+    return Engine(*plan.make_plan(request, [checkpoint], machine), machine)
 
 
-def plan_for(
-    request: GenerationRequest, checkpoints: Sequence[Checkpoint], hardware: Hardware, **options: object
-) -> Planned:
-    """The checkpoint and the plan of a request, its adapters read once."""
-    adapters = adapters_of(request.lora, checkpoints[-1].components)
-    workload = make_workload(request, adapters)
-    return make_plan(workload, request, checkpoints, hardware, model=request.model, **options)
-
-
-def survey_for(
-    request: GenerationRequest, checkpoints: Sequence[Checkpoint], hardware: Hardware, **options: object
-) -> list[Candidate]:
-    """Every candidate for a request without adapters."""
-    return survey(make_workload(request), request, checkpoints, hardware, **options)
-
-
-def run(engine: Engine, request: GenerationRequest, target: output.Target) -> Iterator[Event]:
+def run(engine: Engine, request: Order, target: output.Target) -> Iterator[Event]:
     """The events of a request's pictures, saved in the target."""
     request = request.with_seed()
-    count = range(request.count)
-    return engine.window([Picture(request.picture(k), target, k + 1, images=request.count) for k in count])
+    count = range(request.output.count)
+    return engine.window([Picture(request.picture(k), target, k + 1, images=request.output.count) for k in count])
 
 
-def draw(engine: Engine, request: GenerationRequest, **options: object) -> tuple[list, np.ndarray]:
+def draw(engine: Engine, request: Order, **options: object) -> tuple[list, np.ndarray]:
     """Run one picture to its end: (events, pixels)."""
     events, run = [], engine.picture(request, **options)
     while True:

@@ -46,14 +46,14 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def paint_instead(monkeypatch: pytest.MonkeyPatch, drawn: list | None = None) -> None:
-    """Pictures come from their seed alone, without weights or torch; `drawn` collects the requests."""
+    """Pictures come from their seed alone, without weights or torch; `drawn` collects the orders."""
     import numpy as np
 
     def paint(self: Engine, pictures):
         for picture in pictures:
             request = picture.request
             if drawn is not None:
-                drawn.append(request)
+                drawn.append(picture.order)
             yield Phase("denoise")
             yield Step(1, 1, picture.image, picture.images)
             width, height = request.size

@@ -98,10 +98,10 @@ def pipeline_pixels(folder: str, loras: list[tuple[str, float]]) -> np.ndarray:
     for name, (path, _) in zip(names, loras, strict=True):
         pipe.load_lora_weights(path, adapter_name=name)
     pipe.set_adapters(names, [scale for _, scale in loras])
-    (width, height), generator = request.size, torch.Generator("cpu").manual_seed(request.seed)
+    (width, height), generator = request.request.size, torch.Generator("cpu").manual_seed(request.request.seed)
     picture = pipe(
-        request.prompt, width=width, height=height, num_inference_steps=request.steps, generator=generator,
-        guidance_scale=request.guidance, max_sequence_length=request.text_tokens,
+        request.request.prompt, width=width, height=height, num_inference_steps=request.request.steps, generator=generator,
+        guidance_scale=request.request.guidance, max_sequence_length=request.request.text_tokens,
     )  # fmt: skip
     return np.asarray(picture.images[0])
 

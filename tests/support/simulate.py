@@ -17,18 +17,19 @@ from fluxcli.engine import loader, modulation, sampling
 from fluxcli.engine.engine import Engine
 from fluxcli.models import find as models
 from fluxcli.pictures.latents import Latents
-from fluxcli.plan import costs, placement
+from fluxcli.plan import costs
+from fluxcli.plan import placement as residency
 from fluxcli.plan import planner as plan
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import MemoryPlan
-from fluxcli.request.fields import GenerationRequest
+from fluxcli.request.fields import Order
 from quant import codecs, linear
 from quant.checkpoint import Checkpoint
 from quant.codecs import Reader
 from quant.header import GGUF_BITS
 from quant.spec import BAKEABLE
 from quant.weights import Piece, Weight
-from tests.support.helpers import machine, plan_for
+from tests.support.helpers import machine
 
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "U8": torch.uint8, "I8": torch.int8}
 DTYPES["F8_E4M3"] = torch.float8_e4m3fn
@@ -39,7 +40,7 @@ def on_card(checkpoint: Checkpoint, plan: MemoryPlan, machine: Hardware, **optio
     return Engine(checkpoint, replace(plan, device=CARD), machine, **options)
 
 
-def follow(engine: Engine, request: GenerationRequest, counter: Counter, resume: Latents | None = None) -> tuple:
+def follow(engine: Engine, request: Order, counter: Counter, resume: Latents | None = None) -> tuple:
     """Run one picture under the counter, which learns the phases: (events, pixels)."""
     events, run = [], engine.picture(request, resume=resume)
     with torch.no_grad(), counter:
@@ -56,24 +57,24 @@ def follow(engine: Engine, request: GenerationRequest, counter: Counter, resume:
 
 
 def every_rung(
-    request: GenerationRequest, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, *, step_kib: int
+    request: Order, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, *, step_kib: int
 ) -> dict[bool, list]:
     """Pictures under each placement that fits below 40 MiB, by whether they were decoded in tiles.
 
     Each run completes within its budget as planned; from all in memory to everything passing through.
     """
-    monkeypatch.setattr(placement, "CONTEXT_BYTES", 0)
+    monkeypatch.setattr(residency, "CONTEXT_BYTES", 0)
     monkeypatch.setattr(costs, "DECODE_BYTES", 64 << 10)
-    monkeypatch.setattr(placement, "RESIDENT_SHARE", 0.01)
+    monkeypatch.setattr(residency, "RESIDENT_SHARE", 0.01)
     monkeypatch.setattr(plan, "USABLE_SHARE", 1.0)
     pictures, levels = {}, set()
     for kib in range(40 << 10, 1 << 10, -step_kib):
         here = machine(kib / 2**20)
         try:
-            _, made = plan_for(request, [checkpoint], here)
+            _, made = plan.make_plan(request, [checkpoint], here)
         except plan.DoesNotFit:
             break
-        placed = made.placement
+        placed = made.residency
         if (placed.encode, placed.level("denoise"), placed.decode) in levels:
             continue
         levels.add((placed.encode, placed.level("denoise"), placed.decode))
@@ -108,13 +109,13 @@ def _stored(piece: Piece) -> torch.Tensor:
 def full_size(monkeypatch: pytest.MonkeyPatch, *, arithmetic: bool = True) -> Iterator[Checkpoint]:
     """The full-size model by its shapes, and engines that compute nothing: only what needs numbers is left out."""
     monkeypatch.setattr(
-        Reader, "weight", lambda _, weight: {suffix: _stored(piece) for suffix, piece in weight.pieces.items()}
+        Reader, "read", lambda _, weight: {suffix: _stored(piece) for suffix, piece in weight.pieces.items()}
     )
     made = torch.tensor  # of FakeTensors it knows no card
     monkeypatch.setattr(torch, "tensor", lambda values, device=None, **options: made(values, **options).to(device))
     for module in (codecs, loader.codecs):
-        monkeypatch.setattr(module, "check", lambda *_: None)
-    monkeypatch.setattr(linear, "offset_of", lambda _: 0.0)
+        monkeypatch.setattr(module, "check_values", lambda *_: None)
+    monkeypatch.setattr(linear, "read_offset", lambda _: 0.0)
     monkeypatch.setattr(sampling, "is_finite", lambda _: True)
     monkeypatch.setattr(sampling, "to_pixels", lambda decoded: SimpleNamespace(numpy=lambda: decoded.shape))
     monkeypatch.setattr(Checkpoint, "fingerprint", "full size")

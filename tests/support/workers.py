@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from fluxcli.events import Done, to_json
-from fluxcli.request.fields import GenerationRequest
 from fluxcli.request.job import Job, Row
 from fluxcli.run import client
+from tests.support.helpers import order
 
 FAKE = """
 import os, sys, time, tempfile
@@ -37,11 +37,11 @@ def saved(path, row=0):
 class Session:
     def run(self, job):
         for row in job.rows:
-            yield from getattr(self, row.request.prompt.split()[0])(job, row)
-            yield Done((), row.request.to_json(), {}, {}, {}, {}, row.number)
+            yield from getattr(self, row.order.request.prompt.split()[0])(job, row)
+            yield Done((), row.order.to_json(), {}, {}, {}, {}, row.number)
 
     def draw(self, job, row):
-        note(row.request.prompt)
+        note(row.order.request.prompt)
         yield Phase("load", "transformer")
         yield Phase("load", "vae")
         yield Step(1, 1)
@@ -129,7 +129,7 @@ for event in client.run(Job.from_json(json.loads(sys.argv[1]))):
 
 
 def job(*prompts: str, **options: object) -> Job:
-    rows = tuple(Row(k * (len(prompts) > 1), GenerationRequest(text, seed=1)) for k, text in enumerate(prompts, 1))
+    rows = tuple(Row(k * (len(prompts) > 1), order(text, seed=1)) for k, text in enumerate(prompts, 1))
     return Job(rows, **options)
 
 

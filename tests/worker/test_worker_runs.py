@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fluxcli.events import Done, Event, GeneratedImage, Notice, Phase, Saved
-from fluxcli.request.fields import GenerationRequest
+from fluxcli.request.fields import Order
 from fluxcli.request.job import Job, Row
 from fluxcli.run import client, dispatch
 from tests.support.helpers import ROOT, tiny
@@ -163,7 +163,7 @@ def lose_after(monkeypatch: pytest.MonkeyPatch, *events: Event) -> None:
     monkeypatch.setattr(client, "run", run)
 
 
-def run_lost(*requests: GenerationRequest, batch: bool = False) -> list[Event]:
+def run_lost(*requests: Order, batch: bool = False) -> list[Event]:
     first = 1 if batch else 0
     rows = tuple(Row(number, request) for number, request in enumerate(requests, first))
     with dispatch.Dispatcher(alone=False) as dispatcher:

@@ -1,0 +1,461 @@
+"""The settings: one row each, from which everything that must know them is made.
+
+A setting is a field of a request, its resources, its output or the order that joins them (see
+`fields`), and one row of `SETTINGS` here. From the row come what values it takes, how text becomes
+such a value, its words in errors, its flag on the command line, its key in settings files and
+rows, its FLUX_* variable, and its line in docs/commands.md. Stdlib only.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, ClassVar
+
+from fluxcli.errors import UsageError
+from fluxcli.request.sizes import (
+    ASPECT_RATIOS,
+    MIN_SIZE_PX,
+    MULTIPLE_PX,
+    check_side,
+    parse_ratio,
+)
+
+MAX_SEED = 2**64 - 1
+LORA_NONE = "none"  # as an adapter's name: drops the adapters of weaker settings
+
+
+@dataclass(frozen=True)
+class LoraRef:
+    """An adapter as the user names it: PATH, NAME or REPO[:FILE], and how strongly it acts."""
+
+    name: str
+    scale: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str, *, where: str = "--lora") -> "LoraRef":
+        """Parse NAME[:SCALE]; the last colon separates only if a number follows it.
+
+        Raises `UsageError`, which names `where` the text stood, for an empty name, a NUL in it,
+        and a scale that is not finite.
+        """
+        name, colon, end = text.rpartition(":")
+        scale = _number_or_none(end) if colon else None
+        if scale is None:
+            name, scale = text, 1.0
+        if not name.strip() or "\0" in name or not math.isfinite(scale):
+            raise UsageError(
+                "no adapter",
+                which=where,
+                why=f"{text[:80]!r} is not PATH[:SCALE]",
+                hint="--lora FILE:0.8",
+            )
+        return cls(name, scale)
+
+    def __str__(self) -> str:
+        """Return NAME:SCALE, which `parse` reads back."""
+        return f"{self.name}:{self.scale!r}"
+
+    @property
+    def drops_weaker(self) -> bool:
+        """Whether this stands for --lora none."""
+        return self.name == LORA_NONE
+
+
+def _number_or_none(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def merge_loras(weaker: Sequence[LoraRef], stronger: Sequence[LoraRef]) -> tuple[LoraRef, ...]:
+    """Return the adapters of two layers of settings.
+
+    They add up; an adapter that both name has the stronger one's scale; "none" drops all that
+    came before it.
+    """
+    found: dict[str, LoraRef] = {}
+    for ref in (*weaker, *stronger):
+        if ref.drops_weaker:
+            found.clear()
+        else:
+            found[ref.name] = ref
+    return tuple(found.values())
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes of a size like 8GiB, 8 GB, 8G (binary) or a plain number.
+
+    Raises ValueError for anything else.
+    """
+    match = re.fullmatch(r"(\d{1,16}(?:\.\d{1,6})?)\s*([kmgt]?)(i?b)?", text.strip().lower())
+    if not match:
+        raise ValueError(text)
+    base = 1000 if match[3] == "b" else 1024
+    power = "kmgt".index(match[2]) + 1 if match[2] else 0
+    return int(float(match[1]) * base**power)
+
+
+class Kind:
+    """What values a setting takes. `convert` makes one of text or TOML, `check` refuses others."""
+
+    words: ClassVar[str] = "a text"  # for "... is 'x', not a text"
+    option_type: ClassVar[Any] = str  # what the command line parser makes of the option
+
+    def convert(self, value: Any) -> Any:
+        """Return the value of the field's type; raises ValueError or TypeError for another."""
+        if not isinstance(value, str):
+            raise TypeError(value)
+        return value
+
+    def check(self, name: str, value: Any, *, where: str) -> None:
+        """Raise `UsageError`, naming `where` it stood, for a value of the type that cannot be."""
+
+
+@dataclass(frozen=True)
+class Text(Kind):
+    """A text that a regular expression matches as a whole; `described` says which in words."""
+
+    pattern: str = r"(?s:.*)"
+    described: str = ""
+    choices: tuple[str, ...] = ()
+
+    def convert(self, value: Any) -> str:
+        if not isinstance(value, str):
+            raise TypeError(value)
+        return value
+
+    def check(self, name: str, value: str, *, where: str) -> None:
+        if not re.fullmatch(self.pattern, value):
+            why = f"{value[:60]!r} is not {self.described}"
+            raise UsageError(f"unknown {name}", which=where, why=why)
+
+
+class ImageFormat(Text):
+    """A picture format, in upper or lower case; jpeg is jpg."""
+
+    def convert(self, value: Any) -> str:
+        return super().convert(value).lower().replace("jpeg", "jpg")
+
+
+@dataclass(frozen=True)
+class Integer(Kind):
+    """A whole number from `low` to `high`."""
+
+    low: int
+    high: int
+    words: ClassVar[str] = "a whole number"
+    option_type: ClassVar[Any] = int
+
+    def convert(self, value: Any) -> int:
+        if isinstance(value, bool):
+            raise TypeError(value)
+        if isinstance(value, float) and not value.is_integer():
+            raise ValueError(value)
+        return int(value)
+
+    def check(self, name: str, value: int, *, where: str) -> None:
+        _check_range(name, value, low=self.low, high=self.high, where=where)
+
+
+@dataclass(frozen=True)
+class Side(Integer):
+    """A side of a picture in pixels: a multiple of 16 from `low` on."""
+
+    def check(self, name: str, value: int, *, where: str) -> None:
+        check_side(value, least_px=self.low, where=where)
+
+
+@dataclass(frozen=True)
+class Number(Kind):
+    """A number from `low` to `high`, or "none"."""
+
+    low: float
+    high: float
+    words: ClassVar[str] = "a number"
+
+    def convert(self, value: Any) -> float | None:
+        if isinstance(value, bool):
+            raise TypeError(value)
+        if value in ("none", ""):
+            return None
+        return float(value)
+
+    def check(self, name: str, value: float, *, where: str) -> None:
+        _check_range(name, value, low=self.low, high=self.high, where=where)
+
+
+@dataclass(frozen=True)
+class Bytes(Kind):
+    """A size in bytes, written like 8GiB."""
+
+    low: int
+    high: int
+    words: ClassVar[str] = "a size like 8GiB"
+
+    def convert(self, value: Any) -> int:
+        if isinstance(value, bool):
+            raise TypeError(value)
+        return parse_bytes(str(value))
+
+    def check(self, name: str, value: int, *, where: str) -> None:
+        _check_range(name, value, low=self.low, high=self.high, where=where)
+
+
+class Switch(Kind):
+    """True or false."""
+
+    words: ClassVar[str] = "true or false"
+    option_type: ClassVar[Any] = bool
+
+    def convert(self, value: Any) -> bool:
+        if not isinstance(value, bool | str):
+            raise TypeError(value)
+        return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
+
+
+class Ratio(Kind):
+    """An aspect ratio, W:H."""
+
+    def check(self, name: str, value: str, *, where: str) -> None:
+        parse_ratio(value, where=where)
+
+
+class Texts(Kind):
+    """A list of texts; one text alone is a list of one."""
+
+    words: ClassVar[str] = "a list of texts"
+    option_type: ClassVar[Any] = list[str]
+
+    def convert(self, value: Any) -> tuple[Any, ...]:
+        if isinstance(value, str):
+            return (value,)
+        if not isinstance(value, list | tuple):
+            raise TypeError(value)
+        for each in value:
+            if not isinstance(each, str):
+                raise TypeError(each)
+        return tuple(value)
+
+
+class Loras(Texts):
+    """A list of adapters, each as NAME[:SCALE]."""
+
+    def convert(self, value: Any) -> tuple[LoraRef, ...]:
+        if isinstance(value, tuple) and all(isinstance(each, LoraRef) for each in value):
+            return value
+        return tuple(LoraRef.parse(text) for text in super().convert(value))
+
+
+def _check_range(name: str, value: float, *, low: float, high: float, where: str) -> None:
+    """Raise `UsageError` for a number outside `low` to `high`, and for NaN."""
+    if not low <= value <= high:
+        why = f"{str(value)[:40]} is not in {low} to {high}"
+        raise UsageError(f"{name} out of range", which=where, why=why)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting. `name` is its field and its key in settings files, rows and metadata."""
+
+    name: str
+    kind: Kind
+    help: str
+    flags: tuple[str, ...]
+    alias: str = ""  # another key for it in settings files, rows and variables: the flag's word
+    optional: bool = False  # None is a value of it
+
+    @property
+    def flag(self) -> str:
+        """The long flag on the command line."""
+        return self.flags[-1]
+
+
+_ROWS = (
+    Setting("preset", Text(), "Named settings, see flux presets; default dev.", ("-p", "--preset")),
+    Setting(
+        "model",
+        Text(r"[^\0]{1,1000}", "a folder, a file or a hub id"),
+        "Model folder, file or hub id; default: the preset's.",
+        ("-m", "--model"),
+    ),
+    Setting(
+        "text_encoders",
+        Texts(),
+        "Folder or file (CLIP, T5) for a model in one file.",
+        ("--text-encoders",),
+    ),
+    Setting(
+        "vae",
+        Text(),
+        "Folder or file of the VAE for a model in one file.",
+        ("--vae",),
+        optional=True,
+    ),
+    Setting(
+        "lora",
+        Loras(),
+        "PATH[:SCALE] or REPO[:FILE][:SCALE]; repeatable; none drops presets'.",
+        ("--lora",),
+    ),
+    Setting(
+        "aspect_ratio",
+        Ratio(),
+        f"W:H, e.g. {' '.join(ASPECT_RATIOS)}.",
+        ("--ar",),
+        alias="ar",
+    ),
+    Setting(
+        "image_size",
+        Side(MIN_SIZE_PX, 4096),
+        "Longest side in pixels, a multiple of 16.",
+        ("--size",),
+        alias="size",
+    ),
+    Setting(
+        "width",
+        Side(MULTIPLE_PX, 4096),
+        "Pixels; with --height, instead of --ar and --size.",
+        ("--width",),
+        optional=True,
+    ),
+    Setting(
+        "height",
+        Side(MULTIPLE_PX, 4096),
+        "Pixels; with --width.",
+        ("--height",),
+        optional=True,
+    ),
+    Setting("steps", Integer(1, 1000), "Denoising steps.", ("--steps",)),
+    Setting(
+        "guidance",
+        Number(0.0, 100.0),
+        "How closely to follow the prompt; none for schnell.",
+        ("--guidance",),
+        optional=True,
+    ),
+    Setting(
+        "seed",
+        Integer(-1, MAX_SEED),
+        "-1 picks one; the seed used is always reported.",
+        ("--seed",),
+    ),
+    Setting(
+        "count",
+        Integer(1, 10_000),
+        "Pictures; number k uses seed+k; default 1.",
+        ("-n", "--count"),
+    ),
+    Setting(
+        "text_tokens",
+        Integer(1, 512),
+        "T5 length; padding counts: it changes the picture.",
+        ("--text-tokens",),
+    ),
+    Setting(
+        "output",
+        Text(r"[^\0\ud800-\udc7f\udd00-\udfff]{1,4000}", "a file, a folder, a template or -"),
+        "File, folder/, - for stdout, or template of {seed} {n} {row} {slug} {preset} {width} {height} {date}.",
+        ("-o", "--output"),
+        optional=True,
+    ),
+    Setting(
+        "format",
+        ImageFormat("jpg|png|webp", "jpg, png or webp", ("jpg", "png", "webp")),
+        "jpg, png or webp.",
+        ("--format",),
+    ),
+    Setting("quality", Integer(1, 100), "1 to 100, for jpg and webp.", ("--quality",)),
+    Setting("metadata", Switch(), "Write the bare picture.", ("--no-metadata",)),
+    Setting(
+        "precision",
+        Text(
+            "auto|bf16|fp16|fp32|fp8|int8|nf4",
+            "auto, bf16, fp16, fp32, fp8, int8 or nf4",
+            ("auto", "bf16", "fp16", "fp32", "fp8", "int8", "nf4"),
+        ),
+        "auto, bf16, fp16, fp32, fp8, int8 or nf4.",
+        ("--precision",),
+    ),
+    Setting(
+        "vram_limit",
+        Bytes(1 << 20, 1 << 50),
+        "Plan as if the device had only so much, e.g. 8GiB.",
+        ("--vram-limit",),
+        optional=True,
+    ),
+    Setting(
+        "offload",
+        Text(
+            "auto|none|stream|sequential",
+            "auto, none, stream or sequential",
+            ("auto", "none", "stream", "sequential"),
+        ),
+        "auto, none, stream (blocks pass through) or sequential (least memory).",
+        ("--offload",),
+    ),
+    Setting(
+        "device",
+        Text(r"auto|cpu|mps|xpu(:\d{1,3})?|cuda(:\d{1,3})?", "auto, cpu, cuda[:n], mps or xpu[:n]"),
+        "auto, cpu, cuda[:n], mps or xpu[:n].",
+        ("--device",),
+    ),
+)
+
+SETTINGS: dict[str, Setting] = {row.name: row for row in _ROWS}
+ALIASES: dict[str, str] = {row.alias: row.name for row in _ROWS if row.alias}
+FORMATS = ("jpg", "png", "webp")
+
+
+def to_json_value(value: Any) -> Any:
+    """Return a setting's value as JSON has it: adapters as texts, tuples as lists."""
+    if isinstance(value, LoraRef):
+        return str(value)
+    if isinstance(value, tuple):
+        return [to_json_value(each) for each in value]
+    return value
+
+
+def flag(name: str) -> str:
+    """Return the command-line flag of a setting."""
+    return SETTINGS[name].flag
+
+
+def check(name: str, value: object, *, where: str) -> None:
+    """Raise `UsageError`, naming `where` it stood, if the setting cannot have this value.
+
+    The value must be of the field's type; None is always taken.
+    """
+    if value is not None:
+        SETTINGS[name].kind.check(name, value, where=where)
+
+
+def coerce(name: str, value: object, *, where: str) -> Any:
+    """Return a setting's text or TOML value as the field's type.
+
+    Raises `UsageError`, naming `where` it stood, for an unknown setting, a value of another type,
+    and a value out of range.
+    """
+    setting = SETTINGS.get(name)
+    if setting is None:
+        raise _unknown_setting(name, where=where)
+    if value is None and setting.optional:
+        return None
+    try:
+        converted = setting.kind.convert(value)
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        why = f"{name} is {str(value)[:60]!r}, not {setting.kind.words}"
+        raise UsageError("wrong value", which=where, why=why) from error
+    check(name, converted, where=where)
+    return converted
+
+
+def _unknown_setting(name: str, *, where: str) -> UsageError:
+    """Return the error for a name that is no setting, with the nearest one or all of them."""
+    near = get_close_matches(name, SETTINGS, n=1, cutoff=0.5)
+    hint = "known keys: " + " ".join(SETTINGS)
+    if near:
+        hint = f"did you mean {near[0]!r}?"
+    return UsageError("unknown setting", which=where, why=f"{name!r} is no setting", hint=hint)
