@@ -29,7 +29,7 @@ WINDOW = 16  # rows that are handed on together, where so many are there
 def draw_rows(source: str, prompt: str | None, options: dict, *, resume: bool, fail_fast: bool) -> int:
     """Draw every row; raises `BatchFailed` at the end where some of them failed."""
     given = given_settings(options)
-    check_stdout(options, given.get("output") == output.STDOUT)
+    check_stdout(options, picture=given.get("output") == output.STDOUT)
     if source == prompt == "-":
         raise UsageError("stdin cannot be read twice", which="--from -", hint="give a file")
     requests = Requests({} if prompt is None else {"prompt": read_prompt(prompt)}, given, resume=resume)

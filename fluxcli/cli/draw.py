@@ -21,7 +21,7 @@ def draw(
 ) -> int:  # fmt: skip
     """Plan, then run and show. `given` is what the command line said; `made` the model of the picture to make again."""
     target = output.parse_target(order, force=options["force"])
-    check_stdout(options, target.stdout)
+    check_stdout(options, picture=target.stdout)
     order = order.with_seed()
     if dry_run:
         return _dry_run(order, options)

@@ -1,46 +1,84 @@
-"""What the options of a drawing command mean: the request, the job, and how it is shown."""
+"""What the options of a drawing command mean: the prompt, what was said, how a run is shown."""
 
 import sys
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from fluxcli.cli import console
 from fluxcli.errors import UsageError
 from fluxcli.request.settings import SETTINGS
 
-STARTED = time.perf_counter()
+STARTED = time.perf_counter()  # about when the command did
 
 
-def given_settings(options: dict) -> dict:
-    """What the command line said of the request, by field name."""
-    settings = {k: v for k, v in options.items() if k in SETTINGS and v not in (None, [], ())}
-    return settings | ({"metadata": False} if options["no_metadata"] else {})
+def given_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that the command line gave, by field name."""
+    given = {
+        name: value
+        for name, value in options.items()
+        if name in SETTINGS and value not in (None, [], ())
+    }
+    if options["no_metadata"]:
+        given["metadata"] = False
+    return given
 
 
 def read_prompt(text: str) -> str:
-    """The prompt: `text`, or all of stdin for '-'; raises `UsageError` on a terminal, for bad UTF-8 or none."""
-    if text == "-" and (sys.stdin is None or sys.stdin.isatty()):
-        why, hint = "it is a terminal" if sys.stdin else "it is closed", "echo 'a red circle' | flux generate - -p tiny"
-        raise UsageError("no prompt on stdin", which="-", why=why, hint=hint)
+    """Return the prompt: `text` itself, or all of stdin for '-'.
+
+    Raises `UsageError` where stdin is a terminal or closed, and for bytes that are no UTF-8.
+    """
+    if text == "-":
+        return _decode(_read_stdin()).strip()
+    return _decode(text.encode("utf-8", "surrogateescape"))
+
+
+def _read_stdin() -> bytes:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError(
+            "no prompt on stdin",
+            which="-",
+            why="it is a terminal" if sys.stdin else "it is closed",
+            hint="echo 'a red circle' | flux generate - -p tiny",
+        )
+    return sys.stdin.buffer.read()
+
+
+def _decode(raw: bytes) -> str:
+    """Return the text of UTF-8 bytes, without a byte order mark and with \\n as the line end."""
     try:
-        raw = sys.stdin.buffer.read() if text == "-" else text.encode("utf-8", "surrogateescape")
-        prompt = raw.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
+        text = raw.decode("utf-8")
     except UnicodeError as error:
-        raise UsageError("the prompt is not valid UTF-8", why=f"byte {error.start}", hint="save it as UTF-8") from error
-    return prompt.strip() if text == "-" else prompt
+        why = f"byte {error.start}"
+        hint = "save it as UTF-8"
+        raise UsageError("the prompt is not valid UTF-8", why=why, hint=hint) from error
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
-def check_stdout(options: dict, stdout: bool) -> None:
-    """Raise `UsageError` where several want stdout for themselves."""
-    if sum((options["json_output"], options["events"], stdout)) > 1:
-        raise UsageError("--json, --events and -o - exclude each other", why="each needs stdout for itself")
+def check_stdout(options: Mapping[str, Any], *, picture: bool) -> None:
+    """Raise `UsageError` where several want stdout; `picture` says that -o - wants it."""
+    wanted = [options["json_output"], options["events"], picture]
+    if wanted.count(True) > 1:
+        raise UsageError(
+            "--json, --events and -o - exclude each other", why="each needs stdout for itself"
+        )
 
 
-def job_options(options: dict) -> dict:
-    """What a job takes of the command line, beside requests."""
-    return {"force": options["force"], "no_wait": options["no_wait"], "prompt_cache": not options["no_cache"]}
+def job_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a job takes of the command line beside its rows."""
+    return {
+        "force": options["force"],
+        "no_wait": options["no_wait"],
+        "prompt_cache": not options["no_cache"],
+    }
 
 
-def reporter_of(options: dict) -> console.Reporter:
-    """Shows a run as the command line asks for."""
-    shown = {"quiet": options["quiet"], "events": options["events"], "json_output": options["json_output"]}
-    return console.Reporter(**shown, started=STARTED)
+def reporter_of(options: Mapping[str, Any]) -> console.Reporter:
+    """Return what shows a run in the way that the command line asks for."""
+    return console.Reporter(
+        quiet=options["quiet"],
+        events=options["events"],
+        json_output=options["json_output"],
+        started=STARTED,
+    )
