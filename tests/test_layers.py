@@ -1,6 +1,7 @@
 """Imports go down only, heavy libraries are imported where they may be, every module says what it is."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "diffusers", "transformers", "bitsandbytes", "optimum", "numpy", "PIL", "safetensors", "numba"}
+# The torch line: these may import torch at the top; nothing else does, nor imports one of these there.
+TORCH = ("fluxcli.engine", "fluxcli.run.session", "fluxcli.run.saving")
+TORCH += ("quant.linear", "quant.codecs", "quant.nf4", "quant.bake")
+AT_THE_TOP = {"torch", "numpy", "safetensors"}  # of the heavy ones; the others are slow, and not always needed
 LAZY = "quant.lazy"  # gives heavy modules by name; what is stdlib only may not have them so, either
-TORCH_MODULE = "quant.linear"  # its classes are torch modules; it is imported inside functions
 
 # Packages and lone modules from the ground up; what shares a floor does not import each other.
 FLOORS = [
@@ -35,7 +39,6 @@ STDLIB_ONLY = (
 )
 UPWARD = {  # what still has to be straightened
     ("fluxcli.plan.costs", "fluxcli.models.loras"),
-    ("fluxcli.run.worker", "fluxcli.cli.console"),
 }
 
 
@@ -79,9 +82,8 @@ def test_the_table_has_a_place_for_every_module():
 @pytest.mark.parametrize(("module", "path"), sources().items())
 def test_imports_go_down(module, path):
     here = place_of(module)
-    for imported in (
-        imports(path, top_level=False) & set(sources()) - set(LEVEL) | imports(path, top_level=False) & NEIGHBOURS
-    ):
+    found = imports(path, top_level=False)
+    for imported in found & set(sources()) - set(LEVEL) | found & NEIGHBOURS:
         there = place_of(imported)
         if not there or there == here or (module, imported) in UPWARD or {here, there} <= NEIGHBOURS:
             continue
@@ -89,21 +91,45 @@ def test_imports_go_down(module, path):
 
 
 @pytest.mark.parametrize(("module", "path"), sources().items())
-def test_nothing_heavy_at_module_level(module, path):
+def test_nothing_heavy_at_module_level_above_the_torch_line(module, path):
     tops = {name.partition(".")[0] for name in imports(path, top_level=True)}
-    assert tops & HEAVY == ({"torch"} if module == TORCH_MODULE else set())
-    assert TORCH_MODULE not in imports(path, top_level=True)
+    assert tops & HEAVY <= (AT_THE_TOP if module.startswith(TORCH) else set())
     if module.startswith(STDLIB_ONLY):
         assert LAZY not in imports(path, top_level=False)
         assert tops <= set(sys.stdlib_module_names) | {"quant", "fluxcli"}
 
 
-def test_importing_every_module_loads_nothing_heavy():
-    modules = [module for module in sources() if module not in ("fluxcli.__main__", TORCH_MODULE)]
-    code = f"import sys, importlib\nfor m in {modules}:\n    importlib.import_module(m)\n"
-    code += f"print(sorted({HEAVY} & set(sys.modules)))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert run.stdout.strip() == "[]"
+def loaded_by(code: str) -> set[str]:
+    """The top-level names of the modules that a new interpreter has loaded after this code."""
+    code += "\nimport sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    return set(run.stdout.splitlines()[-1].split())
+
+
+def test_importing_every_module_above_the_torch_line_loads_nothing_heavy():
+    modules = [module for module in sources() if not module.startswith((*TORCH, "fluxcli.__main__"))]
+    assert "fluxcli.cli.app" in modules and "fluxcli.run.dispatch" in modules
+    code = f"import importlib\nfor module in {modules}: importlib.import_module(module)"
+    assert not loaded_by(code) & HEAVY
+
+
+TYPER = {  # and what it stands on
+    "typer", "rich", "click", "annotated_doc", "shellingham", "pygments", "markdown_it", "mdurl", "typing_extensions",
+}  # fmt: skip
+
+
+def test_help_loads_the_standard_library_and_typer_alone():
+    found = loaded_by("from fluxcli.cli.app import _run; _run(['--help'])")
+    assert found <= set(sys.stdlib_module_names) | TYPER | {"quant", "fluxcli", "__main__"}
+    assert {"typer", "fluxcli"} <= found
+
+
+def test_a_plan_for_another_card_loads_no_torch():
+    found = loaded_by("from fluxcli.cli.app import _run; assert _run(['plan', '--card', '12GiB:sm89']) == 0")
+    assert not found & HEAVY and "fluxcli" in found
 
 
 def test_every_module_says_what_it_is():
