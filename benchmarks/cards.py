@@ -29,9 +29,10 @@ from unittest import mock
 import torch
 
 from benchmarks.counting import CARD, Counter, packed
+from fluxcli.engine import decode, text
 from fluxcli.engine import device as hardware
-from fluxcli.engine import sampling
 from fluxcli.engine.engine import Engine
+from fluxcli.engine.picture import Picture
 from fluxcli.events import Phase, Step
 from fluxcli.models import find as models
 from fluxcli.plan import costs
@@ -66,13 +67,15 @@ def random_model() -> Iterator[Checkpoint]:
             tensors[suffix] = flat.view(shape)
         return tensors
 
-    tokens = torch.ones(1, 77, dtype=torch.long), torch.ones(1, 512, dtype=torch.long), ""
+    tokens = text.TokenIds(
+        torch.ones(1, 77, dtype=torch.long), torch.ones(1, 512, dtype=torch.long), ""
+    )
     with (
         mock.patch.object(Reader, "weight", weight),
         mock.patch("quant.codecs.check_values", lambda *_: None),
         mock.patch.object(linear, "offset_of", lambda _: 0.0),
-        mock.patch.object(sampling, "is_finite", lambda _: True),
-        mock.patch.object(sampling, "tokenize", lambda *_: tokens),
+        mock.patch.object(decode, "is_finite", lambda _: True),
+        mock.patch.object(text, "tokenize", lambda *_: tokens),
         mock.patch.object(Checkpoint, "fingerprint", "random"),
     ):
         yield models.known_shapes(DEV)
@@ -88,7 +91,7 @@ def run(engine: Engine, request: Order, counter: Counter | None) -> tuple[dict, 
             torch.cuda.reset_peak_memory_stats()
 
     with torch.no_grad(), counter or contextlib.nullcontext():
-        for event in engine.picture(request):
+        for event in engine.draw([Picture(request)]):
             if isinstance(event, Phase):
                 close()
                 loads = {"transformer": "denoise", "vae": "decode"}.get(event.detail, phase)

@@ -19,6 +19,7 @@ from PIL import Image
 
 from fluxcli.engine import device as hardware
 from fluxcli.engine.engine import Engine
+from fluxcli.engine.picture import Picture
 from fluxcli.models import find as models
 from fluxcli.plan import planner as plan
 from fluxcli.request.fields import Order
@@ -44,12 +45,10 @@ def picture(engine: Engine, fact: data.Fact, seed: int) -> np.ndarray:
     request = Order.from_settings(
         data.prompt(fact), {"preset": "tiny", "model": "bundled/tiny", "seed": seed, "device": "cpu"} | SIZE
     )
-    run = engine.picture(request)
-    while True:
-        try:
-            next(run)
-        except StopIteration as finished:
-            return finished.value
+    drawn = Picture(request.request)
+    for _ in engine.draw([drawn]):
+        pass
+    return drawn.pixels
 
 
 def measure(name: str, facts: list[data.Fact], reference: list[np.ndarray]) -> tuple[dict, list[np.ndarray]]:

@@ -13,7 +13,7 @@ from fluxcli.pictures import names as output
 from fluxcli.pictures.image import pixels_sha256, read_metadata
 from fluxcli.plan.placement import Residency
 from quant.checkpoint import Checkpoint, inspect
-from tests.support.helpers import draw, engine_of, read_pixels, run, tiny
+from tests.support.helpers import draw, engine_of, picture_of, read_pixels, run, tiny
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,10 @@ def test_a_new_guidance_makes_new_tables_but_no_new_embeddings(engine):
 
 def test_encoders_leave_when_the_plan_does_not_keep_them(checkpoint):
     engine = engine_of(checkpoint)
-    engine.stage.plan = replace(engine.plan, residency=Residency(keep=("transformer", "vae")))
+    apart = replace(engine.plan, residency=Residency(keep=("transformer", "vae")))
+    engine.adopt(apart, engine.hardware)
     draw(engine, tiny())
-    assert set(engine.stage._models) == {"transformer", "vae"}
+    assert set(engine.components.loaded) == {"transformer", "vae"}
 
 
 def test_same_request_same_pixels_and_another_seed_other_pixels(checkpoint, engine):
@@ -111,7 +112,7 @@ def test_a_prompt_beyond_the_text_tokens_names_what_is_lost(engine):
 def test_nan_in_the_latents_is_an_error_and_no_file(checkpoint, tmp_path):
     engine = engine_of(checkpoint)
     draw(engine, tiny())
-    engine.stage._models["transformer"].proj_out.weight.data[0, 0] = float("nan")
+    engine.components.loaded["transformer"].module.proj_out.weight.data[0, 0] = float("nan")
     request = tiny(output=f"{tmp_path}/out/")
     target = output.parse_target(request)
     with pytest.raises(NotFinite):
@@ -121,9 +122,10 @@ def test_nan_in_the_latents_is_an_error_and_no_file(checkpoint, tmp_path):
 
 def test_a_vae_that_overflows_is_run_once_more_in_float32(checkpoint):
     engine = engine_of(checkpoint)
-    engine.stage.plan = replace(engine.plan, dtypes=engine.plan.dtypes | {"vae": "bfloat16"})
+    half = replace(engine.plan, dtypes=engine.plan.dtypes | {"vae": "bfloat16"})
+    engine.adopt(half, engine.hardware)
     draw(engine, tiny())
-    vae, calls = engine.stage._models["vae"], []
+    vae, calls = engine.components.loaded["vae"].module, []
     real = vae.decode
 
     def decode(latents, **options):
@@ -143,7 +145,7 @@ def test_a_vae_that_overflows_is_run_once_more_in_float32(checkpoint):
 
 
 def test_closing_the_generator_stops_within_a_step(engine):
-    drawing = engine.picture(tiny(steps=50))
+    drawing = engine.draw([picture_of(engine, tiny(steps=50))])
     for event in drawing:
         if isinstance(event, Step) and event.index == 2:
             break

@@ -82,7 +82,7 @@ def dequantizing(model: nn.Module) -> nn.Module:
 
 
 def load(component: Component, **options: object) -> nn.Module:
-    return load_component(component, dtype=torch.float32, device="cpu", **options)
+    return load_component(component, dtype=torch.float32, device="cpu", **options).module
 
 
 def packed_in(file: Path) -> set[str]:
@@ -184,7 +184,8 @@ def test_transformers_opens_the_nf4_t5(baked, tiny_folder, keep):
     four_bit = {name for name, layer in theirs.named_modules() if isinstance(layer, bitsandbytes.nn.Linear4bit)}
     assert four_bit == packed_in(folder / "model.safetensors")
     assert len(four_bit) == (12 if not keep else 5) and not [name for name in four_bit if name.endswith("wo")]
-    ours = load_component(inspect(folder.parent).components["text_encoder_2"], dtype=torch.bfloat16, device="cpu")
+    component = inspect(folder.parent).components["text_encoder_2"]
+    ours = load_component(component, dtype=torch.bfloat16, device="cpu").module
     assert {name for name, layer in ours.named_modules() if isinstance(layer, NF4Linear)} == four_bit
     for name in four_bit:
         weight = theirs.get_submodule(name).weight

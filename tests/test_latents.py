@@ -1,6 +1,5 @@
 """Latents that were kept: read as written, refused when they are something else, finished to the very same pixels."""
 
-import copy
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from fluxcli.cli.options import REQUEST_OPTIONS
+from fluxcli.engine.denoise import make_noise
 from fluxcli.engine.engine import Engine
 from fluxcli.engine.picture import Picture
 from fluxcli.errors import BadInputFile, ExitCode
@@ -40,10 +40,12 @@ def engine(tiny_folder: Path) -> Engine:
 @pytest.fixture(scope="module")
 def drawing(engine: Engine) -> tuple[dict[int, Latents], np.ndarray]:
     """(the latents before and after every step, the pixels) of one uninterrupted run."""
-    alone, kept = Picture(REQUEST), {}
-    for event in engine.window([alone]):
-        if alone.latents and (alone.latents.step == 0 or isinstance(event, Step)):
-            kept[alone.latents.step] = copy.copy(alone.latents)
+    alone, model = Picture(REQUEST.request), engine.checkpoint.fingerprint
+    noise = make_noise(REQUEST.request.seed, REQUEST.request.size, dtype=torch.float32)
+    kept = {0: Latents(REQUEST, noise, 0, model)}
+    for event in engine.draw([alone]):
+        if isinstance(event, Step):
+            kept[alone.step] = Latents(REQUEST, alone.tokens, alone.step, model)
     return kept, alone.pixels
 
 

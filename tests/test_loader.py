@@ -33,7 +33,7 @@ def rewrite(folder: Path, change) -> None:
 
 
 def load(folder: Path, name: str) -> torch.nn.Module:
-    return load_component(inspect(folder).components[name], dtype=torch.float32, device="cpu")
+    return load_component(inspect(folder).components[name], dtype=torch.float32, device="cpu").module
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
@@ -155,7 +155,7 @@ def test_what_is_skipped_stays_meta_packed_or_not(baked):
 
     for folder in (baked("fp8", **BAKED["fp8"]), baked("fp8", **BAKED["fp8"], modulation="fp8")):
         component = inspect(folder).components["transformer"]
-        module = load_component(component, dtype=torch.float32, device="cpu", skip=is_modulation)
+        module = load_component(component, dtype=torch.float32, device="cpu", skip=is_modulation).module
         meta = {name for name, tensor in module.named_parameters() if tensor.is_meta}
         assert meta == {name for name in component.weights if is_modulation(name)}
 

@@ -19,16 +19,17 @@ from torch import nn
 
 from benchmarks.counting import CARD, Counter
 from fluxcli.engine.engine import Engine
-from fluxcli.engine.loader import _single_block
+from fluxcli.engine.loader import fused_single_block
 from fluxcli.engine.lora_hooks import attach
 from fluxcli.events import Phase
 from fluxcli.request.fields import Order
+from fluxcli.run.saving import make_metadata
 from quant import lora
 from quant.checkpoint import Checkpoint, Component, inspect
 from quant.errors import CheckpointError
 from quant.single_file import assemble_checkpoint
 from quant.spec import QuantSpec
-from tests.support.helpers import BAKED, ROOT, changed, draw, engine_of, tiny
+from tests.support.helpers import BAKED, ROOT, changed, draw, engine_of, picture_of, tiny
 from tests.support.loras import linear_layers, low_rank, peft_tensors, write_described, write_lora, write_special
 from tests.test_placement import WAYS, forward, inputs, place
 
@@ -144,12 +145,16 @@ def model_in(dialect: str, exported: Callable, tiny_folder: Path) -> tuple[Check
     return inspect(tiny_folder), tiny(precision=dialect)
 
 
+def loaded_modules(engine: Engine) -> dict[str, torch.nn.Module]:
+    return {name: loaded.module for name, loaded in engine.components.loaded.items()}
+
+
 @pytest.mark.parametrize("dialect", ["fp32", *BAKED, "gguf Q8_0", "nf4 v1"])
 def test_switching_adapters_loads_nothing_and_leaves_the_base_as_it_was(dialect, files, exported, tiny_folder):
     checkpoint, request = model_in(dialect, exported, tiny_folder)
     engine, precision = engine_of(checkpoint, request), request.resources.precision
     _, plain = draw(engine, request)
-    models = dict(engine.stage._models)
+    models = loaded_modules(engine)
     assert {"transformer", "text_encoder", "text_encoder_2"} <= set(models)
     before = {name: digest(model) for name, model in models.items()}
     pictures = []
@@ -157,12 +162,12 @@ def test_switching_adapters_loads_nothing_and_leaves_the_base_as_it_was(dialect,
         asked = changed(using(files, **dict.fromkeys(names, 0.5)), precision=precision)
         events, pixels = draw(engine, asked)
         assert {event.detail for event in events if isinstance(event, Phase) and event.name == "load"} <= {"tokenizers"}
-        assert {name: digest(model) for name, model in engine.stage._models.items()} == before
+        assert {name: digest(model) for name, model in loaded_modules(engine).items()} == before
         assert apart(pixels, plain) > MOVES
         pictures.append(pixels)
     assert np.array_equal(pictures[0], pictures[3]) and not np.array_equal(pictures[0], pictures[1])
     assert np.array_equal(draw(engine, request)[1], plain)
-    assert all(engine.stage._models[name] is model for name, model in models.items())
+    assert all(loaded_modules(engine)[name] is model for name, model in models.items())
     assert {name: digest(model) for name, model in models.items()} == before
 
 
@@ -228,7 +233,7 @@ def resident(
         given = inputs(dtype)
         model = place(component, (), dtype=dtype, spec=spec)
         plain = forward(model, given)
-        attach(model, adapters, "transformer", dtype=dtype, device=CARD)
+        attach(model.module, adapters, "transformer", places=model.places, dtype=dtype, device=CARD)
         return Resident(component, dtype, spec, plain, forward(model, given))
 
     return of
@@ -246,7 +251,7 @@ def test_every_placement_gives_the_resident_result_bit_for_bit(resident, adapter
     given = inputs(wanted.dtype)
     model = place(wanted.component, blocks, arena=arena, dtype=wanted.dtype, spec=wanted.spec)
     for _ in range(2):
-        handles = attach(model, adapters, "transformer", dtype=wanted.dtype, device=CARD)
+        handles = attach(model.module, adapters, "transformer", places=model.places, dtype=wanted.dtype, device=CARD)
         for _ in range(2):
             assert torch.equal(forward(model, given), expected)
         for handle in handles:
@@ -268,10 +273,10 @@ def test_a_layer_adds_the_product_to_what_it_gives_alone(checkpoint, tmp_path, b
     for n, each in enumerate(pairs):
         save_file(peft_tensors("transformer", each), tmp_path / f"{n}.safetensors")
     adapters = [lora.read_adapter(tmp_path / f"{n}.safetensors", checkpoint.components, scale=n + 0.5) for n in (0, 1)]
-    layer, x = model.single_transformer_blocks[0].proj_in, torch.randn(1, 5, 128)
+    layer, x = model.module.single_transformer_blocks[0].proj_in, torch.randn(1, 5, 128)
     with torch.no_grad():
         plain = layer(x)
-        attach(model, adapters, "transformer", dtype=torch.float32, device=CARD)
+        attach(model.module, adapters, "transformer", places=model.places, dtype=torch.float32, device=CARD)
         added = layer(x) - plain
         for name, columns in (("attn.to_k", slice(128, 256)), ("proj_mlp", slice(384, None))):
             (a, b), (c, d) = (each[f"single_transformer_blocks.0.{name}"] for each in pairs)
@@ -286,12 +291,12 @@ def test_blocks_with_adapters_compile_without_a_break(checkpoint, files, monkeyp
     adapters = [lora.read_adapter(files["blocks"], checkpoint.components, scale=0.5)]
     model = place(component, ())
     plain = forward(model, given)
-    attach(model, adapters, "transformer", dtype=torch.float32, device=CARD)
+    attach(model.module, adapters, "transformer", places=model.places, dtype=torch.float32, device=CARD)
     expected = forward(model, given)
-    kind = _single_block()
+    kind = fused_single_block()
     monkeypatch.setattr(kind, "forward", torch.compile(kind.forward, backend="eager", fullgraph=True))
     model = place(component, (2, 3, 4, 6))
-    attach(model, adapters, "transformer", dtype=torch.float32, device=CARD)
+    attach(model.module, adapters, "transformer", places=model.places, dtype=torch.float32, device=CARD)
     for _ in range(2):
         assert torch.equal(forward(model, given), expected)
     assert not torch.allclose(expected, plain, rtol=0.1)
@@ -305,7 +310,7 @@ def test_an_adapter_takes_its_own_bytes_and_those_of_the_small_product(checkpoin
         given, model = inputs(), place(component, ())
         forward(model, given)
         bare, before = counter.live[True], counter.peaks.pop("")
-        handles = attach(model, [adapter], "transformer", dtype=torch.float32, device=CARD)
+        handles = attach(model.module, [adapter], "transformer", places=model.places, dtype=torch.float32, device=CARD)
         held = counter.live[True] - bare
         counter.peaks.clear()
         forward(model, given)
@@ -338,7 +343,8 @@ def test_an_adapter_that_is_not_finite_leaves_nothing_behind(files, engine, tmp_
 def test_a_picture_is_described_though_its_adapter_is_gone(files, checkpoint, tmp_path):
     path = shutil.copy(files["blocks"], tmp_path / "x.safetensors")
     request, engine = tiny(lora=(f"{path}:1.0",)), engine_of(checkpoint)
-    draw(engine, request)
+    picture = picture_of(engine, request)
+    list(engine.draw([picture]))
     Path(path).unlink()
-    (identity,) = engine.metadata(request)["lora"].values()
+    (identity,) = make_metadata(engine, request, picture.adapters)["lora"].values()
     assert identity == f"{lora.read_adapter(files['blocks'], checkpoint.components).identity} x 1.0"

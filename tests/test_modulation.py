@@ -27,14 +27,14 @@ def pooled(checkpoint) -> torch.Tensor:
 
 
 def conditioned(pooled, guidance=3.5, timesteps=STEPS):
-    return modulation.condition(pooled, weights="w", guidance=guidance, timesteps=timesteps)
+    return modulation.make_condition(pooled, weights="w", guidance=guidance, timesteps=timesteps)
 
 
 def test_rows_equal_what_diffusers_computes_step_by_step(checkpoint, pooled):
     component = checkpoint.components["transformer"]
     item = conditioned(pooled)
     table = modulation.make_tables(component, [item])[item]
-    model = load_component(component, dtype=torch.float32, device="cpu")
+    model = load_component(component, dtype=torch.float32, device="cpu").module
     for k, timestep in enumerate(STEPS):
         temb = model.time_text_embed(timestep[None] / 1000 * 1000, torch.tensor([3.5]) * 1000, pooled)
         at = 0
@@ -54,7 +54,7 @@ def test_the_key_holds_everything_a_table_depends_on(pooled):
         conditioned(pooled, guidance=3.6),
         conditioned(pooled, timesteps=STEPS[:2]),
         conditioned(pooled.to(torch.bfloat16)),
-        modulation.condition(pooled, weights="v", guidance=3.5, timesteps=STEPS),
+        modulation.make_condition(pooled, weights="v", guidance=3.5, timesteps=STEPS),
         replace(base, adapters=(("lora", 1.0),)),
         replace(base, adapters=(("lora", 0.5),)),
     ]
@@ -73,7 +73,7 @@ def test_many_prompts_in_one_pass_give_each_prompts_own_bits(checkpoint, pooled)
 def test_after_condition_no_modulation_weight_has_storage_and_no_linear_runs(checkpoint, monkeypatch):
     engine = engine_of(checkpoint)
     draw(engine, tiny())
-    model = engine.stage._models["transformer"]
+    model = engine.components.loaded["transformer"].module
     owners = [name for name, _ in model.named_parameters() if is_modulation(name)]
     assert owners == []
     count = sum(p.numel() for p in model.parameters())
@@ -95,13 +95,13 @@ def test_after_condition_no_modulation_weight_has_storage_and_no_linear_runs(che
 def test_every_norm_looks_at_one_static_row(checkpoint):
     engine = engine_of(checkpoint)
     draw(engine, tiny())
-    model, row = engine.stage._models["transformer"], engine.stage.row._row
+    model, row = engine.components.loaded["transformer"].module, engine.components.modulation_row._row
     views = [model.get_submodule(n)() for n in modulation.linear_names(checkpoint.components["transformer"])]
     storage = {view.untyped_storage().data_ptr() for view in views}
     assert storage == {row.untyped_storage().data_ptr()}
     before = row.data_ptr()
     table = torch.arange(2 * row.shape[1], dtype=torch.float32).view(2, -1)
-    engine.stage.row.select(table, 1)
+    engine.components.modulation_row.select(table, 1)
     assert row.data_ptr() == before
     assert torch.equal(torch.cat(views, dim=1), table[1:2])
 
@@ -110,7 +110,7 @@ def test_order_of_selection_decides_not_the_number_of_calls(checkpoint):
     """A forward that is repeated or skipped (step caches, retries) sees the same row."""
     engine = engine_of(checkpoint)
     _, expected = draw(engine, tiny())
-    model = engine.stage._models["transformer"]
+    model = engine.components.loaded["transformer"].module
     forward = model.forward
 
     def twice(*args, **kwargs):

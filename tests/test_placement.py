@@ -14,8 +14,8 @@ from torch import nn
 from benchmarks.counting import CARD, Counter
 from fluxcli.engine import modulation
 from fluxcli.engine import streaming as placement
-from fluxcli.engine.components import Stage
-from fluxcli.engine.loader import _single_block
+from fluxcli.engine.components import Components
+from fluxcli.engine.loader import LoadedComponent, fused_single_block
 from fluxcli.engine.streaming import Bus, load_component
 from fluxcli.plan import costs
 from fluxcli.plan.placement import Residency
@@ -40,12 +40,12 @@ def component(tiny_folder: Path) -> Component:
 def place(
     component: Component, blocks: Sequence[int], *, arena: bool = True, dtype: torch.dtype = torch.float32,
     spec: QuantSpec | None = None,
-) -> nn.Module:  # fmt: skip
+) -> LoadedComponent:  # fmt: skip
     """The transformer on the simulated card, every modulation value 0.1."""
     names = [costs.block_names(component)[i] for i in blocks]
     options = {"dtype": dtype, "device": CARD, "spec": spec, "skip": is_modulation}
-    model = load_component(component, blocks=names, arena=arena, **options)
-    modulation.ModulationRow(model, component, dtype=dtype, device=CARD)._row.fill_(0.1)
+    model = load_component(component, blocks=names, from_arena=arena, **options)
+    modulation.ModulationRow(model.module, component, dtype=dtype, device=CARD)._row.fill_(0.1)
     return model
 
 
@@ -58,8 +58,8 @@ def inputs(dtype: torch.dtype = torch.float32) -> dict:
 
 
 @torch.no_grad()
-def forward(model: nn.Module, given: dict) -> torch.Tensor:
-    return model(**given, return_dict=False)[0]
+def forward(model: LoadedComponent, given: dict) -> torch.Tensor:
+    return model.module(**given, return_dict=False)[0]
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Recorded(Bus):
 @pytest.fixture(params=[False, True], ids=["copies at once", "copies at the last moment"])
 def bus(request, monkeypatch) -> Iterator[Recorded]:
     recorded = Recorded(late=request.param)
-    monkeypatch.setattr(placement, "bus_of", lambda _: recorded)
+    monkeypatch.setattr(placement, "make_bus", lambda _: recorded)
     return recorded
 
 
@@ -173,7 +173,7 @@ def test_skipped_blocks_and_broken_forwards_do_no_harm(component, bus):
     given = inputs()
     expected = forward(place(component, ()), given)
     model = place(component, (1, 3, 4, 6))
-    block, bus.late = model.single_transformer_blocks[2], False
+    block, bus.late = model.module.single_transformer_blocks[2], False
     real = block.forward
 
     def broken(*_: object, **__: object) -> None:
@@ -248,7 +248,7 @@ def test_sequential_blocks_hold_no_memory(component):
         model = place(component, range(7), arena=False)
         forward(model, inputs())
         gc.collect()
-        held = [p for name, p in model.named_parameters() if "transformer_blocks" in name and not p.is_meta]
+        held = [p for name, p in model.module.named_parameters() if "transformer_blocks" in name and not p.is_meta]
     assert held == []
     whole = 4 * sum(weight.numel for weight in component.weights.values())
     assert counter.live[True] < whole / 4
@@ -262,7 +262,7 @@ def test_compiled_blocks_stream(component, monkeypatch):
     torch._dynamo.reset()  # what other tests compiled counts towards its limit
     given = inputs()
     expected = forward(place(component, ()), given)
-    kind = _single_block()
+    kind = fused_single_block()
     monkeypatch.setattr(kind, "forward", torch.compile(kind.forward, backend="eager", fullgraph=True))
     model = place(component, (2, 3, 4, 6))
     for _ in range(2):
@@ -278,7 +278,7 @@ def test_what_the_driver_does_not_pin_streams_all_the_same_and_is_said(component
 
 def test_only_cuda_has_a_bus_of_its_own():
     for device in ("cpu", "mps", "xpu:0"):
-        assert type(placement.bus_of(device)) is Bus
+        assert type(placement.make_bus(device)) is Bus
 
 
 STREAMED = {"denoise": "streamed", "decode": "alone"}
@@ -294,9 +294,11 @@ STREAMED = {"denoise": "streamed", "decode": "alone"}
 )  # fmt: skip
 def test_a_placement_goes_down_when_it_must_and_up_when_it_can(tiny_folder, loaded, first, then, placed, stays):
     engine = engine_of(inspect(tiny_folder))
-    stage = Stage(engine.checkpoint, replace(engine.plan, residency=Residency(**first)))
+    before = replace(engine.plan, residency=Residency(**first))
+    components = Components(engine.checkpoint, before, engine.hardware)
     if loaded:
-        stage._models["transformer"] = object()
-    stage.adopt(replace(engine.plan, residency=Residency(**then)))
-    assert (stage.plan.residency.denoise, stage.plan.residency.streamed) == placed
-    assert ("transformer" in stage._models) == stays
+        components.loaded["transformer"] = LoadedComponent(nn.Module(), {})
+    components.adopt(replace(engine.plan, residency=Residency(**then)), engine.hardware)
+    now = components.plan.residency
+    assert (now.denoise, now.streamed) == placed
+    assert ("transformer" in components.loaded) == stays

@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType
 from safetensors.torch import save_file
 from torch import nn
 
-from fluxcli.engine.loader import matching, read_tensors
+from fluxcli.engine.loader import count_matching, read_tensors
 from fluxcli.engine.streaming import load_component
 from fluxcli.models import find as models
 from quant import codecs
@@ -109,7 +109,7 @@ def test_a_published_file_is_read_whole_by_its_header(name, blank):
     kind = "schnell" if "schnell" in name else "dev"
     for part, component in found.items():
         known = KNOWN[kind][part]
-        there, needed = matching(replace(component, config=component.config or known.config))
+        there, needed = count_matching(replace(component, config=component.config or known.config))
         assert there == needed == len(known.weights) + (part == "text_encoder_2")  # one tensor under two names
         assert component.numel == known.numel == (NUMEL | {"transformer": NUMEL_OF_TRANSFORMER[kind]})[part]
         assert component.config | known.config == component.config or not component.config
@@ -148,7 +148,7 @@ def test_a_t5_names_its_vocabulary_once_even_if_it_is_stored_under_its_other_nam
         patched.setattr(published, "tensors", lambda _: {n: info for n, info in names.items() if n != "shared.weight"})
         exports.blank("t5xxl_fp16", path)
     part = replace(inspect_file(path)["text_encoder_2"], config=KNOWN["dev"]["text_encoder_2"].config)
-    assert matching(part) == (220, 220) and part.numel == NUMEL["text_encoder_2"]
+    assert count_matching(part) == (220, 220) and part.numel == NUMEL["text_encoder_2"]
 
 
 # --- values
@@ -170,7 +170,7 @@ def test_every_weight_is_what_the_formats_library_reads(dialect, exported, tiny_
     assert same(values_of(part), expected)
     plain = values_of(inspect(tiny_folder).components["transformer"])
     assert same(plain, expected) == (dialect in LOSSLESS)
-    module = load_component(part, dtype=torch.float32, device="cpu")
+    module = load_component(part, dtype=torch.float32, device="cpu").module
     compared, packed = {name for name in expected if not name.endswith("weight")}, 0
     for name, layer in module.named_modules():
         if isinstance(layer, QuantizedLinear | nn.Linear):
@@ -222,7 +222,7 @@ def test_a_t5_of_llama_cpp_has_the_values_that_gguf_reads(kind, tiny_folder):
         inspect_file(Path("t5.gguf"))["text_encoder_2"], config=inspect(tiny_folder).components["text_encoder_2"].config
     )
     assert same(values_of(part), expected)
-    module = load_component(part, dtype=torch.float32, device="cpu")
+    module = load_component(part, dtype=torch.float32, device="cpu").module
     packed = {name for name, layer in module.named_modules() if isinstance(layer, QuantizedLinear)}
     assert len(packed) == (0 if kind == "F16" else 12)  # not `wo`, which transformers keeps in float32
     for name in packed:

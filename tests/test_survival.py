@@ -1,8 +1,9 @@
-"""Memory that runs out: each phase goes on by the next rung, pixels unchanged; after the last the latents are kept."""
+"""Memory that runs out: each phase steps down, pixels unchanged; after the last step the latents are kept."""
 
 import contextlib
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,9 @@ import pytest
 import torch
 
 from benchmarks.counting import CARD, Counter
+from fluxcli.engine import denoise
 from fluxcli.engine import device as hardware
-from fluxcli.engine import sampling
-from fluxcli.engine.engine import Engine
+from fluxcli.engine.engine import PHASES, Engine, Phase
 from fluxcli.errors import DoesNotFit, ExitCode
 from fluxcli.events import Notice
 from fluxcli.pictures import latents
@@ -22,7 +23,7 @@ from fluxcli.plan.planner import make_plan
 from fluxcli.run import lock, margin, session
 from fluxcli.run.margin import read_margin
 from quant.checkpoint import Checkpoint, inspect
-from tests.support.helpers import draw, engine_of, machine, read_pixels, tiny
+from tests.support.helpers import draw, engine_of, machine, picture_of, read_pixels, tiny
 from tests.support.invariant import assert_failed, call
 from tests.support.simulate import follow, on_card
 
@@ -37,10 +38,10 @@ def expected(checkpoint) -> np.ndarray:
     return draw(engine_of(checkpoint), tiny())[1]
 
 
-def simulated(checkpoint: Checkpoint) -> Engine:
+def simulated(checkpoint: Checkpoint, **options: object) -> Engine:
     here = machine(8)
     _, made = make_plan(tiny(precision="fp32"), [checkpoint], here)
-    return on_card(checkpoint, made, here)
+    return on_card(checkpoint, made, here, **options)
 
 
 def notices(events: list) -> list[str]:
@@ -76,30 +77,29 @@ def test_wherever_an_allocation_fails_the_picture_is_the_same(checkpoint, expect
     ids=lambda error: str(error)[:20],
 )
 def test_what_other_back_ends_call_it_counts(error, checkpoint, expected, monkeypatch):
-    real, failed = sampling.step, []
+    real, failed = denoise.take_step, []
 
-    def step(*arguments: object) -> torch.Tensor:
+    def step(*arguments: object, **inputs: object) -> torch.Tensor:
         if len(failed) < 2:
             failed.append(1)
             raise error
-        return real(*arguments)
+        return real(*arguments, **inputs)
 
-    monkeypatch.setattr(sampling, "step", step)
+    monkeypatch.setattr(denoise, "take_step", step)
     events, pixels = draw(engine_of(checkpoint), tiny())
     assert len(notices(events)) == 2 and np.array_equal(pixels, expected)
 
 
-def test_rungs_go_down_one_by_one_by_name_and_end(checkpoint, monkeypatch):
-    """Under a budget that nothing fits: every rung is tried once, each with less on the card."""
+def test_steps_go_down_one_by_one_by_name_and_end(checkpoint):
+    """Under a budget that nothing fits: every placement is tried once, each with less on the card."""
     engine, said = simulated(checkpoint), []
-    with torch.no_grad(), Counter(budget=100_000), pytest.raises(DoesNotFit, match="no rung is left"):
-        for event in engine.picture(tiny(precision="fp32")):
+    with torch.no_grad(), Counter(budget=100_000), pytest.raises(DoesNotFit, match="no step down is left"):
+        for event in engine.draw([picture_of(engine, tiny(precision="fp32"))]):
             said += notices([event])
     assert [text.partition("once more, ")[2] for text in said] == ["nothing else stays", "T5 passes block by block"]
-    monkeypatch.setattr(Engine, "_denoise", _raising)
-    engine, said = simulated(checkpoint), []
+    engine, said = simulated(checkpoint, phases=failing("denoise")), []
     with pytest.raises(DoesNotFit):
-        for event in engine.picture(tiny(precision="fp32")):
+        for event in engine.draw([picture_of(engine, tiny(precision="fp32"))]):
             said += notices([event])
     found = [text.partition("once more, ")[2] for text in said]
     assert found == [
@@ -110,16 +110,21 @@ def test_rungs_go_down_one_by_one_by_name_and_end(checkpoint, monkeypatch):
     ]
 
 
-def _raising(*_: object) -> None:
-    raise MemoryError("as if")
-    yield
+def failing(name: str) -> list[Phase]:
+    """The engine's phases, of which one never has enough memory."""
+
+    def run(*_: object) -> Iterator[None]:
+        raise MemoryError("as if")
+        yield
+
+    return [Phase(name, run) if phase.name == name else phase for phase in PHASES]
 
 
 def test_an_error_that_is_none_of_memory_is_not_tried_again(checkpoint, monkeypatch):
-    def step(*_: object) -> None:
+    def step(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(sampling, "step", step)
+    monkeypatch.setattr(denoise, "take_step", step)
     with pytest.raises(RuntimeError, match="illegal"):
         draw(engine_of(checkpoint), tiny())
 
@@ -140,47 +145,46 @@ ARGUMENTS = ("generate", "a red circle on a blue background", *OPTIONS)
 
 
 def test_a_failing_decode_keeps_the_latents_and_flux_decode_finishes_them(card, capsys, monkeypatch, expected):
-    real = Engine._decode
-    monkeypatch.setattr(Engine, "_decode", _raising)
+    monkeypatch.setattr(session, "Engine", partial(on_card, phases=failing("decode")))
     result = call(capsys, *ARGUMENTS, "-o", "fox.png", "-q")
     message = assert_failed(result, ExitCode.DOES_NOT_FIT)
     assert "needs about" in message and "free" in message
     kept = Path("fox.latents.safetensors")
     assert kept.is_file() and not Path("fox.png").exists() and f"flux decode {kept}" in result.stderr
     assert latents.load(kept).step == 3
-    monkeypatch.setattr(Engine, "_decode", real)
+    monkeypatch.setattr(session, "Engine", on_card)
     assert call(capsys, "decode", str(kept), "-o", "fox.png").returncode == 0
     assert np.array_equal(read_pixels(Path("fox.png")), expected)
 
 
 def test_a_step_that_fails_for_good_keeps_what_there_is(card, capsys, monkeypatch, expected):
-    real, count = sampling.step, []
+    real, count = denoise.take_step, []
 
-    def step(*arguments: object) -> torch.Tensor:
+    def step(*arguments: object, **inputs: object) -> torch.Tensor:
         count.append(1)
         if len(count) > 2:
             raise torch.OutOfMemoryError("as if")
-        return real(*arguments)
+        return real(*arguments, **inputs)
 
-    monkeypatch.setattr(sampling, "step", step)
+    monkeypatch.setattr(denoise, "take_step", step)
     assert_failed(call(capsys, *ARGUMENTS, "-o", "a.png", "-q"), ExitCode.DOES_NOT_FIT)
     kept = Path("a.latents.safetensors")
     assert latents.load(kept).step == 2
-    monkeypatch.setattr(sampling, "step", real)
+    monkeypatch.setattr(denoise, "take_step", real)
     assert call(capsys, "decode", str(kept), "-o", "a.png").returncode == 0
     assert np.array_equal(read_pixels(Path("a.png")), expected)
 
 
 def test_what_was_missing_is_left_alone_by_the_next_run_of_this_card(card, capsys, monkeypatch):
-    real, failed = sampling.step, []
+    real, failed = denoise.take_step, []
 
-    def step(*arguments: object) -> torch.Tensor:
+    def step(*arguments: object, **inputs: object) -> torch.Tensor:
         if len(failed) < 2:
             failed.append(1)
             raise torch.OutOfMemoryError("as if")
-        return real(*arguments)
+        return real(*arguments, **inputs)
 
-    monkeypatch.setattr(sampling, "step", step)
+    monkeypatch.setattr(denoise, "take_step", step)
     monkeypatch.setattr(residency, "RESIDENT_SHARE", 0.0)
     first = call(capsys, *ARGUMENTS, "-o", "a.png", "--json")
     assert first.stderr.count("out of memory") == 2
@@ -197,10 +201,10 @@ def test_what_was_missing_is_left_alone_by_the_next_run_of_this_card(card, capsy
 
 
 def test_a_device_that_breaks_is_exit_8(card, capsys, monkeypatch):
-    def step(*_: object) -> None:
+    def step(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(sampling, "step", step)
+    monkeypatch.setattr(denoise, "take_step", step)
     assert "illegal" in assert_failed(call(capsys, *ARGUMENTS, "-o", "a.png", "-q"), ExitCode.DEVICE)
 
 
@@ -230,17 +234,17 @@ def test_a_card_that_another_flux_fills_is_waited_for_not_planned_for(card, caps
 
 
 def test_modulation_that_was_kept_leaves_when_memory_runs_out(checkpoint, monkeypatch):
-    engine, real, failed = simulated(checkpoint), sampling.step, []
+    engine, real, failed = simulated(checkpoint), denoise.take_step, []
 
-    def step(*arguments: object) -> torch.Tensor:
+    def step(*arguments: object, **inputs: object) -> torch.Tensor:
         if not failed:
-            failed.append(bool(engine.stage.modulation))
+            failed.append(bool(engine.components.modulation_weights))
             raise torch.OutOfMemoryError("as if")
-        return real(*arguments)
+        return real(*arguments, **inputs)
 
-    monkeypatch.setattr(sampling, "step", step)
+    monkeypatch.setattr(denoise, "take_step", step)
     draw(engine, tiny(precision="fp32"))
-    assert failed == [True] and engine.stage.modulation == {}
+    assert failed == [True] and engine.components.modulation_weights == {}
 
 
 def test_small_runs_on_the_cpu_need_no_lock(capsys):

@@ -76,9 +76,9 @@ def _file(path: Path) -> dict:
 
 
 def _component(part: Component, problems: list[str]) -> dict:
-    from fluxcli.engine.loader import matching
+    from fluxcli.engine.loader import count_matching
 
-    matched, expected = matching(part)
+    matched, expected = count_matching(part)
     if matched < expected:
         problems.append(f"{part.name}: only {matched} of its {expected} tensors are there")
     largest = max(part.weights.values(), key=lambda weight: weight.numel)

@@ -100,17 +100,27 @@ def _stored_request(picture: Path, stored: dict) -> Order:
 
 
 def _check(picture: Path, order: Order, metadata: dict, options: dict) -> int:
+    from fluxcli.engine import device
+
+    device.check_torch()
+    from fluxcli.engine.engine import Drawn
+    from fluxcli.engine.picture import Picture
     from fluxcli.pictures.image import pixels_sha256
+    from fluxcli.run.saving import make_metadata
     from fluxcli.run.session import Session
 
     expected = metadata.get("pixels_sha256")
     if not isinstance(expected, str):
         raise BadInputFile("damaged metadata", which=picture, why="it has no pixels_sha256")
     with Session() as session, console.Reporter(quiet=options["quiet"], started=STARTED) as reporter:
-        engine = reporter.result(session.engine_of(order, no_wait=options["no_wait"]))
-        for difference in _differences(metadata, engine.metadata(order)):
+        engine, adapters = reporter.result(session.engine_of(order, no_wait=options["no_wait"]))
+        for difference in _differences(metadata, make_metadata(engine, order, adapters)):
             reporter.show(Notice(difference))
-        identical = pixels_sha256(reporter.result(engine.picture(order))) == expected
+        drawn = Picture(order.request, adapters)
+        for event in engine.draw([drawn]):
+            if not isinstance(event, Drawn):
+                reporter.show(event)
+        identical = pixels_sha256(drawn.pixels) == expected
     console.data(f"{picture}: {'identical' if identical else 'different'}")
     return ExitCode.OK if identical else ExitCode.BUG
 

@@ -1,6 +1,8 @@
-"""The stage: which components are loaded, each placed as the plan says, and which have to leave for another.
+"""The loaded components of one checkpoint: each placed as the plan says, and who leaves for whom.
 
-Knows the plan and the modules, neither requests nor phases. Sizes are in bytes.
+Beside them lies what the phases keep from picture to picture: embeddings of prompts and modulation
+tables. Owns the plan: it changes here alone, by `adopt` and `step_down`. Knows nothing of the order
+of phases. Sizes are in bytes.
 """
 
 import gc
@@ -8,109 +10,213 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 
-from fluxcli.engine import device as hardware
-from fluxcli.engine import modulation
+import torch
+from torch import Tensor, nn
+
+from fluxcli.engine import device
+from fluxcli.engine.loader import LoadedComponent
 from fluxcli.engine.lora_hooks import attach
+from fluxcli.engine.modulation import Condition, ModulationRow
+from fluxcli.engine.recent import Recent
 from fluxcli.engine.streaming import load_component
+from fluxcli.engine.text import PromptEncoder
+from fluxcli.errors import DoesNotFit
 from fluxcli.events import Event, Notice, Phase
 from fluxcli.plan import costs
-from fluxcli.plan.placement import GIB, MemoryPlan
+from fluxcli.plan import placement as residency
+from fluxcli.plan.machine import Hardware
+from fluxcli.plan.placement import GIB, MemoryPlan, Residency
+from fluxcli.request.fields import GenerationRequest, Order
 from quant.checkpoint import Checkpoint, Component
-from quant.lazy import Tensors, nn, torch
 from quant.lora import Adapter
 from quant.spec import is_modulation
 
+TABLES_BYTES = 256 << 20  # of modulation tables in RAM: four prompts at the published size
 
-class Stage:
-    """The loaded components of one checkpoint under a plan, which may change as long as its precision stays."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: MemoryPlan) -> None:
-        self.checkpoint, self.plan = checkpoint, plan
-        self.row: modulation.ModulationRow | None = None  # that the transformer's norms look at
-        self.modulation: Tensors = {}  # the weights, where the plan keeps them
-        self._models: dict[str, nn.Module] = {}
-        hardware.cap(plan.device, plan.budget_bytes)
+def _nbytes(table: Tensor) -> int:
+    return table.nbytes
 
-    def adopt(self, plan: MemoryPlan) -> None:
-        """Go on under another plan of the same precision. A streamed transformer stays if it takes no more."""
-        before, now = self.plan.residency, plan.residency
-        if "transformer" in self._models and before.denoise == now.denoise:
+
+class Components:
+    """What the phases of one checkpoint share under a plan, which may change within its precision."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: MemoryPlan,
+        hardware: Hardware,
+        *,
+        prompt_cache: bool = False,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.plan = plan
+        self.hardware = hardware
+        self.loaded: dict[str, LoadedComponent] = {}
+        self.modulation_row: ModulationRow | None = None  # that the transformer's norms look at
+        self.modulation_weights: dict[str, Tensor] = {}  # where the plan keeps them
+        self.prompts = PromptEncoder(checkpoint, plan, hardware, on_disk=prompt_cache)
+        self.tables: Recent[Condition, Tensor] = Recent(TABLES_BYTES, weigh=_nbytes)
+        device.cap(plan.device, plan.budget_bytes)
+
+    # --- the plan
+
+    def adopt(self, plan: MemoryPlan, hardware: Hardware) -> None:
+        """Go on under another plan of the same precision; what it places elsewhere is dropped.
+
+        A transformer of which more blocks are streamed than the plan asks for stays as it is: it
+        takes less of the device, and loading it again would take longer than it saves.
+        """
+        before = self.plan.residency
+        now = plan.residency
+        if "transformer" in self.loaded and before.denoise == now.denoise:
             now = replace(now, streamed=max(before.streamed, now.streamed, key=len))
-        self.plan = replace(plan, residency=now)
-        moved = (now.denoise, now.streamed) != (before.denoise, before.streamed)
-        self.evict(*["transformer"] * moved, *["text_encoder_2"] * (now.encode != before.encode))
+        self._place(replace(plan, residency=now))
+        self.hardware = hardware
+        device.cap(plan.device, plan.budget_bytes)
+
+    def step_down(self, phase: str, request: GenerationRequest, *, failed: str) -> str:
+        """Go to the next placement that takes less memory in a phase, and say in words which.
+
+        `request` is the largest one under way, `failed` what the allocator said. Everything is
+        dropped. Raises `DoesNotFit` if no placement takes less.
+        """
+        self.clear()
+        now = self.plan
+        offer = residency.make_offer(
+            Order(request), self.checkpoint, self.hardware, now.precision, now.spec, now.dtypes
+        )
+        following = residency.relaxed(now, phase, offer)
+        if following is None:
+            needs = now.peak_bytes[phase] / GIB
+            free = device.free_memory(now.device) / GIB
+            why = f"{phase} needs about {needs:.1f} GiB by plan, {free:.1f} GiB are free: {failed}"
+            raise DoesNotFit("out of memory, and no step down is left", which=now.device, why=why)
+        self.plan, words = following
+        return words
+
+    def decode_whole(self) -> None:
+        """Decode without tiles again: they change pixels, so only the picture that needs them has them."""
+        whole = replace(self.plan.residency, decode="alone")
+        self.plan = replace(self.plan, residency=whole)
+
+    def _place(self, plan: MemoryPlan) -> None:
+        """Take the plan, and drop what it places elsewhere."""
+        before = self.plan.residency
+        now = plan.residency
+        self.plan = plan
+        if (now.denoise, now.streamed) != (before.denoise, before.streamed):
+            self.evict("transformer")
+        if now.encode != before.encode:
+            self.evict("text_encoder_2")
         if "modulation" not in now.keep:
-            self.modulation.clear()
-        hardware.cap(plan.device, plan.budget_bytes)
+            self.modulation_weights.clear()
 
-    def clear(self) -> None:
-        """Drop everything: no lower rung keeps what there was room for."""
-        self._models.clear()
-        self.modulation.clear()
-        self.free()
+    @property
+    def kept_modulation(self) -> dict[str, Tensor] | None:
+        """Where the modulation's weights stay between passes; None if the plan does not keep them."""
+        if "modulation" in self.plan.residency.keep:
+            return self.modulation_weights
+        return None
 
-    def load(self, name: str, adapters: Sequence[Adapter] = ()) -> "Generator[Event, None, nn.Module]":
-        """The component's module, placed as the plan says, with the adapters that act on it."""
+    def dtype(self, name: str) -> torch.dtype:
+        """What a component computes in."""
+        return getattr(torch, self.plan.dtypes[name])
+
+    # --- what is loaded
+
+    def load(
+        self, name: str, adapters: Sequence[Adapter] = ()
+    ) -> Generator[Event, None, nn.Module]:
+        """The component's module, placed as the plan says, with those of the adapters that act on it."""
         yield from self.make_room(name)
-        if name not in self._models:
+        if name not in self.loaded:
             yield Phase("load", name)
-            options = {"dtype": self.dtype(name), "device": self.plan.device}
-            component, since, is_main = self.checkpoint.components[name], time.perf_counter(), name == "transformer"
-            model = load_component(
-                component, blocks=self._passing(name, component), spec=self.plan.spec, **options,
-                arena=is_main and self.plan.residency.denoise == "streamed",
-                skip=is_modulation if is_main else lambda _: False,
-            )  # fmt: skip
-            if is_main:
-                self.row = modulation.ModulationRow(model, component, **options)
-            self._models[name] = model
-            if unpinned := getattr(model, "unpinned_bytes", 0):
-                yield Notice(f"the driver does not pin {unpinned / GIB:.1f} GiB of RAM: streaming is slower")
-            if is_main and self.plan.spec:
-                taken, to = time.perf_counter() - since, self.plan.precision
-                yield Notice(f"packed to {to} in {taken:.1f} s while loading: flux quantize ... --to {to} saves that")
-        self._adapt(name, tuple(adapter for adapter in adapters if adapter.numel(name)))
-        return self._models[name]
+            yield from self._load(name)
+        self._attach(name, tuple(adapter for adapter in adapters if adapter.numel(name)))
+        return self.loaded[name].module
 
-    def _adapt(self, name: str, wanted: tuple[Adapter, ...]) -> None:
-        """Attach these adapters instead of those of another request; the component's own tensors stay as they are."""
-        model = self._models[name]
-        attached, handles = getattr(model, "adapters", ((), ()))
-        if attached != wanted:
-            for handle in handles:
-                handle.remove()
-            model.adapters = (), ()
-            options = {"dtype": self.dtype(name), "device": self.plan.device}
-            model.adapters = wanted, attach(model, wanted, name, **options)
-
-    def _passing(self, name: str, component: Component) -> list[str]:
-        """The component's blocks that pass through the device instead of staying on it."""
+    def _load(self, name: str) -> Iterator[Event]:
+        component = self.checkpoint.components[name]
         placed = self.plan.residency
-        if name == "text_encoder_2":
-            return costs.t5_block_names(component) if placed.encode == "sequential" else []
-        if name != "transformer" or placed.denoise == "resident":
-            return []
-        blocks = costs.block_names(component)
-        return blocks if placed.denoise == "sequential" else [blocks[i] for i in placed.streamed]
+        is_transformer = name == "transformer"
+        started_s = time.perf_counter()
+        loaded = load_component(
+            component,
+            dtype=self.dtype(name),
+            device=self.plan.device,
+            spec=self.plan.spec,
+            skip=is_modulation if is_transformer else None,
+            blocks=_find_passing_blocks(component, placed),
+            from_arena=is_transformer and placed.denoise == "streamed",
+        )
+        taken_s = time.perf_counter() - started_s
+        if is_transformer:
+            self.modulation_row = ModulationRow(
+                loaded.module, component, dtype=self.dtype(name), device=self.plan.device
+            )
+        self.loaded[name] = loaded
+        if loaded.unpinned_bytes:
+            gib = loaded.unpinned_bytes / GIB
+            yield Notice(f"the driver does not pin {gib:.1f} GiB of RAM: streaming is slower")
+        if is_transformer and self.plan.spec:
+            to = self.plan.precision
+            saves = f"flux quantize ... --to {to} saves that"
+            yield Notice(f"packed to {to} in {taken_s:.1f} s while loading: {saves}")
+
+    def _attach(self, name: str, adapters: tuple[Adapter, ...]) -> None:
+        """Make these adapters act instead of those of another request, on weights that stay as they are."""
+        loaded = self.loaded[name]
+        if loaded.adapters == adapters:
+            return
+        for handle in loaded.handles:
+            handle.remove()
+        loaded.handles = []
+        loaded.adapters = ()  # if the next line fails, none acts
+        loaded.handles = attach(
+            loaded.module,
+            adapters,
+            name,
+            places=loaded.places,
+            dtype=self.dtype(name),
+            device=self.plan.device,
+        )
+        loaded.adapters = adapters
 
     def make_room(self, name: str) -> Iterator[Event]:
         """Evict what may not stay beside a component."""
         keep = self.plan.residency.keep
-        if leaving := [other for other in self._models if other != name and not {other, name} <= set(keep)]:
+        leaving = [
+            other for other in self.loaded if other != name and not (name in keep and other in keep)
+        ]
+        if leaving:
             yield Phase("evict", " ".join(leaving))
             self.evict(*leaving)
 
     def evict(self, *names: str) -> None:
-        if names:
-            for name in names:
-                self._models.pop(name, None)
-            self.free()
+        """Drop components, and give their memory back."""
+        for name in names:
+            self.loaded.pop(name, None)
+        self._free()
 
-    def free(self) -> None:
-        """Give back what nothing holds any more, and count the peak of what comes next."""
-        gc.collect()
-        hardware.empty_cache(self.plan.device)
-        hardware.reset_peak(self.plan.device)
+    def clear(self) -> None:
+        """Drop everything: where memory ran out, nothing is kept that there was room for."""
+        self.loaded.clear()
+        self.modulation_weights.clear()
+        self._free()
 
-    def dtype(self, name: str) -> "torch.dtype":
-        return getattr(torch, self.plan.dtypes[name])
+    def _free(self) -> None:
+        gc.collect()  # modules and their hooks refer to each other
+        device.empty_cache(self.plan.device)
+
+
+def _find_passing_blocks(component: Component, placed: Residency) -> list[str]:
+    """The component's blocks that pass through the device instead of staying on it."""
+    if component.name == "text_encoder_2" and placed.encode == "sequential":
+        return costs.t5_block_names(component)
+    if component.name == "transformer" and placed.denoise == "sequential":
+        return costs.block_names(component)
+    if component.name == "transformer" and placed.denoise == "streamed":
+        blocks = costs.block_names(component)
+        return [blocks[index] for index in placed.streamed]
+    return []

@@ -1,196 +1,327 @@
-"""From mapped checkpoint files to modules: meta-init, then strict assignment, tensor by tensor.
+"""From mapped checkpoint files to modules: built without storage, then filled tensor by tensor.
 
-Knows the model classes and the key dialects of their files; nothing of requests or plans. A missing or extra key or
-another shape is an error that names it: no layer is ever left randomly initialized. One layer takes the place of
-several over the same input: q, k, v and a single block's MLP.
+Knows the model classes and the key dialects of their files; nothing of requests or plans. A missing
+or unknown key or another shape is an error that names it: no layer is ever left randomly
+initialized. Layers over the same input become one where their weights allow it: q, k and v, and
+the MLP's input of a single block. Sizes are in bytes.
 """
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fluxcli.engine import classes
 from quant import codecs
 from quant.checkpoint import Component
 from quant.codecs import Reader
 from quant.errors import CheckpointError
-from quant.lazy import Tensor, Tensors, nn, torch
-from quant.spec import QuantSpec, layout, scheme_in_memory
+from quant.linear import fits_together, make_linear
+from quant.lora import Adapter
+from quant.spec import QuantSpec, is_modulation, layout, scheme_in_memory
 from quant.weights import Weight
 
-CLIP_PREFIX, CLIP_POSITIONS = "text_model.", "embeddings.position_ids"
-T5_SHARED, T5_TIED = "shared.weight", "encoder.embed_tokens.weight"
+CLIP_PREFIX = "text_model."
+CLIP_POSITIONS = "embeddings.position_ids"
+T5_SHARED = "shared.weight"
+T5_TIED = "encoder.embed_tokens.weight"
+HALF_MAX = 65504  # the largest float16
+
+Shape = tuple[int, ...]
+
+
+class Fusion(NamedTuple):
+    """A layer of a block that takes the place of others over the same input, row after row."""
+
+    new: str
+    old: tuple[str, ...]
+
+
 QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
-FUSED: dict[str, dict[str, tuple[str, ...]]] = {  # of each block of a kind: new layers, and the old ones in each
-    "transformer_blocks": {"attn.to_qkv": QKV, "attn.to_added_qkv": tuple(f"attn.add_{x}_proj" for x in "qkv")},
-    "single_transformer_blocks": {"proj_in": (*QKV, "proj_mlp")},
+ADDED_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+FUSIONS = {  # by the list of blocks
+    "transformer_blocks": (
+        Fusion("attn.to_qkv", QKV),
+        Fusion("attn.to_added_qkv", ADDED_QKV),
+    ),
+    "single_transformer_blocks": (Fusion("proj_in", (*QKV, "proj_mlp")),),
 }
 
 
-def matching(component: Component) -> tuple[int, int]:
+class Place(NamedTuple):
+    """Where the output of a layer of the model is: a layer of the module, and the first row there."""
+
+    layer: str
+    first_row: int
+
+
+@dataclass
+class LoadedComponent:
+    """A component's module, and what goes with it while it is loaded."""
+
+    module: nn.Module  # in eval mode
+    places: dict[str, Place]  # by the names of the model's layers, but for the modulation's
+    unpinned_bytes: int = 0  # of streamed blocks, in RAM that the driver did not pin
+    adapters: tuple[Adapter, ...] = ()  # that act on it now
+    handles: list[RemovableHandle] = field(default_factory=list)  # whose `remove` ends that
+
+
+def count_matching(component: Component) -> tuple[int, int]:
     """(how many tensors of the component have a place in its module, how many it needs)."""
-    expected = {name: tuple(tensor.shape) for name, tensor in build(component).state_dict().items()}
+    expected = _shapes_of(build(component))
     names = _names_in_file(component)
-    return sum(expected.get(n) == component.weights[stored].shape for n, stored in names.items()), len(expected)
+    matching = [
+        name
+        for name, stored in names.items()
+        if expected.get(name) == component.weights[stored].shape
+    ]
+    return len(matching), len(expected)
 
 
 class Filler:
-    """Gives a module's layers their tensors: packed ones as layers of their own, fused where that is possible.
+    """Gives a module's layers their tensors.
 
-    Packed weights stay packed, others become `dtype`; with `spec` it packs them itself, one by one. Raises
-    `CheckpointError` for missing, extra or misshapen tensors, and for values that are not finite.
+    Quantized weights stay so, as layers of their own, others become `dtype`. With `spec` weights in
+    16 bit are quantized one by one as it says. Raises `CheckpointError` for missing, unknown or
+    misshapen tensors, and for values that are not finite.
     """
 
-    def __init__(self, part: Component, *, dtype: "torch.dtype", device: str, spec: QuantSpec | None = None) -> None:
-        self.module, self.reader, self.spec = build(part), Reader(), spec
-        self.dtype, self.device = dtype, device
-        self.weights = {name: part.weights[stored] for name, stored in _names_in_file(part).items()}
-        expected = {name: tuple(tensor.shape) for name, tensor in self.module.state_dict().items()}
-        check_keys(part, expected, {name: weight.shape for name, weight in self.weights.items()})
-        packs = spec.scheme if spec else lambda *_: ""
-        self.schemes = {
-            name: scheme_in_memory(part.name, w.name, w.scheme) if w.scheme else packs(part.name, w.name, w.shape)
-            for name, w in self.weights.items()
+    def __init__(
+        self,
+        component: Component,
+        *,
+        dtype: torch.dtype,
+        device: str,
+        spec: QuantSpec | None = None,
+    ) -> None:
+        self.module = build(component)
+        self.device = device
+        self._component = component
+        self._dtype = dtype
+        self._spec = spec
+        self._reader = Reader()
+        self._weights = {
+            name: component.weights[stored] for name, stored in _names_in_file(component).items()
         }
-        self.arithmetic = part.name == "transformer"  # encoders run once, on activations full of outliers
-        self.parts_of = self._fuse() if part.name == "transformer" else {}
+        check_keys(
+            component,
+            expected=_shapes_of(self.module),
+            found={name: weight.shape for name, weight in self._weights.items()},
+        )
+        self._schemes = {name: self._scheme_of(weight) for name, weight in self._weights.items()}
+        # Text encoders run once, on activations full of outliers: their layers dequantize.
+        self._arithmetic = component.name == "transformer"
+        self._sources: dict[str, tuple[str, ...]] = {}  # the old layers by their new one
+        self._fused: dict[str, Place] = {}  # the new place by the old layer
+        if component.name == "transformer":
+            self._fuse()
         self.names = [name for name in self.module.state_dict() if name != T5_TIED]
 
-    def finish(self) -> "nn.Module":
-        """The module in eval mode, its own buffers on the device."""
+    def finish(self) -> LoadedComponent:
+        """The module in eval mode, its own buffers on the device. Layers may be filled later."""
         for name, buffer in list(self.module.named_buffers()):
             _set(self.module, name, buffer.to(self.device))
-        if T5_TIED in self.weights:
+        if T5_TIED in self._weights:
             self.module.encoder.embed_tokens.weight = self.module.shared.weight
-        return self.module.eval()
+        places = {
+            name: Place(name, 0)
+            for name, _ in self.module.named_modules()
+            if not is_modulation(f"{name}.weight")
+        }
+        return LoadedComponent(self.module.eval(), places | self._fused)
 
-    def packs(self, block: str) -> bool:
-        """Whether filling the block packs weights that are stored in 16 bit: work for the device."""
-        return any(s and not self.weights[n].scheme for n, s in self.schemes.items() if n.startswith(f"{block}."))
+    def quantizes(self, block: str) -> bool:
+        """Whether filling the block quantizes weights that are stored in 16 bit: work for the device."""
+        return any(
+            scheme and not self._weights[name].scheme
+            for name, scheme in self._schemes.items()
+            if name.startswith(f"{block}.")
+        )
 
-    def nbytes(self, block: str, skip: Callable[[str], bool]) -> int:
+    def block_bytes(self, block: str, *, skip: Callable[[str], bool]) -> int:
         """Bytes that the block's tensors take at most, but for the names that `skip` takes."""
         total = 0
-        for name, weight in self.weights.items():
+        for name, weight in self._weights.items():
             if name.startswith(f"{block}.") and not skip(name):
-                stored = layout(self.schemes[name], weight.info) if self.schemes[name] else ()
-                total += sum(info.nbytes for info in stored) or weight.numel * self.dtype.itemsize
+                if scheme := self._schemes[name]:
+                    total += sum(info.nbytes for info in layout(scheme, weight.info))
+                else:
+                    total += weight.numel * self._dtype.itemsize
         return total
 
-    def fill(self, name: str) -> None:
-        """Fill the tensor `name` of the module on `device`; the bias of a packed layer comes with its weight."""
-        from quant.linear import make_linear
+    def fill(self, name: str, *, device: str = "") -> None:
+        """Fill the module's tensor `name` on a device ("": the filler's own).
 
+        The bias of a quantized layer comes with its weight, since the layer is made anew.
+        """
+        device = device or self.device
         layer, _, leaf = name.rpartition(".")
-        layers = self.parts_of.get(layer, (layer,))
-        scheme = self.schemes.get(f"{layers[0]}.weight", "")
+        sources = self._sources.get(layer, (layer,))
+        scheme = self._schemes.get(f"{sources[0]}.weight", "")
         if not scheme:
-            _set(self.module, name, nn.Parameter(self._dense(layers, leaf), requires_grad=False))
+            values = self._read_values(sources, leaf, device)
+            _set(self.module, name, nn.Parameter(values, requires_grad=False))
         elif leaf == "weight":
-            weights = [self.weights[f"{part}.weight"] for part in layers]
-            parts = [self._packed(weight, scheme) for weight in weights]
-            bias = self._dense(layers, "bias") if f"{layers[0]}.bias" in self.weights else None
-            shapes = [weight.shape for weight in weights]
-            made = make_linear(scheme, parts, shapes, bias, arithmetic=self.arithmetic)
-            made._forward_hooks = self.module.get_submodule(layer)._forward_hooks  # adapters, where it is made anew
+            made = self._make_quantized(sources, scheme, device)
+            # The hooks of adapters stay, where the layer is made anew for every forward.
+            made._forward_hooks = self.module.get_submodule(layer)._forward_hooks
             _set(self.module, layer, made)
 
-    def _dense(self, layers: Sequence[str], leaf: str) -> Tensor:
-        weights = [self.weights[f"{layer}.{leaf}".removeprefix(".")] for layer in layers]
-        return codecs.stack_rows([_values(weight, self.reader, self.dtype, self.device) for weight in weights])
-
-    def _packed(self, weight: Weight, scheme: str) -> Tensors:
+    def _scheme_of(self, weight: Weight) -> str:
+        """The scheme that a weight has in memory, "" for values."""
         if weight.scheme:
-            return self.reader.read_checked(weight, self.device)
-        stored, search = self.reader.read(weight)[""].to(self.device), self.spec.scales == "search"
-        return codecs.quantize(stored, scheme, name=weight.name, where=weight.pieces[""], search=search).stored
+            return scheme_in_memory(self._component.name, weight.name, weight.scheme)
+        if self._spec:
+            return self._spec.scheme(self._component.name, weight.name, weight.shape)
+        return ""
 
-    def _fuse(self) -> dict[str, tuple[str, ...]]:
-        """Make one layer (on meta) of those over the same input whose weights can be one; the layers in each such.
+    def _read_values(self, layers: Sequence[str], leaf: str, device: str) -> Tensor:
+        """The values of one tensor of these layers, row after row."""
+        weights = [self._weights[f"{layer}.{leaf}".removeprefix(".")] for layer in layers]
+        values = [
+            _dequantize(weight, self._reader, dtype=self._dtype, device=device)
+            for weight in weights
+        ]
+        return codecs.stack_rows(values)
+
+    def _make_quantized(self, layers: Sequence[str], scheme: str, device: str) -> nn.Module:
+        weights = [self._weights[f"{layer}.weight"] for layer in layers]
+        stored = [self._read_quantized(weight, scheme, device) for weight in weights]
+        shapes = [weight.shape for weight in weights]
+        bias = None
+        if f"{layers[0]}.bias" in self._weights:
+            bias = self._read_values(layers, "bias", device)
+        return make_linear(scheme, stored, shapes, bias, arithmetic=self._arithmetic)
+
+    def _read_quantized(self, weight: Weight, scheme: str, device: str) -> dict[str, Tensor]:
+        """The tensors of a weight by suffix, as they are stored, or quantized from 16 bit."""
+        if weight.scheme:
+            return self._reader.read_checked(weight, device)
+        values = self._reader.read(weight)[""].to(device)
+        return codecs.quantize(
+            values,
+            scheme,
+            name=weight.name,
+            where=weight.pieces[""],
+            search=self._spec.scales == "search",
+        ).stored
+
+    def _fuse(self) -> None:
+        """Make one layer (on meta) of those over the same input whose weights can be one.
 
         Each row of a product is its own, so the pictures stay the same.
         """
-        found: dict[str, tuple[str, ...]] = {}
-        self.module.fused = {}  # the old layers: the new one of each, and its first row there
-        for stack, table in FUSED.items():
-            for i, block in enumerate(getattr(self.module, stack)):
-                names = {new: tuple(f"{stack}.{i}.{name}" for name in old) for new, old in table.items()}
-                if not all(map(self._together, names.values())):
+        for stack, fusions in FUSIONS.items():
+            for index, block in enumerate(getattr(self.module, stack)):
+                prefix = f"{stack}.{index}."
+                if not all(self._fits_together(prefix, fusion.old) for fusion in fusions):
                     continue
-                for new, parts in names.items():
-                    layers = [self.module.get_submodule(part) for part in parts]
-                    rows, bias = sum(layer.out_features for layer in layers), layers[0].bias is not None
-                    block.set_submodule(new, nn.Linear(layers[0].in_features, rows, bias=bias, device="meta"))
-                    for owner, _, leaf in (name.rpartition(".") for name in table[new]):
-                        delattr(block.get_submodule(owner), leaf)
-                    found[f"{stack}.{i}.{new}"] = parts
-                    for part, end, layer in zip(parts, accumulate(x.out_features for x in layers), layers, strict=True):
-                        self.module.fused[part] = f"{stack}.{i}.{new}", end - layer.out_features
+                for fusion in fusions:
+                    self._fuse_layers(block, fusion, prefix=prefix)
                 block.attn.fused_projections = True
-                if "proj_in" in names:
-                    block.attn.to_qkv, block.__class__ = nn.Identity(), _single_block()
-        return found
+                if stack == "single_transformer_blocks":
+                    block.attn.to_qkv = nn.Identity()
+                    block.__class__ = fused_single_block()
 
-    def _together(self, layers: Sequence[str]) -> bool:
-        """Whether the weights of these layers can be those of one: all in one scheme, whose blocks end with each."""
-        from quant.linear import fits_together
+    def _fits_together(self, prefix: str, layers: Sequence[str]) -> bool:
+        """Whether the weights of these layers can be one: in one scheme, whose blocks end with each."""
+        names = [f"{prefix}{layer}.weight" for layer in layers]
+        schemes = {self._schemes[name] for name in names}
+        shapes = [self._weights[name].shape for name in names]
+        return len(schemes) == 1 and fits_together(schemes.pop(), shapes)
 
-        names = [f"{layer}.weight" for layer in layers]
-        schemes = {self.schemes[name] for name in names}
-        return len(schemes) == 1 and fits_together(schemes.pop(), [self.weights[name].shape for name in names])
+    def _fuse_layers(self, block: nn.Module, fusion: Fusion, *, prefix: str) -> None:
+        layers = {name: block.get_submodule(name) for name in fusion.old}
+        first = layers[fusion.old[0]]
+        rows = sum(layer.out_features for layer in layers.values())
+        has_bias = first.bias is not None
+        fused = nn.Linear(first.in_features, rows, bias=has_bias, device="meta")
+        block.set_submodule(fusion.new, fused)
+        first_row = 0
+        for name, layer in layers.items():
+            self._fused[prefix + name] = Place(prefix + fusion.new, first_row)
+            first_row += layer.out_features
+            owner, _, leaf = name.rpartition(".")
+            delattr(block.get_submodule(owner), leaf)
+        self._sources[prefix + fusion.new] = tuple(prefix + name for name in fusion.old)
 
 
 @functools.cache
-def _single_block() -> type:
+def fused_single_block() -> type[nn.Module]:
     """diffusers' single block with one layer for q, k, v and the MLP's input."""
-    import torch  # itself: torch.compile does not look through a lazy one
 
     class FusedSingleBlock(classes.single_block()):
         """`proj_in` gives (B, S, 3 D + M); the attention gets q, k and v ready."""
 
         def forward(
-            self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, temb: torch.Tensor,
-            image_rotary_emb: tuple | None = None, joint_attention_kwargs: dict | None = None,
-        ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+            self,
+            hidden_states: Tensor,
+            encoder_hidden_states: Tensor,
+            temb: Tensor,
+            image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+            joint_attention_kwargs: dict[str, object] | None = None,
+        ) -> tuple[Tensor, Tensor]:
             residual = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # (B, T + S, D)
             normed, gate = self.norm(residual, emb=temb)
-            projected = self.proj_in(normed)
-            qkv, mlp = projected.split([projected.shape[-1] - self.mlp_hidden_dim, self.mlp_hidden_dim], dim=-1)
-            attended = self.attn(qkv, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
+            projected = self.proj_in(normed)  # (B, T + S, 3 D + M)
+            sizes = [projected.shape[-1] - self.mlp_hidden_dim, self.mlp_hidden_dim]
+            qkv, mlp = projected.split(sizes, dim=-1)
+            options = joint_attention_kwargs or {}
+            attended = self.attn(qkv, image_rotary_emb=image_rotary_emb, **options)
             joined = torch.cat([attended, self.act_mlp(mlp)], dim=2)
             del normed, projected, qkv, mlp, attended  # most of what is alive
             output = residual + gate.unsqueeze(1) * self.proj_out(joined)
             if output.dtype == torch.float16:
-                output = output.clip(-65504, 65504)
+                output = output.clip(-HALF_MAX, HALF_MAX)
             return output.tensor_split([encoder_hidden_states.shape[1]], dim=1)
 
     return FusedSingleBlock
 
 
-def read_tensors(component: Component, names: Iterable[str], *, dtype: "torch.dtype", device: str) -> Tensors:
-    """The values of weights of the component in `dtype` on `device`; raises `CheckpointError` unless finite."""
+def read_tensors(
+    component: Component, names: Iterable[str], *, dtype: torch.dtype, device: str
+) -> dict[str, Tensor]:
+    """Values of the component's weights in `dtype` on `device`; raises `CheckpointError` unless finite."""
     reader = Reader()
-    return {name: _values(component.weights[name], reader, dtype, device) for name in names}
+    return {
+        name: _dequantize(component.weights[name], reader, dtype=dtype, device=device)
+        for name in names
+    }
 
 
-def _values(weight: Weight, reader: Reader, dtype: "torch.dtype", device: str) -> Tensor:
+def _dequantize(weight: Weight, reader: Reader, *, dtype: torch.dtype, device: str) -> Tensor:
     return codecs.dequantize(reader.read_checked(weight, device), weight.scheme, weight.shape, dtype)
 
 
-def _set(module: "nn.Module", name: str, value: "torch.Tensor") -> None:
+def _set(module: nn.Module, name: str, value: Tensor | nn.Module) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(owner), leaf, value)
 
 
-def build(component: Component) -> "nn.Module":
+def build(component: Component) -> nn.Module:
     """Instantiate the component's class from its config, parameters on meta, buffers real."""
-    kinds = {"transformer": classes.transformer, "vae": classes.vae, "text_encoder": classes.clip}
-    kind, config = kinds.get(component.name, classes.t5)(), component.config
+    kinds = {
+        "transformer": classes.transformer,
+        "vae": classes.vae,
+        "text_encoder": classes.clip,
+        "text_encoder_2": classes.t5,
+    }
+    kind = kinds[component.name]()
     with _parameters_on_meta(), refusing(f"cannot build {component.name}", component.folder):
         if not hasattr(kind, "config_class"):  # diffusers' classes read a config themselves
-            return kind.from_config(config)
-        return kind(kind.config_class(**{k: value for k, value in config.items() if "attn_implementation" not in k}))
+            return kind.from_config(component.config)
+        # How attention computes is this library's choice, not the file's.
+        options = {
+            key: value
+            for key, value in component.config.items()
+            if "attn_implementation" not in key
+        }
+        return kind(kind.config_class(**options))
 
 
 @contextlib.contextmanager
@@ -206,15 +337,17 @@ def refusing(what: str, which: object) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules built inside have parameters without storage (their buffers are real): building 12 B costs nothing.
+    """Modules built inside have parameters without storage: building 12 B costs nothing.
 
-    `normal_` does nothing meanwhile: on meta it would import torch._dynamo, 1.2 s.
+    Their buffers are real. `normal_` does nothing meanwhile: on meta it would import torch._dynamo,
+    which takes more than a second.
     """
     register = nn.Module.register_parameter
 
-    def register_on_meta(module: "nn.Module", name: str, parameter: "nn.Parameter | None") -> None:
-        on_meta = parameter if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(module, name, on_meta)
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
 
     nn.Module.register_parameter = register_on_meta
     torch.Tensor.normal_ = lambda tensor, *_, **__: tensor  # hides the base class's
@@ -230,18 +363,37 @@ def _names_in_file(component: Component) -> dict[str, str]:
     names = {name.removeprefix(CLIP_PREFIX): name for name in component.weights}
     if component.name == "text_encoder":
         names.pop(CLIP_POSITIONS, None)  # a buffer that old files carry along
-    if component.name == "text_encoder_2":
+    if component.name == "text_encoder_2":  # one tensor under two names
         stored = names.get(T5_SHARED) or names.get(T5_TIED)
-        names |= dict.fromkeys((T5_SHARED, T5_TIED), stored) if stored else {}  # one tensor under two names
+        if stored:
+            names[T5_SHARED] = stored
+            names[T5_TIED] = stored
     return names
 
 
-def check_keys(component: Component, expected: dict[str, tuple], found: dict[str, tuple]) -> None:
-    """Raise `CheckpointError` with the first three names and the count unless both have the same keys and shapes."""
-    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    shapes = [name for name in expected if name in found and expected[name] != found[name]]
-    for what, names in (("missing", missing), ("unknown", extra), ("misshapen", shapes)):
-        if names:
-            why = f"{len(names)} {what} tensors: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-            hint = "download the model again, or check that config.json belongs to these weights"
-            raise CheckpointError(f"weights do not match {component.name}", which=component.folder, why=why, hint=hint)
+def _shapes_of(module: nn.Module) -> dict[str, Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def check_keys(
+    component: Component, *, expected: Mapping[str, Shape], found: Mapping[str, Shape]
+) -> None:
+    """Raise `CheckpointError` with the first three names and the count unless keys and shapes agree."""
+    misshapen = [name for name in expected if name in found and expected[name] != found[name]]
+    _refuse_tensors(component, "missing", sorted(set(expected) - set(found)))
+    _refuse_tensors(component, "unknown", sorted(set(found) - set(expected)))
+    _refuse_tensors(component, "misshapen", misshapen)
+
+
+def _refuse_tensors(component: Component, what: str, names: Sequence[str]) -> None:
+    if not names:
+        return
+    shown = ", ".join(names[:3])
+    if len(names) > 3:
+        shown += " ..."
+    raise CheckpointError(
+        f"weights do not match {component.name}",
+        which=component.folder,
+        why=f"{len(names)} {what} tensors: {shown}",
+        hint="download the model again, or check that config.json belongs to these weights",
+    )

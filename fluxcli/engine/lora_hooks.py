@@ -1,58 +1,83 @@
-"""Low-rank adapters on layers of whatever class, packed, fused, streamed or not: what they add is added to outputs.
+"""Low-rank adapters on layers of whatever class, quantized, fused or streamed: they add to outputs.
 
-The layers' own tensors are neither changed nor copied: the adapter's lie in hooks, on the device that computes.
-Knows modules and `quant.lora`, nothing of requests or plans.
+The layers' own tensors are neither changed nor copied: the adapter's lie in forward hooks, on the
+device that computes. Knows modules and `quant.lora`, nothing of requests or plans.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fluxcli.engine.loader import Place
 from quant.codecs import Reader
-from quant.lazy import Tensor, Tensors, nn, torch
-from quant.lora import BIAS, DOWN, NORM, UP, Adapter
-from quant.spec import is_modulation
+from quant.lora import BIAS, DOWN, NORM, UP, Adapter, Part
 
-Places = Mapping[str, tuple[str, int]]  # the layers of a model: names in a module, and the first row of its output
+Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]
+
+
+class Span(NamedTuple):
+    """Which columns of a layer's output grow by which rows of the adapter's B."""
+
+    columns: slice
+    rows: slice
 
 
 def attach(
-    module: "nn.Module", adapters: Iterable[Adapter], component: str, *, dtype: "torch.dtype", device: str,
-    places: Places | None = None,
-) -> list:  # fmt: skip
-    """Make the module's layers add what the adapters say, in their order; handles whose `remove` undoes it.
+    module: nn.Module,
+    adapters: Iterable[Adapter],
+    component: str,
+    *,
+    places: Mapping[str, Place],
+    dtype: torch.dtype,
+    device: str,
+) -> list[RemovableHandle]:
+    """Make the module's layers add what the adapters say, in their order.
 
-    `places` None: all layers but modulation's are where their names say, or fused. Raises `CheckpointError` for NaN.
+    `places` tells where in the module the model's layers are; those that are not in it are left
+    alone. Returns handles whose `remove` undoes it. Raises `CheckpointError` for values that are
+    not finite; then nothing is attached.
     """
-    if places is None:
-        names = [name for name, _ in module.named_modules() if not is_modulation(f"{name}.weight")]
-        places = {name: (name, 0) for name in names} | getattr(module, "fused", {})
-    hooks = []  # all read before the first acts
+    hooks: list[tuple[str, Hook]] = []  # all tensors are read before the first one acts
     for adapter in adapters:
         reader = Reader()
         for part in adapter.active_parts(component):
-            here: dict[str, list] = {}  # columns of each layer's output, and rows of B
-            for name, (start, stop) in part.layers.items():
-                if name in places:
-                    layer, at = places[name]
-                    here.setdefault(layer, []).append((slice(at, at + stop - start), slice(start, stop)))
-            stored = reader.read_checked(part.stored) if here else {}
-            tensors = {kind: tensor.to(device, dtype) for kind, tensor in stored.items()}
-            for layer, spans in here.items():
-                hooks.append((layer, _hook(tensors, adapter.scale * part.factor, spans)))
+            spans = _find_spans(part, places)
+            if spans:
+                stored = reader.read_checked(part.stored)
+                tensors = {kind: tensor.to(device, dtype) for kind, tensor in stored.items()}
+                scale = adapter.scale * part.factor
+                for layer, here in spans.items():
+                    hooks.append((layer, _make_hook(tensors, here, scale=scale)))
     return [module.get_submodule(layer).register_forward_hook(hook) for layer, hook in hooks]
 
 
-def _hook(tensors: Tensors, scale: float, spans: Sequence[tuple[slice, slice]]) -> Callable:
+def _find_spans(part: Part, places: Mapping[str, Place]) -> dict[str, list[Span]]:
+    """By the module's layers: what of their outputs grows by which rows of the part's B."""
+    spans: dict[str, list[Span]] = {}
+    for name, (start, stop) in part.layers.items():
+        if name in places:
+            layer, first = places[name]
+            columns = slice(first, first + stop - start)
+            spans.setdefault(layer, []).append(Span(columns, slice(start, stop)))
+    return spans
+
+
+def _make_hook(tensors: Mapping[str, Tensor], spans: Sequence[Span], *, scale: float) -> Hook:
     """A forward hook that adds to columns of the output, in place; or that gives another norm's output."""
-    import torch  # itself: torch.compile does not look through a lazy one
 
-    def other_norm(module: torch.nn.Module, inputs: tuple, _: Tensor) -> Tensor:
-        return torch.nn.functional.rms_norm(inputs[0], tensors[NORM].shape, tensors[NORM], module.eps)
+    def compute_norm(module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
+        weight = tensors[NORM]
+        return nn.functional.rms_norm(inputs[0], weight.shape, weight, module.eps)
 
-    def add(_: torch.nn.Module, inputs: tuple, output: Tensor) -> None:
+    def add_product(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         low = inputs[0].reshape(-1, tensors[DOWN].shape[1]) @ tensors[DOWN].T  # (M, r)
+        every_column = output.view(-1, output.shape[-1])  # (M, N)
         for columns, rows in spans:
-            added = output.view(-1, output.shape[-1])[:, columns].addmm_(low, tensors[UP][rows].T, alpha=scale)
+            added = every_column[:, columns].addmm_(low, tensors[UP][rows].T, alpha=scale)
             if BIAS in tensors:
                 added.add_(tensors[BIAS][rows], alpha=scale)
 
-    return other_norm if NORM in tensors else add
+    return compute_norm if NORM in tensors else add_product

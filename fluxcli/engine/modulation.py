@@ -1,9 +1,11 @@
 """adaLN modulation as tables: every shift, scale and gate of a run, computed before its first step.
 
-The modulation linears (27 % of FLUX.1's parameters) see only the embedding of timestep, guidance and pooled prompt,
-never the picture (Peebles & Xie 2022, "Scalable Diffusion Models with Transformers", adaLN). So one pass over their
-weights, read from the file one by one and dropped, gives the whole run's values. In the loop each norm holds a view
-of one static row; `select` copies a step's row into it before a forward. No forward is ever counted.
+The modulation linears (27 % of FLUX.1's parameters) see only the embedding of timestep, guidance
+and pooled prompt, never the picture (Peebles & Xie 2022, "Scalable Diffusion Models with
+Transformers", adaLN). So one pass over their weights, read from the file one by one and dropped,
+gives the whole run's values. In the loop each norm holds a view of one static row; `select` copies
+a step's row into it before a forward. No forward is ever counted: one that is repeated or left out
+changes nothing.
 """
 
 import hashlib
@@ -11,13 +13,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
 from fluxcli.engine import classes
-from fluxcli.engine.loader import check_keys, read_tensors
+from fluxcli.engine.loader import Place, check_keys, read_tensors
 from fluxcli.engine.lora_hooks import attach
 from quant.checkpoint import Component
-from quant.lazy import Tensor, functional, nn, torch
 from quant.lora import Adapter
 from quant.spec import is_modulation
+
+EMBEDDING = "time_text_embed."
+LINEAR_WEIGHT = ".linear.weight"
 
 
 @dataclass(frozen=True)
@@ -32,101 +40,167 @@ class Condition:
     adapters: tuple[Adapter, ...] = ()  # those that act on the modulation
 
 
-def condition(
-    pooled: Tensor, *, weights: str, guidance: float | None, timesteps: Tensor, adapters: Sequence[Adapter] = ()
+def make_condition(
+    pooled: Tensor,
+    *,
+    weights: str,
+    guidance: float | None,
+    timesteps: Tensor,
+    adapters: Sequence[Adapter] = (),
 ) -> Condition:
     """Make the condition of one prompt; `pooled` (1, P) and `timesteps` (S,) in 0 to 1000."""
-    acting = (each for each in adapters if any(part.modulates for part in each.active_parts("transformer")))
-    return Condition(weights, digest_of(pooled), guidance, tuple(timesteps.tolist()), pooled, tuple(acting))
+    acting = [
+        adapter
+        for adapter in adapters
+        if any(part.modulates for part in adapter.active_parts("transformer"))
+    ]
+    return Condition(
+        weights=weights,
+        digest=make_digest(pooled),
+        guidance=guidance,
+        timesteps=tuple(timesteps.tolist()),
+        pooled=pooled,
+        adapters=tuple(acting),
+    )
 
 
-def digest_of(tensor: Tensor) -> str:
+def make_digest(tensor: Tensor) -> str:
     """A tensor's dtype, device and 16 hex digits for its values."""
     values = hashlib.sha256(tensor.float().cpu().numpy().tobytes()).hexdigest()
     return f"{tensor.dtype} {tensor.device} {values[:16]}"
 
 
 def linear_names(transformer: Component) -> list[str]:
-    """Prefixes of the modulation linears, in file order of their names."""
-    suffix = ".linear.weight"
-    return sorted(n.removesuffix(".weight") for n in transformer.weights if n.endswith(suffix) and is_modulation(n))
+    """The names of the modulation linears, sorted: a table's columns are in their order."""
+    return sorted(
+        name.removesuffix(".weight")
+        for name in transformer.weights
+        if name.endswith(LINEAR_WEIGHT) and is_modulation(name)
+    )
 
 
 def row_width(transformer: Component) -> int:
     """Numbers of all shifts, scales and gates of one step."""
-    return sum(transformer.weights[f"{name}.weight"].shape[0] for name in linear_names(transformer))
+    return sum(_linear_widths(transformer))
 
 
+def _linear_widths(transformer: Component) -> list[int]:
+    return [transformer.weights[f"{name}.weight"].shape[0] for name in linear_names(transformer)]
+
+
+@torch.no_grad()
 def make_tables(
-    transformer: Component, conditions: Sequence[Condition], *, keep: "dict[str, torch.Tensor] | None" = None
+    transformer: Component,
+    conditions: Sequence[Condition],
+    *,
+    keep: dict[str, Tensor] | None = None,
 ) -> dict[Condition, Tensor]:
-    """One pass over the modulation weights: a table (S, sum of outputs) per condition, rows in step order, in RAM.
+    """One pass over the modulation weights: a table for each condition, in RAM.
 
-    With `keep` the weights stay in it, for the next pass. Each condition's rows are multiplied by themselves: float32
-    products depend on the number of rows.
+    A table (S, sum of outputs) has a row for each step. With `keep` the weights stay in it, for the
+    next pass. Each condition's rows are multiplied by themselves: float32 products depend on the
+    number of rows.
     """
-    with torch.no_grad():
-        activated = [functional.silu(_time_text_embedding(transformer, item)) for item in conditions]  # (S, D)
-        parts: list[list[torch.Tensor]] = [[] for _ in conditions]
-        at, where = conditions[0].pooled, str(conditions[0].pooled.device)
-        for name in linear_names(transformer):
-            names = [f"{name}.weight", f"{name}.bias"]
-            pair = keep if keep and names[0] in keep else read_tensors(transformer, names, dtype=at.dtype, device=where)
-            if keep is not None:
-                keep |= pair
-            for item, rows, outputs in zip(conditions, activated, parts, strict=True):
-                layer = nn.Module()
-                layer.forward = partial(functional.linear, weight=pair[names[0]], bias=pair[names[1]])
-                attach(layer, item.adapters, "transformer", dtype=at.dtype, device=where, places={name: ("", 0)})
-                outputs.append(layer(rows).cpu())  # (S, 2, 3 or 6 x D)
-        return {item: torch.cat(outputs, dim=1) for item, outputs in zip(conditions, parts, strict=True)}
+    dtype = conditions[0].pooled.dtype
+    device = str(conditions[0].pooled.device)
+    activated = {
+        condition: functional.silu(_embed(transformer, condition)) for condition in conditions
+    }  # (S, D) each
+    outputs: dict[Condition, list[Tensor]] = {condition: [] for condition in conditions}
+    for name in linear_names(transformer):
+        names = [f"{name}.weight", f"{name}.bias"]
+        if keep is not None and names[0] in keep:
+            tensors = keep
+        else:
+            tensors = read_tensors(transformer, names, dtype=dtype, device=device)
+        if keep is not None:
+            keep.update(tensors)
+        weight = tensors[names[0]]
+        bias = tensors[names[1]]
+        for condition in conditions:
+            layer = nn.Module()
+            layer.forward = partial(functional.linear, weight=weight, bias=bias)
+            attach(
+                layer,
+                condition.adapters,
+                "transformer",
+                places={name: Place("", 0)},
+                dtype=dtype,
+                device=device,
+            )
+            outputs[condition].append(layer(activated[condition]).cpu())  # (S, 2, 3 or 6 x D)
+    return {condition: torch.cat(parts, dim=1) for condition, parts in outputs.items()}
 
 
-def _time_text_embedding(transformer: Component, item: Condition) -> Tensor:
-    """temb (S, D) of every step, by diffusers' own embedding module."""
-    config, pooled = transformer.config, item.pooled
+def _embed(transformer: Component, condition: Condition) -> Tensor:
+    """The embedding (S, D) of timestep, guidance and prompt at every step, by diffusers' own module."""
+    config = transformer.config
+    pooled = condition.pooled
+    device = str(pooled.device)
+    has_guidance = condition.guidance is not None
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    module = classes.time_text_embed(guidance=item.guidance is not None)(width, config["pooled_projection_dim"])
-    prefix = "time_text_embed."
-    stored = [name for name in transformer.weights if name.startswith(prefix)]
-    tensors = read_tensors(transformer, stored, dtype=pooled.dtype, device=str(pooled.device))
-    state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    check_keys(transformer, expected, {name: tuple(tensor.shape) for name, tensor in state.items()})
-    module.load_state_dict(state, assign=True)
-    steps = torch.tensor(item.timesteps).to(pooled) / 1000 * 1000  # diffusers' rounding
+    kind = classes.time_text_embed(guidance=has_guidance)
+    module = kind(width, config["pooled_projection_dim"])
+    _fill_embedding(module, transformer, dtype=pooled.dtype, device=device)
+    attach(
+        module,
+        condition.adapters,
+        "transformer",
+        places={f"{EMBEDDING}{name}": Place(name, 0) for name, _ in module.named_modules()},
+        dtype=pooled.dtype,
+        device=device,
+    )
+    steps = torch.tensor(condition.timesteps).to(pooled) / 1000 * 1000  # diffusers' rounding
     inputs = [steps]
-    if item.guidance is not None:
-        inputs.append(torch.full_like(steps, item.guidance, dtype=torch.float32).to(pooled.dtype) * 1000)
-    places = {f"{prefix}{name}": (name, 0) for name, _ in module.named_modules()}
-    attach(module, item.adapters, "transformer", dtype=pooled.dtype, device=str(pooled.device), places=places)
+    if has_guidance:
+        guidance = torch.full_like(steps, condition.guidance, dtype=torch.float32)
+        inputs.append(guidance.to(pooled.dtype) * 1000)
     return module(*inputs, pooled.expand(len(steps), -1))
+
+
+def _fill_embedding(
+    module: nn.Module, transformer: Component, *, dtype: torch.dtype, device: str
+) -> None:
+    """Give diffusers' embedding its weights. Raises `CheckpointError` unless keys and shapes agree."""
+    stored = [name for name in transformer.weights if name.startswith(EMBEDDING)]
+    tensors = read_tensors(transformer, stored, dtype=dtype, device=device)
+    state = {name.removeprefix(EMBEDDING): tensor for name, tensor in tensors.items()}
+    check_keys(
+        transformer,
+        expected={name: tuple(tensor.shape) for name, tensor in module.state_dict().items()},
+        found={name: tuple(tensor.shape) for name, tensor in state.items()},
+    )
+    module.load_state_dict(state, assign=True)
 
 
 class ModulationRow:
     """The static row (1, sum of outputs) that a transformer's norms look at."""
 
-    def __init__(self, model: "nn.Module", transformer: Component, *, dtype: "torch.dtype", device: str) -> None:
-        """Put views of a fresh row where `model` had its modulation linears and time embedding (still on meta)."""
-        names = linear_names(transformer)
-        sizes = [transformer.weights[f"{name}.weight"].shape[0] for name in names]
-        self._row = torch.zeros(1, sum(sizes), dtype=dtype, device=device)
-        for name, view in zip(names, self._row.split(sizes, dim=1), strict=True):
+    def __init__(
+        self, model: nn.Module, transformer: Component, *, dtype: torch.dtype, device: str
+    ) -> None:
+        """Put views of a new row where `model` had its modulation linears and time embedding, still on meta."""
+        widths = _linear_widths(transformer)
+        self._row = torch.zeros(1, sum(widths), dtype=dtype, device=device)
+        views = self._row.split(widths, dim=1)
+        for name, view in zip(linear_names(transformer), views, strict=True):
             owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, _constant(view))
-        temb = torch.zeros(1, model.inner_dim, dtype=dtype, device=device)  # no norm looks at it any more
-        model.time_text_embed = _constant(temb)
+            setattr(model.get_submodule(owner), leaf, Constant(view))
+        # No norm looks at the time embedding any more; the forward hands it on all the same.
+        temb = torch.zeros(1, model.inner_dim, dtype=dtype, device=device)
+        model.time_text_embed = Constant(temb)
 
-    def select(self, table: "torch.Tensor", step: int) -> None:
+    def select(self, table: Tensor, step: int) -> None:
         """Make the next forward that of row `step` (from 0) of `table`."""
         self._row.copy_(table[step : step + 1])
 
 
-def _constant(value: "torch.Tensor") -> "nn.Module":
-    class Constant(nn.Module):
-        """Returns its tensor whatever it is given; holds no weight."""
+class Constant(nn.Module):
+    """Returns its tensor whatever it is given; the tensor is neither parameter nor buffer."""
 
-        def forward(self, *_: object) -> "torch.Tensor":
-            return value
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self._value = value
 
-    return Constant()
+    def forward(self, *_: object) -> Tensor:
+        return self._value

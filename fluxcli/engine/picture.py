@@ -1,43 +1,40 @@
-"""One picture under way, from its request to its file: what the engine's phases hand on to each other.
+"""One picture under way: what is asked for, and what the engine's phases hand on to each other.
 
-Between phases everything is in RAM, so that a window of pictures takes no more of the device than one does.
+Knows no file and no name of one. Between phases everything is in RAM, so that a group of pictures
+takes no more of the device than one does.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
+from torch import Tensor
+
 from fluxcli.engine.prompt_cache import Embeddings
-from fluxcli.pictures import names as output
-from fluxcli.pictures.latents import Latents
-from fluxcli.request.fields import GenerationRequest, Order
+from fluxcli.request.fields import GenerationRequest
 from quant.errors import ExplainedError
-from quant.lazy import np, torch
 from quant.lora import Adapter
 
 
-@dataclass
+@dataclass(eq=False)  # a picture is itself, whatever another one holds
 class Picture:
-    """One picture under way: what is asked for, and what the phases have made of it."""
+    """One picture from its request to its pixels.
 
-    order: Order  # of this picture alone
-    target: output.Target | None = None  # None: the pixels stay here
-    number: int = 1  # of its request, for its name
-    row: int = 0  # of the batch
-    seeded: bool = True  # the seed was asked for
-    image: int = 1  # of so many `images`, for progress
-    images: int = 1
-    latents: Latents | None = None
-    adapters: tuple[Adapter, ...] = ()
-    text: str = ""  # the key of its embeddings
+    `tokens` are the packed latents (1, S, 64) after `step` of the request's steps. They may be
+    given: then the picture is finished from there, as after an interrupted run.
+    """
+
+    request: GenerationRequest  # of this picture alone: its seed is this picture's
+    adapters: tuple[Adapter, ...] = ()  # those of `request.lora`, resolved by the caller
+    position: int = 1  # for progress: this is picture `position` of `total`
+    total: int = 1
+    tokens: Tensor | None = None
+    step: int = 0
     embeddings: Embeddings | None = None
-    table: "torch.Tensor | None" = None  # (steps, sum of outputs)
-    pixels: "np.ndarray | None" = None  # (H, W, 3) uint8
-    saved: bool = False
+    table: Tensor | None = None  # (steps, sum of outputs), see `engine.modulation`
+    pixels: np.ndarray | None = None  # (H, W, 3) uint8
     error: ExplainedError | None = None  # what ended it
 
     @property
-    def request(self) -> GenerationRequest:
-        return self.order.request
-
-    @property
     def denoised(self) -> bool:
-        return self.latents is not None and self.latents.step == self.request.steps
+        """Whether the latents are at the last step, so that only the decoder is needed."""
+        return self.tokens is not None and self.step == self.request.steps

@@ -1,21 +1,26 @@
-"""Where a module's blocks are while it computes: on the device, or passing through it one after the other.
+"""Where a module's blocks are while it computes: on the device, or passing through it one by one.
 
-Streamed blocks lie in one pinned arena of exactly their size and come through two buffers on the device: while a block
-computes, the next one is copied on a stream of its own. Sequential blocks are read from their file for every forward
-and dropped after it: no memory is held, on the device or the host. Knows modules and streams, nothing of plans; sizes
-are in bytes. On the CPU and on devices without streams of our own the copies are plain ones.
+Streamed blocks lie in one pinned arena of exactly their size and come through two slots on the
+device: while a block computes, the next one is copied on a stream of its own. Sequential blocks are
+read from their file for every forward and dropped after it: no memory is held, on the device or the
+host. Knows modules and streams, nothing of plans. On the CPU and on devices without streams of our
+own the copies are plain ones. Sizes are in bytes.
 """
 
 import contextlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from fluxcli.engine.loader import Filler
-from quant.checkpoint import Component
-from quant.lazy import Tensor, nn, torch
+import torch
+from torch import Tensor, nn
 
-ALIGNMENT = 256  # of tensors in a buffer: what every kernel can load from
+from fluxcli.engine.loader import Filler, LoadedComponent
+from quant.checkpoint import Component
+from quant.spec import QuantSpec
+
+ALIGNMENT = 256  # of tensors in a slot: what every kernel can load from
+TENSORS_A_LAYER = 4  # at most, where a layer is quantized; each is aligned
 SLOTS = 2
 
 
@@ -37,17 +42,19 @@ class CudaBus(Bus):
     """Copies on a side stream; events, never the host, keep the order."""
 
     def __init__(self, device: str) -> None:
-        self._side, self._main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        self._side = torch.cuda.Stream(device)
+        self._main = torch.cuda.current_stream(device)
         self._copied = [torch.cuda.Event() for _ in range(SLOTS)]
         self._computed = [torch.cuda.Event() for _ in range(SLOTS)]
-        for slot in range(SLOTS):  # the first copies wait for what the device computes now: slots may be its memory
+        # The first copies wait for what the device computes now: slots may be its memory.
+        for slot in range(SLOTS):
             self.computed(slot)
 
     def copy(self, slot: int, target: Tensor, source: Tensor) -> None:
         self._side.wait_event(self._computed[slot])
         with torch.cuda.stream(self._side):
             target.copy_(source, non_blocking=True)
-        target.record_stream(self._side)  # the buffer may be freed while a copy is under way
+        target.record_stream(self._side)  # the slot may be freed while a copy is under way
         self._copied[slot].record(self._side)
 
     def wait(self, slot: int) -> None:
@@ -57,138 +64,215 @@ class CudaBus(Bus):
         self._computed[slot].record(self._main)
 
 
-def bus_of(device: str) -> Bus:
+def make_bus(device: str) -> Bus:
     """The bus of a device as torch names it."""
-    return CudaBus(device) if device.startswith("cuda") else Bus()
+    if device.startswith("cuda"):
+        return CudaBus(device)
+    return Bus()
+
+
+def _skip_nothing(_: str) -> bool:
+    return False
 
 
 def load_component(
-    component: Component, *, skip: Callable[[str], bool] = lambda name: False, blocks: Sequence[str] = (),
-    arena: bool = False, **options: object,
-) -> "nn.Module":  # fmt: skip
-    """The component's module in eval mode; names that `skip` takes stay meta. `options` are those of `loader.Filler`.
+    component: Component,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    spec: QuantSpec | None = None,
+    skip: Callable[[str], bool] | None = None,
+    blocks: Sequence[str] = (),
+    from_arena: bool = False,
+) -> LoadedComponent:
+    """Load a component; tensors whose names `skip` takes stay on meta. See `loader.Filler` for errors.
 
-    `blocks`, in the order of its forward, are streamed (`arena`) or sequential.
+    `blocks`, in the order of the forward, pass through the device: streamed `from_arena`, or each
+    from its file.
     """
-    filler = Filler(component, **options)
-    passing = tuple(f"{block}." for block in blocks)
-    here = [name for name in filler.names if not skip(name)]
-    for name in here:
-        if not name.startswith(passing):
+    skip = skip or _skip_nothing
+    filler = Filler(component, dtype=dtype, device=device, spec=spec)
+    names_by_block: dict[str, list[str]] = {block: [] for block in blocks}
+    for name in filler.names:
+        if skip(name):
+            continue
+        block = _find_block(name, blocks)
+        if block:
+            names_by_block[block].append(name)
+        else:
             filler.fill(name)
-    module = filler.finish()
-    names = [[name for name in here if name.startswith(start)] for start in passing]
-    if arena and blocks:
-        padding = ALIGNMENT * sum(4 * len(inside) for inside in names)
-        Conveyor(filler, blocks, names, sum(filler.nbytes(block, skip) for block in blocks) + padding)
+    loaded = filler.finish()
+    if blocks and from_arena:
+        most_bytes = sum(filler.block_bytes(block, skip=skip) for block in blocks)
+        conveyor = Conveyor(filler, names_by_block, most_bytes)
+        loaded.unpinned_bytes = conveyor.unpinned_bytes
     else:
-        for block, inside in zip(blocks, names, strict=True):
-            _read_around(filler, module.get_submodule(block), inside)
-    return module
+        for block, names in names_by_block.items():
+            _read_around(filler, loaded.module.get_submodule(block), names)
+    return loaded
+
+
+def _find_block(name: str, blocks: Sequence[str]) -> str:
+    """The block that a tensor belongs to, "" for none of these."""
+    for block in blocks:
+        if name.startswith(f"{block}."):
+            return block
+    return ""
 
 
 class Conveyor:
     """Streams blocks through two slots, in turn: a slot is filled again as soon as its block has computed."""
 
-    def __init__(self, filler: Filler, blocks: Sequence[str], names: Sequence[Sequence[str]], size: int) -> None:
-        """Fill an arena of `size` bytes block by block, and give every block's tensors their place in its slot."""
-        device, self._bus, at = filler.device, bus_of(filler.device), 0
-        self._arena = torch.empty(size, dtype=torch.uint8)  # pages that stay untouched take no memory
-        self._sources, self._held, modules = [], [-1] * SLOTS, list(map(filler.module.get_submodule, blocks))
-        for block, inside in zip(blocks, names, strict=True):
-            filler.device = device if filler.packs(block) else "cpu"
+    def __init__(
+        self, filler: Filler, names_by_block: Mapping[str, Sequence[str]], most_bytes: int
+    ) -> None:
+        """Fill an arena block by block, and give every block's tensors their place in its slot.
+
+        The blocks' tensors take at most `most_bytes`, before they are aligned.
+        """
+        device = filler.device
+        names = sum(len(names) for names in names_by_block.values())
+        padding = ALIGNMENT * TENSORS_A_LAYER * names
+        # Pages of it that stay untouched take no memory.
+        self._arena = torch.empty(most_bytes + padding, dtype=torch.uint8)
+        self._sources: list[Tensor] = []  # each block's part of the arena
+        used_bytes = 0
+        for block, inside in names_by_block.items():
+            # Quantizing is work for the device; what is stored so already goes to RAM at once.
+            place = device if filler.quantizes(block) else "cpu"
             for name in inside:
-                filler.fill(name)
-            used = _lay_out(filler.module.get_submodule(block), self._arena[at:], fill=True)
-            self._sources.append(self._arena[at : at + used])
-            at += used
-        filler.device = device
-        filler.module.unpinned_bytes = 0 if _pin(self._arena, at, device) else at
-        largest = max(source.numel() for source in self._sources)
-        self._slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
-        for k, module in enumerate(modules):
-            _lay_out(module, self._slots[k % SLOTS], fill=False)
-            _around(module, partial(self._enter, k), partial(self._leave, k))
-        for k in range(SLOTS)[: len(modules)]:
-            self._copy(k)
+                filler.fill(name, device=place)
+            module = filler.module.get_submodule(block)
+            block_bytes = _move_into(module, self._arena[used_bytes:])
+            self._sources.append(self._arena[used_bytes : used_bytes + block_bytes])
+            used_bytes += block_bytes
+        is_pinned = _pin(self._arena, used_bytes, device)
+        self.unpinned_bytes = 0 if is_pinned else used_bytes
 
-    def _copy(self, k: int) -> None:
-        slot, source = k % SLOTS, self._sources[k]
+        self._bus = make_bus(device)
+        self._held = [-1] * SLOTS  # the index of the block that each slot holds
+        largest_bytes = max(source.numel() for source in self._sources)
+        self._slots = [
+            torch.empty(largest_bytes, dtype=torch.uint8, device=device) for _ in range(SLOTS)
+        ]
+        for index, block in enumerate(names_by_block):
+            module = filler.module.get_submodule(block)
+            _point_into(module, self._slots[index % SLOTS])
+            _wrap(module, partial(self._enter, index), partial(self._leave, index))
+        for index in range(min(SLOTS, len(self._sources))):
+            self._copy(index)
+
+    def _copy(self, index: int) -> None:
+        slot = index % SLOTS
+        source = self._sources[index]
         self._bus.copy(slot, self._slots[slot][: source.numel()], source)
-        self._held[slot] = k
+        self._held[slot] = index
 
-    def _enter(self, k: int) -> None:
-        if self._held[k % SLOTS] != k:  # blocks were skipped, or the last forward was not finished
-            self._copy(k)
-        self._bus.wait(k % SLOTS)
+    def _enter(self, index: int) -> None:
+        if (
+            self._held[index % SLOTS] != index
+        ):  # blocks were skipped, or the last forward was broken
+            self._copy(index)
+        self._bus.wait(index % SLOTS)
 
-    def _leave(self, k: int) -> None:
-        self._bus.computed(k % SLOTS)
-        following = k + SLOTS if k + SLOTS < len(self._sources) else k % SLOTS  # of the next forward
-        if following != k:
+    def _leave(self, index: int) -> None:
+        self._bus.computed(index % SLOTS)
+        following = index + SLOTS
+        if following >= len(self._sources):
+            following = index % SLOTS  # of the next forward
+        if following != index:
             self._copy(following)
 
 
-def _read_around(filler: Filler, block: "nn.Module", names: Sequence[str]) -> None:
+def _read_around(filler: Filler, block: nn.Module, names: Sequence[str]) -> None:
     """Make the block read its tensors from their file before it computes, and drop them afterwards."""
 
     def enter() -> None:
         for name in names:
             filler.fill(name)
 
-    _around(block, enter, lambda: _replace(block, lambda tensor: tensor.to("meta")))
+    def leave() -> None:
+        _replace_tensors(block, lambda tensor: tensor.to("meta"))
+
+    _wrap(block, enter, leave)
 
 
-def _around(block: "nn.Module", enter: Callable[[], None], leave: Callable[[], None]) -> None:
+def _wrap(block: nn.Module, enter: Callable[[], None], leave: Callable[[], None]) -> None:
     """Make the block's forward, compiled or not, call `enter` before and `leave` after it."""
     forward = block.forward
 
-    def passing(*arguments: object, **options: object) -> object:
+    def wrapped(*arguments: object, **options: object) -> object:
         enter()
         result = forward(*arguments, **options)
         leave()
         return result
 
-    block.forward = passing
+    block.forward = wrapped
 
 
-def _lay_out(block: "nn.Module", buffer: Tensor, *, fill: bool) -> int:
-    """Make the block's tensors, with their values if `fill`, views of the buffer's start; the bytes that they take."""
-    at = 0
+class _Layout:
+    """Views of a buffer's bytes for tensors, one after the other, each aligned."""
 
-    def view_of(tensor: Tensor) -> Tensor:
-        nonlocal at
-        view = buffer[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        at += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        return view.copy_(tensor) if fill else view
+    def __init__(self, buffer: Tensor) -> None:
+        self._buffer = buffer
+        self.used_bytes = 0
 
-    _replace(block, view_of)
-    return at
+    def view_for(self, tensor: Tensor) -> Tensor:
+        """The next view, of the tensor's dtype and shape."""
+        start = self.used_bytes
+        view = self._buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        self.used_bytes += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        return view
 
 
-def _replace(block: "nn.Module", replacement: Callable[[Tensor], Tensor]) -> None:
+def _move_into(block: nn.Module, buffer: Tensor) -> int:
+    """Copy the block's tensors into the buffer's start and make them views of it; the bytes they take."""
+    layout = _Layout(buffer)
+    _replace_tensors(block, lambda tensor: layout.view_for(tensor).copy_(tensor))
+    return layout.used_bytes
+
+
+def _point_into(block: nn.Module, buffer: Tensor) -> None:
+    """Make the block's tensors views of the buffer's start, laid out as by `_move_into`."""
+    layout = _Layout(buffer)
+    _replace_tensors(block, layout.view_for)
+
+
+def _replace_tensors(block: nn.Module, replacement: Callable[[Tensor], Tensor]) -> None:
     """Replace every tensor of the block that is not on meta."""
-    for holder in [holder for module in block.modules() for holder in (module._parameters, module._buffers)]:
-        for leaf, tensor in holder.items():
-            if tensor is not None and not tensor.is_meta:
+    for module in block.modules():
+        for holder in (module._parameters, module._buffers):
+            for leaf, tensor in holder.items():
+                if tensor is None or tensor.is_meta:
+                    continue
                 new = replacement(tensor)
-                holder[leaf] = nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
+                if isinstance(tensor, nn.Parameter):
+                    new = nn.Parameter(new, requires_grad=False)
+                holder[leaf] = new
 
 
-def _pin(arena: Tensor, size: int, device: str) -> bool:
-    """Register exactly `size` bytes of the arena with the driver: torch's allocator rounds up to a power of 2."""
+def _pin(arena: Tensor, size_bytes: int, device: str) -> bool:
+    """Register exactly the arena's first bytes with the driver; returns whether that was possible.
+
+    torch's own pinned allocator would round up to a power of 2.
+    """
     if not device.startswith("cuda"):
         return True
     with torch.cuda.device(device):
-        if int(torch.cuda.cudart().cudaHostRegister(arena.data_ptr(), size, 0)):
+        failed = int(torch.cuda.cudart().cudaHostRegister(arena.data_ptr(), size_bytes, 0))
+        if failed:
+            # Takes the error that the driver would report to the next kernel.
             with contextlib.suppress(RuntimeError):
-                torch.zeros(1, device=device)  # takes the error that the driver would report to the next kernel
+                torch.zeros(1, device=device)
             return False
     weakref.finalize(arena, _unpin, arena.data_ptr(), device)
     return True
 
 
 def _unpin(address: int, device: str) -> None:
-    with contextlib.suppress(RuntimeError), torch.cuda.device(device):  # a device that failed stays so
+    with (
+        contextlib.suppress(RuntimeError),
+        torch.cuda.device(device),
+    ):  # a device that failed stays so
         torch.cuda.synchronize()
         torch.cuda.cudart().cudaHostUnregister(address)

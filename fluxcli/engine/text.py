@@ -1,87 +1,130 @@
-"""The prompts of a run as embeddings: which are known, from memory or disk, and which still need an encoder.
+"""Prompts as token ids and as embeddings that are known already, from memory or from disk.
 
-Knows tokenizers and what embeddings depend on; loads no encoder. Shapes: pooled (1, P), sequence (1, T, C), in RAM.
+Knows the tokenizers and everything that embeddings depend on; loads no text encoder (see `encode`).
+Shapes: pooled embeddings (1, P), sequence embeddings (1, T, C), both in RAM.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 import fluxcli
-from fluxcli.engine import prompt_cache as embeddings
-from fluxcli.engine import sampling
+from fluxcli.engine import classes, prompt_cache
+from fluxcli.engine.loader import refusing
 from fluxcli.engine.prompt_cache import Embeddings
+from fluxcli.engine.recent import Recent
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import MemoryPlan
 from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import TEXT_ENCODERS, Checkpoint
-from quant.lazy import Tensor, torch
 from quant.lora import Adapter
 
-KEPT = 64  # embeddings in RAM: 4 MiB each
+KEPT_PROMPTS = 64  # in RAM, 4 MiB each at the published size
+CLIP_TOKENS = 77
 
 
-class Texts:
-    """Embeddings by key; a key stands for everything that they depend on."""
+class Tokenizers(NamedTuple):
+    """CLIP's tokenizer and T5's, as transformers has them."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: MemoryPlan, machine: Hardware, *, cache: bool) -> None:
-        """`cache` reads and keeps them on disk, too."""
-        self.cache = cache
+    clip: object
+    t5: object
+
+
+class TokenIds(NamedTuple):
+    """A prompt for both text encoders, and the end of it that T5 will not see."""
+
+    clip: Tensor  # (1, 77)
+    t5: Tensor  # (1, text_tokens)
+    lost: str
+
+
+def load_tokenizers(folder: Path) -> Tokenizers:
+    """The tokenizers of a model's folder. Raises `CheckpointError`."""
+    with refusing("cannot read the tokenizer", folder / "tokenizer"):
+        clip = classes.clip_tokenizer().from_pretrained(folder / "tokenizer", local_files_only=True)
+    with refusing("cannot read the tokenizer", folder / "tokenizer_2"):
+        t5 = classes.t5_tokenizer().from_pretrained(folder / "tokenizer_2", local_files_only=True)
+    return Tokenizers(clip, t5)
+
+
+def tokenize(tokenizers: Tokenizers, prompt: str, text_tokens: int) -> TokenIds:
+    """The token ids of a prompt, padded: FLUX.1 masks no padding, so the T5 length changes the picture."""
+    clip, t5 = tokenizers
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    clip_ids = clip(prompt, max_length=CLIP_TOKENS, **options).input_ids
+    t5_ids = t5(prompt, max_length=text_tokens, **options).input_ids
+    every_id = t5(prompt, truncation=False).input_ids
+    lost = ""
+    if len(every_id) > text_tokens:  # the last id that fits is the end token
+        lost = t5.decode(every_id[text_tokens - 1 :], skip_special_tokens=True)
+    return TokenIds(clip_ids, t5_ids, lost)
+
+
+class PromptEncoder:
+    """Embeddings of prompts by key; a key stands for everything that they depend on.
+
+    Ask `find` for those of a key. Where it has none, let the text encoders compute them from what
+    `tokenize` gives, and hand them to `keep`.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, plan: MemoryPlan, hardware: Hardware, *, on_disk: bool
+    ) -> None:
+        """With `on_disk` embeddings are read from the prompt cache and written to it, too."""
+        self.on_disk = on_disk
         self._folder = checkpoint.folder
-        self._depends = {
-            "weights": checkpoint.text_encoder_fingerprint, "dtypes": [plan.dtypes[name] for name in TEXT_ENCODERS],
-            "packed": str(plan.spec), "device": [machine.kind, machine.name, machine.capability],
-            "cpu": torch.backends.cpu.get_cpu_capability() if machine.kind == "cpu" else "",
-        }  # fmt: skip
-        self._known: dict[str, Embeddings] = {}
-        self._waiting: dict[str, tuple[Tensor, str, Tensor]] = {}  # T5's ids, lost text, pooled
-        self._ids: dict[str, tuple[Tensor, str]] = {}
-        self._tokenizers: tuple | None = None
-
-    def key(self, request: GenerationRequest, adapters: Sequence[Adapter]) -> str:
-        """The key of a request's embeddings."""
-        acting = [[each.identity, each.scale] for each in adapters if any(map(each.numel, TEXT_ENCODERS))]
-        what = {"prompt": request.prompt, "text_tokens": request.text_tokens, "adapters": acting}
-        return embeddings.key_of(**self._depends, **what, versions=fluxcli.versions())
-
-    def known(self, key: str) -> bool:
-        """Whether no encoder is needed for the key; looks on the disk where that is allowed."""
-        if key not in self._known and self.cache and (found := embeddings.read(key)):
-            self._keep(key, found)
-        return key in self._known or key in self._waiting
+        self._depends_on = {
+            "weights": checkpoint.text_encoder_fingerprint,
+            "dtypes": [plan.dtypes[name] for name in TEXT_ENCODERS],
+            "packed": str(plan.spec),
+            "device": [hardware.kind, hardware.name, hardware.capability],
+            "cpu": "",
+        }
+        if hardware.kind == "cpu":
+            self._depends_on["cpu"] = torch.backends.cpu.get_cpu_capability()
+        self._known: Recent[str, Embeddings] = Recent(KEPT_PROMPTS)
+        self._tokenizers: Tokenizers | None = None
 
     @property
-    def ready(self) -> bool:
-        """Whether the tokenizers are loaded."""
+    def has_tokenizers(self) -> bool:
+        """Whether the tokenizers are loaded, which takes a second."""
         return self._tokenizers is not None
 
-    def tokenize(self, key: str, request: GenerationRequest) -> Tensor:
-        """CLIP's token ids (1, 77) of the prompt; T5's wait until `waiting`. Raises `CheckpointError`."""
-        self._tokenizers = self._tokenizers or sampling.tokenizers(self._folder)
-        clip_ids, t5_ids, lost = sampling.tokenize(self._tokenizers, request.prompt, request.text_tokens)
-        self._ids[key] = t5_ids, lost
-        return clip_ids
+    def key_of(self, request: GenerationRequest, adapters: Sequence[Adapter]) -> str:
+        """The key of a request's embeddings."""
+        acting = [
+            [adapter.identity, adapter.scale]
+            for adapter in adapters
+            if any(adapter.numel(name) for name in TEXT_ENCODERS)
+        ]
+        return prompt_cache.key_of(
+            **self._depends_on,
+            prompt=request.prompt,
+            text_tokens=request.text_tokens,
+            adapters=acting,
+            versions=fluxcli.versions(),
+        )
 
-    def add_pooled(self, key: str, pooled: Tensor) -> None:
-        """What CLIP made of the prompt."""
-        self._waiting[key] = (*self._ids.pop(key), pooled.cpu())
+    def find(self, key: str) -> Embeddings | None:
+        """The embeddings of that key from memory, or from disk where that is allowed."""
+        found = self._known.get(key)
+        if found is None and self.on_disk:
+            found = prompt_cache.read(key)
+            if found:
+                self._known.keep(key, found)
+        return found
 
-    def waiting(self, key: str) -> "Tensor | None":
-        """T5's token ids (1, text_tokens) of a prompt that waits for it."""
-        return self._waiting[key][0] if key in self._waiting else None
+    def tokenize(self, request: GenerationRequest) -> TokenIds:
+        """The token ids of the request's prompt. Raises `CheckpointError` for bad tokenizer files."""
+        if self._tokenizers is None:
+            self._tokenizers = load_tokenizers(self._folder)
+        return tokenize(self._tokenizers, request.prompt, request.text_tokens)
 
-    def add_sequence(self, key: str, sequence: Tensor) -> None:
-        """What T5 made of the prompt: it is known now."""
-        _, lost, pooled = self._waiting.pop(key)
-        self._keep(key, Embeddings(pooled, sequence.cpu(), lost))
-        if self.cache and sampling.is_finite(pooled) and sampling.is_finite(sequence):  # else a fault would stay
-            embeddings.write(key, self._known[key])
-
-    def of(self, key: str) -> Embeddings:
-        """The embeddings of a known prompt."""
-        self._keep(key, self._known[key])
-        return self._known[key]
-
-    def _keep(self, key: str, found: Embeddings) -> None:
-        self._known.pop(key, None)
-        self._known[key] = found  # the last used is the last
-        while len(self._known) > KEPT:
-            self._known.pop(next(iter(self._known)))
+    def keep(self, key: str, embeddings: Embeddings) -> None:
+        """Keep what the encoders made, on disk only if it is finite: a fault of the moment is not kept."""
+        self._known.keep(key, embeddings)
+        if self.on_disk and embeddings.are_finite():
+            prompt_cache.write(key, embeddings)

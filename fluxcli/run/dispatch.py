@@ -9,8 +9,10 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
+from fluxcli.engine import device
 from fluxcli.errors import UsageError
 from fluxcli.events import Done, Event, Failed, Notice, Saved
+from fluxcli.models import find
 from fluxcli.pictures.names import STDOUT
 from fluxcli.request.job import Job
 from fluxcli.run import client, processes
@@ -77,6 +79,7 @@ class Dispatcher:
                     hint = f" (hint: {lost.hint})" if lost.hint else ""
                     yield Notice(f"{lost}: running here{hint}")
         if not self._session:
+            _check_before_torch(job)
             from fluxcli.run.session import Session
 
             yield from _evict_worker(job, always=was_up)
@@ -106,6 +109,13 @@ class Dispatcher:
             except client.RemoteError as error:
                 raise client.Lost(str(error)) from error
         yield from client.run(job)
+
+
+def _check_before_torch(job: Job) -> None:
+    """Raise what the session would raise after seconds of imports: no model here, a broken torch."""
+    if not job.batch:
+        find.folders(job.rows[0].order.request.model)
+    device.check_torch()
 
 
 def _evict_worker(job: Job, *, always: bool) -> Iterator[Event]:

@@ -13,8 +13,10 @@ from fluxcli.plan.costs import DTYPE_BYTES
 from fluxcli.plan.placement import MemoryPlan
 from fluxcli.request.fields import Order
 from fluxcli.request.job import Row
+from fluxcli.run.saving import Destination
 from quant.checkpoint import Checkpoint
 from quant.errors import ExplainedError
+from quant.lora import Adapter
 
 MAX_WINDOW = 16  # pictures that go through a phase together: what is lost when a run is killed
 WINDOW_SHARE = 0.1  # of the free RAM, for their tables
@@ -31,6 +33,7 @@ class Planned:
     plan: MemoryPlan
     machine: hardware.Hardware
     others: tuple[Checkpoint, ...]
+    adapters: tuple[Adapter, ...]
     left: int  # pictures that were not skipped
     images: list[GeneratedImage] = field(default_factory=list)
 
@@ -41,12 +44,15 @@ class Planned:
         where, dtypes = self.checkpoint.components["transformer"].folder, tuple(plan.dtypes.items())
         return self.checkpoint.fingerprint, where, plan.device, plan.precision, plan.spec, dtypes
 
-    def pictures(self, resume: Latents | None) -> Iterator[Picture]:
-        """The row's pictures."""
+    def pictures(self, resume: Latents | None) -> Iterator[tuple[Picture, Destination]]:
+        """The row's pictures, and where each goes."""
         count, seeded = self.order.output.count, self.row.order.request.seed >= 0
         for k in range(count):
             one = self.order.picture(k)
-            yield Picture(one, self.target, k + 1, self.row.number, seeded, k + 1, count, latents=resume)
+            picture = Picture(one.request, self.adapters, position=k + 1, total=count)
+            if resume:
+                picture.tokens, picture.step = resume.tokens, resume.step
+            yield picture, Destination(one, self.target, k + 1, self.row.number, seeded)
 
     def refused(self) -> ExplainedError | None:
         """Why the row's file cannot be written."""

@@ -16,11 +16,12 @@ from pathlib import Path
 import fluxcli
 from fluxcli import paths
 from fluxcli.engine import device as hardware
-from fluxcli.engine.engine import Engine
+from fluxcli.engine.engine import Drawn, Engine
 from fluxcli.engine.picture import Picture
 from fluxcli.errors import DoesNotFit
 from fluxcli.events import Done, Event, GeneratedImage, Notice, Phase, Saved, Skipped, explain
 from fluxcli.models import find as models
+from fluxcli.models import loras as lora
 from fluxcli.pictures import image, latents
 from fluxcli.pictures import names as output
 from fluxcli.pictures.latents import Latents
@@ -32,8 +33,10 @@ from fluxcli.request.job import Job, Row
 from fluxcli.run.lock import DeviceLock
 from fluxcli.run.margin import grow_margin, read_margin
 from fluxcli.run.planned import Planned, window_size
+from fluxcli.run.saving import Destination, make_metadata, save
 from quant.checkpoint import Checkpoint
 from quant.errors import ExplainedError
+from quant.lora import Adapter
 
 LOCK_S = 1.0  # between two looks at whether the run is still wanted, while another one has the device
 LOCKED_SHARE = 0.25  # of the RAM: a run on the CPU that takes less disturbs nobody
@@ -101,17 +104,20 @@ class Session:
     ) -> Engine:
         """The engine that is there, where it has the same basis, else a new one."""
         if self.engine and self._basis == basis:
-            self.engine.adopt(plan, machine)
-            self.engine.texts.cache = cache
+            self.engine.adopt(plan, machine, prompt_cache=cache)
         else:
             self.evict()
-            self.engine, self._basis = Engine(checkpoint, plan, machine, cache=cache), basis
+            self.engine, self._basis = Engine(checkpoint, plan, machine, prompt_cache=cache), basis
         return self.engine
 
-    def engine_of(self, order: Order, *, no_wait: bool) -> Generator[Event, None, Engine]:
-        """An engine for a request."""
+    def engine_of(
+        self, order: Order, *, no_wait: bool
+    ) -> Generator[Event, None, tuple[Engine, tuple[Adapter, ...]]]:
+        """An engine for a request, and the request's adapters."""
         checkpoint, plan, machine, _ = yield from self.prepare(order, no_wait=no_wait)
-        return self.engine_for(checkpoint, plan, machine, (), cache=False)
+        adapters = lora.adapters_of(order.request.lora, checkpoint.components)
+        yield from map(Notice, lora.warnings(adapters))
+        return self.engine_for(checkpoint, plan, machine, (), cache=False), adapters
 
     def evict(self) -> None:
         """Drop the engine and give its memory back."""
@@ -145,16 +151,20 @@ class Session:
             output=replace(order.output, count=1, output=None),
         )  # plans depend on none of these
         if same not in known:
-            known[same] = yield from self.prepare(order, no_wait=job.no_wait)
-            checkpoint, plan, *_ = known[same]
+            prepared = yield from self.prepare(order, no_wait=job.no_wait)
+            checkpoint, plan, *_ = prepared
+            adapters = lora.adapters_of(order.request.lora, checkpoint.components)
+            if not any(adapters == before for *_, before in known.values()):
+                yield from map(Notice, lora.warnings(adapters))
+            known[same] = (*prepared, adapters)
             if not job.batch:
                 request = order.request
                 (width, height), seed = request.size, f", seed {request.seed}" * (request.seed >= 0)
                 what = f"{request.model} on {plan.device} in {plan.precision}"
                 yield Notice(f"{width}x{height}, {request.steps} steps{seed}, {what}")
-        checkpoint, plan, machine, others = known[same]
+        checkpoint, plan, machine, others, adapters = known[same]
         order = order.with_seed()
-        return Planned(row, order, target, checkpoint, plan, machine, others, order.output.count)
+        return Planned(row, order, target, checkpoint, plan, machine, others, adapters, order.output.count)
 
     def _lock(self, identity: str, no_wait: bool) -> Iterator[Event]:
         if identity in self._locked:
@@ -179,66 +189,86 @@ class Session:
             yield Notice(f"{first.order.request.model} on {first.plan.device} in {first.plan.precision}")
         plan = replace(first.plan, residency=placed)
         engine = self.engine_for(first.checkpoint, plan, first.machine, first.basis, cache=job.prompt_cache)
-        missing: list[Picture] = []
+        missing: dict[Picture, Destination] = {}
         for planned in group:
             yield from self._take_stock(engine, planned, job, missing=missing, resume=resume, lost=after_loss)
-        missing.sort(key=lambda picture: [str(ref) for ref in picture.request.lora])  # adapters change as rarely as can be
+        # Adapters change as rarely as can be.
+        pictures = sorted(missing, key=lambda picture: [str(ref) for ref in picture.request.lora])
         if job.batch:
-            for k, picture in enumerate(missing, 1):
-                picture.image, picture.images = k, len(missing)
+            for k, picture in enumerate(pictures, 1):
+                picture.position, picture.total = k, len(pictures)
         size, rows = window_size(group), {planned.row.number: planned for planned in group}
-        for at in range(0, len(missing), size):
-            yield from self._window(engine, missing[at : at + size], rows, isolate=job.batch)
+        for at in range(0, len(pictures), size):
+            group_pictures = {picture: missing[picture] for picture in pictures[at : at + size]}
+            yield from self._draw_group(engine, group_pictures, rows, isolate=job.batch)
 
     def _take_stock(
-        self, engine: Engine, planned: Planned, job: Job, *, missing: list[Picture], resume: Latents | None, lost: bool
+        self, engine: Engine, planned: Planned, job: Job, *,
+        missing: dict[Picture, Destination], resume: Latents | None, lost: bool,
     ) -> Iterator[Event]:  # fmt: skip
         """Say which pictures of a row are there already, and add the others to `missing`."""
         done: list[Path | None] = [None] * planned.order.output.count
         if planned.order.output.metadata and (job.resume or (lost and planned.row.order.request.seed >= 0)):
             done = _find_done(engine, planned)
-        for picture, path in zip(planned.pictures(resume), done, strict=True):
+        for (picture, place), path in zip(planned.pictures(resume), done, strict=True):
             if path is None:
                 error = planned.refused() if planned.target.exact and (job.resume or lost) else None
                 if error:
-                    yield explain(error, picture.row)
+                    yield explain(error, place.row)
                     return
-                if job.resume and picture.seeded:
-                    picture.latents = _find_kept(engine, picture)
-                missing.append(picture)
+                if job.resume and place.seeded:
+                    kept = _find_kept(engine, picture, place)
+                    if kept:
+                        picture.tokens, picture.step = kept.tokens, kept.step
+                missing[picture] = place
             elif lost:
-                planned.images.append(_describe_file(path, picture.order))
-                yield Saved(planned.images[-1], picture.row)
+                planned.images.append(_describe_file(path, place.order))
+                yield Saved(planned.images[-1], place.row)
             else:
                 planned.left -= 1
-                yield Skipped(picture.row, str(path))
+                yield Skipped(place.row, str(path))
         if len(planned.images) == planned.left > 0:  # all that was lost is the word of it
             yield _done(engine, planned)
 
-    def _window(
-        self, engine: Engine, window: Sequence[Picture], rows: dict[int, Planned], *, isolate: bool
-    ) -> Iterator[Event]:  # fmt: skip
-        """A window's events, the end of each row, and what went wrong."""
+    def _draw_group(
+        self, engine: Engine, places: dict[Picture, Destination], rows: dict[int, Planned], *, isolate: bool
+    ) -> Iterator[Event]:
+        """A group's events, the end of each row, and what went wrong."""
+        left = dict(places)  # without those that are saved
         known = len(engine.out_of_memory)
         try:
-            for event in engine.window(window, isolate=isolate):
-                yield event
-                if isinstance(event, Saved):
-                    planned = rows[event.row]
-                    planned.images.append(event.image)
-                    if len(planned.images) == planned.left:
-                        yield _done(engine, planned)
+            for event in engine.draw(list(places), isolate=isolate):
+                if not isinstance(event, Drawn):
+                    yield event
+                    continue
+                picture, place = event.picture, places[event.picture]
+                yield Phase("save")
+                try:
+                    saved = save(picture, place, engine)
+                except ExplainedError as error:
+                    if not isolate:
+                        raise
+                    picture.error = error
+                    continue
+                finally:
+                    picture.pixels = None
+                del left[picture]
+                yield Saved(saved, place.row)
+                planned = rows[place.row]
+                planned.images.append(saved)
+                if len(planned.images) == planned.left:
+                    yield _done(engine, planned)
         except DoesNotFit as error:
-            _advise(error, rows[window[0].row], engine, window)
+            _advise(error, rows, engine, left)
             raise
         finally:
             for happened in engine.out_of_memory[known:]:
-                grow_margin(engine.machine, happened.missing_bytes)
-        for picture in window:
+                grow_margin(engine.hardware, happened.missing_bytes)
+        for picture, place in left.items():
             if isinstance(picture.error, DoesNotFit):
-                _advise(picture.error, rows[picture.row], engine, [picture])
+                _advise(picture.error, rows, engine, {picture: place})
             if picture.error:
-                yield explain(picture.error, picture.row)
+                yield explain(picture.error, place.row)
 
 
 def _find_done(engine: Engine, planned: Planned) -> list[Path | None]:
@@ -250,16 +280,16 @@ def _find_done(engine: Engine, planned: Planned) -> list[Path | None]:
     pictures, nth = list(planned.pictures(None)), planned.row.nth
     if planned.target.exact or planned.target.has_field("row"):
         nth = 1  # these names are no other row's
-    if pictures[0].seeded:
-        return [next(islice(_list_done(engine, picture), nth - 1, None)) for picture in pictures]
-    return list(islice(_list_done(engine, pictures[0]), nth - 1, nth - 1 + len(pictures)))
+    if pictures[0][1].seeded:
+        return [next(islice(_list_done(engine, *picture), nth - 1, None)) for picture in pictures]
+    return list(islice(_list_done(engine, *pictures[0]), nth - 1, nth - 1 + len(pictures)))
 
 
-def _list_done(engine: Engine, picture: Picture) -> Iterator[Path | None]:
+def _list_done(engine: Engine, picture: Picture, place: Destination) -> Iterator[Path | None]:
     """Yield a picture's names that carry its hash, and None for each that is free; without end."""
-    seeded = picture.seeded
-    wanted = _hashes_of(engine, picture)
-    for path in output.list_names(picture.target, picture.order, picture.number, picture.row, seeded=seeded):
+    seeded = place.seeded
+    wanted = _hashes_of(engine, picture, place)
+    for path in output.list_names(place.target, place.order, place.n, place.row, seeded=seeded):
         if image.carries_hash(path, wanted, seeded=seeded):
             yield path
         elif not os.path.lexists(path):
@@ -267,24 +297,24 @@ def _list_done(engine: Engine, picture: Picture) -> Iterator[Path | None]:
     yield from repeat(None)
 
 
-def _hashes_of(engine: Engine, picture: Picture) -> set[str]:
+def _hashes_of(engine: Engine, picture: Picture, place: Destination) -> set[str]:
     """Return the hashes that a picture may carry: decoded in tiles, too, as it is where memory runs out."""
-    planned = engine.metadata(picture.order, seeded=picture.seeded)
+    planned = make_metadata(engine, place.order, picture.adapters, seeded=place.seeded)
     tiled = planned | {"compute": planned["compute"] | {"tiled": True}}
-    return {image.hash_request(each, seeded=picture.seeded) for each in (planned, tiled)}
+    return {image.hash_request(each, seeded=place.seeded) for each in (planned, tiled)}
 
 
-def _find_kept(engine: Engine, picture: Picture) -> Latents | None:
+def _find_kept(engine: Engine, picture: Picture, where: Destination) -> Latents | None:
     """Return the latents that a run before has kept of a picture; None where there are none of its hash."""
-    wanted = _hashes_of(engine, picture)
-    for path in output.candidates(picture.target, picture.order, picture.number, picture.row):
+    wanted = _hashes_of(engine, picture, where)
+    for path in output.candidates(where.target, where.order, where.n, where.row):
         place = path.with_name(path.stem + latents.SUFFIX)
         if not place.exists():
             return None
         with contextlib.suppress(ExplainedError):  # of somebody else, or damaged
             kept = latents.load(place)
             if kept.request_hash in wanted:
-                return replace(kept, order=picture.order)
+                return replace(kept, order=where.order)
     return None
 
 
@@ -305,18 +335,22 @@ def _done(engine: Engine, planned: Planned) -> Done:
     return Done(images, request, described, {}, peaks, fluxcli.versions(), row)
 
 
-def _advise(error: DoesNotFit, planned: Planned, engine: Engine, window: Sequence[Picture]) -> None:
+def _advise(
+    error: DoesNotFit, rows: dict[int, Planned], engine: Engine, left: dict[Picture, Destination]
+) -> None:
     """Say what would fit, and keep what is left of the pictures."""
+    planned = rows[next(iter(left.values())).row]
     less = replace(
         planned.order,
         resources=replace(planned.order.resources, vram_limit=int(engine.plan.budget_bytes * 0.8)),
     )
     tried = suggestion(less, planned.others, planned.machine)
     error.hint = " or ".join(filter(None, (error.hint, tried and f"again with {tried}")))
-    for picture in window:
-        if picture.latents and picture.latents.step and not picture.saved:
+    for picture, where in left.items():
+        if picture.step:
             with contextlib.suppress(OSError):  # what went wrong first is what must be said
-                made = image.hash_request(engine.metadata(picture.order))
-                kept = replace(picture.latents, request_hash=made)
-                place = latents.save(kept, picture.target, picture.number, picture.row)
+                made = image.hash_request(make_metadata(engine, where.order, picture.adapters))
+                fingerprint = engine.checkpoint.fingerprint
+                kept = Latents(where.order, picture.tokens, picture.step, fingerprint, made)
+                place = latents.save(kept, where.target, where.n, where.row)
                 error.why, error.hint = f"{error.why}; the latents are kept in {place}", f"flux decode {place}"

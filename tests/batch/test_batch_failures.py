@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
+from fluxcli.engine import decode, denoise
 from fluxcli.engine import device as hardware
-from fluxcli.engine import sampling
 from fluxcli.errors import OutputError
 from fluxcli.pictures import names as output
 from fluxcli.pictures.image import read_metadata
@@ -97,12 +97,12 @@ def test_fail_fast_draws_nothing_after_the_failure(drawn, capsys, monkeypatch):
 
 
 def test_nan_in_one_row_is_an_error_of_that_row(capsys, monkeypatch):
-    real = sampling.noise
+    real = denoise.make_noise
 
     def noise(seed: int, size: tuple[int, int], **options: object) -> torch.Tensor:
         return real(seed, size, **options) * (float("nan") if seed == 8 else 1.0)
 
-    monkeypatch.setattr(sampling, "noise", noise)
+    monkeypatch.setattr(denoise, "make_noise", noise)
     source = write(*({"prompt": "a red circle", "seed": seed} for seed in (1, 8, 2)))
     events = draw(capsys, source, *SMALL, "-o", "out/", code=7)
     expected = {k: single(capsys, "a red circle", "--seed", str(seed)) for k, seed in ((1, 1), (3, 2))}
@@ -114,16 +114,16 @@ def test_nan_in_one_row_is_an_error_of_that_row(capsys, monkeypatch):
 
 
 def test_memory_that_ends_for_one_row_is_an_error_of_that_row_and_its_latents_are_kept(capsys, monkeypatch):
-    real, steps = sampling.step, []
+    real, steps = denoise.take_step, []
 
-    def step(model: object, scheduler: object, latents: torch.Tensor, *rest: object) -> torch.Tensor:
+    def step(model: object, scheduler: object, latents: torch.Tensor, **rest: object) -> torch.Tensor:
         large = latents.shape[1] == 64
         steps.append(large)
         if large and steps.count(True) > 1:
             raise torch.OutOfMemoryError("as if")
-        return real(model, scheduler, latents, *rest)
+        return real(model, scheduler, latents, **rest)
 
-    monkeypatch.setattr(sampling, "step", step)
+    monkeypatch.setattr(denoise, "take_step", step)
     one = {"prompt": "a red circle"}
     source = write(one | {"seed": 1}, one | {"seed": 2, "size": 128}, one | {"seed": 2})
     events = draw(capsys, source, *SMALL, "-o", "out/", code=7)
@@ -133,7 +133,7 @@ def test_memory_that_ends_for_one_row_is_an_error_of_that_row_and_its_latents_ar
     (kept,) = Path("out").glob("*.latents.safetensors")
     assert str(kept) in of(events, "failed")[0]["message"] and f"flux decode {kept}" in of(events, "failed")[0]["hint"]
     assert steps.count(False) == 4  # finished pictures are not begun again
-    monkeypatch.setattr(sampling, "step", real)
+    monkeypatch.setattr(denoise, "take_step", real)
     events = draw(capsys, source, *SMALL, "-o", "out/", "--resume")  # what is kept is finished, not drawn again
     assert [(step["index"], step["total"]) for step in of(events, "step")] == [(2, 2)]
     assert pixels(events) == {2: single(capsys, "a red circle", "--seed", "2", "--size", "128")}
@@ -144,9 +144,9 @@ def test_memory_that_ends_for_one_row_is_an_error_of_that_row_and_its_latents_ar
 
 
 def test_tiles_for_one_picture_leave_its_neighbours_and_resume_alone(capsys, monkeypatch):
-    real = sampling.decode
+    real = decode.decode_latents
 
-    def decode(vae: object, latents: torch.Tensor) -> torch.Tensor:
+    def decode_latents(vae: object, latents: torch.Tensor) -> torch.Tensor:
         if latents.shape[-1] >= 48 and not vae.use_tiling:
             raise torch.OutOfMemoryError("as if")
         return real(vae, latents)
@@ -154,7 +154,7 @@ def test_tiles_for_one_picture_leave_its_neighbours_and_resume_alone(capsys, mon
     one = {"prompt": "a red circle", "steps": 1}
     source = write(one | {"seed": 1, "size": 384}, one | {"seed": 2}, one | {"seed": 1, "size": 400})
     expected = single(capsys, "a red circle", "--seed", "2", "--steps", "1")
-    monkeypatch.setattr(sampling, "decode", decode)
+    monkeypatch.setattr(decode, "decode_latents", decode_latents)
     events = draw(capsys, source, "-p", "tiny", "--size", "64", "-o", "out/")
     assert pixels(events)[2] == expected
     assert sum("in tiles" in event["message"] for event in of(events, "notice")) == 1  # the same words for both

@@ -62,7 +62,7 @@ def test_diffusers_opens_the_nf4_folder_and_both_models_give_our_values(folder):
 
     pipe = open_plainly(folder)
     ours = {
-        name: load_component(inspect(folder).components[name], dtype=BF16, device="cuda")
+        name: load_component(inspect(folder).components[name], dtype=BF16, device="cuda").module
         for name in ("transformer", "text_encoder_2")
     }
     for name, layers in (("transformer", 2 * 12 + 5 * 5 + 1), ("text_encoder_2", 12)):
@@ -117,7 +117,7 @@ def test_8_bit_products_run_and_err_by_the_rounding_of_activations(scheme, rows,
 def test_the_packed_transformer_gives_in_8_bit_what_it_gives_dequantized(baked, scheme):
     needs(scheme)
     folder = baked(scheme, **BAKED[scheme])
-    model = load_component(inspect(folder).components["transformer"], dtype=BF16, device="cuda")
+    model = load_component(inspect(folder).components["transformer"], dtype=BF16, device="cuda").module
     found = velocity(model)
     for layer in model.modules():
         if isinstance(layer, RowLinear):

@@ -95,10 +95,8 @@ def resumed(capsys, *arguments: str, source: str = "p.jsonl") -> tuple[list[str]
 PAINTED = """
 import sys, pytest
 from fluxcli.cli import app
-from fluxcli.engine.engine import Engine
 from tests.support.invariant import paint_instead
 paint_instead(pytest.MonkeyPatch())
-Engine.multiply = "fp32"  # as it is, without the import of torch
 app.main()
 """
 

@@ -8,16 +8,19 @@ import numpy as np
 
 from fluxcli.engine import device as hardware
 from fluxcli.engine import loader
-from fluxcli.engine.engine import Engine
+from fluxcli.engine.engine import Drawn, Engine
 from fluxcli.engine.picture import Picture
-from fluxcli.events import Event
+from fluxcli.events import Event, Notice, Saved
+from fluxcli.models import loras
 from fluxcli.pictures import names as output
 from fluxcli.pictures.image import open_picture
+from fluxcli.pictures.latents import Latents
 from fluxcli.plan import planner as plan
 from fluxcli.plan.machine import Hardware, Speeds
 from fluxcli.plan.placement import GIB
 from fluxcli.request.fields import Order
 from fluxcli.request.settings import coerce
+from fluxcli.run import saving
 from quant.checkpoint import Checkpoint, Component
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,18 +71,39 @@ def engine_of(checkpoint: Checkpoint, request: Order = TINY) -> Engine:
 def run(engine: Engine, request: Order, target: output.Target) -> Iterator[Event]:
     """The events of a request's pictures, saved in the target."""
     request = request.with_seed()
-    count = range(request.output.count)
-    return engine.window([Picture(request.picture(k), target, k + 1, images=request.output.count) for k in count])
+    count = request.output.count
+    places = {}
+    for k in range(count):
+        one = request.picture(k)
+        picture = picture_of(engine, one, position=k + 1, total=count)
+        places[picture] = saving.Destination(one, target, k + 1)
+    for event in engine.draw(list(places)):
+        if isinstance(event, Drawn):
+            yield Saved(saving.save(event.picture, places[event.picture], engine))
+        else:
+            yield event
 
 
-def draw(engine: Engine, request: Order, **options: object) -> tuple[list, np.ndarray]:
+def picture_of(
+    engine: Engine, order: Order, *, resume: Latents | None = None, **options: object
+) -> Picture:
+    """A picture of the engine's model with the order's adapters, begun or (`resume`) half done."""
+    adapters = loras.adapters_of(order.request.lora, engine.checkpoint.components)
+    picture = Picture(order.request, adapters, **options)
+    if resume:
+        picture.tokens = resume.tokens
+        picture.step = resume.step
+    return picture
+
+
+def draw(
+    engine: Engine, request: Order, *, resume: Latents | None = None
+) -> tuple[list[Event], np.ndarray]:
     """Run one picture to its end: (events, pixels)."""
-    events, run = [], engine.picture(request, **options)
-    while True:
-        try:
-            events.append(next(run))
-        except StopIteration as finished:
-            return events, finished.value
+    picture = picture_of(engine, request, resume=resume)
+    events: list[Event] = [Notice(said) for said in loras.warnings(picture.adapters)]
+    events += [event for event in engine.draw([picture]) if not isinstance(event, Drawn)]
+    return events, picture.pixels
 
 
 def read_pixels(path: Path) -> np.ndarray:

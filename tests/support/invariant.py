@@ -1,17 +1,17 @@
 """The invariant of every failure, and what provokes one: a k-th call that fails, an engine without weights."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
 from hypothesis import settings
 
+from fluxcli import events
 from fluxcli.cli import app
 from fluxcli.engine import device as hardware
-from fluxcli.engine.engine import Engine
-from fluxcli.events import Phase, Step
 from tests.support.helpers import machine
 
 settings.register_profile("patient", deadline=None, derandomize="CI" in os.environ)  # other work shares the CPU
@@ -46,26 +46,37 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def paint_instead(monkeypatch: pytest.MonkeyPatch, drawn: list | None = None) -> None:
-    """Pictures come from their seed alone, without weights or torch; `drawn` collects the orders."""
+    """Pictures come from their seed alone, without weights; `drawn` collects the orders."""
     import numpy as np
 
-    def paint(self: Engine, pictures):
+    from fluxcli.engine.engine import Engine, Phase
+    from fluxcli.run import session
+
+    def paint(_: object, pictures: list) -> Iterator[events.Event]:
         for picture in pictures:
             request = picture.request
-            if drawn is not None:
-                drawn.append(picture.order)
-            yield Phase("denoise")
-            yield Step(1, 1, picture.image, picture.images)
+            yield events.Phase("denoise")
+            yield events.Step(1, 1, picture.position, picture.total)
             width, height = request.size
-            picture.pixels = np.random.default_rng(request.seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+            painter = np.random.default_rng(request.seed)
+            picture.pixels = painter.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+    def hand_over(_: object, pictures: list) -> Iterator[events.Event]:
+        yield from ()
+
+    real = session.save
+
+    def save(picture: object, destination: object, engine: object) -> events.GeneratedImage:
+        if drawn is not None:
+            drawn.append(destination.order)
+        return real(picture, destination, engine)
 
     here = machine(64, "cpu", bf16=False)
-    for phase in ("begin", "encode_clip", "encode_t5", "condition"):
-        monkeypatch.setattr(Engine, f"_{phase}", lambda *_: iter(()))
-    monkeypatch.setattr(Engine, "_denoise", paint)
+    phases = (Phase("denoise", paint), Phase("decode", hand_over))
+    monkeypatch.setattr(session, "Engine", partial(Engine, phases=phases))
+    monkeypatch.setattr(session, "save", save)
     monkeypatch.setattr(hardware, "probe", lambda device="auto", **_: here)
     monkeypatch.setattr(hardware, "check_torch", lambda: None)
-    monkeypatch.setattr(hardware, "reset_peak", lambda _: None)
 
 
 class Fault:

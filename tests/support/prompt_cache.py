@@ -45,7 +45,7 @@ def path_of(key: str = KEY) -> Path:
 def forged(key: str, found: Embeddings, **more: torch.Tensor) -> bytes:
     """A file as `write` makes it, of things that it would refuse."""
     tensors = {"pooled": found.pooled, "sequence": found.sequence, **more}
-    return save(tensors, {embeddings.DESCRIPTION: embeddings._description(key, found)})
+    return save(tensors, {embeddings.DESCRIPTION: embeddings._describe(key, found)})
 
 
 def in_a_child(work: Callable[[], None]) -> int:

@@ -21,7 +21,7 @@ from diffusers.loaders.single_file_utils import (
 )
 from safetensors.torch import save_file
 
-from fluxcli.engine.loader import matching, read_tensors
+from fluxcli.engine.loader import count_matching, read_tensors
 from fluxcli.models import find as models
 from quant.checkpoint import Component
 from quant.single_file import inspect_file
@@ -53,7 +53,7 @@ def difference(part: Component, expected: Tensors) -> float:
         n: tuple(t.shape) for n, t in expected.items()
     }:
         return float("inf")
-    there, needed = matching(part)
+    there, needed = count_matching(part)
     largest = 0.0 if there == needed else float("inf")
     for name, values in expected.items():
         found = read_tensors(part, [name], dtype=torch.float32, device="cpu")[name]

@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from benchmarks.counting import CARD, Counter
-from fluxcli.engine import loader, modulation, sampling
-from fluxcli.engine.engine import Engine
+from fluxcli.engine import decode, denoise, loader, modulation, text
+from fluxcli.engine.engine import Drawn, Engine
 from fluxcli.models import find as models
 from fluxcli.pictures.latents import Latents
 from fluxcli.plan import costs
@@ -29,7 +29,7 @@ from quant.codecs import Reader
 from quant.header import GGUF_BITS
 from quant.spec import BAKEABLE
 from quant.weights import Piece, Weight
-from tests.support.helpers import machine
+from tests.support.helpers import machine, picture_of
 
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "U8": torch.uint8, "I8": torch.int8}
 DTYPES["F8_E4M3"] = torch.float8_e4m3fn
@@ -42,18 +42,17 @@ def on_card(checkpoint: Checkpoint, plan: MemoryPlan, machine: Hardware, **optio
 
 def follow(engine: Engine, request: Order, counter: Counter, resume: Latents | None = None) -> tuple:
     """Run one picture under the counter, which learns the phases: (events, pixels)."""
-    events, run = [], engine.picture(request, resume=resume)
+    events, picture = [], picture_of(engine, request, resume=resume)
     with torch.no_grad(), counter:
-        while True:
-            try:
-                event = next(run)
-            except StopIteration as finished:
-                return events, finished.value
+        for event in engine.draw([picture]):
+            if isinstance(event, Drawn):
+                continue
             events.append(event)
             if getattr(event, "name", "") in ("encode", "condition", "denoise", "decode"):
                 counter.phase = event.name
             elif getattr(event, "detail", "") in ("transformer", "vae"):  # loading is part of the phase that it is for
                 counter.phase = {"transformer": "denoise", "vae": "decode"}[event.detail]
+    return events, picture.pixels
 
 
 def every_rung(
@@ -116,19 +115,19 @@ def full_size(monkeypatch: pytest.MonkeyPatch, *, arithmetic: bool = True) -> It
     for module in (codecs, loader.codecs):
         monkeypatch.setattr(module, "check_values", lambda *_: None)
     monkeypatch.setattr(linear, "read_offset", lambda _: 0.0)
-    monkeypatch.setattr(sampling, "is_finite", lambda _: True)
-    monkeypatch.setattr(sampling, "to_pixels", lambda decoded: SimpleNamespace(numpy=lambda: decoded.shape))
+    monkeypatch.setattr(decode, "is_finite", lambda _: True)
+    monkeypatch.setattr(decode, "to_pixels", lambda decoded: SimpleNamespace(numpy=lambda: decoded.shape))
     monkeypatch.setattr(Checkpoint, "fingerprint", "full size")
     monkeypatch.setattr(Checkpoint, "text_encoder_fingerprint", "full size")
-    monkeypatch.setattr(modulation, "digest_of", lambda _: "")
-    monkeypatch.setattr(sampling, "tokenize", _tokens)
-    real = Engine._scheduler
+    monkeypatch.setattr(modulation, "make_digest", lambda _: "")
+    monkeypatch.setattr(text, "tokenize", _tokens)
+    real = denoise.make_scheduler
 
-    def scheduler(self, request):
+    def make_scheduler(*arguments):
         with _disable_current_modes():
-            return real(self, request)
+            return real(*arguments)
 
-    monkeypatch.setattr(Engine, "_scheduler", scheduler)
+    monkeypatch.setattr(denoise, "make_scheduler", make_scheduler)
     for scheme in BAKEABLE:  # as on a card that computes it
         monkeypatch.setitem(linear.PROBED, (scheme, CARD), arithmetic)
         monkeypatch.setitem(linear.PROBED, (scheme, "cpu"), arithmetic)
@@ -136,6 +135,6 @@ def full_size(monkeypatch: pytest.MonkeyPatch, *, arithmetic: bool = True) -> It
         yield models.known_shapes("black-forest-labs/FLUX.1-dev")
 
 
-def _tokens(folder: object, prompt: str, text_tokens: int) -> tuple[torch.Tensor, torch.Tensor, str]:
+def _tokens(folder: object, prompt: str, text_tokens: int) -> text.TokenIds:
     ids = torch.zeros(1, text_tokens, dtype=torch.long)
-    return torch.zeros(1, 77, dtype=torch.long), ids, ""
+    return text.TokenIds(torch.zeros(1, 77, dtype=torch.long), ids, "")

@@ -1,0 +1,78 @@
+"""The last phase: latents become pixels, by the VAE's decoder, whole or in tiles as the plan says.
+
+Pictures are (width, height) in pixels.
+"""
+
+from collections.abc import Generator, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fluxcli.engine.components import Components
+from fluxcli.engine.picture import Picture
+from fluxcli.errors import NotFinite
+from fluxcli.events import Event, Notice, Phase
+from fluxcli.plan import costs
+
+
+def run(components: Components, pictures: Sequence[Picture]) -> Iterator[Event]:
+    """Give each picture its `pixels`. Raises `NotFinite`."""
+    for picture in pictures:
+        if picture.pixels is None:
+            picture.pixels = yield from _decode(components, picture)
+
+
+def _decode(components: Components, picture: Picture) -> Generator[Event, None, np.ndarray]:
+    """(H, W, 3) uint8; decoded once more in float32 where 16 bit overflow."""
+    seed = f"seed {picture.request.seed}"
+    if not is_finite(picture.tokens):
+        why = "NaN or Inf in the latents"
+        raise NotFinite("the picture is not finite", which=seed, why=why)
+    vae = yield from components.load("vae", picture.adapters)
+    yield Phase("decode")
+    _set_tiles(vae, tiled=components.plan.residency.decode == "tiled")
+    latents = unpack(picture.tokens.to(components.plan.device), picture.request.size)
+    dtype = components.dtype("vae")
+    decoded = decode_latents(vae, latents.to(dtype))
+    if not is_finite(decoded) and dtype != torch.float32:
+        yield Notice("the VAE overflowed: decoding once more in float32")
+        decoded = decode_latents(vae.float(), latents.float())
+        vae.to(dtype)  # the next picture starts as this one did
+    if not is_finite(decoded):
+        why = "NaN or Inf in the pixels, decoded in float32"
+        raise NotFinite("the picture is not finite", which=seed, why=why)
+    return to_pixels(decoded).numpy()
+
+
+def _set_tiles(vae: nn.Module, *, tiled: bool) -> None:
+    """Make diffusers' decoder work in tiles of `costs.TILE_PX`, or on the whole."""
+    vae.use_tiling = tiled
+    if tiled:
+        vae.tile_sample_min_size = costs.TILE_PX
+        vae.tile_latent_min_size = costs.TILE_PX // 8
+
+
+def unpack(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+    """Packed latents (B, S, 4C) -> latents (B, C, height/8, width/8)."""
+    width, height = size
+    rows_of_tokens = tokens.unflatten(1, (height // 16, width // 16))  # (B, H/2, W/2, 4C)
+    patches = rows_of_tokens.unflatten(3, (-1, 2, 2))  # (B, H/2, W/2, C, 2, 2)
+    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
+    """The VAE's output (1, 3, H, W), in -1 to 1, of latents (1, 16, H/8, W/8)."""
+    scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
+    return vae.decode(scaled, return_dict=False)[0]
+
+
+def to_pixels(decoded: Tensor) -> Tensor:
+    """The VAE's output (1, 3, H, W) in -1 to 1 -> pixels (H, W, 3) uint8 on the CPU."""
+    shares = (decoded[0] * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0).float()
+    return (shares * 255).round().byte().cpu()
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite."""
+    return bool(tensor.isfinite().all())

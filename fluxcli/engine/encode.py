@@ -1,0 +1,92 @@
+"""The first phase: prompts become embeddings, by CLIP and T5, unless they are known already.
+
+The encoders take one after the other, each for all prompts of the group, so that a device that has
+room for one of them needs no more.
+"""
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+
+from torch import Tensor
+
+from fluxcli.engine.components import Components
+from fluxcli.engine.picture import Picture
+from fluxcli.engine.prompt_cache import Embeddings
+from fluxcli.engine.text import TokenIds
+from fluxcli.events import Event, Notice, Phase
+
+
+def run(components: Components, pictures: Sequence[Picture]) -> Iterator[Event]:
+    """Give each picture that is not denoised its `embeddings`; a prompt is encoded once for all."""
+    prompts = components.prompts
+    waiting = [
+        picture for picture in pictures if not picture.denoised and picture.embeddings is None
+    ]
+    by_key: dict[str, list[Picture]] = {}
+    for picture in waiting:
+        key = prompts.key_of(picture.request, picture.adapters)
+        by_key.setdefault(key, []).append(picture)
+
+    found: dict[str, Embeddings] = {}
+    unknown: dict[str, Picture] = {}  # one picture of each prompt
+    for key, same in by_key.items():
+        embeddings = prompts.find(key)
+        if embeddings is None:
+            unknown[key] = same[0]
+        else:
+            found[key] = embeddings
+
+    token_ids = yield from _tokenize(components, unknown)
+    pooled = yield from _run_clip(components, unknown, token_ids=token_ids)
+    found |= yield from _run_t5(components, unknown, token_ids=token_ids, pooled=pooled)
+
+    for key, same in by_key.items():
+        for picture in same:
+            picture.embeddings = found[key]
+        if lost := found[key].lost:
+            limit = same[0].request.text_tokens
+            yield Notice(f"the prompt is longer than {limit} T5 tokens; lost: {lost!r}")
+
+
+def _tokenize(
+    components: Components, unknown: Mapping[str, Picture]
+) -> Generator[Event, None, dict[str, TokenIds]]:
+    """The token ids of each prompt, by its key."""
+    token_ids = {}
+    for key, picture in unknown.items():
+        if not components.prompts.has_tokenizers:
+            yield Phase("load", "tokenizers")
+        token_ids[key] = components.prompts.tokenize(picture.request)
+    return token_ids
+
+
+# One function for each encoder: the first one's module must be gone while the second is loaded.
+
+
+def _run_clip(
+    components: Components, unknown: Mapping[str, Picture], *, token_ids: Mapping[str, TokenIds]
+) -> Generator[Event, None, dict[str, Tensor]]:
+    """The pooled embeddings (1, P) of each prompt, by its key."""
+    pooled = {}
+    for key, picture in unknown.items():
+        clip = yield from components.load("text_encoder", picture.adapters)
+        yield Phase("encode")
+        pooled[key] = clip(token_ids[key].clip.to(clip.device)).pooler_output.cpu()
+    return pooled
+
+
+def _run_t5(
+    components: Components,
+    unknown: Mapping[str, Picture],
+    *,
+    token_ids: Mapping[str, TokenIds],
+    pooled: Mapping[str, Tensor],
+) -> Generator[Event, None, dict[str, Embeddings]]:
+    """The embeddings of each prompt, by its key; kept one by one, in case that memory runs out."""
+    found = {}
+    for key, picture in unknown.items():
+        t5 = yield from components.load("text_encoder_2", picture.adapters)
+        yield Phase("encode")
+        sequence = t5(token_ids[key].t5.to(t5.device))[0].cpu()  # (1, T, C)
+        found[key] = Embeddings(pooled[key], sequence, token_ids[key].lost)
+        components.prompts.keep(key, found[key])
+    return found
