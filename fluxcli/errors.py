@@ -17,8 +17,9 @@ from enum import IntEnum
 from quant.errors import ExplainedError, MissingLibrary, SpecError, WriteError
 
 OUT_OF_MEMORY = re.compile(
-    r"out of memory|not enough memory|(can't|cannot) allocate memory|alloc(ation)? failed|ALLOC_FAILED"
-    r"|insufficient (memory|resources)|Invalid buffer size|hipErrorMemoryAllocation|OUT_OF_(DEVICE|HOST|RESOURCES)"
+    r"out of memory|not enough memory|(can't|cannot) allocate memory"
+    r"|alloc(ation)? failed|ALLOC_FAILED|insufficient (memory|resources)"
+    r"|Invalid buffer size|hipErrorMemoryAllocation|OUT_OF_(DEVICE|HOST|RESOURCES)"
     r"|(BLAS|DNN)_STATUS_NOT_INITIALIZED|unable to find an engine",
     re.IGNORECASE,
 )
@@ -40,7 +41,7 @@ class ExitCode(IntEnum):
 
 
 class FluxError(ExplainedError):
-    """Base of the errors of `fluxcli`; those of `quant` are exit 4, 2 (a wish) or 6 (a write)."""
+    """Base of the errors of `fluxcli`. For those of `quant` see `exit_code_of`."""
 
     exit_code = ExitCode.BUG
 
@@ -74,7 +75,7 @@ class DeviceUnusable(FluxError):
 
 
 class NoSuchDevice(DeviceUnusable):
-    """A wish, not a broken device."""
+    """The device that was asked for is not here; nothing is broken."""
 
 
 class NotFinite(FluxError):
@@ -82,17 +83,34 @@ class NotFinite(FluxError):
 
 
 class Terminated(BaseException):
-    """The signal of that number arrived; unwinds like KeyboardInterrupt, so that temporary files go."""
+    """The signal of that number arrived.
+
+    It unwinds the stack as KeyboardInterrupt does, so that temporary files are deleted.
+    """
 
 
 def exit_code_of(error: ExplainedError) -> ExitCode:
-    """The exit code an error ends the process with."""
-    codes = {SpecError: ExitCode.USAGE, MissingLibrary: ExitCode.DEVICE, WriteError: ExitCode.OUTPUT}
-    return getattr(error, "exit_code", codes.get(type(error), ExitCode.INPUT_FILE))
+    """Return the exit code that an error ends the process with.
+
+    The errors of `quant` have none of their own: a wrong wish is exit 2, a write that fails 6, a
+    library that is missing 8, and everything else is about an input file.
+    """
+    if isinstance(error, FluxError):
+        return error.exit_code
+    codes = {
+        SpecError: ExitCode.USAGE,
+        MissingLibrary: ExitCode.DEVICE,
+        WriteError: ExitCode.OUTPUT,
+    }
+    own = getattr(error, "exit_code", None)
+    return own or codes.get(type(error), ExitCode.INPUT_FILE)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out: some back ends report that as a mere RuntimeError."""
+    """Return whether an error means that memory ran out.
+
+    Some back ends (ROCm, MPS, cuDNN) report that as a mere RuntimeError, so its words decide.
+    """
     if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
         return True
     return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None

@@ -1,31 +1,46 @@
-"""Folders: the user's own for settings, data and cache, and the files that come with flux. Stdlib only."""
+"""Folders: the user's own for settings, data and cache, and the files that come with flux.
+
+Stdlib only, but for the settings' folder, which typer knows.
+"""
 
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent  # a checkout keeps presets at the top level, a wheel inside the package
+HERE = Path(__file__).resolve().parent
+# A wheel has the presets inside the package, a checkout at its top level.
 BUNDLED = HERE / "bundled" if (HERE / "bundled").is_dir() else HERE.parent / "presets"
+
+MAC_FOLDERS = {"cache": "~/Library/Caches", "data": "~/Library/Application Support"}
+XDG_FOLDERS = {"cache": "~/.cache", "data": "~/.local/share"}
 
 
 def user_folder(kind: str, environment: Mapping[str, str]) -> Path:
-    """The user's folder for a "cache" or "data", by the rules of the platform; ~ stays where there is no home."""
+    """Return the user's folder for "cache" or "data", by the rules of the platform.
+
+    Where there is no home folder, ~ stays in the path as it is.
+    """
     if os.name == "nt":
         return Path(os.path.expanduser(environment.get("LOCALAPPDATA") or "~/AppData/Local"))
-    mac, other = {"cache": ("Caches", "cache"), "data": ("Application Support", "local/share")}[kind]
-    default = f"~/Library/{mac}" if sys.platform == "darwin" else f"~/.{other}"
-    return Path(os.path.expanduser(environment.get(f"XDG_{kind.upper()}_HOME") or default))
+    default = MAC_FOLDERS[kind] if sys.platform == "darwin" else XDG_FOLDERS[kind]
+    chosen = environment.get(f"XDG_{kind.upper()}_HOME")
+    return Path(os.path.expanduser(chosen or default))
 
 
 def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """The user's cache folder for flux, by the rules of the platform."""
+    """Return the user's cache folder for flux; it may not exist.
+
+    Without a home folder it is a place where nothing can be kept.
+    """
     folder = user_folder("cache", environment)
-    return (folder if folder.is_absolute() else Path(os.devnull)) / "flux"  # without a home: nowhere
+    if not folder.is_absolute():
+        folder = Path(os.devnull)
+    return folder / "flux"
 
 
 def config_folder() -> Path:
-    """The user's folder of settings and presets."""
+    """Return the user's folder of settings and presets; it may not exist."""
     import typer
 
     return Path(typer.get_app_dir("flux"))

@@ -31,7 +31,9 @@ def build_order(prompt: str, values: Mapping[str, Any], given: Mapping[str, Any]
     order means the same in a worker, which has another working folder. Raises `UsageError`.
     """
     if "\0" in prompt:
-        raise UsageError("the prompt holds NUL", why="is it of a UTF-16 file?", hint="save it as UTF-8")
+        raise UsageError(
+            "the prompt holds NUL", why="is it of a UTF-16 file?", hint="save it as UTF-8"
+        )
     format_given = values["format"] if given.get("format") else None
     format_of_name = names.format_of(values["output"], given=format_given)
     resolved = dict(values)

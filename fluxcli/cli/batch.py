@@ -40,9 +40,9 @@ def draw_rows(source: str, prompt: str | None, options: dict, *, resume: bool, f
             why = "each of the processes would get others"
             raise UsageError("rows of a stream cannot be shared", which=source, why=why, hint="give a file")
         share = processes.Share()
-        rows = batch.rows(file, source, requests.make)
+        rows = batch.read_rows(file, source, requests.make)
         rows = share.take(_count_equal(rows))
-        windows = batch.in_windows(rows, WINDOW, streaming=streaming)
+        windows = batch.make_chunks(rows, WINDOW, streaming=streaming)
         with Dispatcher(alone=options["no_worker"] or options["debug"]) as runner:
             for window in windows:
                 for event in _events(runner, window, job_options(options) | {"resume": resume}):

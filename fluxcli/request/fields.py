@@ -116,7 +116,9 @@ class Order:
     def __post_init__(self) -> None:
         check("preset", self.preset, where=flag("preset"))
         if self.request.seed + self.output.count - 1 > MAX_SEED:
-            raise UsageError("seed out of range", which="--seed", why=f"seed + count passes {MAX_SEED}")
+            raise UsageError(
+                "seed out of range", which="--seed", why=f"seed + count passes {MAX_SEED}"
+            )
 
     @classmethod
     def from_settings(cls, prompt: str, settings: Mapping[str, Any]) -> "Order":
@@ -148,7 +150,11 @@ class Order:
         prompt = value["prompt"]
         if not isinstance(prompt, str):
             raise UsageError("wrong value", why="the prompt is no text")
-        settings = {name: coerce(name, each, where="metadata") for name, each in value.items() if name != "prompt"}
+        settings = {
+            name: coerce(name, each, where="metadata")
+            for name, each in value.items()
+            if name != "prompt"
+        }
         return cls.from_settings(prompt, settings)
 
     def settings(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Rows of a batch: a file or a stream of prompts as text, JSONL or CSV, and windows of the rows that are there.
+"""Rows of a batch: a file or a stream of prompts as text, JSONL or CSV, and chunks of these rows.
 
-Knows nothing of settings, models or the command line: its caller makes the requests. Stdlib only.
+Knows nothing of settings, models or the command line: its caller makes the orders. Stdlib only.
 """
 
 import csv
@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import PurePath
 from queue import Empty, Queue
 from threading import Event, Thread
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from fluxcli.errors import UsageError
 from fluxcli.request.fields import Order
@@ -24,227 +24,324 @@ from quant.errors import ExplainedError
 LIMIT_BYTES = 1 << 20  # of a line with its end, and of a CSV record
 PAUSE_S = 0.1  # a stream without a new row for so long has paused
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 BOM = "\ufeff"
+
+Settings = dict[str, Any]  # what a row says: the prompt and settings by their keys
 
 
 class Line(NamedTuple):
-    """A line of the source: its number from 1, its bytes with their end; of one that is too long only the first."""
+    """A line of the source: its number from 1, and its bytes with their end.
+
+    Of a line that is too long only the first `LIMIT_BYTES` + 1 bytes are kept.
+    """
 
     number: int
     data: bytes
 
     @property
-    def too_long(self) -> bool:
+    def is_too_long(self) -> bool:
         return len(self.data) > LIMIT_BYTES
 
     @property
-    def blank(self) -> bool:
-        return not self.too_long and not self.decoded("replace").strip()
+    def is_blank(self) -> bool:
+        return not self.is_too_long and not self.decode("replace").strip()
 
-    def decoded(self, errors: str) -> str:
+    def decode(self, errors: str) -> str:
+        """Return the line's text, without the byte order mark that a file may begin with."""
         text = self.data.decode(errors=errors)
         return text.removeprefix(BOM) if self.number == 1 else text
 
     def text(self) -> str:
-        """The text with its end, without the file's mark; raises `UsageError` for a long line and for no UTF-8."""
-        if self.too_long:
-            raise UsageError("the line is too long", why=f"at most {LIMIT_BYTES:,} bytes are taken")
+        """Return the line's text with its end; raises `UsageError` if it is too long or no UTF-8."""
+        if self.is_too_long:
+            why = f"at most {LIMIT_BYTES:,} bytes are taken"
+            raise UsageError("the line is too long", why=why)
         try:
-            return self.decoded("strict")
+            return self.decode("strict")
         except UnicodeDecodeError as error:
-            raise UsageError(
-                "the line is not UTF-8", why=f"at byte offset {error.start} of line {self.number}"
-            ) from error
+            why = f"at byte offset {error.start} of line {self.number}"
+            raise UsageError("the line is not UTF-8", why=why) from error
 
 
-def rows(source: BinaryIO, name: str, make: Callable[[dict], Order]) -> Iterator[Row]:
-    """A row for each prompt of `source`, as soon as it is there; one that is no request has the error instead.
+class Record(NamedTuple):
+    """What one row says, or what is wrong with it, and the number of its first line."""
 
-    The format goes by the extension of `name`; without a known one it is JSONL if it begins with {, else text. Raises
-    `UsageError` for a source that is unreadable, has no rows, or has no usable CSV header.
+    line: int
+    settings: Settings | ExplainedError
+
+
+def read_rows(
+    source: BinaryIO, name: str, make_order: Callable[[Settings], Order]
+) -> Iterator[Row]:
+    """Yield a row for each prompt of `source`, as soon as it is there.
+
+    A row that `make_order` refuses, or that cannot be read, has the error instead of an order. The
+    format goes by the extension of `name`; without a known one it is JSONL if the first line begins
+    with {, else text. Raises `UsageError` for a source that is unreadable, has no rows, or has no
+    usable CSV header.
     """
-    label, number = "stdin" if name == "-" else name, 0
-    for number, (line, settings) in enumerate(_settings(_lines(source, label), name, label), 1):
-        made = settings if isinstance(settings, ExplainedError) else _tried(make, settings)
-        request, error = (None, made) if isinstance(made, ExplainedError) else (made, None)
-        yield Row(number, request, f"{label}:{line}", error)
+    label = "stdin" if name == "-" else name
+    number = 0
+    for record in _read_records(_read_lines(source, label), name, label):
+        number += 1
+        yield _make_row(number, record, label, make_order)
     if not number:
         raise UsageError("no prompts", which=label, hint="give one prompt a line")
 
 
-def _tried(function: Callable, *arguments: object) -> object:
-    """What the function gives, or the error that it raises."""
+def _make_row(
+    number: int, record: Record, label: str, make_order: Callable[[Settings], Order]
+) -> Row:
+    where = f"{label}:{record.line}"
+    if isinstance(record.settings, ExplainedError):
+        return Row(number, None, where=where, error=record.settings)
     try:
-        return function(*arguments)
+        order = make_order(record.settings)
     except ExplainedError as error:
-        return error
+        return Row(number, None, where=where, error=error)
+    return Row(number, order, where=where)
 
 
-def _lines(source: BinaryIO, label: str) -> Iterator[Line]:
+def _read_lines(source: BinaryIO, label: str) -> Iterator[Line]:
+    """Yield the lines of a source in bounded memory; raises `UsageError` where a read fails."""
     number = 0
     try:
         while data := source.readline(LIMIT_BYTES + 1):
             number += 1
-            yield (line := Line(number, data))
-            while line.too_long and data and not data.endswith(b"\n"):
-                data = source.readline(LIMIT_BYTES)
+            line = Line(number, data)
+            yield line
+            while line.is_too_long and data and not data.endswith(b"\n"):
+                data = source.readline(LIMIT_BYTES)  # the rest of it is of no use
     except OSError as error:
-        raise UsageError("unreadable prompts", which=label, why=error.strerror or str(error)) from error
+        why = error.strerror or str(error)
+        raise UsageError("unreadable prompts", which=label, why=why) from error
 
 
-def _settings(lines: Iterator[Line], name: str, label: str) -> Iterator[tuple[int, dict | ExplainedError]]:
-    """(line number, settings or what is wrong) of every row."""
-    kind = PurePath(name).suffix.lower()
-    if kind in DELIMITERS:
-        yield from _csv_settings(lines, DELIMITERS[kind], label)
+def _read_records(lines: Iterator[Line], name: str, label: str) -> Iterator[Record]:
+    """Yield what every row says, by the format that the extension or the first line tells."""
+    suffix = PurePath(name).suffix.lower()
+    if suffix in DELIMITERS:
+        yield from _read_csv(lines, DELIMITERS[suffix], label)
         return
-    parse = _json_settings if kind in (".jsonl", ".ndjson", ".json") else _text_settings if kind == ".txt" else None
+    parse: Callable[[Line], Settings] | None = None
+    if suffix in JSON_SUFFIXES:
+        parse = _parse_json
+    elif suffix == ".txt":
+        parse = _parse_text
     for line in lines:
-        if not line.blank:
-            parse = parse or (_json_settings if line.decoded("replace").lstrip().startswith("{") else _text_settings)
-            yield line.number, _tried(parse, line)
+        if line.is_blank:
+            continue
+        if parse is None:
+            is_json = line.decode("replace").lstrip().startswith("{")
+            parse = _parse_json if is_json else _parse_text
+        try:
+            yield Record(line.number, parse(line))
+        except ExplainedError as error:
+            yield Record(line.number, error)
 
 
-def _text_settings(line: Line) -> dict:
+# --- text and JSON
+
+
+def _parse_text(line: Line) -> Settings:
     return {"prompt": line.text().removesuffix("\n").removesuffix("\r")}
 
 
-def _json_settings(line: Line) -> dict:
+def _parse_json(line: Line) -> Settings:
+    """Return the object of a line; raises `UsageError` for anything else, and for repeated keys."""
     try:
-        value = json.loads(line.text().rstrip(), object_pairs_hook=_object, parse_constant=_no_constant)
+        value = json.loads(
+            line.text().rstrip(), object_pairs_hook=_make_object, parse_constant=_refuse_constant
+        )
     except json.JSONDecodeError as error:
-        raise UsageError("the line is not JSON", why=f"{error.msg} at column {error.colno}") from error
+        why = f"{error.msg} at column {error.colno}"
+        raise UsageError("the line is not JSON", why=why) from error
     except (ValueError, RecursionError) as error:  # a number of too many digits; too deep
         raise UsageError("the line is not usable JSON", why=str(error)) from error
     if not isinstance(value, dict):
-        raise UsageError("the line is no JSON object", hint='{"prompt": "a red circle", "seed": 1}')
+        hint = '{"prompt": "a red circle", "seed": 1}'
+        raise UsageError("the line is no JSON object", hint=hint)
     return value
 
 
-def _object(pairs: list[tuple[str, object]]) -> dict:
+def _make_object(pairs: list[tuple[str, Any]]) -> Settings:
     _check_unique([key for key, _ in pairs], "key")
     return dict(pairs)
 
 
-def _no_constant(text: str) -> None:
+def _refuse_constant(text: str) -> None:
+    """Refuse NaN and Infinity, which JSON does not have but Python's reader takes."""
     raise UsageError("the line is not JSON", why=f"{text} is none of its numbers")
 
 
 def _check_unique(names: list[str], what: str) -> None:
-    repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated:
-        raise UsageError(f"a repeated {what}", why=repr(repeated[0][:60]))
+    """Raise `UsageError` naming the first name that stands twice."""
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise UsageError(f"a repeated {what}", why=repr(name[:60]))
 
 
-def _csv_settings(lines: Iterator[Line], delimiter: str, label: str) -> Iterator[tuple[int, dict | ExplainedError]]:
-    records = ((line.number, _tried(_cells, line, lines, delimiter)) for line in lines if not line.blank)
-    for number, cells in records:
-        header = cells if isinstance(cells, ExplainedError) else _tried(_header, cells)
-        if isinstance(header, ExplainedError):
-            raise UsageError("no usable header", which=f"{label}:{number}", why=str(header)) from header
-        break
-    for number, cells in records:
-        yield number, cells if isinstance(cells, ExplainedError) else _tried(_by_column, header, cells)
+# --- CSV
 
 
-def _cells(first: Line, following: Iterator[Line], delimiter: str) -> list[str]:
-    """The cells of the record that begins with a line; takes those that follow while a quote is open."""
+def _read_csv(lines: Iterator[Line], delimiter: str, label: str) -> Iterator[Record]:
+    """Yield the records below the header; raises `UsageError` where that is not usable."""
+    header: list[str] | None = None
+    for line in lines:
+        if line.is_blank:
+            continue
+        try:
+            cells = _read_cells(line, lines, delimiter)
+            if header is None:
+                header = _parse_header(cells)
+                continue
+            yield Record(line.number, _name_cells(header, cells))
+        except ExplainedError as error:
+            if header is None:
+                which = f"{label}:{line.number}"
+                raise UsageError("no usable header", which=which, why=str(error)) from error
+            yield Record(line.number, error)
+
+
+def _read_cells(first: Line, following: Iterator[Line], delimiter: str) -> list[str]:
+    """Return the cells of the record that begins with a line.
+
+    While a quote is open the lines that follow belong to it, and are taken from `following`.
+    Raises `UsageError` for a record that is no CSV, too long, or no UTF-8.
+    """
     taken: list[Line] = []
+    texts = _take_lines(chain([first], following), taken)
     try:
-        cells = next(csv.reader(_of_record(chain([first], following), taken), delimiter=delimiter, strict=True))
+        cells = next(csv.reader(texts, delimiter=delimiter, strict=True))
     except csv.Error as error:
-        why = f"{error}; lines {first.number} to {taken[-1].number} were taken for it"
-        raise UsageError("the record is not CSV", why=why, hint="is every quote closed?") from error
+        raise UsageError(
+            "the record is not CSV",
+            why=f"{error}; lines {first.number} to {taken[-1].number} were taken for it",
+            hint="is every quote closed?",
+        ) from error
     for line in taken:
-        line.text()  # raises
+        line.text()  # raises for what is no text
     return cells
 
 
-def _of_record(lines: Iterable[Line], taken: list[Line]) -> Iterator[str]:
-    size = 0
+def _take_lines(lines: Iterable[Line], taken: list[Line]) -> Iterator[str]:
+    """Yield the texts of lines and note in `taken` which were asked for, up to `LIMIT_BYTES`."""
+    size_bytes = 0
     for line in lines:
         taken.append(line)
-        size += len(line.data)
-        if size > LIMIT_BYTES:
-            why = f"at most {LIMIT_BYTES:,} bytes are taken"
-            raise UsageError("the record is too long", why=why, hint="is every quote closed?")
-        yield line.decoded("replace")
+        size_bytes += len(line.data)
+        if size_bytes > LIMIT_BYTES:
+            raise UsageError(
+                "the record is too long",
+                why=f"at most {LIMIT_BYTES:,} bytes are taken",
+                hint="is every quote closed?",
+            )
+        yield line.decode("replace")
 
 
-def _header(cells: list[str]) -> list[str]:
+def _parse_header(cells: list[str]) -> list[str]:
     names = [cell.strip() for cell in cells]
     if "" in names:
-        raise UsageError("a column without a name", why=f"column {names.index('') + 1}")
+        why = f"column {names.index('') + 1}"
+        raise UsageError("a column without a name", why=why)
     _check_unique(names, "column")
     return names
 
 
-def _by_column(header: list[str], cells: list[str]) -> dict:
+def _name_cells(header: list[str], cells: list[str]) -> Settings:
+    """Return the cells that are not empty by their columns; raises `UsageError` for too many."""
     if len(cells) > len(header):
-        raise UsageError("more cells than columns", why=f"{len(cells)} cells, {len(header)} columns")
+        why = f"{len(cells)} cells, {len(header)} columns"
+        raise UsageError("more cells than columns", why=why)
     return {name: cell for name, cell in zip(header, cells, strict=False) if cell.strip()}
 
 
+# --- chunks
+
+
 def is_streaming(source: BinaryIO) -> bool:
-    """Whether a read may wait: a pipe, a terminal, a device; not a regular file, nor bytes in memory."""
+    """Return whether a read may wait: of a pipe, a terminal or a device.
+
+    It does not of a regular file, nor of bytes in memory.
+    """
     try:
         return not stat.S_ISREG(os.fstat(source.fileno()).st_mode)
-    except OSError:  # io.UnsupportedOperation is one
+    except OSError:  # io.UnsupportedOperation, of bytes in memory, is one
         return False
 
 
-def in_windows(rows: Iterator[Row], size: int, *, streaming: bool) -> Iterator[list[Row]]:
-    """Lists of at most `size` rows, in order; when `streaming`, those that are there: a pause ends a window, too.
+def make_chunks(rows: Iterator[Row], size: int, *, streaming: bool) -> Iterator[list[Row]]:
+    """Yield lists of at most `size` rows, in order.
 
-    What `rows` raises comes after the rows before it. Streaming, `rows` runs in a thread that may wait on its source
-    for ever: do not close a source that is not at its end.
+    When `streaming`, a chunk also ends where the source pauses, so that rows that are there are
+    drawn while others are awaited. What `rows` raises comes after the rows before it. A streaming
+    source is read by a thread that may wait on it for ever: do not close it before its end.
     """
-    window: list[Row] = []
-    with closing(_as_they_come(rows, size) if streaming else (row for row in rows)) as arriving:
+    chunk: list[Row] = []
+    arriving = _read_ahead(rows, size) if streaming else _plainly(rows)
+    with closing(arriving):
         try:
             for row in arriving:
-                window += [row] if row else []
-                if len(window) == size or (window and not row):
-                    yield window
-                    window = []
+                if row is not None:
+                    chunk.append(row)
+                has_paused = row is None
+                if len(chunk) == size or (chunk and has_paused):
+                    yield chunk
+                    chunk = []
         except Exception:
-            if window:
-                yield window
+            if chunk:
+                yield chunk
             raise
-    if window:
-        yield window
+    if chunk:
+        yield chunk
 
 
-def _as_they_come(rows: Iterator[Row], size: int) -> Iterator[Row | None]:
-    """The rows that a thread reads ahead, at most `size` of them; None where no more came for a while."""
-    waiting: Queue[Row | BaseException | None] = Queue(size)
+def _plainly(rows: Iterator[Row]) -> Iterator[Row | None]:
+    """Yield the rows, from a generator that can be closed."""
+    yield from rows
+
+
+class _End(NamedTuple):
+    """The end of the rows that a thread reads: by what it was ended, None for the source's end."""
+
+    error: BaseException | None
+
+
+def _read_ahead(rows: Iterator[Row], size: int) -> Iterator[Row | None]:
+    """Yield the rows that a thread reads ahead, at most `size` of them; None at each pause."""
+    waiting: Queue[Row | _End] = Queue(size)
     stopped = Event()
-    Thread(target=_read, args=(rows, waiting, stopped), name="batch", daemon=True).start()
+    reader = Thread(target=_fill, args=(rows, waiting, stopped), name="batch", daemon=True)
+    reader.start()
     try:
         while True:
             try:
-                item = waiting.get(timeout=PAUSE_S)  # in a loop, as Windows delivers no signal while it waits
+                # In a loop, since Windows delivers no signal to a thread that waits.
+                item = waiting.get(timeout=PAUSE_S)
             except Empty:
                 yield None
                 continue
-            if item is None:
+            if isinstance(item, _End):
+                if item.error is not None:
+                    raise item.error
                 return
-            if isinstance(item, BaseException):
-                raise item
             yield item
     finally:
         stopped.set()
-        while not waiting.empty():  # a thread that waits for room finds it, and then that it is to stop
+        while not waiting.empty():
+            # A thread that waits for room finds it, and then that it is to stop.
             waiting.get_nowait()
 
 
-def _read(rows: Iterator[Row], waiting: Queue, stopped: Event) -> None:
-    end = None
+def _fill(rows: Iterator[Row], waiting: "Queue[Row | _End]", stopped: Event) -> None:
+    """Put rows into the queue until they end or somebody stops it; for a thread of its own."""
+    error = None
     try:
         for row in rows:
             waiting.put(row)
             if stopped.is_set():
                 return
-    except BaseException as error:  # noqa: BLE001 - the consumer raises it
-        end = error
-    waiting.put(end)
+    except BaseException as raised:  # noqa: BLE001 - the consumer raises it
+        error = raised
+    waiting.put(_End(error))

@@ -78,7 +78,9 @@ def check_size(width: int, height: int, *, aspect_ratio: str | None) -> None:
     """
     which = f"{width}x{height}"
     if max(width, height) < MIN_SIZE_PX:
-        raise UsageError("size not possible", which=which, why=f"the longest side is below {MIN_SIZE_PX}")
+        raise UsageError(
+            "size not possible", which=which, why=f"the longest side is below {MIN_SIZE_PX}"
+        )
     if not aspect_ratio and max(width, height) > MAX_RATIO * min(width, height):
         raise UsageError("size not possible", which=which, why=f"it is beyond {MAX_RATIO}:1")
     if width * height > MAX_AREA_PX:

@@ -15,13 +15,13 @@ import tests.support.invariant  # noqa: F401 - the profile
 from fluxcli.errors import UsageError
 from fluxcli.request import rows as batch
 from fluxcli.request.job import Row
-from fluxcli.request.rows import in_windows, is_streaming
+from fluxcli.request.rows import is_streaming, make_chunks
 
 
 def read(data: bytes | str, name: str = "x.txt", make: Callable = dict) -> list[Row]:
     """The rows of these bytes; their requests are plain settings."""
     raw = data.encode() if isinstance(data, str) else data
-    return list(batch.rows(io.BytesIO(raw), name, make))
+    return list(batch.read_rows(io.BytesIO(raw), name, make))
 
 
 def requests(rows: list[Row]) -> list:
@@ -47,12 +47,12 @@ def numbers(windows: Iterator[list[Row]]) -> list[list[int]]:
 @given(count=st.integers(0, 20), size=st.integers(1, 8))
 def test_windows_of_what_is_there_are_full_but_the_last(count, size):
     expected = [list(range(at, min(at + size, count + 1))) for at in range(1, count + 1, size)]
-    assert numbers(in_windows(numbered(count), size, streaming=False)) == expected
+    assert numbers(make_chunks(numbered(count), size, streaming=False)) == expected
 
 
 @given(count=st.integers(0, 20), size=st.integers(1, 8))
 def test_a_stream_gives_the_same_rows_in_order_within_the_bound(count, size):
-    found = numbers(in_windows(numbered(count), size, streaming=True))
+    found = numbers(make_chunks(numbered(count), size, streaming=True))
     assert list(itertools.chain(*found)) == list(range(1, count + 1))
     assert all(0 < len(window) <= size for window in found)
 
@@ -66,7 +66,7 @@ def failing(count: int) -> Iterator[Row]:
 @pytest.mark.parametrize("count, expected", [(0, []), (2, [[1, 2]]), (3, [[1, 2, 3]]), (4, [[1, 2, 3], [4]])])
 def test_an_exception_comes_after_the_rows_before_it(streaming, count, expected, monkeypatch):
     monkeypatch.setattr(batch, "PAUSE_S", 30)
-    found = in_windows(failing(count), 3, streaming=streaming)
+    found = make_chunks(failing(count), 3, streaming=streaming)
     assert [[row.number for row in next(found)] for _ in expected] == expected
     with pytest.raises(UsageError, match="cut off"):
         next(found)
@@ -75,7 +75,7 @@ def test_an_exception_comes_after_the_rows_before_it(streaming, count, expected,
 def test_without_a_stream_no_thread_is_started_and_nothing_is_read_ahead():
     read_ahead = []
     rows = (read_ahead.append(row.number) or row for row in numbered(9))
-    found = in_windows(rows, 3, streaming=False)
+    found = make_chunks(rows, 3, streaming=False)
     before = threading.active_count()
     assert len(next(found)) == 3 and read_ahead == [1, 2, 3] and threading.active_count() == before
 
@@ -123,7 +123,7 @@ def test_what_may_wait_is_a_stream(pipe, tmp_path):
 @pytest.mark.parametrize("name, line", [("-", b"%s\n"), ("x.jsonl", b'{"prompt": "%s"}\n'), ("x.csv", b"%s\n")])
 def test_through_a_pipe_a_row_arrives_before_the_next_is_written(pipe, name, line):
     file, write = pipe
-    found = in_windows(batch.rows(file, name, dict), 16, streaming=True)
+    found = make_chunks(batch.read_rows(file, name, dict), 16, streaming=True)
     write(b"prompt\n" if name == "x.csv" else b"\n")
     for text in (b"a", b"b", b"c"):
         write(line % text)
@@ -136,7 +136,7 @@ def test_through_a_pipe_a_row_arrives_before_the_next_is_written(pipe, name, lin
 def test_a_pause_ends_a_window_and_rows_that_are_there_share_one(pipe, monkeypatch):
     monkeypatch.setattr(batch, "PAUSE_S", 0.5)
     file, write = pipe
-    found = in_windows(batch.rows(file, "-", dict), 4, streaming=True)
+    found = make_chunks(batch.read_rows(file, "-", dict), 4, streaming=True)
     write(b"a\nb\nc\n")
     assert requests(next(found)) == prompts("a", "b", "c")
     write(b"d\ne\nf\ng\nh\nunfinished")
@@ -149,7 +149,7 @@ def test_a_pause_ends_a_window_and_rows_that_are_there_share_one(pipe, monkeypat
 def test_a_full_window_waits_for_no_pause_and_the_last_for_none(pipe, monkeypatch):
     monkeypatch.setattr(batch, "PAUSE_S", 60)
     file, write = pipe
-    found = in_windows(batch.rows(file, "-", dict), 2, streaming=True)
+    found = make_chunks(batch.read_rows(file, "-", dict), 2, streaming=True)
     write(b"a\nb\nc\n")
     assert requests(next(found)) == prompts("a", "b")
     write(None)
@@ -160,13 +160,13 @@ def test_an_empty_pipe_is_no_prompts_and_no_window(pipe):
     file, write = pipe
     write(None)
     with pytest.raises(UsageError, match="no prompts"):
-        next(in_windows(batch.rows(file, "-", dict), 4, streaming=True))
+        next(make_chunks(batch.read_rows(file, "-", dict), 4, streaming=True))
 
 
 def test_a_thread_reads_ahead_no_more_than_a_window():
     taken = []
     rows = (taken.append(row.number) or row for row in numbered(10**9))
-    found = in_windows(rows, 4, streaming=True)
+    found = make_chunks(rows, 4, streaming=True)
     next(found)
     time.sleep(0.2)
     assert 4 < len(taken) <= 4 + 4 + 1
@@ -177,7 +177,7 @@ def test_a_thread_reads_ahead_no_more_than_a_window():
 @pytest.mark.parametrize("size", [1, 4])
 def test_closing_ends_the_thread_that_waits_for_room(size):
     for _ in range(50):
-        found = in_windows(numbered(10**9), size, streaming=True)
+        found = make_chunks(numbered(10**9), size, streaming=True)
         next(found)
         found.close()
     assert ended()
@@ -185,7 +185,7 @@ def test_closing_ends_the_thread_that_waits_for_room(size):
 
 def test_closing_waits_for_no_source_that_has_nothing(pipe):
     file, write = pipe
-    found = in_windows(batch.rows(file, "-", dict), 4, streaming=True)
+    found = make_chunks(batch.read_rows(file, "-", dict), 4, streaming=True)
     write(b"a\n")
     next(found)
     since = time.monotonic()
@@ -197,7 +197,7 @@ def test_closing_waits_for_no_source_that_has_nothing(pipe):
 
 def test_a_consumer_that_raises_ends_the_thread():
     def consume() -> None:
-        for _ in in_windows(numbered(10**9), 2, streaming=True):
+        for _ in make_chunks(numbered(10**9), 2, streaming=True):
             raise RuntimeError
 
     with pytest.raises(RuntimeError):

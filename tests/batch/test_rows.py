@@ -20,7 +20,7 @@ from fluxcli.request.rows import BOM, LIMIT_BYTES
 def read(data: bytes | str, name: str = "x.txt", make: Callable = dict) -> list[Row]:
     """The rows of these bytes; their requests are plain settings."""
     raw = data.encode() if isinstance(data, str) else data
-    return list(batch.rows(io.BytesIO(raw), name, make))
+    return list(batch.read_rows(io.BytesIO(raw), name, make))
 
 
 def requests(rows: list[Row]) -> list:
@@ -133,7 +133,7 @@ def test_what_makes_requests_may_refuse_a_row_but_a_bug_is_no_row():
             raise UsageError("no b")
         return {"c": lambda: 1 / 0}.get(settings["prompt"], lambda: settings)()
 
-    found = batch.rows(io.BytesIO(b"a\nb\nc\n"), "x.txt", make)
+    found = batch.read_rows(io.BytesIO(b"a\nb\nc\n"), "x.txt", make)
     assert next(found).order == {"prompt": "a"}
     row = next(found)
     assert row.order is None and str(row.error) == "no b" and row.where == "x.txt:2"
@@ -165,7 +165,7 @@ class Endless(io.RawIOBase):
 @pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "-"])
 def test_an_endless_line_is_an_error_at_once_and_read_in_pieces(name):
     source = Endless()
-    row = next(batch.rows(source, name, dict))
+    row = next(batch.read_rows(source, name, dict))
     assert "too long" in str(row.error) and source.asked == [LIMIT_BYTES + 1]
 
 
@@ -177,18 +177,18 @@ def test_the_rest_of_a_long_line_is_skipped_in_pieces_to_its_end(end):
             return super().readline(size)
 
     asked: list[int] = []
-    rows = list(batch.rows(Asked(b"a" * (3 * LIMIT_BYTES) + end), "x.txt", dict))
+    rows = list(batch.read_rows(Asked(b"a" * (3 * LIMIT_BYTES) + end), "x.txt", dict))
     assert len(rows) == 1 and "too long" in str(rows[0].error)
     assert len(asked) < 8 and set(asked) == {LIMIT_BYTES + 1, LIMIT_BYTES}
 
 
 def test_an_endless_csv_header_ends_the_batch_and_an_endless_record_its_row():
     with pytest.raises(UsageError, match="too long"):
-        next(batch.rows(Endless(), "x.csv", dict))
+        next(batch.read_rows(Endless(), "x.csv", dict))
     source = Endless()
     real, first = source.readline, iter([b"prompt\n", b'"a\n'])
     source.readline = lambda size: next(first, None) or real(size)
-    row = next(batch.rows(source, "x.csv", dict))
+    row = next(batch.read_rows(source, "x.csv", dict))
     assert "too long" in str(row.error) and row.where == "x.csv:2" and source.asked == [LIMIT_BYTES + 1]
 
 
@@ -276,7 +276,7 @@ def test_a_source_that_fails_later_is_an_error_after_its_rows(error):
                 raise error
             return data
 
-    found = batch.rows(Failing(b"a\nb\n"), "x.txt", dict)
+    found = batch.read_rows(Failing(b"a\nb\n"), "x.txt", dict)
     assert [next(found).order, next(found).order] == prompts("a", "b")
     with pytest.raises(UsageError, match="unreadable prompts") as caught:
         next(found)
@@ -293,7 +293,7 @@ def test_rows_are_read_one_at_a_time():
 
     for name, head in (("x.txt", b""), ("-", b""), ("x.csv", b"prompt\n")):
         source = Counting(head + b"a\nb\nc\n")
-        found = batch.rows(source, name, dict)
+        found = batch.read_rows(source, name, dict)
         assert next(found).order == {"prompt": "a"} and source.count == 1 + bool(head), name
 
 
