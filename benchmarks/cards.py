@@ -202,7 +202,7 @@ def measure_row(card: Hardware) -> str:
     for scheme, stored in (("fp8", torch.float8_e4m3fn), ("int8", torch.int8)):
         if linear.path_of(scheme, card.device) != "dequantize":
             tensors = {"": weight.to(stored), "_scale": weight[:, 0].float()}
-            layer = linear.make_linear(scheme, [tensors], [tuple(weight.shape)], None, arithmetic=True)
+            layer = linear.make_linear(scheme, [tensors], shapes=[tuple(weight.shape)], bias=None, arithmetic=True)
             figures[scheme] = flop / seconds_of(lambda layer=layer: layer(inputs), card.device) / 1e12
     host = torch.empty(128 << 20, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(host, device=card.device, pin_memory=False)

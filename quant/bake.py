@@ -76,7 +76,7 @@ def bake(
         yield from _pack(recipe, writers, device, manifest)
         for writer in writers.values():
             writer.finish()
-        if name := next((name for w in writers.values() if verify and (name := w.damaged())), ""):
+        if name := next((name for w in writers.values() if verify and (name := w.find_damage())), ""):
             why = f"{name} does not read back as it was written"
             raise WriteError(
                 "the file is damaged", target, why=why, hint="check the disk, then run it again"
@@ -174,7 +174,7 @@ def _read(files: list[Path], sources: dict[str, dict]) -> Iterator[tuple[Path, s
                 yield (
                     path,
                     info.name,
-                    data.view(getattr(torch, known)).view(info.shape) if known else data,
+                    data.view(known).view(info.shape) if known else data,
                 )
         sources[f"{path.parent.name}/{path.name}"] = {"bytes": size, "sha256": digest.hexdigest()}
 

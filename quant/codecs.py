@@ -1,102 +1,141 @@
-"""Read, decode and encode one weight: nf4 by `quant.nf4`, fp8 and int8 by optimum-quanto's row-wise types; GGUF's
-blocks are decoded by diffusers.
+"""Read, quantize and dequantize one weight.
 
-Pieces are keyed by suffix, as in `quant.spec.layout`; the headers of their files were validated before. Imports
-optimum.quanto (seconds) only where it quantizes.
+NF4 is `quant.nf4`'s; fp8 and int8 are optimum-quanto's row-wise types, whose import takes seconds
+and happens only where something is quantized; GGUF's blocks are dequantized by diffusers'
+functions.
+
+A weight's stored tensors are a dict by what follows the weight's name in a file, as in
+`quant.spec.layout`: "" for the codes, "_scale" for the scales of fp8 and int8. A weight that is not
+quantized is its values under "". The headers of the files were validated before.
 """
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from quant import nf4
 from quant.errors import CheckpointError, MissingLibrary
 from quant.header import GGUF_BITS, is_gguf
-from quant.lazy import Tensor, Tensors, torch
-from quant.spec import NF4_ONCE, SCHEMES
+from quant.spec import FAMILIES, SCHEMES
 from quant.weights import SCB, Piece, Weight
 
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-          "I16": "int16", "I8": "int8"}  # fmt: skip
-# Where a block's float16 scales are, in bytes.
-GGUF_SCALES = dict.fromkeys(("Q4_0", "Q5_0", "Q8_0"), (0, 2)) | dict.fromkeys(
-    ("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 4)
-)
-GGUF_SCALES |= {"Q2_K": (-4, None), "Q3_K": (-2, None), "Q6_K": (-2, None)}
-CHUNK = 1 << 19  # values that are encoded at a time
+# torch's dtypes by safetensors' names, of those that weights and biases have.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+}
+# Where the float16 scales are in a block of each of GGUF's types, in bytes.
+GGUF_SCALES = {
+    "Q4_0": slice(0, 2),
+    "Q5_0": slice(0, 2),
+    "Q8_0": slice(0, 2),
+    "Q4_1": slice(0, 4),
+    "Q5_1": slice(0, 4),
+    "Q4_K": slice(0, 4),
+    "Q5_K": slice(0, 4),
+    "Q2_K": slice(-4, None),
+    "Q3_K": slice(-2, None),
+    "Q6_K": slice(-2, None),
+}
+CHUNK = 1 << 19  # values that are quantized at a time
 SMALLEST_SCALE = 1e-12  # of a row of zeros
-NF4_BOUND = 0.15  # relative; Gaussian weights have 0.085 to 0.092
+SLACK = 1.001  # of a bound on the error, for its own rounding
+# The largest error of NF4, relative to the weight's norm; Gaussian weights have 0.085 to 0.092.
+NF4_BOUND = 0.15
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A packed weight, and how far its values are from the weight's, as a share of the norm."""
+    """A quantized weight, and how far its values are from the weight's, as a share of the norm."""
 
-    stored: Tensors
+    stored: dict[str, Tensor]
     relative_error: float
 
 
-class Reader(dict):
-    """Opened files by path, each mapped when it is first read, for as long as a tensor of it lives."""
+class Reader(dict[Path, Any]):
+    """Opened files by path.
 
-    def __missing__(self, path: object) -> object:
+    Each is mapped when it is first read, for as long as a tensor of it lives. A safetensors file is
+    safetensors' object, a GGUF file one tensor of bytes.
+    """
+
+    def __missing__(self, path: Path) -> Any:
         from safetensors import safe_open
 
+        opened: Any
         if is_gguf(path):
-            return self.setdefault(
-                path, torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
-            )
-        return self.setdefault(path, safe_open(path, framework="pt", device="cpu"))
+            opened = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+        else:
+            opened = safe_open(path, framework="pt", device="cpu")
+        self[path] = opened
+        return opened
 
-    def read(self, weight: Weight) -> Tensors:
-        """The tensors of a weight by suffix, as they are stored, GGUF's blocks as rows of bytes; `_scale` if any."""
-        found = {
-            suffix: take_rows(self._tensor(piece), piece) for suffix, piece in weight.pieces.items()
-        }
-        if SCB in found:
-            found["_scale"] = found.pop(SCB).float() / SCHEMES["int8"].largest
-        return found
+    def read(self, weight: Weight) -> dict[str, Tensor]:
+        """The stored tensors of a weight, GGUF's blocks as rows of bytes.
 
-    def read_checked(self, weight: Weight, device: str = "cpu") -> Tensors:
-        """The tensors of a weight on a device; raises `CheckpointError` for values that are not finite."""
-        stored = {suffix: tensor.to(device) for suffix, tensor in self.read(weight).items()}
-        check_values(
-            weight.name, stored, weight.pieces.get("") or next(iter(weight.pieces.values()))
-        )
+        Row scales are under "_scale", whatever they are called in the file.
+        """
+        stored = {}
+        for suffix, piece in weight.pieces.items():
+            stored[suffix] = take_rows(self._read_tensor(piece), piece)
+        if SCB in stored:
+            stored["_scale"] = stored.pop(SCB).float() / SCHEMES["int8"].largest
         return stored
 
-    def _tensor(self, piece: Piece) -> Tensor:
-        if not isinstance(opened := self[piece.file], torch.Tensor):
-            return opened.get_tensor(piece.info.name)
-        raw = opened[piece.info.start : piece.info.stop]
-        if piece.info.dtype in GGUF_BITS:
-            return raw.view(*piece.info.shape[:-1], -1)
-        return raw.view(getattr(torch, DTYPES[piece.info.dtype])).view(piece.info.shape)
+    def read_checked(self, weight: Weight, device: str = "cpu") -> dict[str, Tensor]:
+        """The stored tensors on a device; raises `CheckpointError` unless all values are finite."""
+        stored = {suffix: tensor.to(device) for suffix, tensor in self.read(weight).items()}
+        where = weight.pieces.get("") or next(iter(weight.pieces.values()))
+        check_values(weight.name, stored, where)
+        return stored
+
+    def _read_tensor(self, piece: Piece) -> Tensor:
+        """The whole tensor that holds the piece."""
+        opened, info = self[piece.file], piece.info
+        if not isinstance(opened, Tensor):
+            tensor: Tensor = opened.get_tensor(info.name)
+            return tensor
+        data = opened[info.start : info.stop]
+        if info.dtype in GGUF_BITS:
+            return data.view(*info.shape[:-1], -1)
+        return data.view(DTYPES[info.dtype]).view(info.shape)
 
 
 def take_rows(tensor: Tensor, piece: Piece) -> Tensor:
     """The piece's rows of the tensor that holds it, where it is not the whole."""
-    return stack_rows([tensor[start:stop] for start, stop in piece.rows] or [tensor])
+    if not piece.rows:
+        return tensor
+    return stack_rows([tensor[start:stop] for start, stop in piece.rows])
 
 
 def stack_rows(tensors: Sequence[Tensor]) -> Tensor:
-    """One below the other; a single tensor stays where it is (mapped, perhaps)."""
-    import torch  # itself: torch.compile does not look through a lazy one
-
-    return torch.cat(tuple(tensors)) if len(tensors) > 1 else tensors[0]
+    """One tensor of the rows of all; a single tensor stays where it is, mapped perhaps."""
+    if len(tensors) == 1:
+        return tensors[0]
+    return torch.cat(tuple(tensors))
 
 
 def import_library(scheme: str) -> ModuleType:
-    """Import what packs in a scheme, seconds the first time; raises `MissingLibrary`."""
+    """Import what quantizes to a scheme, seconds the first time; raises `MissingLibrary`."""
     name = SCHEMES[scheme].library
     try:
         return importlib.import_module(name.replace("-", "."))
     except ImportError as error:
-        raise MissingLibrary(
-            f"{name} is missing", why=str(error)[:100], hint=f"pip install {name}"
-        ) from error
+        why, hint = str(error)[:100], f"pip install {name}"
+        raise MissingLibrary(f"{name} is missing", why=why, hint=hint) from error
 
 
 def quantize(
@@ -108,128 +147,176 @@ def quantize(
     search: bool = True,
     scalar: bool = False,
 ) -> Quantized:
-    """Pack a (N, K) weight, fp8 with one scale if `scalar`; raises `CheckpointError` for what a scheme cannot hold."""
+    """Quantize a (N, K) weight; `name` and `where` it is from are for errors.
+
+    `search` is for NF4's scales; `scalar` gives fp8 one scale for all rows. Raises
+    `CheckpointError` for values that are not finite, and for a weight that the scheme cannot hold:
+    its error is larger than rounding explains.
+    """
     check_values(name, {"": weight}, where)
     if scheme == "nf4":
-        stored, error, norm = nf4.quantize(weight, search=search), 0.0, 0.0
-        decoded = nf4.dequantize(stored, tuple(weight.shape), torch.float32)
-        for part, other in zip(weight.split(256), decoded.split(256), strict=True):
-            values = part.float()
-            norm, error = norm + _dot(values), error + _dot(other.sub_(values))
-        bound = NF4_BOUND * math.sqrt(norm)
+        stored = nf4.quantize(weight, search=search)
+        measured = _measure_nf4(weight, stored)
     else:
-        quanto, data, scales, error, norm = import_library(scheme), [], [], 0.0, 0.0
-        kind = quanto.qfloat8_e4m3fn if scheme == "fp8" else quanto.qint8
-        one = (
-            weight.abs().amax().float().clamp(min=SMALLEST_SCALE) / SCHEMES[scheme].largest
-            if scalar
-            else None
-        )
-        for part in weight.tensor_split(max(1, min(weight.shape[0] // 2, weight.numel() // CHUNK))):
-            values = part.float()
-            scale = (
-                values.abs()
-                .amax(1, keepdim=True)
-                .div_(SCHEMES[scheme].largest)
-                .clamp_(min=SMALLEST_SCALE)
-            )
-            scale = scale if one is None else one.expand_as(scale).contiguous()
-            given = scale if len(values) > 1 else scale.view(())
-            packed = quanto.quantize_weight(values, kind, 0, given, optimized=False)._data
-            data.append(packed)
-            scales.append(scale.flatten())
-            norm, error = norm + _dot(values), error + _dot(_widen(packed).mul_(scale).sub_(values))
-        scale = torch.cat(scales)
-        # int8 errs by half a step, float8_e4m3 by 1/16 of the value or half a step of its subnormals.
-        step = (
-            float(scale.norm()) * math.sqrt(weight.shape[1]) * (0.5 if scheme == "int8" else 2**-10)
-        )
-        bound = (step + (math.sqrt(norm) / 16 if scheme == "fp8" else 0)) * 1.001
-        stored = {"": torch.cat(data), "_scale": scale if one is None else one.reshape(())}
-    relative = math.sqrt(error / norm) if norm else 0.0
-    if not (math.isfinite(norm) and error <= bound**2):
-        why = f"{name} would differ by {relative:.3f} of its norm"
-        raise CheckpointError(
-            f"weights that {scheme} cannot hold", where.file, why=why, hint=f"--keep {name}"
-        )
-    return Quantized(stored, relative)
+        one_scale = None
+        if scalar:
+            largest = weight.abs().amax().float().clamp(min=SMALLEST_SCALE)
+            one_scale = largest / SCHEMES[scheme].largest
+        stored, measured = _quantize_rows(weight, scheme, one_scale=one_scale)
+    relative_error = 0.0
+    if measured.norm2:
+        relative_error = math.sqrt(measured.error2 / measured.norm2)
+    if not math.isfinite(measured.norm2) or not measured.error2 <= measured.bound**2:
+        why = f"{name} would differ by {relative_error:.3f} of its norm"
+        hint = f"--keep {name}"
+        raise CheckpointError(f"weights that {scheme} cannot hold", where.file, why=why, hint=hint)
+    return Quantized(stored, relative_error)
 
 
-def _dot(values: Tensor) -> float:
+@dataclass(frozen=True)
+class _Measured:
+    """Squared norms of a weight and of its error, and the largest norm that the error may have."""
+
+    norm2: float
+    error2: float
+    bound: float
+
+
+def _measure_nf4(weight: Tensor, stored: dict[str, Tensor]) -> _Measured:
+    norm2 = error2 = 0.0
+    dequantized = nf4.dequantize(stored, tuple(weight.shape), torch.float32)
+    for part, other in zip(weight.split(256), dequantized.split(256), strict=True):
+        values = part.float()
+        norm2 += _norm2(values)
+        error2 += _norm2(other.sub_(values))
+    return _Measured(norm2, error2, NF4_BOUND * math.sqrt(norm2))
+
+
+def _quantize_rows(
+    weight: Tensor, scheme: str, *, one_scale: Tensor | None
+) -> tuple[dict[str, Tensor], _Measured]:
+    """Quantize to fp8 or int8, in parts of whole rows, with a scale for each row or one for all."""
+    quanto = import_library(scheme)
+    kind = quanto.qfloat8_e4m3fn if scheme == "fp8" else quanto.qint8
+    codes = []
+    scales = []
+    norm2 = error2 = 0.0
+    # optimum-quanto quantizes a matrix of one row by one scale: no part has only one, if it can be.
+    part_count = max(1, min(weight.shape[0] // 2, weight.numel() // CHUNK))
+    for part in weight.tensor_split(part_count):
+        values = part.float()
+        largest = values.abs().amax(1, keepdim=True)  # (rows, 1)
+        scale = largest.div_(SCHEMES[scheme].largest).clamp_(min=SMALLEST_SCALE)
+        if one_scale is not None:
+            scale = one_scale.expand_as(scale).contiguous()
+        given = scale if len(values) > 1 else scale.view(())
+        quantized = quanto.quantize_weight(values, kind, 0, given, optimized=False)._data
+        codes.append(quantized)
+        scales.append(scale.flatten())
+        norm2 += _norm2(values)
+        error2 += _norm2(_widen(quantized).mul_(scale).sub_(values))
+    row_scales = torch.cat(scales)
+    measured = _Measured(norm2, error2, _bound_of(scheme, weight, row_scales, norm2=norm2))
+    stored_scale = row_scales if one_scale is None else one_scale.reshape(())
+    return {"": torch.cat(codes), "_scale": stored_scale}, measured
+
+
+def _bound_of(scheme: str, weight: Tensor, scales: Tensor, *, norm2: float) -> float:
+    """The largest norm of the error that rounding explains.
+
+    int8 errs by half a step, float8_e4m3 by 1/16 of the value or half a step of its subnormals.
+    """
+    steps = float(scales.norm()) * math.sqrt(weight.shape[1])
+    if scheme == "int8":
+        return steps * 0.5 * SLACK
+    return (steps * 2**-10 + math.sqrt(norm2) / 16) * SLACK
+
+
+def _norm2(values: Tensor) -> float:
     """The squared norm."""
-    return float(values.view(-1).dot(values.view(-1)))
+    flat = values.view(-1)
+    return float(flat.dot(flat))
 
 
-def _widen(packed: Tensor) -> Tensor:
-    """8-bit values as float32. e4m3's bits are float16's, shifted, of 2^-8 the value: much faster than torch's cast."""
-    if packed.dtype != torch.float8_e4m3fn:
-        return packed.float()
-    bits = packed.view(torch.int8).to(torch.int16)
+def _widen(codes: Tensor) -> Tensor:
+    """8-bit codes as float32.
+
+    The bits of e4m3 are those of float16, shifted, of 2^-8 of the value: much faster than torch's
+    cast.
+    """
+    if codes.dtype != torch.float8_e4m3fn:
+        return codes.float()
+    bits = codes.view(torch.int8).to(torch.int16)
     return (bits & -(1 << 15) | (bits & 127) << 7).view(torch.float16).float().mul_(256)
 
 
 def dequantize(
-    stored: Tensors, scheme: str, shape: tuple[int, ...], dtype: "torch.dtype"
+    stored: Mapping[str, Tensor], scheme: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
-    """The values (N, K) of a packed weight in `dtype`."""
+    """The values (N, K) in `dtype` of a weight that is stored in a scheme, "" for none."""
     if not scheme:
         return stored[""].to(dtype).view(shape)
-    if scheme in ("nf4", NF4_ONCE):
+    family = FAMILIES[scheme]
+    if family == "nf4":
         return nf4.dequantize(stored, shape, dtype)
-    if scheme in GGUF_BITS:
+    if family == "gguf":
         return dequantize_gguf(stored[""], scheme, dtype)
     values = _widen(stored[""])
-    return (
-        values.mul_(stored["_scale"].float().reshape(-1, 1)) if "_scale" in stored else values
-    ).to(dtype)
+    if "_scale" in stored:
+        values.mul_(stored["_scale"].float().reshape(-1, 1))
+    return values.to(dtype)
 
 
-def dequantize_gguf(rows: Tensor, scheme: str, dtype: "torch.dtype") -> Tensor:
-    """The values (N, K) of GGUF's blocks, given as rows of bytes (N, B): computed in float32, part by part."""
-    import torch  # itself: torch.compile does not look through a lazy one
+def dequantize_gguf(rows: Tensor, scheme: str, dtype: torch.dtype) -> Tensor:
+    """The values (N, K) of GGUF's blocks, which are given as rows of bytes (N, B).
+
+    They are computed in float32, part by part, so that little memory is taken beside the result.
+    """
     from diffusers.quantizers.gguf.utils import dequantize_functions
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     kind = GGMLQuantizationType[scheme]
-    size, nbytes = GGML_QUANT_SIZES[kind]
-    columns = rows.shape[1] // nbytes * size
+    block_values, block_bytes = GGML_QUANT_SIZES[kind]
+    columns = rows.shape[1] // block_bytes * block_values
     values = torch.empty(rows.shape[0], columns, dtype=dtype, device=rows.device)
-    step = max(1, 8 * CHUNK // columns)
-    for part, target in zip(rows.split(step), values.split(step), strict=True):
-        blocks = part.reshape(-1, nbytes)
-        target.copy_(
-            dequantize_functions[kind](blocks, size, nbytes, torch.float32).view(target.shape)
-        )
+    part_rows = max(1, 8 * CHUNK // columns)
+    for part, target in zip(rows.split(part_rows), values.split(part_rows), strict=True):
+        blocks = part.reshape(-1, block_bytes)
+        wide = dequantize_functions[kind](blocks, block_values, block_bytes, torch.float32)
+        target.copy_(wide.view(target.shape))
     return values
 
 
-def check_values(name: str, stored: Tensors, where: Piece) -> None:
-    """Raise `CheckpointError` where a tensor or its scales hold NaN or Inf, or a scale is 0 or negative."""
-    if ends := GGUF_SCALES.get(where.info.dtype):  # of each block, in float16
-        nbytes = int(GGUF_BITS[where.info.dtype] * (32 if "_K" in where.info.dtype else 4))
-        stored = {
-            "": stored[""].reshape(-1, nbytes)[:, slice(*ends)].contiguous().view(torch.float16)
-        }
+def check_values(name: str, stored: Mapping[str, Tensor], where: Piece) -> None:
+    """Raise `CheckpointError` for NaN or Inf in a tensor or its scales, and a scale of 0 or less.
+
+    Of GGUF's blocks the scales are looked at, of integers nothing.
+    """
+    if where.info.dtype in GGUF_SCALES:
+        stored = {"": _gguf_scales(stored[""], where.info.dtype)}
     for suffix, tensor in stored.items():
-        if tensor.dtype == torch.float8_e4m3fn and bool(
-            (tensor.view(torch.uint8) & 127 == 127).any()
-        ):
-            raise CheckpointError("weights that are not finite", where.file, why=f"NaN in {name}")
-        if (
-            not tensor.is_floating_point()
-            or tensor.dtype == torch.float8_e4m3fn
-            or not tensor.numel()
-        ):
+        if tensor.dtype == torch.float8_e4m3fn:
+            # It has no Inf; NaN is all ones but for the sign.
+            if bool((tensor.view(torch.uint8) & 127 == 127).any()):
+                why = f"NaN in {name}"
+                raise CheckpointError("weights that are not finite", where.file, why=why)
             continue
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        # NaN wins both ends, and this is far faster than isfinite. It is not made for float8_e5m2.
         wide = tensor.half() if tensor.dtype == torch.float8_e5m2 else tensor
-        low, high = (
-            float(end.float()) for end in wide.aminmax()
-        )  # NaN wins both; far faster than isfinite
+        low, high = (float(end.float()) for end in wide.aminmax())
         if not math.isfinite(low) or not math.isfinite(high):
-            raise CheckpointError(
-                "weights that are not finite", where.file, why=f"NaN or Inf in {name}{suffix}"
-            )
+            why = f"NaN or Inf in {name}{suffix}"
+            raise CheckpointError("weights that are not finite", where.file, why=why)
         if suffix == "_scale" and low <= 0:
-            raise CheckpointError(
-                "impossible scales", where.file, why=f"one of {name} is 0 or negative"
-            )
+            why = f"one of {name} is 0 or negative"
+            raise CheckpointError("impossible scales", where.file, why=why)
+
+
+def _gguf_scales(rows: Tensor, dtype: str) -> Tensor:
+    """The scales of GGUF's blocks in float16, from rows of bytes (N, B)."""
+    block_values = 256 if dtype.endswith("_K") else 32
+    block_bytes = int(GGUF_BITS[dtype] * block_values) // 8
+    blocks = rows.reshape(-1, block_bytes)
+    return blocks[:, GGUF_SCALES[dtype]].contiguous().view(torch.float16)

@@ -1,7 +1,7 @@
 """Write files that are whole or absent, and know before whether they have room.
 
-A file is written to a temporary one beside it, brought to the disk and moved into place. Knows nothing
-of what is in the files. Sizes are in bytes. Stdlib only.
+A file is written to a temporary one beside it, brought to the disk and moved into place. Knows
+nothing of what is in the files. Sizes are in bytes. Stdlib only.
 """
 
 import contextlib

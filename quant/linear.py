@@ -1,11 +1,12 @@
-"""Linear layers over packed weights: NF4Linear, FP8Linear, Int8Linear, GGUFLinear.
+"""Linear layers over quantized weights: NF4Linear, FP8Linear, Int8Linear, GGUFLinear.
 
-A layer may be several weights one below the other (q, k and v). fp8 and int8 multiply in their own arithmetic,
-activations quantized row by row, where the device can; else, and for NF4 and GGUF always, the weight is unpacked first.
-Shapes: weight (N, K), input (..., K), output (..., N). It alone imports torch at its top: import it inside functions.
+A layer may be several weights, one below the other: q, k and v. fp8 and int8 multiply in their own
+arithmetic where the device can, with activations quantized row by row; elsewhere, and for NF4 and
+GGUF always, the weight is dequantized before each product. Knows nothing of files or models.
+Shapes: weight (N, K), input (..., K), output (..., N).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,70 +16,98 @@ from quant.codecs import SMALLEST_SCALE, dequantize_gguf, stack_rows
 from quant.nf4 import dequantize_codes, dequantize_scales, read_offset
 from quant.spec import BLOCK, FAMILIES, SCHEMES
 
-Parts, Shapes = Sequence[dict[str, Tensor]], Sequence[tuple[int, int]]
-ROWS = 1024  # that are multiplied in int8 at a time: the sums are four bytes wide, twice
-MIN_ROWS, ALIGNED = (
-    32,
-    16,
-)  # CUDA's _int_mm wants more rows than 16, both 8-bit products widths that 16 divides
-PROBED: dict[
-    tuple[str, str], bool
-] = {}  # torch.compile looks through functools.cache, not into this
+# The stored tensors by suffix, and the shape, of each of a layer's weights.
+Parts = Sequence[Mapping[str, Tensor]]
+Shapes = Sequence[tuple[int, ...]]
+
+# Rows that are multiplied in int8 at a time: the sums take four bytes, twice.
+INT8_ROWS = 1024
+# CUDA's _int_mm wants more than 16 rows, and both 8-bit products widths that 16 divides.
+MIN_ROWS = 32
+ALIGNED = 16
+# Whether a device multiplies in a scheme, by (scheme, device). A dict, since torch.compile looks
+# through functools.cache and would trace the probe.
+PROBED: dict[tuple[str, str], bool] = {}
 
 
 class QuantizedLinear(nn.Module):
-    """What the packed layers share: sizes, bias, and the product with `dequantize(dtype)`, the weight (N, K)."""
+    """What the layers share: their sizes, the bias, and a product with the dequantized weight."""
 
-    def __init__(self, shapes: Shapes, bias: Tensor | None) -> None:
+    bias: Tensor | None
+
+    def __init__(self, shapes: Shapes, *, bias: Tensor | None) -> None:
         super().__init__()
-        self.in_features, self.out_features = shapes[0][1], sum(rows for rows, _ in shapes)
+        self.in_features = shapes[0][1]
+        self.out_features = sum(shape[0] for shape in shapes)
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.dequantize(x.dtype), self.bias)
 
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight (N, K)."""
+        raise NotImplementedError
+
 
 class NF4Linear(QuantizedLinear):
-    """4-bit NormalFloat weights, their scales mostly quantized again, unpacked by bitsandbytes' own operators."""
+    """4-bit NormalFloat weights, dequantized by bitsandbytes' own operators.
 
-    def __init__(self, parts: Parts, shapes: Shapes, bias: Tensor | None) -> None:
-        super().__init__(shapes, bias)
-        self.doubly = ".nested_absmax" in parts[0]
-        for name in ("weight", "absmax", "nested_absmax")[: 3 if self.doubly else 2]:
-            suffix = f".{name}".removesuffix(".weight")
-            self.register_buffer(name, stack_rows([part[suffix].view(-1) for part in parts]))
-        if not self.doubly:
+    Mostly the scales are quantized, too; the mean that was taken off them differs from weight to
+    weight, so each weight's scales are read by themselves.
+    """
+
+    weight: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor
+    nested_quant_map: Tensor
+    offset: Tensor
+
+    def __init__(self, parts: Parts, shapes: Shapes, *, bias: Tensor | None) -> None:
+        super().__init__(shapes, bias=bias)
+        self.has_nested_scales = ".nested_absmax" in parts[0]
+        self._stack("weight", [part[""] for part in parts])
+        self._stack("absmax", [part[".absmax"] for part in parts])
+        if not self.has_nested_scales:
             return
+        self._stack("nested_absmax", [part[".nested_absmax"] for part in parts])
         self.register_buffer("nested_quant_map", parts[0][".nested_quant_map"])
-        self.register_buffer(
-            "offset", torch.tensor([read_offset(p) for p in parts], device=self.absmax.device)
-        )
-        self.blocks = [part[".absmax"].numel() for part in parts]
-        self.nested = [part[".nested_absmax"].numel() for part in parts]
+        offsets = [read_offset(part) for part in parts]
+        self.register_buffer("offset", torch.tensor(offsets, device=self.absmax.device))
+        self.scale_counts = [part[".absmax"].numel() for part in parts]
+        self.nested_counts = [part[".nested_absmax"].numel() for part in parts]
+
+    def _stack(self, name: str, tensors: list[Tensor]) -> None:
+        self.register_buffer(name, stack_rows([tensor.view(-1) for tensor in tensors]))
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        absmax = self.absmax
-        if self.doubly:
-            scales = zip(
-                absmax.split(self.blocks),
-                self.nested_absmax.split(self.nested),
-                self.offset,
-                strict=True,
-            )
-            absmax = stack_rows(
-                [
-                    dequantize_scales(part, nested, self.nested_quant_map, at)
-                    for part, nested, at in scales
-                ]
-            )
-        return dequantize_codes(self.weight, absmax, (self.out_features, self.in_features), dtype)
+        scales = self.absmax
+        if self.has_nested_scales:
+            scales = self._dequantize_scales()
+        shape = (self.out_features, self.in_features)
+        return dequantize_codes(self.weight, scales, shape=shape, dtype=dtype)
+
+    def _dequantize_scales(self) -> Tensor:
+        parts = zip(
+            self.absmax.split(self.scale_counts),
+            self.nested_absmax.split(self.nested_counts),
+            self.offset,
+            strict=True,
+        )
+        levels = self.nested_quant_map
+        scales = [
+            dequantize_scales(absmax, nested, levels, offset=offset)
+            for absmax, nested, offset in parts
+        ]
+        return stack_rows(scales)
 
 
 class GGUFLinear(QuantizedLinear):
-    """Weights in GGUF's blocks: rows of bytes (N, B), unpacked by diffusers' functions."""
+    """Weights in GGUF's blocks: rows of bytes (N, B), dequantized by diffusers' functions."""
 
-    def __init__(self, scheme: str, parts: Parts, shapes: Shapes, bias: Tensor | None) -> None:
-        super().__init__(shapes, bias)
+    weight: Tensor
+
+    def __init__(self, parts: Parts, shapes: Shapes, *, bias: Tensor | None, scheme: str) -> None:
+        super().__init__(shapes, bias=bias)
         self.scheme = scheme
         self.register_buffer("weight", stack_rows([part[""] for part in parts]))
 
@@ -87,40 +116,56 @@ class GGUFLinear(QuantizedLinear):
 
 
 class RowLinear(QuantizedLinear):
-    """8-bit weights with a float32 scale per row; `multiply` takes 8-bit activations (M, K) and scales (M, 1)."""
+    """8-bit weights with a float32 scale for each row.
 
-    def __init__(self, parts: Parts, shapes: Shapes, bias: Tensor | None, arithmetic: bool) -> None:
-        super().__init__(shapes, bias)
-        scales = [
-            part.get("_scale", part[""].new_ones(1, dtype=torch.float32)).float().view(-1)
-            for part in parts
-        ]
-        scales = [scale.expand(rows) for scale, (rows, _) in zip(scales, shapes, strict=True)]
+    A subclass says by `multiply` how 8-bit activations are multiplied with the weight.
+    `arithmetic` allows that; it happens where the device can, too.
+    """
+
+    scheme: str
+    weight: Tensor
+    weight_scale: Tensor
+
+    def __init__(
+        self, parts: Parts, shapes: Shapes, *, bias: Tensor | None, arithmetic: bool
+    ) -> None:
+        super().__init__(shapes, bias=bias)
         self.register_buffer("weight", stack_rows([part[""] for part in parts]))
+        scales = []
+        for part, shape in zip(parts, shapes, strict=True):
+            scale = part.get("_scale")
+            if scale is None:
+                scale = part[""].new_ones(1, dtype=torch.float32)
+            scales.append(scale.float().view(-1).expand(shape[0]))
         self.register_buffer("weight_scale", stack_rows(scales).contiguous())
-        self.arithmetic = arithmetic and not (
-            self.in_features % ALIGNED or self.out_features % ALIGNED
-        )
+        is_aligned = self.in_features % ALIGNED == 0 and self.out_features % ALIGNED == 0
+        self.arithmetic = arithmetic and is_aligned
         if self.arithmetic:
             _multiplies(self.scheme, str(self.weight.device))  # probed before anything is compiled
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.arithmetic and _multiplies(self.scheme, str(x.device))):
+        if not self.arithmetic or not _multiplies(self.scheme, str(x.device)):
             return super().forward(x)
-        rows, most = x.reshape(-1, self.in_features), SCHEMES[self.scheme].largest
-        scale = (
-            rows.abs().amax(1, keepdim=True).float().div_(most).clamp_(min=SMALLEST_SCALE)
-        )  # (M, 1)
+        largest = SCHEMES[self.scheme].largest
+        rows = x.reshape(-1, self.in_features)  # (M, K)
+        scale = rows.abs().amax(1, keepdim=True).float()  # (M, 1)
+        scale = scale.div_(largest).clamp_(min=SMALLEST_SCALE)
         values = rows / scale
-        values = (
-            values.round_().char()
-            if self.scheme == "int8"
-            else values.clamp_(-most, most).to(torch.float8_e4m3fn)
-        )
+        if self.scheme == "int8":
+            values = values.round_().char()
+        else:
+            values = values.clamp_(-largest, largest).to(torch.float8_e4m3fn)
         product = self.multiply(values, scale, x.dtype)
-        return (product if self.bias is None else product + self.bias).view(
-            *x.shape[:-1], self.out_features
-        )
+        if self.bias is not None:
+            product = product + self.bias
+        return product.view(*x.shape[:-1], self.out_features)
+
+    def multiply(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """The product (M, N) in `dtype` of activations with the weight.
+
+        They come as 8-bit `values` (M, K) and float32 `scale` (M, 1).
+        """
+        raise NotImplementedError
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         return self.weight.float().mul_(self.weight_scale[:, None]).to(dtype)
@@ -132,15 +177,17 @@ class FP8Linear(RowLinear):
     scheme = "fp8"
 
     def multiply(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        wide = (
-            dtype if values.device.type == "cpu" else torch.bfloat16
-        )  # the only one of CUDA's row-wise kernel
-        options = {
-            "scale_a": scale,
-            "scale_b": self.weight_scale[None],
-            "use_fast_accum": values.is_cuda,
-        }
-        return torch._scaled_mm(values, self.weight.T, **options, out_dtype=wide).to(dtype)
+        # CUDA's row-wise kernel gives bfloat16 only.
+        wide = dtype if values.device.type == "cpu" else torch.bfloat16
+        product = torch._scaled_mm(
+            values,
+            self.weight.T,
+            scale_a=scale,
+            scale_b=self.weight_scale[None],
+            use_fast_accum=values.is_cuda,
+            out_dtype=wide,
+        )
+        return product.to(dtype)
 
 
 class Int8Linear(RowLinear):
@@ -150,35 +197,44 @@ class Int8Linear(RowLinear):
 
     def multiply(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         products = []
-        for part, by in zip(values.split(ROWS), scale.split(ROWS), strict=True):
-            padded = functional.pad(part, (0, 0, 0, max(0, MIN_ROWS - len(part))))
+        for part, part_scale in zip(values.split(INT8_ROWS), scale.split(INT8_ROWS), strict=True):
+            missing = max(0, MIN_ROWS - len(part))
+            padded = functional.pad(part, (0, 0, 0, missing))
             product = torch._int_mm(padded, self.weight.T)[: len(part)].float()
-            products.append(product.mul_(by).mul_(self.weight_scale).to(dtype))
+            products.append(product.mul_(part_scale).mul_(self.weight_scale).to(dtype))
         return stack_rows(products)
 
 
 def make_linear(
-    scheme: str, parts: Parts, shapes: Shapes, bias: Tensor | None, *, arithmetic: bool
+    scheme: str, parts: Parts, *, shapes: Shapes, bias: Tensor | None, arithmetic: bool
 ) -> QuantizedLinear:
-    """A layer of one or more packed weights of the same width; `arithmetic` allows the scheme's own products."""
-    if FAMILIES[scheme] == "nf4":
-        return NF4Linear(parts, shapes, bias)
-    if FAMILIES[scheme] == "gguf":
-        return GGUFLinear(scheme, parts, shapes, bias)
-    return (FP8Linear if scheme == "fp8" else Int8Linear)(parts, shapes, bias, arithmetic)
+    """A layer of one or more weights of the same width that are stored in the same scheme.
+
+    `arithmetic` allows the products of fp8 and int8.
+    """
+    family = FAMILIES[scheme]
+    if family == "nf4":
+        return NF4Linear(parts, shapes, bias=bias)
+    if family == "gguf":
+        return GGUFLinear(parts, shapes, bias=bias, scheme=scheme)
+    kind = FP8Linear if family == "fp8" else Int8Linear
+    return kind(parts, shapes, bias=bias, arithmetic=arithmetic)
 
 
 def fits_together(scheme: str, shapes: Shapes) -> bool:
-    """Whether weights of these shapes can be one layer: NF4's blocks must not cross from one to the next."""
-    return FAMILIES.get(scheme) != "nf4" or all(
-        rows * columns % BLOCK == 0 for rows, columns in shapes
-    )
+    """Whether weights of these shapes can be one layer.
+
+    NF4's blocks must not cross from one weight to the next.
+    """
+    if FAMILIES.get(scheme) != "nf4":
+        return True
+    return all(rows * columns % BLOCK == 0 for rows, columns in shapes)
 
 
 def path_of(scheme: str, device: str) -> str:
-    """How a scheme multiplies on a device: "scaled_mm", "int_mm" or "dequantize"."""
+    """How a scheme's layers multiply on a device: "scaled_mm", "int_mm" or "dequantize"."""
     row = SCHEMES.get(scheme)
-    if row and row.multiply and _multiplies(scheme, device):
+    if row is not None and row.multiply and _multiplies(scheme, device):
         return row.multiply
     return "dequantize"
 
@@ -190,22 +246,24 @@ def _multiplies(scheme: str, device: str) -> bool:
 
 
 def _probe(scheme: str, device: str) -> bool:
-    """Whether the device has the scheme's arithmetic: by capability, then by a product that must be right."""
+    """Whether the device has the scheme's arithmetic.
+
+    Its capability must be enough, and then a product must be right.
+    """
     kind = torch.device(device).type
-    if kind != "cpu" and (
-        kind != "cuda" or torch.cuda.get_device_capability(device) < SCHEMES[scheme].capability
-    ):
+    if kind not in ("cpu", "cuda"):
+        return False
+    least = SCHEMES[scheme].capability
+    if kind == "cuda" and (least is None or torch.cuda.get_device_capability(device) < least):
         return False
     ones = torch.ones(MIN_ROWS, MIN_ROWS, device=device)
-    packed = {
-        "": ones.to(torch.int8 if scheme == "int8" else torch.float8_e4m3fn),
-        "_scale": ones[0],
-    }
-    layer = make_linear(scheme, [packed], [(MIN_ROWS, MIN_ROWS)], None, arithmetic=False)
+    dtype = torch.int8 if scheme == "int8" else torch.float8_e4m3fn
+    stored = {"": ones.to(dtype), "_scale": ones[0]}
+    make = FP8Linear if scheme == "fp8" else Int8Linear
+    layer = make([stored], [(MIN_ROWS, MIN_ROWS)], bias=None, arithmetic=False)
     try:
-        return bool(
-            (layer.multiply(packed[""], ones[:, :1].contiguous(), torch.float32) == MIN_ROWS).all()
-        )
+        product = layer.multiply(stored[""], ones[:, :1].contiguous(), torch.float32)
+        return bool((product == MIN_ROWS).all())
     except (RuntimeError, NotImplementedError, ValueError) as error:
         if "OutOfMemory" in type(error).__name__:  # that says nothing of the arithmetic
             raise

@@ -1,9 +1,9 @@
-"""The quantization schemes, which tensors of a model get one, and what then lies in a file for each.
+"""The quantization schemes, which tensors of a model get one, and what then lies in a file.
 
-`SCHEMES` has one row for each scheme; whatever the program knows about a scheme stands there. `layout`
-is read by three: the writer lays out files by it, the loader knows which keys must exist, and the
-planner prices a precision before any quantized file exists. This module knows names, shapes and
-numbers, and no data. Sizes are in bytes. Stdlib only.
+`SCHEMES` has one row for each scheme; whatever the program knows about a scheme stands there.
+`layout` is read by three: the writer lays out files by it, the loader knows which keys must exist,
+and the planner prices a precision before any quantized file exists. This module knows names, shapes
+and numbers, and no data. Sizes are in bytes. Stdlib only.
 """
 
 import re
@@ -31,9 +31,9 @@ NF4_ONCE = "nf4_once"
 class ActivationLine(NamedTuple):
     """A line fitted to counted memory at the peak of a denoising step.
 
-    The elements of the compute dtype that are alive are
-    `per_token` x tokens x width + `per_width` x width^2, where tokens are those of the picture and of
-    the text together and width is the transformer's, in channels.
+    The elements of the compute dtype that are alive are `per_token` x tokens x width + `per_width`
+    x width^2, where tokens are those of the picture and of the text together and width is the
+    transformer's, in channels.
     """
 
     per_token: float
@@ -48,9 +48,10 @@ ATTENTION = ActivationLine(20.25, 0.45)
 class Scheme:
     """How a quantized tensor is stored, and what follows from that elsewhere.
 
-    The peak of a denoising step is the larger of the two `activation_lines`: attention, and whatever
-    else can be largest (an unpacked weight, sums in float32). `unpacked_lines` hold instead where the
-    device cannot multiply in the scheme and each weight is unpacked before its product.
+    The peak of a denoising step is the larger of the two `activation_lines`: attention, and
+    whatever else can be largest (an unpacked weight, sums in float32). `unpacked_lines` hold
+    instead where the device cannot multiply in the scheme and each weight is unpacked before its
+    product.
     """
 
     name: str
@@ -224,7 +225,8 @@ class QuantSpec:
 def scheme_in_memory(component: str, name: str, scheme: str) -> str:
     """The scheme that a stored weight keeps in memory.
 
-    It is "" where the weight's module is none of ours (an embedding, a norm), which takes values only.
+    It is "" where the weight's module is none of ours (an embedding, a norm), which takes values
+    only.
     """
     quantizable = QUANTIZABLE.get(component)
     if component == "transformer" or (quantizable and quantizable.fullmatch(name)):
@@ -233,7 +235,7 @@ def scheme_in_memory(component: str, name: str, scheme: str) -> str:
 
 
 def is_modulation(name: str) -> bool:
-    """Whether a transformer key only makes adaLN modulation: no forward over the picture reads it."""
+    """Whether a transformer key only makes adaLN modulation, which no picture token goes through."""
     return MODULATION.fullmatch(name) is not None
 
 

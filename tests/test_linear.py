@@ -43,7 +43,11 @@ def make(scheme: str, shapes=QKV, *, bias: bool = True, arithmetic: bool = True)
     parts = [pack(scheme, shape, seed) for seed, shape in enumerate(shapes)]
     rows = sum(shape[0] for shape in shapes)
     return make_linear(
-        scheme, parts, shapes, noise(rows, seed=9) if bias else None, arithmetic=arithmetic
+        scheme,
+        parts,
+        shapes=shapes,
+        bias=noise(rows, seed=9) if bias else None,
+        arithmetic=arithmetic,
     )
 
 
@@ -78,7 +82,7 @@ def test_a_fused_layer_is_its_parts_one_below_the_other(scheme):
     fused = make(scheme, bias=False)
     assert type(fused) is KINDS[scheme] and (fused.in_features, fused.out_features) == (K, 288)
     parts = [
-        make_linear(scheme, [pack(scheme, s, i)], [s], None, arithmetic=True)
+        make_linear(scheme, [pack(scheme, s, i)], shapes=[s], bias=None, arithmetic=True)
         for i, s in enumerate(QKV)
     ]
     for dtype in DTYPES:
@@ -182,7 +186,9 @@ def test_rows_of_zeros_are_no_nan(scheme, dtype):
     weight = noise(32, K)
     weight[3] = 0
     stored = codecs.quantize(weight, scheme, name="w", where=WHERE).stored
-    layer = make_linear(scheme, [stored], [(32, K)], noise(32, seed=2).to(dtype), arithmetic=True)
+    layer = make_linear(
+        scheme, [stored], shapes=[(32, K)], bias=noise(32, seed=2).to(dtype), arithmetic=True
+    )
     x = noise(6, K).to(dtype)
     x[2] = 0
     y = layer(x)
@@ -206,7 +212,11 @@ def test_all_of_its_state_moves_copies_and_loads_as_plain_tensors(scheme):
     assert torch.equal(twin(x), expected)
     assert not {t.data_ptr() for t in twin.buffers()} & {t.data_ptr() for t in layer.buffers()}
     other = make_linear(
-        scheme, [pack(scheme, s, 50) for s in QKV], QKV, torch.zeros(288), arithmetic=True
+        scheme,
+        [pack(scheme, s, 50) for s in QKV],
+        shapes=QKV,
+        bias=torch.zeros(288),
+        arithmetic=True,
     )
     assert not torch.equal(other(x), expected)
     other.load_state_dict(state)

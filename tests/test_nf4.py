@@ -48,7 +48,7 @@ def relative_error(weight: torch.Tensor, *, search: bool) -> float:
 
 def scales_of(stored: dict[str, torch.Tensor]) -> torch.Tensor:
     maps = stored[".absmax"], stored[".nested_absmax"], stored[".nested_quant_map"]
-    return nf4.dequantize_scales(*maps, torch.tensor(nf4.read_offset(stored)))
+    return nf4.dequantize_scales(*maps, offset=torch.tensor(nf4.read_offset(stored)))
 
 
 def codes_of(stored: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -195,18 +195,18 @@ def test_sums_of_the_search_are_exact():
         0, 2 * nf4.STEPS + 1, (512, 64), generator=torch.Generator().manual_seed(3)
     )
     steps[0], steps[1] = 0, 2 * nf4.STEPS
-    table = nf4._search_table(torch.device("cpu"))
+    table = nf4._make_search_table(torch.device("cpu"))
     sums = torch.nn.functional.embedding_bag(steps, table, mode="sum")
     assert torch.equal(sums.long(), table.long()[steps].sum(1))
     assert table.abs().amax() * 64 < 2**24
 
 
 def test_scales_do_not_depend_on_threads_or_neighbours():
-    weight, table = random((600, 64)), nf4._search_table(torch.device("cpu"))
-    whole, threads = nf4._scales(weight, table), torch.get_num_threads()
+    weight, table = random((600, 64)), nf4._make_search_table(torch.device("cpu"))
+    whole, threads = nf4._compute_scales(weight, table), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = torch.cat([nf4._scales(part, table) for part in weight.split(7)])
+        alone = torch.cat([nf4._compute_scales(part, table) for part in weight.split(7)])
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(whole, alone)
@@ -299,6 +299,6 @@ def test_cuda_writes_what_the_cpu_writes(search):
     decoded = nf4.dequantize(stored, weight.shape, torch.float32).cpu()
     expected = nf4.dequantize(nf4.quantize(weight, search=search), weight.shape, torch.float32)
     assert (decoded - expected).norm() < 1e-3 * expected.norm()
-    table = nf4._search_table(weight.cuda().device)
+    table = nf4._make_search_table(weight.cuda().device)
     blocks = weight.view(-1, 64).float()
-    assert torch.equal(nf4._scales(blocks.cuda(), table).cpu(), nf4._scales(blocks, table.cpu()))
+    assert torch.equal(nf4._compute_scales(blocks.cuda(), table).cpu(), nf4._scales(blocks, table.cpu()))

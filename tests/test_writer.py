@@ -50,7 +50,7 @@ def test_what_is_written_is_what_the_reference_library_reads(tmp_path, data):
     path = tmp_path / "x.safetensors"
     path.unlink(missing_ok=True)
     writer = write(path, data)
-    assert path.stat().st_size == writer.nbytes and writer.damaged() == ""
+    assert path.stat().st_size == writer.nbytes and writer.find_damage() == ""
     read = load_file(path)
     laid_out = {name: (TYPES[dtype], shape) for name, (dtype, shape, _) in data.items()}
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in read.items()} == laid_out
@@ -94,7 +94,7 @@ def test_any_byte_that_changes_is_found(tmp_path):
     for info in infos:
         for place in range(start + info.start, start + info.stop):
             path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-            assert writer.damaged() == info.name
+            assert writer.find_damage() == info.name
     renamed = json.loads(whole[8:start])
     renamed["x"] = renamed.pop("a")
     path.write_bytes(
@@ -102,7 +102,7 @@ def test_any_byte_that_changes_is_found(tmp_path):
         + json.dumps(renamed, separators=(",", ":")).encode().ljust(start - 8)
         + whole[start:]
     )
-    assert writer.damaged() == "the header"
+    assert writer.find_damage() == "the header"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX file modes")
@@ -137,7 +137,7 @@ def test_writes_that_stop_short_are_continued(step, tmp_path, monkeypatch):
 
     real = open
     monkeypatch.setattr("builtins.open", lambda *a, **options: Short(real(*a, **options)))
-    assert write(tmp_path / "x", DATA).damaged() == ""
+    assert write(tmp_path / "x", DATA).find_damage() == ""
 
 
 def test_the_same_tensors_give_the_same_bytes_in_whatever_order_they_come(tmp_path):

@@ -196,7 +196,7 @@ class Filler:
         bias = None
         if f"{layers[0]}.bias" in self._weights:
             bias = self._read_values(layers, "bias", device)
-        return make_linear(scheme, stored, shapes, bias, arithmetic=self._arithmetic)
+        return make_linear(scheme, stored, shapes=shapes, bias=bias, arithmetic=self._arithmetic)
 
     def _read_quantized(self, weight: Weight, scheme: str, device: str) -> dict[str, Tensor]:
         """The tensors of a weight by suffix, as they are stored, or quantized from 16 bit."""
@@ -295,7 +295,9 @@ def read_tensors(
 
 
 def _dequantize(weight: Weight, reader: Reader, *, dtype: torch.dtype, device: str) -> Tensor:
-    return codecs.dequantize(reader.read_checked(weight, device), weight.scheme, weight.shape, dtype)
+    return codecs.dequantize(
+        reader.read_checked(weight, device), weight.scheme, weight.shape, dtype
+    )
 
 
 def _set(module: nn.Module, name: str, value: Tensor | nn.Module) -> None:

@@ -101,7 +101,7 @@ def test_8_bit_products_run_and_err_by_the_rounding_of_activations(scheme, rows,
     weights = [noise(*shape, seed=seed).cuda() for seed, shape in enumerate(shapes)]
     parts = [codecs.quantize(weight, scheme, name="w", where=WHERE).stored for weight in weights]
     w = torch.cat([codecs.dequantize(part, scheme, s, torch.float32) for part, s in zip(parts, shapes, strict=True)])
-    layer = make_linear(scheme, parts, shapes, noise(288, seed=9).cuda().to(dtype), arithmetic=True)
+    layer = make_linear(scheme, parts, shapes=shapes, bias=noise(288, seed=9).cuda().to(dtype), arithmetic=True)
     calls, original = [], getattr(torch, OPERATORS[scheme])
     monkeypatch.setattr(torch, OPERATORS[scheme], lambda *a, **k: calls.append(1) or original(*a, **k))
     x = noise(rows, 64).cuda().to(dtype)
