@@ -1,37 +1,69 @@
-"""Read and check the JSON files of a model folder: classes, types and bounds of what this project relies on.
+"""Read and check the JSON files of a model folder: classes, types and bounds of what is relied on.
 
-Other values are the model classes' to refuse, but every number is bounded: nobody builds 10^9 layers. Stdlib only.
+Other values are the model classes' to refuse, but every number is bounded, so that nobody builds a
+billion layers. Knows nothing of weights. Stdlib only.
 """
 
 import json
 import stat
 from pathlib import Path
+from typing import Any
 
 from quant.errors import CheckpointError
 
-CLASSES = {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel", "vae": "AutoencoderKL",
-           "transformer": "FluxTransformer2DModel", "scheduler": "FlowMatchEulerDiscreteScheduler"}  # fmt: skip
+CLASSES = {
+    "text_encoder": "CLIPTextModel",
+    "text_encoder_2": "T5EncoderModel",
+    "vae": "AutoencoderKL",
+    "transformer": "FluxTransformer2DModel",
+    "scheduler": "FlowMatchEulerDiscreteScheduler",
+}
 MAX_JSON_BYTES = 32 << 20
-MAX_LAYERS, MAX_NUMBER, FLUX_CHANNELS = 256, 1_000_000, 64
-NUMBER, READABLE_METHODS = (int, float), ("bitsandbytes", "quanto")
-# Library defaults of the values that this project itself reads; each default has the type of its value.
-READ: dict[str, dict] = {
-    "transformer": {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "attention_head_dim": 128,
-                    "pooled_projection_dim": 768, "in_channels": FLUX_CHANNELS, "guidance_embeds": False},
+MAX_LAYERS = 256
+MAX_NUMBER = 1_000_000
+FLUX_CHANNELS = 64
+READABLE_METHODS = ("bitsandbytes", "quanto")
+# Library defaults of the values that this project itself reads. A value must have the type of its
+# default.
+READ: dict[str, dict[str, Any]] = {
+    "transformer": {
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "num_attention_heads": 24,
+        "attention_head_dim": 128,
+        "pooled_projection_dim": 768,
+        "in_channels": FLUX_CHANNELS,
+        "guidance_embeds": False,
+    },
     "vae": {"block_out_channels": [64], "scaling_factor": 0.18215, "shift_factor": 0.0},
-    "scheduler": {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15,
-                  "shift": 1.0, "num_train_timesteps": 1000},
-}  # fmt: skip
-OTHER_MATHS = ("stochastic_sampling", "invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas",
-               "use_beta_sigmas", "use_flow_sigmas")  # fmt: skip
+    "scheduler": {
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 4096,
+        "base_shift": 0.5,
+        "max_shift": 1.15,
+        "shift": 1.0,
+        "num_train_timesteps": 1000,
+    },
+}
+# Switches of the scheduler that would make another schedule than FLUX.1's.
+OTHER_SCHEDULES = (
+    "stochastic_sampling",
+    "invert_sigmas",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "use_flow_sigmas",
+)
 
 
-def read_json(path: Path, what: str) -> dict:
-    """The JSON object in a file; raises `CheckpointError` saying `what` is wrong otherwise."""
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Return the JSON object in a file; raises `CheckpointError` that says `what` is wrong."""
     try:
         status = path.stat()
-        if not (regular := stat.S_ISREG(status.st_mode)) or status.st_size > MAX_JSON_BYTES:
-            raise CheckpointError(what, path, why="the file is too large" if regular else "it is no regular file")
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(what, path, why="it is no regular file")
+        if status.st_size > MAX_JSON_BYTES:
+            raise CheckpointError(what, path, why="the file is too large")
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(what, path, why=error.strerror or "not readable") from error
@@ -42,42 +74,93 @@ def read_json(path: Path, what: str) -> dict:
     return value
 
 
-def read_config(name: str, path: Path, config: dict | None = None) -> dict:
-    """A component's config, read from its file unless given; raises `CheckpointError` for a wrong model or values."""
-    config = read_json(path, f"no {name} in the model folder") if config is None else config
-    named = config.get("architectures")
-    found = config.get("_class_name") or (named[0] if isinstance(named, list) and named else None)
-    if found not in (CLASSES[name], None):
-        raise CheckpointError(f"wrong class of {name}", path, why=f"{str(found)[:60]!r} instead of {CLASSES[name]!r}")
-    read = READ.get(name, {})
-    config = read | config
-    for key, value in config.items():
-        low, high = (0, MAX_LAYERS) if "layers" in key else (-MAX_NUMBER, MAX_NUMBER)
-        numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, NUMBER)]
-        sane = all(low <= v <= high for v in numbers)  # False for NaN
-        if not sane or (key in read and not _is_like(read[key], value)):
-            raise CheckpointError("impossible config", path, why=f"{key[:60]} is {str(value)[:60]}")
-    packed = config.pop("quantization_config", {})
-    method = packed.get("quant_method") if isinstance(packed, dict) else packed
-    if packed and method not in READABLE_METHODS:
-        why = f"quant_method is {str(method)[:40]!r}, read are {' and '.join(READABLE_METHODS)}"
-        raise CheckpointError("a model quantized in another way", path, why=why)
-    if name == "vae" and not config["scaling_factor"]:
+def read_config(name: str, path: Path) -> dict[str, Any]:
+    """Read and check the config of a component from its file; raises as `check_config` does."""
+    return check_config(name, path, read_json(path, f"no {name} in the model folder"))
+
+
+def check_config(name: str, path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return a component's config with the defaults of `READ`, without its `quantization_config`.
+
+    `path` is where it is from, for errors. Raises `CheckpointError` for the config of another
+    class, of another kind of FLUX model, of weights quantized in an unknown way, and for wild
+    values.
+    """
+    _check_class(name, path, config)
+    checked = READ.get(name, {}) | config
+    _check_values(name, path, checked)
+    _check_quantization(path, checked.pop("quantization_config", {}))
+    if name == "vae" and not checked["scaling_factor"]:
         raise CheckpointError("impossible config", path, why="scaling_factor is 0")
-    if name == "transformer" and config["in_channels"] != FLUX_CHANNELS:
-        why = f"its transformer takes {config['in_channels']} channels (a Fill or control model), not {FLUX_CHANNELS}"
+    if name == "transformer" and checked["in_channels"] != FLUX_CHANNELS:
+        channels = f"{checked['in_channels']} channels (a Fill or control model)"
+        why = f"its transformer takes {channels}, not {FLUX_CHANNELS}"
         raise CheckpointError("another kind of FLUX model", path, why=why)
-    if name == "scheduler" and (odd := [key for key in OTHER_MATHS if config.get(key)]):
-        raise CheckpointError("another schedule than FLUX.1's", path, why=f"{odd[0]} is set")
-    if name == "scheduler" and config["max_image_seq_len"] == config["base_image_seq_len"]:
-        raise CheckpointError("impossible config", path, why="base and max_image_seq_len are equal")
-    return config
+    if name == "scheduler":
+        _check_schedule(path, checked)
+    return checked
+
+
+def _check_class(name: str, path: Path, config: dict[str, Any]) -> None:
+    """Raise `CheckpointError` where the config names a class, and it is another than FLUX.1's."""
+    found = config.get("_class_name")
+    if not found:
+        architectures = config.get("architectures")
+        found = architectures[0] if isinstance(architectures, list) and architectures else None
+    wanted = CLASSES[name]
+    if found not in (wanted, None):
+        why = f"{str(found)[:60]!r} instead of {wanted!r}"
+        raise CheckpointError(f"wrong class of {name}", path, why=why)
+
+
+def _check_values(name: str, path: Path, config: dict[str, Any]) -> None:
+    """Raise `CheckpointError` for a number out of bounds, and for a value of another type."""
+    defaults = READ.get(name, {})
+    for key, value in config.items():
+        sane = _is_bounded(key, value)
+        if key in defaults:
+            sane = sane and _is_like(defaults[key], value)
+        if not sane:
+            why = f"{key[:60]} is {str(value)[:60]}"
+            raise CheckpointError("impossible config", path, why=why)
+
+
+def _is_bounded(key: str, value: object) -> bool:
+    """Whether a value's numbers, its own or those of its list, are within bounds; NaN is not."""
+    low, high = -MAX_NUMBER, MAX_NUMBER
+    if "layers" in key:
+        low, high = 0, MAX_LAYERS
+    values = value if isinstance(value, list) else [value]
+    return all(low <= number <= high for number in values if isinstance(number, int | float))
 
 
 def _is_like(default: object, value: object) -> bool:
     """Whether a value has its default's type; whole numbers are positive, and lists hold such."""
     if isinstance(default, list):
-        return isinstance(value, list) and bool(value) and all(_is_like(1, v) for v in value)
+        return isinstance(value, list) and bool(value) and all(_is_like(1, item) for item in value)
     if isinstance(default, bool) or isinstance(value, bool):
         return type(value) is type(default)
-    return isinstance(value, NUMBER) if isinstance(default, float) else isinstance(value, int) and value > 0
+    if isinstance(default, float):
+        return isinstance(value, int | float)
+    return isinstance(value, int) and value > 0
+
+
+def _check_quantization(path: Path, said: object) -> None:
+    """Raise `CheckpointError` where `quantization_config` names a method that is not read."""
+    if not said:
+        return
+    method = said.get("quant_method") if isinstance(said, dict) else said
+    if method not in READABLE_METHODS:
+        why = f"quant_method is {str(method)[:40]!r}, read are {' and '.join(READABLE_METHODS)}"
+        raise CheckpointError("a model quantized in another way", path, why=why)
+
+
+def _check_schedule(path: Path, config: dict[str, Any]) -> None:
+    """Raise `CheckpointError` where a scheduler would compute another schedule than FLUX.1's."""
+    for switch in OTHER_SCHEDULES:
+        if config.get(switch):
+            why = f"{switch} is set"
+            raise CheckpointError("another schedule than FLUX.1's", path, why=why)
+    if config["max_image_seq_len"] == config["base_image_seq_len"]:
+        why = "base and max_image_seq_len are equal"
+        raise CheckpointError("impossible config", path, why=why)

@@ -1,52 +1,92 @@
-"""What is in a LoRA file? The format, and what it adds to which layers of FLUX.1, by its header. Stdlib only.
+"""What is in a LoRA file? The format, and what it adds to which layers of FLUX.1, by its header.
 
-A layer's output grows by scale x factor x (B (A x) + b) with A (r, K), B (N, r), b (N) (Hu et al. 2021, "LoRA"). Reads
-the names of kohya's sd-scripts and OneTrainer, peft and diffusers, XLabs, and BFL's control adapters, with ComfyUI's
-prefixes: dots or underscores, each means a layer of `quant.dialects.map_bfl_layers` or one of diffusers. diffusers'
-converters take 2 s to import, know one width and lose what they do not know; tests compare with them.
+A layer's output grows by scale x factor x (B (A x) + b) with A (r, K), B (N, r), b (N) (Hu et al.
+2021, "LoRA"). Reads the names of kohya's sd-scripts and OneTrainer, peft and diffusers, XLabs, and
+BFL's control adapters, with ComfyUI's prefixes. With dots or underscores, each means a layer of
+`quant.dialects.map_bfl_layers` or one of diffusers. diffusers' converters are not used: they take
+2 s to import, know one width and lose what they do not know; tests compare with them. Stdlib only.
 """
 
 import hashlib
 import json
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from quant.checkpoint import Component
-from quant.dialects import SWAPPED, map_bfl_layers
+from quant.dialects import BLOCK_KEY, SWAPPED, map_bfl_layers
 from quant.errors import CheckpointError
-from quant.header import TensorInfo, file_identity, read_header, read_metadata, read_scalar
+from quant.header import TensorInfo, file_identity, read_numbers, read_whole_header
 from quant.spec import is_modulation
 from quant.weights import FLOATS, Piece, Weight
 
 Shapes = dict[str, tuple[int, ...]]  # of weights, by the names of their layers
-VALUES = (*FLOATS, "F8_E4M3", "F8_E5M2")
-DOWN, UP, BIAS, NORM = "lora_A.weight", "lora_B.weight", "lora_B.bias", "weight"
-KEY = re.compile(r"(.+?)\.(?:lora\.|lora_linear_layer\.)?(?:lora_)?(A|B|down|up)(?:\.default)?\.(weight|bias)")
+
+# What an adapter's tensors are to their layer.
+DOWN = "lora_A.weight"
+UP = "lora_B.weight"
+BIAS = "lora_B.bias"
+NORM = "weight"  # another weight for a norm
+ALPHA = "alpha"
+BFL_NORM = "scale"  # BFL's word for a norm's weight
+READABLE_DTYPES = (*FLOATS, "F8_E4M3", "F8_E5M2")
+
+# A layer, which of the two matrices, and whether it is its weight or its bias.
+KEY = re.compile(
+    r"(.+?)\.(?:lora\.|lora_linear_layer\.)?(?:lora_)?(A|B|down|up)(?:\.default)?\.(weight|bias)"
+)
+# How the names of a component's layers begin; the transformer's may have no prefix, so it is last.
 PREFIXES = {
-    "text_encoder": r"(?:text_encoder\.|lora_te1?_|text_encoders\.clip_l\.transformer\.)(?:text_model[._])?",
-    "text_encoder_2": r"text_encoder_2\.|lora_te[23]_|text_encoders\.t5xxl\.transformer\.",
-    "transformer": r"(?:base_model\.model\.)?(?:transformer\.|diffusion_model\.|lora_unet_|lora_transformer_|)",
+    "text_encoder": re.compile(
+        r"(?:text_encoder\.|lora_te1?_|text_encoders\.clip_l\.transformer\.)(?:text_model[._])?"
+    ),
+    "text_encoder_2": re.compile(
+        r"text_encoder_2\.|lora_te[23]_|text_encoders\.t5xxl\.transformer\."
+    ),
+    "transformer": re.compile(
+        r"(?:base_model\.model\.)?"
+        r"(?:transformer\.|diffusion_model\.|lora_unet_|lora_transformer_|)"
+    ),
 }
-XLABS = {"img_attn.qkv": "processor.qkv_lora1", "txt_attn.qkv": "processor.qkv_lora2", "linear1": "processor.qkv_lora",
-         "img_attn.proj": "processor.proj_lora1", "txt_attn.proj": "processor.proj_lora2",
-         "linear2": "processor.proj_lora"}  # fmt: skip
-LAYER = re.compile(r"(?:text_model\.)?(.+)(?<!_embedding)(?<!embed_tokens)(?<!shared)(?<!attention_bias)\.weight")
+# XLabs' names for BFL's layers of a block.
+XLABS = {
+    "img_attn.qkv": "processor.qkv_lora1",
+    "txt_attn.qkv": "processor.qkv_lora2",
+    "linear1": "processor.qkv_lora",
+    "img_attn.proj": "processor.proj_lora1",
+    "txt_attn.proj": "processor.proj_lora2",
+    "linear2": "processor.proj_lora",
+}
+# The weights of a model that an adapter can change, without the embeddings.
+LAYER = re.compile(
+    r"(?:text_model\.)?(.+)"
+    r"(?<!_embedding)(?<!embed_tokens)(?<!shared)(?<!attention_bias)\.weight"
+)
+# Parts of names, and the format that has them.
 FORMATS = {"query_norm.scale": "BFL control", ".processor.": "XLabs", "lora_down": "kohya"}
-KINDS = r"dora_scale|lora_magnitude_vector|lokr_|hada_|oft_|lora_mid|(?:lora_A|lora_down)\.bias"
-OTHERS = {KINDS: "of a DoRA or LyCORIS", "_stream_modulation|to_qkv_mlp_proj|ff.linear_in": "of FLUX.2",
-          "te2_text_model|input_blocks|down_blocks|output_blocks": "of Stable Diffusion or SDXL",
-          "joint_blocks": "of Stable Diffusion 3"}  # fmt: skip
+OTHER_KINDS = re.compile(
+    r"dora_scale|lora_magnitude_vector|lokr_|hada_|oft_|lora_mid|(?:lora_A|lora_down)\.bias"
+)
+# Names that no LoRA for FLUX.1 has, and what they belong to.
+FLUX_2 = re.compile("_stream_modulation|to_qkv_mlp_proj|ff.linear_in")
+STABLE_DIFFUSION = re.compile("te2_text_model|input_blocks|down_blocks|output_blocks")
+NOT_FLUX_1 = (
+    (OTHER_KINDS, "of a DoRA or LyCORIS"),
+    (FLUX_2, "of FLUX.2"),
+    (STABLE_DIFFUSION, "of Stable Diffusion or SDXL"),
+    (re.compile("joint_blocks"), "of Stable Diffusion 3"),
+)
 
 
 @dataclass(frozen=True)
 class Part:
-    """What is added to layers over the same input: `layers` are names in the module, with their rows of B.
+    """What is added to layers over the same input.
 
-    `stored` has the pieces A and B and perhaps a bias by `DOWN`, `UP`, `BIAS`; or `NORM`, another weight for a norm.
+    `layers` are names in the module, with the first row of B that is theirs and the row after their
+    last. `stored` has the pieces A, B and perhaps a bias by `DOWN`, `UP`, `BIAS`; or `NORM` alone.
     """
 
     component: str
@@ -57,7 +97,9 @@ class Part:
 
     @property
     def modulates(self) -> bool:
-        return self.component == "transformer" and is_modulation(f"{next(iter(self.layers))}.weight")
+        """Whether it changes a layer that only makes adaLN modulation."""
+        layer = next(iter(self.layers))
+        return self.component == "transformer" and is_modulation(f"{layer}.weight")
 
 
 @dataclass(frozen=True)
@@ -69,128 +111,321 @@ class Adapter:
     path: Path = field(compare=False)
     format: str = field(compare=False)
     parts: tuple[Part, ...] = field(compare=False)
-    unmatched: tuple[str, ...] = field(compare=False)  # layers of the file that the model does not have
+    unmatched: tuple[str, ...] = field(compare=False)  # layers of the file that no model layer has
     about: dict[str, str] = field(compare=False)  # what the file says of itself
 
-    def active_parts(self, component: str) -> Iterator[Part]:
+    def active_parts(self, component: str) -> list[Part]:
         """The parts that change a component: none at scale 0."""
-        return (part for part in self.parts if part.component == component and self.scale)
+        if self.scale == 0:
+            return []
+        return [part for part in self.parts if part.component == component]
 
     def numel(self, component: str) -> int:
-        """Numbers that are held while a component computes: not those of its modulation."""
-        parts = [part for part in self.active_parts(component) if not part.modulates]
-        return sum(math.prod(piece.shape) for part in parts for piece in part.stored.pieces.values())
+        """How many numbers are held while a component computes: not those of its modulation."""
+        total = 0
+        for part in self.active_parts(component):
+            if not part.modulates:
+                total += sum(math.prod(piece.shape) for piece in part.stored.pieces.values())
+        return total
+
+
+@dataclass(frozen=True)
+class _FileLayer:
+    """One layer of an adapter's file, and the layers of the model that it changes.
+
+    `targets` are these layers with the shapes of their weights, one below the other. `tensors` are
+    by what they are: `DOWN`, `UP`, `BIAS`, or one `NORM`.
+    """
+
+    name: str
+    component: str
+    targets: Shapes
+    tensors: dict[str, TensorInfo]
+    alpha: TensorInfo | None
+
+    @property
+    def rows(self) -> int:
+        return sum(shape[0] for shape in self.targets.values())
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """(K,) of a linear layer, () of a norm."""
+        return next(iter(self.targets.values()))[1:]
 
 
 def is_lora(names: Collection[str]) -> bool:
     """Whether these are the keys of an adapter, of whatever kind and model."""
-    return any(re.search(KINDS, name) or (KEY.fullmatch(name) and "lora" in name) for name in names)
+    return any(_is_lora_key(name) for name in names)
 
 
-def read_adapter(path: Path, components: Mapping[str, Component], *, scale: float = 1.0, fits: bool = True) -> Adapter:
-    """The adapter in a file, for a model of these components (`fits` off: whatever its width).
+def _is_lora_key(name: str) -> bool:
+    if OTHER_KINDS.search(name):
+        return True
+    return "lora" in name and KEY.fullmatch(name) is not None
 
-    Raises `CheckpointError` for a file that is none, one for another model, and kinds that are not supported.
+
+def read_adapter(
+    path: Path, components: Mapping[str, Component], *, scale: float = 1.0, fits: bool = True
+) -> Adapter:
+    """The adapter in a file, for a model of these components.
+
+    With `fits` off it may be of another width than the model. Raises `CheckpointError` for a file
+    that is no adapter, one for another model, and kinds that are not supported.
     """
-    infos = read_header(path)
-    for what, name in ((what, name) for part, what in OTHERS.items() for name in infos if re.search(part, name)):
-        raise CheckpointError("not a LoRA for FLUX.1", path, why=f"{name[:80]} is {what}")
-    about, known, parts, unmatched, said, taken = read_metadata(path), _known(components), [], [], {}, set()
-    with suppress(ValueError, RecursionError):
-        said = json.loads(about.get("lora_adapter_metadata", "{}"))
-    for layer, pieces in _grouped(infos).items():
-        component, prefix = next(p for p in PREFIXES.items() if re.match(p[1], layer))
-        ours = known.get((component, _flat(re.sub(f"^(?:{prefix})", "", layer))), {})
-        kinds = set(pieces) - {"alpha"}
-        norm = len(kinds) == 1 and kinds <= {"scale", NORM} and ".norm_" in next(iter(ours), "")
-        if ours and kinds and (norm or kinds <= {DOWN, UP, BIAS}):
-            if not set(ours) <= taken:  # some files have everything in two spellings
-                parts.append(_part(path, component, ours, layer, pieces, said, fits))
-            taken |= set(ours)
-        elif kinds:
-            unmatched.append(layer)
+    header = read_whole_header(path)
+    _refuse_other_models(path, header.tensors)
+    layers, unmatched = _match_layers(header.tensors, components)
+    peft_config = _read_peft_config(header.metadata)
+    alphas = read_numbers(path, [layer.alpha for layer in layers if layer.alpha])
+    parts = []
+    for layer in layers:
+        alpha = alphas[layer.alpha.name] if layer.alpha else None
+        factor = _compute_factor(path, layer, alpha=alpha, peft_config=peft_config)
+        _check_dtypes(path, layer)
+        if fits:
+            _check_shapes(path, layer)
+        parts.append(_make_part(path, layer, factor=factor))
     if not any(part.rank for part in parts):
-        raise CheckpointError("not a LoRA for FLUX.1", path, why=f"its first keys are {', '.join(list(infos)[:3])}")
-    kind = next((kind for mark, kind in FORMATS.items() if any(mark in name for name in infos)), "diffusers/peft")
-    identity = hashlib.sha256(file_identity(path)).hexdigest()[:16]
-    return Adapter(identity, scale, path, kind, tuple(parts), tuple(unmatched), about)
+        why = f"its first keys are {', '.join(list(header.tensors)[:3])}"
+        raise CheckpointError("not a LoRA for FLUX.1", path, why=why)
+    return Adapter(
+        identity=hashlib.sha256(file_identity(path)).hexdigest()[:16],
+        scale=scale,
+        path=path,
+        format=_name_format(header.tensors),
+        parts=tuple(parts),
+        unmatched=tuple(unmatched),
+        about=header.metadata,
+    )
 
 
-def _grouped(infos: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
-    """The tensors of each layer by what they are: `DOWN`, `UP`, `BIAS`, "alpha", or the end of their names."""
-    found = {}
-    for name, info in infos.items():
-        layer, _, leaf = name.rpartition(".")
-        if match := KEY.fullmatch(name):
-            layer, leaf = match[1], f"lora_{'A' if match[2] in ('A', 'down') else 'B'}.{match[3]}"
-        found.setdefault(layer, {})[leaf] = info
+def _refuse_other_models(path: Path, names: Collection[str]) -> None:
+    for pattern, what in NOT_FLUX_1:
+        for name in names:
+            if pattern.search(name):
+                why = f"{name[:80]} is {what}"
+                raise CheckpointError("not a LoRA for FLUX.1", path, why=why)
+
+
+def _name_format(names: Collection[str]) -> str:
+    for mark, name_of_format in FORMATS.items():
+        if any(mark in name for name in names):
+            return name_of_format
+    return "diffusers/peft"
+
+
+def _read_peft_config(metadata: Mapping[str, str]) -> object:
+    """peft's configuration as diffusers writes it, values by "COMPONENT.KEY"; {} without JSON."""
+    try:
+        return json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except (ValueError, RecursionError):
+        return {}
+
+
+def _match_layers(
+    tensors: Mapping[str, TensorInfo], components: Mapping[str, Component]
+) -> tuple[list[_FileLayer], list[str]]:
+    """The layers of a file that change the model, and the names of those that it does not have."""
+    known = _name_model_layers(components)
+    layers = []
+    unmatched = []
+    taken: set[str] = set()
+    for name, group in _group_by_layer(tensors).items():
+        component, rest = _split_prefix(name)
+        targets = known.get((component, _flatten(rest)), {})
+        alpha = group.pop(ALPHA, None)
+        if not group:
+            continue
+        if not targets:
+            unmatched.append(name)
+            continue
+        norm = _find_norm(group, targets)
+        if norm:
+            layer = _FileLayer(name, component, targets=targets, tensors={NORM: norm}, alpha=None)
+        elif group.keys() <= {DOWN, UP, BIAS}:
+            layer = _FileLayer(name, component, targets=targets, tensors=group, alpha=alpha)
+        else:
+            unmatched.append(name)
+            continue
+        # Some files have everything in two spellings.
+        if not targets.keys() <= taken:
+            layers.append(layer)
+        taken |= targets.keys()
+    return layers, unmatched
+
+
+def _find_norm(tensors: Mapping[str, TensorInfo], targets: Shapes) -> TensorInfo | None:
+    """The only tensor of a layer, where the model's layer is a norm and the tensor its weight."""
+    if len(tensors) > 1 or ".norm_" not in next(iter(targets)):
+        return None
+    return tensors.get(NORM) or tensors.get(BFL_NORM)
+
+
+def _group_by_layer(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
+    """The tensors of each layer by what they are: `DOWN`, `UP`, `BIAS`, or the end of their names.
+
+    Layers in kohya's spelling come last: they may repeat others.
+    """
+    found: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in tensors.items():
+        match = KEY.fullmatch(name)
+        if match:
+            layer = match[1]
+            matrix = "A" if match[2] in ("A", "down") else "B"
+            kind = f"lora_{matrix}.{match[3]}"
+        else:
+            layer, _, kind = name.rpartition(".")
+        found.setdefault(layer, {})[kind] = info
     return dict(sorted(found.items(), key=lambda item: item[0].startswith("lora_unet_")))
 
 
-def _known(components: Mapping[str, Component]) -> dict[tuple[str, str], Shapes]:
-    """The module's layers by component and a file's name for them, without dots."""
-    found, shapes = {}, {}
-    for component in (name for name in PREFIXES if name in components):
-        weights = components[component].weights
-        named = {match[1]: weight.shape for name, weight in weights.items() if (match := LAYER.fullmatch(name))}
-        found |= {(component, _flat(layer)): {layer: shape} for layer, shape in named.items()}
-        shapes |= named
-    for bfl, layers in map_bfl_layers(components["transformer"].config).items():
-        ours = {layer: shapes[layer] for layer in layers if layer in shapes}
-        start, leaf = re.fullmatch(r"(\w+_blocks\.\d+\.|)(.+)", bfl).groups()
-        found["transformer", _flat(bfl)] = ours
-        if leaf in XLABS:  # which leaves a single block's MLP alone
-            found["transformer", _flat(start + XLABS[leaf])] = dict(list(ours.items())[:3])
-    return found
+def _split_prefix(layer: str) -> tuple[str, str]:
+    """The component that a layer's name in the file belongs to, and its name without the prefix."""
+    for component, prefix in PREFIXES.items():
+        match = prefix.match(layer)
+        if match:
+            return component, layer[match.end() :]
+    raise AssertionError("the transformer's prefix may be empty")
 
 
-def _flat(name: str) -> str:
+def _name_model_layers(components: Mapping[str, Component]) -> dict[tuple[str, str], Shapes]:
+    """The model's layers by component and flattened name.
+
+    The names are diffusers', BFL's and XLabs'; of the last two one may mean several layers.
+    """
+    known: dict[tuple[str, str], Shapes] = {}
+    for component in PREFIXES:
+        if component in components:
+            for layer, shape in _layer_shapes(components[component]).items():
+                known[component, _flatten(layer)] = {layer: shape}
+    transformer = components["transformer"]
+    shapes = _layer_shapes(transformer)
+    for bfl, layers in map_bfl_layers(transformer.config).items():
+        targets = {layer: shapes[layer] for layer in layers if layer in shapes}
+        known["transformer", _flatten(bfl)] = targets
+        block = BLOCK_KEY.match(bfl)
+        if block and bfl[block.end() :] in XLABS:
+            xlabs = block[0] + XLABS[bfl[block.end() :]]
+            # q, k and v at most: XLabs leaves a single block's MLP alone.
+            known["transformer", _flatten(xlabs)] = dict(list(targets.items())[:3])
+    return known
+
+
+def _layer_shapes(component: Component) -> Shapes:
+    """The layers of a component that an adapter can change, with the shapes of their weights."""
+    shapes = {}
+    for name, weight in component.weights.items():
+        match = LAYER.fullmatch(name)
+        if match:
+            shapes[match[1]] = weight.shape
+    return shapes
+
+
+def _flatten(name: str) -> str:
     return name.replace(".", "_")
 
 
-def _part(  # noqa: PLR0917
-    path: Path, component: str, ours: Shapes, layer: str, pieces: dict[str, TensorInfo], said: dict, fits: bool
-) -> Part:
-    """What the tensors of one layer do; raises `CheckpointError` for half a LoRA, and shapes of another model."""
-    alpha, rows, at = pieces.pop("alpha", None), {}, 0
-    for name, shape in ours.items():
-        rows[name] = (at, at + shape[0])
-        at += shape[0]
-    first = next(iter(ours.values()))
-    if set(pieces) <= {"scale", NORM}:
-        pieces, rank, factor = {NORM: next(iter(pieces.values()))}, 0, 1.0
-    elif not {DOWN, UP} <= set(pieces):
-        raise CheckpointError("not a whole LoRA", path, why=f"{layer[:80]} has only {next(iter(pieces))}")
-    else:
-        rank = max(pieces[DOWN].shape[:1], default=0)
-        factor = _factor(path, component, rows, rank, alpha and read_scalar(path, alpha), said)
-    wanted = {NORM: first, DOWN: (rank, *first[1:]), UP: (at, rank), BIAS: (at,)}
-    if odd := next((info for info in pieces.values() if info.dtype not in VALUES), None):
-        raise CheckpointError("damaged adapter", path, why=f"{odd.name[:80]} is {odd.dtype}")
-    for kind, info in pieces.items() if fits else ():
-        if "x_embedder" in ours and kind == DOWN and info.shape[1:] > first[1:]:
-            why = f"it takes {info.shape[1]} channels, a picture alone has {first[1]}"
+def _rank_of(layer: _FileLayer) -> int:
+    """r of A (r, K); 0 of a norm."""
+    if NORM in layer.tensors:
+        return 0
+    return max(layer.tensors[DOWN].shape[:1], default=0)
+
+
+def _compute_factor(
+    path: Path, layer: _FileLayer, *, alpha: float | None, peft_config: object
+) -> float:
+    """alpha / r as it was trained: by the file's own tensor, else by diffusers' metadata, else 1.
+
+    With rsLoRA it is alpha / sqrt(r) (Kalajdzievski 2023). Raises `CheckpointError` for half a
+    LoRA, and for an alpha that is no finite number.
+    """
+    if NORM in layer.tensors:
+        return 1.0
+    if not {DOWN, UP} <= layer.tensors.keys():
+        why = f"{layer.name[:80]} has only {next(iter(layer.tensors))}"
+        raise CheckpointError("not a whole LoRA", path, why=why)
+    rank = _rank_of(layer)
+    try:
+        config = _config_of_component(peft_config, layer.component)
+        if alpha is None:
+            alpha = _find_alpha(config, layer.targets)
+        if alpha is None:
+            return 1.0
+        factor = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        why = "its alpha is no number"
+        raise CheckpointError("damaged adapter", path, why=why) from error
+    if not math.isfinite(factor):
+        why = f"the alpha of {next(iter(layer.targets))}"
+        raise CheckpointError("weights that are not finite", path, why=why)
+    return factor
+
+
+def _config_of_component(peft_config: object, component: str) -> dict[str, Any]:
+    """peft's configuration of one component; raises `TypeError` where there is no object."""
+    if not isinstance(peft_config, dict):
+        raise TypeError("no object")
+    prefix = f"{component}."
+    return {
+        key.removeprefix(prefix): value
+        for key, value in peft_config.items()
+        if key.startswith(prefix)
+    }
+
+
+def _find_alpha(config: Mapping[str, Any], layers: Collection[str]) -> Any:
+    """The alpha of layers by peft's configuration, None where it says nothing.
+
+    Raises `AttributeError` where `alpha_pattern` is no object.
+    """
+    # peft takes regular expressions, trainers write the ends of names.
+    for pattern, alpha in config.get("alpha_pattern", {}).items():
+        end = f".{pattern.lstrip('^')}"
+        if alpha is not None and any(f".{layer}".endswith(end) for layer in layers):
+            return alpha
+    return config.get("lora_alpha")
+
+
+def _check_dtypes(path: Path, layer: _FileLayer) -> None:
+    for info in layer.tensors.values():
+        if info.dtype not in READABLE_DTYPES:
+            why = f"{info.name[:80]} is {info.dtype}"
+            raise CheckpointError("damaged adapter", path, why=why)
+
+
+def _check_shapes(path: Path, layer: _FileLayer) -> None:
+    """Raise `CheckpointError` for an adapter of another width, or one for more input channels."""
+    rank = _rank_of(layer)
+    wanted = {
+        NORM: next(iter(layer.targets.values())),
+        DOWN: (rank, *layer.input_shape),
+        UP: (layer.rows, rank),
+        BIAS: (layer.rows,),
+    }
+    for kind, info in layer.tensors.items():
+        if "x_embedder" in layer.targets and kind == DOWN and info.shape[1:] > layer.input_shape:
+            channels = layer.input_shape[0]
+            why = f"it takes {info.shape[1]} channels, a picture alone has {channels}"
             raise CheckpointError("an adapter that needs a control image", path, why=why)
         if info.shape != wanted[kind]:
-            why = f"{layer[:80]} has {kind} {list(info.shape)}, the width of this model needs {list(wanted[kind])}"
+            has = f"{layer.name[:80]} has {kind} {list(info.shape)}"
+            why = f"{has}, the width of this model needs {list(wanted[kind])}"
             raise CheckpointError("an adapter for another model", path, why=why)
-    swapped = ((at // 2, at), (0, at // 2)) if _flat(layer).endswith(_flat(SWAPPED)) else ()
-    cut = {kind: Piece(path, info, swapped if kind in (UP, BIAS) else ()) for kind, info in pieces.items()}
-    return Part(component, rows, rank, factor, Weight(f"{layer}.", (), "", cut))
 
 
-def _factor(  # noqa: PLR0917
-    path: Path, component: str, layers: Collection[str], rank: int, alpha: float | None, said: dict
-) -> float:
-    """alpha / r as it was trained: by the file's own tensor, else by diffusers' metadata, else 1."""
-    try:
-        said = {key.removeprefix(f"{component}."): value for key, value in said.items() if key.startswith(component)}
-        patterns = said.get("alpha_pattern", {}).items()  # peft takes regular expressions, trainers write names
-        named = [n for p, n in patterns if any(f".{layer}".endswith(f".{p.lstrip('^')}") for layer in layers)]
-        given = [number for number in (alpha, *named, said.get("lora_alpha")) if number is not None]
-        factor = float(given[0]) / (math.sqrt(rank) if said.get("use_rslora") else rank) if given else 1.0
-    except (TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError("damaged adapter", path, why="its alpha is no number") from error
-    if not math.isfinite(factor):
-        raise CheckpointError("weights that are not finite", path, why=f"the alpha of {next(iter(layers))}")
-    return factor
+def _make_part(path: Path, layer: _FileLayer, *, factor: float) -> Part:
+    """What a layer of the file does, with the rows of B that each layer of the model gets."""
+    rows = {}
+    first = 0
+    for name, shape in layer.targets.items():
+        rows[name] = (first, first + shape[0])
+        first += shape[0]
+    pieces = {kind: Piece(path, info) for kind, info in layer.tensors.items()}
+    if _flatten(layer.name).endswith(_flatten(SWAPPED)):
+        half = layer.rows // 2
+        for kind in pieces.keys() & {UP, BIAS}:
+            swapped = ((half, layer.rows), (0, half))
+            pieces[kind] = Piece(path, layer.tensors[kind], swapped)
+    stored = Weight(f"{layer.name}.", (), scheme="", pieces=pieces)
+    return Part(layer.component, rows, rank=_rank_of(layer), factor=factor, stored=stored)

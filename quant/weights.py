@@ -1,7 +1,7 @@
-"""Logical weights: one tensor of the model by its diffusers name, and the pieces that store it in files.
+"""Logical weights: one tensor of the model by its diffusers name, and the pieces that store it.
 
-Knows the packed forms (bitsandbytes' NF4 and int8; fp8 and int8 rows, also optimum-quanto's and ComfyUI's; GGUF's
-blocks), no folders. Stdlib only.
+Knows the quantized forms (bitsandbytes' NF4 and int8; fp8 and int8 rows, also optimum-quanto's and
+ComfyUI's; GGUF's blocks), but no folders. Stdlib only; sizes are in bytes.
 """
 
 import json
@@ -10,32 +10,46 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from quant.errors import CheckpointError
-from quant.header import GGUF_BITS, TensorInfo
+from quant.header import GGUF_BITS, TensorInfo, read_tensor_bytes
 from quant.spec import BLOCK, NESTED_BLOCK, NF4_ONCE, STATE, layout
 
-MAX_STATE_BYTES, FLOATS = 4096, ("F64", "F32", "F16", "BF16")
-PACKED = re.compile(r"(.+\.weight)(\.(?:(?:nested_)?absmax|(?:nested_)?quant_map|quant_state\.[a-z0-9_]+)|_scale)")
-SCB = ".SCB"  # bitsandbytes' int8: the largest of each row
-SHARED = (".quant_map", ".nested_quant_map", STATE)  # pieces that every row of a pack needs
+RowRanges = tuple[tuple[int, int], ...]  # (first row, row after the last) of each range
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+EIGHT_BIT = ("I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0")
+MAX_STATE_BYTES = 4096
+MAX_STATE_ROWS = 1 << 24
+MAX_FLOAT32 = 1e38
+
+# A weight's name and the suffix of one of its quantized tensors.
+QUANTIZED = re.compile(
+    r"(.+\.weight)(\.(?:(?:nested_)?absmax|(?:nested_)?quant_map|quant_state\.[a-z0-9_]+)|_scale)"
+)
+SCALE = "_scale"
+SCB = ".SCB"  # of bitsandbytes' int8: the largest absolute value of each row
+SHARED = (".quant_map", ".nested_quant_map", STATE)  # tensors that every row of a weight needs
+QUANTO_SUFFIXES = {"_data": "", "_scale": SCALE}  # optimum-quanto's, and what they are here
+
 UNREADABLE = "an unreadable pack of 4-bit weights"
-PACKS = "read are float8_e4m3fn and int8 with a scale per matrix or row, nf4, and GGUF"
-QUANTO = {"_data": "", "_scale": "_scale"}
+READABLE = "read are float8_e4m3fn and int8 with a scale per matrix or row, nf4, and GGUF"
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor of a file, or ranges of its rows in the order given."""
+    """A tensor of a file, or ranges of its rows in the order given; no ranges mean all rows."""
 
     file: Path
     info: TensorInfo
-    rows: tuple[tuple[int, int], ...] = ()
+    rows: RowRanges = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
-        first = sum(stop - start for start, stop in self.rows)
-        return (first, *self.info.shape[1:]) if self.rows else self.info.shape
+        if not self.rows:
+            return self.info.shape
+        return (_count_rows(self.rows), *self.info.shape[1:])
 
     @property
     def nbytes(self) -> int:
@@ -44,7 +58,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor of a model: `shape` is that of its values, `scheme` "" or how they are packed, pieces by suffix."""
+    """One tensor of a model.
+
+    `shape` is that of its values. `scheme` says how they are quantized, "" for not at all. `pieces`
+    are the tensors that store it, by the suffix of their names; "" is the one with the values.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -61,108 +79,182 @@ class Weight:
 
     @property
     def info(self) -> TensorInfo:
-        """The tensor unpacked, in 16 bit where it is packed here; GGUF's as it is."""
-        stored = not self.scheme or self.scheme in GGUF_BITS
-        return TensorInfo(self.name, self.pieces[""].info.dtype if stored else "BF16", self.shape)
+        """The tensor as if it were not quantized, in 16 bit; GGUF's keeps its dtype."""
+        if self.scheme and self.scheme not in GGUF_BITS:
+            return TensorInfo(self.name, "BF16", self.shape)
+        return TensorInfo(self.name, self.pieces[""].info.dtype, self.shape)
 
-    def part(self, name: str, ranges: tuple[tuple[int, int], ...]) -> "Weight":
-        """Ranges of the rows under another name, () for all; raises `CheckpointError` where a pack cannot be cut so."""
-        pieces = {suffix: self._cut(suffix, piece, ranges) for suffix, piece in self.pieces.items()}
-        rows = sum(stop - start for start, stop in ranges)
-        return Weight(name, (rows, *self.shape[1:]) if ranges else self.shape, self.scheme, pieces)
+    def take_rows(self, name: str, ranges: RowRanges) -> "Weight":
+        """Ranges of the rows as a weight of another name; no ranges mean all rows.
 
-    def _cut(self, suffix: str, piece: Piece, ranges: tuple[tuple[int, int], ...]) -> Piece:
-        if not ranges or suffix in SHARED or math.prod(piece.shape) == 1:
+        Raises `CheckpointError` where the quantized form cannot be cut at these rows.
+        """
+        if not ranges:
+            return replace(self, name=name)
+        pieces = {suffix: self._cut(suffix, ranges) for suffix in self.pieces}
+        shape = (_count_rows(ranges), *self.shape[1:])
+        return replace(self, name=name, shape=shape, pieces=pieces)
+
+    def _cut(self, suffix: str, ranges: RowRanges) -> Piece:
+        """The rows of a piece, of which there may be more or fewer than the weight has."""
+        piece = self.pieces[suffix]
+        if suffix in SHARED or math.prod(piece.shape) == 1:
             return piece
-        count = piece.shape[0]
-        if any(edge * count % self.shape[0] for pair in ranges for edge in pair):
-            raise CheckpointError(UNREADABLE, piece.file, why=f"{self.name} cannot be cut into its layers")
-        rows = tuple((start * count // self.shape[0], stop * count // self.shape[0]) for start, stop in ranges)
-        return replace(piece, rows=rows)
+        rows = []
+        for start, stop in ranges:
+            first, first_rest = divmod(start * piece.shape[0], self.shape[0])
+            last, last_rest = divmod(stop * piece.shape[0], self.shape[0])
+            if first_rest or last_rest:
+                why = f"{self.name} cannot be cut into its layers"
+                raise CheckpointError(UNREADABLE, piece.file, why=why)
+            rows.append((first, last))
+        return replace(piece, rows=tuple(rows))
+
+
+def _count_rows(ranges: RowRanges) -> int:
+    return sum(stop - start for start, stop in ranges)
 
 
 def group_weights(pieces: Mapping[str, Piece], *, raw: bool = False) -> dict[str, Weight]:
-    """The logical weights that a file's tensors make; raises `CheckpointError` for a pack that is not whole.
+    """The logical weights that the tensors of files make, by name.
 
-    `raw` allows fp8 matrices without any scale: those of a file that has none at all.
+    `raw` allows fp8 matrices without any scale: those of a file that has none at all. Raises
+    `CheckpointError` for a weight some of whose tensors are missing, odd, or of another shape.
     """
-    modules = {name.removesuffix(".weight._data") for name in pieces if name.endswith(".weight._data")}
+    end = ".weight._data"
+    quanto_layers = {name.removesuffix(end) for name in pieces if name.endswith(end)}
     groups: dict[str, dict[str, Piece]] = {}
-    for name, piece in pieces.items():
-        owner, _, leaf = name.rpartition(".")
-        if owner in modules and leaf in ("input_scale", "output_scale"):
-            continue  # optimum-quanto's scales of activations are 1 where only weights are quantized
-        ours = owner + QUANTO[leaf] if modules and owner.endswith(".weight") and leaf in QUANTO else name
-        base, suffix = match.groups() if (match := PACKED.fullmatch(ours)) else (ours, "")
-        if f".{leaf}" == SCB:
-            base, suffix = f"{owner}.weight", SCB
-        if leaf != "weight_format":  # of bitsandbytes' int8: always rows
-            groups.setdefault(base, {})[suffix] = piece
-    return {name: _weight(name, parts, raw) for name, parts in groups.items()}
+    for stored, piece in pieces.items():
+        layer, _, leaf = stored.rpartition(".")
+        # optimum-quanto's scales of activations are 1 where only weights are quantized.
+        if layer in quanto_layers and leaf in ("input_scale", "output_scale"):
+            continue
+        # bitsandbytes says with every int8 weight that it is stored in rows.
+        if leaf == "weight_format":
+            continue
+        name, suffix = _split_name(stored, by_quanto=bool(quanto_layers))
+        groups.setdefault(name, {})[suffix] = piece
+    return {name: _make_weight(name, parts, raw=raw) for name, parts in groups.items()}
 
 
-def _weight(name: str, parts: dict[str, Piece], raw: bool) -> Weight:
-    first = next(iter(parts.values()))
-    if "" not in parts:
-        raise CheckpointError("a packed weight is missing", first.file, why=f"{name} has only its scales")
-    dtype, shape = parts[""].info.dtype, parts[""].shape
-    scale = parts.get("_scale") or parts.get(SCB)
-    if scale and len(parts) == 2 and dtype in ("F8_E4M3", "I8") and len(shape) == 2:
-        if math.prod(scale.shape) not in (1, shape[0]) or scale.info.dtype not in FLOATS:
-            raise CheckpointError("impossible scales", first.file, why=f"of {name}: {scale.shape}")
-        return Weight(name, shape, "fp8" if dtype == "F8_E4M3" else "int8", parts)
-    if scale and len(parts) == 2:
+def _split_name(stored: str, *, by_quanto: bool) -> tuple[str, str]:
+    """The name of the weight that a tensor belongs to, and the tensor's suffix."""
+    owner, _, leaf = stored.rpartition(".")
+    if f".{leaf}" == SCB:
+        return f"{owner}.weight", SCB
+    if by_quanto and owner.endswith(".weight") and leaf in QUANTO_SUFFIXES:
+        return owner, QUANTO_SUFFIXES[leaf]
+    match = QUANTIZED.fullmatch(stored)
+    if match:
+        return match[1], match[2]
+    return stored, ""
+
+
+def _make_weight(name: str, pieces: dict[str, Piece], *, raw: bool) -> Weight:
+    """The weight that these pieces store; raises `CheckpointError`."""
+    if "" not in pieces:
+        file = next(iter(pieces.values())).file
+        why = f"{name} has only its scales"
+        raise CheckpointError("a packed weight is missing", file, why=why)
+    scale = pieces.get(SCALE) or pieces.get(SCB)
+    if scale and len(pieces) == 2:
+        return _make_scaled_weight(name, pieces, scale)
+    if len(pieces) > 1:
+        return _make_nf4_weight(name, pieces)
+    values = pieces[""]
+    dtype = values.info.dtype
+    scheme = ""
+    if dtype in GGUF_BITS:
+        scheme = dtype
+    elif dtype in EIGHT_BIT and len(values.shape) == 2:
+        if raw and dtype == "F8_E4M3":
+            scheme = "fp8"
+        elif not (raw and dtype == "F8_E5M2"):
+            why = f"{name} is {dtype} and has no scale beside it"
+            raise CheckpointError("quantized weights without scales", values.file, why=why)
+    return Weight(name, values.shape, scheme, pieces)
+
+
+def _make_scaled_weight(name: str, pieces: dict[str, Piece], scale: Piece) -> Weight:
+    """A matrix in fp8 or int8 with one scale, or one for each row."""
+    values = pieces[""]
+    dtype = values.info.dtype
+    scheme = {"F8_E4M3": "fp8", "I8": "int8"}.get(dtype)
+    file = next(iter(pieces.values())).file
+    if scheme is None or len(values.shape) != 2:
         why = f"{name} is {dtype} with scales in {scale.info.dtype}"
-        raise CheckpointError("weights packed in a way that is not read", first.file, why=why, hint=PACKS)
-    if set(parts) != {""}:
-        return _nf4(name, parts)
-    if dtype in GGUF_BITS or (raw and dtype == "F8_E4M3" and len(shape) == 2):
-        return Weight(name, shape, dtype if dtype in GGUF_BITS else "fp8", parts)
-    if dtype in ("I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0") and len(shape) == 2 and not (raw and dtype == "F8_E5M2"):
-        why = f"{name} is {dtype} and has no scale beside it"
-        raise CheckpointError("quantized weights without scales", first.file, why=why)
-    return Weight(name, shape, "", parts)
+        what = "weights packed in a way that is not read"
+        raise CheckpointError(what, file, why=why, hint=READABLE)
+    if math.prod(scale.shape) not in (1, values.shape[0]) or scale.info.dtype not in FLOATS:
+        raise CheckpointError("impossible scales", file, why=f"of {name}: {scale.shape}")
+    return Weight(name, values.shape, scheme, pieces)
 
 
-def _nf4(name: str, parts: dict[str, Piece]) -> Weight:
-    """A weight packed by bitsandbytes: NF4, blocks of 64, scales in float32 or quantized again."""
-    file, scheme = parts[""].file, "nf4" if any("nested" in suffix for suffix in parts) else NF4_ONCE
-    wanted = {info.name for info in layout(scheme, TensorInfo("", "BF16", (2, BLOCK)))}
-    if odd := sorted(wanted ^ set(parts)):
-        why = f"{name} {'has no' if odd[0] in wanted else 'also has'} {odd[0].lstrip('._')}"
-        raise CheckpointError(UNREADABLE, file, why=why, hint="of bitsandbytes' packs nf4 and int8 are read")
-    state = parts[STATE]
+def _make_nf4_weight(name: str, pieces: dict[str, Piece]) -> Weight:
+    """A matrix in bitsandbytes' NF4: blocks of 64, whose scales may be quantized again."""
+    file = pieces[""].file
+    nested = any("nested" in suffix for suffix in pieces)
+    scheme = "nf4" if nested else NF4_ONCE
+    _check_nf4_suffixes(name, pieces, scheme)
+    state = pieces[STATE]
     try:
-        shape = _shape_in_state(state, nested=scheme == "nf4")
+        shape = _read_shape_in_state(state, nested=nested)
     except OSError as error:
-        raise CheckpointError("cannot read weights", state.file, why=error.strerror or "read error") from error
+        why = error.strerror or "read error"
+        raise CheckpointError("cannot read weights", state.file, why=why) from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        what, why = "hostile or damaged quant state", f"{name[:60]}: {str(error)[:80]}"
-        raise CheckpointError(what, state.file, why=why) from error
+        why = f"{name[:60]}: {str(error)[:80]}"
+        raise CheckpointError("hostile or damaged quant state", state.file, why=why) from error
     for info in layout(scheme, TensorInfo("", "BF16", shape)):
-        piece = parts[info.name]
-        same = info.name == STATE or math.prod(piece.shape) == info.numel
-        if piece.info.dtype != info.dtype or not same or piece.rows:
-            why = f"{name}{info.name} is {piece.info.dtype} {list(piece.shape)} for a weight of {list(shape)}"
+        piece = pieces[info.name]
+        fits = info.name == STATE or math.prod(piece.shape) == info.numel
+        if piece.info.dtype != info.dtype or not fits or piece.rows:
+            stored = f"{name}{info.name} is {piece.info.dtype} {list(piece.shape)}"
+            why = f"{stored} for a weight of {list(shape)}"
             raise CheckpointError(UNREADABLE, file, why=why[:160])
-    return Weight(name, shape, scheme, parts)
+    return Weight(name, shape, scheme, pieces)
 
 
-def _shape_in_state(piece: Piece, *, nested: bool) -> tuple[int, int]:
-    """The weight's shape by its state blob, all of whose values are checked."""
+def _check_nf4_suffixes(name: str, pieces: dict[str, Piece], scheme: str) -> None:
+    """Raise `CheckpointError` unless a weight has the tensors of its scheme and no other."""
+    wanted = {info.name for info in layout(scheme, TensorInfo("", "BF16", (2, BLOCK)))}
+    odd = sorted(wanted ^ set(pieces))
+    if odd:
+        says = "has no" if odd[0] in wanted else "also has"
+        why = f"{name} {says} {odd[0].lstrip('._')}"
+        hint = "of bitsandbytes' packs nf4 and int8 are read"
+        raise CheckpointError(UNREADABLE, pieces[""].file, why=why, hint=hint)
+
+
+def _read_shape_in_state(piece: Piece, *, nested: bool) -> tuple[int, int]:
+    """The weight's shape by bitsandbytes' state, JSON whose values are all checked.
+
+    Raises `ValueError`, `TypeError`, `KeyError`, `AttributeError` or `RecursionError` for a state
+    that is none of NF4's, `OSError` for a file that cannot be read.
+    """
     if piece.info.nbytes > MAX_STATE_BYTES:
         raise ValueError("it is too large")
-    with piece.file.open("rb") as file:
-        file.seek(8 + int.from_bytes(file.read(8), "little") + piece.info.start)
-        state = json.loads(file.read(piece.info.nbytes).decode("utf-8"))
-    known = {"quant_type": ("nf4",), "blocksize": (BLOCK,), "dtype": ("bfloat16", "float16", "float32")}
-    known |= {"nested_blocksize": (NESTED_BLOCK,), "nested_dtype": ("float32",)} if nested else {}
+    state: dict[str, Any] = json.loads(read_tensor_bytes(piece.file, piece.info).decode("utf-8"))
+    known: dict[str, tuple[object, ...]] = {
+        "quant_type": ("nf4",),
+        "blocksize": (BLOCK,),
+        "dtype": ("bfloat16", "float16", "float32"),
+    }
+    if nested:
+        known["nested_blocksize"] = (NESTED_BLOCK,)
+        known["nested_dtype"] = ("float32",)
     for key, values in known.items():
         if state[key] not in values:
             raise ValueError(f"{key} is {state[key]!r:.40}")
-    shape, offset = state["shape"], state["nested_offset"] if nested else 0.0
-    if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and 0 < n < 1 << 24 for n in shape):
+    shape = state["shape"]
+    if not isinstance(shape, list) or len(shape) != 2:
         raise ValueError(f"shape is {shape!r:.40}")
-    if type(offset) is not float or not abs(offset) < 1e38:  # NaN too, and what is infinite in float32
-        raise ValueError(f"nested_offset is {offset!r:.40}")
+    for size in shape:
+        if type(size) is not int or not 0 < size < MAX_STATE_ROWS:
+            raise ValueError(f"shape is {shape!r:.40}")
+    if nested:
+        offset = state["nested_offset"]
+        # The comparison is false for NaN too; larger values are infinite in float32.
+        if type(offset) is not float or not abs(offset) < MAX_FLOAT32:
+            raise ValueError(f"nested_offset is {offset!r:.40}")
     return shape[0], shape[1]

@@ -36,14 +36,16 @@ def unguarded(path: Path, name: str, value: dict) -> header.TensorInfo:
     return header.TensorInfo(name, value["dtype"], tuple(value["shape"]), value["data_offsets"][0])
 
 
-def gaps(path: Path, text: bytes, data_bytes: int) -> dict:
+def gaps(path: Path, text: bytes, data_bytes: int) -> header.Header:
     try:
         return real(path, text, data_bytes)
     except header.CheckpointError as error:
         if "gap" not in error.why and "data" not in error.why:
             raise
     entries = json.loads(text)
-    return {name: header._tensor(path, name, value) for name, value in entries.items() if name != "__metadata__"}
+    entries.pop("__metadata__", None)
+    tensors = {name: header._make_tensor(path, name, value) for name, value in entries.items()}
+    return header.Header(tensors, metadata={}, is_gguf=False)
 
 
 def any_path(folder: Path) -> list[Path]:
@@ -57,26 +59,26 @@ def any_path(folder: Path) -> list[Path]:
         raise header.CheckpointError("missing shard") from error
 
 
-def memory(path: Path, text: bytes, data_bytes: int) -> dict:
+def memory(path: Path, text: bytes, data_bytes: int) -> header.Header:
     bytearray(33 << 20)
     return real(path, text, data_bytes)
 
 
-def slow(path: Path, text: bytes, data_bytes: int) -> dict:
+def slow(path: Path, text: bytes, data_bytes: int) -> header.Header:
     until = time.process_time() + 0.1
     while len(text) > 10_000 and time.process_time() < until:
         pass
     return real(path, text, data_bytes)
 
 
-def endless(path: Path, text: bytes, data_bytes: int) -> dict:
+def endless(path: Path, text: bytes, data_bytes: int) -> header.Header:
     while len(text) > 10_000:
         pass
     return real(path, text, data_bytes)
 
 
 PLANTED = [
-    (header, "_tensor", unguarded, r"(Key|Type|Value)Error\("),
+    (header, "_make_tensor", unguarded, r"(Key|Type|Value)Error\("),
     (header, "_parse", gaps, r"Finding\(.accepted "),
     (checkpoint, "_weight_files", any_path, r"Finding\('opened a file outside: /.*/outside\.safetensors"),
     (header, "_parse", memory, r"Finding\('took 33 MiB'\)"),

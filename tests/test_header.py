@@ -108,6 +108,7 @@ DEFECTS = {
     "no dtype": file_of({"a": {"shape": [2], "data_offsets": [0, 8]}}, b"x" * 8),
     "three offsets": file_of({"a": tensor() | {"data_offsets": [0, 4, 8]}}, b"x" * 8),
     "unknown dtype": file_of({"a": tensor("F32X")}, b"x" * 8),
+    "a dtype of GGUF": file_of({"a": tensor("Q8_0", (32,), stop=34)}, b"x" * 34),
     "dtype a list": file_of({"a": tensor(["F32"])}, b"x" * 8),
     "negative shape": file_of({"a": tensor(shape=[-2])}, b"x" * 8),
     "two negatives": file_of({"a": tensor(shape=[-2, -1])}, b"x" * 8),

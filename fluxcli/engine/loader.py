@@ -20,6 +20,7 @@ from fluxcli.engine import classes
 from quant import codecs
 from quant.checkpoint import Component
 from quant.codecs import Reader
+from quant.dialects import T5_SHARED, T5_TIED
 from quant.errors import CheckpointError
 from quant.linear import fits_together, make_linear
 from quant.lora import Adapter
@@ -28,8 +29,6 @@ from quant.weights import Weight
 
 CLIP_PREFIX = "text_model."
 CLIP_POSITIONS = "embeddings.position_ids"
-T5_SHARED = "shared.weight"
-T5_TIED = "encoder.embed_tokens.weight"
 HALF_MAX = 65504  # the largest float16
 
 Shape = tuple[int, ...]

@@ -1,0 +1,190 @@
+"""Read and validate the header of a GGUF file. Knows nothing of models. Stdlib only.
+
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md: magic, version, counts of tensors and
+values, the values by name, then each tensor's name, shape, type and place, then aligned data. The
+reader of the gguf package never ends on hostile counts.
+"""
+
+import os
+import struct
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from quant.errors import CheckpointError
+from quant.tensor_info import GGUF_BITS, MAX_DIMENSION, MAX_RANK, TensorInfo
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+MAX_ENTRIES = 1 << 14  # tensors, and values
+MAX_TEXT_BYTES = 4 << 20
+DEFAULT_ALIGNMENT = 32
+ARCHITECTURES = ("flux", "t5", "t5encoder", "pig")
+
+# Letters of `struct` for the types of values that are numbers.
+NUMBER_CODES = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+TEXT = 8
+LIST = 9
+
+DTYPES = {
+    0: "F32",
+    1: "F16",
+    2: "Q4_0",
+    3: "Q4_1",
+    6: "Q5_0",
+    7: "Q5_1",
+    8: "Q8_0",
+    10: "Q2_K",
+    11: "Q3_K",
+    12: "Q4_K",
+    13: "Q5_K",
+    14: "Q6_K",
+    24: "I8",
+    25: "I16",
+    26: "I32",
+    28: "F64",
+    30: "BF16",
+}
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a readable file begins as GGUF files do."""
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def parse_gguf_header(path: Path, header: bytes, file_bytes: int) -> dict[str, TensorInfo]:
+    """Return the tensors of a GGUF file by name, in the order of their data.
+
+    Their shapes are as torch has them, the reverse of GGUF's. `header` is the file's beginning,
+    long enough to hold its header, `file_bytes` the size of the whole file. Raises
+    `CheckpointError` for any defect, and for the file of another model.
+    """
+    try:
+        data = BytesIO(header)
+        tensor_count, value_count = _read_counts(data)
+        values = {}
+        for _ in range(value_count):
+            name = _read_text(data)
+            values[name] = _read_value(data, kind=_read_number(data, "I"))
+        tensors = [_read_tensor(data) for _ in range(tensor_count)]
+        alignment = _check_alignment(values.get("general.alignment", DEFAULT_ALIGNMENT))
+        data_start = -(-data.tell() // alignment) * alignment
+        placed = [replace(tensor, start=data_start + tensor.start) for tensor in tensors]
+        placed.sort(key=lambda tensor: tensor.start)
+        _check_places(placed, data_start=data_start, file_bytes=file_bytes, alignment=alignment)
+        by_name = {tensor.name: tensor for tensor in placed}
+        if len(by_name) < len(placed):
+            raise ValueError("a name stands twice")
+    except (struct.error, ValueError, OverflowError, RecursionError) as error:
+        why = str(error)[:120]
+        raise CheckpointError(
+            "corrupt GGUF file", path, why=why, hint="download it again"
+        ) from error
+    architecture = str(values.get("general.architecture", "flux"))
+    if architecture not in ARCHITECTURES:
+        why = f"its architecture is {architecture!r:.40}"
+        raise CheckpointError("a GGUF of another model", path, why=why)
+    return by_name
+
+
+def _read_counts(data: BytesIO) -> tuple[int, int]:
+    """How many tensors and how many values the header has."""
+    _magic, version, tensors, values = _unpack(data, "4sIQQ")
+    if version not in VERSIONS or not 0 < tensors <= MAX_ENTRIES or values > MAX_ENTRIES:
+        raise ValueError(f"version {version}, {tensors} tensors, {values} values")
+    return tensors, values
+
+
+def _read_tensor(data: BytesIO) -> TensorInfo:
+    """The next tensor; its `start` counts from the beginning of the data."""
+    name = _read_text(data)
+    rank = _read_number(data, "I")
+    if rank > MAX_RANK:
+        raise ValueError(f"{name!r:.60} has {rank} dimensions")
+    *shape, kind, start = _unpack(data, f"{rank}QIQ")
+    dtype = DTYPES.get(kind)
+    if dtype is None:
+        raise ValueError(f"{name!r:.60} has type {kind}, which is not read")
+    if dtype in GGUF_BITS:
+        block = 256 if dtype.endswith("_K") else 32
+        if not shape or shape[0] % block:
+            raise ValueError(f"{name!r:.60} has no whole blocks of {dtype}")
+    return TensorInfo(name, dtype, tuple(reversed(shape)), start)
+
+
+def _check_alignment(alignment: object) -> int:
+    """Return the alignment of the data; raises `ValueError` unless it is 8 bytes, 16, 32, ..."""
+    if type(alignment) is not int or alignment < 8 or alignment.bit_count() > 1:
+        raise ValueError(f"its alignment is {alignment!r:.40}")
+    return alignment
+
+
+def _check_places(
+    tensors: list[TensorInfo], *, data_start: int, file_bytes: int, alignment: int
+) -> None:
+    """Raise `ValueError` unless the tensors lie in the file, aligned, one behind the other."""
+    free_from = data_start
+    for tensor in tensors:
+        name = f"{tensor.name!r:.60}"
+        if max(tensor.shape, default=0) >= MAX_DIMENSION or tensor.stop > file_bytes:
+            why = f"{name} has an impossible shape or place; the file has {file_bytes} bytes"
+            raise ValueError(why)
+        if tensor.start < free_from or tensor.start % alignment:
+            raise ValueError(f"{name} overlaps, or is not aligned")
+        free_from = tensor.stop
+
+
+def _read_value(data: BytesIO, *, kind: int) -> object:
+    """The next value, of a type by its number; None for a list, which nobody here reads."""
+    if kind == TEXT:
+        return _read_text(data)
+    if kind != LIST:
+        return _read_number(data, _number_code(kind))
+    item_kind, count = _unpack(data, "IQ")
+    if item_kind in (TEXT, LIST):
+        for _ in range(count):  # a count that lies ends with the data
+            _read_value(data, kind=item_kind)
+    else:
+        item_bytes = struct.calcsize(f"<{_number_code(item_kind)}")
+        data.seek(count * item_bytes, os.SEEK_CUR)
+    return None
+
+
+def _number_code(kind: int) -> str:
+    if kind not in NUMBER_CODES:
+        raise ValueError(f"a value has type {kind}, which does not exist")
+    return NUMBER_CODES[kind]
+
+
+def _read_text(data: BytesIO) -> str:
+    length = _read_number(data, "Q")
+    if length > MAX_TEXT_BYTES:
+        raise ValueError(f"a text has {length} bytes")
+    (text,) = _unpack(data, f"{length}s")
+    return str(text, "utf-8")
+
+
+def _read_number(data: BytesIO, code: str) -> Any:
+    """The next number, by its letter in `struct`."""
+    (number,) = _unpack(data, code)
+    return number
+
+
+def _unpack(data: BytesIO, codes: str) -> tuple[Any, ...]:
+    """The next values, little-endian without padding; raises `struct.error` where the data ends."""
+    layout = f"<{codes}"
+    return struct.unpack(layout, data.read(struct.calcsize(layout)))
