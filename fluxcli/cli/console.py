@@ -1,4 +1,7 @@
-"""The only printer: data on stdout, the rest on stderr, plain where that is no terminal. Knows nothing of models."""
+"""The only printer: data on stdout, everything else on stderr. Knows nothing of models.
+
+Where stderr is a terminal a run is shown by a bar; elsewhere by lines without escape sequences.
+"""
 
 import errno
 import json
@@ -8,187 +11,282 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict, replace
-from typing import Self
+from typing import Any, Self, TypeVar
 
 from fluxcli.errors import OutputError
-from fluxcli.events import Done, Event, Failed, Notice, Phase, Saved, Skipped, Step, Summary, to_json
+from fluxcli.events import (
+    Done,
+    Event,
+    Failed,
+    Notice,
+    Phase,
+    Saved,
+    Skipped,
+    Step,
+    Summary,
+    to_json,
+)
 from fluxcli.signals import LAST_WORDS, check_signals
 
-TEXT = object()  # in place of a JSON value: the table itself is wanted
+# What would control a terminal, or is no text at all.
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+# Wipes the line with the bar and brings the cursor back.
+WIPE_BAR = b"\r\x1b[2K\x1b[?25h"
+
+Result = TypeVar("Result")
+
+
+# --- data: stdout
 
 
 def data(text: str) -> None:
-    """One line of data on stdout, at once; raises `OutputError` where that fails, BrokenPipeError for a closed pipe."""
+    """Print one line of data on stdout at once, unchanged: it may be a path for another program.
+
+    Raises `OutputError` where that fails, and BrokenPipeError if nobody reads any more.
+    """
     if sys.stdout is None:
         raise OutputError("cannot write to stdout", why="it is closed")
+    line = text + "\n"
     try:
         try:
-            sys.stdout.write(text + "\n")
-        except UnicodeEncodeError:  # a file name that is no text, or a terminal that cannot show it: its bytes
-            sys.stdout.buffer.write((text + "\n").encode("utf-8", "surrogateescape"))
+            sys.stdout.write(line)
+        except UnicodeEncodeError:
+            # A file name that is no text, or a terminal that cannot show it: its bytes.
+            sys.stdout.buffer.write(line.encode("utf-8", "surrogateescape"))
         sys.stdout.flush()
     except BrokenPipeError:
         raise
     except OSError as error:
-        why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        why = error.strerror or str(error)
+        if error.errno == errno.ENOSPC:
+            why = "the disk is full"
         raise OutputError("cannot write to stdout", why=why) from error
 
 
 def data_json(value: object, *, indent: int | None = None) -> None:
-    """One JSON value on stdout: a single line unless indented; control characters only as JSON escapes."""
-    encoding = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "")
-    text = json.dumps(value, ensure_ascii=indent is None or encoding != "utf8", indent=indent)
+    """Print one JSON value on stdout, a single line unless it is indented.
+
+    Control characters are JSON escapes; other characters are themselves only where it is indented
+    for people and stdout can show them.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or ""
+    shows_all = encoding.lower().replace("-", "") == "utf8"
+    text = json.dumps(value, ensure_ascii=indent is None or not shows_all, indent=indent)
+    # The json module leaves these as they are.
     data(re.sub(r"[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
-def table(rows: Iterable[Sequence[str]], *, json: object = TEXT) -> None:
-    """Print rows of cells as lines of aligned columns, or instead the value that `json` is.
+def table(rows: Iterable[Sequence[str]], value: object, *, as_json: bool) -> None:
+    """Print `value` as JSON, or else rows of cells as lines of aligned columns.
 
-    A cell may come from a file's name: what would control the terminal is spelled out. The JSON
-    has such characters as escapes, so nothing is lost there.
+    A cell may come from a file's name: what would control the terminal is spelled out there. The
+    JSON has such characters as escapes, so nothing is lost in it.
     """
-    if json is not TEXT:
-        data_json(json)
+    if as_json:
+        data_json(value)
         return
-    lines = [[_one_line(cell) for cell in row] for row in rows]
+    lines = [[_escape(cell) for cell in row] for row in rows]
     widths: list[int] = []
     for line in lines:
         widths += [0] * (len(line) - len(widths))
-        for k, cell in enumerate(line[:-1]):  # the last is as long as it is
-            widths[k] = max(widths[k], len(cell))
+        for column, cell in enumerate(line[:-1]):  # the last cell is as long as it is
+            widths[column] = max(widths[column], len(cell))
     for line in lines:
         cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
         data("  ".join(cells).rstrip())
 
 
+# --- words: stderr
+
+
 def say(text: str) -> None:
-    """One line for people on stderr."""
-    sys.stderr.write(f"flux: {_one_line(text)}\n")  # a line is flushed at once
+    """Print one line for people on stderr."""
+    sys.stderr.write(f"flux: {_escape(' '.join(text.split()))}\n")  # a line is flushed at once
 
 
-def confirmed(question: str) -> bool:
-    """Whether the user types yes to a question on the terminal."""
+def error(message: str, hint: str) -> None:
+    """Print the error line, and below it the hint if there is one; never anything else."""
+    text = _escape(" ".join(message.split())).rstrip(".")
+    lines = f"flux: error: {text}.\n"
+    if hint:
+        lines += f"hint: {_escape(' '.join(hint.split()))}\n"
+    sys.stderr.write(lines)
+
+
+def confirm(question: str) -> bool:
+    """Ask on the terminal; whether the answer is yes."""
     sys.stderr.write(f"{question} [y/N] ")
     sys.stderr.flush()
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def error(message: str, hint: str) -> None:
-    """The error line and the hint; never anything else."""
-    below = f"hint: {_one_line(hint)}\n" if hint else ""
-    sys.stderr.write(f"flux: error: {_one_line(message).rstrip('.')}.\n{below}")
-
-
-def _one_line(text: str) -> str:
-    """The text on one line, control characters (a file name may hold some) spelled out."""
-    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), " ".join(text.split()))
+def _escape(text: str) -> str:
+    """The text with its control characters spelled out, as a Python string has them."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class Reporter:
-    """Shows a run's events, or a bake's bytes: on a terminal with a bar; adds up seconds per phase."""
+    """Shows a run's events, or how many bytes are done, and adds up the seconds of each phase.
+
+    On stdout it prints the paths of pictures, or with `events` every event as JSON, or with
+    `json_output` those that say how the run or a row ended. `quiet` leaves only errors on stderr.
+    """
 
     def __init__(
-        self, *, quiet: bool = False, events: bool = False, json_output: bool = False, started: float
-    ) -> None:  # fmt: skip
-        """`started` is the perf_counter at the command's start. On stdout come paths, or one of the JSON forms."""
+        self,
+        *,
+        started: float,
+        quiet: bool = False,
+        events: bool = False,
+        json_output: bool = False,
+    ) -> None:
+        """Report a run that began at `started`, the perf_counter when the command was given."""
         self.timings_s: dict[str, float] = {}
+        self._quiet = quiet
+        self._events = events
+        self._json = json_output
+        self._started = started
+        self._phase = "load"
+        self._phase_started = started
         self._noticed: set[Notice] = set()
-        self._quiet, self._events, self._json = quiet, events, json_output
-        self._started, self._phase, self._since = started, "load", started
-        self._progress = self._task = None
+        self._bar: Any = None  # a rich Progress with one task
+        self._task: Any = None
 
     def __enter__(self) -> Self:
         if not self._quiet and sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress
-
-            columns = ("{task.description}", BarColumn(bar_width=30), "{task.fields[speed]}")
-            self._progress = Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False)
-            self._task = self._progress.add_task("", total=None, visible=False, speed="")
-            self._progress.start()
-            if not self._progress.console.is_dumb_terminal:
-                LAST_WORDS.append(b"\r\x1b[2K\x1b[?25h")  # the line wiped, the cursor back
+            self._start_bar()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close_run()
-        if self._progress:
-            self._progress.stop()
+        self._end_run()
+        if self._bar:
+            self._bar.stop()
             LAST_WORDS.clear()
 
-    def show(self, event: Event) -> None:
-        """Show one event; raises `Terminated` if a signal arrived and was swallowed since the last one."""
-        check_signals()
-        if isinstance(event, Notice) and event in self._noticed:  # a batch is many jobs, and says it once
-            return
-        self._noticed |= {event} if isinstance(event, Notice) else set()
-        if isinstance(event, Done):
-            self._close_run()
-            event = replace(event, timings_s=dict(self.timings_s))
-        ends = isinstance(event, Done | Failed | Skipped | Summary)
-        if self._events or (self._json and ends):
-            self._pause(lambda: data_json(to_json(event) if self._events else asdict(event)))
-        match event:
-            case Phase():
-                self._close_phase()
-                self._phase = event.name
-                self._update(description=f"{event.name} {event.detail}".strip(), speed="")
-            case Step(index, total, image, images):
-                seconds = (time.perf_counter() - self._since) / index
-                left = seconds * (total - index + (images - image) * total)
-                text = f"picture {image}/{images}, step {index}/{total}" if images > 1 else f"step {index}/{total}"
-                speed = f"{seconds:.2f} s/it, {left:.0f} s left"
-                self._update(description=f"denoise {text}", completed=index, total=total, speed=speed)
-            case Notice() if not self._quiet:
-                say(event.message)
-            case Saved(image, row):
-                taken, place = time.perf_counter() - self._started, f"row {row}: " * bool(row)
-                if not (self._json or self._events) and image.path != "-":
-                    self._pause(lambda: data(image.path))
-                if not self._quiet:
-                    about = f"{image.width}x{image.height}, seed {image.seed}, {taken:.1f} s"
-                    self._pause(lambda: say(f"{place}{image.path}: {about}"))
-            case Skipped(row, path) if not self._quiet:
-                say(f"row {row}: {path} is there")
-            case Failed(_, message, hint, row):
-                self._pause(lambda: say(f"row {row} failed: {message}" + f" (hint: {hint})" * bool(hint)))
-            case Summary(rows, done, failed, skipped, pictures, seconds) if not self._quiet:
-                text = f"{rows} rows: {done} done, {failed} failed, {skipped} skipped; {pictures} pictures"
-                say(f"{text} in {seconds:.1f} s")
+    def _start_bar(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress
 
-    def result(self, run: Generator) -> object:
-        """Show a generator's events; returns its result."""
+        columns = ("{task.description}", BarColumn(bar_width=30), "{task.fields[speed]}")
+        stderr = Console(stderr=True)
+        self._bar = Progress(*columns, console=stderr, transient=True, redirect_stdout=False)
+        self._task = self._bar.add_task("", total=None, visible=False, speed="")
+        self._bar.start()
+        if not stderr.is_dumb_terminal:
+            LAST_WORDS.append(WIPE_BAR)
+
+    def result(self, run: Generator[Event, None, Result]) -> Result:
+        """Show the events of a generator; returns what it returns."""
         while True:
             try:
-                self.show(next(run))
+                event = next(run)
             except StopIteration as finished:
                 return finished.value
+            self.show(event)
 
-    def _pause(self, printing: Callable[[], None]) -> None:
-        """Print while the bar is away: stdout may be the same terminal."""
-        if self._progress:
-            self._progress.stop()
-        printing()
-        if self._progress:
-            self._progress.start()
-
-    def show_bytes(self, done: int, total: int, detail: str) -> None:
-        """Show `done` of `total` bytes with GB/s and time left; raises `Terminated` as `show` does."""
+    def show(self, event: Event) -> None:
+        """Show one event; raises `Terminated` if a signal arrived that a library has swallowed."""
         check_signals()
-        speed = max(1, done) / max(1e-6, time.perf_counter() - self._started)
-        text = f"{done / 1e9:.1f}/{total / 1e9:.1f} GB, {speed / 1e9:.2f} GB/s, {(total - done) / speed:.0f} s left"
-        self._update(completed=done, total=total, description=detail, speed=text)
+        if isinstance(event, Notice):
+            if event in self._noticed:  # a batch is many jobs, and says it once
+                return
+            self._noticed.add(event)
+        if isinstance(event, Done):
+            self._end_run()
+            event = replace(event, timings_s=dict(self.timings_s))
+        if self._events:
+            self._print(lambda: data_json(to_json(event)))
+        elif self._json and isinstance(event, Done | Failed | Skipped | Summary):
+            self._print(lambda: data_json(asdict(event)))
+        match event:
+            case Phase():
+                self._begin_phase(event)
+            case Step():
+                self._show_step(event)
+            case Saved():
+                self._show_saved(event)
+            case Failed():
+                self._show_failed(event)
+            case Notice() | Skipped() | Summary() if not self._quiet:
+                say(_describe(event))
 
-    def _update(self, **fields: object) -> None:
-        if self._progress:
-            self._progress.update(self._task, visible=True, **fields)
+    def show_bytes(self, done_bytes: int, total_bytes: int, what: str) -> None:
+        """Show how much of something is done, with GB/s and the time left; raises as `show` does."""
+        check_signals()
+        elapsed_s = max(1e-6, time.perf_counter() - self._started)
+        speed = max(1, done_bytes) / elapsed_s
+        left_s = (total_bytes - done_bytes) / speed
+        amount = f"{done_bytes / 1e9:.1f}/{total_bytes / 1e9:.1f} GB"
+        text = f"{amount}, {speed / 1e9:.2f} GB/s, {left_s:.0f} s left"
+        self._update_bar(completed=done_bytes, total=total_bytes, description=what, speed=text)
 
-    def _close_run(self) -> None:
-        self._close_phase()
-        self.timings_s["total"] = round(self._since - self._started, 4)
+    def _begin_phase(self, phase: Phase) -> None:
+        self._end_phase()
+        self._phase = phase.name
+        self._update_bar(description=f"{phase.name} {phase.detail}".strip(), speed="")
 
-    def _close_phase(self) -> None:
+    def _show_step(self, step: Step) -> None:
+        step_s = (time.perf_counter() - self._phase_started) / step.index
+        steps_left = step.total - step.index + (step.images - step.image) * step.total
+        where = f"step {step.index}/{step.total}"
+        if step.images > 1:
+            where = f"picture {step.image}/{step.images}, {where}"
+        self._update_bar(
+            description=f"denoise {where}",
+            completed=step.index,
+            total=step.total,
+            speed=f"{step_s:.2f} s/it, {step_s * steps_left:.0f} s left",
+        )
+
+    def _show_saved(self, saved: Saved) -> None:
+        image = saved.image
+        if not (self._json or self._events) and image.path != "-":
+            self._print(lambda: data(image.path))
+        if not self._quiet:
+            taken_s = time.perf_counter() - self._started
+            text = f"{image.path}: {image.width}x{image.height}, seed {image.seed}, {taken_s:.1f} s"
+            if saved.row:
+                text = f"row {saved.row}: {text}"
+            self._print(lambda: say(text))
+
+    def _show_failed(self, failed: Failed) -> None:
+        text = f"row {failed.row} failed: {failed.message}"
+        if failed.hint:
+            text += f" (hint: {failed.hint})"
+        self._print(lambda: say(text))
+
+    def _print(self, printing: Callable[[], None]) -> None:
+        """Print while the bar is away: stdout may be the same terminal."""
+        if self._bar:
+            self._bar.stop()
+        printing()
+        if self._bar:
+            self._bar.start()
+
+    def _update_bar(self, **fields: object) -> None:
+        if self._bar:
+            self._bar.update(self._task, visible=True, **fields)
+
+    def _end_run(self) -> None:
+        self._end_phase()
+        self.timings_s["total"] = round(self._phase_started - self._started, 4)
+
+    def _end_phase(self) -> None:
         now = time.perf_counter()
-        self.timings_s[self._phase] = round(self.timings_s.get(self._phase, 0.0) + now - self._since, 4)
-        self._since = now
+        before = self.timings_s.get(self._phase, 0.0)
+        self.timings_s[self._phase] = round(before + now - self._phase_started, 4)
+        self._phase_started = now
+
+
+def _describe(event: Notice | Skipped | Summary) -> str:
+    """The line for people of an event that has no more to it."""
+    match event:
+        case Notice(message):
+            return message
+        case Skipped(row, path):
+            return f"row {row}: {path} is there"
+        case Summary():
+            outcome = f"{event.done} done, {event.failed} failed, {event.skipped} skipped"
+            return (
+                f"{event.rows} rows: {outcome}; {event.pictures} pictures in {event.seconds:.1f} s"
+            )

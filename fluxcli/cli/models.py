@@ -35,7 +35,7 @@ def list_command(json_output: Json = False) -> None:
         described.append(about)
         size = f"{size_bytes / 1e9:>7.2f} GB"
         rows.append((each.name, each.kind, each.commit[:12], each.state, size))
-    console.table(rows, json=described if json_output else console.TEXT)
+    console.table(rows, described, as_json=json_output)
 
 
 @models_app.command()
@@ -124,7 +124,7 @@ def remove(name: Name, yes: Annotated[bool, typer.Option("--yes", help="Without 
     if not yes and not (sys.stdin and sys.stdin.isatty()):
         hint = f"flux models remove {name} --yes"
         raise UsageError("not removed", which=name, why="nobody can be asked", hint=hint)
-    if yes or console.confirmed("delete it?"):
+    if yes or console.confirm("delete it?"):
         for each in found:
             hub.remove(each)
 

@@ -12,30 +12,44 @@ from fluxcli.request.settings import to_json_value
 
 
 def presets_command(
-    name: Annotated[Optional[str], typer.Argument(help="Show this one, merged, with each value's origin.")] = None,
+    name: Annotated[
+        Optional[str], typer.Argument(help="Show this one, merged, with each value's origin.")
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """List the presets, or show what one comes to."""
-    if name is not None:
-        merged = presets.merge({"preset": name}, config_folder())
-        shown = {
-            key: {"value": to_json_value(value), "origin": merged.origins[key]} for key, value in merged.values.items()
-        }
-        rows = [f"{key:<13} {'none' if each['value'] is None else each['value']!s:<32} {each['origin']}"
-                for key, each in shown.items() if each["value"] is not None or key == "guidance"]  # fmt: skip
+    if name is None:
+        _list(as_json=json_output)
     else:
-        shown, rows = {}, []
-        for known in presets.list_presets(config_folder()):
-            try:
-                found = presets.load(known, config_folder())
-                shown[known] = {
-                    "description": found.description,
-                    **{key: to_json_value(value) for key, value in found.settings.items()},
-                }
-                rows.append(f"{known:<10} {found.description}")
-            except UsageError as error:
-                console.say(f"{known}: {error}")
-    if json_output:
-        console.data_json(shown)
-    for row in [] if json_output else rows:
-        console.data(row)
+        _show(name, as_json=json_output)
+
+
+def _list(*, as_json: bool) -> None:
+    """List every preset; one that cannot be read is named on stderr."""
+    rows = []
+    described = {}
+    for name in presets.list_presets(config_folder()):
+        try:
+            preset = presets.load(name, config_folder())
+        except UsageError as error:
+            console.say(f"{name}: {error}")
+            continue
+        rows.append((name, preset.description))
+        settings = {key: to_json_value(value) for key, value in preset.settings.items()}
+        described[name] = {"description": preset.description, **settings}
+    console.table(rows, described, as_json=as_json)
+
+
+def _show(name: str, *, as_json: bool) -> None:
+    """Show the settings that a preset comes to here, and where each value is from."""
+    merged = presets.merge({"preset": name}, config_folder())
+    rows = []
+    described = {}
+    for key, setting in merged.values.items():
+        value = to_json_value(setting)
+        origin = merged.origins[key]
+        described[key] = {"value": value, "origin": origin}
+        # Without a guidance is a value of its own; other settings that are not given say nothing.
+        if value is not None or key == "guidance":
+            rows.append((key, "none" if value is None else str(value), origin))
+    console.table(rows, described, as_json=as_json)

@@ -39,20 +39,21 @@ def status_command(
     Where there is none: "no worker is running" (--json: null) and exit 0.
     """
     status = client.ask("status")
-    if json_output:
-        console.data_json(status)
-        return
-    if status is None:
-        console.data("no worker is running")
-        return
-    for name, value in sorted(status.items()):
-        if name.endswith("_bytes") and isinstance(value, int):
-            line = f"{name.removesuffix('_bytes'):<14}{value / GIB:.2f} GiB"
-        elif isinstance(value, dict):
-            line = f"{name:<14}{', '.join(f'{key} {each}' for key, each in value.items())}"
-        else:
-            line = f"{name:<14}{value}"
-        console.data(console.CONTROL.sub("?", line))
+    rows = [("no worker is running",)]
+    if status is not None:
+        rows = [
+            (name.removesuffix("_bytes"), _describe(name, status[name])) for name in sorted(status)
+        ]
+    console.table(rows, status, as_json=json_output)
+
+
+def _describe(name: str, value: object) -> str:
+    """A value of the worker's status, for people."""
+    if name.endswith("_bytes") and isinstance(value, int):
+        return f"{value / 2**30:.2f} GiB"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {each}" for key, each in value.items())
+    return str(value)
 
 
 @worker_app.command()
