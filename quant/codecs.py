@@ -22,8 +22,9 @@ from torch import Tensor
 
 from quant import nf4
 from quant.errors import CheckpointError, MissingLibrary
-from quant.header import GGUF_BITS, is_gguf
+from quant.gguf_header import is_gguf
 from quant.spec import FAMILIES, SCHEMES
+from quant.tensor_info import GGUF_BITS
 from quant.weights import SCB, Piece, Weight
 
 # torch's dtypes by safetensors' names, of those that weights and biases have.

@@ -15,21 +15,7 @@ from typing import Any, TypeGuard
 
 from quant import gguf_header
 from quant.errors import CheckpointError
-from quant.gguf_header import is_gguf
-from quant.tensor_info import DTYPE_BITS, GGUF_BITS, MAX_DIMENSION, MAX_RANK, TensorInfo
-
-__all__ = [
-    "DTYPE_BITS",
-    "GGUF_BITS",
-    "Header",
-    "TensorInfo",
-    "file_identity",
-    "is_gguf",
-    "read_header",
-    "read_numbers",
-    "read_tensor_bytes",
-    "read_whole_header",
-]
+from quant.tensor_info import DTYPE_BITS, MAX_DIMENSION, MAX_RANK, TensorInfo
 
 # 40,000 tensors. The reference allows 100 MB, which take minutes and gigabytes to parse.
 MAX_HEADER_BYTES = 4 << 20

@@ -19,8 +19,9 @@ from typing import Any
 from quant.checkpoint import Component
 from quant.dialects import BLOCK_KEY, SWAPPED, map_bfl_layers
 from quant.errors import CheckpointError
-from quant.header import TensorInfo, file_identity, read_numbers, read_whole_header
+from quant.header import file_identity, read_numbers, read_whole_header
 from quant.spec import is_modulation
+from quant.tensor_info import TensorInfo
 from quant.weights import FLOATS, Piece, Weight
 
 Shapes = dict[str, tuple[int, ...]]  # of weights, by the names of their layers

@@ -20,9 +20,9 @@ from quant.checkpoint import (
 from quant.dialects import SWAPPED, bfl_name, map_bfl_layers
 from quant.errors import CheckpointError, SpecError
 from quant.files import check_room, nearest
-from quant.header import TensorInfo
 from quant.lora import Adapter
 from quant.spec import QuantSpec, layout
+from quant.tensor_info import TensorInfo
 from quant.weights import Weight
 from quant.writer import SafetensorsWriter
 

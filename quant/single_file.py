@@ -32,7 +32,8 @@ from quant.dialects import (
     rename_weights,
 )
 from quant.errors import CheckpointError, ForeignFile
-from quant.header import Header, TensorInfo, read_whole_header
+from quant.header import Header, read_whole_header
+from quant.tensor_info import TensorInfo
 from quant.weights import Piece, Weight, group_weights
 
 FOREIGN = "not a FLUX.1 model in one file"
@@ -147,7 +148,7 @@ def _make_component(
         if not UNUSED.fullmatch(stored_name)
     }
     is_scaled = _has_scales(header, stored)
-    weights = group_weights(pieces, raw=not is_scaled)
+    weights = group_weights(pieces, unscaled=not is_scaled)
     config: dict[str, Any] = {}
     if name == "transformer":
         if "kontext" in path.name.lower():

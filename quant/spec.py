@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from quant.errors import SpecError
-from quant.header import GGUF_BITS, TensorInfo
+from quant.tensor_info import GGUF_BITS, TensorInfo
 
 # The version of the rules of which tensors stay in 16 bit; raised when those below change.
 POLICY = 1

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from quant.errors import CheckpointError
-from quant.header import GGUF_BITS, TensorInfo, read_tensor_bytes
+from quant.header import read_tensor_bytes
 from quant.spec import BLOCK, NESTED_BLOCK, NF4_ONCE, STATE, layout
+from quant.tensor_info import GGUF_BITS, TensorInfo
 
 RowRanges = tuple[tuple[int, int], ...]  # (first row, row after the last) of each range
 
@@ -115,10 +116,10 @@ def _count_rows(ranges: RowRanges) -> int:
     return sum(stop - start for start, stop in ranges)
 
 
-def group_weights(pieces: Mapping[str, Piece], *, raw: bool = False) -> dict[str, Weight]:
+def group_weights(pieces: Mapping[str, Piece], *, unscaled: bool = False) -> dict[str, Weight]:
     """The logical weights that the tensors of files make, by name.
 
-    `raw` allows fp8 matrices without any scale: those of a file that has none at all. Raises
+    `unscaled` allows fp8 matrices without any scale: those of a file that has none at all. Raises
     `CheckpointError` for a weight some of whose tensors are missing, odd, or of another shape.
     """
     end = ".weight._data"
@@ -134,7 +135,7 @@ def group_weights(pieces: Mapping[str, Piece], *, raw: bool = False) -> dict[str
             continue
         name, suffix = _split_name(stored, by_quanto=bool(quanto_layers))
         groups.setdefault(name, {})[suffix] = piece
-    return {name: _make_weight(name, parts, raw=raw) for name, parts in groups.items()}
+    return {name: _make_weight(name, parts, unscaled=unscaled) for name, parts in groups.items()}
 
 
 def _split_name(stored: str, *, by_quanto: bool) -> tuple[str, str]:
@@ -150,7 +151,7 @@ def _split_name(stored: str, *, by_quanto: bool) -> tuple[str, str]:
     return stored, ""
 
 
-def _make_weight(name: str, pieces: dict[str, Piece], *, raw: bool) -> Weight:
+def _make_weight(name: str, pieces: dict[str, Piece], *, unscaled: bool) -> Weight:
     """The weight that these pieces store; raises `CheckpointError`."""
     if "" not in pieces:
         file = next(iter(pieces.values())).file
@@ -167,9 +168,9 @@ def _make_weight(name: str, pieces: dict[str, Piece], *, raw: bool) -> Weight:
     if dtype in GGUF_BITS:
         scheme = dtype
     elif dtype in EIGHT_BIT and len(values.shape) == 2:
-        if raw and dtype == "F8_E4M3":
+        if unscaled and dtype == "F8_E4M3":
             scheme = "fp8"
-        elif not (raw and dtype == "F8_E5M2"):
+        elif not (unscaled and dtype == "F8_E5M2"):
             why = f"{name} is {dtype} and has no scale beside it"
             raise CheckpointError("quantized weights without scales", values.file, why=why)
     return Weight(name, values.shape, scheme, pieces)

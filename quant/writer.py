@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from quant.files import flush_to_disk
-from quant.header import DTYPE_BITS, TensorInfo, read_header
+from quant.header import read_header
+from quant.tensor_info import DTYPE_BITS, TensorInfo
 
 # The length of the header, as eight bytes, comes first; the header ends where data are aligned.
 LENGTH_BYTES = 8

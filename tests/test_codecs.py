@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import tests.support.invariant  # noqa: F401 - hypothesis without deadlines
 from quant import codecs
 from quant.errors import CheckpointError
-from quant.header import TensorInfo
 from quant.spec import BAKEABLE
+from quant.tensor_info import TensorInfo
 from quant.weights import Piece
 
 WHERE = Piece(Path("source.safetensors"), TensorInfo("a.weight", "BF16", (1, 1)))

@@ -11,10 +11,11 @@ from quant import codecs
 from quant.checkpoint import Component
 from quant.codecs import Reader
 from quant.errors import CheckpointError, SpecError
-from quant.header import TensorInfo, read_header
+from quant.header import read_header
 from quant.recipe import Recipe, make_file_recipe
 from quant.single_file import inspect_transformer as inspect_file
 from quant.spec import QuantSpec
+from quant.tensor_info import TensorInfo
 from quant.weights import Piece, Weight
 from tests.support.bakes import bake_all
 

@@ -18,11 +18,12 @@ from fluxcli.engine.streaming import load_component
 from quant import checkpoint
 from quant.bake import bake
 from quant.checkpoint import KEEP_FILE, Component, inspect
-from quant.header import TensorInfo, read_header
+from quant.header import read_header
 from quant.linear import NF4Linear, QuantizedLinear, RowLinear
 from quant.recipe import make_file_recipe, make_recipe
 from quant.single_file import inspect_transformer as inspect_file
 from quant.spec import STATE, QuantSpec
+from quant.tensor_info import TensorInfo
 from quant.weights import Piece, Weight
 from tests.support.helpers import BAKED
 from tests.test_equals_diffusers import write_random

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from quant import checkpoint, header
+from quant.errors import CheckpointError
+from quant.tensor_info import TensorInfo
 from tests.support import fuzz, fuzz_inputs
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "alarm"), reason="the fuzzer's clock is POSIX")
@@ -32,14 +34,14 @@ def test_two_seconds_find_nothing(capsys):
         assert word in out
 
 
-def unguarded(path: Path, name: str, value: dict) -> header.TensorInfo:
-    return header.TensorInfo(name, value["dtype"], tuple(value["shape"]), value["data_offsets"][0])
+def unguarded(path: Path, name: str, value: dict) -> TensorInfo:
+    return TensorInfo(name, value["dtype"], tuple(value["shape"]), value["data_offsets"][0])
 
 
 def gaps(path: Path, text: bytes, data_bytes: int) -> header.Header:
     try:
         return real(path, text, data_bytes)
-    except header.CheckpointError as error:
+    except CheckpointError as error:
         if "gap" not in error.why and "data" not in error.why:
             raise
     entries = json.loads(text)
@@ -56,7 +58,7 @@ def any_path(folder: Path) -> list[Path]:
     try:
         return real_files(folder)
     except OSError as error:  # a bug of its own is not what is sought here
-        raise header.CheckpointError("missing shard") from error
+        raise CheckpointError("missing shard") from error
 
 
 def memory(path: Path, text: bytes, data_bytes: int) -> header.Header:

@@ -13,7 +13,8 @@ from safetensors import numpy as reference
 
 import tests.support.invariant  # noqa: F401 - hypothesis without deadlines
 from quant.errors import CheckpointError
-from quant.header import DTYPE_BITS, file_identity, read_header
+from quant.header import file_identity, read_header
+from quant.tensor_info import DTYPE_BITS
 
 patient = settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 DTYPES = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "U8": np.uint8, "BOOL": np.bool_, "F64": np.float64}

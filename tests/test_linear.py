@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from quant import codecs, linear
-from quant.header import TensorInfo
 from quant.linear import (
     FP8Linear,
     Int8Linear,
@@ -19,6 +18,7 @@ from quant.linear import (
     path_of,
 )
 from quant.spec import BAKEABLE
+from quant.tensor_info import TensorInfo
 from quant.weights import Piece
 
 K = 64

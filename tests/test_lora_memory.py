@@ -14,7 +14,7 @@ from fluxcli.plan.placement import PHASES
 from fluxcli.plan.planner import make_plan
 from quant import codecs
 from quant.checkpoint import inspect
-from quant.header import DTYPE_BITS
+from quant.tensor_info import DTYPE_BITS
 from tests import published
 from tests.support.helpers import BAKED, draw, engine_of, order, tiny
 from tests.support.loras import write_lora

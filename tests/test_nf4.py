@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import tests.support.invariant  # noqa: F401 - hypothesis without deadlines
 from quant import nf4
-from quant.header import TensorInfo
 from quant.spec import layout
+from quant.tensor_info import TensorInfo
 
 bnb = pytest.importorskip("bitsandbytes.functional")
 

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from fluxcli.engine.streaming import load_component
 from quant import codecs
 from quant.errors import CheckpointError
-from quant.header import TensorInfo, read_header
+from quant.header import read_header
 from quant.single_file import inspect_file, inspect_transformer
+from quant.tensor_info import TensorInfo
 from quant.weights import Piece
 from tests.support import exports
 from tests.support.exports import COMFY, DIALECTS, STATE

@@ -11,8 +11,8 @@ import tests.support.invariant  # noqa: F401 - hypothesis without deadlines
 from quant import codecs
 from quant.checkpoint import inspect
 from quant.errors import SpecError
-from quant.header import TensorInfo
 from quant.spec import BAKEABLE, SCHEMES, QuantSpec, is_modulation, layout
+from quant.tensor_info import TensorInfo
 from quant.weights import Piece
 
 BLOCK = {

@@ -15,8 +15,9 @@ import tests.support.invariant  # noqa: F401 - hypothesis without deadlines
 from quant import codecs
 from quant.codecs import Reader, take_rows
 from quant.errors import CheckpointError
-from quant.header import TensorInfo, read_header
+from quant.header import read_header
 from quant.spec import BAKEABLE, STATE
+from quant.tensor_info import TensorInfo
 from quant.weights import Piece, Weight, group_weights
 
 SHAPE = (32, 128)

@@ -15,7 +15,8 @@ from safetensors.torch import _TYPES as TYPES
 from safetensors.torch import load_file
 
 import tests.support.invariant  # noqa: F401 - hypothesis without deadlines
-from quant.header import DTYPE_BITS, TensorInfo, read_header
+from quant.header import read_header
+from quant.tensor_info import DTYPE_BITS, TensorInfo
 from quant.writer import SafetensorsWriter
 
 patient = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

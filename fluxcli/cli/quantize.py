@@ -23,7 +23,7 @@ from fluxcli.request import presets
 from fluxcli.request.settings import LoraRef, coerce
 from quant.checkpoint import MANIFEST, Checkpoint, Component, inspect
 from quant.errors import WriteError
-from quant.header import is_gguf
+from quant.gguf_header import is_gguf
 from quant.recipe import LAYOUTS, Recipe, check_disk, make_file_recipe, make_recipe
 from quant.single_file import assemble_checkpoint, inspect_file, inspect_transformer
 from quant.spec import SCHEMES, QuantSpec, is_modulation

@@ -16,9 +16,9 @@ from fluxcli.request.presets import base_models
 from quant.checkpoint import COMPONENTS, MANIFEST, Checkpoint, Component, is_complete
 from quant.config import READ
 from quant.errors import CheckpointError
-from quant.header import TensorInfo
 from quant.single_file import assemble_checkpoint
 from quant.spec import BAKEABLE
+from quant.tensor_info import TensorInfo
 from quant.weights import Piece, Weight
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

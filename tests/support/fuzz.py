@@ -23,6 +23,7 @@ from random import Random
 
 from quant import checkpoint, header, single_file
 from quant.errors import CheckpointError
+from quant.tensor_info import DTYPE_BITS, TensorInfo
 from tests.support.fuzz_inputs import GGUF, OUTSIDE, damage, folders, pack, parse, write
 
 MAX_CPU_S, HANG_S, MAX_PEAK_BYTES = 1, 60, 32 << 20  # CPU time: others may work on this machine too
@@ -64,12 +65,12 @@ def outcome(path: Path, root: Path, *, traced: bool) -> str:
     return kind
 
 
-def check_tiling(path: Path, found: dict[str, header.TensorInfo]) -> None:
+def check_tiling(path: Path, found: dict[str, TensorInfo]) -> None:
     """Hold an accepted header against the file itself; raises `Finding` unless the tensors tile the data."""
     (entries, data), at = parse(path.read_bytes()), 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         start, stop = entry["data_offsets"]
-        size = found[name].numel * header.DTYPE_BITS[entry["dtype"]] // 8
+        size = found[name].numel * DTYPE_BITS[entry["dtype"]] // 8
         if (start, stop) != (at, at + size) or (found[name].start, found[name].stop) != (start, stop):
             raise Finding(f"accepted {name[:60]!r} at {start}:{stop}, behind {at} and with {size} bytes")
         at = stop

@@ -26,8 +26,8 @@ from fluxcli.request.fields import Order
 from quant import codecs, linear
 from quant.checkpoint import Checkpoint
 from quant.codecs import Reader
-from quant.header import GGUF_BITS
 from quant.spec import BAKEABLE
+from quant.tensor_info import GGUF_BITS
 from quant.weights import Piece, Weight
 from tests.support.helpers import machine, picture_of
 
