@@ -15,7 +15,7 @@ from fluxcli.plan.planner import make_plan
 from quant.checkpoint import Checkpoint, inspect
 from quant.spec import QuantSpec
 from tests.support.helpers import BAKED, order, tiny
-from tests.support.simulate import blocked, every_rung, follow, full_size, on_card
+from tests.support.simulate import blocked, every_placement, follow, full_size, on_card
 
 MIB = 2**20
 BAKES = {"nf4": QuantSpec("nf4", "nf4"), "fp8": QuantSpec("fp8"), "int8": QuantSpec("int8")}
@@ -79,11 +79,11 @@ def checkpoint(tiny_folder: Path) -> Checkpoint:
 @pytest.mark.parametrize(
     "precision", ["nf4", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("fp32", "fp8", "int8"))]
 )
-def test_under_its_budget_the_engine_completes_every_rung_that_was_planned(precision, checkpoint, baked, monkeypatch):
+def test_under_its_budget_the_engine_completes_every_placement_that_was_planned(precision, checkpoint, baked, monkeypatch):
     """Every residency, from all in memory to everything passing through; the same pixels on each."""
     if precision in BAKED:
         checkpoint = inspect(baked(precision, **BAKED[precision]))
-    every_rung(tiny(precision=precision), checkpoint, monkeypatch, step_kib=128)
+    every_placement(tiny(precision=precision), checkpoint, monkeypatch, step_kib=128)
 
 
 if __name__ == "__main__":  # the table of docs/memory.md

@@ -14,7 +14,8 @@ def cache_command(
     clear: Annotated[bool, typer.Option("--clear", help="Delete every entry.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> int:
-    """Show what is kept of earlier prompts, so that they load no text encoder again; or delete it."""
+    """Show what is kept of earlier prompts, so that they load no text encoder again;
+    or delete it."""
     from fluxcli.engine import prompt_cache
 
     deleted = prompt_cache.clear() if clear else []

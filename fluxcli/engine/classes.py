@@ -1,63 +1,122 @@
-"""The model, scheduler and tokenizer classes of diffusers and transformers, imported one by one when first used.
+"""Classes of diffusers and transformers for models, scheduler and tokenizers, imported lazily.
 
-`from diffusers import FluxPipeline` spends most of its seconds on what a picture never uses: torch._dynamo,
-torch.distributed.tensor with sympy, other models. `_frugally` leaves these out while the modules are imported; both
-libraries have code for environments without them, and torch.compile imports the real torch._dynamo when it is asked.
+`from diffusers import FluxPipeline` spends most of its seconds on what a picture never uses:
+torch._dynamo, torch.distributed.tensor with sympy, other models. `_frugal_imports` leaves these out
+while the modules are imported; both libraries have code for environments without them, and
+torch.compile imports the real torch._dynamo when it is asked. This module knows no model and
+imports nothing heavy itself.
 """
 
 import contextlib
 import importlib
 import sys
 import types
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+# Installed or not, no picture uses them. diffusers and transformers look for them at import.
+UNUSED_LIBRARIES = ("bitsandbytes", "accelerate", "optimum", "peft")
 
 
-def time_text_embed(*, guidance: bool) -> type:
-    name = "CombinedTimestepGuidanceTextProjEmbeddings" if guidance else "CombinedTimestepTextProjEmbeddings"
-    return _class(f"diffusers.models.embeddings.{name}")
+def transformer() -> type[Any]:
+    return _import_class("diffusers.models.transformers.transformer_flux", "FluxTransformer2DModel")
 
 
-def _class(path: str) -> type:
-    """Import a class; once more in the plain way where a library version cannot do without what was left out."""
-    module, _, name = path.rpartition(".")
+def single_block() -> type[Any]:
+    return _import_class(
+        "diffusers.models.transformers.transformer_flux", "FluxSingleTransformerBlock"
+    )
+
+
+def time_text_embed(*, guidance: bool) -> type[Any]:
+    """What embeds timestep and pooled prompt, and `guidance` where the model takes it."""
+    if guidance:
+        name = "CombinedTimestepGuidanceTextProjEmbeddings"
+    else:
+        name = "CombinedTimestepTextProjEmbeddings"
+    return _import_class("diffusers.models.embeddings", name)
+
+
+def vae() -> type[Any]:
+    return _import_class("diffusers.models.autoencoders.autoencoder_kl", "AutoencoderKL")
+
+
+def scheduler() -> type[Any]:
+    return _import_class(
+        "diffusers.schedulers.scheduling_flow_match_euler_discrete",
+        "FlowMatchEulerDiscreteScheduler",
+    )
+
+
+def clip() -> type[Any]:
+    return _import_class("transformers.models.clip.modeling_clip", "CLIPTextModel")
+
+
+def t5() -> type[Any]:
+    return _import_class("transformers.models.t5.modeling_t5", "T5EncoderModel")
+
+
+def clip_tokenizer() -> type[Any]:
+    return _import_class("transformers.models.clip.tokenization_clip", "CLIPTokenizer")
+
+
+def t5_tokenizer() -> type[Any]:
+    return _import_class("transformers.models.t5.tokenization_t5", "T5Tokenizer")
+
+
+def _import_class(module: str, name: str) -> type[Any]:
+    """Import a class frugally; in the plain way where a library's version cannot do without."""
     try:
-        with _frugally():
+        with _frugal_imports():
             return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, RuntimeError):
         return getattr(importlib.import_module(module), name)
 
 
-transformer = partial(_class, "diffusers.models.transformers.transformer_flux.FluxTransformer2DModel")
-single_block = partial(_class, "diffusers.models.transformers.transformer_flux.FluxSingleTransformerBlock")
-vae = partial(_class, "diffusers.models.autoencoders.autoencoder_kl.AutoencoderKL")
-scheduler = partial(_class, "diffusers.schedulers.scheduling_flow_match_euler_discrete.FlowMatchEulerDiscreteScheduler")
-clip = partial(_class, "transformers.models.clip.modeling_clip.CLIPTextModel")
-t5 = partial(_class, "transformers.models.t5.modeling_t5.T5EncoderModel")
-clip_tokenizer = partial(_class, "transformers.models.clip.tokenization_clip.CLIPTokenizer")
-t5_tokenizer = partial(_class, "transformers.models.t5.tokenization_t5.T5Tokenizer")
-
-
 @contextlib.contextmanager
-def _frugally() -> Iterator[None]:
-    """Imports inside see no torch.distributed, none that are merely installed, and a torch._dynamo without effect."""
+def _frugal_imports() -> Iterator[None]:
+    """Imports inside see neither torch.distributed nor unused libraries.
+
+    In place of torch._dynamo they see a module whose decorators do nothing. What was imported
+    before stays as it is.
+    """
     import torch.compiler
     import torch.distributed
 
-    dynamo = types.ModuleType("torch._dynamo")
-    dynamo.__path__ = [str(Path(torch.__file__).parent / "_dynamo")]
-    for name in ("allow_in_graph", "assume_constant_result", "disable"):  # what class bodies take from it: decorators
-        setattr(dynamo, name, lambda function=None, *_, **__: function or (lambda decorated: decorated))
-    instead = {"bitsandbytes": None, "accelerate": None, "optimum": None, "peft": None, "torch._dynamo": dynamo}
-    hidden = {name: module for name, module in instead.items() if name not in sys.modules}
-    available, torch.distributed.is_available = torch.distributed.is_available, lambda: False
+    dynamo = _make_idle_dynamo()
+    replaced: dict[str, types.ModuleType | None] = {"torch._dynamo": dynamo}
+    replaced |= dict.fromkeys(UNUSED_LIBRARIES)  # None: importing it raises ImportError
+    hidden = {name: module for name, module in replaced.items() if name not in sys.modules}
+    is_available = torch.distributed.is_available
+    torch.distributed.is_available = lambda: False
     sys.modules.update(hidden)
     try:
         yield
     finally:
-        torch.distributed.is_available = available
+        torch.distributed.is_available = is_available
         for name in hidden:
             sys.modules.pop(name, None)
-        if dynamo in hidden.values():
+        if "torch._dynamo" in hidden:
             vars(torch).pop("_dynamo", None)
+
+
+def _make_idle_dynamo() -> types.ModuleType:
+    """A torch._dynamo with the decorators that class bodies take from it, without effect."""
+    import torch
+
+    dynamo = types.ModuleType("torch._dynamo")
+    # Its submodules can be found, should a library ask for one.
+    dynamo.__path__ = [str(Path(torch.__file__).parent / "_dynamo")]
+    for name in ("allow_in_graph", "assume_constant_result", "disable"):
+        setattr(dynamo, name, _decorate_with_nothing)
+    return dynamo
+
+
+def _decorate_with_nothing(
+    function: Callable[..., Any] | None = None, *_: object, **__: object
+) -> Callable[..., Any]:
+    """Stand for a decorator, with or without arguments, that returns what it decorates."""
+    if function is not None:
+        return function
+    return lambda decorated: decorated

@@ -39,7 +39,7 @@ def _nbytes(table: Tensor) -> int:
 
 
 class Components:
-    """What the phases of one checkpoint share under a plan, which may change within its precision."""
+    """What the phases of one checkpoint share under a plan, whose precision never changes."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Components:
 
     # --- the plan
 
-    def adopt(self, plan: MemoryPlan, hardware: Hardware) -> None:
+    def adopt(self, plan: MemoryPlan, hardware: Hardware, *, prompt_cache: bool = False) -> None:
         """Go on under another plan of the same precision; what it places elsewhere is dropped.
 
         A transformer of which more blocks are streamed than the plan asks for stays as it is: it
@@ -73,6 +73,7 @@ class Components:
             now = replace(now, streamed=max(before.streamed, now.streamed, key=len))
         self._place(replace(plan, residency=now))
         self.hardware = hardware
+        self.prompts.on_disk = prompt_cache
         device.cap(plan.device, plan.budget_bytes)
 
     def step_down(self, phase: str, request: GenerationRequest, *, failed: str) -> str:
@@ -96,7 +97,10 @@ class Components:
         return words
 
     def decode_whole(self) -> None:
-        """Decode without tiles again: they change pixels, so only the picture that needs them has them."""
+        """Decode without tiles again.
+
+        Tiles change pixels, so that only a picture for which memory ran out has them.
+        """
         whole = replace(self.plan.residency, decode="alone")
         self.plan = replace(self.plan, residency=whole)
 
@@ -114,7 +118,7 @@ class Components:
 
     @property
     def kept_modulation(self) -> dict[str, Tensor] | None:
-        """Where the modulation's weights stay between passes; None if the plan does not keep them."""
+        """Where the modulation's weights stay; None if the plan does not keep them."""
         if "modulation" in self.plan.residency.keep:
             return self.modulation_weights
         return None
@@ -128,7 +132,10 @@ class Components:
     def load(
         self, name: str, adapters: Sequence[Adapter] = ()
     ) -> Generator[Event, None, nn.Module]:
-        """The component's module, placed as the plan says, with those of the adapters that act on it."""
+        """The component's module, placed as the plan says, with the adapters that act on it.
+
+        Yields what happens meanwhile: components leave for it, it is loaded.
+        """
         yield from self.make_room(name)
         if name not in self.loaded:
             yield Phase("load", name)
@@ -162,10 +169,10 @@ class Components:
         if is_transformer and self.plan.spec:
             to = self.plan.precision
             saves = f"flux quantize ... --to {to} saves that"
-            yield Notice(f"packed to {to} in {taken_s:.1f} s while loading: {saves}")
+            yield Notice(f"quantized to {to} in {taken_s:.1f} s while loading: {saves}")
 
     def _attach(self, name: str, adapters: tuple[Adapter, ...]) -> None:
-        """Make these adapters act instead of those of another request, on weights that stay as they are."""
+        """Make these adapters act instead of those of another request; the weights stay."""
         loaded = self.loaded[name]
         if loaded.adapters == adapters:
             return

@@ -62,7 +62,7 @@ def _denoise(components: Components, model: nn.Module, picture: Picture) -> Iter
 
 
 def make_noise(seed: int, size: tuple[int, int], *, dtype: torch.dtype) -> Tensor:
-    """Packed noise (1, S, 64) on the CPU, from a generator of its own: the same for every device."""
+    """Packed noise (1, S, 64) from a generator on the CPU, so that every device has the same."""
     width, height = size
     generator = torch.Generator("cpu").manual_seed(seed)
     latents = torch.randn((1, 16, height // 8, width // 8), generator=generator)
@@ -71,7 +71,7 @@ def make_noise(seed: int, size: tuple[int, int], *, dtype: torch.dtype) -> Tenso
 
 
 def make_scheduler(checkpoint: Checkpoint, request: GenerationRequest) -> object:
-    """diffusers' scheduler with the timesteps of this request, on the CPU. Raises `CheckpointError`.
+    """diffusers' scheduler with this request's timesteps, on the CPU. Raises `CheckpointError`.
 
     The sigmas are linear from 1 to 1/steps; where the scheduler's config asks for it, it shifts
     them by `mu`, which is linear in the number of tokens.

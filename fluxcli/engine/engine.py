@@ -53,21 +53,25 @@ PHASES = (
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture has its `pixels`; who takes them may set them to None, to give their memory back."""
+    """A picture has its `pixels`. Who has used them may set them to None, to free memory."""
 
     picture: Picture
 
 
 @dataclass(frozen=True)
 class OutOfMemory:
-    """A phase ran out of memory, with so many bytes less than it was planned to need (0 or less: with more)."""
+    """A phase ran out of memory.
+
+    `missing_bytes` is by how much it was planned to need more than there was; 0 or less means that
+    the plan should have fitted.
+    """
 
     phase: str
     missing_bytes: int
 
 
 class Engine:
-    """Draws pictures of one checkpoint under one plan, and keeps what the plan says between them."""
+    """Draws pictures of one checkpoint, and keeps loaded between them what the plan says."""
 
     def __init__(
         self,
@@ -78,7 +82,7 @@ class Engine:
         phases: Sequence[Phase] = PHASES,
         prompt_cache: bool = False,
     ) -> None:
-        """`prompt_cache` keeps prompt embeddings on disk. Of other `phases` the last one makes pixels."""
+        """With `prompt_cache` embeddings are kept on disk. The last of `phases` makes pixels."""
         self.checkpoint = checkpoint
         self.components = Components(checkpoint, plan, hardware, prompt_cache=prompt_cache)
         self.out_of_memory: list[OutOfMemory] = []  # what has happened so far, for who remembers it
@@ -96,16 +100,19 @@ class Engine:
 
     @property
     def multiply(self) -> str:
-        """How the transformer's blocks multiply here: in the dtype, by "scaled_mm", "int_mm" or "dequantize"."""
+        """How the transformer's blocks multiply here.
+
+        "bf16", "fp16" or "fp32" where their weights are values, else by "scaled_mm", "int_mm" or
+        "dequantize", see `quant.linear.path_of`.
+        """
         precision = self.plan.precision
         if precision in SCHEMES:
             return path_of(precision, self.plan.device)
         return precision
 
     def adopt(self, plan: MemoryPlan, hardware: Hardware, *, prompt_cache: bool = False) -> None:
-        """Go on under another plan of the same precision; what it leaves where it is stays loaded."""
-        self.components.adopt(plan, hardware)
-        self.components.prompts.on_disk = prompt_cache
+        """Go on under another plan of the same precision, see `Components.adopt`."""
+        self.components.adopt(plan, hardware, prompt_cache=prompt_cache)
 
     def draw(
         self, pictures: Sequence[Picture], *, isolate: bool = False
@@ -141,7 +148,7 @@ class Engine:
                 yield from self._run(phase, [picture], isolate=True)
 
     def _survive(self, phase: Phase, pictures: Sequence[Picture]) -> Iterator[Event]:
-        """The phase; where memory runs out, again with less of it. Raises `DoesNotFit` in the end."""
+        """The phase; where memory runs out, again with less of it, until `DoesNotFit`."""
         while pictures:
             level = self.plan.residency.level(phase.name) or "as planned"
             try:
@@ -159,7 +166,7 @@ class Engine:
             yield Notice(f"out of memory in {phase.name} ({level}): once more, {words}")
 
     def _available_bytes(self) -> int:
-        """What this process may take of the device: what it holds and what is free, within its budget."""
+        """What this process may take of the device: within its budget, what it holds or is free."""
         held = device.held_memory(self.plan.device)
         free = device.free_memory(self.plan.device)
         return min(self.plan.budget_bytes, CONTEXT_BYTES + held + free)

@@ -53,7 +53,7 @@ FUSIONS = {  # by the list of blocks
 
 
 class Place(NamedTuple):
-    """Where the output of a layer of the model is: a layer of the module, and the first row there."""
+    """Where a layer of the model is: in which layer of the module, from which row of its output."""
 
     layer: str
     first_row: int
@@ -135,7 +135,7 @@ class Filler:
         return LoadedComponent(self.module.eval(), places | self._fused)
 
     def quantizes(self, block: str) -> bool:
-        """Whether filling the block quantizes weights that are stored in 16 bit: work for the device."""
+        """Whether filling the block quantizes weights that are stored in 16 bit."""
         return any(
             scheme and not self._weights[name].scheme
             for name, scheme in self._schemes.items()
@@ -228,7 +228,10 @@ class Filler:
                     block.__class__ = fused_single_block()
 
     def _fits_together(self, prefix: str, layers: Sequence[str]) -> bool:
-        """Whether the weights of these layers can be one: in one scheme, whose blocks end with each."""
+        """Whether the weights of these layers can be one.
+
+        They are in one scheme, and no block of the scheme crosses from one to the next.
+        """
         names = [f"{prefix}{layer}.weight" for layer in layers]
         schemes = {self._schemes[name] for name in names}
         shapes = [self._weights[name].shape for name in names]
@@ -285,7 +288,7 @@ def fused_single_block() -> type[nn.Module]:
 def read_tensors(
     component: Component, names: Iterable[str], *, dtype: torch.dtype, device: str
 ) -> dict[str, Tensor]:
-    """Values of the component's weights in `dtype` on `device`; raises `CheckpointError` unless finite."""
+    """The values of these weights in `dtype`; raises `CheckpointError` unless they are finite."""
     reader = Reader()
     return {
         name: _dequantize(component.weights[name], reader, dtype=dtype, device=device)
@@ -294,9 +297,8 @@ def read_tensors(
 
 
 def _dequantize(weight: Weight, reader: Reader, *, dtype: torch.dtype, device: str) -> Tensor:
-    return codecs.dequantize(
-        reader.read_checked(weight, device), weight.scheme, weight.shape, dtype
-    )
+    stored = reader.read_checked(weight, device)
+    return codecs.dequantize(stored, weight.scheme, shape=weight.shape, dtype=dtype)
 
 
 def _set(module: nn.Module, name: str, value: Tensor | nn.Module) -> None:
@@ -379,7 +381,7 @@ def _shapes_of(module: nn.Module) -> dict[str, Shape]:
 def check_keys(
     component: Component, *, expected: Mapping[str, Shape], found: Mapping[str, Shape]
 ) -> None:
-    """Raise `CheckpointError` with the first three names and the count unless keys and shapes agree."""
+    """Raise `CheckpointError`, with the count and three names, unless keys and shapes agree."""
     misshapen = [name for name in expected if name in found and expected[name] != found[name]]
     _refuse_tensors(component, "missing", sorted(set(expected) - set(found)))
     _refuse_tensors(component, "unknown", sorted(set(found) - set(expected)))

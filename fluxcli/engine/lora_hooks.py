@@ -66,7 +66,11 @@ def _find_spans(part: Part, places: Mapping[str, Place]) -> dict[str, list[Span]
 
 
 def _make_hook(tensors: Mapping[str, Tensor], spans: Sequence[Span], *, scale: float) -> Hook:
-    """A forward hook that adds to columns of the output, in place; or that gives another norm's output."""
+    """A forward hook for one layer.
+
+    It adds `scale` x (B (A x) + b) to columns of the output, in place; or, where the part is
+    another weight for a norm, gives the norm's output with that weight.
+    """
 
     def compute_norm(module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
         weight = tensors[NORM]

@@ -133,7 +133,7 @@ def make_tables(
 
 
 def _embed(transformer: Component, condition: Condition) -> Tensor:
-    """The embedding (S, D) of timestep, guidance and prompt at every step, by diffusers' own module."""
+    """The embedding (S, D) of timestep, guidance and prompt, by diffusers' own module."""
     config = transformer.config
     pooled = condition.pooled
     device = str(pooled.device)
@@ -161,7 +161,7 @@ def _embed(transformer: Component, condition: Condition) -> Tensor:
 def _fill_embedding(
     module: nn.Module, transformer: Component, *, dtype: torch.dtype, device: str
 ) -> None:
-    """Give diffusers' embedding its weights. Raises `CheckpointError` unless keys and shapes agree."""
+    """Give diffusers' embedding its weights; `CheckpointError` unless keys and shapes agree."""
     stored = [name for name in transformer.weights if name.startswith(EMBEDDING)]
     tensors = read_tensors(transformer, stored, dtype=dtype, device=device)
     state = {name.removeprefix(EMBEDDING): tensor for name, tensor in tensors.items()}
@@ -179,7 +179,10 @@ class ModulationRow:
     def __init__(
         self, model: nn.Module, transformer: Component, *, dtype: torch.dtype, device: str
     ) -> None:
-        """Put views of a new row where `model` had its modulation linears and time embedding, still on meta."""
+        """Put views of a new row in place of `model`'s modulation linears.
+
+        These, and the time embedding that fed them, may be on meta: they are never computed.
+        """
         widths = _linear_widths(transformer)
         self._row = torch.zeros(1, sum(widths), dtype=dtype, device=device)
         views = self._row.split(widths, dim=1)

@@ -29,7 +29,7 @@ OURS = re.compile(r"[0-9a-f]{64}\.safetensors|\.flux-[0-9a-f]+\.tmp")  # entries
 
 @dataclass(frozen=True)
 class Embeddings:
-    """What the text encoders made of one prompt; `lost` is the text that T5 did not see, for a notice."""
+    """What the text encoders made of one prompt; `lost` is the end of it that T5 did not see."""
 
     pooled: Tensor  # (1, P)
     sequence: Tensor  # (1, T, C)
@@ -59,7 +59,10 @@ def key_of(**parts: object) -> str:
 
 
 def read(key: str) -> Embeddings | None:
-    """The entry of that key, on the CPU, bit for bit as written; a damaged one is deleted, and is none."""
+    """The entry of that key, on the CPU, bit for bit as written; None where there is none.
+
+    A damaged entry is deleted.
+    """
     path = folder() / f"{key}{SUFFIX}"
     try:
         data = path.read_bytes()
@@ -80,7 +83,7 @@ def read(key: str) -> Embeddings | None:
 
 
 def write(key: str, embeddings: Embeddings) -> None:
-    """Keep an entry, and delete the oldest ones beyond the limit. Nothing happens where that fails."""
+    """Keep an entry, and delete the oldest beyond the limit. Failing to is no error."""
     pooled = embeddings.pooled.detach().cpu().contiguous()
     sequence = embeddings.sequence.detach().cpu().contiguous()
     described = _describe(key, Embeddings(pooled, sequence, embeddings.lost))
@@ -109,7 +112,7 @@ def clear() -> list[Entry]:
 
 
 def _describe(key: str, embeddings: Embeddings) -> str:
-    """What stands in the file beside the tensors: the lost text, and a digest of it, the key and every bit."""
+    """What stands in the file beside the tensors: the lost text, and a digest of everything."""
     digest = hashlib.sha256(json.dumps([key, embeddings.lost]).encode())
     for tensor in (embeddings.pooled, embeddings.sequence):
         digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())

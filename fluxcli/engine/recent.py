@@ -1,4 +1,4 @@
-"""What was used last, up to a limit: the one kind of memory that the engine has between pictures."""
+"""What was used last, up to a limit: so the engine remembers prompts and tables."""
 
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar

@@ -85,7 +85,7 @@ def load_component(
     blocks: Sequence[str] = (),
     from_arena: bool = False,
 ) -> LoadedComponent:
-    """Load a component; tensors whose names `skip` takes stay on meta. See `loader.Filler` for errors.
+    """Load a component; tensors whose names `skip` takes stay on meta. Errors as of `Filler`.
 
     `blocks`, in the order of the forward, pass through the device: streamed `from_arena`, or each
     from its file.
@@ -121,7 +121,10 @@ def _find_block(name: str, blocks: Sequence[str]) -> str:
 
 
 class Conveyor:
-    """Streams blocks through two slots, in turn: a slot is filled again as soon as its block has computed."""
+    """Streams blocks through two slots, in turn.
+
+    A slot is filled again as soon as its block has computed, while the other slot's block computes.
+    """
 
     def __init__(
         self, filler: Filler, names_by_block: Mapping[str, Sequence[str]], most_bytes: int
@@ -185,7 +188,7 @@ class Conveyor:
 
 
 def _read_around(filler: Filler, block: nn.Module, names: Sequence[str]) -> None:
-    """Make the block read its tensors from their file before it computes, and drop them afterwards."""
+    """Make the block read its tensors from their file before its forward, and drop them after."""
 
     def enter() -> None:
         for name in names:
@@ -226,7 +229,7 @@ class _Layout:
 
 
 def _move_into(block: nn.Module, buffer: Tensor) -> int:
-    """Copy the block's tensors into the buffer's start and make them views of it; the bytes they take."""
+    """Move the block's tensors into the start of the buffer; returns the bytes that they take."""
     layout = _Layout(buffer)
     _replace_tensors(block, lambda tensor: layout.view_for(tensor).copy_(tensor))
     return layout.used_bytes

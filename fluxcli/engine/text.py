@@ -51,7 +51,10 @@ def load_tokenizers(folder: Path) -> Tokenizers:
 
 
 def tokenize(tokenizers: Tokenizers, prompt: str, text_tokens: int) -> TokenIds:
-    """The token ids of a prompt, padded: FLUX.1 masks no padding, so the T5 length changes the picture."""
+    """The token ids of a prompt, padded to 77 and to `text_tokens`.
+
+    FLUX.1 masks no padding, so that `text_tokens` changes the picture.
+    """
     clip, t5 = tokenizers
     options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     clip_ids = clip(prompt, max_length=CLIP_TOKENS, **options).input_ids
@@ -118,13 +121,13 @@ class PromptEncoder:
         return found
 
     def tokenize(self, request: GenerationRequest) -> TokenIds:
-        """The token ids of the request's prompt. Raises `CheckpointError` for bad tokenizer files."""
+        """The token ids of the request's prompt; `CheckpointError` for bad tokenizer files."""
         if self._tokenizers is None:
             self._tokenizers = load_tokenizers(self._folder)
         return tokenize(self._tokenizers, request.prompt, request.text_tokens)
 
     def keep(self, key: str, embeddings: Embeddings) -> None:
-        """Keep what the encoders made, on disk only if it is finite: a fault of the moment is not kept."""
+        """Keep what the encoders made; on disk only if it is finite, so that no fault stays."""
         self._known.keep(key, embeddings)
         if self.on_disk and embeddings.are_finite():
             prompt_cache.write(key, embeddings)

@@ -55,7 +55,7 @@ def follow(engine: Engine, request: Order, counter: Counter, resume: Latents | N
     return events, picture.pixels
 
 
-def every_rung(
+def every_placement(
     request: Order, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, *, step_kib: int
 ) -> dict[bool, list]:
     """Pictures under each placement that fits below 40 MiB, by whether they were decoded in tiles.
