@@ -1,6 +1,8 @@
-"""Write a quantized checkpoint: read, encode and write overlap, one tensor at a time; then verify, then rename.
+"""Write the checkpoint that a recipe describes: read, quantize and write, then verify, then rename.
 
-Everything goes to `DST.tmp-PID-...`; killed at any point, DST is absent or the old one. Sizes are in bytes.
+The three overlap, one tensor at a time: a thread reads the next tensors and another writes the last
+ones while one is quantized. Everything goes to `DST.tmp-PID-...` first. Killed at any point, a bake
+leaves DST absent or as it was; what it leaves beside it the next bake removes. Sizes are in bytes.
 """
 
 import hashlib
@@ -11,86 +13,97 @@ import secrets
 import shutil
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from quant import codecs
 from quant.checkpoint import MANIFEST
 from quant.errors import CheckpointError, WriteError
 from quant.files import flush_to_disk
 from quant.header import read_header
-from quant.lazy import Tensor, Tensors, psutil, torch
-from quant.lora import BIAS, DOWN, NORM, UP
+from quant.lora import BIAS, DOWN, NORM, UP, Adapter, Part
 from quant.recipe import OutputTensor, Recipe, check_disk
 from quant.writer import SafetensorsWriter
 
-AHEAD = 6  # tensors that wait to be packed, and to be written
+AHEAD = 6  # tensors that wait to be quantized, and to be written
 
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` source bytes are packed and handed to the writer; `tensor` was the last."""
+    """`done` of `total` source bytes are quantized and on their way; `tensor` was the last."""
 
     tensor: str
     done: int
     total: int
 
 
-def bake(
-    recipe: Recipe, target: Path, *, origin: dict, device: str = "cpu", verify: bool = True
-) -> Iterator[Progress]:
-    """Write the recipe's checkpoint to `target`, replacing what is there; yields after every tensor.
+@dataclass(frozen=True)
+class _Report:
+    """What the manifest says: each source file's size and sha256, each tensor's relative error."""
 
-    `origin` goes into the manifest. Raises `WriteError`, and `CheckpointError` for a source that is not finite.
+    sources: dict[str, dict[str, Any]]
+    relative_errors: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _SourceTensor:
+    path: Path
+    name: str
+    tensor: Tensor
+
+
+def bake(
+    recipe: Recipe,
+    target: Path,
+    *,
+    origin: Mapping[str, Any],
+    device: str = "cpu",
+    verify: bool = True,
+) -> Iterator[Progress]:
+    """Write the recipe's checkpoint to `target`, replacing what is there; yields with each tensor.
+
+    Tensors are quantized on `device`, and with `verify` all files are read back. `origin` goes into
+    the manifest. Raises `WriteError`, and `CheckpointError` for a source whose values are not
+    finite.
     """
     started = time.perf_counter()
     temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-    manifest = {
-        "format": 1,
-        **origin,
-        "source": {},
-        "recipe": recipe.spec.to_json(),
-        "layout": recipe.layout,
-    }
-    manifest |= {"verified": verify, "bytes": recipe.sizes, "seconds": 0.0, "relative_errors": {}}
-    writers = {}
+    writers: dict[str, SafetensorsWriter] = {}
     try:
         remove_remains(target)
         check_disk(recipe, target)
-        for scheme in {job.scheme for job in recipe.tensors if job.scheme}:
-            codecs.import_library(
-                scheme
-            )  # now: a signal in an import kills at once, and would leave the folder
-        for file in (*recipe.texts, *recipe.links, *recipe.sizes):
-            (temporary / file).parent.mkdir(parents=True, exist_ok=True)
-        for file, text in recipe.texts.items():
-            (temporary / file).write_text(text, encoding="utf-8")
-        for file, path in recipe.links.items():
-            try:
-                os.link(os.path.realpath(path), temporary / file)
-            except OSError:  # another file system, or one without hard links
-                shutil.copyfile(path, temporary / file)
+        _import_libraries(recipe)
+        _write_other_files(recipe, temporary)
         writers = recipe.writers(temporary)
-        yield from _pack(recipe, writers, device, manifest)
+        report = yield from _write_tensors(recipe, writers, device=device)
         for writer in writers.values():
             writer.finish()
-        if name := next((name for w in writers.values() if verify and (name := w.find_damage())), ""):
-            why = f"{name} does not read back as it was written"
-            raise WriteError(
-                "the file is damaged", target, why=why, hint="check the disk, then run it again"
-            )
-        _place(
-            recipe,
-            temporary,
-            target,
-            manifest | {"seconds": round(time.perf_counter() - started, 1)},
-        )
+        if verify:
+            _check_files(writers, target)
+        manifest = {
+            "format": 1,
+            **origin,
+            "source": report.sources,
+            "recipe": recipe.spec.to_json(),
+            "layout": recipe.layout,
+            "verified": verify,
+            "bytes": recipe.sizes,
+            "seconds": round(time.perf_counter() - started, 1),
+            "relative_errors": report.relative_errors,
+        }
+        if recipe.layout == "diffusers":
+            _place_folder(temporary, target, manifest)
+        else:
+            _place_file(temporary, target, manifest)
     except OSError as error:
-        raise WriteError(
-            "cannot write the checkpoint", target, why=error.strerror or str(error)
-        ) from error
+        why = error.strerror or str(error)
+        raise WriteError("cannot write the checkpoint", target, why=why) from error
     finally:
         for writer in writers.values():
             writer.close()
@@ -99,155 +112,247 @@ def bake(
 
 
 def remove_remains(target: Path) -> None:
-    """Remove what killed bakes of this target left; an old one that was out of the way comes back."""
-    for path in list(target.parent.iterdir()) if target.parent.is_dir() else ():
-        match = re.fullmatch(
-            re.escape(target.name) + r"\.tmp-(\d+)-[0-9a-f]{8}(\.json|\.old)?", path.name
-        )
-        if match and not psutil.pid_exists(int(match[1])):
-            if match[2] == ".old" and not target.exists():
-                os.rename(path, target)
-            _remove(path)
+    """Remove what killed bakes of this target left beside it.
+
+    An old checkpoint that was out of the way for a moment comes back. What running processes write
+    is not touched.
+    """
+    import psutil
+
+    if not target.parent.is_dir():
+        return
+    name = re.compile(re.escape(target.name) + r"\.tmp-(\d+)-[0-9a-f]{8}(\.json|\.old)?")
+    for path in list(target.parent.iterdir()):
+        match = name.fullmatch(path.name)
+        if match is None or psutil.pid_exists(int(match[1])):
+            continue
+        if match[2] == ".old" and not target.exists():
+            os.rename(path, target)
+        _remove(path)
 
 
-def _pack(
-    recipe: Recipe, writers: dict[str, SafetensorsWriter], device: str, manifest: dict
-) -> Iterator[Progress]:
-    """Read the next tensor and write the last ones while one is packed; a job begins when its last source is there."""
-    uses = defaultdict(list)  # (job, source) by file and tensor
-    for n, job in enumerate(recipe.tensors):
-        for k, source in enumerate(job.sources):
-            uses[source.pieces[""].file, source.pieces[""].info.name].append((n, k))
-    files = sorted({path for path, _ in uses})
-    arrived, search = defaultdict(dict), recipe.spec.scales == "search"  # rows by job and source
-    done, total = 0, sum(path.stat().st_size for path in files)
-    tensors, threads = _read(files, manifest["source"]), torch.get_num_threads()
+def _import_libraries(recipe: Recipe) -> None:
+    """Import what quantizes before anything is written.
+
+    A signal during such an import kills the process at once, and would leave the folder.
+    """
+    for scheme in {tensor.scheme for tensor in recipe.tensors if tensor.scheme}:
+        codecs.import_library(scheme)
+
+
+def _write_other_files(recipe: Recipe, folder: Path) -> None:
+    """Make the folders, write the texts, and link the files that the source has already."""
+    for file in (*recipe.texts, *recipe.links, *recipe.sizes):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    for file, text in recipe.texts.items():
+        (folder / file).write_text(text, encoding="utf-8")
+    for file, path in recipe.links.items():
+        try:
+            os.link(os.path.realpath(path), folder / file)
+        except OSError:  # another file system, or one without hard links
+            shutil.copyfile(path, folder / file)
+
+
+def _write_tensors(
+    recipe: Recipe, writers: Mapping[str, SafetensorsWriter], *, device: str
+) -> Generator[Progress, None, _Report]:
+    """Carry out the recipe for all tensors, in the order in which the files have their sources."""
+    gatherer = _Gatherer(recipe)
+    reader = _SourceReader(gatherer.files)
+    search = recipe.spec.scales == "search"
+    relative_errors: dict[str, float] = {}
+    done = 0
+    total = sum(path.stat().st_size for path in gatherer.files)
+    threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads - 1))  # one core reads, hashes and writes
     try:
         with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
-            ahead = deque(reading.submit(next, tensors, None) for _ in range(AHEAD))
-            written = deque(writing.submit(int) for _ in range(AHEAD))
-            while item := ahead.popleft().result():
-                ahead.append(reading.submit(next, tensors, None))
-                path, name, tensor = item
-                for n, k in uses[path, name]:
-                    job, parts = recipe.tensors[n], arrived[n]
-                    values = codecs.take_rows(tensor, job.sources[k].pieces[""])
-                    parts[k] = _merged(
-                        recipe, job.file.partition("/")[0], job.sources[k].name, values
-                    )
-                    if len(parts) == len(job.sources):
-                        pieces = _encode(
-                            job, arrived.pop(n), device, search, manifest["relative_errors"]
-                        )
-                        written.append(writing.submit(_write, writers[job.file], job, pieces))
+            ahead = deque(reading.submit(reader.read_next) for _ in range(AHEAD))
+            written: deque[Future[None]] = deque()
+            while (source := ahead.popleft().result()) is not None:
+                ahead.append(reading.submit(reader.read_next))
+                for output, values in gatherer.add(source):
+                    quantized = _quantize(output, values.to(device), search=search)
+                    if output.scheme:
+                        relative_errors[output.name] = round(quantized.relative_error, 6)
+                    writer = writers[output.file]
+                    written.append(writing.submit(_write, writer, output.name, quantized.stored))
+                    if len(written) > AHEAD:
                         written.popleft().result()
-                done += tensor.nbytes
-                yield Progress(name, done, total)
+                done += source.tensor.nbytes
+                yield Progress(source.name, done, total)
             for future in written:
                 future.result()
     finally:
         torch.set_num_threads(threads)
+    return _Report(reader.described, relative_errors)
 
 
-def _read(files: list[Path], sources: dict[str, dict]) -> Iterator[tuple[Path, str, Tensor]]:
-    """Every tensor of the files in their order, in memory of its own; on the way each file's size and sha256."""
-    for path in files:
-        digest, infos, size = hashlib.sha256(), read_header(path), path.stat().st_size
-        start = size - sum(info.nbytes for info in infos.values())
-        with path.open("rb") as file:
-            digest.update(file.read(start))
-            for info in infos.values():
-                data = torch.empty(info.nbytes, dtype=torch.uint8)
-                if file.readinto(data.numpy()) < info.nbytes:
-                    raise CheckpointError(
-                        "weight file is truncated", path, why=f"it ends in {info.name[:60]}"
-                    )
-                digest.update(data.numpy())
-                if hasattr(
-                    os, "posix_fadvise"
-                ):  # what was written shall stay in the page cache, to be verified
-                    os.posix_fadvise(
-                        file.fileno(), start + info.start, info.nbytes, os.POSIX_FADV_DONTNEED
-                    )
-                known = codecs.DTYPES.get(info.dtype)  # of others nothing but the bytes matters
-                yield (
-                    path,
-                    info.name,
-                    data.view(known).view(info.shape) if known else data,
-                )
-        sources[f"{path.parent.name}/{path.name}"] = {"bytes": size, "sha256": digest.hexdigest()}
+class _SourceReader:
+    """Reads every tensor of the files in their order, each into memory of its own.
+
+    `described` has the size and sha256 of each file that was read to its end.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        self.described: dict[str, dict[str, Any]] = {}
+        self._tensors = self._read_all(files)
+
+    def read_next(self) -> _SourceTensor | None:
+        """The next tensor, None when all are read."""
+        return next(self._tensors, None)
+
+    def _read_all(self, files: list[Path]) -> Iterator[_SourceTensor]:
+        for path in files:
+            digest = hashlib.sha256()
+            infos = read_header(path)
+            size = path.stat().st_size
+            data_start = size - sum(info.nbytes for info in infos.values())
+            with path.open("rb") as file:
+                digest.update(file.read(data_start))
+                for info in infos.values():
+                    data = torch.empty(info.nbytes, dtype=torch.uint8)
+                    if file.readinto(data.numpy().data) < info.nbytes:
+                        why = f"it ends in {info.name[:60]}"
+                        raise CheckpointError("weight file is truncated", path, why=why)
+                    digest.update(data.numpy().data)
+                    start = data_start + info.start
+                    _forget_pages(file.fileno(), start, info.nbytes)
+                    dtype = codecs.DTYPES.get(info.dtype)
+                    if dtype is not None:  # of others nothing but the bytes matters
+                        data = data.view(dtype).view(info.shape)
+                    yield _SourceTensor(path, info.name, data)
+            name = f"{path.parent.name}/{path.name}"
+            self.described[name] = {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _merged(recipe: Recipe, component: str, name: str, values: Tensor) -> Tensor:
-    """A tensor's values with what the recipe's adapters add to them: summed in float32, rounded once."""
-    (layer, _, leaf), reader, total = (
-        name.removeprefix("text_model.").rpartition("."),
-        codecs.Reader(),
-        values,
-    )
-    for adapter, part in (
-        (a, part) for a in recipe.adapters for part in a.active_parts(component or "transformer")
-    ):
-        if layer in part.layers:
-            tensors = {
-                kind: tensor.float() for kind, tensor in reader.read_checked(part.stored).items()
-            }
-            (start, stop), scale, total = (
-                part.layers[layer],
-                adapter.scale * part.factor,
-                total.float(),
-            )
-            if leaf == "weight":
-                low = None if NORM in tensors else (tensors[UP][start:stop], tensors[DOWN])
-                total = total.addmm(*low, alpha=scale) if low else tensors[NORM]
-            elif BIAS in tensors:
-                total = total + scale * tensors[BIAS][start:stop]
+def _forget_pages(descriptor: int, start: int, length: int) -> None:
+    """Drop what was read from the page cache: it is for what was written, which gets verified."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
+
+
+class _Gatherer:
+    """Makes the values of each output tensor, as soon as all its sources were read."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        # Where a tensor of a file is used: by output tensor and by source of that, as indexes.
+        self._uses: dict[tuple[Path, str], list[tuple[int, int]]] = defaultdict(list)
+        for n, output in enumerate(recipe.tensors):
+            for k, source in enumerate(output.sources):
+                piece = source.pieces[""]
+                self._uses[piece.file, piece.info.name].append((n, k))
+        self._arrived: dict[int, dict[int, Tensor]] = defaultdict(dict)
+        self.files = sorted({path for path, _ in self._uses})
+
+    def add(self, source: _SourceTensor) -> Iterator[tuple[OutputTensor, Tensor]]:
+        """Yield the output tensors that this source completes, with their values in 16 bit."""
+        adapters = self._recipe.adapters
+        for n, k in self._uses[source.path, source.name]:
+            output = self._recipe.tensors[n]
+            parts = self._arrived[n]
+            weight = output.sources[k]
+            rows = codecs.take_rows(source.tensor, weight.pieces[""])
+            component = output.file.partition("/")[0] or "transformer"
+            parts[k] = _merge_adapters(adapters, component, name=weight.name, values=rows)
+            if len(parts) < len(output.sources):
+                continue
+            del self._arrived[n]
+            values = codecs.stack_rows([parts[k] for k in range(len(parts))])
+            if output.swaps_halves:
+                first, second = values.chunk(2)
+                values = codecs.stack_rows([second, first])
+            yield output, values
+
+
+def _merge_adapters(
+    adapters: tuple[Adapter, ...], component: str, *, name: str, values: Tensor
+) -> Tensor:
+    """A tensor's values with what adapters add to them: summed in float32, rounded once."""
+    layer, _, leaf = name.removeprefix("text_model.").rpartition(".")
+    total = values
+    for adapter in adapters:
+        for part in adapter.active_parts(component):
+            if layer in part.layers:
+                total = _merge_part(total.float(), part, layer, leaf=leaf, scale=adapter.scale)
     return total.to(values.dtype)
 
 
-def _encode(
-    job: OutputTensor, parts: dict[int, Tensor], device: str, search: bool, errors: dict
-) -> Tensors:
-    """What is stored for the rows of the job's sources, by suffix."""
-    tensor = codecs.stack_rows([parts[k] for k in range(len(parts))])
-    tensor = (codecs.stack_rows(tensor.chunk(2)[::-1]) if job.swap else tensor).to(device)
-    where = job.sources[0].pieces[""]
-    if not job.scheme:
-        codecs.check_values(job.name, {"": tensor}, where)
-        return {"": tensor}
-    quantized = codecs.quantize(
-        tensor, job.scheme, name=job.name, where=where, search=search, scalar=job.scalar
+def _merge_part(values: Tensor, part: Part, layer: str, *, leaf: str, scale: float) -> Tensor:
+    """A weight or bias of a layer in float32 with what a part of an adapter adds to it, or sets."""
+    stored = codecs.Reader().read_checked(part.stored)
+    tensors = {kind: tensor.float() for kind, tensor in stored.items()}
+    start, stop = part.layers[layer]
+    factor = scale * part.factor
+    if leaf == "weight":
+        if NORM in tensors:
+            return tensors[NORM]
+        return values.addmm(tensors[UP][start:stop], tensors[DOWN], alpha=factor)
+    if BIAS in tensors:
+        return values + factor * tensors[BIAS][start:stop]
+    return values
+
+
+def _quantize(output: OutputTensor, values: Tensor, *, search: bool) -> codecs.Quantized:
+    """What is stored for the values, by suffix; raises `CheckpointError` unless they are finite."""
+    where = output.sources[0].pieces[""]
+    if not output.scheme:
+        stored = {"": values}
+        codecs.check_values(output.name, stored, where)
+        return codecs.Quantized(stored, relative_error=0.0)
+    return codecs.quantize(
+        values,
+        output.scheme,
+        name=output.name,
+        where=where,
+        search=search,
+        scalar=output.has_one_scale,
     )
-    errors[job.name] = round(quantized.relative_error, 6)
-    return quantized.stored
 
 
-def _write(writer: SafetensorsWriter, job: OutputTensor, pieces: Tensors) -> None:
-    for suffix, tensor in pieces.items():
-        writer.add(
-            job.name + suffix, memoryview(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
-        )
+def _write(writer: SafetensorsWriter, name: str, stored: Mapping[str, Tensor]) -> None:
+    for suffix, tensor in stored.items():
+        data = tensor.cpu().reshape(-1).view(torch.uint8)
+        writer.add(name + suffix, data.numpy().data)
 
 
-def _place(recipe: Recipe, temporary: Path, target: Path, manifest: dict) -> None:
-    """Give the finished checkpoint its name. A folder that is replaced is out of the way for two renames."""
-    is_folder, old = recipe.layout == "diffusers", Path(f"{temporary}.old")
-    described = temporary / MANIFEST if is_folder else Path(f"{temporary}.json")
-    with described.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(manifest, indent=1) + "\n")
-        flush_to_disk(file)
+def _check_files(writers: Mapping[str, SafetensorsWriter], target: Path) -> None:
+    for writer in writers.values():
+        damaged = writer.find_damage()
+        if damaged:
+            why = f"{damaged} does not read back as it was written"
+            hint = "check the disk, then run it again"
+            raise WriteError("the file is damaged", target, why=why, hint=hint)
+
+
+def _place_folder(temporary: Path, target: Path, manifest: Mapping[str, Any]) -> None:
+    """Give a finished folder its name. One that it replaces is out of the way for two renames."""
+    _write_manifest(temporary / MANIFEST, manifest)
+    old = Path(f"{temporary}.old")
     try:
-        if is_folder and target.exists():
+        if target.exists():
             os.rename(target, old)
         os.replace(temporary, target)
     except BaseException:
         if old.exists() and not target.exists():
             os.rename(old, target)
         raise
-    if not is_folder:
-        os.replace(described, f"{target}.json")
     _remove(old)
+
+
+def _place_file(temporary: Path, target: Path, manifest: Mapping[str, Any]) -> None:
+    """Give a finished file its name, then its manifest beside it."""
+    described = Path(f"{temporary}.json")
+    _write_manifest(described, manifest)
+    os.replace(temporary, target)
+    os.replace(described, f"{target}.json")
+
+
+def _write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(manifest, indent=1) + "\n")
+        flush_to_disk(file)
 
 
 def _remove(path: Path) -> None:

@@ -186,7 +186,7 @@ class _Measured:
 def _measure_nf4(weight: Tensor, stored: dict[str, Tensor]) -> _Measured:
     norm2 = error2 = 0.0
     dequantized = nf4.dequantize(stored, tuple(weight.shape), torch.float32)
-    for part, other in zip(weight.split(256), dequantized.split(256), strict=True):
+    for part, other in zip(torch.split(weight, 256), torch.split(dequantized, 256), strict=True):
         values = part.float()
         norm2 += _norm2(values)
         error2 += _norm2(other.sub_(values))
@@ -281,7 +281,9 @@ def dequantize_gguf(rows: Tensor, scheme: str, dtype: torch.dtype) -> Tensor:
     columns = rows.shape[1] // block_bytes * block_values
     values = torch.empty(rows.shape[0], columns, dtype=dtype, device=rows.device)
     part_rows = max(1, 8 * CHUNK // columns)
-    for part, target in zip(rows.split(part_rows), values.split(part_rows), strict=True):
+    for part, target in zip(
+        torch.split(rows, part_rows), torch.split(values, part_rows), strict=True
+    ):
         blocks = part.reshape(-1, block_bytes)
         wide = dequantize_functions[kind](blocks, block_values, block_bytes, torch.float32)
         target.copy_(wide.view(target.shape))

@@ -88,8 +88,8 @@ class NF4Linear(QuantizedLinear):
 
     def _dequantize_scales(self) -> Tensor:
         parts = zip(
-            self.absmax.split(self.scale_counts),
-            self.nested_absmax.split(self.nested_counts),
+            torch.split(self.absmax, self.scale_counts),
+            torch.split(self.nested_absmax, self.nested_counts),
             self.offset,
             strict=True,
         )
@@ -197,7 +197,9 @@ class Int8Linear(RowLinear):
 
     def multiply(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         products = []
-        for part, part_scale in zip(values.split(INT8_ROWS), scale.split(INT8_ROWS), strict=True):
+        for part, part_scale in zip(
+            torch.split(values, INT8_ROWS), torch.split(scale, INT8_ROWS), strict=True
+        ):
             missing = max(0, MIN_ROWS - len(part))
             padded = functional.pad(part, (0, 0, 0, missing))
             product = torch._int_mm(padded, self.weight.T)[: len(part)].float()

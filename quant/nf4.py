@@ -57,7 +57,7 @@ def quantize(weight: Tensor, *, search: bool) -> dict[str, Tensor]:
     blocks = flat.view(-1, BLOCK)
     # Parts of 16 Mi weights on a card, of 512 Ki on a CPU, where they stay in its cache.
     part_blocks = 1 << 18 if weight.is_cuda else 1 << 13
-    parts = blocks.split(part_blocks)
+    parts = torch.split(blocks, part_blocks)
 
     table = _make_search_table(weight.device) if search else None
     scales = torch.cat(
@@ -80,7 +80,7 @@ def quantize(weight: Tensor, *, search: bool) -> dict[str, Tensor]:
 
     values = get_4bit_type("nf4", device=weight.device)  # 16, ascending, from -1 to 1
     midpoints = ((values[:-1] + values[1:]) / 2).tolist()
-    reciprocals = (1 / scales.clamp(min=SMALLEST_ABSMAX))[:, None].split(part_blocks)
+    reciprocals = torch.split((1 / scales.clamp(min=SMALLEST_ABSMAX))[:, None], part_blocks)
     codes = []
     for part, reciprocal in zip(parts, reciprocals, strict=True):
         codes.append(_find_codes(part.float() * reciprocal, midpoints))

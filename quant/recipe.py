@@ -1,12 +1,16 @@
-"""What a quantized checkpoint will consist of: every file, tensor and byte, before anything is read or written.
+"""What a quantized checkpoint will consist of: every file, tensor and byte, before any is written.
 
-Knows the layouts: a diffusers folder, or one file with BFL's names or ComfyUI's scaled fp8. Stdlib only.
+Knows the layouts of results: a folder as diffusers has it, or one file with BFL's names or as
+ComfyUI's scaled fp8. Works from headers alone; `quant.bake` carries a recipe out. Sizes are in
+bytes. Stdlib only.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from quant.checkpoint import (
     COMPONENTS,
@@ -26,71 +30,98 @@ from quant.tensor_info import TensorInfo
 from quant.weights import Weight
 from quant.writer import SafetensorsWriter
 
-MARGIN_BYTES = 64 << 20  # of free disk, beside what is written
 LAYOUTS = ("diffusers", "bfl", "comfy")
-COPIED = (".json", ".safetensors", ".txt", ".model", ".md")
-# diffusers matches these as parts of dotted names and as leaf names: "proj_out" here would spare every single block's.
-EMBEDDERS = ["x_embedder", "context_embedder", "time_text_embed", "norm_out"]
-MODULATION = ["norm1", "norm1_context", "norm"]
-BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False,
-                "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
-                "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8"}  # fmt: skip
+MARGIN_BYTES = 64 << 20  # of free disk, beside what is written
+# The kinds of files that a result has in common with its source.
+LINKED = (".json", ".safetensors", ".txt", ".model", ".md")
+# The last layer, which bitsandbytes' list of layers to skip cannot spare.
+LAST_LAYER = "proj_out.weight"
+# What diffusers shall not look for quantized weights in. It matches these as parts of dotted names
+# and as the last parts of names: "proj_out" here would spare that of every single block, too.
+SKIPPED_IN_T5 = ["wo"]
+SKIPPED_EMBEDDERS = ["x_embedder", "context_embedder", "time_text_embed", "norm_out"]
+SKIPPED_MODULATION = ["norm1", "norm1_context", "norm"]
+# What a config.json says of NF4 to those who read it by bitsandbytes.
+BITSANDBYTES = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "load_in_8bit": False,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "bfloat16",
+    "bnb_4bit_quant_storage": "uint8",
+}
 
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor of the result, in `file` (relative; "" is the destination itself), from the rows of its sources."""
+    """One tensor of the result: the rows of its sources, one below the other, in a scheme."""
 
-    file: str
+    file: str  # relative to the destination; "" is the destination itself
     name: str
-    scheme: str
+    scheme: str  # "" where it stays in 16 bit
     sources: tuple[Weight, ...]
-    swap: bool = False  # the halves of the rows change places
-    scalar: bool = False  # fp8 with one scale for all rows
+    swaps_halves: bool = False  # the two halves of the rows change places
+    has_one_scale: bool = False  # fp8 with one scale for all rows instead of one for each
 
     @property
     def info(self) -> TensorInfo:
-        """The tensor before it is packed."""
+        """The tensor before it is quantized."""
         first = self.sources[0].info
-        shape = first.shape and (sum(source.shape[0] for source in self.sources), *first.shape[1:])
+        shape = first.shape
+        if shape:
+            rows = sum(source.shape[0] for source in self.sources)
+            shape = (rows, *shape[1:])
         return replace(first, name=self.name, shape=shape)
 
     @property
     def stored(self) -> tuple[TensorInfo, ...]:
+        """The tensors that the file will have for it."""
         stored = layout(self.scheme, self.info)
-        return (stored[0], replace(stored[1], shape=())) if self.scalar else stored
+        if self.has_one_scale:
+            weight, scale = stored
+            return weight, replace(scale, shape=())
+        return stored
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole bake: output tensors, texts to write and files to link, both by relative path."""
+    """All that a bake makes: tensors in weight files, texts to write and files to link.
+
+    `texts` and `links` are by path relative to the destination.
+    """
 
     spec: QuantSpec
-    layout: str
+    layout: str  # one of LAYOUTS
     tensors: tuple[OutputTensor, ...]
     texts: dict[str, str]
     links: dict[str, Path]
     adapters: tuple[Adapter, ...] = ()  # that are merged into the sources
 
     def writers(self, folder: Path) -> dict[str, SafetensorsWriter]:
-        """A writer for every weight file below `folder`; nothing is written yet."""
-        tensors: dict[str, list[TensorInfo]] = {}
-        for job in self.tensors:
-            tensors.setdefault(job.file, []).extend(job.stored)
-        metadata = {"format": "pt", "flux_quant": json.dumps(self.spec.to_json(), sort_keys=True)}
-        if self.layout == "comfy":
-            layers = {
-                job.name.removesuffix(".weight"): {"format": "float8_e4m3fn"}
-                for job in self.tensors
-                if job.scheme
-            }
-            metadata["_quantization_metadata"] = json.dumps(
-                {"format_version": "1.0", "layers": layers}
-            )
+        """A writer for every weight file below `folder`, by relative path; none has written."""
+        infos: dict[str, list[TensorInfo]] = {}
+        for tensor in self.tensors:
+            infos.setdefault(tensor.file, []).extend(tensor.stored)
+        metadata = self._make_metadata()
         return {
-            file: SafetensorsWriter(folder / file, infos, metadata)
-            for file, infos in tensors.items()
+            file: SafetensorsWriter(folder / file, stored, metadata)
+            for file, stored in infos.items()
         }
+
+    def _make_metadata(self) -> dict[str, str]:
+        """The texts in each weight file's header."""
+        spec = json.dumps(self.spec.to_json(), sort_keys=True)
+        metadata = {"format": "pt", "flux_quant": spec}
+        if self.layout == "comfy":
+            layers = {}
+            for tensor in self.tensors:
+                if tensor.scheme:
+                    layer = tensor.name.removesuffix(".weight")
+                    layers[layer] = {"format": "float8_e4m3fn"}
+            described = {"format_version": "1.0", "layers": layers}
+            metadata["_quantization_metadata"] = json.dumps(described)
+        return metadata
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -101,82 +132,114 @@ class Recipe:
 def make_recipe(
     source: Checkpoint, spec: QuantSpec, *, adapters: tuple[Adapter, ...] = ()
 ) -> Recipe:
-    """The recipe of a diffusers folder; raises `CheckpointError` for a source that is quantized already."""
+    """The recipe of a diffusers folder, into which adapters may be merged.
+
+    A component that nothing changes is linked as it is. Raises `CheckpointError` for a source that
+    is quantized already, `SpecError` for a pattern of `keep` without a match.
+    """
     spec.check_keep(name for part in source.components.values() for name in part.weights)
-    jobs, texts = [], {}
-    wishes = [
-        ("transformer", spec.to, PLAIN_FILES[0]),
-        ("text_encoder_2", spec.text_encoder, PLAIN_FILES[1]),
-    ]
-    for name, to, plain in (*wishes, ("text_encoder", "keep", PLAIN_FILES[1])):
-        if to == "keep" and not any(adapter.numel(name) for adapter in adapters):
+    transformer_file, encoder_file = PLAIN_FILES
+    plans = (
+        ("transformer", spec.to, transformer_file),
+        ("text_encoder_2", spec.text_encoder, encoder_file),
+        ("text_encoder", "keep", encoder_file),
+    )
+    tensors: list[OutputTensor] = []
+    texts = {}
+    for name, to, plain_file in plans:
+        has_adapters = any(adapter.numel(name) for adapter in adapters)
+        if to == "keep" and not has_adapters:
             continue
-        part, file = source.components[name], f"{name}/{PACKED_FILES.get(to, plain)}"
-        jobs += [
-            OutputTensor(file, weight.name, _scheme(part, spec, weight), (weight,))
-            for weight in part.weights.values()
-        ]
-        texts[f"{name}/config.json"] = _config(part, spec, to)
-        if (
-            to == "nf4" and name == "transformer"
-        ):  # the skip list cannot spare the last layer: its original is beside
-            if (last := part.weights.get("proj_out.weight")) is None:
-                raise CheckpointError(
-                    "not a whole transformer", part.folder, why="proj_out.weight is missing"
-                )
-            jobs = [replace(job, scheme="nf4") if job.name == last.name else job for job in jobs]
-            jobs.append(OutputTensor(f"transformer/{KEEP_FILE}", last.name, "", (last,)))
-    folders = [
-        name
-        for name in (*COMPONENTS, *TOKENIZERS, "scheduler")
-        if f"{name}/config.json" not in texts
+        component = source.components[name]
+        file_name = PACKED_FILES.get(to, plain_file)
+        made = _quantize_component(component, spec, file=f"{name}/{file_name}")
+        if to == "nf4" and name == "transformer":
+            made = _keep_last_layer(component, made)
+        tensors += made
+        texts[f"{name}/config.json"] = _make_config(component, spec, to=to)
+    links = _find_links(source.folder, made_configs=texts)
+    return Recipe(spec, "diffusers", tuple(tensors), texts=texts, links=links, adapters=adapters)
+
+
+def _quantize_component(component: Component, spec: QuantSpec, *, file: str) -> list[OutputTensor]:
+    """A component's tensors, one for each weight, under the names that they have."""
+    return [
+        OutputTensor(
+            file, weight.name, scheme=_choose_scheme(component, spec, weight), sources=(weight,)
+        )
+        for weight in component.weights.values()
     ]
-    kept = [
-        path
-        for name in folders
-        for path in sorted((source.folder / name).iterdir())
-        if path.suffix in COPIED
-    ]
-    kept += [
-        path
-        for path in source.folder.iterdir()
-        if path.name.startswith(("model_index.json", "LICENSE"))
-    ]
-    links = {str(path.relative_to(source.folder)): path for path in kept if path.is_file()}
-    return Recipe(spec, "diffusers", tuple(jobs), texts, links, adapters)
+
+
+def _keep_last_layer(transformer: Component, tensors: list[OutputTensor]) -> list[OutputTensor]:
+    """Quantize the last layer, too, and put its 16-bit original into a file of its own beside.
+
+    Other programs find NF4 where their list of layers to skip could not spare it; flux takes the
+    original.
+    """
+    last = transformer.weights.get(LAST_LAYER)
+    if last is None:
+        why = f"{LAST_LAYER} is missing"
+        raise CheckpointError("not a whole transformer", transformer.folder, why=why)
+    quantized = OutputTensor(tensors[0].file, last.name, scheme="nf4", sources=(last,))
+    original = OutputTensor(f"transformer/{KEEP_FILE}", last.name, scheme="", sources=(last,))
+    found = [quantized if tensor.name == last.name else tensor for tensor in tensors]
+    return [*found, original]
+
+
+def _find_links(folder: Path, *, made_configs: Mapping[str, str]) -> dict[str, Path]:
+    """The files of the source that the result has as they are, by their path in the folder."""
+    found = []
+    for name in (*COMPONENTS, *TOKENIZERS, "scheduler"):
+        if f"{name}/config.json" not in made_configs:
+            files = sorted((folder / name).iterdir())
+            found += [path for path in files if path.suffix in LINKED]
+    for path in folder.iterdir():
+        if path.name.startswith(("model_index.json", "LICENSE")):
+            found.append(path)
+    return {str(path.relative_to(folder)): path for path in found if path.is_file()}
 
 
 def make_file_recipe(
     transformer: Component, spec: QuantSpec, *, kind: str, adapters: tuple[Adapter, ...] = ()
 ) -> Recipe:
-    """The recipe of one file with BFL's names (`kind` bfl) or ComfyUI's scaled fp8 (comfy)."""
+    """The recipe of one file with BFL's names: `kind` is "bfl", or "comfy", ComfyUI's scaled fp8.
+
+    Raises `SpecError` for another scheme than fp8, and `CheckpointError` for a source that is
+    quantized already or no whole transformer of FLUX.1.
+    """
     if spec.to != "fp8":
-        raise SpecError(
-            "impossible choice", f"--layout {kind} --to {spec.to}", why="that layout is fp8"
-        )
-    weights, jobs = transformer.weights, []
+        why = "that layout is fp8"
+        raise SpecError("impossible choice", f"--layout {kind} --to {spec.to}", why=why)
+    weights = transformer.weights
     spec.check_keep(weights)
+    tensors = []
     for layer, ours in map_bfl_layers(transformer.config).items():
         for leaf in ("weight", "bias"):
-            sources = tuple(
-                weights[f"{part}.{leaf}"] for part in ours if f"{part}.{leaf}" in weights
-            )
+            names = [f"{part}.{leaf}" for part in ours]
+            sources = tuple(weights[name] for name in names if name in weights)
             if not sources:
                 continue
-            if len(sources) < len(ours) or len({source.info.dtype for source in sources}) > 1:
+            dtypes = {source.info.dtype for source in sources}
+            if len(sources) < len(names) or len(dtypes) > 1:
                 why = f"{layer}.{leaf} is not all there, or of several dtypes"
                 raise CheckpointError("not a whole transformer", transformer.folder, why=why)
-            scheme = min(
-                _scheme(transformer, spec, source) for source in sources
-            )  # "" where one part is kept
-            scalar = kind == "comfy" and scheme != ""
-            jobs.append(
-                OutputTensor("", bfl_name(layer, leaf), scheme, sources, layer == SWAPPED, scalar)
+            # Where one of the sources is kept in 16 bit, whose scheme is "", all are.
+            scheme = min(_choose_scheme(transformer, spec, source) for source in sources)
+            tensor = OutputTensor(
+                file="",
+                name=bfl_name(layer, leaf),
+                scheme=scheme,
+                sources=sources,
+                swaps_halves=layer == SWAPPED,
+                has_one_scale=kind == "comfy" and scheme != "",
             )
-    if (read := sum(len(job.sources) for job in jobs)) != len(weights):
+            tensors.append(tensor)
+    read = sum(len(tensor.sources) for tensor in tensors)
+    if read != len(weights):
         why = f"{len(weights)} tensors, of which {read} have a place in that layout"
         raise CheckpointError("not a FLUX.1 transformer", transformer.folder, why=why)
-    return Recipe(spec, kind, tuple(jobs), {}, {}, adapters)
+    return Recipe(spec, kind, tuple(tensors), texts={}, links={}, adapters=adapters)
 
 
 def check_disk(recipe: Recipe, target: Path) -> None:
@@ -193,32 +256,36 @@ def check_disk(recipe: Recipe, target: Path) -> None:
     check_room(target.parent, need_bytes, hint="another DST, or --modulation nf4")
 
 
-def _scheme(part: Component, spec: QuantSpec, weight: Weight) -> str:
+def _choose_scheme(component: Component, spec: QuantSpec, weight: Weight) -> str:
+    """The scheme of a weight of the source, "" where it stays; it must be in 16 bit."""
     if weight.scheme:
-        why, hint = (
-            f"{weight.name} is {weight.scheme}",
-            "quantize the 16-bit model that it was made from",
-        )
-        raise CheckpointError("quantized already", part.folder, why=why, hint=hint)
-    return spec.scheme(part.name, weight.name, weight.shape)
+        why = f"{weight.name} is {weight.scheme}"
+        hint = "quantize the 16-bit model that it was made from"
+        raise CheckpointError("quantized already", component.folder, why=why, hint=hint)
+    return spec.scheme(component.name, weight.name, weight.shape)
 
 
-def _config(part: Component, spec: QuantSpec, to: str) -> str:
-    """config.json of a packed component; nf4 says in it what bitsandbytes' readers need."""
-    config = dict(part.config)
+def _make_config(component: Component, spec: QuantSpec, *, to: str) -> str:
+    """config.json of a quantized component; of NF4 it says what bitsandbytes' readers need."""
+    config: dict[str, Any] = dict(component.config)
     if to == "nf4":
-        packed = [
-            n
-            for n, w in part.weights.items()
-            if replace(spec, keep=()).scheme(part.name, n, w.shape)
-        ]
-        kept = [
-            name.rpartition(".")[0] for name in packed if spec.is_kept(name)
-        ]  # never the top-level proj_out
-        skipped = (
-            ["wo"]
-            if part.name == "text_encoder_2"
-            else EMBEDDERS + MODULATION * (spec.modulation == "keep")
-        )
-        config["quantization_config"] = BITSANDBYTES | {"llm_int8_skip_modules": skipped + kept}
+        config["quantization_config"] = BITSANDBYTES | {
+            "llm_int8_skip_modules": _list_skipped_layers(component, spec)
+        }
     return json.dumps(config, indent=2) + "\n"
+
+
+def _list_skipped_layers(component: Component, spec: QuantSpec) -> list[str]:
+    """The layers that bitsandbytes' readers must leave in 16 bit; never the last layer."""
+    if component.name == "text_encoder_2":
+        skipped = list(SKIPPED_IN_T5)
+    else:
+        skipped = list(SKIPPED_EMBEDDERS)
+        if spec.modulation == "keep":
+            skipped += SKIPPED_MODULATION
+    without_exceptions = replace(spec, keep=())
+    for name, weight in component.weights.items():
+        is_quantizable = without_exceptions.scheme(component.name, name, weight.shape)
+        if is_quantizable and spec.is_kept(name):
+            skipped.append(name.rpartition(".")[0])
+    return skipped

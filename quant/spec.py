@@ -235,7 +235,7 @@ def scheme_in_memory(component: str, name: str, scheme: str) -> str:
 
 
 def is_modulation(name: str) -> bool:
-    """Whether a transformer key only makes adaLN modulation, which no picture token goes through."""
+    """Whether a transformer key only makes adaLN modulation: no token goes through its layer."""
     return MODULATION.fullmatch(name) is not None
 
 

@@ -23,14 +23,14 @@ ALIGNED = 8
 class SafetensorsWriter:
     """One file with exactly the tensors it was told of.
 
-    `nbytes` is its size, which is known at once. The file is made when the first tensor is added, and
-    must not be there before; `close` it whatever happens.
+    `nbytes` is its size, which is known at once. The file is made when the first tensor is added,
+    and must not be there before; `close` it whatever happens.
     """
 
     def __init__(
         self, path: Path, tensors: Iterable[TensorInfo], metadata: Mapping[str, str]
     ) -> None:
-        """Lay the file out, wide dtypes first, so that each tensor is aligned; nothing is written."""
+        """Lay the file out, wide dtypes first so that all are aligned; nothing is written."""
         self.path = path
         self.infos: dict[str, TensorInfo] = {}
         header: dict[str, object] = {"__metadata__": dict(metadata)}
