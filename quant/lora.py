@@ -33,6 +33,7 @@ BIAS = "lora_B.bias"
 NORM = "weight"  # another weight for a norm
 ALPHA = "alpha"
 BFL_NORM = "scale"  # BFL's word for a norm's weight
+NO_ALPHA = "its alpha is no number"
 READABLE_DTYPES = (*FLOATS, "F8_E4M3", "F8_E5M2")
 
 # A layer, which of the two matrices, and whether it is its weight or its bias.
@@ -153,6 +154,13 @@ class _FileLayer:
         """(K,) of a linear layer, () of a norm."""
         return next(iter(self.targets.values()))[1:]
 
+    @property
+    def rank(self) -> int:
+        """r of A (r, K); 0 of a norm."""
+        if NORM in self.tensors:
+            return 0
+        return max(self.tensors[DOWN].shape[:1], default=0)
+
 
 def is_lora(names: Collection[str]) -> bool:
     """Whether these are the keys of an adapter, of whatever kind and model."""
@@ -176,15 +184,15 @@ def read_adapter(
     header = read_whole_header(path)
     _refuse_other_models(path, header.tensors)
     layers, unmatched = _match_layers(header.tensors, components)
-    peft_config = _read_peft_config(header.metadata)
+    peft_config = _read_peft_config(path, header.metadata)
     alphas = read_numbers(path, [layer.alpha for layer in layers if layer.alpha])
     parts = []
     for layer in layers:
-        alpha = alphas[layer.alpha.name] if layer.alpha else None
-        factor = _compute_factor(path, layer, alpha=alpha, peft_config=peft_config)
-        _check_dtypes(path, layer)
+        _check_tensors(path, layer)
         if fits:
             _check_shapes(path, layer)
+        alpha = alphas[layer.alpha.name] if layer.alpha else None
+        factor = _compute_factor(path, layer, alpha=alpha, peft_config=peft_config)
         parts.append(_make_part(path, layer, factor=factor))
     if not any(part.rank for part in parts):
         why = f"its first keys are {', '.join(list(header.tensors)[:3])}"
@@ -215,12 +223,15 @@ def _name_format(names: Collection[str]) -> str:
     return "diffusers/peft"
 
 
-def _read_peft_config(metadata: Mapping[str, str]) -> object:
+def _read_peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """peft's configuration as diffusers writes it, values by "COMPONENT.KEY"; {} without JSON."""
     try:
-        return json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     except (ValueError, RecursionError):
         return {}
+    if not isinstance(config, dict):
+        raise CheckpointError("damaged adapter", path, why=NO_ALPHA)
+    return config
 
 
 def _match_layers(
@@ -265,7 +276,8 @@ def _find_norm(tensors: Mapping[str, TensorInfo], targets: Shapes) -> TensorInfo
 def _group_by_layer(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
     """The tensors of each layer by what they are: `DOWN`, `UP`, `BIAS`, or the end of their names.
 
-    Layers in kohya's spelling come last: they may repeat others.
+    Layers in kohya's spelling come last, so that where a file has one in two spellings, the other
+    counts.
     """
     found: dict[str, dict[str, TensorInfo]] = {}
     for name, info in tensors.items():
@@ -326,69 +338,11 @@ def _flatten(name: str) -> str:
     return name.replace(".", "_")
 
 
-def _rank_of(layer: _FileLayer) -> int:
-    """r of A (r, K); 0 of a norm."""
-    if NORM in layer.tensors:
-        return 0
-    return max(layer.tensors[DOWN].shape[:1], default=0)
-
-
-def _compute_factor(
-    path: Path, layer: _FileLayer, *, alpha: float | None, peft_config: object
-) -> float:
-    """alpha / r as it was trained: by the file's own tensor, else by diffusers' metadata, else 1.
-
-    With rsLoRA it is alpha / sqrt(r) (Kalajdzievski 2023). Raises `CheckpointError` for half a
-    LoRA, and for an alpha that is no finite number.
-    """
-    if NORM in layer.tensors:
-        return 1.0
-    if not {DOWN, UP} <= layer.tensors.keys():
+def _check_tensors(path: Path, layer: _FileLayer) -> None:
+    """Raise `CheckpointError` for half a LoRA, and for tensors that hold no floats."""
+    if NORM not in layer.tensors and not {DOWN, UP} <= layer.tensors.keys():
         why = f"{layer.name[:80]} has only {next(iter(layer.tensors))}"
         raise CheckpointError("not a whole LoRA", path, why=why)
-    rank = _rank_of(layer)
-    try:
-        config = _config_of_component(peft_config, layer.component)
-        if alpha is None:
-            alpha = _find_alpha(config, layer.targets)
-        if alpha is None:
-            return 1.0
-        factor = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        why = "its alpha is no number"
-        raise CheckpointError("damaged adapter", path, why=why) from error
-    if not math.isfinite(factor):
-        why = f"the alpha of {next(iter(layer.targets))}"
-        raise CheckpointError("weights that are not finite", path, why=why)
-    return factor
-
-
-def _config_of_component(peft_config: object, component: str) -> dict[str, Any]:
-    """peft's configuration of one component; raises `TypeError` where there is no object."""
-    if not isinstance(peft_config, dict):
-        raise TypeError("no object")
-    prefix = f"{component}."
-    return {
-        key.removeprefix(prefix): value
-        for key, value in peft_config.items()
-        if key.startswith(prefix)
-    }
-
-
-def _find_alpha(config: Mapping[str, Any], layers: Collection[str]) -> Any:
-    """The alpha of layers by peft's configuration, None where it says nothing.
-
-    Raises `AttributeError` where `alpha_pattern` is no object.
-    """
-    # peft takes regular expressions, trainers write the ends of names.
-    for pattern, alpha in config.get("alpha_pattern", {}).items():
-        end = f".{pattern.lstrip('^')}"
-        if alpha is not None and any(f".{layer}".endswith(end) for layer in layers):
-            return alpha
-    return config.get("lora_alpha")
-
-
-def _check_dtypes(path: Path, layer: _FileLayer) -> None:
     for info in layer.tensors.values():
         if info.dtype not in READABLE_DTYPES:
             why = f"{info.name[:80]} is {info.dtype}"
@@ -397,11 +351,10 @@ def _check_dtypes(path: Path, layer: _FileLayer) -> None:
 
 def _check_shapes(path: Path, layer: _FileLayer) -> None:
     """Raise `CheckpointError` for an adapter of another width, or one for more input channels."""
-    rank = _rank_of(layer)
     wanted = {
         NORM: next(iter(layer.targets.values())),
-        DOWN: (rank, *layer.input_shape),
-        UP: (layer.rows, rank),
+        DOWN: (layer.rank, *layer.input_shape),
+        UP: (layer.rows, layer.rank),
         BIAS: (layer.rows,),
     }
     for kind, info in layer.tensors.items():
@@ -413,6 +366,49 @@ def _check_shapes(path: Path, layer: _FileLayer) -> None:
             has = f"{layer.name[:80]} has {kind} {list(info.shape)}"
             why = f"{has}, the width of this model needs {list(wanted[kind])}"
             raise CheckpointError("an adapter for another model", path, why=why)
+
+
+def _compute_factor(
+    path: Path, layer: _FileLayer, *, alpha: float | None, peft_config: Mapping[str, Any]
+) -> float:
+    """alpha / r as it was trained: by the file's own tensor, else by diffusers' metadata, else 1.
+
+    With rsLoRA it is alpha / sqrt(r) (Kalajdzievski 2023). Raises `CheckpointError` for an alpha
+    that is no finite number.
+    """
+    if NORM in layer.tensors:
+        return 1.0
+    try:
+        if alpha is None:
+            alpha = _find_alpha(peft_config, layer)
+        if alpha is None:
+            return 1.0
+        if peft_config.get(f"{layer.component}.use_rslora"):
+            factor = float(alpha) / math.sqrt(layer.rank)
+        else:
+            factor = float(alpha) / layer.rank
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError("damaged adapter", path, why=NO_ALPHA) from error
+    if not math.isfinite(factor):
+        why = f"the alpha of {next(iter(layer.targets))}"
+        raise CheckpointError("weights that are not finite", path, why=why)
+    return factor
+
+
+def _find_alpha(peft_config: Mapping[str, Any], layer: _FileLayer) -> Any:
+    """The alpha of a layer by peft's configuration, unchecked; None where it says nothing.
+
+    Raises `TypeError` where the alphas by names are no object.
+    """
+    patterns = peft_config.get(f"{layer.component}.alpha_pattern", {})
+    if not isinstance(patterns, dict):
+        raise TypeError("alpha_pattern is no object")
+    # peft takes regular expressions, trainers write the ends of names.
+    for pattern, alpha in patterns.items():
+        end = f".{pattern.lstrip('^')}"
+        if alpha is not None and any(f".{target}".endswith(end) for target in layer.targets):
+            return alpha
+    return peft_config.get(f"{layer.component}.lora_alpha")
 
 
 def _make_part(path: Path, layer: _FileLayer, *, factor: float) -> Part:
@@ -429,4 +425,4 @@ def _make_part(path: Path, layer: _FileLayer, *, factor: float) -> Part:
             swapped = ((half, layer.rows), (0, half))
             pieces[kind] = Piece(path, layer.tensors[kind], swapped)
     stored = Weight(f"{layer.name}.", (), scheme="", pieces=pieces)
-    return Part(layer.component, rows, rank=_rank_of(layer), factor=factor, stored=stored)
+    return Part(layer.component, rows, rank=layer.rank, factor=factor, stored=stored)
