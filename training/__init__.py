@@ -1,1 +1,3 @@
-"""How the bundled tiny model is made: data, tokenizers, VAE, transformer, export, check. Not installed."""
+"""How the bundled tiny model is made: data, tokenizers, VAE, transformer, export, check. Not
+installed.
+"""

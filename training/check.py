@@ -1,11 +1,10 @@
 """Says whether a picture shows a fact, from its pixels alone.
 
-Shares no code with the renderer: colours are judged by the nearest of its own named colours, the shape
-by overlap with polygons drawn by Pillow (the best must be the right one, and must overlap well: any blob passes for a
-circle otherwise), the position by where the shape lies between the edges. numpy and Pillow only.
+Shares no code with the renderer: colours are judged by the nearest of its own named colours, the
+shape by overlap with polygons drawn by Pillow (the best must be the right one, and must overlap
+well: any blob passes for a circle otherwise), the position by where the shape lies between the
+edges. numpy and Pillow only.
 """
-
-from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
@@ -31,15 +30,16 @@ FAR = 70.0  # RGB distance: further than this from every named colour has no nam
 STANDS_OUT = 60.0  # RGB distance from the background that makes a pixel part of the shape
 MIN_OVERLAP = 0.80  # intersection over union
 TURNS = (-6, -3, 0, 3, 6)  # degrees
-# square root of the area over the nominal diameter; limits between the sizes, as shares of the shorter side
+# square root of the area over the nominal diameter; limits between the sizes, as shares of the
+# shorter side
 SPAN = {"circle": 0.886, "square": 0.90, "triangle": 0.716, "star": 0.664}
 LIMITS = (0.363, 0.514)
 
 
 def name_of(rgb: np.ndarray) -> str | None:
     """The nearest named colour, None if even that is far."""
-    name, distance = min(((n, math.dist(rgb, c)) for n, c in NAMED.items()), key=lambda pair: pair[1])
-    return name if distance <= FAR else None
+    name = min(NAMED, key=lambda each: math.dist(rgb, NAMED[each]))
+    return name if math.dist(rgb, NAMED[name]) <= FAR else None
 
 
 def split(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
@@ -49,9 +49,11 @@ def split(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, np.ndarray
     ring = np.concatenate([side.reshape(-1, 3) for side in sides])
     background = np.median(ring, axis=0)
     away = np.linalg.norm(pixels - background, axis=2)
-    if (away > STANDS_OUT).sum() < 20:
+    stands_out = away > STANDS_OUT
+    if stands_out.sum() < 20:
         return background, None, np.zeros(away.shape, bool)
-    shape = np.median(pixels[away > max(STANDS_OUT, 0.7 * np.percentile(away[away > STANDS_OUT], 90))], axis=0)
+    inside = away > max(STANDS_OUT, 0.7 * np.percentile(away[stands_out], 90))
+    shape = np.median(pixels[inside], axis=0)
     axis = shape - background
     mask = (pixels - background) @ axis > 0.5 * (axis @ axis)
     return background, shape, mask
@@ -61,72 +63,95 @@ def outline(shape: str, turn: float) -> np.ndarray:
     """(N, 2) corner points around the origin, y down, turned by so many degrees."""
     if shape == "triangle":
         points = np.array([(0, -1.9), (1.08, 0), (-1.08, 0)])
+    elif shape == "square":
+        points = _spread(np.ones(4), 45)
+    elif shape == "star":
+        points = _spread(np.tile((1.0, 0.45), 5), -90)
     else:
-        corners = {"circle": 72, "square": 4, "star": 10}[shape]
-        angles = np.radians(np.arange(corners) * 360 / corners + (45 if shape == "square" else -90))
-        radii = np.tile((1.0, 0.45), 5) if shape == "star" else np.ones(corners)
-        points = np.stack([np.cos(angles), np.sin(angles)], 1) * radii[:, None]
+        points = _spread(np.ones(72), -90)
     a = math.radians(turn)
     return points @ np.array([(math.cos(a), math.sin(a)), (-math.sin(a), math.cos(a))])
 
 
-def _area_and_center(points: np.ndarray) -> tuple[float, np.ndarray]:
-    x, y = points.T
-    cross = x * np.roll(y, -1) - np.roll(x, -1) * y
-    area = cross.sum() / 2
-    return abs(area), np.array([((x + np.roll(x, -1)) * cross).sum(), ((y + np.roll(y, -1)) * cross).sum()]) / (
-        6 * area
-    )
+def _spread(radii: np.ndarray, first: float) -> np.ndarray:
+    """(N, 2) points at these radii (N,), evenly around the origin from `first` degrees on."""
+    angles = np.radians(np.arange(len(radii)) * 360 / len(radii) + first)
+    return np.stack([np.cos(angles), np.sin(angles)], 1) * radii[:, None]
 
 
 def overlap(mask: np.ndarray, shape: str, turn: float) -> float:
     """Intersection over union of the mask and a template of the same area and centre of mass."""
+    height, width = mask.shape
     rows, columns = np.nonzero(mask)
     points = outline(shape, turn)
     area, center = _area_and_center(points)
     scale = math.sqrt(len(rows) / area)
     points = (points - center) * scale + (columns.mean() + 0.5, rows.mean() + 0.5)
     zoom = 4
-    canvas = Image.new("L", (mask.shape[1] * zoom, mask.shape[0] * zoom))
-    ImageDraw.Draw(canvas).polygon([tuple(p) for p in points * zoom - 0.5], fill=255)
-    template = np.asarray(canvas.resize((mask.shape[1], mask.shape[0]), Image.Resampling.BOX)) >= 128
+    canvas = Image.new("L", (width * zoom, height * zoom))
+    ImageDraw.Draw(canvas).polygon([tuple(point) for point in points * zoom - 0.5], fill=255)
+    template = np.asarray(canvas.resize((width, height), Image.Resampling.BOX)) >= 128
     return float((mask & template).sum() / max(1, (mask | template).sum()))
+
+
+def _area_and_center(points: np.ndarray) -> tuple[float, np.ndarray]:
+    """Area and centre of mass (x, y) of a polygon of corner points (N, 2), by the shoelace formula."""
+    x, y = points.T
+    next_x = np.roll(x, -1)
+    next_y = np.roll(y, -1)
+    cross = x * next_y - next_x * y
+    area = cross.sum() / 2
+    moments = np.array([((x + next_x) * cross).sum(), ((y + next_y) * cross).sum()])
+    return abs(area), moments / (6 * area)
 
 
 def shape_of(mask: np.ndarray) -> tuple[str | None, float]:
     """(best shape, its overlap); None where no template overlaps by MIN_OVERLAP."""
-    best, share = max(((s, overlap(mask, s, turn)) for s in SPAN for turn in TURNS), key=lambda pair: pair[1])
-    return (best if share >= MIN_OVERLAP else None), share
-
-
-def _place(low: float, high: float, length: int, names: tuple[str, str]) -> str:
-    """Which third of the free way the shape lies in: its gaps to both edges say so, whatever its size."""
-    free = length - (high - low)
-    if free <= 0:
-        return ""
-    share = low / free
-    return names[0] if share < 0.29 else names[1] if share > 0.71 else ""
+    shares = {shape: max(overlap(mask, shape, turn) for turn in TURNS) for shape in SPAN}
+    best = max(shares, key=shares.__getitem__)
+    return (best if shares[best] >= MIN_OVERLAP else None), shares[best]
 
 
 def position_of(mask: np.ndarray) -> str:
     """'top left' ... 'center' from the shape's bounding box without its outermost 1 % of pixels."""
+    height, width = mask.shape
     rows, columns = np.nonzero(mask)
     top, bottom = np.quantile(rows, (0.005, 0.995))
     left, right = np.quantile(columns, (0.005, 0.995))
-    words = (
-        _place(top, bottom + 1, mask.shape[0], ("top", "bottom")),
-        _place(left, right + 1, mask.shape[1], ("left", "right")),
-    )
-    return " ".join(w for w in words if w) or "center"
+    words = [
+        _place(top, bottom + 1, length=height, names=("top", "bottom")),
+        _place(left, right + 1, length=width, names=("left", "right")),
+    ]
+    return " ".join(word for word in words if word) or "center"
+
+
+def _place(low: float, high: float, *, length: int, names: tuple[str, str]) -> str:
+    """The name of the edge that the shape is near, or nothing.
+
+    Its gaps to both edges say so, whatever its size: which third of the free way it lies in.
+    """
+    free = length - (high - low)
+    if free <= 0:
+        return ""
+    share = low / free
+    if share < 0.29:
+        return names[0]
+    if share > 0.71:
+        return names[1]
+    return ""
 
 
 def size_of(mask: np.ndarray, shape: str) -> str:
     """small, normal or large, by the area that a shape of that kind has."""
     span = math.sqrt(mask.sum()) / SPAN[shape] / min(mask.shape)
-    return "small" if span < LIMITS[0] else "normal" if span < LIMITS[1] else "large"
+    if span < LIMITS[0]:
+        return "small"
+    if span < LIMITS[1]:
+        return "normal"
+    return "large"
 
 
-def check(image: Image.Image, fact: Fact) -> dict[str, bool]:
+def check(image: Image.Image, fact: "Fact") -> dict[str, bool]:
     """Which of the five words of the fact the picture shows."""
     background, shape, mask = split(np.asarray(image.convert("RGB")))
     seen = dict.fromkeys(ATTRIBUTES, False)

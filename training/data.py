@@ -1,21 +1,19 @@
-"""What the bundled model is taught: facts, the sentences that state them, and pictures that show them.
+"""What the bundled model is taught: facts, the sentences that state them, and pictures that show
+them.
 
-A fact is five words: colour, shape, background, size, position. Every eighth fact (by hash) is held out: training never
-draws it, evaluation and the tests draw only those. The renderer works in batches of signed distances, in picture
-coordinates (pixels, y down). Knows nothing about models or tokens; torch is imported by the renderer alone.
+A fact is five words: colour, shape, background, size, position. Every eighth fact (by hash) is held
+out: training never draws it, evaluation and the tests draw only those. The renderer works in
+batches of signed distances, in picture coordinates (pixels, y down). Knows nothing about models or
+tokens.
 """
-
-from __future__ import annotations
 
 import hashlib
 import itertools
 import math
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 COLOURS = {
     "red": (225, 30, 35),
@@ -43,7 +41,12 @@ POSITIONS = {
 MARGIN = 0.04  # of the shorter side, between an off-centre shape and the edge
 STAR_INNER = 0.45  # inner radius / outer radius
 # half width and half height of the bounding box, in radii
-EXTENT = {"circle": (1.0, 1.0), "square": (0.90, 0.90), "triangle": (1.08, 0.95), "star": (1.094, 1.04)}
+EXTENT = {
+    "circle": (1.0, 1.0),
+    "square": (0.90, 0.90),
+    "triangle": (1.08, 0.95),
+    "star": (1.094, 1.04),
+}
 SYNONYMS = {"small": ("little", "tiny"), "normal": ("",), "large": ("big", "huge")}
 OPENINGS = ("",) * 6 + ("a picture of ", "an image of ", "a drawing of ", "a photo of ")
 RATIOS = {"1:1": (1, 1), "16:9": (16, 9), "9:16": (9, 16)}
@@ -73,13 +76,16 @@ class Fact:
 
 def all_facts() -> list[Fact]:
     """Every fact: 8 colours on 7 others, 4 shapes, 3 sizes, 9 positions."""
-    words = itertools.product(COLOURS, SHAPES, COLOURS, SIZES, POSITIONS)
-    return [Fact(*w) for w in words if w[0] != w[2]]
+    every = (
+        Fact(*words) for words in itertools.product(COLOURS, SHAPES, COLOURS, SIZES, POSITIONS)
+    )
+    return [fact for fact in every if fact.colour != fact.background]
 
 
 def held_out_facts(count: int | None = None) -> list[Fact]:
     """The first `count` held-out facts in hash order (all of them: about 750)."""
-    return sorted((f for f in all_facts() if f.held_out), key=lambda f: f.hash)[:count]
+    held_out = [fact for fact in all_facts() if fact.held_out]
+    return sorted(held_out, key=lambda fact: fact.hash)[:count]
 
 
 def default_background(colour: str) -> str:
@@ -87,114 +93,149 @@ def default_background(colour: str) -> str:
     return "black" if colour == "white" else "white"
 
 
-def _article(words: str) -> str:
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-
-
-def _noun(fact: Fact, rng: random.Random | None = None) -> str:
-    size = fact.size if rng is None else rng.choice((fact.size, *SYNONYMS[fact.size]))
-    return _article(" ".join(w for w in (size.replace("normal", ""), fact.colour, fact.shape) if w))
-
-
-def _background(fact: Fact) -> str:
-    return f"{_article(fact.background)} background"
-
-
 def prompt(fact: Fact) -> str:
     """The plain sentence: 'a small yellow star at the top left on a black background'."""
     place = "" if fact.position == "center" else f" at the {fact.position}"
-    return f"{_noun(fact)}{place} on {_background(fact)}"
+    return f"{_noun(fact, fact.size)}{place} on {_background(fact)}"
 
 
 def any_prompt(fact: Fact, rng: random.Random) -> str:
     """One of the sentences that state the fact; seven in ten are the plain one."""
-    if rng.random() < 0.7:
-        text = prompt(fact)
-    else:
-        noun, background, place = _noun(fact, rng), _background(fact), _place(fact, rng)
-        comma = "," if place else ""
-        forms = [
-            f"{noun}{place} on {background}",
-            f"{noun} on {background}{comma}{place}",
-            f"{background} with {noun}{place}",
-            f"{noun}{place}, {fact.background} background",
-        ]
-        if fact.background == default_background(fact.colour):
-            forms += [f"{noun}{place}"] * 2
-        text = rng.choice(OPENINGS) + rng.choice(forms)
+    text = prompt(fact) if rng.random() < 0.7 else _vary(fact, rng)
     if rng.random() < 0.15:
         text = text[0].upper() + text[1:]
     return text + "." if rng.random() < 0.15 else text
 
 
+def _vary(fact: Fact, rng: random.Random) -> str:
+    """Another sentence, in other words and another order."""
+    noun = _noun(fact, rng.choice((fact.size, *SYNONYMS[fact.size])))
+    background = _background(fact)
+    place = _place(fact, rng)
+    comma = "," if place else ""
+    forms = [
+        f"{noun}{place} on {background}",
+        f"{noun} on {background}{comma}{place}",
+        f"{background} with {noun}{place}",
+        f"{noun}{place}, {fact.background} background",
+    ]
+    if fact.background == default_background(fact.colour):
+        forms += [f"{noun}{place}", f"{noun}{place}"]  # twice: it comes twice as often
+    return rng.choice(OPENINGS) + rng.choice(forms)
+
+
+def _noun(fact: Fact, size: str) -> str:
+    """'a large red star'; a normal size, or none, is not said."""
+    words = [fact.colour, fact.shape]
+    if size not in ("", "normal"):
+        words.insert(0, size)
+    return _with_article(" ".join(words))
+
+
+def _background(fact: Fact) -> str:
+    return f"{_with_article(fact.background)} background"
+
+
+def _with_article(words: str) -> str:
+    article = "an" if words[0] in "aeiou" else "a"
+    return f"{article} {words}"
+
+
 def _place(fact: Fact, rng: random.Random) -> str:
-    words = fact.position.split()
+    """Where the shape is, in one of several ways, with a space in front; sometimes nothing for the
+    center.
+    """
     if fact.position == "center":
         return rng.choice(("", " in the center", " in the middle", " at the center"))
+    words = fact.position.split()
     if len(words) == 2:
-        words[0] = rng.choice((words[0], words[0], {"top": "upper", "bottom": "lower"}[words[0]]))
-        return rng.choice((" in the {} corner", " in the {}", " at the {}")).format(" ".join(words))
-    return rng.choice((" on the {}", " at the {}", " at the {} edge", " on the {} side")).format(words[0])
+        other = {"top": "upper", "bottom": "lower"}[words[0]]
+        words[0] = rng.choice((words[0], words[0], other))
+        form = rng.choice((" in the {} corner", " in the {}", " at the {}"))
+        return form.format(" ".join(words))
+    form = rng.choice((" on the {}", " at the {}", " at the {} edge", " on the {} side"))
+    return form.format(words[0])
 
 
 def training_fact(rng: random.Random) -> Fact:
-    """A random fact that is not held out; small shapes and stars come more often, for they are the hardest."""
+    """A random fact that is not held out.
+
+    Small shapes and stars come more often, for they are the hardest.
+    """
     while True:
         colour, background = rng.sample(list(COLOURS), 2)
         if rng.random() < 0.06:
             background = default_background(colour)
         fact = Fact(
-            colour,
-            rng.choices(SHAPES, (3, 3, 3, 5))[0],
-            background,
-            rng.choices(list(SIZES), (4, 3, 3))[0],
-            rng.choice(list(POSITIONS)),
+            colour=colour,
+            shape=rng.choices(SHAPES, (3, 3, 3, 5))[0],
+            background=background,
+            size=rng.choices(list(SIZES), (4, 3, 3))[0],
+            position=rng.choice(list(POSITIONS)),
         )
         if not fact.held_out:
             return fact
 
 
 def picture_size(longest: int, ratio: str = "1:1") -> tuple[int, int]:
-    """(width, height) in pixels: the longest side as asked, the other the multiple of 16 nearest to the ratio."""
+    """(width, height) in pixels.
+
+    The longest side as asked, the other the multiple of 16 that is nearest to the ratio.
+    """
     across, down = RATIOS[ratio]
     other = int(longest * min(across, down) / max(across, down) / 16 + 0.5) * 16
     return (longest, other) if across >= down else (other, longest)
 
 
 def render(facts: list[Fact], size: tuple[int, int], rng: random.Random) -> torch.Tensor:
-    """(B, 3, H, W) float32 pictures in [-1, 1]; the rng moves, turns, scales and shades each shape a little."""
-    import torch
+    """(B, 3, H, W) float32 pictures in [-1, 1].
 
+    The rng moves, turns, scales and shades each shape a little.
+    """
+    width, height = size
+    drawn = torch.tensor([_numbers(fact, size, rng) for fact in facts], dtype=torch.float32)
+    drawn = drawn[:, :, None, None]  # (B, 12, 1, 1)
+    center_x, center_y, radius, cos, sin, shape = (drawn[:, i] for i in range(6))  # (B, 1, 1)
+    color = drawn[:, 6:9]  # (B, 3, 1, 1)
+    background = drawn[:, 9:12]
+    from_x = torch.arange(width, dtype=torch.float32)[None, None, :] + 0.5 - center_x  # (B, 1, W)
+    from_y = torch.arange(height, dtype=torch.float32)[None, :, None] + 0.5 - center_y  # (B, H, 1)
+    x = from_x * cos + from_y * sin  # (B, H, W)
+    y = from_y * cos - from_x * sin
+    every = torch.stack(_distances(x, y, radius))  # (4, B, H, W)
+    which = shape[None].long().expand(1, *every.shape[1:])
+    distance = every.gather(0, which)[0]  # (B, H, W) pixels to the edge
+    cover = (0.5 - distance).clamp(0, 1)[:, None]
+    return (background + (color - background) * cover) / 127.5 - 1
+
+
+def _numbers(fact: Fact, size: tuple[int, int], rng: random.Random) -> list[float]:
+    """What is drawn of a fact.
+
+    Centre (x, y) and radius in pixels, cosine and sine of the turn, the number of the shape, RGB of
+    the shape and of the background.
+    """
     width, height = size
     shorter = min(size)
-    columns = []
-    for fact in facts:
-        radius = shorter * SIZES[fact.size] / 2 * rng.uniform(0.97, 1.03)
-        half_w, half_h = (radius * e for e in EXTENT[fact.shape])
-        right, down = POSITIONS[fact.position]
-        x = width / 2 + right * (width / 2 - MARGIN * shorter - half_w) + shorter * rng.uniform(-0.015, 0.015)
-        y = height / 2 + down * (height / 2 - MARGIN * shorter - half_h) + shorter * rng.uniform(-0.015, 0.015)
-        turn = math.radians(rng.uniform(-4, 4))
-        shades = [
-            min(255.0, max(0.0, c + rng.uniform(-5, 5)))
-            for name in (fact.colour, fact.background)
-            for c in COLOURS[name]
-        ]
-        columns.append([x, y, radius, math.cos(turn), math.sin(turn), SHAPES.index(fact.shape), *shades])
-    p = torch.tensor(columns, dtype=torch.float32)[:, :, None, None]  # (B, 12, 1, 1)
-    x = torch.arange(width, dtype=torch.float32)[None, None, :] + 0.5 - p[:, 0]
-    y = torch.arange(height, dtype=torch.float32)[None, :, None] + 0.5 - p[:, 1]  # (B, H, 1)
-    x, y = x * p[:, 3] + y * p[:, 4], y * p[:, 3] - x * p[:, 4]
-    distance = torch.stack(_distances(x, y, p[:, 2]))  # (4, B, H, W)
-    distance = distance.gather(0, p[None, :, 5].long().expand(1, *distance.shape[1:]))[0]
-    cover = (0.5 - distance).clamp(0, 1)[:, None]
-    return (p[:, 9:12] + (p[:, 6:9] - p[:, 9:12]) * cover) / 127.5 - 1
+    radius = shorter * SIZES[fact.size] / 2 * rng.uniform(0.97, 1.03)
+    half_width, half_height = (radius * share for share in EXTENT[fact.shape])
+    right, down = POSITIONS[fact.position]
+    free_x = width / 2 - MARGIN * shorter - half_width
+    free_y = height / 2 - MARGIN * shorter - half_height
+    x = width / 2 + right * free_x + shorter * rng.uniform(-0.015, 0.015)
+    y = height / 2 + down * free_y + shorter * rng.uniform(-0.015, 0.015)
+    turn = math.radians(rng.uniform(-4, 4))
+    shades = []
+    for value in (*COLOURS[fact.colour], *COLOURS[fact.background]):
+        shades.append(min(255.0, max(0.0, value + rng.uniform(-5, 5))))
+    return [x, y, radius, math.cos(turn), math.sin(turn), SHAPES.index(fact.shape), *shades]
 
 
 def _distances(x: torch.Tensor, y: torch.Tensor, r: torch.Tensor) -> list[torch.Tensor]:
-    """Signed distances (B, H, W), negative inside, in the order of SHAPES; each bounding box is centred on 0."""
-    import torch
+    """Signed distances (B, H, W), negative inside, in the order of SHAPES.
 
+    Each bounding box is centred on 0.
+    """
     circle = torch.hypot(x, y) - r
     square = torch.maximum(x.abs(), y.abs()) - 0.9 * r
     slope = math.hypot(1.9, 1.08)  # apex (0, -0.95), base corners (+-1.08, 0.95)
@@ -203,10 +244,14 @@ def _distances(x: torch.Tensor, y: torch.Tensor, r: torch.Tensor) -> list[torch.
     up = -(y - 0.11 * r)  # a star reaches 1 up but 0.809 down
     angle = torch.atan2(x, up)  # 0 at the top
     wedge = math.pi / 5
-    folded = (torch.remainder(angle, 2 * wedge) - wedge).abs()  # 0 at an inner corner, wedge at a point
+    folded = (
+        torch.remainder(angle, 2 * wedge) - wedge
+    ).abs()  # 0 at an inner corner, wedge at a point
     radius = torch.hypot(x, up)
-    along, across = radius * torch.cos(folded), radius * torch.sin(folded)
+    along = radius * torch.cos(folded)
+    across = radius * torch.sin(folded)
     inner = STAR_INNER * outer  # the edge runs from (inner, 0) to outer * (cos wedge, sin wedge)
-    edge_x, edge_y = outer * math.cos(wedge) - inner, outer * math.sin(wedge)
+    edge_x = outer * math.cos(wedge) - inner
+    edge_y = outer * math.sin(wedge)
     star = ((along - inner) * edge_y - across * edge_x) / torch.hypot(edge_x, edge_y)
     return [circle, square, triangle, star]

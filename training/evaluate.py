@@ -1,12 +1,11 @@
-"""Draws held-out facts with a published folder and counts what the checker finds: a table, then one JSON line.
+"""Draws held-out facts with a published folder and counts what the checker finds.
 
-Samples in batches on the stock classes, with the pipeline's own schedule, so hundreds of pictures take a minute.
-`--cfg` adds true classifier-free guidance (the distilled guidance's teacher).
+A table, then one JSON line. Samples in batches on the stock classes, with the pipeline's own
+schedule, so hundreds of pictures take a minute. `--cfg` adds true classifier-free guidance (the
+distilled guidance's teacher).
 
-    python -m training.evaluate presets/tiny --count 500 --size 128 --ratio 1:1 --steps 10 --guidance 3.5
+    python -m training.evaluate presets/tiny --count 500 --size 128 --steps 10 --guidance 3.5
 """
-
-from __future__ import annotations
 
 import argparse
 import itertools
@@ -17,44 +16,49 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
 from PIL import Image
+from transformers import CLIPTextModel, T5EncoderModel
 
 from training import check, data
-from training.cache import pack, positions, unpack
-from training.export import Parts
+from training.cache import Size, pack, positions, unpack
+from training.shape import Parts
 from training.text import Encoders
+
+Result = tuple[data.Fact, dict[str, bool]]  # a fact, and which of its words the picture shows
 
 
 def load(folder: Path) -> tuple[Parts, Encoders]:
     """Float32 parts and encoders of a published folder."""
-    from diffusers import AutoencoderKL, FluxTransformer2DModel
-    from transformers import CLIPTextModel, T5EncoderModel
 
-    options = {"torch_dtype": torch.float32}
+    def read(kind: type, name: str) -> torch.nn.Module:
+        return kind.from_pretrained(folder / name, torch_dtype=torch.float32).eval()
+
     parts = Parts(
-        CLIPTextModel.from_pretrained(folder / "text_encoder", **options),
-        T5EncoderModel.from_pretrained(folder / "text_encoder_2", **options),
-        FluxTransformer2DModel.from_pretrained(folder / "transformer", **options),
-        AutoencoderKL.from_pretrained(folder / "vae", **options),
+        text_encoder=read(CLIPTextModel, "text_encoder"),
+        text_encoder_2=read(T5EncoderModel, "text_encoder_2"),
+        transformer=read(FluxTransformer2DModel, "transformer"),
+        vae=read(AutoencoderKL, "vae"),
     )
-    for module in vars(parts).values():
-        module.eval()
     return parts, Encoders(folder, parts)
 
 
 def sigmas(steps: int, mu: float = 1.15) -> list[float]:
-    """Noise levels from 1 to 0, as FlowMatchEulerDiscreteScheduler shifts them (time_shift, exponential)."""
+    """steps + 1 noise levels from 1 to 0.
+
+    As FlowMatchEulerDiscreteScheduler shifts them (time_shift, exponential).
+    """
     line = [1 - k * (1 - 1 / steps) / max(1, steps - 1) for k in range(steps)]
-    return [math.exp(mu) / (math.exp(mu) + (1 / s - 1)) for s in line] + [0.0]
+    return [math.exp(mu) / (math.exp(mu) + (1 / level - 1)) for level in line] + [0.0]
 
 
 @torch.no_grad()
 def draw(
     parts: Parts,
     encoders: Encoders,
-    prompts: list[str],
     *,
-    size: tuple[int, int],
+    prompts: list[str],
+    size: Size,
     steps: int,
     guidance: float,
     cfg: float,
@@ -62,51 +66,60 @@ def draw(
     seed: int,
 ) -> Iterator[Image.Image]:
     """One picture per prompt; picture k starts from the noise of seed + k."""
+    count = len(prompts)
+    width, height = size
     pooled, text = encoders(prompts, tokens)
-    empty = [e.expand(len(prompts), *e.shape[1:]) for e in encoders([""], tokens)]
-    places, count = positions(size), len(prompts)
-    noise = [
-        torch.randn(1, 16, size[1] // 8, size[0] // 8, generator=torch.Generator().manual_seed(seed + k))
-        for k in range(count)
-    ]
+    no_pooled, no_text = (each.expand(count, *each.shape[1:]) for each in encoders([""], tokens))
+    noise = []
+    for k in range(count):
+        generator = torch.Generator().manual_seed(seed + k)
+        noise.append(torch.randn(1, 16, height // 8, width // 8, generator=generator))
     x = pack(torch.cat(noise))
+    always = {
+        "guidance": torch.full((count,), guidance),
+        "img_ids": positions(size),
+        "txt_ids": torch.zeros(tokens, 3),
+        "return_dict": False,
+    }
 
-    def velocity(p: torch.Tensor, t: torch.Tensor, level: float) -> torch.Tensor:
-        return parts.transformer(
-            hidden_states=x,
-            encoder_hidden_states=t,
-            pooled_projections=p,
-            timestep=torch.full((count,), level),
-            guidance=torch.full((count,), guidance),
-            img_ids=places,
-            txt_ids=torch.zeros(tokens, 3),
-            return_dict=False,
+    for level, following in itertools.pairwise(sigmas(steps)):
+        always["timestep"] = torch.full((count,), level)
+        velocity = parts.transformer(
+            hidden_states=x, encoder_hidden_states=text, pooled_projections=pooled, **always
         )[0]
-
-    levels = sigmas(steps)
-    for level, following in itertools.pairwise(levels):
-        v = velocity(pooled, text, level)
         if cfg != 1.0:
-            v = torch.lerp(velocity(empty[0], empty[1], level), v, cfg)
-        x = x + (following - level) * v
+            without = parts.transformer(
+                hidden_states=x,
+                encoder_hidden_states=no_text,
+                pooled_projections=no_pooled,
+                **always,
+            )[0]
+            velocity = torch.lerp(without, velocity, cfg)
+        x = x + (following - level) * velocity
     latents = unpack(x, size) / parts.vae.config.scaling_factor + parts.vae.config.shift_factor
     decoded = parts.vae.decode(latents).sample
-    for picture in ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy():
+    pixels = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte()
+    for picture in pixels.permute(0, 2, 3, 1).numpy():
         yield Image.fromarray(picture)
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927)."""
+    """95 % interval of a share, `right` of `count` (Wilson 1927)."""
     if not count:
         return 0.0, 1.0
-    z, p = 1.96, right / count
-    middle, half = p + z * z / (2 * count), z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    return (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
+    z = 1.96
+    share = right / count
+    middle = share + z * z / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return (middle - half) / scale, (middle + half) / scale
 
 
-def rows(results: list[tuple[data.Fact, dict[str, bool]]]) -> dict[str, tuple[int, int]]:
-    """Right and counted answers per attribute, and of the shape per size and per kind."""
-    table = {a: [seen[a] for _, seen in results] for a in check.ATTRIBUTES}
+def tabulate(results: list[Result]) -> dict[str, tuple[int, int]]:
+    """(right, counted) answers per attribute, and of the shape per size and per kind."""
+    table = {}
+    for attribute in check.ATTRIBUTES:
+        table[attribute] = [seen[attribute] for _, seen in results]
     for size in data.SIZES:
         table[f"shape, {size}"] = [seen["shape"] for fact, seen in results if fact.size == size]
     table["shape, normal and large"] = table["shape, normal"] + table["shape, large"]
@@ -118,10 +131,13 @@ def rows(results: list[tuple[data.Fact, dict[str, bool]]]) -> dict[str, tuple[in
 
 def sheet(pictures: list[Image.Image], path: Path, columns: int = 10) -> None:
     """Writes the pictures as one contact sheet."""
-    w, h = pictures[0].size
-    canvas = Image.new("RGB", (columns * (w + 2), -(-len(pictures) // columns) * (h + 2)), "gray")
+    width = pictures[0].width + 2
+    height = pictures[0].height + 2
+    rows = math.ceil(len(pictures) / columns)
+    canvas = Image.new("RGB", (columns * width, rows * height), "gray")
     for k, picture in enumerate(pictures):
-        canvas.paste(picture, (k % columns * (w + 2), k // columns * (h + 2)))
+        row, column = divmod(k, columns)
+        canvas.paste(picture, (column * width, row * height))
     canvas.save(path)
 
 
@@ -129,18 +145,15 @@ def read_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="score a tiny model on held-out facts")
     parser.add_argument("folder", type=Path)
-    for name, default in (
-        ("count", 500),
-        ("size", 128),
-        ("steps", 10),
-        ("guidance", 3.5),
-        ("cfg", 1.0),
-        ("tokens", 24),
-        ("seed", 0),
-        ("batch", 25),
-        ("skip", 0),
-    ):
-        parser.add_argument(f"--{name}", type=type(default), default=default)
+    parser.add_argument("--count", type=int, default=500, help="of facts")
+    parser.add_argument("--skip", type=int, default=0, help="so many facts first")
+    parser.add_argument("--size", type=int, default=128, help="longest side in pixels")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--guidance", type=float, default=3.5)
+    parser.add_argument("--cfg", type=float, default=1.0)
+    parser.add_argument("--tokens", type=int, default=24, help="of T5")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=25)
     parser.add_argument("--ratio", choices=data.RATIOS, default="1:1")
     parser.add_argument("--sheet", type=Path, help="also write the first 40 pictures as one PNG")
     return parser.parse_args()
@@ -153,13 +166,15 @@ def main() -> None:
     parts, encoders = load(options.folder)
     size = data.picture_size(options.size, options.ratio)
     facts = data.held_out_facts()[options.skip : options.skip + options.count]
-    start, results, pictures = time.time(), [], []
+    start = time.time()
+    results: list[Result] = []
+    pictures: list[Image.Image] = []
     for first in range(0, len(facts), options.batch):
         some = facts[first : first + options.batch]
         drawn = draw(
             parts,
             encoders,
-            [data.prompt(f) for f in some],
+            prompts=[data.prompt(fact) for fact in some],
             size=size,
             steps=options.steps,
             guidance=options.guidance,
@@ -167,31 +182,28 @@ def main() -> None:
             tokens=options.tokens,
             seed=options.seed + options.skip + first,
         )
-        for fact, picture in zip(some, drawn, strict=False):
+        for fact, picture in zip(some, drawn, strict=True):
             results.append((fact, check.check(picture, fact)))
             pictures.append(picture)
     if options.sheet:
         sheet(pictures[:40], options.sheet)
-    table = rows(results)
+    table = tabulate(results)
     for name, (right, count) in table.items():
         low, high = wilson(right, count)
-        print(
-            f"{name:24} {right:4}/{count:<4} {100 * right / max(1, count):5.1f} %   [{100 * low:.1f}, {100 * high:.1f}]"
-        )
-    print(
-        json.dumps(
-            {
-                "size": size,
-                "steps": options.steps,
-                "guidance": options.guidance,
-                "cfg": options.cfg,
-                "tokens": options.tokens,
-                "pictures": len(results),
-                "seconds": round(time.time() - start, 1),
-                "right": table,
-            }
-        )
-    )
+        percent = 100 * right / max(1, count)
+        interval = f"[{100 * low:.1f}, {100 * high:.1f}]"
+        print(f"{name:24} {right:4}/{count:<4} {percent:5.1f} %   {interval}")
+    summary = {
+        "size": size,
+        "steps": options.steps,
+        "guidance": options.guidance,
+        "cfg": options.cfg,
+        "tokens": options.tokens,
+        "pictures": len(results),
+        "seconds": round(time.time() - start, 1),
+        "right": table,
+    }
+    print(json.dumps(summary))
 
 
 if __name__ == "__main__":

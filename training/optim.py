@@ -1,10 +1,8 @@
-"""Optimizer pieces: Muon with AdamW beside it, an exponential average of weights, a schedule by wall clock.
+"""Pieces of an optimizer: Muon, an exponential average of weights, a schedule by wall clock.
 
-The schedule is a function of the fraction of the time that is spent, so a run ends annealed whatever else the machine
-does. Knows nothing about the models.
+The schedule is a function of the fraction of the time that is spent, so a run ends annealed
+whatever else the machine does. Knows nothing about the models.
 """
-
-from __future__ import annotations
 
 from collections import defaultdict
 
@@ -12,15 +10,17 @@ import torch
 
 
 def orthogonalize(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Nearest semi-orthogonal matrices of a batch (N, rows, columns), by Newton-Schulz (Jordan et al. 2024, Muon).
+    """Nearest semi-orthogonal matrices of a batch (N, rows, columns).
 
-    The iteration runs on the small Gram matrices alone: x -> p(x x') x commutes, so the factors can be gathered first.
+    By the Newton-Schulz iteration of Muon (Jordan et al. 2024). It runs on the small Gram matrices
+    alone: x -> p(x x') x commutes, so the factors can be gathered first.
     """
     tall = g.shape[-2] > g.shape[-1]
     x = g.mT if tall else g
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     gram = x @ x.mT
-    gathered, eye = None, torch.eye(gram.shape[-1])
+    eye = torch.eye(gram.shape[-1])
+    gathered = None
     for k in range(steps):
         factor = 3.4445 * eye - 4.7750 * gram + 2.0315 * gram @ gram
         gathered = factor if gathered is None else factor @ gathered
@@ -31,30 +31,37 @@ def orthogonalize(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class Muon:
-    """Nesterov momentum, then an orthogonal step; matrices of one shape are stepped together.
-
-    `parts` cuts a fused weight (q, k and v in one, say) into that many row blocks, each orthogonalized alone.
-    """
+    """Nesterov momentum, then an orthogonal step; matrices of one shape are stepped together."""
 
     def __init__(
-        self, parameters: list[torch.nn.Parameter], lr: float, *, momentum: float = 0.95, decay: float = 0.0
+        self,
+        parameters: list[torch.nn.Parameter],
+        lr: float,
+        *,
+        momentum: float = 0.95,
+        decay: float = 0.0,
     ) -> None:
-        self.lr, self.momentum, self.decay = lr, momentum, decay
+        self.lr = lr
+        self.momentum = momentum
+        self.decay = decay
         self.groups: dict[tuple[int, int], list[torch.nn.Parameter]] = defaultdict(list)
-        for p in parameters:
-            self.groups[(p.shape[0], p[0].numel())].append(p)
-        self.buffers = {shape: torch.zeros(len(ps), *shape) for shape, ps in self.groups.items()}
+        for parameter in parameters:
+            self.groups[parameter.shape[0], parameter[0].numel()].append(parameter)
+        self.buffers: dict[tuple[int, int], torch.Tensor] = {}
+        for shape, group in self.groups.items():
+            self.buffers[shape] = torch.zeros(len(group), *shape)
 
     @torch.no_grad()
     def step(self, scale: float) -> None:
         """One step at `scale` times the learning rate."""
-        for shape, ps in self.groups.items():
-            g = torch.stack([p.grad.reshape(shape) for p in ps])
-            buffer = self.buffers[shape].lerp_(g, 1 - self.momentum)
-            update = orthogonalize(g.lerp(buffer, self.momentum))
+        for shape, group in self.groups.items():
+            gradients = torch.stack([parameter.grad.reshape(shape) for parameter in group])
+            buffer = self.buffers[shape].lerp_(gradients, 1 - self.momentum)
+            updates = orthogonalize(gradients.lerp(buffer, self.momentum))
             lr = self.lr * scale * max(1.0, shape[0] / shape[1]) ** 0.5
-            for p, u in zip(ps, update, strict=False):
-                p.mul_(1 - lr * self.decay).add_(u.reshape(p.shape), alpha=-lr)
+            for parameter, update in zip(group, updates, strict=True):
+                parameter.mul_(1 - lr * self.decay)
+                parameter.add_(update.reshape(parameter.shape), alpha=-lr)
 
     def state(self) -> dict:
         """The momentum, for a checkpoint."""
@@ -80,14 +87,16 @@ class Ema:
     @torch.no_grad()
     def swap(self) -> None:
         """Exchanges average and live values: once to evaluate or save, once more to train on."""
-        for p, a in zip(self.live, self.average, strict=False):
-            keep = p.detach().clone()
-            p.copy_(a)
-            a.copy_(keep)
+        for live, average in zip(self.live, self.average, strict=True):
+            kept = live.detach().clone()
+            live.copy_(average)
+            average.copy_(kept)
 
 
 def schedule(spent: float, *, warm: float = 0.01, flat: float = 0.35, last: float = 0.02) -> float:
-    """Learning-rate factor at a fraction of the time: a short ramp, flat, then linear down to `last`."""
+    """Learning-rate factor at a fraction of the time: a short ramp, flat, then linear down to
+    `last`.
+    """
     if spent < warm:
         return max(0.02, spent / warm)
     if spent < flat:

@@ -1,11 +1,10 @@
-"""Several single-threaded processes that train one model: weights, gradients and averages lie in shared memory.
+"""Several single-threaded processes that train one model.
 
-Each optimizer step is made of a fixed number of micro-batches that the processes draw from a common counter, so one
-that must share its core just does fewer of them: threads inside one process would wait for the slowest at every
-product. Each process then steps its own part of the weights. Knows nothing about what is trained.
+Weights, gradients and averages lie in shared memory. Each optimizer step is made of a fixed number
+of micro-batches that the processes draw from a common counter, so one that must share its core just
+does fewer of them: threads inside one process would wait for the slowest at every product. Each
+process then steps its own part of the weights. Knows nothing about what is trained.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,8 +34,15 @@ class Team:
 def make_team(size: int, start: torch.Tensor) -> Team:
     """A team of `size` processes for the flat weights `start`."""
     context = mp.get_context("spawn")
-    tensors = [start.clone(), start.clone(), torch.zeros(size, len(start)), torch.zeros(1, dtype=torch.float64)]
-    return Team(size, *(t.share_memory_() for t in tensors), context.Value("i", 0), context.Barrier(size))
+    return Team(
+        size=size,
+        weights=start.clone().share_memory_(),
+        average=start.clone().share_memory_(),
+        grads=torch.zeros(size, len(start)).share_memory_(),
+        part=torch.zeros(1, dtype=torch.float64).share_memory_(),
+        counter=context.Value("i", 0),
+        barrier=context.Barrier(size),
+    )
 
 
 def flat(module: torch.nn.Module) -> torch.Tensor:
@@ -45,44 +51,65 @@ def flat(module: torch.nn.Module) -> torch.Tensor:
 
 
 def launch(target: Callable, team: Team, *arguments: object) -> None:
-    """Runs target(rank, team, *arguments) in every process and waits; raises if one fails."""
-    context = mp.spawn(target, (team, *arguments), nprocs=team.size, join=False, start_method="spawn")
+    """Run target(rank, team, *arguments) in every process and wait; raises if one fails."""
+    context = mp.spawn(
+        target, (team, *arguments), nprocs=team.size, join=False, start_method="spawn"
+    )
     while not context.join():
         pass
 
 
 class Member:
-    """One process's view: the module's parameters live in the team's memory; its share of them is stepped here."""
+    """One process's view of the team.
+
+    The parameters of its module are views of the team's weights, their gradients views of its row
+    of the team's gradients. Its own share of the parameters is stepped here: hidden matrices by
+    Muon, the rest by AdamW.
+    """
 
     def __init__(
         self,
         rank: int,
         team: Team,
+        *,
         module: torch.nn.Module,
         is_hidden: Callable[[str, torch.Tensor], bool],
         muon_lr: float,
         adam_lr: float,
     ) -> None:
-        self.rank, self.team, self.adam_lr = rank, team, adam_lr
+        self.rank = rank
+        self.team = team
+        self.adam_lr = adam_lr
         self.total = torch.zeros_like(team.weights)
-        hidden, rest, self.own, offset = [], [], [], 0
-        loads: dict[object, list[int]] = {}
-        for name, p in module.named_parameters():
-            part = slice(offset, offset + p.numel())
-            offset += p.numel()
-            p.data = team.weights[part].view(p.shape)
-            p.grad = team.grads[rank, part].view(p.shape)
-            kind = tuple(p.shape) if is_hidden(name, p) else "rest"  # deal each kind out evenly
+        self.own: list[slice] = []
+        hidden: list[torch.nn.Parameter] = []
+        rest: list[torch.nn.Parameter] = []
+        loads: dict[object, list[int]] = {}  # by kind: numbers that each process owns already
+        offset = 0
+        for name, parameter in module.named_parameters():
+            part = slice(offset, offset + parameter.numel())
+            offset = part.stop
+            parameter.data = team.weights[part].view(parameter.shape)
+            parameter.grad = team.grads[rank, part].view(parameter.shape)
+            by_muon = is_hidden(name, parameter)
+            # each kind is dealt out evenly, since Muon steps matrices of one shape together
+            kind = tuple(parameter.shape) if by_muon else "rest"
             load = loads.setdefault(kind, [0] * team.size)
             owner = load.index(min(load))
-            load[owner] += p.numel()
-            if owner == rank:
-                master = torch.nn.Parameter(team.weights[part].view(p.shape))
-                master.grad = self.total[part].view(p.shape)
-                (rest if kind == "rest" else hidden).append(master)
-                self.own.append(part)
+            load[owner] += parameter.numel()
+            if owner != rank:
+                continue
+            master = torch.nn.Parameter(team.weights[part].view(parameter.shape))
+            master.grad = self.total[part].view(parameter.shape)
+            if by_muon:
+                hidden.append(master)
+            else:
+                rest.append(master)
+            self.own.append(part)
         self.muon = Muon(hidden, muon_lr)
-        self.adam = torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+        self.adam = torch.optim.AdamW(
+            rest, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+        )
 
     def wait(self) -> None:
         """Meets the others."""
@@ -97,8 +124,12 @@ class Member:
             return True
 
     @torch.no_grad()
-    def step(self, micro_batches: int, factor: float, ema: float, part: float) -> None:
-        """Sums the gradients, clips them to norm 1, steps this process's share and its average."""
+    def step(self, micro_batches: int, *, factor: float, ema: float, part: float) -> None:
+        """Sum the gradients, clip them to norm 1, step this process's share and its average.
+
+        `factor` scales the learning rates, `ema` is the share of the average that stays, `part` the
+        fraction of the time that is spent.
+        """
         self.wait()
         torch.sum(self.team.grads, 0, out=self.total)
         self.total.mul_(1 / micro_batches)

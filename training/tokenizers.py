@@ -1,26 +1,35 @@
-"""Builds the two tokenizers: a byte-level BPE as CLIP's, a unigram as T5's, both over the words of `data`.
+"""Builds the two tokenizers: a byte-level BPE as CLIP's, a unigram as T5's, over the words of
+`data`.
 
-The BPE has all 256 bytes and their end-of-word forms, so no character is ever unknown (an unknown one would become
-the end token and cut the pooled prompt). The unigram is case-sensitive: it knows each word in lower case and
-capitalized. Knows nothing about models.
+The BPE has all 256 bytes and their end-of-word forms, so no character is ever unknown (an unknown
+one would become the end token and cut the pooled prompt). The unigram is case-sensitive: it knows
+each word in lower case and capitalized. Knows nothing about models.
 """
-
-from __future__ import annotations
 
 import json
 import random
 import sys
 from pathlib import Path
 
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
 from training import data
 
 CLIP_LENGTH = 77
 T5_LENGTH = 512
 EXTRA_WORDS = (
-    "the one two big little tiny huge colored coloured solid plain simple flat shape figure image picture "
-    "photo of drawing painting color colour side upper lower corner edge centered background disc ball "
-    "box round pointed five to style bright dark light and or not no is are that this it its with in by "
-    "for from as at a an"
+    "the one two big little tiny huge colored coloured solid plain simple flat shape figure image "
+    "picture photo of drawing painting color colour side upper lower corner edge centered "
+    "background disc ball box round pointed five to style bright dark light and or not no is are "
+    "that this it its with in by for from as at a an"
 )
 
 
@@ -38,8 +47,6 @@ def _words() -> list[str]:
 
 def write_clip(folder: Path) -> None:
     """vocab.json, merges.txt and the two configs, as the published tokenizer/ has them."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -50,23 +57,28 @@ def write_clip(folder: Path) -> None:
         ]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(
-        corpus(),
-        trainers.BpeTrainer(
-            vocab_size=1000, min_frequency=20, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        min_frequency=20,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
-    merges = [
-        pair if isinstance(pair, list) else pair.split(" ")
-        for pair in json.loads(tokenizer.to_str())["model"]["merges"]
-    ]
-    names = alphabet + [c + "</w>" for c in alphabet]
-    names += [m for m in dict.fromkeys("".join(pair) for pair in merges) if m not in set(names)]
-    names += ["<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.train_from_iterator(corpus(), trainer)
+    merges = []
+    for pair in json.loads(tokenizer.to_str())["model"]["merges"]:
+        merges.append(
+            pair if isinstance(pair, list) else pair.split(" ")
+        )  # by the library's version
+    names = dict.fromkeys(alphabet)  # a dict for its order
+    names |= dict.fromkeys(character + "</w>" for character in alphabet)
+    names |= dict.fromkeys("".join(pair) for pair in merges)
+    names |= dict.fromkeys(["<|startoftext|>", "<|endoftext|>"])
     vocabulary = {name: i for i, name in enumerate(names)}
+    lines = ["#version: 0.2", *(f"{first} {second}" for first, second in merges)]
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     special = {
         "bos_token": "<|startoftext|>",
         "eos_token": "<|endoftext|>",
@@ -90,16 +102,7 @@ def write_clip(folder: Path) -> None:
 
 def write_t5(folder: Path) -> None:
     """tokenizer.json and the two configs, as the published tokenizer_2/ has them."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-
-    characters = [chr(c) for c in range(33, 127)]
-    words = _words()
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    pieces += [("▁" + form, -6.0) for w in words for form in dict.fromkeys((w, w.capitalize())) if len(w) > 1]
-    pieces += [(form, -8.0) for w in words for form in (w, w.capitalize()) if len(w) > 1]
-    pieces += [("▁", -8.0)] + [("▁" + c, -11.0) for c in characters] + [(c, -12.0) for c in characters]
-    pieces = list(dict(reversed(pieces)).items())[::-1]
-    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
+    tokenizer = Tokenizer(models.Unigram(_pieces(), unk_id=2, byte_fallback=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -120,6 +123,29 @@ def write_t5(folder: Path) -> None:
             "tokenizer_class": "T5Tokenizer",
         },
     )
+
+
+def _pieces() -> list[tuple[str, float]]:
+    """(piece, log-likelihood) of the unigram; "▁" stands for the space in front of a word.
+
+    Whole words at a word's beginning are the likeliest, single characters the last resort.
+    """
+    characters = [chr(code) for code in range(33, 127)]
+    forms = []
+    for word in _words():
+        if len(word) > 1:
+            forms += [word, word.capitalize()]
+    scores = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0}
+    for form in forms:
+        scores.setdefault("▁" + form, -6.0)
+    for form in forms:
+        scores.setdefault(form, -8.0)
+    scores.setdefault("▁", -8.0)
+    for character in characters:
+        scores.setdefault("▁" + character, -11.0)
+    for character in characters:
+        scores.setdefault(character, -12.0)
+    return list(scores.items())
 
 
 def _write(path: Path, value: dict) -> None:
