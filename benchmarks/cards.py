@@ -34,7 +34,7 @@ from fluxcli.engine import device as hardware
 from fluxcli.engine.engine import Engine
 from fluxcli.engine.picture import Picture
 from fluxcli.events import Phase, Step
-from fluxcli.models import find as models
+from fluxcli.models.shapes import read_known_shapes
 from fluxcli.plan import costs
 from fluxcli.plan import placement as residency
 from fluxcli.plan.machine import CONTEXT_BYTES, Hardware
@@ -78,7 +78,7 @@ def random_model() -> Iterator[Checkpoint]:
         mock.patch.object(text, "tokenize", lambda *_: tokens),
         mock.patch.object(Checkpoint, "fingerprint", "random"),
     ):
-        yield models.known_shapes(DEV)
+        yield read_known_shapes(DEV)
 
 
 def run(engine: Engine, request: Order, counter: Counter | None) -> tuple[dict, list[float]]:
@@ -144,7 +144,7 @@ def diffusers_rows(machine: object, request: Order, *, shrunk: bool) -> Iterator
     """diffusers' own pipeline from prepared embeddings: seconds a step, and the allocator's peak."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-    checkpoint = inspect(TINY) if shrunk else models.known_shapes(DEV)
+    checkpoint = inspect(TINY) if shrunk else read_known_shapes(DEV)
     configs = {name: dict(part.config) for name, part in checkpoint.components.items()}
     dtype = torch.float32 if shrunk else torch.bfloat16
     width = configs["transformer"].get("joint_attention_dim", 4096)

@@ -44,3 +44,37 @@ def config_folder() -> Path:
     import typer
 
     return Path(typer.get_app_dir("flux"))
+
+
+def baked_folder(environment: Mapping[str, str] = os.environ) -> Path:
+    """Return the folder into which quantized models go unless told; it may not exist."""
+    return user_folder("data", environment) / "flux" / "models"
+
+
+def lora_folder(environment: Mapping[str, str] = os.environ) -> Path:
+    """Return the folder of LoRA files whose names are enough for --lora; it may not exist."""
+    return user_folder("data", environment) / "flux" / "loras"
+
+
+def hub_cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
+    """Return the hub's cache folder, by the rules of huggingface_hub; it may not exist.
+
+    Where there is no home folder, ~ stays in the path as it is.
+    """
+    given = environment.get("HF_HUB_CACHE") or environment.get("HUGGINGFACE_HUB_CACHE")
+    if not given:
+        home = environment.get("HF_HOME")
+        if not home:
+            cache = environment.get("XDG_CACHE_HOME") or "~/.cache"
+            home = os.path.join(cache, "huggingface")
+        given = os.path.join(home, "hub")
+    return Path(os.path.expanduser(os.path.expandvars(given)))
+
+
+def mirror_folder(environment: Mapping[str, str] = os.environ) -> Path | None:
+    """Return the folder of ORG/NAME folders that FLUX_MIRROR names, None if it names none.
+
+    It may be a share for machines without a network.
+    """
+    named = environment.get("FLUX_MIRROR")
+    return Path(named).expanduser().absolute() if named else None

@@ -39,9 +39,9 @@ def build_order(prompt: str, values: Mapping[str, Any], given: Mapping[str, Any]
     resolved = dict(values)
     if format_of_name:
         resolved["format"] = format_of_name
-    resolved["model"] = find.absolute(values["model"])
+    resolved["model"] = find.make_absolute(values["model"])
     if values["vae"]:
-        resolved["vae"] = find.absolute(values["vae"])
-    resolved["text_encoders"] = tuple(find.absolute(each) for each in values["text_encoders"])
-    resolved["lora"] = loras.with_absolute_paths(values["lora"])
+        resolved["vae"] = find.make_absolute(values["vae"])
+    resolved["text_encoders"] = tuple(find.make_absolute(each) for each in values["text_encoders"])
+    resolved["lora"] = loras.make_absolute(values["lora"])
     return Order.from_settings(prompt, resolved)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from fluxcli import paths
 from fluxcli.errors import ExitCode
-from fluxcli.models import find as models
 from fluxcli.pictures.image import read_metadata
 from quant.spec import BAKEABLE, SCHEMES
 from tests.support.helpers import read_pixels
@@ -45,8 +45,8 @@ def test_a_precision_is_the_same_picture_packed_while_loading_baked_or_found(to,
     folder = baked(to, text_encoder=SCHEMES[to].text_encoder)
     packed = call(capsys, *TINY, "--precision", to, "-o", "packed.png", "--json")
     assert packed.returncode == 0 and f"flux quantize ... --to {to} saves that" in packed.stderr
-    models.baked_folder().mkdir(parents=True)
-    (models.baked_folder() / "found").symlink_to(folder)
+    paths.baked_folder().mkdir(parents=True)
+    (paths.baked_folder() / "found").symlink_to(folder)
     found = call(capsys, *TINY, "--precision", to, "-o", "found.png", "--json")
     given = call(capsys, *TINY, "-m", str(folder), "-o", "given.png", "--json")
     for result in (packed, found, given):

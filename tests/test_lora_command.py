@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fluxcli import paths
 from fluxcli.errors import ExitCode, UsageError, WeightsUnavailable
 from fluxcli.models import find as models
 from fluxcli.models import loras as lora
@@ -37,7 +38,7 @@ def style(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def in_cache(repo: str, *files: str) -> Path:
     """An empty file of each name in a snapshot of the hub's cache."""
-    snapshot = models.repository(repo) / "snapshots" / "abc"
+    snapshot = models.get_repository(repo) / "snapshots" / "abc"
     for file in files:
         (snapshot / file).parent.mkdir(parents=True, exist_ok=True)
         (snapshot / file).touch()
@@ -48,7 +49,7 @@ def in_cache(repo: str, *files: str) -> Path:
 
 
 def test_a_path_a_name_and_a_repository_are_found(style, tmp_path):
-    own = lora.folder()
+    own = paths.lora_folder()
     (own / "anime").mkdir(parents=True)
     (own / "anime" / "style.safetensors").write_bytes(style.read_bytes())
     snapshot = in_cache("org/one", "a.safetensors", "README.md")
@@ -126,8 +127,8 @@ def test_faults_have_their_exit_codes_before_torch_is_imported(flux, style, tmp_
 
 def test_list_and_info_say_what_is_there(flux, style, tmp_path):
     assert "none" in flux("lora", "list").stderr
-    lora.folder().mkdir(parents=True)
-    (lora.folder() / "mine.safetensors").write_bytes(style.read_bytes())
+    paths.lora_folder().mkdir(parents=True)
+    (paths.lora_folder() / "mine.safetensors").write_bytes(style.read_bytes())
     snapshot = in_cache("org/many", "other.safetensors", "not-a-lora.safetensors")
     (snapshot / "other.safetensors").write_bytes(style.read_bytes())
     save_file({"x.weight": torch.ones(2)}, snapshot / "not-a-lora.safetensors")
@@ -135,7 +136,7 @@ def test_list_and_info_say_what_is_there(flux, style, tmp_path):
     assert [row["name"] for row in rows] == ["mine", "org/many:other.safetensors"]
     assert all(lora.locate(row["name"]) == Path(row["path"]) for row in rows)
     assert "diffusers/peft, rank [4]" in flux("lora", "list").stdout
-    info, inspected = flux("lora", "info", "mine"), flux("inspect", str(lora.folder() / "mine.safetensors"))
+    info, inspected = flux("lora", "info", "mine"), flux("inspect", str(paths.lora_folder() / "mine.safetensors"))
     assert info.returncode == inspected.returncode == 0 and info.stdout == inspected.stdout
     found = json.loads(info.stdout)
     assert (found["kind"], found["format"], found["rank"], found["alpha"]) == ("a LoRA", "diffusers/peft", [4], [4.0])
@@ -145,8 +146,8 @@ def test_list_and_info_say_what_is_there(flux, style, tmp_path):
 
 
 def test_the_list_shows_no_escapes_of_a_file(capsys):
-    lora.folder().mkdir(parents=True)
-    save_file({"lora_unet_x\x1b]0;owned\x07.lokr_w1": torch.ones(2, 2)}, lora.folder() / "evil\x1b[2J.safetensors")
+    paths.lora_folder().mkdir(parents=True)
+    save_file({"lora_unet_x\x1b]0;owned\x07.lokr_w1": torch.ones(2, 2)}, paths.lora_folder() / "evil\x1b[2J.safetensors")
     shown = call(capsys, "lora", "list")
     assert shown.returncode == 0 and "evil\\x1b[2J" in shown.stdout and not set("\x1b\x07") & set(shown.stdout)
 
@@ -181,7 +182,7 @@ def test_merged_is_what_the_adapter_does_at_run_time(file, style, checkpoint, ti
     for weights in wide.rglob("*.safetensors"):
         save_file({name: tensor.float() for name, tensor in load_file(weights).items()}, weights)
     source = inspect(wide)
-    adapters = lora.adapters_of([LoraRef(str(path), 0.6)], source.components)
+    adapters = lora.resolve_loras([LoraRef(str(path), 0.6)], source.components)
     recipe = make_recipe(source, QuantSpec("nf4", keep=("*",), scales="absmax"), adapters=adapters)
     assert list(bake(recipe, tmp_path / "merged", origin={}))
     engine = engine_of(source)
@@ -200,9 +201,9 @@ def test_quantize_merges_and_makes_no_variant_of_the_plain_model(flux, style):
     manifest = json.loads((folder / MANIFEST).read_text())
     (entry,) = manifest["lora"]
     assert entry["scale"] == 0.5 and entry["path"] == str(style) and len(entry["sha256"]) == 64
-    assert models.baked("bundled/tiny") == {}
+    assert models.list_baked("bundled/tiny") == {}
     packed, plain = inspect(folder), flux("quantize", "tiny", "--to", "fp8")
-    assert set(models.baked("bundled/tiny")) == {"fp8"} and plain.returncode == 0
+    assert set(models.list_baked("bundled/tiny")) == {"fp8"} and plain.returncode == 0
     one, other = (
         draw(engine_of(inspect(Path(each))), tiny(precision="fp8"))[1].astype(int)
         for each in (packed.folder, plain.stdout.strip())

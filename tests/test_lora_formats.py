@@ -14,8 +14,8 @@ from hypothesis.strategies import data, lists, sampled_from, tuples
 from safetensors.torch import save_file
 
 from fluxcli.events import Notice
-from fluxcli.models import find as models
 from fluxcli.models.loras import describe
+from fluxcli.models.shapes import read_known_shapes
 from quant import lora
 from quant.checkpoint import Checkpoint, inspect
 from quant.codecs import Reader
@@ -33,7 +33,7 @@ FORMATS = {
 
 @pytest.fixture(scope="module")
 def dev() -> Checkpoint:
-    return models.known_shapes("black-forest-labs/FLUX.1-dev")
+    return read_known_shapes("black-forest-labs/FLUX.1-dev")
 
 
 def as_published(name: str, *, rank: int = 2, img_in: int = 64) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ WHOLE = (
 
 
 def in_cache(model: str, *commits: str, main: str | None = None, whole: bool = True) -> Path:
-    root = models.hub_cache() / f"models--{model.replace('/', '--')}"
+    root = paths.hub_cache_folder() / f"models--{model.replace('/', '--')}"
     for k, commit in enumerate(commits):
         snapshot = root / "snapshots" / commit
         for name in WHOLE if whole else WHOLE[:-1]:
@@ -100,7 +100,7 @@ def test_a_file_of_another_kind_is_no_model(tmp_path):
     [({"HF_HUB_CACHE": "/c"}, "/c"), ({"HF_HOME": "/h"}, "/h/hub"), ({"XDG_CACHE_HOME": "/x"}, "/x/huggingface/hub")],
 )
 def test_the_cache_is_where_the_hubs_own_library_has_it(environment, folder):
-    assert models.hub_cache(environment) == Path(folder)
+    assert paths.hub_cache_folder(environment) == Path(folder)
 
 
 def test_a_cache_that_does_not_exist_yet_has_the_disk_of_its_parent(tmp_path):
@@ -122,7 +122,7 @@ def test_an_interrupted_download_says_so_and_how_to_go_on(tiny_folder):
 def test_the_cache_is_where_huggingface_hub_has_it(variable, tmp_path, monkeypatch):
     monkeypatch.setenv("SOMEWHERE", str(tmp_path / "elsewhere"))
     monkeypatch.setenv(variable, "$SOMEWHERE/hub")
-    assert models.hub_cache() == tmp_path / "elsewhere" / "hub"
+    assert paths.hub_cache_folder() == tmp_path / "elsewhere" / "hub"
 
 
 @pytest.mark.parametrize("model", ["bundled/..", "bundled/../..", "x" * 5000, "a\0b"])
@@ -139,7 +139,7 @@ def test_no_share_of_another_machine_is_opened(model):
 
 def bake(model: str, to: str, name: str = "", *, at: int = 0, manifest: str | None = None) -> Path:
     """A folder in the user's models with nothing but a manifest."""
-    folder = models.baked_folder() / (name or f"x-{to}")
+    folder = paths.baked_folder() / (name or f"x-{to}")
     folder.mkdir(parents=True)
     path = folder / "flux-manifest.json"
     path.write_text(json.dumps({"model": model, "recipe": {"to": to}}) if manifest is None else manifest)
@@ -148,10 +148,10 @@ def bake(model: str, to: str, name: str = "", *, at: int = 0, manifest: str | No
 
 
 def test_folders_are_what_was_baked_from_a_model_then_the_model_itself(tiny_folder):
-    assert models.folders("bundled/tiny") == [tiny_folder]
+    assert models.list_folders("bundled/tiny") == [tiny_folder]
     made = {bake("bundled/tiny", to) for to in ("nf4", "int8", "fp8")}
     bake("bundled/other", "nf4", "other")
-    *baked, last = models.folders("bundled/tiny")
+    *baked, last = models.list_folders("bundled/tiny")
     assert (set(baked), len(baked), last) == (made, 3, tiny_folder)
 
 
@@ -159,14 +159,14 @@ def test_of_several_of_a_precision_the_first_by_name_counts_whenever_it_was_made
     bake("bundled/tiny", "nf4", "x-nf4-small", at=3)
     plain = bake("bundled/tiny", "nf4", "x-nf4", at=2)
     bake("bundled/tiny", "nf4", "y", at=4)
-    assert models.baked("bundled/tiny") == {"nf4": plain}
+    assert models.list_baked("bundled/tiny") == {"nf4": plain}
 
 
 def test_where_only_a_baked_variant_is_here_it_is_all_there_is():
     with pytest.raises(WeightsUnavailable):
-        models.folders(DEV)
+        models.list_folders(DEV)
     folder = bake(DEV, "nf4")
-    assert models.folders(DEV) == [folder]
+    assert models.list_folders(DEV) == [folder]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_where_only_a_baked_variant_is_here_it_is_all_there_is():
 )  # fmt: skip
 def test_a_manifest_that_is_damaged_is_no_variant(manifest, tiny_folder):
     bake("", "", "x", manifest="").joinpath("flux-manifest.json").write_text(manifest, errors="surrogateescape")
-    assert models.folders("bundled/tiny") == [tiny_folder]
+    assert models.list_folders("bundled/tiny") == [tiny_folder]
 
 
 def test_a_bake_that_goes_on_or_was_killed_is_no_variant(tiny_folder):
@@ -185,7 +185,7 @@ def test_a_bake_that_goes_on_or_was_killed_is_no_variant(tiny_folder):
     folder = bake("bundled/tiny", "int8")
     (folder / "flux-manifest.json").unlink()
     (folder / "flux-manifest.json").symlink_to("gone")
-    assert models.baked("bundled/tiny") == {} and models.folders("bundled/tiny") == [tiny_folder]
+    assert models.list_baked("bundled/tiny") == {} and models.list_folders("bundled/tiny") == [tiny_folder]
 
 
 @pytest.mark.parametrize(
@@ -193,10 +193,10 @@ def test_a_bake_that_goes_on_or_was_killed_is_no_variant(tiny_folder):
 )
 def test_baked_models_are_in_the_users_data_folder(environment, folder, monkeypatch):
     monkeypatch.setattr(paths.sys, "platform", "linux")
-    assert models.baked_folder(environment) == Path(folder).expanduser()
+    assert paths.baked_folder(environment) == Path(folder).expanduser()
     monkeypatch.setattr(paths.sys, "platform", "darwin")
     if not environment:
-        assert models.baked_folder({}) == Path("~/Library/Application Support/flux/models").expanduser()
+        assert paths.baked_folder({}) == Path("~/Library/Application Support/flux/models").expanduser()
 
 
 def test_a_block_number_of_5000_digits_is_a_name_like_another():

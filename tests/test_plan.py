@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.counting import packed
+from fluxcli import paths
 from fluxcli.cli import console
 from fluxcli.engine.cards import describe_card
 from fluxcli.errors import DoesNotFit, ExitCode, UsageError
 from fluxcli.models import find as models
+from fluxcli.models.shapes import read_known_shapes
 from fluxcli.plan import costs
 from fluxcli.plan import placement as residency
 from fluxcli.plan import planner as plan
@@ -38,7 +40,7 @@ def checkpoint(tiny_folder: Path) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def dev() -> Checkpoint:
-    return models.known_shapes(DEV)
+    return read_known_shapes(DEV)
 
 
 @pytest.fixture(scope="module")
@@ -361,10 +363,10 @@ def test_a_precision_that_the_weights_do_not_have_is_refused(asked, there, baked
 
 
 def test_what_was_baked_is_found_and_taken_before_packing(baked, monkeypatch):
-    models.baked_folder().mkdir(parents=True)
+    paths.baked_folder().mkdir(parents=True)
     for to in BAKEABLE:
-        (models.baked_folder() / f"tiny-{to}").symlink_to(baked(to, **BAKED[to]))
-    found = models.checkpoints_of(tiny(), Path(), console.say)
+        (paths.baked_folder() / f"tiny-{to}").symlink_to(baked(to, **BAKED[to]))
+    found = models.list_checkpoints(tiny(), Path(), console.say)
     assert sorted(each.components["transformer"].precision for each in found) == ["", "fp8", "int8", "nf4"]
     here = machine(24, "cpu", bf16=False)
     for precision in BAKEABLE:
@@ -374,10 +376,10 @@ def test_what_was_baked_is_found_and_taken_before_packing(baked, monkeypatch):
 
 
 def test_a_damaged_variant_is_left_out_and_named(tiny_folder, capsys):
-    broken = models.baked_folder() / "tiny-nf4"
+    broken = paths.baked_folder() / "tiny-nf4"
     (broken / "transformer").mkdir(parents=True)
     (broken / "flux-manifest.json").write_text(json.dumps({"model": "bundled/tiny", "recipe": {"to": "nf4"}}))
-    assert len(models.checkpoints_of(tiny(), Path(), console.say)) == 1
+    assert len(models.list_checkpoints(tiny(), Path(), console.say)) == 1
     assert "left out" in capsys.readouterr().err
 
 
@@ -386,15 +388,15 @@ def test_known_shapes_are_those_of_the_model_classes(dev):
     from fluxcli.engine.loader import check_keys
     from tests.support.helpers import expected_shapes
 
-    schnell = models.known_shapes("black-forest-labs/FLUX.1-schnell")
-    for checkpoint in (dev, schnell, models.known_shapes("black-forest-labs/FLUX.1-Krea-dev")):
+    schnell = read_known_shapes("black-forest-labs/FLUX.1-schnell")
+    for checkpoint in (dev, schnell, read_known_shapes("black-forest-labs/FLUX.1-Krea-dev")):
         for part in checkpoint.components.values():
             check_keys(part, *expected_shapes(part))
     assert sum(part.numel for part in dev.components.values()) == 16_870_599_139
-    assert not schnell.takes_guidance and models.known_shapes("somebody/else") is None
+    assert not schnell.takes_guidance and read_known_shapes("somebody/else") is None
 
 
 if __name__ == "__main__":
-    shapes = models.known_shapes(DEV)
+    shapes = read_known_shapes(DEV)
     specs = [QuantSpec("nf4", "nf4"), QuantSpec("fp8"), QuantSpec("int8")]
     GOLDEN.write_text(golden([*(packed(shapes, spec) for spec in specs), shapes]))

@@ -11,11 +11,11 @@ import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fluxcli import paths
 from fluxcli.cli.app import app
 from fluxcli.cli.replay import _replayed
 from fluxcli.engine import device as hardware
 from fluxcli.errors import ExitCode
-from fluxcli.models import find as models
 from fluxcli.pictures.image import read_metadata
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB, PHASES
@@ -189,8 +189,8 @@ def test_it_takes_every_option_of_generate():
 @pytest.mark.parametrize("precision", ["auto", "bf16", "fp32", *BAKEABLE])
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 def test_generate_would_do_what_the_plan_says(precision, device, put, capsys, baked):
-    models.baked_folder().mkdir(parents=True)
-    (models.baked_folder() / "tiny-nf4").symlink_to(baked("nf4", **BAKED["nf4"]))
+    paths.baked_folder().mkdir(parents=True)
+    (paths.baked_folder() / "tiny-nf4").symlink_to(baked("nf4", **BAKED["nf4"]))
     put(machine(16, device, bf16=device != "cpu"))
     arguments = ("a fox", "-p", "tiny", "--seed", "5", "--precision", precision)
     found, dry = planned(capsys, "plan", *arguments), planned(capsys, "generate", *arguments, "--dry-run")

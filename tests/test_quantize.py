@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from fluxcli import paths
 from fluxcli.engine import device as hardware
 from fluxcli.errors import ExitCode
 from fluxcli.models import find as models
@@ -56,7 +57,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def dev(tiny_folder: Path) -> Path:
     """The bundled model in the hub's cache, as FLUX.1-dev."""
-    snapshot = models.hub_cache() / "models--black-forest-labs--FLUX.1-dev" / "snapshots" / "c0ffee"
+    snapshot = paths.hub_cache_folder() / "models--black-forest-labs--FLUX.1-dev" / "snapshots" / "c0ffee"
     return Path(shutil.copytree(tiny_folder, snapshot))
 
 
@@ -70,7 +71,7 @@ def written(path: Path, given: dict[str, int]) -> dict[str, int]:
 
 def test_a_preset_goes_to_the_users_models_where_generate_finds_it(bundled, capsys):
     result = call(capsys, "quantize", "tiny", "--to", "nf4", "--scales", "absmax")
-    path = models.baked_folder() / "tiny-nf4"
+    path = paths.baked_folder() / "tiny-nf4"
     assert (result.returncode, result.stdout) == (0, f"{path}\n") and path.is_relative_to(os.environ["XDG_DATA_HOME"])
     assert inspect(path).components["transformer"].precision == "nf4"
     manifest = json.loads((path / MANIFEST).read_text())
@@ -82,7 +83,7 @@ def test_a_preset_goes_to_the_users_models_where_generate_finds_it(bundled, caps
 
 
 def test_small_and_kept_and_one_file_have_names_of_their_own(capsys):
-    folder = models.baked_folder()
+    folder = paths.baked_folder()
     for options, name in (
         (("--to", "nf4"), "tiny-nf4"), (("--to", "nf4", "--modulation", "nf4"), "tiny-nf4-small"),
         (("--to", "fp8", "--layout", "bfl"), "tiny-fp8-bfl.safetensors"), (("--to", "int8"), "tiny-int8"),
@@ -157,7 +158,7 @@ def test_a_single_file_gives_every_file_layout(single, capsys):
 
 def test_a_single_file_takes_encoders_and_vae_of_the_published_model(single, dev, capsys):
     result = call(capsys, "quantize", str(single), "--to", "int8", "-q")
-    path = models.baked_folder() / "flux1-small-int8"
+    path = paths.baked_folder() / "flux1-small-int8"
     assert (result.stdout, result.stderr) == (f"{path}\n", "")
     found = inspect(path).components
     assert found["transformer"].config["num_layers"] == 1 and found["transformer"].precision == "int8"
@@ -173,7 +174,7 @@ def test_a_single_file_without_the_published_model_says_how_to_go_on(single, cap
 def test_a_model_of_the_hub_is_named_as_such(dev, capsys):
     for source in ("dev", "black-forest-labs/FLUX.1-dev"):
         said = json.loads(call(capsys, "quantize", source, "--to", "int8", "--dry-run", "--json", "-q").stdout)
-        assert said["path"] == str(models.baked_folder() / "FLUX.1-dev-int8")
+        assert said["path"] == str(paths.baked_folder() / "FLUX.1-dev-int8")
 
 
 # --- refusals
@@ -211,7 +212,7 @@ WRONG = {
 
 @pytest.mark.parametrize("arguments", WRONG.values(), ids=WRONG)
 def test_what_cannot_be_asked_for_is_exit_2_and_writes_nothing(arguments, tiny_folder, capsys, tmp_path):
-    places = {"source": tiny_folder, "cache": models.hub_cache()}
+    places = {"source": tiny_folder, "cache": paths.hub_cache_folder()}
     before, given = files(tmp_path), [text.format(**places) for text in arguments]
     assert_failed(call(capsys, "quantize", *given, "-q"), ExitCode.USAGE)
     assert files(tmp_path) == before and not list(tiny_folder.parent.glob("*.tmp-*"))

@@ -20,7 +20,7 @@ from torch import nn
 
 from fluxcli.engine.loader import count_matching, read_tensors
 from fluxcli.engine.streaming import load_component
-from fluxcli.models import find as models
+from fluxcli.models.shapes import read_known_shapes
 from quant import codecs
 from quant.checkpoint import COMPONENTS, Component, inspect
 from quant.errors import CheckpointError
@@ -33,7 +33,7 @@ from tests.support.helpers import draw, engine_of, tiny
 from tests.support.invariant import call
 from tests.test_formats import named
 
-KNOWN = {kind: models.known_shapes(f"black-forest-labs/FLUX.1-{kind}").components for kind in ("dev", "schnell")}
+KNOWN = {kind: read_known_shapes(f"black-forest-labs/FLUX.1-{kind}").components for kind in ("dev", "schnell")}
 NUMEL = {"text_encoder": 123_060_480, "text_encoder_2": 4_762_310_656, "vae": 83_819_683}
 NUMEL_OF_TRANSFORMER = {"dev": 11_901_408_320, "schnell": 11_891_178_560}
 HF, BFL, RAW, OLD, NEW = (

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from fluxcli import paths
 from fluxcli.engine import device as hardware
-from fluxcli.models import find as models
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB
 from quant.files import nearest
@@ -98,7 +97,7 @@ def _memory(machine: Hardware) -> Iterator[Check]:
 
 
 def _disk() -> Check:
-    cache = nearest(models.hub_cache())
+    cache = nearest(paths.hub_cache_folder())
     free = shutil.disk_usage(cache).free
     writable = os.access(cache, os.W_OK) and os.access(nearest(paths.cache_folder()), os.W_OK)
     found = f"{free / 1e9:.0f} GB free in {cache}{'' if writable else ', which is read-only'}"

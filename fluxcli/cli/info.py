@@ -13,6 +13,7 @@ from fluxcli.engine.cards import describe_card
 from fluxcli.errors import DoesNotFit, ExitCode, WeightsUnavailable
 from fluxcli.models import find as models
 from fluxcli.models import loras as lora
+from fluxcli.models.shapes import read_known_shapes
 from fluxcli.paths import config_folder
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB, PHASES
@@ -39,7 +40,7 @@ def plan_command(
         hardware.check_torch()
         machine = hardware.probe(order.resources.device)
     try:
-        lora.adapters_of(order.request.lora, checkpoints[-1].components)
+        lora.resolve_loras(order.request.lora, checkpoints[-1].components)
     except WeightsUnavailable as error:
         console.say(f"planned without adapters: {error}")
         order = replace(order, request=replace(order.request, lora=()))
@@ -66,9 +67,9 @@ def plan_command(
 def _checkpoints(order: Order) -> tuple[list[Checkpoint], int]:
     """(what there is of the model, or its known shapes; bytes that are not downloaded)."""
     try:
-        return models.checkpoints_of(order, config_folder(), console.say), 0
+        return models.list_checkpoints(order, config_folder(), console.say), 0
     except WeightsUnavailable:
-        shapes = models.known_shapes(order.request.model)
+        shapes = read_known_shapes(order.request.model)
         if shapes is None:
             raise
         models.check_guidance(order.request, shapes)

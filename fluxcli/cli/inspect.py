@@ -10,6 +10,7 @@ from fluxcli.cli import console
 from fluxcli.errors import ExitCode
 from fluxcli.models import find as models
 from fluxcli.models import loras as lora
+from fluxcli.models.shapes import read_known_shapes
 from quant.checkpoint import COMPONENTS, TOKENIZERS, Component, inspect, inspect_component
 from quant.errors import CheckpointError, ForeignFile
 from quant.header import read_header
@@ -67,7 +68,7 @@ def _file(path: Path) -> dict:
         part = {"precision": largest.dtype, "tensors": len(infos), "parameters": numel, "truncated": False}
         needs = ["the folder that it belongs to, with its config.json"]
         return {"path": str(path), "kind": error.why, **part, "needs": needs, "problems": problems}
-    known = models.known_shapes(models.PUBLISHED).components
+    known = read_known_shapes().components
     described = {n: _component(replace(p, config=p.config or known[n].config), problems) for n, p in parts.items()}
     needs = [name for name in COMPONENTS if name not in parts] + ["tokenizers: a model folder has them"]
     one = len(parts) == 1

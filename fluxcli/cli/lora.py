@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from fluxcli import paths
 from fluxcli.cli import console
 from fluxcli.errors import ExitCode
 from fluxcli.models import loras as lora
@@ -19,7 +20,7 @@ def list_command(
     """List the LoRA files of the user's folder and of the hub's cache, by what --lora takes."""
     rows = []
     described = []
-    for name, path in lora.listing().items():
+    for name, path in lora.list_loras().items():
         about = {"name": name, **lora.describe(path)}
         described.append(about)
         what = (
@@ -31,7 +32,7 @@ def list_command(
     console.table(rows, described, as_json=json_output)
     if not rows:
         console.say(
-            f"none in {lora.folder()}, none in the hub's cache: flux models download ORG/NAME:FILE"
+            f"none in {paths.lora_folder()}, none in the hub's cache: flux models download ORG/NAME:FILE"
         )
 
 

@@ -140,4 +140,4 @@ def _find(name: str) -> list[hub.LocalModel]:
 
 def _list_lora_repositories() -> set[str]:
     """The hub ids whose repositories in the cache hold a LoRA."""
-    return {name.partition(":")[0] for name in loras.listing() if ":" in name}
+    return {name.partition(":")[0] for name in loras.list_loras() if ":" in name}

@@ -12,6 +12,7 @@ from typing import Annotated, Optional
 import typer
 
 import fluxcli
+from fluxcli import paths
 from fluxcli.cli import console
 from fluxcli.engine import device as hardware
 from fluxcli.engine.cards import read_cards
@@ -61,13 +62,13 @@ def quantize(  # noqa: PLR0917 - typer's options
             text_encoder = SCHEMES[to].text_encoder
     spec = QuantSpec(to, text_encoder, modulation, scales, tuple(keep or ()))
     model, parts, folder = _find(source, whole=whole)
-    adapters = lora.adapters_of(
-        lora.with_absolute_paths([LoraRef.parse(text) for text in loras or ()]),
+    adapters = lora.resolve_loras(
+        lora.make_absolute([LoraRef.parse(text) for text in loras or ()]),
         parts.components if whole else {"transformer": parts},
     )
     make = partial(make_recipe, parts) if whole else partial(make_file_recipe, parts, kind=kind)
     recipe = (make := partial(make, adapters=adapters))(spec)
-    for said in lora.warnings(adapters):
+    for said in lora.describe_unmatched(adapters):
         console.say(said)
     if adapters:  # another name: it is no variant of the plain model
         model = "+".join((model.removesuffix(".safetensors"), *(each.path.stem for each in adapters)))
@@ -97,7 +98,7 @@ def _find(source: str, *, whole: bool) -> tuple[str, Checkpoint | Component, Pat
     """(the model's name, the folder's parts or the transformer alone, where it lies)."""
     model = presets.model_of(source, config_folder())
     path = models.locate(model)
-    name = str(path) if models.folder_of(model) else model
+    name = str(path) if models.find_path(model) else model
     if path.is_dir():
         checkpoint = inspect(path)
         return name, checkpoint if whole else checkpoint.components["transformer"], path
@@ -126,12 +127,12 @@ def _target(given: str | None, model: str, spec: QuantSpec, *, kind: str, source
     """Where the result goes, by default the user's model folder; raises for what is there and must not be replaced."""
     whole = kind == "diffusers"
     name = f"{Path(model).name.removesuffix('.safetensors')}-{spec.to}" + "-small" * (spec.modulation != "keep")
-    automatic = models.baked_folder() / (name if whole else f"{name}-{kind}.safetensors")
+    automatic = paths.baked_folder() / (name if whole else f"{name}-{kind}.safetensors")
     path = automatic if given is None else Path(given).expanduser().absolute()
     if not whole and path.suffix != ".safetensors":
         why = f"--layout {kind} writes one .safetensors file"
         raise UsageError("not a file name", which=given, why=why, hint=f"{path.name or 'x'}.safetensors")
-    real, origin, cache = path.resolve(), source.resolve(), models.hub_cache().resolve()
+    real, origin, cache = path.resolve(), source.resolve(), paths.hub_cache_folder().resolve()
     for other, what in ((origin, "the source"), (cache, "the hub's cache")):
         if real == other or other in real.parents or real in origin.parents:
             why = f"it is, or lies inside, or holds {what}"

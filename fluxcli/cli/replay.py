@@ -76,7 +76,7 @@ def _replayed(picture: Path, stored: dict, given: dict, prompt: str | None) -> O
         own = presets.merge({"preset": made.preset}, folder, {}).values
     except UsageError:  # the preset is gone: everything stored counts as said
         own = {}
-    values["lora"] = _said_loras(values["lora"], lora.with_absolute_paths(own.get("lora", ())))
+    values["lora"] = _said_loras(values["lora"], lora.make_absolute(own.get("lora", ())))
     ruled_out = ("preset", "aspect_ratio", "image_size") if made.request.width else ("preset",)
     changed = {key: value for key, value in values.items() if key not in ruled_out and value != own.get(key, ...)}
     base = presets.merge({"preset": given["preset"]}, folder).values

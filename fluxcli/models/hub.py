@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fluxcli import paths
 from fluxcli.errors import BadInputFile, OutputError, UsageError, WeightsUnavailable
-from fluxcli.models import find as models
+from fluxcli.models import find
 from quant.checkpoint import COMPONENTS, MANIFEST, TOKENIZERS, is_complete
 from quant.config import read_json
 from quant.errors import CheckpointError, ExplainedError
@@ -64,14 +65,14 @@ class _Place(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        return self.mirror or models.repository(self.model)
+        return self.mirror or find.get_repository(self.model)
 
     @property
     def arguments(self) -> dict[str, Path]:
         """What the library's functions call the place."""
         if self.mirror:
             return {"local_dir": self.mirror}
-        return {"cache_dir": models.hub_cache()}
+        return {"cache_dir": paths.hub_cache_folder()}
 
 
 def download(
@@ -94,7 +95,7 @@ def download(
     """
     model, colon, file = name.partition(":")
     is_file_name = not colon or file.endswith(WEIGHTS)
-    if not models.HUB_ID.fullmatch(model) or ".." in name or not is_file_name:
+    if not find.HUB_ID.fullmatch(model) or ".." in name or not is_file_name:
         why = "it is no ORG/NAME or ORG/NAME:FILE.safetensors"
         raise UsageError("nothing to download", which=name, why=why)
     unknown = sorted(set(only) - set(PARTS))
@@ -125,7 +126,7 @@ def _download(
         "revision": commit,
         # The names are patterns to the library, and may hold brackets.
         "allow_patterns": [glob.escape(name) for name in names],
-        "cache_dir": models.hub_cache(),  # a mirror copies from it what it has
+        "cache_dir": paths.hub_cache_folder(),  # a mirror copies from it what it has
         "local_dir": place.mirror,
     }
     silent = _make_progress_class(count, [], [])
@@ -156,7 +157,7 @@ def _resolve(place: _Place, revision: str) -> str:
 
     if place.mirror:
         return HfApi().model_info(place.model, revision=revision).sha
-    cache = models.hub_cache()
+    cache = paths.hub_cache_folder()
     return HfApi().resolve_revision(place.model, revision=revision, cache_dir=cache).resolved
 
 
@@ -464,20 +465,19 @@ def list_models(also: Collection[str] = ()) -> list[LocalModel]:
     FLUX, if there is none but its own name does, or if `also` holds its name.
     """
     found = []
-    for path in models.hub_cache().glob("models--*--*/snapshots/*"):
-        name = path.parts[-3].removeprefix("models--").replace("--", "/")
-        found.append(LocalModel(name, "hub", path, commit=path.name))
-    mirror = models.mirror()
+    for model, commit, folder in find.list_snapshots():
+        found.append(LocalModel(model, "hub", folder, commit))
+    mirror = paths.mirror_folder()
     if mirror:
         for path in mirror.glob("*/*/"):
             found.append(LocalModel(f"{path.parent.name}/{path.name}", "mirror", path))
     found = [each for each in found if each.name in also or _is_flux(each)]
-    for path in models.BUNDLED.iterdir():
+    for path in paths.BUNDLED.iterdir():
         if _read_pipeline(path):
             found.append(LocalModel(f"bundled/{path.name}", "bundled", path))
-    for manifest in models.baked_folder().glob(f"*/{MANIFEST}"):
+    for manifest in paths.baked_folder().glob(f"*/{MANIFEST}"):
         path = manifest.parent
-        if ".tmp-" not in path.name:  # of a bake that goes on, or was killed
+        if find.UNFINISHED not in path.name:
             found.append(LocalModel(path.name, "baked", path))
     return sorted(found, key=lambda each: (each.kind, each.name, each.commit))
 
@@ -560,7 +560,7 @@ def _verify_sizes(model: LocalModel) -> list[str]:
 
 def remove(model: LocalModel) -> None:
     """Delete a baked folder, or every revision of a model in the hub's cache; raises `OutputError`."""
-    path = models.repository(model.name) if model.kind == "hub" else model.path
+    path = find.get_repository(model.name) if model.kind == "hub" else model.path
     try:
         if model.kind == "hub":
             _remove_revisions(path)
@@ -578,7 +578,7 @@ def _remove_revisions(repository: Path) -> None:
     """Delete all revisions of one repository of the cache, and no copy's that has the same commits."""
     from huggingface_hub import scan_cache_dir
 
-    cache = scan_cache_dir(models.hub_cache())
+    cache = scan_cache_dir(paths.hub_cache_folder())
     own = frozenset(repo for repo in cache.repos if repo.repo_path.name == repository.name)
     commits = [revision.commit_hash for repo in own for revision in repo.revisions]
     replace(cache, repos=own).delete_revisions(*commits).execute()

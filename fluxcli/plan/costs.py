@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fluxcli.models.loras import adapters_of
+from fluxcli.models.loras import resolve_loras
 from fluxcli.plan.machine import Speeds
 from fluxcli.request.fields import Order
 from quant.checkpoint import Checkpoint, Component
@@ -109,7 +109,7 @@ def cost_of(
     parts, (width, height), tokens = checkpoint.components, order.request.size, order.request.text_tokens
     t5, transformer, wide = parts["text_encoder_2"], parts["transformer"], DTYPE_BYTES[dtypes["transformer"]]
     of = {name: part_bytes(part, dtypes[name], spec) for name, part in parts.items() if name != "transformer"}
-    adapters = adapters_of(order.request.lora, parts)
+    adapters = resolve_loras(order.request.lora, parts)
     held = {name: sum(each.numel(name) for each in adapters) * DTYPE_BYTES[dtypes[name]] for name in parts}
     of = {name: size + held[name] for name, size in of.items()}
     t5_blocks = [part_bytes(t5, dtypes[t5.name], spec, f"{block}.") for block in t5_block_names(t5)]

@@ -114,7 +114,7 @@ class Dispatcher:
 def _check_before_torch(job: Job) -> None:
     """Raise what the session would raise after seconds of imports: no model here, a broken torch."""
     if not job.batch:
-        find.folders(job.rows[0].order.request.model)
+        find.list_folders(job.rows[0].order.request.model)
     device.check_torch()
 
 

@@ -70,7 +70,7 @@ def make_metadata(
             "dtypes": plan.dtypes,
             "tiled": plan.residency.decode == "tiled",
         },
-        "lora": loras.identities(request.lora, adapters),
+        "lora": loras.name_identities(request.lora, adapters),
         "seeded": seeded,
         "versions": fluxcli.versions(),
     }

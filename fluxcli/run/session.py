@@ -85,7 +85,7 @@ class Session:
     ) -> Generator[Event, None, tuple[Checkpoint, MemoryPlan, hardware.Hardware, tuple[Checkpoint, ...]]]:
         """Plan a request: (checkpoint, plan, machine, every checkpoint that can serve it), the device's lock held."""
         said: list[str] = []
-        checkpoints = models.checkpoints_of(order, paths.config_folder(), said.append)
+        checkpoints = models.list_checkpoints(order, paths.config_folder(), said.append)
         yield from map(Notice, said)
         hardware.check_torch()
         machine = hardware.probe(order.resources.device)
@@ -115,8 +115,8 @@ class Session:
     ) -> Generator[Event, None, tuple[Engine, tuple[Adapter, ...]]]:
         """An engine for a request, and the request's adapters."""
         checkpoint, plan, machine, _ = yield from self.prepare(order, no_wait=no_wait)
-        adapters = lora.adapters_of(order.request.lora, checkpoint.components)
-        yield from map(Notice, lora.warnings(adapters))
+        adapters = lora.resolve_loras(order.request.lora, checkpoint.components)
+        yield from map(Notice, lora.describe_unmatched(adapters))
         return self.engine_for(checkpoint, plan, machine, (), cache=False), adapters
 
     def evict(self) -> None:
@@ -153,9 +153,9 @@ class Session:
         if same not in known:
             prepared = yield from self.prepare(order, no_wait=job.no_wait)
             checkpoint, plan, *_ = prepared
-            adapters = lora.adapters_of(order.request.lora, checkpoint.components)
+            adapters = lora.resolve_loras(order.request.lora, checkpoint.components)
             if not any(adapters == before for *_, before in known.values()):
-                yield from map(Notice, lora.warnings(adapters))
+                yield from map(Notice, lora.describe_unmatched(adapters))
             known[same] = (*prepared, adapters)
             if not job.batch:
                 request = order.request

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fluxcli import paths
 from fluxcli.errors import ExitCode
 from fluxcli.models import find as models
 from fluxcli.models import hub
@@ -22,25 +23,25 @@ def test_a_download_is_one_commit_checked_and_only_the_files_that_are_used(serve
     licence, plan, *weights = result.stderr.splitlines()
     assert "non-commercial" in licence and f"{DEV}@{COMMIT[:12]}: {len(files(micro))} files" in plan
     assert "GB to download" in plan and "GB free" in plan and len(weights) == 4 and "\x1b" not in result.stderr
-    assert models.locate(DEV) == snapshot() and (models.repository(DEV) / "refs" / "main").read_text() == COMMIT
+    assert models.locate(DEV) == snapshot() and (models.get_repository(DEV) / "refs" / "main").read_text() == COMMIT
 
 
 def test_no_code_of_a_model_is_fetched_and_none_of_its_own_classes_is_loaded(server, run):
     assert run("download", "dev").returncode == 0
-    assert not list(models.repository(DEV).rglob("*.py")) and not server.asked(r"\.(py|bin|pt)$")
+    assert not list(models.get_repository(DEV).rglob("*.py")) and not server.asked(r"\.(py|bin|pt)$")
     assert inspect(snapshot()).components["transformer"].weights
 
 
 def test_a_second_download_asks_once_and_writes_nothing(server, run):
     run("download", "dev", "-q")
-    kept = {path: path.lstat().st_mtime_ns for path in models.hub_cache().rglob("*")}
+    kept = {path: path.lstat().st_mtime_ns for path in paths.hub_cache_folder().rglob("*")}
     for folder in (path for path in kept if path.is_dir()):
         folder.chmod(0o555)
     server.requests.clear()
     result = run("download", "dev", "-q")
     assert (result.returncode, result.stdout, result.stderr) == (0, f"{snapshot()}\n", "")
     assert server.asked(".") == [f"GET /api/models/{DEV}/revision/main"]
-    assert kept == {path: path.lstat().st_mtime_ns for path in models.hub_cache().rglob("*")}
+    assert kept == {path: path.lstat().st_mtime_ns for path in paths.hub_cache_folder().rglob("*")}
     assert models.locate(DEV) == snapshot()
 
 
@@ -92,7 +93,7 @@ def test_a_mirror_is_plain_files_that_another_machine_finds(server, run, micro, 
     share = tmp_path / "share"
     for _ in range(2):
         result = run("download", "dev", "--mirror", str(share))
-        assert result.stdout == f"{share / DEV}\n" and not models.repository(DEV).exists()
+        assert result.stdout == f"{share / DEV}\n" and not models.get_repository(DEV).exists()
     assert len(weights_asked(server)) == 4
     plain = {name: data for name, data in files(share / DEV).items() if not name.startswith(".cache")}
     assert set(plain) == set(files(micro)) and not any(path.is_symlink() for path in share.rglob("*"))

@@ -34,7 +34,7 @@ def test_a_hub_that_is_down_is_given_up(server, run):
     assert "HTTP 500" in error_of(run("download", "dev"), ExitCode.WEIGHTS)
     with pytest.raises(Exception, match="incomplete"):
         models.locate(DEV)
-    assert not list(models.repository(DEV).rglob("*.incomplete"))
+    assert not list(models.get_repository(DEV).rglob("*.incomplete"))
 
 
 def test_a_download_goes_on_after_a_dropped_connection(server, run):
@@ -84,7 +84,7 @@ def test_a_web_page_instead_of_weights_is_named_and_not_kept(kind, why, server, 
     stderr = error_of(run("download", "dev"), ExitCode.INPUT_FILE)
     assert T5 in stderr and why in stderr and len(server.asked(f"GET .*cdn.*{T5}")) == 1
     assert not (snapshot() / T5).exists() and not (snapshot() / T5).is_symlink()
-    assert not any(path.read_bytes().startswith(PAGE[:9]) for path in (models.repository(DEV) / "blobs").iterdir())
+    assert not any(path.read_bytes().startswith(PAGE[:9]) for path in (models.get_repository(DEV) / "blobs").iterdir())
 
 
 def test_weights_whose_checksum_differs_are_named(server, run):

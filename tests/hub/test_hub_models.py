@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fluxcli import paths
 from fluxcli.cli import console
 from fluxcli.errors import ExitCode
 from fluxcli.models import find as models
@@ -24,10 +25,10 @@ from tests.support.invariant import assert_failed, files
 def test_the_list_says_what_is_here_and_how_much_of_it(server, run, baked, tmp_path):
     run("download", "dev", "--only", "tokenizers", "-q")
     run("download", "x/flux-lora:a.safetensors", "-q")
-    (models.hub_cache() / "models--google--t5" / "snapshots" / COMMIT).mkdir(parents=True)
-    models.baked_folder().mkdir(parents=True)
-    (models.baked_folder() / "tiny-nf4").symlink_to(baked("nf4", modulation="nf4"))
-    (models.baked_folder() / "x.tmp-1-00000000").symlink_to(baked("nf4", modulation="nf4"))
+    (paths.hub_cache_folder() / "models--google--t5" / "snapshots" / COMMIT).mkdir(parents=True)
+    paths.baked_folder().mkdir(parents=True)
+    (paths.baked_folder() / "tiny-nf4").symlink_to(baked("nf4", modulation="nf4"))
+    (paths.baked_folder() / "x.tmp-1-00000000").symlink_to(baked("nf4", modulation="nf4"))
     rows = json.loads(run("list", "--json").stdout)
     assert [(row["name"], row["kind"], row["state"]) for row in rows] == [
         ("tiny-nf4", "baked", "complete"), ("bundled/tiny", "bundled", "complete"),
@@ -57,7 +58,7 @@ def test_verify_names_what_is_damaged_and_a_new_download_repairs_it(name, server
 def test_verify_takes_a_blob_that_is_a_link_into_the_librarys_shared_store(server, run):
     run("download", "dev", "-q")
     blob = (snapshot() / T5).resolve()
-    store = models.hub_cache() / "blobs" / "ab" / ("ab" * 32)
+    store = paths.hub_cache_folder() / "blobs" / "ab" / ("ab" * 32)
     store.parent.mkdir(parents=True)
     blob.rename(store)
     blob.symlink_to(os.path.relpath(store, blob.parent))
@@ -75,7 +76,7 @@ def test_a_sharded_model_whose_blobs_are_in_the_librarys_shared_store_is_usable(
                                  f"{part}.safetensors.index.json": json.dumps(index).encode()}  # fmt: skip
     assert run("download", "dev", "-q").returncode == 0 and inspect(snapshot())
     blob = (snapshot() / "vae/x-00001-of-00001.safetensors").resolve()
-    store = models.hub_cache() / "blobs" / "ab" / ("ab" * 32)
+    store = paths.hub_cache_folder() / "blobs" / "ab" / ("ab" * 32)
     store.parent.mkdir(parents=True)
     blob.rename(store)
     blob.symlink_to(os.path.relpath(store, blob.parent))
@@ -83,7 +84,7 @@ def test_a_sharded_model_whose_blobs_are_in_the_librarys_shared_store_is_usable(
 
 
 def test_verify_knows_sizes_and_headers_of_what_quantize_made(baked, run, tmp_path):
-    folder = models.baked_folder() / "tiny-nf4"
+    folder = paths.baked_folder() / "tiny-nf4"
     shutil.copytree(baked("nf4", modulation="nf4"), folder)
     assert all("no checksum is known" in run("verify", name).stdout for name in ("tiny-nf4", "tiny"))
     name = max(json.loads((folder / MANIFEST).read_text())["bytes"])
@@ -105,7 +106,7 @@ def test_remove_asks_on_a_terminal(answer, gone, server, run, monkeypatch):
     monkeypatch.setattr(console.sys, "stdin", terminal)
     result = run("remove", "dev")
     assert result.returncode == 0 and str(snapshot()) in result.stderr and "GB" in result.stderr
-    assert "[y/N]" in result.stderr and snapshot().exists() == models.repository(DEV).exists() == (not gone)
+    assert "[y/N]" in result.stderr and snapshot().exists() == models.get_repository(DEV).exists() == (not gone)
 
 
 def test_remove_never_guesses_and_leaves_the_bundled_model(server, run, tiny_folder):
@@ -137,12 +138,12 @@ def test_a_repository_without_flux_in_its_name_is_verified_and_removed_and_liste
     assert "x/hyper" in rows and "x/encoder" not in rows
     for name in ("x/hyper", "x/encoder"):
         assert "1 files, 1 by checksum" in run("verify", name).stdout
-        assert run("remove", name, "--yes").returncode == 0 and not models.repository(name).exists()
+        assert run("remove", name, "--yes").returncode == 0 and not models.get_repository(name).exists()
 
 
 def test_an_exact_name_goes_before_the_model_of_a_preset(server, run, baked):
     run("download", "dev", "-q")
-    folder = shutil.copytree(baked("nf4", modulation="nf4"), models.baked_folder() / "dev")
+    folder = shutil.copytree(baked("nf4", modulation="nf4"), paths.baked_folder() / "dev")
     assert run("remove", "dev", "--yes").returncode == 0 and not folder.exists() and snapshot().exists()
     assert run("remove", "dev", "--yes").returncode == 0 and not snapshot().exists()
 
@@ -168,10 +169,10 @@ def test_ctrl_c_stops_a_download_and_leaves_no_partial_file(server):
     command = [sys.executable, "-m", "fluxcli", "models", "download", "dev"]
     process = subprocess.Popen(command, env=there, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 60
-    while not list(models.hub_cache().rglob("*.incomplete")) or not server.asked(f"GET .*cdn.*{T5}"):
+    while not list(paths.hub_cache_folder().rglob("*.incomplete")) or not server.asked(f"GET .*cdn.*{T5}"):
         assert time.monotonic() < until and process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=10)
     assert process.returncode == -signal.SIGINT and stdout == "" and "Traceback" not in stderr + "error"
-    assert not list(models.hub_cache().rglob("*.incomplete"))
+    assert not list(paths.hub_cache_folder().rglob("*.incomplete"))

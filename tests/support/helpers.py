@@ -88,7 +88,7 @@ def picture_of(
     engine: Engine, order: Order, *, resume: Latents | None = None, **options: object
 ) -> Picture:
     """A picture of the engine's model with the order's adapters, begun or (`resume`) half done."""
-    adapters = loras.adapters_of(order.request.lora, engine.checkpoint.components)
+    adapters = loras.resolve_loras(order.request.lora, engine.checkpoint.components)
     picture = Picture(order.request, adapters, **options)
     if resume:
         picture.tokens = resume.tokens
@@ -101,7 +101,7 @@ def draw(
 ) -> tuple[list[Event], np.ndarray]:
     """Run one picture to its end: (events, pixels)."""
     picture = picture_of(engine, request, resume=resume)
-    events: list[Event] = [Notice(said) for said in loras.warnings(picture.adapters)]
+    events: list[Event] = [Notice(said) for said in loras.describe_unmatched(picture.adapters)]
     events += [event for event in engine.draw([picture]) if not isinstance(event, Drawn)]
     return events, picture.pixels
 

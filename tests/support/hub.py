@@ -35,7 +35,7 @@ def error_of(result: CompletedProcess, code: int) -> str:
 
 
 def snapshot(model: str = DEV) -> Path:
-    return models.repository(model) / "snapshots" / COMMIT
+    return models.get_repository(model) / "snapshots" / COMMIT
 
 
 def weights_asked(server: HubServer) -> list[str]:

@@ -22,7 +22,7 @@ from diffusers.loaders.single_file_utils import (
 from safetensors.torch import save_file
 
 from fluxcli.engine.loader import count_matching, read_tensors
-from fluxcli.models import find as models
+from fluxcli.models.shapes import read_known_shapes
 from quant.checkpoint import Component
 from quant.single_file import inspect_file
 from tests import published
@@ -78,7 +78,7 @@ def transformer(dialect: str, folder: Path) -> tuple[int, float]:
 
 def vae(folder: Path) -> tuple[int, float]:
     """The same of the whole VAE."""
-    tensors, config = random_tensors("ae", torch.float32), models.known_shapes("black-forest-labs/FLUX.1-dev")
+    tensors, config = random_tensors("ae", torch.float32), read_known_shapes("black-forest-labs/FLUX.1-dev")
     config = config.components["vae"].config
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "x.safetensors")
     expected = convert_ldm_vae_checkpoint(tensors, config)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from benchmarks.counting import CARD, Counter
 from fluxcli.engine import decode, denoise, loader, modulation, text
 from fluxcli.engine.engine import Drawn, Engine
-from fluxcli.models import find as models
+from fluxcli.models.shapes import read_known_shapes
 from fluxcli.pictures.latents import Latents
 from fluxcli.plan import costs
 from fluxcli.plan import placement as residency
@@ -132,7 +132,7 @@ def full_size(monkeypatch: pytest.MonkeyPatch, *, arithmetic: bool = True) -> It
         monkeypatch.setitem(linear.PROBED, (scheme, CARD), arithmetic)
         monkeypatch.setitem(linear.PROBED, (scheme, "cpu"), arithmetic)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        yield models.known_shapes("black-forest-labs/FLUX.1-dev")
+        yield read_known_shapes("black-forest-labs/FLUX.1-dev")
 
 
 def _tokens(folder: object, prompt: str, text_tokens: int) -> text.TokenIds:
