@@ -31,10 +31,9 @@ def single_block() -> type[Any]:
 
 def time_text_embed(*, guidance: bool) -> type[Any]:
     """What embeds timestep and pooled prompt, and `guidance` where the model takes it."""
+    name = "CombinedTimestepTextProjEmbeddings"
     if guidance:
         name = "CombinedTimestepGuidanceTextProjEmbeddings"
-    else:
-        name = "CombinedTimestepTextProjEmbeddings"
     return _import_class("diffusers.models.embeddings", name)
 
 
@@ -90,7 +89,8 @@ def _frugal_imports() -> Iterator[None]:
     hidden = {name: module for name, module in replaced.items() if name not in sys.modules}
     is_available = torch.distributed.is_available
     torch.distributed.is_available = lambda: False
-    sys.modules.update(hidden)
+    for name, module in hidden.items():
+        sys.modules[name] = module  # type: ignore[assignment]  # None is what Python reads, too
     try:
         yield
     finally:

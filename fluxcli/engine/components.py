@@ -9,9 +9,10 @@ import gc
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fluxcli.engine import device
 from fluxcli.engine.loader import LoadedComponent
@@ -129,9 +130,7 @@ class Components:
 
     # --- what is loaded
 
-    def load(
-        self, name: str, adapters: Sequence[Adapter] = ()
-    ) -> Generator[Event, None, nn.Module]:
+    def load(self, name: str, adapters: Sequence[Adapter] = ()) -> Generator[Event, None, Any]:
         """The component's module, placed as the plan says, with the adapters that act on it.
 
         Yields what happens meanwhile: components leave for it, it is loaded.

@@ -37,6 +37,7 @@ def run(components: Components, pictures: Sequence[Picture]) -> Iterator[Event]:
 
 def _condition_of(components: Components, picture: Picture) -> Condition:
     """What the picture's table depends on."""
+    assert picture.embeddings, "a phase was left out"
     pooled = picture.embeddings.pooled
     return modulation.make_condition(
         pooled.to(components.plan.device, components.dtype("transformer")),

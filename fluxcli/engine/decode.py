@@ -4,10 +4,11 @@ Pictures are (width, height) in pixels.
 """
 
 from collections.abc import Generator, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fluxcli.engine.components import Components
 from fluxcli.engine.picture import Picture
@@ -25,14 +26,16 @@ def run(components: Components, pictures: Sequence[Picture]) -> Iterator[Event]:
 
 def _decode(components: Components, picture: Picture) -> Generator[Event, None, np.ndarray]:
     """(H, W, 3) uint8; decoded once more in float32 where 16 bit overflow."""
+    tokens = picture.tokens
+    assert tokens is not None, "a phase was left out"
     seed = f"seed {picture.request.seed}"
-    if not is_finite(picture.tokens):
+    if not is_finite(tokens):
         why = "NaN or Inf in the latents"
         raise NotFinite("the picture is not finite", which=seed, why=why)
     vae = yield from components.load("vae", picture.adapters)
     yield Phase("decode")
     _set_tiles(vae, tiled=components.plan.residency.decode == "tiled")
-    latents = unpack(picture.tokens.to(components.plan.device), picture.request.size)
+    latents = unpack(tokens.to(components.plan.device), picture.request.size)
     dtype = components.dtype("vae")
     decoded = decode_latents(vae, latents.to(dtype))
     if not is_finite(decoded) and dtype != torch.float32:
@@ -45,7 +48,7 @@ def _decode(components: Components, picture: Picture) -> Generator[Event, None, 
     return to_pixels(decoded).numpy()
 
 
-def _set_tiles(vae: nn.Module, *, tiled: bool) -> None:
+def _set_tiles(vae: Any, *, tiled: bool) -> None:
     """Make diffusers' decoder work in tiles of `costs.TILE_PX`, or on the whole."""
     vae.use_tiling = tiled
     if tiled:
@@ -61,7 +64,7 @@ def unpack(tokens: Tensor, size: tuple[int, int]) -> Tensor:
     return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
-def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
+def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     """The VAE's output (1, 3, H, W), in -1 to 1, of latents (1, 16, H/8, W/8)."""
     scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
     return vae.decode(scaled, return_dict=False)[0]

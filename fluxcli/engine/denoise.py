@@ -7,15 +7,17 @@ S = height/16 x width/16: each 2x2 patch of the latents (1, 16, height/8, width/
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fluxcli.engine import classes
 from fluxcli.engine.components import Components
 from fluxcli.engine.loader import refusing
 from fluxcli.engine.picture import Picture
+from fluxcli.engine.prompt_cache import Embeddings
 from fluxcli.events import Event, Phase, Step
 from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import Checkpoint
@@ -34,29 +36,29 @@ def run(components: Components, pictures: Sequence[Picture]) -> Iterator[Event]:
         yield from _denoise(components, model, picture)
 
 
-def _denoise(components: Components, model: nn.Module, picture: Picture) -> Iterator[Event]:
+def _denoise(components: Components, model: Any, picture: Picture) -> Iterator[Event]:
     request = picture.request
     device = components.plan.device
     dtype = components.dtype("transformer")
-    if picture.tokens is None:
-        picture.tokens = make_noise(request.seed, request.size, dtype=dtype)
+    row = components.modulation_row
+    assert row and picture.embeddings and picture.table is not None, "a phase was left out"
+
     scheduler = make_scheduler(components.checkpoint, request)
     scheduler.set_begin_index(picture.step)
-    inputs = _make_inputs(picture, device=device, dtype=dtype)
+    inputs = _make_inputs(request, picture.embeddings, device=device, dtype=dtype)
     table = picture.table.to(device)
-    picture.tokens = picture.tokens.to(device, dtype)
+    tokens = picture.tokens
+    if tokens is None:
+        tokens = make_noise(request.seed, request.size, dtype=dtype)
+    tokens = tokens.to(device, dtype)
     for index in range(picture.step, request.steps):
-        components.modulation_row.select(table, index)
-        picture.tokens = take_step(
-            model,
-            scheduler,
-            picture.tokens,
-            timestep=scheduler.timesteps[index],
-            inputs=inputs,
-        )
+        row.select(table, index)
+        timestep = scheduler.timesteps[index]
+        tokens = take_step(model, scheduler, tokens, timestep=timestep, inputs=inputs)
+        picture.tokens = tokens
         picture.step = index + 1
         yield Step(picture.step, request.steps, picture.position, picture.total)
-    picture.tokens = picture.tokens.cpu()
+    picture.tokens = tokens.cpu()
     picture.table = None
     picture.embeddings = None
 
@@ -70,7 +72,7 @@ def make_noise(seed: int, size: tuple[int, int], *, dtype: torch.dtype) -> Tenso
     return tokens.to(dtype).contiguous()
 
 
-def make_scheduler(checkpoint: Checkpoint, request: GenerationRequest) -> object:
+def make_scheduler(checkpoint: Checkpoint, request: GenerationRequest) -> Any:
     """diffusers' scheduler with this request's timesteps, on the CPU. Raises `CheckpointError`.
 
     The sigmas are linear from 1 to 1/steps; where the scheduler's config asks for it, it shifts
@@ -88,11 +90,12 @@ def make_scheduler(checkpoint: Checkpoint, request: GenerationRequest) -> object
     return scheduler
 
 
-def _make_inputs(picture: Picture, *, device: str, dtype: torch.dtype) -> dict[str, Tensor | None]:
+def _make_inputs(
+    request: GenerationRequest, embeddings: Embeddings, *, device: str, dtype: torch.dtype
+) -> dict[str, Tensor | None]:
     """What every forward of the transformer takes beside latents and timestep."""
-    request = picture.request
-    sequence = picture.embeddings.sequence.to(device, dtype)  # (1, T, C)
-    pooled = picture.embeddings.pooled.to(device, dtype)  # (1, P)
+    sequence = embeddings.sequence.to(device, dtype)  # (1, T, C)
+    pooled = embeddings.pooled.to(device, dtype)  # (1, P)
     guidance = None
     if request.guidance is not None:
         guidance = torch.full([1], request.guidance, device=sequence.device)
@@ -114,8 +117,8 @@ def make_position_ids(size: tuple[int, int]) -> Tensor:
 
 
 def take_step(
-    model: nn.Module,
-    scheduler: object,
+    model: Any,
+    scheduler: Any,
     tokens: Tensor,
     *,
     timestep: Tensor,

@@ -10,7 +10,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ class Place(NamedTuple):
 class LoadedComponent:
     """A component's module, and what goes with it while it is loaded."""
 
-    module: nn.Module  # in eval mode
+    module: Any  # an nn.Module of diffusers or transformers, in eval mode
     places: dict[str, Place]  # by the names of the model's layers, but for the modulation's
     unpinned_bytes: int = 0  # of streamed blocks, in RAM that the driver did not pin
     adapters: tuple[Adapter, ...] = ()  # that act on it now
@@ -98,7 +98,7 @@ class Filler:
         device: str,
         spec: QuantSpec | None = None,
     ) -> None:
-        self.module = build(component)
+        self.module: Any = build(component)
         self.device = device
         self._component = component
         self._dtype = dtype
@@ -201,6 +201,7 @@ class Filler:
         """The tensors of a weight by suffix, as they are stored, or quantized from 16 bit."""
         if weight.scheme:
             return self._reader.read_checked(weight, device)
+        assert self._spec, "only a spec gives values a scheme"
         values = self._reader.read(weight)[""].to(device)
         return codecs.quantize(
             values,
@@ -237,7 +238,7 @@ class Filler:
         shapes = [self._weights[name].shape for name in names]
         return len(schemes) == 1 and fits_together(schemes.pop(), shapes)
 
-    def _fuse_layers(self, block: nn.Module, fusion: Fusion, *, prefix: str) -> None:
+    def _fuse_layers(self, block: Any, fusion: Fusion, *, prefix: str) -> None:
         layers = {name: block.get_submodule(name) for name in fusion.old}
         first = layers[fusion.old[0]]
         rows = sum(layer.out_features for layer in layers.values())
@@ -257,7 +258,7 @@ class Filler:
 def fused_single_block() -> type[nn.Module]:
     """diffusers' single block with one layer for q, k, v and the MLP's input."""
 
-    class FusedSingleBlock(classes.single_block()):
+    class FusedSingleBlock(classes.single_block()):  # type: ignore[misc]  # of a library without types
         """`proj_in` gives (B, S, 3 D + M); the attention gets q, k and v ready."""
 
         def forward(
@@ -306,7 +307,7 @@ def _set(module: nn.Module, name: str, value: Tensor | nn.Module) -> None:
     setattr(module.get_submodule(owner), leaf, value)
 
 
-def build(component: Component) -> nn.Module:
+def build(component: Component) -> Any:
     """Instantiate the component's class from its config, parameters on meta, buffers real."""
     kinds = {
         "transformer": classes.transformer,
@@ -345,20 +346,22 @@ def _parameters_on_meta() -> Iterator[None]:
     Their buffers are real. `normal_` does nothing meanwhile: on meta it would import torch._dynamo,
     which takes more than a second.
     """
-    register = nn.Module.register_parameter
+    modules: Any = nn.Module
+    tensors: Any = torch.Tensor
+    register = modules.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_on_meta
-    torch.Tensor.normal_ = lambda tensor, *_, **__: tensor  # hides the base class's
+    modules.register_parameter = register_on_meta
+    tensors.normal_ = lambda tensor, *_, **__: tensor  # hides the base class's
     try:
         yield
     finally:
-        nn.Module.register_parameter = register
-        del torch.Tensor.normal_
+        modules.register_parameter = register
+        del tensors.normal_
 
 
 def _names_in_file(component: Component) -> dict[str, str]:

@@ -5,7 +5,7 @@ device that computes. Knows modules and `quant.lora`, nothing of requests or pla
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ def _make_hook(tensors: Mapping[str, Tensor], spans: Sequence[Span], *, scale: f
     another weight for a norm, gives the norm's output with that weight.
     """
 
-    def compute_norm(module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
+    def compute_norm(module: Any, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
         weight = tensors[NORM]
         return nn.functional.rms_norm(inputs[0], weight.shape, weight, module.eps)
 

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -137,9 +138,8 @@ def _embed(transformer: Component, condition: Condition) -> Tensor:
     config = transformer.config
     pooled = condition.pooled
     device = str(pooled.device)
-    has_guidance = condition.guidance is not None
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    kind = classes.time_text_embed(guidance=has_guidance)
+    kind = classes.time_text_embed(guidance=condition.guidance is not None)
     module = kind(width, config["pooled_projection_dim"])
     _fill_embedding(module, transformer, dtype=pooled.dtype, device=device)
     attach(
@@ -152,7 +152,7 @@ def _embed(transformer: Component, condition: Condition) -> Tensor:
     )
     steps = torch.tensor(condition.timesteps).to(pooled) / 1000 * 1000  # diffusers' rounding
     inputs = [steps]
-    if has_guidance:
+    if condition.guidance is not None:
         guidance = torch.full_like(steps, condition.guidance, dtype=torch.float32)
         inputs.append(guidance.to(pooled.dtype) * 1000)
     return module(*inputs, pooled.expand(len(steps), -1))
@@ -177,7 +177,7 @@ class ModulationRow:
     """The static row (1, sum of outputs) that a transformer's norms look at."""
 
     def __init__(
-        self, model: nn.Module, transformer: Component, *, dtype: torch.dtype, device: str
+        self, model: Any, transformer: Component, *, dtype: torch.dtype, device: str
     ) -> None:
         """Put views of a new row in place of `model`'s modulation linears.
 

@@ -116,7 +116,7 @@ def _describe(key: str, embeddings: Embeddings) -> str:
     digest = hashlib.sha256(json.dumps([key, embeddings.lost]).encode())
     for tensor in (embeddings.pooled, embeddings.sequence):
         digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return json.dumps({"lost": embeddings.lost, "sha256": digest.hexdigest()})
 
 

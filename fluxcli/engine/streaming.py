@@ -11,6 +11,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -244,7 +245,8 @@ def _point_into(block: nn.Module, buffer: Tensor) -> None:
 def _replace_tensors(block: nn.Module, replacement: Callable[[Tensor], Tensor]) -> None:
     """Replace every tensor of the block that is not on meta."""
     for module in block.modules():
-        for holder in (module._parameters, module._buffers):
+        holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for holder in holders:
             for leaf, tensor in holder.items():
                 if tensor is None or tensor.is_meta:
                     continue

@@ -6,7 +6,7 @@ Shapes: pooled embeddings (1, P), sequence embeddings (1, T, C), both in RAM.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +29,8 @@ CLIP_TOKENS = 77
 class Tokenizers(NamedTuple):
     """CLIP's tokenizer and T5's, as transformers has them."""
 
-    clip: object
-    t5: object
+    clip: Any
+    t5: Any
 
 
 class TokenIds(NamedTuple):

@@ -28,13 +28,15 @@ class Destination:
 def save(picture: Picture, destination: Destination, engine: Engine) -> GeneratedImage:
     """Write a picture that has its pixels; raises `OutputError`."""
     order = destination.order
-    digest = image.pixels_sha256(picture.pixels)
+    pixels = picture.pixels
+    assert pixels is not None, "the picture is not drawn"
+    digest = image.pixels_sha256(pixels)
     metadata = None
     if order.output.metadata:
         metadata = make_metadata(engine, order, picture.adapters, seeded=destination.seeded)
         metadata["pixels_sha256"] = digest
     data = image.encode(
-        picture.pixels, order.output.format, quality=order.output.quality, metadata=metadata
+        pixels, order.output.format, quality=order.output.quality, metadata=metadata
     )
     path = names.save(data, destination.target, order, destination.n, destination.row)
     width, height = order.request.size
