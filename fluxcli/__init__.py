@@ -1,6 +1,6 @@
 """flux: FLUX.1 [dev] on the cards that people own, from the command line."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def versions() -> dict[str, str]:

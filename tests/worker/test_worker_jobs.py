@@ -27,6 +27,8 @@ from tests.support.workers import (
     serves,
 )
 
+VERSION = fluxcli.__version__
+
 pytestmark = [pytest.mark.serial, pytest.mark.skipif(os.name == "nt", reason="sockets of POSIX")]
 
 
@@ -142,7 +144,7 @@ def test_a_worker_of_another_version_or_environment_is_not_used_but_can_be_told(
     with pytest.raises(client.Lost, match=f"another {change}$"):
         list(client.run(job("draw")))
     assert client.ask("evict") == {"pid": worker.pid} and notes(home) == ["evicted"]
-    assert client.ask("status")["version"] == "0.1.0"
+    assert client.ask("status")["version"] == VERSION
     assert client.ask("stop") and worker.wait(1) == 0
 
 
