@@ -85,6 +85,7 @@ def shell(
         )
 
     yield run
+    run("flux worker stop")  # of an example that failed before it did
     listener.shutdown(socket.SHUT_RDWR)
     listener.close()
 
