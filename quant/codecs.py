@@ -165,9 +165,9 @@ def quantize(
             one_scale = largest / SCHEMES[scheme].largest
         stored, measured = _quantize_rows(weight, scheme, one_scale=one_scale)
     relative_error = 0.0
-    if measured.norm2:
-        relative_error = math.sqrt(measured.error2 / measured.norm2)
-    if not math.isfinite(measured.norm2) or not measured.error2 <= measured.bound**2:
+    if measured.squared_norm:
+        relative_error = math.sqrt(measured.squared_error / measured.squared_norm)
+    if not math.isfinite(measured.squared_norm) or not measured.squared_error <= measured.bound**2:
         why = f"{name} would differ by {relative_error:.3f} of its norm"
         hint = f"--keep {name}"
         raise CheckpointError(f"weights that {scheme} cannot hold", where.file, why=why, hint=hint)
@@ -178,19 +178,21 @@ def quantize(
 class _Measured:
     """Squared norms of a weight and of its error, and the largest norm that the error may have."""
 
-    norm2: float
-    error2: float
+    squared_norm: float
+    squared_error: float
     bound: float
 
 
 def _measure_nf4(weight: Tensor, stored: dict[str, Tensor]) -> _Measured:
-    norm2 = error2 = 0.0
+    squared_norm = squared_error = 0.0
     dequantized = nf4.dequantize(stored, tuple(weight.shape), torch.float32)
-    for part, other in zip(torch.split(weight, 256), torch.split(dequantized, 256), strict=True):
+    # In parts of some rows, so that no copy of the whole is made.
+    parts = zip(torch.split(weight, 256), torch.split(dequantized, 256), strict=True)
+    for part, other in parts:
         values = part.float()
-        norm2 += _norm2(values)
-        error2 += _norm2(other.sub_(values))
-    return _Measured(norm2, error2, NF4_BOUND * math.sqrt(norm2))
+        squared_norm += _compute_squared_norm(values)
+        squared_error += _compute_squared_norm(other.sub_(values))
+    return _Measured(squared_norm, squared_error, NF4_BOUND * math.sqrt(squared_norm))
 
 
 def _quantize_rows(
@@ -201,7 +203,7 @@ def _quantize_rows(
     kind = quanto.qfloat8_e4m3fn if scheme == "fp8" else quanto.qint8
     codes = []
     scales = []
-    norm2 = error2 = 0.0
+    squared_norm = squared_error = 0.0
     # optimum-quanto quantizes a matrix of one row by one scale: no part has only one, if it can be.
     part_count = max(1, min(weight.shape[0] // 2, weight.numel() // CHUNK))
     for part in weight.tensor_split(part_count):
@@ -214,15 +216,17 @@ def _quantize_rows(
         quantized = quanto.quantize_weight(values, kind, 0, given, optimized=False)._data
         codes.append(quantized)
         scales.append(scale.flatten())
-        norm2 += _norm2(values)
-        error2 += _norm2(_widen(quantized).mul_(scale).sub_(values))
+        squared_norm += _compute_squared_norm(values)
+        error = _widen(quantized).mul_(scale).sub_(values)
+        squared_error += _compute_squared_norm(error)
     row_scales = torch.cat(scales)
-    measured = _Measured(norm2, error2, _bound_of(scheme, weight, row_scales, norm2=norm2))
+    bound = _compute_bound(weight, row_scales, scheme=scheme, squared_norm=squared_norm)
+    measured = _Measured(squared_norm, squared_error, bound)
     stored_scale = row_scales if one_scale is None else one_scale.reshape(())
     return {"": torch.cat(codes), "_scale": stored_scale}, measured
 
 
-def _bound_of(scheme: str, weight: Tensor, scales: Tensor, *, norm2: float) -> float:
+def _compute_bound(weight: Tensor, scales: Tensor, *, scheme: str, squared_norm: float) -> float:
     """The largest norm of the error that rounding explains.
 
     int8 errs by half a step, float8_e4m3 by 1/16 of the value or half a step of its subnormals.
@@ -230,11 +234,10 @@ def _bound_of(scheme: str, weight: Tensor, scales: Tensor, *, norm2: float) -> f
     steps = float(scales.norm()) * math.sqrt(weight.shape[1])
     if scheme == "int8":
         return steps * 0.5 * SLACK
-    return (steps * 2**-10 + math.sqrt(norm2) / 16) * SLACK
+    return (steps * 2**-10 + math.sqrt(squared_norm) / 16) * SLACK
 
 
-def _norm2(values: Tensor) -> float:
-    """The squared norm."""
+def _compute_squared_norm(values: Tensor) -> float:
     flat = values.view(-1)
     return float(flat.dot(flat))
 

@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from math import ceil, prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +41,10 @@ FRACTIONS = (
 STEPS = 1023
 UNITS = 256
 SMALLEST_ABSMAX = 1e-38
+# Blocks that are quantized at a time: 16 Mi weights on a card, and on a CPU 512 Ki, which stay in
+# its cache.
+CARD_BLOCKS = 1 << 18
+CPU_BLOCKS = 1 << 13
 
 
 def quantize(weight: Tensor, *, search: bool) -> dict[str, Tensor]:
@@ -48,53 +53,78 @@ def quantize(weight: Tensor, *, search: bool) -> dict[str, Tensor]:
     Without `search` they equal what `bitsandbytes.functional.quantize_4bit` with nested statistics
     makes, on the CPU bit by bit. Raises ValueError unless the weights are finite.
     """
-    from bitsandbytes.functional import create_dynamic_map, get_4bit_type
-
     flat = weight.detach().reshape(-1)
     missing = -weight.numel() % BLOCK  # of the last block
     if missing:
         flat = functional.pad(flat, (0, missing))
     blocks = flat.view(-1, BLOCK)
-    # Parts of 16 Mi weights on a card, of 512 Ki on a CPU, where they stay in its cache.
-    part_blocks = 1 << 18 if weight.is_cuda else 1 << 13
+    part_blocks = CARD_BLOCKS if weight.is_cuda else CPU_BLOCKS
     parts = torch.split(blocks, part_blocks)
-
-    table = _make_search_table(weight.device) if search else None
-    scales = torch.cat(
-        [_compute_scales(part.float(), table) for part in parts]
-    )  # (blocks,) float32
+    scales = _choose_scales(parts, search=search)
     if missing:
         scales[-1].clamp_(min=SMALLEST_ABSMAX)
+    stored_scales = _quantize_scales(scales, search=search)
+    if search:
+        scales = stored_scales.dequantize()  # codes are for the scales that readers will see
+
+    values = _read_values(weight.device)
+    midpoints = ((values[:-1] + values[1:]) / 2).tolist()
+    reciprocals = 1 / scales.clamp(min=SMALLEST_ABSMAX)
+    codes = []
+    for part, factors in zip(parts, torch.split(reciprocals, part_blocks), strict=True):
+        scaled = part.float() * factors[:, None]
+        codes.append(_find_codes(scaled, midpoints))
+    if missing and not search:
+        # bitsandbytes divides the last block, and multiplies by the reciprocal elsewhere.
+        scaled = blocks[-1:].float() / scales[-1]
+        codes[-1][-1:] = _find_codes(scaled, midpoints)
+    code_bytes = ceil(weight.numel() / 2)
+    return {
+        "": torch.cat(codes).view(-1, 1)[:code_bytes],
+        ".quant_map": values,
+        ".absmax": stored_scales.absmax,
+        ".nested_absmax": stored_scales.nested_absmax,
+        ".nested_quant_map": stored_scales.levels,
+        STATE: _describe(weight, float(stored_scales.offset)),
+    }
+
+
+class _StoredScales(NamedTuple):
+    """A weight's scales as the format has them; see `dequantize_scales`."""
+
+    absmax: Tensor
+    nested_absmax: Tensor
+    levels: Tensor
+    offset: Tensor
+
+    def dequantize(self) -> Tensor:
+        absmax, nested_absmax, levels, offset = self
+        return dequantize_scales(absmax, nested_absmax, levels, offset=offset)
+
+
+def _quantize_scales(scales: Tensor, *, search: bool) -> _StoredScales:
+    """Quantize the scales (blocks,) float32; raises ValueError unless they are finite."""
+    from bitsandbytes.functional import create_dynamic_map
+
     offset = scales.mean()
     if not offset.isfinite():
         raise ValueError("the weights are not all finite")
     levels = create_dynamic_map().to(scales.device)
-    absmax, nested_absmax = torch.ops.bitsandbytes.quantize_blockwise.default(
-        scales - offset, levels, NESTED_BLOCK
-    )
+    write = torch.ops.bitsandbytes.quantize_blockwise.default
+    absmax, nested_absmax = write(scales - offset, levels, NESTED_BLOCK)
+    stored = _StoredScales(absmax, nested_absmax, levels, offset)
     if search:
-        # The codes are chosen for the scales that readers will see. Where rounding made one of
-        # these negative it is raised by a level.
-        absmax += dequantize_scales(absmax, nested_absmax, levels, offset=offset) < 0
-        scales = dequantize_scales(absmax, nested_absmax, levels, offset=offset)
+        # Where rounding made a scale negative it is raised by a level.
+        absmax += stored.dequantize() < 0
+    return stored
 
-    values = get_4bit_type("nf4", device=weight.device)  # 16, ascending, from -1 to 1
-    midpoints = ((values[:-1] + values[1:]) / 2).tolist()
-    reciprocals = torch.split((1 / scales.clamp(min=SMALLEST_ABSMAX))[:, None], part_blocks)
-    codes = []
-    for part, reciprocal in zip(parts, reciprocals, strict=True):
-        codes.append(_find_codes(part.float() * reciprocal, midpoints))
-    if missing and not search:
-        # bitsandbytes divides the last block, and multiplies by the reciprocal elsewhere.
-        codes[-1][-1:] = _find_codes(blocks[-1:].float() / scales[-1], midpoints)
-    return {
-        "": torch.cat(codes).view(-1, 1)[: ceil(weight.numel() / 2)],
-        ".quant_map": values,
-        ".absmax": absmax,
-        ".nested_absmax": nested_absmax,
-        ".nested_quant_map": levels,
-        STATE: _describe(weight, float(offset)),
-    }
+
+def _read_values(device: torch.device) -> Tensor:
+    """The format's 16 values, float32, ascending from -1 to 1."""
+    from bitsandbytes.functional import get_4bit_type
+
+    values: Tensor = get_4bit_type("nf4", device=device)
+    return values
 
 
 def _describe(weight: Tensor, offset: float) -> Tensor:
@@ -116,23 +146,33 @@ def _describe(weight: Tensor, offset: float) -> Tensor:
     return torch.tensor(list(text), dtype=torch.uint8, device="cpu")
 
 
-def _compute_scales(part: Tensor, table: Tensor | None) -> Tensor:
-    """The scales (b,) of blocks (b, 64) float32: the absmax, or with a table the best ones found.
+def _choose_scales(parts: Sequence[Tensor], *, search: bool) -> Tensor:
+    """The scales (blocks,) float32 of all parts' blocks: their absmax, or the best ones found."""
+    if not search:
+        return torch.cat([part.float().abs().amax(1) for part in parts])
+    table = _make_search_table(parts[0].device)
+    return torch.cat([_search_scales(part.float(), table) for part in parts])
+
+
+def _search_scales(part: Tensor, table: Tensor) -> Tensor:
+    """The scales (b,) of least squared error that the fractions lead to, of blocks (b, 64) float32.
 
     Each fraction of the absmax gives codes c to the weights w. The best scale for these codes is
     <w,c> / <c,c>, and it lowers the squared error by <w,c>^2 / <c,c>; the fraction with the largest
     such gain wins. A row of the table has one weight's terms of both sums, for all fractions.
     """
     absmax = part.abs().amax(1)
-    if table is None:
-        return absmax
-    steps = (part * (STEPS / absmax.clamp(min=1e-35))[:, None]).round_().int()
+    factors = STEPS / absmax.clamp(min=1e-35)
+    steps = (part * factors[:, None]).round_().int()
     # The clamp is for NaN, which has no row; `quantize` refuses it afterwards.
     rows = steps.clamp_(-STEPS, STEPS).add_(STEPS)
-    wc, cc = functional.embedding_bag(rows, table, mode="sum").chunk(2, dim=1)  # (b, fractions)
+    sums = functional.embedding_bag(rows, table, mode="sum")
+    wc, cc = sums.chunk(2, dim=1)  # (b, fractions)
     cc = cc.clamp(min=1)  # 0 for a block of zeros
-    best = (wc * wc / cc).argmax(1, keepdim=True)
-    return (wc / cc).gather(1, best).view(-1) * absmax * (UNITS / STEPS)
+    gains = wc * wc / cc
+    best = gains.argmax(1, keepdim=True)
+    scales = (wc / cc).gather(1, best).view(-1)
+    return scales * absmax * (UNITS / STEPS)
 
 
 @cache
@@ -141,13 +181,12 @@ def _make_search_table(device: torch.device) -> Tensor:
 
     The row of a weight w has w * c, then c * c, where c is the value nearest to w by each fraction.
     """
-    from bitsandbytes.functional import get_4bit_type
-
-    values = get_4bit_type("nf4", device=device)
+    values = _read_values(device)
     midpoints = (values[:-1] + values[1:]) / 2 * STEPS
     w = torch.arange(-STEPS, STEPS + 1, dtype=torch.float32, device=device)[:, None]
     codes = [torch.bucketize(w, midpoints * fraction) for fraction in FRACTIONS]
-    c = (values * UNITS).round()[torch.cat(codes, dim=1)]
+    units = (values * UNITS).round()
+    c = units[torch.cat(codes, dim=1)]
     return torch.cat([w * c, c * c], dim=1)
 
 

@@ -203,10 +203,10 @@ def test_sums_of_the_search_are_exact():
 
 def test_scales_do_not_depend_on_threads_or_neighbours():
     weight, table = random((600, 64)), nf4._make_search_table(torch.device("cpu"))
-    whole, threads = nf4._compute_scales(weight, table), torch.get_num_threads()
+    whole, threads = nf4._search_scales(weight, table), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = torch.cat([nf4._compute_scales(part, table) for part in weight.split(7)])
+        alone = torch.cat([nf4._search_scales(part, table) for part in weight.split(7)])
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(whole, alone)
@@ -301,4 +301,6 @@ def test_cuda_writes_what_the_cpu_writes(search):
     assert (decoded - expected).norm() < 1e-3 * expected.norm()
     table = nf4._make_search_table(weight.cuda().device)
     blocks = weight.view(-1, 64).float()
-    assert torch.equal(nf4._compute_scales(blocks.cuda(), table).cpu(), nf4._scales(blocks, table.cpu()))
+    assert torch.equal(
+        nf4._search_scales(blocks.cuda(), table).cpu(), nf4._scales(blocks, table.cpu())
+    )
