@@ -1,82 +1,143 @@
-"""`flux inspect`: what a picture, a weight file or a model folder is, as JSON."""
+"""`flux inspect`: what a picture, a weight file or a model folder is, as JSON.
 
+Of weights it reads headers alone, and says what is wrong with them under `problems`.
+"""
+
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from fluxcli.cli import console
 from fluxcli.errors import ExitCode
-from fluxcli.models import find as models
-from fluxcli.models import loras as lora
+from fluxcli.models import loras
+from fluxcli.models.find import MODEL_FILES
 from fluxcli.models.shapes import read_known_shapes
 from quant.checkpoint import COMPONENTS, TOKENIZERS, Component, inspect, inspect_component
 from quant.errors import CheckpointError, ForeignFile
 from quant.header import read_header
 from quant.lora import is_lora
 from quant.single_file import inspect_file, name_component
+from quant.tensor_info import TensorInfo
+
+Description = dict[str, Any]
 
 
 def inspect_command(
-    path: Annotated[Path, typer.Argument(help="A picture, a .safetensors file or a model folder.", show_default=False)],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="A picture, a .safetensors file or a model folder.", show_default=False
+        ),
+    ],
 ) -> int:
     """Say what a file is, as JSON: how a picture was made, or what weights hold and still need (exit 4: unusable)."""
-    weights = path.is_dir() or path.suffix.lower() in models.MODEL_FILES
-    if weights:
-        described = _folder(path) if path.is_dir() else _file(path)
+    if path.is_dir():
+        described = _describe_folder(path)
+    elif path.suffix.lower() in MODEL_FILES:
+        described = _describe_file(path)
     else:
         from fluxcli.pictures import image
 
-        described = image.read_metadata(path)
+        console.data_json(image.read_metadata(path), indent=2)
+        return ExitCode.OK
     console.data_json(described, indent=2)
-    return ExitCode.INPUT_FILE if weights and described["problems"] else ExitCode.OK
+    return ExitCode.INPUT_FILE if described["problems"] else ExitCode.OK
 
 
-def _folder(path: Path) -> dict:
-    """What each part of a model folder (or the folder of one part) is."""
-    whole = (path / "model_index.json").is_file()
-    if whole:
-        parts = {name: path / name for name in COMPONENTS if (path / name).is_dir()}
-    else:
-        parts = {name_component(path): path}
-    missing = [name for name in (*COMPONENTS, *TOKENIZERS, "scheduler") if whole and not (path / name).is_dir()]
-    components, problems = {}, [f"{name} is missing" for name in missing]
-    for name, folder in parts.items():
-        try:
-            components[name] = _component(inspect_component(name, folder), problems)
-        except CheckpointError as error:
-            problems.append(f"{name}: {error}")
-    if whole and not problems:
+def _describe_folder(path: Path) -> Description:
+    """What a model folder is, or the folder of one component."""
+    if (path / "model_index.json").is_file():
+        return _describe_model_folder(path)
+    problems: list[str] = []
+    name = name_component(path)
+    return {
+        "path": str(path),
+        "kind": "part of a model",
+        "components": _describe_components({name: path}, problems),
+        "needs": ["the other parts of a model folder"],
+        "problems": problems,
+    }
+
+
+def _describe_model_folder(path: Path) -> Description:
+    every = (*COMPONENTS, *TOKENIZERS, "scheduler")
+    missing = [name for name in every if not (path / name).is_dir()]
+    problems = [f"{name} is missing" for name in missing]
+    folders = {name: path / name for name in COMPONENTS if name not in missing}
+    components = _describe_components(folders, problems)
+    if not problems:
         try:
             inspect(path)
         except CheckpointError as error:
             problems.append(str(error))
-    kind, needs = ("model folder", missing) if whole else ("part of a model", ["the other parts of a model folder"])
-    return {"path": str(path), "kind": kind, "components": components, "needs": needs, "problems": problems}
+    return {
+        "path": str(path),
+        "kind": "model folder",
+        "components": components,
+        "needs": missing,
+        "problems": problems,
+    }
 
 
-def _file(path: Path) -> dict:
-    """What a single file is; one that holds nothing of FLUX.1 is named and counted."""
-    infos, problems = read_header(path), []
+def _describe_components(
+    folders: Mapping[str, Path], problems: list[str]
+) -> dict[str, Description]:
+    """What the components in these folders are; adds to `problems`."""
+    found = {}
+    for name, folder in folders.items():
+        try:
+            found[name] = _describe_component(inspect_component(name, folder), problems)
+        except CheckpointError as error:
+            problems.append(f"{name}: {error}")
+    return found
+
+
+def _describe_file(path: Path) -> Description:
+    """What a single file is: an adapter, one or several components, or nothing of FLUX.1."""
+    infos = read_header(path)
     if is_lora(infos):
-        return lora.describe(path)
+        return loras.describe(path)
     try:
         parts = inspect_file(path)
     except ForeignFile as error:
-        numel, largest = sum(info.numel for info in infos.values()), max(infos.values(), key=lambda info: info.numel)
-        part = {"precision": largest.dtype, "tensors": len(infos), "parameters": numel, "truncated": False}
-        needs = ["the folder that it belongs to, with its config.json"]
-        return {"path": str(path), "kind": error.why, **part, "needs": needs, "problems": problems}
-    known = read_known_shapes().components
-    described = {n: _component(replace(p, config=p.config or known[n].config), problems) for n, p in parts.items()}
-    needs = [name for name in COMPONENTS if name not in parts] + ["tokenizers: a model folder has them"]
-    one = len(parts) == 1
-    kind, shown = (*parts, *described.values()) if one else ("several parts", {"components": described})
-    return {"path": str(path), "kind": kind, **shown, "needs": needs, "problems": problems}
+        return {"path": str(path), "kind": error.why, **_describe_foreign(infos)}
+    known = read_known_shapes()
+    assert known is not None
+    problems: list[str] = []
+    components = {}
+    for name, part in parts.items():
+        # Most files say nothing of their configuration: it is taken to be the published one.
+        config = part.config or known.components[name].config
+        components[name] = _describe_component(replace(part, config=config), problems)
+    needs = [name for name in COMPONENTS if name not in parts]
+    needs.append("tokenizers: a model folder has them")
+    described: Description = {"path": str(path)}
+    if len(components) == 1:
+        (name,) = components
+        described |= {"kind": name, **components[name]}
+    else:
+        described |= {"kind": "several parts", "components": components}
+    return described | {"needs": needs, "problems": problems}
 
 
-def _component(part: Component, problems: list[str]) -> dict:
+def _describe_foreign(infos: Mapping[str, TensorInfo]) -> Description:
+    """The precision and the counts of a file that holds nothing of FLUX.1."""
+    largest = max(infos.values(), key=lambda info: info.numel)
+    return {
+        "precision": largest.dtype,
+        "tensors": len(infos),
+        "parameters": sum(info.numel for info in infos.values()),
+        "truncated": False,
+        "needs": ["the folder that it belongs to, with its config.json"],
+        "problems": [],
+    }
+
+
+def _describe_component(part: Component, problems: list[str]) -> Description:
+    """What a component is; adds to `problems` where it lacks tensors."""
     from fluxcli.engine.loader import count_matching
 
     matched, expected = count_matching(part)
@@ -84,6 +145,12 @@ def _component(part: Component, problems: list[str]) -> dict:
         problems.append(f"{part.name}: only {matched} of its {expected} tensors are there")
     largest = max(part.weights.values(), key=lambda weight: weight.numel)
     return {
-        "dialect": part.dialect, "precision": part.precision or largest.info.dtype, "parameters": part.numel,
-        "bytes": part.nbytes, "tensors": len(part.weights), "loads": f"{matched} of {expected}", "truncated": False,
-    }  # fmt: skip
+        "dialect": part.dialect,
+        "precision": part.precision or largest.info.dtype,
+        "parameters": part.numel,
+        "bytes": part.nbytes,
+        "tensors": len(part.weights),
+        "loads": f"{matched} of {expected}",
+        # A file that ends too early is refused when its header is read.
+        "truncated": False,
+    }
