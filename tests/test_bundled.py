@@ -14,7 +14,7 @@ from PIL import Image
 from fluxcli.request import presets
 from fluxcli.request.fields import Order
 from quant.checkpoint import inspect
-from tests.support.helpers import draw, engine_of
+from tests.support.helpers import draw, draw_all, engine_of
 from training import check, data
 
 LIMIT_BYTES = 12_000_000
@@ -26,12 +26,11 @@ def request_of(prompt: str, tmp_path: Path, **flags: object):
 
 
 def score(facts: list, tiny_folder: Path, tmp_path: Path, **flags: object) -> dict[str, float]:
-    engine, seen = None, []
-    for k, fact in enumerate(facts):
-        request = request_of(data.prompt(fact), tmp_path, seed=k, **flags)
-        engine = engine or engine_of(inspect(tiny_folder), request)
-        _, pixels = draw(engine, request)
-        seen.append(check.check(Image.fromarray(pixels), fact))
+    """The share of pictures that show each of the five words of their facts."""
+    requests = [request_of(data.prompt(fact), tmp_path, seed=k, **flags) for k, fact in enumerate(facts)]
+    engine = engine_of(inspect(tiny_folder), requests[0])
+    drawn = draw_all(engine, requests)
+    seen = [check.check(Image.fromarray(pixels), fact) for pixels, fact in zip(drawn, facts, strict=True)]
     return {name: sum(each[name] for each in seen) / len(seen) for name in check.ATTRIBUTES}
 
 

@@ -106,6 +106,14 @@ def draw(
     return events, picture.pixels
 
 
+def draw_all(engine: Engine, orders: list[Order]) -> list[np.ndarray]:
+    """The pixels of these orders' pictures, which go through the phases together."""
+    pictures = [picture_of(engine, each) for each in orders]
+    for _ in engine.draw(pictures):
+        pass
+    return [picture.pixels for picture in pictures]
+
+
 def read_pixels(path: Path) -> np.ndarray:
     """A picture as (H, W, 3) uint8."""
     with open_picture(path) as image:
