@@ -18,7 +18,7 @@ from quant.tensor_info import DTYPE_BITS
 from tests import published
 from tests.support.helpers import BAKED, draw, engine_of, order, tiny
 from tests.support.loras import write_lora
-from tests.support.simulate import every_rung, follow, full_size, on_card
+from tests.support.simulate import every_placement, follow, full_size, on_card
 from tests.test_memory import BAKES, MIB
 
 CASES = [
@@ -61,7 +61,7 @@ def test_the_plan_is_within_five_percent_of_what_is_counted(card, wanted, names,
 
 
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.exhaustive), "nf4"])
-def test_under_its_budget_the_engine_completes_every_rung_with_adapters(
+def test_under_its_budget_the_engine_completes_every_placement_with_adapters(
     precision, tiny_folder, baked, tmp_path, monkeypatch
 ):
     """Of more bytes than the rest: the same pixels on each, and not those without."""
@@ -69,6 +69,6 @@ def test_under_its_budget_the_engine_completes_every_rung_with_adapters(
     every = ("transformer", "text_encoder", "text_encoder_2")
     file = write_lora(tmp_path / "x.safetensors", inspect(tiny_folder), every, rank=64, size=3)
     request = tiny(precision=precision, lora=(f"{file}:0.5",))
-    pictures = every_rung(request, checkpoint, monkeypatch, step_kib=256)
+    pictures = every_placement(request, checkpoint, monkeypatch, step_kib=256)
     _, plain = draw(engine_of(checkpoint, tiny(precision=precision)), tiny(precision=precision))
     assert np.abs(pictures[False][0].astype(int) - plain).max() > 5
