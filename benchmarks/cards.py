@@ -35,10 +35,9 @@ from fluxcli.engine.engine import Engine
 from fluxcli.engine.picture import Picture
 from fluxcli.events import Phase, Step
 from fluxcli.models.shapes import read_known_shapes
-from fluxcli.plan import costs
-from fluxcli.plan import placement as residency
+from fluxcli.plan import costs, placement
 from fluxcli.plan.machine import CONTEXT_BYTES, Hardware
-from fluxcli.plan.placement import GIB, PHASES
+from fluxcli.plan.placement import GIB, PHASES, Candidate
 from fluxcli.plan.planner import survey
 from fluxcli.request.fields import Order
 from quant import linear
@@ -107,16 +106,17 @@ def run(engine: Engine, request: Order, counter: Counter | None) -> tuple[dict, 
     return (counter.peaks if counter else peaks), seconds
 
 
-def rung(made: object, offer: object, machine: object, request: Order, *, shrunk: bool) -> dict:
+def carry_out(candidate: Candidate, machine: Hardware, request: Order, *, shrunk: bool) -> dict:
     """One plan, carried out."""
+    made = candidate.plan
     counter = Counter(budget=made.budget_bytes) if shrunk else None
-    engine = Engine(offer.checkpoint, replace(made, device=CARD) if shrunk else made, machine)
+    engine = Engine(candidate.checkpoint, replace(made, device=CARD) if shrunk else made, machine)
     peaks, seconds = run(engine, request, counter)
-    compute = costs.block_seconds(offer.cost, machine.speeds, offer.scheme)
-    copied = sum(offer.cost.blocks[i].nbytes for i in made.residency.streamed)
+    compute = costs.block_seconds(candidate.cost, machine.speeds, candidate.scheme)
+    copied = sum(candidate.cost.blocks[i].nbytes for i in made.placement.streamed)
     row = {
-        "precision": made.precision, "placed": made.residency.level("denoise"), "encode": made.residency.encode,
-        "decode": made.residency.decode, "went_on_as_planned": engine.plan.residency == made.residency,
+        "precision": made.precision, "placed": made.placement.level("denoise"), "encode": made.placement.encode,
+        "decode": made.placement.decode, "went_on_as_planned": engine.plan.placement == made.placement,
         "plan_bytes": made.peak_bytes, "measured_bytes": {phase: peaks.get(phase, 0) for phase in PHASES},
         "step_s": round(statistics.median(seconds), 4), "planned_step_s": round(sum(compute), 4),
         "bus_s": round(copied / machine.speeds.bus_bytes, 4),
@@ -135,9 +135,10 @@ def rungs(checkpoint: Checkpoint, machine: object, request: Order, *, shrunk: bo
     wanted = [(to, "auto") for to in (wide, *BAKEABLE)] + [(wide, offload) for offload in ("stream", "sequential")]
     for precision, offload in wanted:
         asked = replace(request, resources=replace(request.resources, precision=precision, offload=offload))
-        found = survey(asked, folders, machine)[0]
+        workload = costs.make_workload(asked.request)
+        found = survey(workload, asked.resources, folders, machine)[0]
         if found.plan:
-            yield rung(found.plan, found.offer, machine, asked, shrunk=shrunk) | {"offload": offload}
+            yield carry_out(found, machine, asked, shrunk=shrunk) | {"offload": offload}
 
 
 def diffusers_rows(machine: object, request: Order, *, shrunk: bool) -> Iterator[dict]:
@@ -243,7 +244,7 @@ def main() -> None:
         return
     shrunk = given.shrunk
     if shrunk:  # the tiny model: what is fixed for the real one would be all there is
-        costs.DECODE_BYTES, residency.CONTEXT_BYTES, residency.RESIDENT_SHARE = 64 << 10, 0, 0.0
+        costs.DECODE_BYTES, placement.CONTEXT_BYTES, placement.RESIDENT_SHARE = 64 << 10, 0, 0.0
     given.caps = given.caps or ("9,12,30" if shrunk else "8,12,16,24")
     given.sizes = given.sizes or ("64x64" if shrunk else "1024x1024,768x1344")
     here = hardware.probe("cpu") if shrunk else hardware.probe("cuda")

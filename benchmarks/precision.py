@@ -22,6 +22,7 @@ from fluxcli.engine.engine import Engine
 from fluxcli.engine.picture import Picture
 from fluxcli.models import find as models
 from fluxcli.plan import planner as plan
+from fluxcli.plan.costs import make_workload
 from fluxcli.request.fields import Order
 from quant.checkpoint import inspect
 from quant.spec import SCHEMES, QuantSpec
@@ -57,7 +58,7 @@ def measure(name: str, facts: list[data.Fact], reference: list[np.ndarray]) -> t
     request = Order.from_settings("x", {"preset": "tiny", "model": "bundled/tiny", "device": "cpu"} | SIZE)
     checkpoint = inspect(models.locate("bundled/tiny"))
     machine = hardware.probe("cpu")
-    _, planned = plan.make_plan(request, [checkpoint], machine)
+    _, planned = plan.make_plan(make_workload(request.request), request.resources, [checkpoint], machine)
     planned = replace(planned, spec=spec, precision=spec.to if spec else planned.precision)
     engine, started = Engine(checkpoint, planned, machine), time.perf_counter()
     pictures = [picture(engine, fact, seed) for seed, fact in enumerate(facts)]

@@ -11,7 +11,7 @@ from fluxcli.errors import NotFinite
 from fluxcli.events import Notice, Phase, Saved, Step
 from fluxcli.pictures import names as output
 from fluxcli.pictures.image import pixels_sha256, read_metadata
-from fluxcli.plan.placement import Residency
+from fluxcli.plan.placement import Placement
 from quant.checkpoint import Checkpoint, inspect
 from tests.support.helpers import draw, engine_of, picture_of, read_pixels, run, tiny
 
@@ -54,7 +54,7 @@ def test_a_new_guidance_makes_new_tables_but_no_new_embeddings(engine):
 
 def test_encoders_leave_when_the_plan_does_not_keep_them(checkpoint):
     engine = engine_of(checkpoint)
-    apart = replace(engine.plan, residency=Residency(keep=("transformer", "vae")))
+    apart = replace(engine.plan, placement=Placement(keep=("transformer", "vae")))
     engine.adopt(apart, engine.hardware)
     draw(engine, tiny())
     assert set(engine.components.loaded) == {"transformer", "vae"}

@@ -9,14 +9,13 @@ import pytest
 
 from benchmarks.counting import Counter, packed
 from fluxcli.engine.cards import describe_card
-from fluxcli.plan import placement as residency
+from fluxcli.plan import placement
 from fluxcli.plan.placement import PHASES
-from fluxcli.plan.planner import make_plan
 from quant import codecs
 from quant.checkpoint import inspect
 from quant.tensor_info import DTYPE_BITS
 from tests import published
-from tests.support.helpers import BAKED, draw, engine_of, order, tiny
+from tests.support.helpers import BAKED, draw, engine_of, order, plan_for, tiny
 from tests.support.loras import write_lora
 from tests.support.simulate import every_placement, follow, full_size, on_card
 from tests.test_memory import BAKES, MIB
@@ -50,14 +49,14 @@ def test_the_plan_is_within_five_percent_of_what_is_counted(card, wanted, names,
         request = order("x", steps=2, seed=1, lora=files, **wanted)
         folders = [packed(dev, BAKES[request.resources.precision])] if request.resources.precision in BAKES else [dev]
         here = describe_card(card)
-        checkpoint, made = make_plan(request, folders, here)
+        checkpoint, made = plan_for(request, folders, here)
         counter, engine = Counter(), on_card(checkpoint, made, here)
         follow(engine, request, counter)
     for phase in PHASES:
-        predicted = made.peak_bytes[phase] - residency.CONTEXT_BYTES
+        predicted = made.peak_bytes[phase] - placement.CONTEXT_BYTES
         slack = 24 * MIB  # the least of these adapters are 249 MiB
-        assert counter.peaks[phase] <= predicted * 1.01 + slack, (phase, made.residency.level(phase))
-        assert predicted <= counter.peaks[phase] * 1.05 + slack, (phase, made.residency.level(phase))
+        assert counter.peaks[phase] <= predicted * 1.01 + slack, (phase, made.placement.level(phase))
+        assert predicted <= counter.peaks[phase] * 1.05 + slack, (phase, made.placement.level(phase))
 
 
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.exhaustive), "nf4"])

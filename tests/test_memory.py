@@ -1,6 +1,6 @@
 """The plan's bytes against counted ones: live storages of the real engine, for the full-size model on FakeTensors.
 
-The counter knows nothing of plan.py, residency.py or costs.py.
+The counter knows nothing of planner.py, placement.py or costs.py.
 """
 
 from pathlib import Path
@@ -9,12 +9,11 @@ import pytest
 
 from benchmarks.counting import Counter, packed
 from fluxcli.engine.cards import describe_card
-from fluxcli.plan import placement as residency
+from fluxcli.plan import placement
 from fluxcli.plan.placement import GIB, PHASES, MemoryPlan
-from fluxcli.plan.planner import make_plan
 from quant.checkpoint import Checkpoint, inspect
 from quant.spec import QuantSpec
-from tests.support.helpers import BAKED, order, tiny
+from tests.support.helpers import BAKED, order, plan_for, tiny
 from tests.support.simulate import blocked, every_placement, follow, full_size, on_card
 
 MIB = 2**20
@@ -47,7 +46,7 @@ def planned_and_counted(card: str, wanted: dict, monkeypatch: pytest.MonkeyPatch
         folders = [packed(dev, BAKES[request.resources.precision])] if request.resources.precision in BAKES else [dev]
         folders = [blocked(dev, kind)] if kind else folders
         here = describe_card(card)
-        checkpoint, made = make_plan(request, folders, here)
+        checkpoint, made = plan_for(request, folders, here)
         counter, engine = Counter(), on_card(checkpoint, made, here)
         follow(engine, request, counter)
         follow(engine, order("x", steps=2, seed=2, **wanted), counter)  # with the VAE there, or loaded anew
@@ -60,10 +59,10 @@ def planned_and_counted(card: str, wanted: dict, monkeypatch: pytest.MonkeyPatch
 def test_the_plan_is_within_five_percent_of_what_is_counted(card, wanted, monkeypatch):
     made, counter = planned_and_counted(card, wanted, monkeypatch)
     for phase in PHASES:
-        predicted = made.peak_bytes[phase] - residency.CONTEXT_BYTES
+        predicted = made.peak_bytes[phase] - placement.CONTEXT_BYTES
         slack = 24 * MIB  # of small things, where nearly everything is evicted
-        assert counter.peaks[phase] <= predicted * 1.01 + slack, (phase, made.residency.level(phase))
-        assert predicted <= counter.peaks[phase] * 1.05 + slack, (phase, made.residency.level(phase))
+        assert counter.peaks[phase] <= predicted * 1.01 + slack, (phase, made.placement.level(phase))
+        assert predicted <= counter.peaks[phase] * 1.05 + slack, (phase, made.placement.level(phase))
     arena = made.host_bytes
     assert arena <= counter.host + MIB and counter.host < arena + 600 * MIB  # beside it one tensor and its block
 
@@ -80,7 +79,7 @@ def checkpoint(tiny_folder: Path) -> Checkpoint:
     "precision", ["nf4", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("fp32", "fp8", "int8"))]
 )
 def test_under_its_budget_the_engine_completes_every_placement_that_was_planned(precision, checkpoint, baked, monkeypatch):
-    """Every residency, from all in memory to everything passing through; the same pixels on each."""
+    """Every placement, from all in memory to everything passing through; the same pixels on each."""
     if precision in BAKED:
         checkpoint = inspect(baked(precision, **BAKED[precision]))
     every_placement(tiny(precision=precision), checkpoint, monkeypatch, step_kib=128)
@@ -91,9 +90,9 @@ if __name__ == "__main__":  # the table of docs/memory.md
         with pytest.MonkeyPatch.context() as patch:
             plan_, counted = planned_and_counted(name, asked, patch)
         cells = [
-            f"{(plan_.peak_bytes[phase] - residency.CONTEXT_BYTES) / GIB:.2f} / {counted.peaks[phase] / GIB:.2f}"
+            f"{(plan_.peak_bytes[phase] - placement.CONTEXT_BYTES) / GIB:.2f} / {counted.peaks[phase] / GIB:.2f}"
             for phase in PHASES
         ]
         what = ", ".join(f"{key} {value}" for key, value in asked.items() if key != "precision")
-        blocks = plan_.residency.level("denoise")
+        blocks = plan_.placement.level("denoise")
         print(f"| {name} | {asked.get('precision', '')} {what} | {blocks} | " + " | ".join(cells) + " |", flush=True)

@@ -18,7 +18,7 @@ from fluxcli.engine.components import Components
 from fluxcli.engine.loader import LoadedComponent, fused_single_block
 from fluxcli.engine.streaming import Bus, load_component
 from fluxcli.plan import costs
-from fluxcli.plan.placement import Residency
+from fluxcli.plan.placement import SIXTEEN_BIT_LINES, Placement
 from quant.checkpoint import Component, inspect
 from quant.single_file import assemble_checkpoint, inspect_transformer
 from quant.spec import QuantSpec, is_modulation
@@ -231,7 +231,9 @@ def test_the_card_holds_two_slots_and_the_host_an_arena_of_the_blocks_size(
         gc.collect()
         model = place(component, blocks, dtype=torch.bfloat16)
         streamed = counter.live[True]
-    sizes = costs.cost_of(tiny(), whole, _all("bfloat16"), None).blocks
+    workload = costs.make_workload(tiny().request)
+    cost = costs.estimate_cost(workload, whole, dtypes=_all("bfloat16"), spec=None, lines=SIXTEEN_BIT_LINES)
+    sizes = cost.blocks
     passing = [sizes[i].nbytes for i in blocks]
     padding = 40 * placement.ALIGNMENT * len(blocks)
     assert abs((resident - streamed) - (sum(passing) - 2 * max(passing))) < padding
@@ -294,11 +296,11 @@ STREAMED = {"denoise": "streamed", "decode": "alone"}
 )  # fmt: skip
 def test_a_placement_goes_down_when_it_must_and_up_when_it_can(tiny_folder, loaded, first, then, placed, stays):
     engine = engine_of(inspect(tiny_folder))
-    before = replace(engine.plan, residency=Residency(**first))
+    before = replace(engine.plan, placement=Placement(**first))
     components = Components(engine.checkpoint, before, engine.hardware)
     if loaded:
         components.loaded["transformer"] = LoadedComponent(nn.Module(), {})
-    components.adopt(replace(engine.plan, residency=Residency(**then)), engine.hardware)
-    now = components.plan.residency
+    components.adopt(replace(engine.plan, placement=Placement(**then)), engine.hardware)
+    now = components.plan.placement
     assert (now.denoise, now.streamed) == placed
     assert ("transformer" in components.loaded) == stays

@@ -15,16 +15,15 @@ from fluxcli.engine.cards import describe_card
 from fluxcli.errors import DoesNotFit, ExitCode, UsageError
 from fluxcli.models import find as models
 from fluxcli.models.shapes import read_known_shapes
-from fluxcli.plan import costs
-from fluxcli.plan import placement as residency
-from fluxcli.plan import planner as plan
+from fluxcli.plan import costs, placement
+from fluxcli.plan.costs import Cost
 from fluxcli.plan.machine import Hardware
-from fluxcli.plan.placement import GIB, PHASES
-from fluxcli.plan.planner import QUALITY, SLOWER, USABLE_SHARE, make_plan, survey
+from fluxcli.plan.placement import GIB, PHASES, Candidate
+from fluxcli.plan.planner import QUALITY, SLOWER, USABLE_SHARE, suggest_options
 from fluxcli.request.fields import Order
 from quant.checkpoint import Checkpoint, inspect
 from quant.spec import BAKEABLE, QuantSpec
-from tests.support.helpers import BAKED, ROOT, machine, order, tiny
+from tests.support.helpers import BAKED, ROOT, machine, order, plan_for, survey_for, tiny
 from tests.support.invariant import assert_failed, call
 
 GOLDEN = ROOT / "tests" / "golden_plans.txt"
@@ -58,8 +57,14 @@ def card(text: str, *, ram_gib: int = 64) -> Hardware:
     return replace(describe_card(text), ram_bytes=ram_gib * GIB, ram_free_bytes=ram_gib * GIB)
 
 
-def chosen(found: list[plan.Rung]) -> plan.Rung | None:
-    return next((rung for rung in found if rung.verdict == "chosen"), None)
+def chosen(found: list[Candidate]) -> Candidate | None:
+    return next((candidate for candidate in found if candidate.verdict == "chosen"), None)
+
+
+def cost_of(asked: Order, folder: Checkpoint, dtypes: dict, spec: QuantSpec | None = None) -> Cost:
+    """What a request costs in 16 bit, or as `spec` packs it."""
+    workload = costs.make_workload(asked.request)
+    return costs.estimate_cost(workload, folder, dtypes=dtypes, spec=spec, lines=placement.SIXTEEN_BIT_LINES)
 
 
 # --- properties over a grid
@@ -71,20 +76,20 @@ def test_never_over_budget_and_more_memory_is_never_slower_or_worse(size, sm, va
     by_precision: dict[str, list[float]] = {}
     qualities = []
     for gib in (4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96):
-        found = survey(request(image_size=size), variants, card(f"{gib}GiB:{sm}"))
-        assert [rung.offer.precision for rung in found] == sorted(
-            (rung.offer.precision for rung in found), key=QUALITY.index
+        found = survey_for(request(image_size=size), variants, card(f"{gib}GiB:{sm}"))
+        assert [candidate.precision for candidate in found] == sorted(
+            (candidate.precision for candidate in found), key=QUALITY.index
         )
-        for rung in found:
-            assert rung.why
-            if rung.plan:
-                assert max(rung.plan.peak_bytes.values()) <= gib * GIB * USABLE_SHARE
-                assert rung.plan.reasons and tuple(rung.plan.peak_bytes) == PHASES
-                by_precision.setdefault(rung.offer.precision, []).append(sum(rung.plan.seconds.values()))
+        for candidate in found:
+            assert candidate.why
+            if candidate.plan:
+                assert max(candidate.plan.peak_bytes.values()) <= gib * GIB * USABLE_SHARE
+                assert candidate.plan.reasons and tuple(candidate.plan.peak_bytes) == PHASES
+                by_precision.setdefault(candidate.precision, []).append(sum(candidate.plan.seconds.values()))
             else:
-                assert "GiB" in rung.why
+                assert "GiB" in candidate.why
         best = chosen(found)
-        qualities.append(-QUALITY.index(best.offer.precision) if best else -math.inf)
+        qualities.append(-QUALITY.index(best.precision) if best else -math.inf)
         if best:
             assert len(best.plan.reasons) >= 3
     for precision, seconds in by_precision.items():
@@ -94,59 +99,62 @@ def test_never_over_budget_and_more_memory_is_never_slower_or_worse(size, sm, va
 
 @pytest.mark.parametrize("gib, size", [*product((8, 12, 24), (512, 1024))])
 def test_the_choice_is_the_best_within_a_quarter_of_the_fastest(gib, size, variants):
-    found = survey(request(image_size=size), variants, card(f"{gib}GiB:sm89"))
-    seconds = {rung.offer.precision: sum(rung.plan.seconds.values()) for rung in found if rung.plan}
+    found = survey_for(request(image_size=size), variants, card(f"{gib}GiB:sm89"))
+    seconds = {candidate.precision: sum(candidate.plan.seconds.values()) for candidate in found if candidate.plan}
     fast = [name for name, taken in seconds.items() if taken <= SLOWER * min(seconds.values())]
-    assert chosen(found).offer.precision == min(fast, key=QUALITY.index)
-    assert {rung.verdict for rung in found} <= {"chosen", "fits", "too slow", "does not fit"}
+    assert chosen(found).precision == min(fast, key=QUALITY.index)
+    assert {candidate.verdict for candidate in found} <= {"chosen", "fits", "too slow", "does not fit"}
 
 
 @pytest.mark.parametrize("precision", ["bf16", *BAKEABLE])
 def test_less_free_memory_streams_more_and_changes_no_pixel(precision, variants):
     whole, plans = card("24GiB:sm89"), []
     for free in (24, 20, 16, 12, 10, 8, 6, 5):
-        found = survey(request(precision=precision), variants, replace(whole, free_bytes=free * GIB))
-        assert {rung.offer.precision for rung in found} == {precision}
+        found = survey_for(request(precision=precision), variants, replace(whole, free_bytes=free * GIB))
+        assert {candidate.precision for candidate in found} == {precision}
         plans.append(found[0].plan)
         assert found[0].plan.budget_bytes <= free * GIB
     assert len({each.precision for each in plans}) == 1 and len({str(each.dtypes) for each in plans}) == 1
-    assert all(each.residency.decode != "tiled" for each in plans)
-    passing = [len(each.residency.streamed) for each in plans]
+    assert all(each.placement.decode != "tiled" for each in plans)
+    passing = [len(each.placement.streamed) for each in plans]
     assert passing == sorted(passing) and passing[0] == 0
-    automatic = {survey(request(), variants, replace(whole, free_bytes=free * GIB))[0].offer.precision
+    automatic = {survey_for(request(), variants, replace(whole, free_bytes=free * GIB))[0].precision
                  for free in (24, 16, 8)}  # fmt: skip
     assert len(automatic) == 1
 
 
 def test_a_moment_without_free_memory_is_refused_not_answered_with_another_precision(variants):
     busy = replace(card("24GiB:sm89"), free_bytes=GIB)
-    found = survey(request(), variants, busy)
-    assert [rung.verdict for rung in found].count("not now") == 1 and not chosen(found)
+    found = survey_for(request(), variants, busy)
+    assert [candidate.verdict for candidate in found].count("not now") == 1 and not chosen(found)
     with pytest.raises(DoesNotFit, match=r"1\.0 GiB free"):
-        make_plan(request(), variants, busy)
+        plan_for(request(), variants, busy)
 
 
 def test_a_slow_bus_makes_streaming_slow(variants):
     usual = card("12GiB:sm89")
     slow_bus = replace(usual, speeds=replace(usual.speeds, bus_bytes=2e9, source="a table's"))
-    wide = [survey(request(precision="bf16"), variants, here)[0].plan for here in (usual, slow_bus)]
+    wide = [survey_for(request(precision="bf16"), variants, here)[0].plan for here in (usual, slow_bus)]
     assert wide[1].seconds["denoise"] > 2 * wide[0].seconds["denoise"]
     assert wide[1].speeds == "a table's" and any("a table's" in reason for reason in wide[1].reasons)
 
 
 def test_fp8_is_fast_only_where_the_card_computes_it(variants):
     with_units, without = (
-        {rung.offer.precision: rung.plan.seconds["denoise"] for rung in survey(request(), variants, card(text))}
+        {
+            candidate.precision: candidate.plan.seconds["denoise"]
+            for candidate in survey_for(request(), variants, card(text))
+        }
         for text in ("24GiB:sm89", "24GiB:sm86")
     )
     assert with_units["fp8"] < with_units["bf16"] and without["fp8"] > without["bf16"]
 
 
 def test_little_ram_reads_from_files_instead_of_pinning(dev):
-    found = survey(request(precision="bf16"), [dev], card("8GiB:sm89", ram_gib=8))[0]
-    assert found.plan.residency.denoise == "sequential" and found.plan.host_bytes == 0
-    plenty = survey(request(precision="bf16"), [dev], card("8GiB:sm89"))[0]
-    assert plenty.plan.residency.denoise == "streamed" and plenty.plan.host_bytes > 4 * GIB
+    found = survey_for(request(precision="bf16"), [dev], card("8GiB:sm89", ram_gib=8))[0]
+    assert found.plan.placement.denoise == "sequential" and found.plan.host_bytes == 0
+    plenty = survey_for(request(precision="bf16"), [dev], card("8GiB:sm89"))[0]
+    assert plenty.plan.placement.denoise == "streamed" and plenty.plan.host_bytes > 4 * GIB
 
 
 def test_the_table_under_review(variants):
@@ -157,12 +165,12 @@ def test_the_table_under_review(variants):
 def golden(variants: list[Checkpoint]) -> str:
     rows = []
     for text, size, baked in product(CARDS, (1024, 1536), (True, False)):
-        for rung in survey(request(image_size=size), variants if baked else variants[-1:], card(text)):
-            placed = rung.plan and rung.plan.residency
+        for candidate in survey_for(request(image_size=size), variants if baked else variants[-1:], card(text)):
+            placed = candidate.plan and candidate.plan.placement
             how = f"{placed.encode}/{placed.level('denoise')}/{placed.decode}" if placed else ""
-            peak = f"{max(rung.plan.peak_bytes.values()) / GIB:6.2f} GiB" if rung.plan else ""
+            peak = f"{max(candidate.plan.peak_bytes.values()) / GIB:6.2f} GiB" if candidate.plan else ""
             name = f"{text} {size} {'baked' if baked else 'source'}"
-            rows.append(f"{name:<24} {rung.offer.precision:<5} {rung.verdict:<13} {how:<34} {peak}".rstrip())
+            rows.append(f"{name:<24} {candidate.precision:<5} {candidate.verdict:<13} {how:<34} {peak}".rstrip())
     return "\n".join(rows) + "\n"
 
 
@@ -171,23 +179,23 @@ def golden(variants: list[Checkpoint]) -> str:
 
 def test_bf16_on_24_fp8_on_12_and_nf4_on_8_gib_keep_every_block_on_the_card(variants):
     for precision, gib, most in (("bf16", 24, 18.5), ("fp8", 12, 10.8), ("nf4", 8, 6.9)):
-        found = survey(request(precision=precision), variants, card(f"{gib}GiB:sm89"))[0].plan
-        assert found.residency.denoise == "resident"
+        found = survey_for(request(precision=precision), variants, card(f"{gib}GiB:sm89"))[0].plan
+        assert found.placement.denoise == "resident"
         assert max(found.peak_bytes.values()) / GIB <= most
 
 
 def test_streaming_keeps_up_with_the_bus(variants):
     """A step takes at most 1.1 times the longer of computing and copying, for every count that a plan may have."""
     for precision, text in product(("bf16", *BAKEABLE), ("16GiB:sm86", "16GiB:sm89")):
-        offer = survey(request(precision=precision), variants, card(text))[0].offer
+        candidate = survey_for(request(precision=precision), variants, card(text))[0]
         for bus in (12e9, 24e9, 50e9):
             speeds = replace(card(text).speeds, bus_bytes=bus)
-            compute = costs.block_seconds(offer.cost, speeds, offer.scheme)
+            compute = costs.block_seconds(candidate.cost, speeds, candidate.scheme)
             for count in range(4, 52, 4):
-                streamed = costs.spread(offer.cost, compute, count, bus)
+                streamed = costs.choose_streamed(candidate.cost, compute, count, bus_bytes=bus)
                 assert len(set(streamed)) == count and list(streamed) == sorted(streamed)
-                copying = sum(offer.cost.blocks[i].nbytes for i in streamed) / bus
-                step = costs.step_seconds(offer.cost, compute, streamed, bus)
+                copying = sum(candidate.cost.blocks[i].nbytes for i in streamed) / bus
+                step = costs.step_seconds(candidate.cost, compute, streamed, bus_bytes=bus)
                 assert max(sum(compute), copying) <= step + 1e-9
                 assert step <= 1.1 * max(sum(compute), copying), (precision, text, bus, count)
 
@@ -205,7 +213,7 @@ def test_streaming_keeps_up_with_the_bus(variants):
     ],
 )
 def test_the_compute_dtype_follows_the_device(checkpoint, here, expected):
-    _, found = make_plan(tiny(), [checkpoint], here)
+    _, found = plan_for(tiny(), [checkpoint], here)
     assert found.dtypes["transformer"] == expected
     if expected == "float16":  # T5 and the VAE overflow in float16
         assert {found.dtypes[name] for name in ("text_encoder", "text_encoder_2", "vae")} == {"float32"}
@@ -213,50 +221,52 @@ def test_the_compute_dtype_follows_the_device(checkpoint, here, expected):
 
 def test_a_cpu_computes_float32_where_that_fits_and_says_slowly_where_not(dev, variants):
     cpu = machine(24, "cpu", bf16=False)
-    by_name = {rung.offer.precision: rung for rung in survey(request(image_size=256), [dev], cpu)}
-    assert by_name["bf16"].offer.dtypes["transformer"] == "bfloat16" and "slowly" in by_name["bf16"].offer.why
-    assert by_name["nf4"].offer.dtypes["transformer"] == "float32"
-    assert all(rung.plan.residency.denoise == "resident" for rung in by_name.values() if rung.plan)
+    by_name = {candidate.precision: candidate for candidate in survey_for(request(image_size=256), [dev], cpu)}
+    assert by_name["bf16"].dtypes["transformer"] == "bfloat16" and "slowly" in by_name["bf16"].basis
+    assert by_name["nf4"].dtypes["transformer"] == "float32"
+    assert all(candidate.plan.placement.denoise == "resident" for candidate in by_name.values() if candidate.plan)
 
 
 def test_an_offload_on_the_cpu_is_refused(checkpoint):
     with pytest.raises(UsageError, match="without effect"):
-        make_plan(tiny(offload="stream"), [checkpoint], machine(16, "cpu", bf16=False))
+        plan_for(tiny(offload="stream"), [checkpoint], machine(16, "cpu", bf16=False))
 
 
 @pytest.mark.parametrize("offload", ["none", "stream", "sequential"])
 def test_an_offload_leaves_one_placement_or_is_refused_with_the_numbers(offload, variants):
     small, large = card("12GiB:sm89"), card("24GiB:sm89")
     asked = request(precision="bf16", offload=offload)
-    found = make_plan(asked, variants, large)[1].residency
+    found = plan_for(asked, variants, large)[1].placement
     expected = {"none": "resident", "stream": "streamed 56", "sequential": "sequential"}[offload]
     assert found.level("denoise") == expected and (found.encode == "sequential") == (offload == "sequential")
     if offload == "none":
-        with pytest.raises(DoesNotFit, match=r"needs 1\d\.\d GiB") as refused:
-            make_plan(asked, variants, small)
-        assert "--offload auto" in refused.value.hint or "--precision" in refused.value.hint
+        with pytest.raises(DoesNotFit, match=r"needs 1\d\.\d GiB"):
+            plan_for(asked, variants, small)
+        hint = suggest_options(asked.request, asked.resources, variants, small)
+        assert "--offload auto" in hint or "--precision" in hint
     else:
-        assert max(make_plan(asked, variants, small)[1].peak_bytes.values()) < 11.5 * GIB
+        assert max(plan_for(asked, variants, small)[1].peak_bytes.values()) < 11.5 * GIB
 
 
 def test_a_limit_is_a_smaller_card(variants):
-    limited = survey(request(vram_limit=12 * GIB), variants, card("24GiB:sm89"))
-    for rung in limited:
-        assert rung.plan is None or max(rung.plan.peak_bytes.values()) <= 12 * GIB
-    assert limited[0].offer.precision == "bf16" and limited[0].plan.residency.streamed
+    limited = survey_for(request(vram_limit=12 * GIB), variants, card("24GiB:sm89"))
+    for candidate in limited:
+        assert candidate.plan is None or max(candidate.plan.peak_bytes.values()) <= 12 * GIB
+    assert limited[0].precision == "bf16" and limited[0].plan.placement.streamed
 
 
 def test_what_would_fit_is_said(variants, dev):
-    with pytest.raises(DoesNotFit) as refused:
-        make_plan(request(image_size=2048, offload="none", precision="bf16"), variants, card("12GiB:sm89"))
-    assert refused.value.hint.startswith("--")
+    asked, here = request(image_size=2048, offload="none", precision="bf16"), card("12GiB:sm89")
+    with pytest.raises(DoesNotFit):
+        plan_for(asked, variants, here)
+    assert suggest_options(asked.request, asked.resources, variants, here).startswith("--")
     with pytest.raises(DoesNotFit, match="GiB"):
-        make_plan(request(), [dev], card("1GiB:sm89"))
+        plan_for(request(), [dev], card("1GiB:sm89"))
 
 
 def test_small_models_stay_whole(checkpoint):
-    _, found = make_plan(tiny(), [checkpoint], machine(16, "cpu", bf16=False))
-    assert {"text_encoder_2", "transformer", "vae", "modulation"} <= set(found.residency.keep)
+    _, found = plan_for(tiny(), [checkpoint], machine(16, "cpu", bf16=False))
+    assert {"text_encoder_2", "transformer", "vae", "modulation"} <= set(found.placement.keep)
     assert any("small" in reason for reason in found.reasons)
 
 
@@ -264,10 +274,10 @@ def test_small_models_stay_whole(checkpoint):
 @pytest.mark.parametrize("text", ["8GiB:sm86", "12GiB:sm89", "24GiB:sm89"])
 def test_a_margin_moves_the_placement_and_neither_precision_nor_pixels(text, gib, variants):
     here = card(text)
-    _, usual = make_plan(request(), variants, here)
-    _, warned = make_plan(request(), variants, here, margin_bytes=int(gib * GIB))
+    _, usual = plan_for(request(), variants, here)
+    _, warned = plan_for(request(), variants, here, margin_bytes=int(gib * GIB))
     assert (warned.precision, warned.dtypes, warned.spec) == (usual.precision, usual.dtypes, usual.spec)
-    assert (warned.residency.decode == "tiled") == (usual.residency.decode == "tiled")
+    assert (warned.placement.decode == "tiled") == (usual.placement.decode == "tiled")
     if warned.budget_bytes < usual.budget_bytes:
         assert max(warned.peak_bytes.values()) <= usual.budget_bytes - gib * GIB
         assert any("ran out on this card before" in reason for reason in warned.reasons)
@@ -279,32 +289,32 @@ def test_a_margin_makes_more_blocks_stream_and_never_refuses(variants):
     here, asked = card("24GiB:sm89"), request(precision="bf16")
     counts = []
     for gib in (0, 2, 4, 8):
-        _, found = make_plan(asked, variants, here, margin_bytes=gib * GIB)
-        counts.append(len(found.residency.streamed))
+        _, found = plan_for(asked, variants, here, margin_bytes=gib * GIB)
+        counts.append(len(found.placement.streamed))
     assert counts == sorted(counts) and counts[0] == 0 < counts[-1]
-    assert make_plan(asked, variants, here, margin_bytes=40 * GIB) == make_plan(asked, variants, here)
+    assert plan_for(asked, variants, here, margin_bytes=40 * GIB) == plan_for(asked, variants, here)
 
 
 def test_the_ladder_pins_no_more_ram_than_a_plan_may(dev):
     here = card("12GiB:sm89", ram_gib=12)
-    offer = survey(request(precision="bf16"), [dev], here)[0].offer
-    now = replace(make_plan(request(precision="bf16"), [dev], here)[1], residency=residency.Residency(keep=()))
+    candidate = survey_for(request(precision="bf16"), [dev], here)[0]
+    now = replace(plan_for(request(precision="bf16"), [dev], here)[1], placement=placement.Placement(keep=()))
     for _ in range(9):
-        found = residency.relaxed(now, "denoise", offer)
+        found = placement.step_down(now, "denoise", candidate)
         if found is None:
             break
-        now = found[0]
-        assert now.host_bytes <= residency.host_limit(here)
-    assert now.residency.denoise == "sequential"
+        now = found.plan
+        assert now.host_bytes <= placement.host_limit_now(here)
+    assert now.placement.denoise == "sequential"
 
 
 def test_a_small_limit_on_a_large_card_is_a_small_card(variants):
-    found = survey(request(precision="nf4", vram_limit=8 * GIB), variants, card("80GiB:sm90"))[0]
+    found = survey_for(request(precision="nf4", vram_limit=8 * GIB), variants, card("80GiB:sm90"))[0]
     assert found.verdict == "chosen" and max(found.plan.peak_bytes.values()) <= 8 * GIB
 
 
 def test_what_would_pack_in_every_step_is_refused_with_a_reason(dev):
-    found = survey(request(precision="nf4", offload="sequential"), [dev], card("8GiB:sm89"))[0]
+    found = survey_for(request(precision="nf4", offload="sequential"), [dev], card("8GiB:sm89"))[0]
     assert found.plan is None and "packing again" in found.why
 
 
@@ -323,10 +333,10 @@ def test_guidance_that_does_nothing_or_is_missing_is_refused(checkpoint):
 def test_more_pixels_steps_and_tokens_never_need_less(dev):
     dtypes = dict.fromkeys(dev.components, "bfloat16")
     for a, b, c in product((256, 1024), (4, 28), (64, 256)):
-        low = costs.cost_of(request(image_size=a, steps=b, text_tokens=c), dev, dtypes, None)
-        high = costs.cost_of(request(image_size=a + 256, steps=b + 4, text_tokens=c + 64), dev, dtypes, None)
-        assert low.encode < high.encode and low.tables < high.tables
-        assert low.denoise <= high.denoise and low.decode < high.decode
+        low = cost_of(request(image_size=a, steps=b, text_tokens=c), dev, dtypes)
+        high = cost_of(request(image_size=a + 256, steps=b + 4, text_tokens=c + 64), dev, dtypes)
+        assert low.encode_bytes < high.encode_bytes and low.tables_bytes < high.tables_bytes
+        assert low.denoise_bytes <= high.denoise_bytes and low.decode_bytes < high.decode_bytes
 
 
 # --- precision
@@ -338,15 +348,15 @@ def test_the_price_of_a_precision_is_that_of_its_files(to, dtype, checkpoint, ba
     stored = inspect(baked(to, **BAKED[to]))
     dtypes = dict.fromkeys(checkpoint.components, dtype)
     spec = QuantSpec(to, **BAKED[to])
-    one, other = costs.cost_of(tiny(), checkpoint, dtypes, spec), costs.cost_of(tiny(), stored, dtypes, None)
-    assert replace(one, stored=0) == replace(other, stored=0)
-    _, found = make_plan(tiny(), [stored], machine(24))
+    one, other = cost_of(tiny(), checkpoint, dtypes, spec), cost_of(tiny(), stored, dtypes)
+    assert replace(one, stored_bytes=0) == replace(other, stored_bytes=0)
+    _, found = plan_for(tiny(), [stored], machine(24))
     assert (found.precision, found.spec) == (to, None) and any("stored" in reason for reason in found.reasons)
-    assert make_plan(tiny(precision=to), [stored], machine(24))[1] == found
+    assert plan_for(tiny(precision=to), [stored], machine(24))[1] == found
 
 
 def test_a_precision_that_is_asked_for_is_packed_while_loading(dev):
-    _, found = make_plan(request(precision="nf4"), [dev], machine(24))
+    _, found = plan_for(request(precision="nf4"), [dev], machine(24))
     assert (found.precision, found.spec) == ("nf4", QuantSpec("nf4", "nf4"))
     assert any("flux quantize" in reason for reason in found.reasons)
     assert json.loads(json.dumps(found.to_json()))["spec"]["to"] == "nf4"
@@ -370,9 +380,9 @@ def test_what_was_baked_is_found_and_taken_before_packing(baked, monkeypatch):
     assert sorted(each.components["transformer"].precision for each in found) == ["", "fp8", "int8", "nf4"]
     here = machine(24, "cpu", bf16=False)
     for precision in BAKEABLE:
-        checkpoint, made = make_plan(tiny(precision=precision), found, here)
+        checkpoint, made = plan_for(tiny(precision=precision), found, here)
         assert (checkpoint.components["transformer"].precision, made.spec) == (precision, None)
-    assert make_plan(tiny(), found, here)[1].precision == "fp32"
+    assert plan_for(tiny(), found, here)[1].precision == "fp32"
 
 
 def test_a_damaged_variant_is_left_out_and_named(tiny_folder, capsys):
@@ -391,7 +401,8 @@ def test_known_shapes_are_those_of_the_model_classes(dev):
     schnell = read_known_shapes("black-forest-labs/FLUX.1-schnell")
     for checkpoint in (dev, schnell, read_known_shapes("black-forest-labs/FLUX.1-Krea-dev")):
         for part in checkpoint.components.values():
-            check_keys(part, *expected_shapes(part))
+            expected, found = expected_shapes(part)
+            check_keys(part, expected=expected, found=found)
     assert sum(part.numel for part in dev.components.values()) == 16_870_599_139
     assert not schnell.takes_guidance and read_known_shapes("somebody/else") is None
 

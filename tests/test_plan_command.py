@@ -78,27 +78,27 @@ def test_json_has_every_rung_with_its_peaks_seconds_verdict_and_why(text, capsys
     found = planned(capsys, "plan", "a fox", "--card", text, "--size", "768")
     assert found["size"] == [768, 768] and found["request"]["prompt"] == "a fox" and found["download_bytes"] > 30e9
     total = found["hardware"]["total_bytes"]
-    assert [row["precision"] for row in found["rungs"]] == sorted(
-        (row["precision"] for row in found["rungs"]), key=QUALITY.index
+    assert [row["precision"] for row in found["candidates"]] == sorted(
+        (row["precision"] for row in found["candidates"]), key=QUALITY.index
     )
-    for row in found["rungs"]:
+    for row in found["candidates"]:
         assert row["verdict"] in VERDICTS and row["why"] and not row["folder_is_packed"]
         if row["verdict"] != "does not fit":
             assert tuple(row["plan"]["peak_bytes"]) == PHASES
             assert all(0 < peak < total for peak in row["plan"]["peak_bytes"].values())
             assert {"load", *PHASES} == set(row["plan"]["seconds"]) and min(row["plan"]["seconds"].values()) >= 0
             assert row["plan"]["reasons"]
-    assert [row["precision"] for row in found["rungs"] if row["verdict"] == "chosen"] == [found["chosen"]]
+    assert [row["precision"] for row in found["candidates"] if row["verdict"] == "chosen"] == [found["chosen"]]
 
 
 def test_text_and_json_name_the_same_rungs(capsys):
     found, text = planned(capsys, *CARD), call(capsys, *CARD).stdout
-    for row in found["rungs"]:
+    for row in found["candidates"]:
         (line,) = [line for line in text.splitlines() if line.startswith(f"{row['precision']:<6} ")]
         assert line.endswith(f"{row['verdict']}: {row['why']}")
         if row["plan"]:
             assert all(f"{peak / GIB:.2f} GiB" in line for peak in row["plan"]["peak_bytes"].values())
-    chosen = next(row["plan"] for row in found["rungs"] if row["verdict"] == "chosen")
+    chosen = next(row["plan"] for row in found["candidates"] if row["verdict"] == "chosen")
     assert [line[10:] for line in text.splitlines() if line.startswith("because   ")] == chosen["reasons"]
     assert "not downloaded" in text and "12.0 GiB" in text
 
@@ -110,11 +110,11 @@ TOO_LARGE = ("--card", "8GiB", "--offload", "none", "--precision", "bf16")
 def test_where_nothing_fits_it_is_exit_5_with_the_rungs_and_one_error(arguments, capsys):
     text, as_json = call(capsys, "plan", *arguments), call(capsys, "plan", *arguments, "--json")
     found = json.loads(as_json.stdout)
-    assert found["chosen"] is None and all(row["verdict"] == "does not fit" for row in found["rungs"])
+    assert found["chosen"] is None and all(row["verdict"] == "does not fit" for row in found["candidates"])
     for result in (text, as_json):
         message = assert_failed(result, ExitCode.DOES_NOT_FIT)
         assert "GiB" in message and "hint: " in message
-    assert found["rungs"][0]["why"] in text.stdout
+    assert found["candidates"][0]["why"] in text.stdout
 
 
 def test_the_hint_of_what_would_fit_is_right(capsys):
@@ -194,10 +194,10 @@ def test_generate_would_do_what_the_plan_says(precision, device, put, capsys, ba
     put(machine(16, device, bf16=device != "cpu"))
     arguments = ("a fox", "-p", "tiny", "--seed", "5", "--precision", precision)
     found, dry = planned(capsys, "plan", *arguments), planned(capsys, "generate", *arguments, "--dry-run")
-    chosen = next(row for row in found["rungs"] if row["verdict"] == "chosen")
+    chosen = next(row for row in found["candidates"] if row["verdict"] == "chosen")
     assert chosen["plan"] == dry["plan"] and found["chosen"] == dry["plan"]["precision"]
     assert (found["request"], found["size"]) == (dry["request"], dry["size"]) and found["download_bytes"] == 0
-    packed = [row["precision"] for row in found["rungs"] if row["folder_is_packed"]]
+    packed = [row["precision"] for row in found["candidates"] if row["folder_is_packed"]]
     assert packed == ["nf4"] * (precision in ("auto", "nf4"))
 
 
@@ -213,7 +213,7 @@ def test_what_generate_would_refuse_the_plan_refuses(limit, put, capsys, drawn):
 def test_a_limit_counts_from_flag_variable_and_settings_file(text, size, capsys, monkeypatch, config_folder):
     def budgets(*arguments: str) -> set[int]:
         found = planned(capsys, "plan", "--card", "24GiB:sm89", "--precision", "nf4", *arguments)
-        return {row["plan"]["budget_bytes"] for row in found["rungs"]} | {found["request"]["vram_limit"]}
+        return {row["plan"]["budget_bytes"] for row in found["candidates"]} | {found["request"]["vram_limit"]}
 
     assert size not in budgets() and budgets("--vram-limit", text) == {size}
     config_folder.mkdir(parents=True)

@@ -18,12 +18,11 @@ from fluxcli.errors import DoesNotFit, ExitCode
 from fluxcli.events import Notice
 from fluxcli.pictures import latents
 from fluxcli.pictures.image import pixels_sha256
-from fluxcli.plan import placement as residency
-from fluxcli.plan.planner import make_plan
+from fluxcli.plan import placement
 from fluxcli.run import lock, margin, session
 from fluxcli.run.margin import read_margin
 from quant.checkpoint import Checkpoint, inspect
-from tests.support.helpers import draw, engine_of, machine, picture_of, read_pixels, tiny
+from tests.support.helpers import draw, engine_of, machine, picture_of, plan_for, read_pixels, tiny
 from tests.support.invariant import assert_failed, call
 from tests.support.simulate import follow, on_card
 
@@ -40,7 +39,7 @@ def expected(checkpoint) -> np.ndarray:
 
 def simulated(checkpoint: Checkpoint, **options: object) -> Engine:
     here = machine(8)
-    _, made = make_plan(tiny(precision="fp32"), [checkpoint], here)
+    _, made = plan_for(tiny(precision="fp32"), [checkpoint], here)
     return on_card(checkpoint, made, here, **options)
 
 
@@ -185,7 +184,7 @@ def test_what_was_missing_is_left_alone_by_the_next_run_of_this_card(card, capsy
         return real(*arguments, **inputs)
 
     monkeypatch.setattr(denoise, "take_step", step)
-    monkeypatch.setattr(residency, "RESIDENT_SHARE", 0.0)
+    monkeypatch.setattr(placement, "RESIDENT_SHARE", 0.0)
     first = call(capsys, *ARGUMENTS, "-o", "a.png", "--json")
     assert first.stderr.count("out of memory") == 2
     assert json.loads(first.stdout)["plan"]["residency"]["denoise"] == "streamed"

@@ -15,7 +15,20 @@ import typer
 
 import fluxcli
 from fluxcli import signals
-from fluxcli.cli import cache, console, generate, info, inspect, lora, models, presets, quantize, replay, worker
+from fluxcli.cli import (
+    cache,
+    console,
+    doctor,
+    generate,
+    inspect,
+    lora,
+    models,
+    plan,
+    presets,
+    quantize,
+    replay,
+    worker,
+)
 from fluxcli.errors import ExitCode, OutputError, Terminated
 from fluxcli.events import Failed, explain, to_json
 
@@ -25,10 +38,10 @@ app = typer.Typer(
 )  # fmt: skip
 app.command("generate")(generate.generate)
 app.command("replay")(replay.replay)
-app.command("plan")(info.plan_command)
+app.command("plan")(plan.plan_command)
 app.command("decode")(replay.decode)
 app.command("quantize")(quantize.quantize)
-app.command("doctor")(info.doctor_command)
+app.command("doctor")(doctor.doctor_command)
 app.command("presets")(presets.presets_command)
 app.command("inspect")(inspect.inspect_command)
 app.command("cache")(cache.cache_command)

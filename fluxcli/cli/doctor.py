@@ -8,12 +8,18 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Annotated
+
+import typer
 
 from fluxcli import paths
+from fluxcli.cli import console
 from fluxcli.engine import device as hardware
+from fluxcli.errors import ExitCode
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB
+from fluxcli.request.settings import coerce
 from quant.files import nearest
 from quant.lazy import psutil, torch
 
@@ -30,6 +36,24 @@ class Check:
     verdict: str  # ok, warn or bad
     found: str
     fix: str = ""
+
+
+def doctor_command(
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda[:n], mps or xpu[:n].")] = "auto",
+    json_output: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> int:
+    """Check driver, device, memory, disk, hub and libraries: ok, warn or bad, each with a fix (exit 8: one is bad)."""
+    checks = []
+    for check in examine(coerce("device", device, where="--device")):
+        checks.append(check)
+        if not json_output:
+            console.data(f"{check.verdict:<4}  {check.name:<15} {check.found}")
+            if check.fix:
+                console.data(f"{'':<22}{check.fix}")
+    if json_output:
+        console.data_json({"checks": [asdict(check) for check in checks]})
+    is_bad = any(check.verdict == "bad" for check in checks)
+    return ExitCode.DEVICE if is_bad else ExitCode.OK
 
 
 def examine(device: str = "auto") -> Iterator[Check]:

@@ -41,7 +41,7 @@ def _dry_run(order: Order, options: dict) -> int:
     from fluxcli.run.session import Session
 
     with console.Reporter(quiet=options["quiet"], started=STARTED) as reporter:
-        _, plan, *_ = reporter.result(Session().prepare(order, lock=False))
+        plan = reporter.result(Session().prepare(order, lock=False)).plan
     return _show_plan(order, plan, as_json=options["json_output"] or options["events"])
 
 

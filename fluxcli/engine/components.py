@@ -24,10 +24,9 @@ from fluxcli.engine.text import PromptEncoder
 from fluxcli.errors import DoesNotFit
 from fluxcli.events import Event, Notice, Phase
 from fluxcli.plan import costs
-from fluxcli.plan import placement as residency
+from fluxcli.plan.costs import Workload
 from fluxcli.plan.machine import Hardware
-from fluxcli.plan.placement import GIB, MemoryPlan, Residency
-from fluxcli.request.fields import GenerationRequest, Order
+from fluxcli.plan.placement import GIB, MemoryPlan, Placement, make_candidate, step_down
 from quant.checkpoint import Checkpoint, Component
 from quant.lora import Adapter
 from quant.spec import is_modulation
@@ -68,47 +67,52 @@ class Components:
         A transformer of which more blocks are streamed than the plan asks for stays as it is: it
         takes less of the device, and loading it again would take longer than it saves.
         """
-        before = self.plan.residency
-        now = plan.residency
+        before = self.plan.placement
+        now = plan.placement
         if "transformer" in self.loaded and before.denoise == now.denoise:
             now = replace(now, streamed=max(before.streamed, now.streamed, key=len))
-        self._place(replace(plan, residency=now))
+        self._place(replace(plan, placement=now))
         self.hardware = hardware
         self.prompts.on_disk = prompt_cache
         device.cap(plan.device, plan.budget_bytes)
 
-    def step_down(self, phase: str, request: GenerationRequest, *, failed: str) -> str:
+    def step_down(self, phase: str, workload: Workload, *, failed: str) -> str:
         """Go to the next placement that takes less memory in a phase, and say in words which.
 
-        `request` is the largest one under way, `failed` what the allocator said. Everything is
+        `workload` is the largest one under way, `failed` what the allocator said. Everything is
         dropped. Raises `DoesNotFit` if no placement takes less.
         """
         self.clear()
         now = self.plan
-        offer = residency.make_offer(
-            Order(request), self.checkpoint, self.hardware, now.precision, now.spec, now.dtypes
+        candidate = make_candidate(
+            workload,
+            self.checkpoint,
+            self.hardware,
+            precision=now.precision,
+            spec=now.spec,
+            dtypes=now.dtypes,
         )
-        following = residency.relaxed(now, phase, offer)
+        following = step_down(now, phase, candidate)
         if following is None:
             needs = now.peak_bytes[phase] / GIB
             free = device.free_memory(now.device) / GIB
             why = f"{phase} needs about {needs:.1f} GiB by plan, {free:.1f} GiB are free: {failed}"
             raise DoesNotFit("out of memory, and no step down is left", which=now.device, why=why)
-        self.plan, words = following
-        return words
+        self.plan = following.plan
+        return following.change
 
     def decode_whole(self) -> None:
         """Decode without tiles again.
 
         Tiles change pixels, so that only a picture for which memory ran out has them.
         """
-        whole = replace(self.plan.residency, decode="alone")
-        self.plan = replace(self.plan, residency=whole)
+        whole = replace(self.plan.placement, decode="alone")
+        self.plan = replace(self.plan, placement=whole)
 
     def _place(self, plan: MemoryPlan) -> None:
         """Take the plan, and drop what it places elsewhere."""
-        before = self.plan.residency
-        now = plan.residency
+        before = self.plan.placement
+        now = plan.placement
         self.plan = plan
         if (now.denoise, now.streamed) != (before.denoise, before.streamed):
             self.evict("transformer")
@@ -120,7 +124,7 @@ class Components:
     @property
     def kept_modulation(self) -> dict[str, Tensor] | None:
         """Where the modulation's weights stay; None if the plan does not keep them."""
-        if "modulation" in self.plan.residency.keep:
+        if "modulation" in self.plan.placement.keep:
             return self.modulation_weights
         return None
 
@@ -144,7 +148,7 @@ class Components:
 
     def _load(self, name: str) -> Iterator[Event]:
         component = self.checkpoint.components[name]
-        placed = self.plan.residency
+        placed = self.plan.placement
         is_transformer = name == "transformer"
         started_s = time.perf_counter()
         loaded = load_component(
@@ -191,7 +195,7 @@ class Components:
 
     def make_room(self, name: str) -> Iterator[Event]:
         """Evict what may not stay beside a component."""
-        keep = self.plan.residency.keep
+        keep = self.plan.placement.keep
         leaving = [
             other for other in self.loaded if other != name and not (name in keep and other in keep)
         ]
@@ -216,7 +220,7 @@ class Components:
         device.empty_cache(self.plan.device)
 
 
-def _find_passing_blocks(component: Component, placed: Residency) -> list[str]:
+def _find_passing_blocks(component: Component, placed: Placement) -> list[str]:
     """The component's blocks that pass through the device instead of staying on it."""
     if component.name == "text_encoder_2" and placed.encode == "sequential":
         return costs.t5_block_names(component)

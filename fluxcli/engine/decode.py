@@ -34,7 +34,7 @@ def _decode(components: Components, picture: Picture) -> Generator[Event, None, 
         raise NotFinite("the picture is not finite", which=seed, why=why)
     vae = yield from components.load("vae", picture.adapters)
     yield Phase("decode")
-    _set_tiles(vae, tiled=components.plan.residency.decode == "tiled")
+    _set_tiles(vae, tiled=components.plan.placement.decode == "tiled")
     latents = unpack(tokens.to(components.plan.device), picture.request.size)
     dtype = components.dtype("vae")
     decoded = decode_latents(vae, latents.to(dtype))

@@ -23,6 +23,7 @@ from fluxcli.engine.components import Components
 from fluxcli.engine.picture import Picture
 from fluxcli.errors import is_out_of_memory
 from fluxcli.events import Event, Notice
+from fluxcli.plan.costs import make_workload
 from fluxcli.plan.machine import CONTEXT_BYTES, Hardware
 from fluxcli.plan.placement import MemoryPlan
 from quant.checkpoint import Checkpoint
@@ -127,11 +128,11 @@ class Engine:
         for phase in together:
             yield from self._run(phase, _without_errors(pictures), isolate=isolate)
         for picture in _without_errors(pictures):
-            was_whole = self.plan.residency.decode != "tiled"
+            was_whole = self.plan.placement.decode != "tiled"
             yield from self._run(last, [picture], isolate=isolate)
             if not picture.error:
                 yield Drawn(picture)  # while the plan still tells how it was decoded
-            if was_whole and self.plan.residency.decode == "tiled":
+            if was_whole and self.plan.placement.decode == "tiled":
                 self.components.decode_whole()
 
     def _run(self, phase: Phase, pictures: Sequence[Picture], *, isolate: bool) -> Iterator[Event]:
@@ -150,7 +151,7 @@ class Engine:
     def _survive(self, phase: Phase, pictures: Sequence[Picture]) -> Iterator[Event]:
         """The phase; where memory runs out, again with less of it, until `DoesNotFit`."""
         while pictures:
-            level = self.plan.residency.level(phase.name) or "as planned"
+            level = self.plan.placement.level(phase.name) or "as planned"
             try:
                 yield from phase.run(self.components, pictures)
                 return
@@ -162,8 +163,9 @@ class Engine:
             missing_bytes = self.plan.peak_bytes[phase.name] - self._available_bytes()
             self.out_of_memory.append(OutOfMemory(phase.name, missing_bytes))
             largest = max(pictures, key=lambda picture: math.prod(picture.request.size))
-            words = self.components.step_down(phase.name, largest.request, failed=failed)
-            yield Notice(f"out of memory in {phase.name} ({level}): once more, {words}")
+            workload = make_workload(largest.request, largest.adapters)
+            change = self.components.step_down(phase.name, workload, failed=failed)
+            yield Notice(f"out of memory in {phase.name} ({level}): once more, {change}")
 
     def _available_bytes(self) -> int:
         """What this process may take of the device: within its budget, what it holds or is free."""

@@ -1,205 +1,373 @@
-"""What a run costs in bytes and in seconds: arithmetic on headers, the request and speeds. Stdlib only.
+"""What a picture costs in bytes and in seconds: arithmetic on headers, sizes and speeds.
 
-Sizes are in bytes, speeds in bytes or FLOP a second. Activations are a line fitted to counted values of the full-size
-model (docs/memory.md has both); FLOP are 2 per weight and row, and 4 x tokens^2 x width for each block's attention.
+Opens no file and knows neither prompts nor adapters' files: a `Workload` is all it knows of a
+request. Sizes are in bytes, speeds in bytes or FLOP a second. The activations of a step are lines
+fitted to counted values of the full-size model (`quant.spec`, docs/memory.md). FLOP are 2 for each
+weight and row, and 4 x tokens^2 x width for the attention of each block. Stdlib only.
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from fluxcli.models.loras import resolve_loras
 from fluxcli.plan.machine import Speeds
-from fluxcli.request.fields import Order
+from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import Checkpoint, Component
-from quant.spec import QuantSpec, is_modulation, layout, scheme_in_memory
+from quant.lora import Adapter
+from quant.spec import ActivationLine, QuantSpec, is_modulation, layout, scheme_in_memory
 from quant.weights import Weight
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Bytes at the peak of a step, counted: the larger of two lines (a, b), a x tokens x width + b x width^2 in the compute
-# dtype. The first is attention in every precision; the second what else can be largest: unpacked weights, wide sums.
-ACTIVATIONS = {
-    "": ((20.25, 0.45), (0.0, 7.2)), "nf4": ((20.25, 0.45), (10.6, 7.2)), "fp8": ((20.25, 0.45), (7.0, 3.6)),
-    "int8": ((20.25, 0.45), (13.0, 5.0)), "gguf": ((20.25, 0.45), (10.6, 7.2)),
-    "unpacked": ((20.25, 0.45), (6.0, 21.3)),
-}  # fmt: skip
-ENCODER_SCORES, ENCODER_WIDE = 1.63, 4.0  # live (heads, tokens, tokens) and (tokens, d_ff) tensors of T5
-UNBLOCKING_BYTES = 80 << 20  # temporary ones, of unpacking a part of a GGUF weight
-PIXEL_ACTIVATIONS = 6  # live (first VAE width, height, width) tensors at the peak of decode
+
+ENCODER_SCORES = 1.63  # live tensors (heads, tokens, tokens) of T5
+ENCODER_WIDE = 4.0  # live tensors (tokens, d_ff) of T5
+T5_DEFAULTS = {"num_heads": 64, "d_ff": 10240, "d_model": 4096}  # where the config says nothing
+UNPACKING_BYTES = 80 << 20  # temporary ones, of unpacking a part of a GGUF weight
+PIXEL_ACTIVATIONS = 6  # live tensors (first width of the VAE, height, width) at the peak of decode
 DECODE_BYTES = 12 << 20  # beside these
 TILE_PX = 512  # of a tiled decode
-VAE_FLOP = 1.0e7  # a pixel
-TILED_WORK = 1.35  # overlaps are computed twice
+VAE_FLOP = 1.0e7  # for each pixel
+TILED_WORK = 1.35  # overlaps of tiles are computed twice
 SLOW_BF16 = 0.25  # of float32's speed, on a CPU without units for it
 T5_BLOCKS = "encoder.block."
 
 
 @dataclass(frozen=True)
-class Block:
-    """One block of the transformer: bytes on the device, and weights that image and text tokens are multiplied by."""
+class Workload:
+    """All that a plan depends on of a request; any two requests with the same one share a plan."""
 
-    nbytes: int
-    image_numel: int
-    text_numel: int
+    width_px: int
+    height_px: int
+    text_tokens: int
+    steps: int
+    # By component: the numbers of all adapters that stay on the device beside its weights.
+    adapter_numel: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def pixels(self) -> int:
+        """How many there are."""
+        return self.width_px * self.height_px
+
+    @property
+    def image_tokens(self) -> int:
+        """Rows that the transformer computes for the picture: one for 16 x 16 pixels."""
+        return self.pixels // 256
+
+
+def make_workload(request: GenerationRequest, adapters: Sequence[Adapter] = ()) -> Workload:
+    """What a plan must know of a request that is drawn with these adapters."""
+    width_px, height_px = request.size
+    components = {part.component for adapter in adapters for part in adapter.parts}
+    return Workload(
+        width_px=width_px,
+        height_px=height_px,
+        text_tokens=request.text_tokens,
+        steps=request.steps,
+        adapter_numel={name: sum(adapter.numel(name) for adapter in adapters) for name in sorted(components)},
+    )
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of the transformer, without its modulation."""
+
+    nbytes: int  # on the device
+    image_numel: int  # weights that image tokens are multiplied by
+    text_numel: int  # weights that text tokens are multiplied by
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a request makes of a checkpoint in one precision, in bytes; `blocks` in the order of the forward."""
+    """What a workload makes of a checkpoint in one precision.
 
-    order: Order
-    clip: int
-    t5: int
+    Weights are split as they are placed; an adapter's bytes are with the weights that it stays
+    beside. "Beside" means what a phase needs on top of weights.
+    """
+
+    workload: Workload
+    clip_bytes: int
+    t5_bytes: int
     t5_numel: int
-    t5_block: int
-    t5_rest: int
-    blocks: tuple[Block, ...]
-    rest: int  # of the transformer: neither in a block nor modulation
-    modulation: int
-    largest_modulation: int
+    t5_block_bytes: int  # of the largest block
+    t5_rest_bytes: int  # in no block: embeddings, the last norm, adapters
+    blocks: tuple[Block, ...]  # of the transformer, in the order of the forward
+    rest_bytes: int  # of the transformer: neither in a block nor modulation
+    modulation_bytes: int
+    largest_modulation_bytes: int  # of one weight
     modulation_numel: int
-    unblocking: int  # beside a modulation weight that is unpacked
-    vae: int
-    stored: int  # of all files
+    unpacking_bytes: int  # beside a modulation weight that is stored as GGUF
+    vae_bytes: int
+    stored_bytes: int  # of all files
     width: int  # of the transformer, in channels
-    encode: int  # beside the weights, in the phase of that name
-    tables: int
-    denoise: int
-    decode: int
-    decode_tiled: int
+    encode_bytes: int  # beside T5
+    tables_bytes: int  # of modulation, for all steps of one picture
+    denoise_bytes: int  # beside the transformer
+    decode_bytes: int  # beside the VAE, for the whole picture at once
+    decode_tiled_bytes: int  # beside the VAE, tile by tile
 
     @property
-    def transformer(self) -> int:
-        return self.rest + sum(block.nbytes for block in self.blocks)
+    def blocks_bytes(self) -> int:
+        """All blocks together."""
+        return sum(block.nbytes for block in self.blocks)
 
     @property
-    def total(self) -> int:
-        return self.clip + self.t5 + self.transformer + self.vae
+    def transformer_bytes(self) -> int:
+        """What a step needs of the transformer: all but its modulation."""
+        return self.rest_bytes + self.blocks_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """All components but for the modulation."""
+        return self.clip_bytes + self.t5_bytes + self.transformer_bytes + self.vae_bytes
+
+
+# --- bytes of weights
 
 
 def block_names(transformer: Component) -> list[str]:
-    """The blocks in the order of the forward."""
+    """The transformer's blocks in the order of the forward: first the double, then the single."""
     config = transformer.config
-    kinds = ("transformer_blocks", config["num_layers"]), ("single_transformer_blocks", config["num_single_layers"])
-    return [f"{kind}.{i}" for kind, count in kinds for i in range(count)]
+    double = [f"transformer_blocks.{i}" for i in range(config["num_layers"])]
+    single = [f"single_transformer_blocks.{i}" for i in range(config["num_single_layers"])]
+    return double + single
 
 
 def t5_block_names(t5: Component) -> list[str]:
-    """The encoder's blocks in the order of the forward."""
-    found = {name.removeprefix(T5_BLOCKS).split(".")[0] for name in t5.weights if name.startswith(T5_BLOCKS)}
-    return [f"{T5_BLOCKS}{i}" for i in sorted(filter(str.isdecimal, found), key=int)]
+    """T5's blocks in the order of the forward."""
+    numbers = set()
+    for name in t5.weights:
+        number = name.removeprefix(T5_BLOCKS).split(".")[0]
+        if name.startswith(T5_BLOCKS) and number.isdecimal():
+            numbers.add(int(number))
+    return [f"{T5_BLOCKS}{number}" for number in sorted(numbers)]
 
 
-def weight_bytes(weight: Weight, component: str, dtype: str, spec: QuantSpec | None) -> int:
-    """Bytes of a weight in memory: packed as stored (or as `spec` will), else in `dtype`."""
-    stored = scheme_in_memory(component, weight.name, weight.scheme)
-    scheme = stored or (spec.scheme(component, weight.name, weight.shape) if spec and not weight.scheme else "")
-    return sum(i.nbytes for i in layout(scheme, weight.info)) if scheme else weight.numel * DTYPE_BYTES[dtype]
+def weight_bytes(weight: Weight, component: str, *, dtype: str, spec: QuantSpec | None) -> int:
+    """Bytes of a weight in memory: as it is stored, or as `spec` will store it, else in `dtype`."""
+    scheme = scheme_in_memory(component, weight.name, weight.scheme)
+    if spec and not weight.scheme:
+        scheme = spec.scheme(component, weight.name, weight.shape)
+    if scheme:
+        return sum(info.nbytes for info in layout(scheme, weight.info))
+    return weight.numel * DTYPE_BYTES[dtype]
 
 
-def part_bytes(part: Component, dtype: str, spec: QuantSpec | None, start: str = "") -> int:
-    """Bytes of a component's weights in memory, of those whose names begin so."""
-    return sum(weight_bytes(w, part.name, dtype, spec) for name, w in part.weights.items() if name.startswith(start))
+def component_bytes(component: Component, *, dtype: str, spec: QuantSpec | None, prefix: str = "") -> int:
+    """Bytes in memory of a component's weights, or of those whose names begin with `prefix`."""
+    return sum(
+        weight_bytes(weight, component.name, dtype=dtype, spec=spec)
+        for name, weight in component.weights.items()
+        if name.startswith(prefix)
+    )
 
 
-def cost_of(
-    order: Order, checkpoint: Checkpoint, dtypes: dict[str, str], spec: QuantSpec | None, scheme: str = ""
-) -> Cost:  # fmt: skip
-    """Bytes of every part that is placed by itself, and beside them; `scheme` is one of `ACTIVATIONS`."""
-    parts, (width, height), tokens = checkpoint.components, order.request.size, order.request.text_tokens
-    t5, transformer, wide = parts["text_encoder_2"], parts["transformer"], DTYPE_BYTES[dtypes["transformer"]]
-    of = {name: part_bytes(part, dtypes[name], spec) for name, part in parts.items() if name != "transformer"}
-    adapters = resolve_loras(order.request.lora, parts)
-    held = {name: sum(each.numel(name) for each in adapters) * DTYPE_BYTES[dtypes[name]] for name in parts}
-    of = {name: size + held[name] for name, size in of.items()}
-    t5_blocks = [part_bytes(t5, dtypes[t5.name], spec, f"{block}.") for block in t5_block_names(t5)]
-    modulation = {name: weight for name, weight in transformer.weights.items() if is_modulation(name)}
-    numels = [weight.numel for weight in modulation.values()]
-    outputs = sum(weight.shape[0] for name, weight in modulation.items() if name.endswith(".linear.weight"))
-    blocks, rest = _blocks(transformer, dtypes["transformer"], spec)
-    inner = transformer.config["num_attention_heads"] * transformer.config["attention_head_dim"]
-    lines = ((a * (width * height // 256 + tokens) + b * inner) * inner * wide for a, b in ACTIVATIONS[scheme])
-    known = {"num_heads": 64, "d_ff": 10240, "d_model": 4096} | t5.config
-    scores = ENCODER_SCORES * known["num_heads"] * tokens**2 + ENCODER_WIDE * known["d_ff"] * tokens
-    unpacked = known["d_ff"] * known["d_model"] * bool(t5.precision or (spec and spec.text_encoder != "keep"))
-    pixel = PIXEL_ACTIVATIONS * parts["vae"].config["block_out_channels"][0] * DTYPE_BYTES[dtypes["vae"]]
-    joined = 2 * 3 * DTYPE_BYTES[dtypes["vae"]] * width * height  # the tiles that are done, and the whole picture
+def estimate_cost(
+    workload: Workload,
+    checkpoint: Checkpoint,
+    *,
+    dtypes: Mapping[str, str],
+    spec: QuantSpec | None,
+    lines: Sequence[ActivationLine],
+) -> Cost:
+    """The bytes of every part that is placed by itself, and of what is needed beside them.
+
+    `dtypes` has what each component computes in, `spec` what is packed while loading, and `lines`
+    the activations of the transformer's precision, whose largest counts.
+    """
+    parts = checkpoint.components
+    t5 = parts["text_encoder_2"]
+    transformer = parts["transformer"]
+    wide_bytes = DTYPE_BYTES[dtypes["transformer"]]
+    held_bytes = {name: numel * DTYPE_BYTES[dtypes[name]] for name, numel in workload.adapter_numel.items()}
+    loaded_bytes = {}
+    for name in ("text_encoder", "text_encoder_2", "vae"):
+        size = component_bytes(parts[name], dtype=dtypes[name], spec=spec)
+        loaded_bytes[name] = size + held_bytes.get(name, 0)
+    t5_blocks = [
+        component_bytes(t5, dtype=dtypes[t5.name], spec=spec, prefix=f"{block}.") for block in t5_block_names(t5)
+    ]
+    blocks, rest_bytes = _split_transformer(transformer, dtype=dtypes["transformer"], spec=spec)
+    modulation = [w for name, w in transformer.weights.items() if is_modulation(name)]
+    modulation_numels = [weight.numel for weight in modulation]
+    outputs = sum(w.shape[0] for w in modulation if w.name.endswith(".linear.weight"))
+    config = transformer.config
+    width = config["num_attention_heads"] * config["attention_head_dim"]
     return Cost(
-        order, of["text_encoder"], of[t5.name], t5.numel, max(t5_blocks, default=0), of[t5.name] - sum(t5_blocks),
-        blocks, rest + held["transformer"], sum(numels) * wide, max(numels, default=0) * wide, sum(numels),
-        UNBLOCKING_BYTES * (transformer.precision == "gguf"), of["vae"],
-        checkpoint.nbytes, inner,
-        encode=int((scores + unpacked) * DTYPE_BYTES[dtypes[t5.name]]) + UNBLOCKING_BYTES * (t5.precision == "gguf"),
-        tables=order.request.steps * outputs * wide,
-        denoise=int(max(lines)), decode=pixel * width * height + DECODE_BYTES,
-        decode_tiled=pixel * min(width, TILE_PX) * min(height, TILE_PX) + joined + DECODE_BYTES,
-    )  # fmt: skip
+        workload=workload,
+        clip_bytes=loaded_bytes["text_encoder"],
+        t5_bytes=loaded_bytes[t5.name],
+        t5_numel=t5.numel,
+        t5_block_bytes=max(t5_blocks, default=0),
+        t5_rest_bytes=loaded_bytes[t5.name] - sum(t5_blocks),
+        blocks=blocks,
+        rest_bytes=rest_bytes + held_bytes.get("transformer", 0),
+        modulation_bytes=sum(modulation_numels) * wide_bytes,
+        largest_modulation_bytes=max(modulation_numels, default=0) * wide_bytes,
+        modulation_numel=sum(modulation_numels),
+        unpacking_bytes=UNPACKING_BYTES if transformer.precision == "gguf" else 0,
+        vae_bytes=loaded_bytes["vae"],
+        stored_bytes=checkpoint.nbytes,
+        width=width,
+        encode_bytes=_estimate_encode(workload, t5, dtype=dtypes[t5.name], spec=spec),
+        tables_bytes=workload.steps * outputs * wide_bytes,
+        denoise_bytes=_estimate_step(workload, lines, width=width, dtype=dtypes["transformer"]),
+        decode_bytes=_estimate_decode(workload, parts["vae"], dtype=dtypes["vae"]),
+        decode_tiled_bytes=_estimate_tiled_decode(workload, parts["vae"], dtype=dtypes["vae"]),
+    )
 
 
-def _blocks(transformer: Component, dtype: str, spec: QuantSpec | None) -> tuple[tuple[Block, ...], int]:
-    """(the blocks without their modulation, the bytes of what is in none)."""
-    blocks, rest = {name: [0, 0, 0] for name in block_names(transformer)}, 0
+def _split_transformer(transformer: Component, *, dtype: str, spec: QuantSpec | None) -> tuple[tuple[Block, ...], int]:
+    """The blocks without their modulation, and the bytes of what is in no block."""
+    inside: dict[str, list[Weight]] = {name: [] for name in block_names(transformer)}
+    rest_bytes = 0
     for name, weight in transformer.weights.items():
-        size = weight_bytes(weight, transformer.name, dtype, spec)
-        found = blocks.get(".".join(name.split(".")[:2]))
-        if found and not is_modulation(name):
-            text = "add_" in name or "_context" in name
-            found[0] += size
-            found[1] += weight.numel * (not text)
-            found[2] += weight.numel * (text or name.startswith("single"))
-        elif not is_modulation(name):
-            rest += size
-    return tuple(Block(*found) for found in blocks.values()), rest
+        if is_modulation(name):
+            continue
+        block = ".".join(name.split(".")[:2])
+        if block in inside:
+            inside[block].append(weight)
+        else:
+            rest_bytes += weight_bytes(weight, transformer.name, dtype=dtype, spec=spec)
+    blocks = []
+    for weights in inside.values():
+        sizes = [weight_bytes(w, transformer.name, dtype=dtype, spec=spec) for w in weights]
+        text = [w for w in weights if _is_for_text(w.name)]
+        image = [w for w in weights if not _is_for_text(w.name)]
+        if weights and weights[0].name.startswith("single"):
+            text = image  # image and text tokens are one sequence there
+        image_numel = sum(weight.numel for weight in image)
+        text_numel = sum(weight.numel for weight in text)
+        blocks.append(Block(sum(sizes), image_numel=image_numel, text_numel=text_numel))
+    return tuple(blocks), rest_bytes
+
+
+def _is_for_text(name: str) -> bool:
+    """Whether a double block multiplies its text tokens by this weight, not its image tokens."""
+    return "add_" in name or "_context" in name
+
+
+# --- bytes beside weights
+
+
+def _estimate_encode(workload: Workload, t5: Component, *, dtype: str, spec: QuantSpec | None) -> int:
+    """Bytes beside T5's weights: attention scores, the wide layer, and a weight being unpacked."""
+    known = T5_DEFAULTS | t5.config
+    tokens = workload.text_tokens
+    numel = ENCODER_SCORES * known["num_heads"] * tokens**2
+    numel += ENCODER_WIDE * known["d_ff"] * tokens
+    if t5.precision or (spec and spec.text_encoder != "keep"):
+        numel += known["d_ff"] * known["d_model"]
+    temporary_bytes = UNPACKING_BYTES if t5.precision == "gguf" else 0
+    return int(numel * DTYPE_BYTES[dtype]) + temporary_bytes
+
+
+def _estimate_step(workload: Workload, lines: Sequence[ActivationLine], *, width: int, dtype: str) -> int:
+    """Bytes beside the transformer's weights at the peak of a step: the largest of the lines."""
+    tokens = workload.image_tokens + workload.text_tokens
+    numel = max((line.per_token * tokens + line.per_width * width) * width for line in lines)
+    return int(numel * DTYPE_BYTES[dtype])
+
+
+def _bytes_of_a_pixel(vae: Component, dtype: str) -> int:
+    """Bytes of the VAE's activations for each pixel that is decoded at once."""
+    channels: int = vae.config["block_out_channels"][0]
+    return PIXEL_ACTIVATIONS * channels * DTYPE_BYTES[dtype]
+
+
+def _estimate_decode(workload: Workload, vae: Component, *, dtype: str) -> int:
+    """Bytes beside the VAE's weights when the whole picture is decoded at once."""
+    return _bytes_of_a_pixel(vae, dtype) * workload.pixels + DECODE_BYTES
+
+
+def _estimate_tiled_decode(workload: Workload, vae: Component, *, dtype: str) -> int:
+    """Bytes beside the VAE's weights when it decodes in tiles, which are then joined."""
+    tile_pixels = min(workload.width_px, TILE_PX) * min(workload.height_px, TILE_PX)
+    # Three channels, twice: the tiles that are done, and the picture that they are joined to.
+    joined_bytes = 2 * 3 * DTYPE_BYTES[dtype] * workload.pixels
+    return _bytes_of_a_pixel(vae, dtype) * tile_pixels + joined_bytes + DECODE_BYTES
+
+
+# --- seconds
 
 
 def block_seconds(cost: Cost, speeds: Speeds, scheme: str) -> list[float]:
-    """Seconds that each block computes in one step."""
-    image, text = math.prod(cost.order.request.size) // 256, cost.order.request.text_tokens
-    attention = 4 * (image + text) ** 2 * cost.width / speeds.wide
-    flop = [2 * (block.image_numel * image + block.text_numel * text) for block in cost.blocks]
-    return [each / speeds.of(scheme) + attention for each in flop]
+    """Seconds that each block computes in one step, its weights in a scheme ("" for 16 bit)."""
+    image = cost.workload.image_tokens
+    text = cost.workload.text_tokens
+    attention_s = 4 * (image + text) ** 2 * cost.width / speeds.wide
+    found = []
+    for block in cost.blocks:
+        flop = 2 * (block.image_numel * image + block.text_numel * text)
+        found.append(flop / speeds.of(scheme) + attention_s)
+    return found
 
 
-def spread(cost: Cost, compute: Sequence[float], count: int, bus_bytes: float) -> tuple[int, ...]:
-    """Which `count` blocks are streamed: evenly spread over the seconds of a step, so that the bus neither idles nor
-    blocks. Of all blocks, or of the second kind first (half the bytes for the same seconds), whichever is faster.
+def choose_streamed(cost: Cost, compute_s: Sequence[float], count: int, *, bus_bytes: float) -> tuple[int, ...]:
+    """Which `count` blocks are streamed, by their indexes, so that a step takes the least seconds.
+
+    They are spread evenly over the seconds that the blocks compute (`compute_s`), so that the bus
+    neither idles nor makes a block wait. Two ways are compared: of all blocks, or single blocks
+    first, which have half the bytes for the same seconds. Of equals the one with fewer bytes is
+    taken.
     """
-    every = range(len(compute))
-    second = [i for i in every if cost.blocks[i].nbytes == cost.blocks[-1].nbytes]
-    first = _even([i for i in every if i not in second], compute, max(0, count - len(second)))
-    found = [_even(every, compute, count), tuple(sorted((*first, *_even(second, compute, min(count, len(second))))))]
-    return min(found, key=lambda chosen: (
-        round(step_seconds(cost, compute, chosen, bus_bytes), 4), sum(cost.blocks[i].nbytes for i in chosen)
-    ))  # fmt: skip
+    every = range(len(compute_s))
+    single = [i for i in every if cost.blocks[i].nbytes == cost.blocks[-1].nbytes]
+    double = [i for i in every if i not in single]
+    from_single = _spread_evenly(single, compute_s, min(count, len(single)))
+    from_double = _spread_evenly(double, compute_s, count - len(from_single))
+    of_all = _spread_evenly(every, compute_s, count)
+    single_first = tuple(sorted((*from_double, *from_single)))
+
+    def price(chosen: tuple[int, ...]) -> tuple[float, int]:
+        taken_s = step_seconds(cost, compute_s, chosen, bus_bytes=bus_bytes)
+        return round(taken_s, 4), sum(cost.blocks[i].nbytes for i in chosen)
+
+    return min(of_all, single_first, key=price)
 
 
-def _even(among: Sequence[int], compute: Sequence[float], count: int) -> tuple[int, ...]:
-    total, at, chosen = sum(compute[i] for i in among), 0.0, []
-    for left, i in zip(range(len(among), 0, -1), among, strict=True):
-        at += compute[i]
+def _spread_evenly(among: Sequence[int], compute_s: Sequence[float], count: int) -> tuple[int, ...]:
+    """`count` of the blocks in `among`, each in the middle of its equal share of their seconds."""
+    total_s = sum(compute_s[i] for i in among)
+    passed_s = 0.0
+    chosen: list[int] = []
+    for position, i in enumerate(among):
+        passed_s += compute_s[i]
         wanted = count - len(chosen)
-        if wanted and (at >= total * (len(chosen) + 0.5) / count or left == wanted):
+        is_due = wanted > 0 and passed_s >= total_s * (len(chosen) + 0.5) / count
+        is_last_chance = wanted == len(among) - position
+        if is_due or is_last_chance:
             chosen.append(i)
     return tuple(chosen)
 
 
-def step_seconds(cost: Cost, compute: Sequence[float], streamed: Sequence[int], bus_bytes: float) -> float:
-    """Seconds of a step when `streamed` blocks come through two slots: a slot is filled once its block has computed."""
-    now, bus, order = 0.0, 0.0, {block: k for k, block in enumerate(streamed)}
-    ready: dict[int, float] = {}
+def step_seconds(cost: Cost, compute_s: Sequence[float], streamed: Sequence[int], *, bus_bytes: float) -> float:
+    """Seconds of a step when the blocks in `streamed` come over the bus through two slots.
 
-    def copy(k: int, since: float) -> None:
-        nonlocal bus
-        bus = ready[k] = max(bus, since) + cost.blocks[streamed[k]].nbytes / bus_bytes
+    Plays the steps through: a slot is filled again as soon as its block has computed, one copy at
+    a time, and a block waits until it is there. The first step also fills the slots; the third is
+    like all others, and is returned.
+    """
+    order = {block: k for k, block in enumerate(streamed)}
+    ready_s: dict[int, float] = {}  # when the k-th streamed block is there
+    bus_free_s = 0.0
+    now_s = 0.0
+    started_s = 0.0
+
+    def copy(k: int, since_s: float) -> None:
+        nonlocal bus_free_s
+        bus_free_s = max(bus_free_s, since_s) + cost.blocks[streamed[k]].nbytes / bus_bytes
+        ready_s[k] = bus_free_s
 
     for k in range(min(2, len(streamed))):
         copy(k, 0.0)
-    started = 0.0
-    for _ in range(3):  # the first step also fills the slots; the third is like all others
-        started = now
-        for block, seconds in enumerate(compute):
-            k = order.get(block)
-            now = max(now, ready[k] if k is not None else 0.0) + seconds
-            if k is not None and len(streamed) > 2:
-                copy(k + 2 if k + 2 < len(streamed) else k % 2, now)
-    return now - started
+    for _ in range(3):
+        started_s = now_s
+        for block, block_s in enumerate(compute_s):
+            if block not in order:
+                now_s += block_s
+                continue
+            k = order[block]
+            now_s = max(now_s, ready_s[k]) + block_s
+            if len(streamed) > 2:
+                following = k + 2 if k + 2 < len(streamed) else k % 2
+                copy(following, now_s)
+    return now_s - started_s

@@ -12,14 +12,12 @@ from typing import Any
 
 from fluxcli.errors import UsageError
 from fluxcli.request.settings import parse_bytes
+from quant.spec import SCHEMES
 
 CONTEXT_BYTES = 512 << 20  # the driver's context with the kernels, and cuBLAS' workspace
 UNPACKING_SPEED = 0.88  # of a 16-bit product's, where the weight is unpacked before each
 CAPABILITY = re.compile(r"sm(\d+)(\d)")
-# The first NVIDIA generations that multiply in these formats.
-BF16_SINCE = (8, 0)
-FP8_SINCE = (8, 9)
-INT8_SINCE = (7, 5)
+BF16_SINCE = (8, 0)  # NVIDIA's first generation that multiplies in bfloat16
 
 
 @dataclass(frozen=True)
@@ -95,9 +93,9 @@ class CardTable:
             reached = dict.fromkeys(reached, 1.0)
             source += f", measured {row['date']} with driver {row['driver']}"
         eight_bit = {}
-        for scheme, since in (("fp8", FP8_SINCE), ("int8", INT8_SINCE)):
-            if scheme in row and capability >= since:
-                eight_bit[scheme] = row[scheme] * reached[scheme] * 1e12
+        for name, scheme in SCHEMES.items():
+            if name in row and scheme.capability and capability >= scheme.capability:
+                eight_bit[name] = row[name] * reached[name] * 1e12
         return Speeds(
             wide=row["wide"] * reached["wide"] * 1e12,
             eight_bit=eight_bit,

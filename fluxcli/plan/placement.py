@@ -1,31 +1,42 @@
-"""Where weights are in each phase: the fastest placement within a budget, its bytes and seconds, and what is left of it
-when memory runs out all the same. Arithmetic on `costs`. Stdlib only. Sizes are in bytes.
+"""Where weights are in each phase of a run: the fastest placement within a budget, its bytes and
+seconds, and the next one down when memory runs out all the same.
+
+Arithmetic on `costs`: opens no file and asks no device. Sizes are in bytes. Stdlib only.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
 from fluxcli.plan import costs
-from fluxcli.plan.costs import Cost
+from fluxcli.plan.costs import Cost, Workload
 from fluxcli.plan.machine import CONTEXT_BYTES, Hardware, Speeds
-from fluxcli.request.fields import Order
 from quant.checkpoint import Checkpoint
-from quant.spec import SCHEMES, QuantSpec
+from quant.spec import ATTENTION, SCHEMES, ActivationLine, QuantSpec
 
-RAM_SHARE, FREE_RAM_SHARE = 0.6, 0.8  # of all RAM, and of what is free now, that streamed blocks may take
-RESIDENT_SHARE = 0.25  # everything stays when together it takes less than this share of memory
-PACK_BYTES = 1.5e9  # a second, of packing while loading
 GIB = 2**30
 PHASES = ("encode", "condition", "denoise", "decode")
+RAM_SHARE = 0.6  # of all RAM, that streamed blocks may take
+FREE_RAM_SHARE = 0.8  # of the RAM that is free now, that they may take
+RESIDENT_SHARE = 0.25  # of the budget: a model that takes less stays loaded as a whole
+PACK_BYTES = 1.5e9  # a second, of 16-bit weights that are packed while loading
+CPU_PACK_SHARE = 0.1  # of that speed, on a CPU
+# Of a step in 16 bit: beside attention, a fused weight while it is loaded.
+SIXTEEN_BIT_LINES = (ATTENTION, ActivationLine(0.0, 7.2))
+# What stays on the device between phases, by the names of `Placement.keep`.
+KEEP_ALL = ("text_encoder", "text_encoder_2", "transformer", "vae", "modulation")
+KEEP_LARGE = ("transformer", "vae")
 
 
 @dataclass(frozen=True)
-class Residency:
-    """Where weights are in each phase: the `levels` of a plan, from most memory to least.
+class Placement:
+    """Where weights are in each phase.
 
-    encode: T5 "resident" or "sequential"; denoise: "resident", "streamed" (the blocks in `streamed`, by index) or
-    "sequential"; decode: "together" with the transformer, "alone", or "tiled" (other pixels).
+    encode: T5 is "resident" on the device, or "sequential", block by block from its file.
+    denoise: the transformer is "resident", "streamed" (the blocks in `streamed`, by index, come
+    from pinned memory), or "sequential" (every block from its file in every step).
+    decode: the VAE works "together" with the transformer, "alone" after it has left, or "tiled",
+    alone and in tiles, which gives other pixels.
     """
 
     encode: str = "resident"
@@ -35,9 +46,11 @@ class Residency:
     keep: tuple[str, ...] = ()  # components, and "modulation", that may stay beside each other
 
     def level(self, phase: str) -> str:
-        """The phase's level by name; streamed ones with their count."""
-        level = getattr(self, phase, "")
-        return f"streamed {len(self.streamed)}" if level == "streamed" else level
+        """A phase's level in words, streamed blocks with their count; "" for condition."""
+        if phase == "denoise" and self.denoise == "streamed":
+            return f"streamed {len(self.streamed)}"
+        levels = {"encode": self.encode, "denoise": self.denoise, "decode": self.decode}
+        return levels.get(phase, "")
 
 
 @dataclass(frozen=True)
@@ -49,23 +62,35 @@ class MemoryPlan:
 
     device: str
     precision: str
-    dtypes: dict[str, str]
+    dtypes: dict[str, str]  # by component: what it computes in
     spec: QuantSpec | None
-    residency: Residency
-    peak_bytes: dict[str, int]
-    seconds: dict[str, float]
+    placement: Placement
+    peak_bytes: dict[str, int]  # on the device, by phase
+    seconds: dict[str, float]  # by phase, and "load"
     speeds: str  # where the seconds' speeds are from
     budget_bytes: int
     host_bytes: int  # RAM that is held, mapped files not counted
     reasons: tuple[str, ...]
 
-    def to_json(self) -> dict:
-        return asdict(self)
+    @property
+    def total_seconds(self) -> float:
+        """From a cold start to one picture."""
+        return sum(self.seconds.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan in JSON types; the placement has the key "residency" that it always had."""
+        found = asdict(self)
+        found["residency"] = found.pop("placement")
+        return found
 
 
 @dataclass(frozen=True)
-class Offer:
-    """One precision of one folder for one machine, not judged yet: what it is, why, and what it costs."""
+class Candidate:
+    """One precision of one checkpoint for one device: what it costs, and what became of it.
+
+    `verdict` is "" until `planner.survey` has judged it: then "chosen", "fits" (a better one does,
+    too), "too slow", "does not fit", or "not now" (it does not fit into what is free).
+    """
 
     checkpoint: Checkpoint
     hardware: Hardware
@@ -73,187 +98,394 @@ class Offer:
     scheme: str  # of the packed layers, "" where none is packed
     spec: QuantSpec | None
     dtypes: dict[str, str]
-    why: str
+    basis: str  # why it would be computed so
     cost: Cost
+    verdict: str = ""
+    why: str = ""  # this verdict
+    plan: MemoryPlan | None = None  # for what is free now
 
 
-def weaker(first: Residency, second: Residency) -> Residency:
-    """What takes no more memory than either: of each phase the lower level, and what both keep."""
+class Fit(NamedTuple):
+    """The best plan of a candidate within a budget; or the phase that has none, and why."""
 
-    def lower(phase: str, *levels: str) -> str:
-        return max((getattr(first, phase), getattr(second, phase)), key=levels.index)
-
-    denoise = max(first, second, key=lambda it: (it.denoise == "sequential", len(it.streamed)))
-    return Residency(
-        lower("encode", "resident", "sequential"), denoise.denoise, lower("decode", "together", "alone", "tiled"),
-        denoise.streamed, tuple(name for name in first.keep if name in second.keep),
-    )  # fmt: skip
+    plan: MemoryPlan | None
+    phase: str = ""
+    why: str = ""
 
 
-def make_offer(  # noqa: PLR0917
-    order: Order, checkpoint: Checkpoint, hardware: Hardware, precision: str, spec: QuantSpec | None,
-    dtypes: dict[str, str], why: str = "",
-) -> Offer:  # fmt: skip
-    """One precision of one folder with its costs."""
-    scheme = precision if precision in SCHEMES else ""
-    unpacks = scheme in ("fp8", "int8") and scheme not in hardware.speeds.eight_bit and hardware.kind != "cpu"
-    cost = costs.cost_of(order, checkpoint, dtypes, spec, "unpacked" if unpacks else scheme)
-    return Offer(checkpoint, hardware, precision, scheme, spec, dtypes, why, cost)
+class StepDown(NamedTuple):
+    """A plan that takes less memory than another, and what changed, in words for the user."""
+
+    plan: MemoryPlan
+    change: str
 
 
-def fit(offer: Offer, *, budget: int, host: int, tiled: bool = True) -> tuple[MemoryPlan | None, str]:
-    """(the fastest residency within `budget` bytes of the device and `host` bytes of RAM, or why there is none).
+def make_candidate(
+    workload: Workload,
+    checkpoint: Checkpoint,
+    hardware: Hardware,
+    *,
+    precision: str,
+    spec: QuantSpec | None,
+    dtypes: dict[str, str],
+    basis: str = "",
+) -> Candidate:
+    """One precision of one checkpoint with its costs, not judged yet."""
+    lines = SIXTEEN_BIT_LINES
+    scheme = SCHEMES.get(precision)
+    if scheme:
+        is_multiplied = hardware.kind == "cpu" or scheme.name in hardware.speeds.eight_bit
+        lines = scheme.activation_lines if is_multiplied else scheme.unpacked_lines
+    cost = costs.estimate_cost(workload, checkpoint, dtypes=dtypes, spec=spec, lines=lines)
+    return Candidate(
+        checkpoint=checkpoint,
+        hardware=hardware,
+        precision=precision,
+        scheme=scheme.name if scheme else "",
+        spec=spec,
+        dtypes=dtypes,
+        basis=basis,
+        cost=cost,
+    )
 
-    `tiled` allows the decode that changes pixels.
+
+# --- the fastest placement within a budget
+
+
+def fit(
+    candidate: Candidate,
+    *,
+    offload: str,
+    budget_bytes: int,
+    host_bytes: int,
+    may_tile: bool = True,
+) -> Fit:
+    """The fastest placement within a budget on the device and so much RAM for streamed blocks.
+
+    `offload` is the request's wish: "auto", or "none", "stream" or "sequential", which leave one
+    level. `may_tile` allows the decode that changes pixels. Each phase takes the first level that
+    fits, from most memory to least.
     """
-    cost, hardware, speeds, over = offer.cost, offer.hardware, offer.hardware.speeds, ""
-    if hardware.kind == "cpu" and offer.dtypes["transformer"] == "bfloat16" and not hardware.bf16:
-        speeds = replace(speeds, wide=speeds.wide * costs.SLOW_BF16)
-    small = cost.total + cost.modulation < budget * RESIDENT_SHARE
-    every = ("text_encoder", "text_encoder_2", "transformer", "vae", "modulation")
-    now = Residency(keep=every if small and cost.order.resources.offload in ("auto", "none") else ("transformer", "vae"))
+    hardware = candidate.hardware
+    placement = Placement(keep=_choose_keep(candidate, offload, budget_bytes))
     for phase in ("encode", "denoise", "decode"):
-        for level in _levels(phase, now, offer, speeds, tiled=tiled):
-            peak = _peaks(offer, level)[phase]
-            if peak <= budget and _held(offer, level) <= host:
-                now, over = level, ""
+        chosen = None
+        why = f"{phase} cannot be so: packing again in every step is never worth it"
+        for level in _list_levels(candidate, phase, placement, offload=offload, may_tile=may_tile):
+            peak_bytes = estimate_peaks(candidate, level)[phase]
+            if peak_bytes <= budget_bytes and _streamed_bytes(candidate, level) <= host_bytes:
+                chosen = level
                 break
-            over = f"{phase} needs {peak / GIB:.1f} GiB, {hardware.device} has {budget / GIB:.1f} GiB"
-        else:
-            return None, over or f"{phase} cannot be so: packing again in every step is never worth it"
-    kept = replace(now, keep=(*now.keep, "modulation"))
-    if "modulation" not in now.keep and hardware.kind != "cpu" and max(_peaks(offer, kept).values()) <= budget:
-        now = kept
-    return _planned(offer, now, budget, speeds), ""
+            needs = f"{phase} needs {peak_bytes / GIB:.1f} GiB"
+            why = f"{needs}, {hardware.device} has {budget_bytes / GIB:.1f} GiB"
+        if chosen is None:
+            return Fit(None, phase, why)
+        placement = chosen
+    if "modulation" not in placement.keep and hardware.kind != "cpu":
+        with_modulation = replace(placement, keep=(*placement.keep, "modulation"))
+        if max(estimate_peaks(candidate, with_modulation).values()) <= budget_bytes:
+            placement = with_modulation
+    return Fit(_make_plan(candidate, placement, budget_bytes))
 
 
-def _levels(phase: str, now: Residency, offer: Offer, speeds: Speeds, *, tiled: bool) -> Iterator[Residency]:
-    """What the phase may have, from most memory to least; an --offload leaves one."""
-    offload, alone = offer.cost.order.resources.offload, replace(now, keep=())
-    if phase == "decode":
-        yield now
-        yield replace(alone, decode="alone")
-        if tiled:
-            yield replace(alone, decode="tiled")
-        return
-    if offload in ("auto", "none") or (offload, phase) == ("stream", "encode"):
-        yield now
-    if offer.hardware.kind == "cpu" or offload == "none":
-        return
+def _choose_keep(candidate: Candidate, offload: str, budget_bytes: int) -> tuple[str, ...]:
+    """What stays on the device between phases: everything, where the model is small."""
+    whole_bytes = candidate.cost.total_bytes + candidate.cost.modulation_bytes
+    is_small = whole_bytes < budget_bytes * RESIDENT_SHARE
+    if is_small and offload in ("auto", "none"):
+        return KEEP_ALL
+    return KEEP_LARGE
+
+
+def _list_levels(
+    candidate: Candidate, phase: str, now: Placement, *, offload: str, may_tile: bool
+) -> Iterator[Placement]:
+    """What a phase may have after the phases before it, from most memory to least."""
     if phase == "encode":
+        return _list_encode_levels(candidate, now, offload)
+    if phase == "denoise":
+        return _list_denoise_levels(candidate, now, offload)
+    return _list_decode_levels(now, may_tile=may_tile)
+
+
+def _list_encode_levels(candidate: Candidate, now: Placement, offload: str) -> Iterator[Placement]:
+    if offload != "sequential":
+        yield now
+    if offload != "none" and candidate.hardware.kind != "cpu":
         yield replace(now, encode="sequential")
+
+
+def _list_denoise_levels(candidate: Candidate, now: Placement, offload: str) -> Iterator[Placement]:
+    if offload in ("auto", "none"):
+        yield now
+    if offload == "none" or candidate.hardware.kind == "cpu":
         return
-    counts = _counts(len(offer.cost.blocks))
-    for count in {"auto": counts, "stream": counts[-1:]}.get(offload, ()):
-        yield _streaming(offer, now, count, speeds)
-    if offload != "stream" and not offer.spec:  # packing again in every step is never worth it
+    if offload in ("auto", "stream"):
+        counts = _list_counts(candidate)
+        if offload == "stream":
+            counts = counts[-1:]
+        for count in counts:
+            yield _stream(candidate, now, count)
+    # What is packed while loading would be packed again in every step: never worth it.
+    if offload != "stream" and candidate.spec is None:
         yield replace(now, denoise="sequential")
 
 
-def _counts(blocks: int) -> range:
-    """How many of the blocks may be streamed: even numbers, since two slots take turns."""
+def _list_decode_levels(now: Placement, *, may_tile: bool) -> Iterator[Placement]:
+    yield now
+    yield replace(now, keep=(), decode="alone")
+    if may_tile:
+        yield replace(now, keep=(), decode="tiled")
+
+
+def _list_counts(candidate: Candidate) -> range:
+    """How many blocks may be streamed: even numbers, since two slots take turns."""
+    blocks = len(candidate.cost.blocks)
     return range(4, blocks + 1, 4 if blocks > 16 else 2)
 
 
-def _streaming(offer: Offer, now: Residency, count: int, speeds: Speeds) -> Residency:
-    compute = costs.block_seconds(offer.cost, speeds, offer.scheme)
-    return replace(now, denoise="streamed", streamed=costs.spread(offer.cost, compute, count, speeds.bus_bytes))
+def _stream(candidate: Candidate, now: Placement, count: int) -> Placement:
+    """The placement with `count` blocks streamed: those that make a step the fastest."""
+    speeds = _speeds_of(candidate)
+    compute_s = costs.block_seconds(candidate.cost, speeds, candidate.scheme)
+    streamed = costs.choose_streamed(candidate.cost, compute_s, count, bus_bytes=speeds.bus_bytes)
+    return replace(now, denoise="streamed", streamed=streamed)
 
 
-def host_limit(hardware: Hardware, *, ever: bool = False) -> int:
-    """Bytes of RAM that streamed blocks may take: by all of it, and unless `ever` by what is free now."""
-    by_all = int(hardware.ram_bytes * RAM_SHARE)
-    return by_all if ever else min(by_all, int(hardware.ram_free_bytes * FREE_RAM_SHARE))
+def host_limit(hardware: Hardware) -> int:
+    """Bytes of RAM that streamed blocks may take on this machine, whatever else it holds."""
+    return int(hardware.ram_bytes * RAM_SHARE)
 
 
-def _held(offer: Offer, residency: Residency) -> int:
-    """Bytes of RAM of the streamed blocks."""
-    return sum(offer.cost.blocks[i].nbytes for i in residency.streamed)
+def host_limit_now(hardware: Hardware) -> int:
+    """Bytes of RAM that streamed blocks may take now, by what is free."""
+    return min(host_limit(hardware), int(hardware.ram_free_bytes * FREE_RAM_SHARE))
 
 
-def _peaks(offer: Offer, residency: Residency) -> dict[str, int]:
-    """Bytes on the device at the peak of each phase."""
-    cost, keep = offer.cost, residency.keep
-    stay = (0 if offer.hardware.kind == "cpu" else CONTEXT_BYTES) + cost.modulation * ("modulation" in keep)
-    encoders = cost.clip + cost.t5 if "text_encoder_2" in keep else 0
-    largest = max((cost.blocks[i].nbytes for i in residency.streamed), default=0)
-    transformer = left = cost.transformer - _held(offer, residency) + 2 * largest
-    if residency.denoise == "sequential":
-        transformer, left = cost.rest + max(block.nbytes for block in cost.blocks), cost.rest
-    beside = cost.vae if "transformer" in keep else 0
-    t5 = cost.t5 if residency.encode == "resident" else cost.t5_rest + cost.t5_block * (2 if offer.spec else 1)
-    alone = max(t5 + cost.encode, cost.clip)
-    copies = 2 if offer.dtypes["transformer"] == "bfloat16" else 3  # stored, computed with, and the one before
-    decode = cost.decode_tiled if residency.decode == "tiled" else cost.decode
-    return {
-        "encode": stay + (encoders + transformer + beside + cost.encode if encoders else alone),
-        "condition": stay + encoders + cost.tables // 2 + copies * cost.largest_modulation + cost.unblocking,
-        "denoise": stay + encoders + transformer + beside + cost.tables + cost.denoise,
-        "decode": stay + encoders + cost.vae + decode + left * (residency.decode == "together"),
-    }
+# --- bytes and seconds of a placement
 
 
-def _planned(offer: Offer, residency: Residency, budget: int, speeds: Speeds) -> MemoryPlan:
-    cost, hardware, blocks = offer.cost, offer.hardware, len(offer.cost.blocks)
-    because = [f"{hardware.device}: {hardware.reason}", f"seconds by {speeds.source} speeds"]
-    if residency.encode == "sequential":
-        because.append(f"T5 passes block by block: {cost.t5 / GIB:.1f} GiB are too much for it at once")
-    if residency.denoise != "resident":
-        whole = f"{blocks} blocks, with all on the device {cost.transformer / GIB:.1f} GiB"
-        how = "streamed from pinned memory" if residency.streamed else "read from their files in every step"
-        because.append(f"{len(residency.streamed) or blocks} of {whole}, are {how}")
-    if residency.decode != "together":
-        because.append("the transformer leaves before the VAE decodes" + ", in tiles" * (residency.decode == "tiled"))
-    if "text_encoder_2" in residency.keep:
-        because.append("all components stay loaded: together they are small")
-    peaks, converted = _peaks(offer, residency), hardware.kind == "cpu" and offer.dtypes["transformer"] == "float32"
-    host = _held(offer, residency) + (max(peaks.values()) if converted else 0)
-    return MemoryPlan(
-        hardware.device, offer.precision, offer.dtypes, offer.spec, residency, peaks,
-        _seconds(offer, residency, speeds), speeds.source, budget, host, tuple(because),
-    )  # fmt: skip
+def _streamed_bytes(candidate: Candidate, placement: Placement) -> int:
+    """Bytes of RAM that the streamed blocks take."""
+    return sum(candidate.cost.blocks[i].nbytes for i in placement.streamed)
 
 
-def _seconds(offer: Offer, residency: Residency, speeds: Speeds) -> dict[str, float]:
-    """Seconds of each phase of one picture from cold; overlaps of reading and computing are not counted."""
-    cost, request, slow_bus = offer.cost, offer.cost.order.request, speeds.bus_bytes / 2  # not pinned, not beside
-    packed = sum(block.image_numel + block.text_numel for block in cost.blocks) if offer.spec else 0
-    modulation = cost.modulation_numel * 2
-    compute = costs.block_seconds(cost, speeds, offer.scheme)
-    step = costs.step_seconds(cost, compute, residency.streamed, speeds.bus_bytes)
-    step += sum(block.nbytes for block in cost.blocks) / slow_bus * (residency.denoise == "sequential")
-    encode = 2 * cost.t5_numel * request.text_tokens / speeds.wide
-    encode += cost.t5 / slow_bus * (residency.encode == "sequential")
-    tiles = costs.TILED_WORK if residency.decode == "tiled" else 1
-    pack = PACK_BYTES * (0.1 if offer.hardware.kind == "cpu" else 1.0)
-    found = {
-        "load": (cost.stored - modulation) / speeds.disk_bytes + packed * 2 / pack,
-        "encode": encode,
-        "condition": modulation / speeds.disk_bytes,
-        "denoise": step * request.steps,
-        "decode": math.prod(request.size) * costs.VAE_FLOP * tiles / speeds.wide,
-    }
-    return {name: round(value, 3) for name, value in found.items()}
+def estimate_peaks(candidate: Candidate, placement: Placement) -> dict[str, int]:
+    """Bytes on the device at the peak of each phase, the driver's context included."""
+    cost = candidate.cost
+    always_bytes = 0 if candidate.hardware.kind == "cpu" else CONTEXT_BYTES
+    if "modulation" in placement.keep:
+        always_bytes += cost.modulation_bytes
+    encoders_bytes = 0  # that stay through all phases
+    if "text_encoder_2" in placement.keep:
+        encoders_bytes = cost.clip_bytes + cost.t5_bytes
+    beside_bytes = cost.vae_bytes if "transformer" in placement.keep else 0
 
-
-def relaxed(plan: MemoryPlan, phase: str, offer: Offer) -> tuple[MemoryPlan, str] | None:
-    """The plan one rung further down in a phase, and the rung in words; None where none is left."""
-    now, blocks, hardware = plan.residency, len(offer.cost.blocks), offer.hardware
-    counts = [count for count in _counts(blocks) if count >= len(now.streamed) + max(1, blocks // 8)]
-    wider = [_streaming(offer, now, count, hardware.speeds) for count in counts[:1] if hardware.kind != "cpu"]
-    more = [each for each in wider if _held(offer, each) <= host_limit(hardware)]
-    if now.keep:
-        following, words = replace(now, keep=(), decode=now.decode.replace("together", "alone")), "nothing else stays"
-    elif phase == "encode" and now.encode == "resident":
-        following, words = replace(now, encode="sequential"), "T5 passes block by block"
-    elif phase == "decode" and now.decode != "tiled":
-        following, words = replace(now, decode="tiled"), "the VAE decodes in tiles (the pixels differ a little)"
-    elif phase not in ("condition", "denoise") or now.denoise == "sequential":
-        return None
-    elif more:
-        following, words = more[0], f"{len(more[0].streamed)} of {blocks} blocks streamed"
-    elif not offer.spec:
-        following, words = replace(now, denoise="sequential", streamed=()), "every block from its file"
+    if placement.denoise == "sequential":
+        left_bytes = cost.rest_bytes  # of the transformer after the last step
+        transformer_bytes = left_bytes + max(block.nbytes for block in cost.blocks)
     else:
+        slot_bytes = max((cost.blocks[i].nbytes for i in placement.streamed), default=0)
+        left_bytes = cost.transformer_bytes + 2 * slot_bytes
+        left_bytes -= _streamed_bytes(candidate, placement)
+        transformer_bytes = left_bytes
+
+    if encoders_bytes:
+        encode_bytes = encoders_bytes + transformer_bytes + beside_bytes + cost.encode_bytes
+    else:
+        t5_bytes = cost.t5_bytes
+        if placement.encode == "sequential":
+            # A block that is packed while loading is there twice.
+            copies = 2 if candidate.spec else 1
+            t5_bytes = cost.t5_rest_bytes + cost.t5_block_bytes * copies
+        encode_bytes = max(t5_bytes + cost.encode_bytes, cost.clip_bytes)
+
+    # A modulation weight as stored and the one before it; once more where it is converted.
+    copies = 2 if candidate.dtypes["transformer"] == "bfloat16" else 3
+    # The other half of the tables is in RAM already when the largest weight is there.
+    condition_bytes = encoders_bytes + cost.tables_bytes // 2 + cost.unpacking_bytes
+    condition_bytes += copies * cost.largest_modulation_bytes
+
+    denoise_bytes = encoders_bytes + transformer_bytes + beside_bytes
+    denoise_bytes += cost.tables_bytes + cost.denoise_bytes
+
+    decode_bytes = encoders_bytes + cost.vae_bytes
+    if placement.decode == "tiled":
+        decode_bytes += cost.decode_tiled_bytes
+    else:
+        decode_bytes += cost.decode_bytes
+    if placement.decode == "together":
+        decode_bytes += left_bytes
+    return {
+        "encode": always_bytes + encode_bytes,
+        "condition": always_bytes + condition_bytes,
+        "denoise": always_bytes + denoise_bytes,
+        "decode": always_bytes + decode_bytes,
+    }
+
+
+def _speeds_of(candidate: Candidate) -> Speeds:
+    """The device's speeds in this candidate's dtype."""
+    hardware = candidate.hardware
+    is_bf16 = candidate.dtypes["transformer"] == "bfloat16"
+    if hardware.kind == "cpu" and is_bf16 and not hardware.bf16:
+        return replace(hardware.speeds, wide=hardware.speeds.wide * costs.SLOW_BF16)
+    return hardware.speeds
+
+
+def _estimate_seconds(candidate: Candidate, placement: Placement) -> dict[str, float]:
+    """Seconds of each phase of one picture from a cold start.
+
+    Reading and computing are added up: that they overlap is not counted.
+    """
+    cost = candidate.cost
+    speeds = _speeds_of(candidate)
+    slow_bus_bytes = speeds.bus_bytes / 2  # what is not pinned is copied at about half the speed
+
+    modulation_stored_bytes = cost.modulation_numel * 2
+    load_s = (cost.stored_bytes - modulation_stored_bytes) / speeds.disk_bytes
+    if candidate.spec:
+        pack_bytes = PACK_BYTES
+        if candidate.hardware.kind == "cpu":
+            pack_bytes *= CPU_PACK_SHARE
+        packed_numel = sum(block.image_numel + block.text_numel for block in cost.blocks)
+        load_s += packed_numel * 2 / pack_bytes
+
+    encode_s = 2 * cost.t5_numel * cost.workload.text_tokens / speeds.wide
+    if placement.encode == "sequential":
+        encode_s += cost.t5_bytes / slow_bus_bytes
+
+    compute_s = costs.block_seconds(cost, speeds, candidate.scheme)
+    step_s = costs.step_seconds(cost, compute_s, placement.streamed, bus_bytes=speeds.bus_bytes)
+    if placement.denoise == "sequential":
+        step_s += cost.blocks_bytes / slow_bus_bytes
+
+    decode_s = cost.workload.pixels * costs.VAE_FLOP / speeds.wide
+    if placement.decode == "tiled":
+        decode_s *= costs.TILED_WORK
+    return {
+        "load": round(load_s, 3),
+        "encode": round(encode_s, 3),
+        "condition": round(modulation_stored_bytes / speeds.disk_bytes, 3),
+        "denoise": round(step_s * cost.workload.steps, 3),
+        "decode": round(decode_s, 3),
+    }
+
+
+def _make_plan(candidate: Candidate, placement: Placement, budget_bytes: int) -> MemoryPlan:
+    hardware = candidate.hardware
+    peak_bytes = estimate_peaks(candidate, placement)
+    host_bytes = _streamed_bytes(candidate, placement)
+    if hardware.kind == "cpu" and candidate.dtypes["transformer"] == "float32":
+        host_bytes += max(peak_bytes.values())  # converted, not mapped
+    return MemoryPlan(
+        device=hardware.device,
+        precision=candidate.precision,
+        dtypes=candidate.dtypes,
+        spec=candidate.spec,
+        placement=placement,
+        peak_bytes=peak_bytes,
+        seconds=_estimate_seconds(candidate, placement),
+        speeds=hardware.speeds.source,
+        budget_bytes=budget_bytes,
+        host_bytes=host_bytes,
+        reasons=_explain(candidate, placement),
+    )
+
+
+def _explain(candidate: Candidate, placement: Placement) -> tuple[str, ...]:
+    """Why the placement is what it is, a sentence for each decision."""
+    cost = candidate.cost
+    hardware = candidate.hardware
+    reasons = [
+        f"{hardware.device}: {hardware.reason}",
+        f"seconds by {hardware.speeds.source} speeds",
+    ]
+    if placement.encode == "sequential":
+        size = f"{cost.t5_bytes / GIB:.1f} GiB"
+        reasons.append(f"T5 passes block by block: {size} are too much for it at once")
+    if placement.denoise != "resident":
+        blocks = len(cost.blocks)
+        passing = len(placement.streamed) or blocks
+        whole = f"{blocks} blocks, with all on the device {cost.transformer_bytes / GIB:.1f} GiB"
+        how = "read from their files in every step"
+        if placement.streamed:
+            how = "streamed from pinned memory"
+        reasons.append(f"{passing} of {whole}, are {how}")
+    if placement.decode == "alone":
+        reasons.append("the transformer leaves before the VAE decodes")
+    if placement.decode == "tiled":
+        reasons.append("the transformer leaves before the VAE decodes, in tiles")
+    if "text_encoder_2" in placement.keep:
+        reasons.append("all components stay loaded: together they are small")
+    return tuple(reasons)
+
+
+# --- less memory than planned
+
+
+def weaker(first: Placement, second: Placement) -> Placement:
+    """The placement that takes no more memory than either: of each phase the lower level."""
+
+    def rank_denoise(placement: Placement) -> tuple[bool, int]:
+        return placement.denoise == "sequential", len(placement.streamed)
+
+    denoise = max(first, second, key=rank_denoise)
+    encode_levels = ("resident", "sequential")
+    decode_levels = ("together", "alone", "tiled")
+    return Placement(
+        encode=max(first.encode, second.encode, key=encode_levels.index),
+        denoise=denoise.denoise,
+        decode=max(first.decode, second.decode, key=decode_levels.index),
+        streamed=denoise.streamed,
+        keep=tuple(name for name in first.keep if name in second.keep),
+    )
+
+
+def step_down(plan: MemoryPlan, phase: str, candidate: Candidate) -> StepDown | None:
+    """The plan to go on with after a phase ran out of memory; None where nothing is left.
+
+    First nothing else stays on the device; then the phase itself takes less: T5 passes block by
+    block, the VAE decodes alone and then in tiles, more blocks are streamed (an eighth of them at
+    a time, as far as the RAM goes), and last every block is read from its file.
+    """
+    now = plan.placement
+    following: Placement | None = None
+    change = ""
+    if now.keep:
+        following = replace(now, keep=())
+        if now.decode == "together":
+            following = replace(following, decode="alone")
+        change = "nothing else stays"
+    elif phase == "encode" and now.encode == "resident":
+        following = replace(now, encode="sequential")
+        change = "T5 passes block by block"
+    elif phase == "decode" and now.decode != "tiled":
+        following = replace(now, decode="tiled")
+        change = "the VAE decodes in tiles (the pixels differ a little)"
+    elif phase in ("condition", "denoise") and now.denoise != "sequential":
+        following = _stream_more(candidate, now)
+        if following:
+            blocks = len(candidate.cost.blocks)
+            change = f"{len(following.streamed)} of {blocks} blocks streamed"
+        elif candidate.spec is None:
+            following = replace(now, denoise="sequential", streamed=())
+            change = "every block from its file"
+    if following is None:
         return None
-    return replace(_planned(offer, following, plan.budget_bytes, hardware.speeds), device=plan.device), words
+    made = _make_plan(candidate, following, plan.budget_bytes)
+    return StepDown(replace(made, device=plan.device), change)
+
+
+def _stream_more(candidate: Candidate, now: Placement) -> Placement | None:
+    """The placement with an eighth more of the blocks streamed; None beyond what the RAM holds."""
+    hardware = candidate.hardware
+    if hardware.kind == "cpu":
+        return None
+    least = len(now.streamed) + max(1, len(candidate.cost.blocks) // 8)
+    for count in _list_counts(candidate):
+        if count >= least:
+            following = _stream(candidate, now, count)
+            fits = _streamed_bytes(candidate, following) <= host_limit_now(hardware)
+            return following if fits else None
+    return None

@@ -1,156 +1,345 @@
-"""The planner: which precision, and why. Every precision that a model's folders offer is a rung.
+"""Which precision a request gets, and why: every one that a model's checkpoints offer is judged.
 
-By the device's TOTAL memory the best one is taken that is not predicted slower than 1.25 times the fastest that fits
-(by the table of cards: nothing is timed); by its FREE memory only where weights
-are (`residency`). Arithmetic on headers; docs/memory.md explains it. Stdlib only. Sizes are in bytes.
+By the device's TOTAL memory the best precision is taken that is not predicted slower than 1.25
+times the fastest that fits; its FREE memory decides only where weights are (`placement`), so that
+the same request on the same device gives the same pixels in a busy moment, too. Arithmetic on
+headers; docs/memory.md explains it. Opens no file. Sizes are in bytes. Stdlib only.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from fluxcli.errors import DoesNotFit, UsageError
 from fluxcli.plan import costs
+from fluxcli.plan.costs import Workload
 from fluxcli.plan.machine import Hardware
-from fluxcli.plan.placement import GIB, MemoryPlan, Offer, fit, host_limit, make_offer
-from fluxcli.request.fields import Order
+from fluxcli.plan.placement import (
+    GIB,
+    SIXTEEN_BIT_LINES,
+    Candidate,
+    Fit,
+    MemoryPlan,
+    fit,
+    host_limit,
+    host_limit_now,
+    make_candidate,
+)
+from fluxcli.request.fields import GenerationRequest, Resources
 from fluxcli.request.settings import flag
 from quant.checkpoint import Checkpoint
+from quant.lora import Adapter
 from quant.spec import BAKEABLE, SCHEMES, QuantSpec
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 LONG = {short: long for long, short in SHORT.items()}
-QUALITY = ("fp32", "bf16", "fp16", "fp8", "int8", "gguf", "nf4")  # best first
+# Precisions, best first: what is not quantized is above every scheme.
+QUALITY = (
+    "fp32",
+    "bf16",
+    "fp16",
+    *sorted(SCHEMES, key=lambda name: SCHEMES[name].quality, reverse=True),
+)
 USABLE_SHARE = 0.92  # of the total: the rest is the desktop's and the driver's
 CPU_SHARE = 0.8  # of the RAM, that weights in float32 may take
-SLOWER = 1.25
+SLOWER = 1.25  # times the fastest that fits: what a better precision may take
 
 
-@dataclass(frozen=True)
-class Rung:
-    """An offer and its verdict: chosen, fits, too slow, does not fit, or not now (in what is free)."""
+class Planned(NamedTuple):
+    """What is to be done: the checkpoint to load, and how."""
 
-    offer: Offer
-    verdict: str
-    why: str
-    plan: MemoryPlan | None
+    checkpoint: Checkpoint
+    plan: MemoryPlan
 
 
 def make_plan(
-    order: Order, checkpoints: Sequence[Checkpoint], hardware: Hardware, *, margin_bytes: int = 0
-) -> tuple[Checkpoint, MemoryPlan]:  # fmt: skip
-    """The folder and the plan to take; raises `DoesNotFit` with the numbers and with what would fit."""
-    rungs = survey(order, checkpoints, hardware, margin_bytes=margin_bytes)
-    if chosen := chosen_of(rungs):
-        return chosen.offer.checkpoint, chosen.plan
-    worst = next((rung for rung in rungs if rung.verdict == "not now"), rungs[0])
-    hint = suggestion(order, checkpoints, hardware) or "another device, or -p tiny"
-    why = f"{worst.offer.precision}: {worst.why}"
-    raise DoesNotFit("the model does not fit", which=order.request.model, why=why, hint=hint)
+    workload: Workload,
+    resources: Resources,
+    checkpoints: Sequence[Checkpoint],
+    hardware: Hardware,
+    *,
+    margin_bytes: int = 0,
+    model: str = "",
+) -> Planned:
+    """The checkpoint to take and how to place it.
+
+    `checkpoints` are what there is of one model, which messages call `model`; see `survey` for
+    `margin_bytes`. Raises `DoesNotFit` with the numbers (`suggest_options` says what would fit),
+    and `UsageError` for a precision that the checkpoints cannot give.
+    """
+    found = survey(workload, resources, checkpoints, hardware, margin_bytes=margin_bytes, model=model)
+    chosen = find_chosen(found)
+    if chosen and chosen.plan:
+        return Planned(chosen.checkpoint, chosen.plan)
+    worst = next((each for each in found if each.verdict == "not now"), found[0])
+    why, hint = f"{worst.precision}: {worst.why}", "another device, or -p tiny"
+    raise DoesNotFit("the model does not fit", which=model, why=why, hint=hint)
 
 
-def chosen_of(rungs: Sequence[Rung]) -> Rung | None:
-    """The rung to take, None if nothing fits now."""
-    return next((rung for rung in rungs if rung.verdict == "chosen"), None)
+def find_chosen(candidates: Sequence[Candidate]) -> Candidate | None:
+    """The candidate to take, None if nothing fits now."""
+    return next((each for each in candidates if each.verdict == "chosen"), None)
 
 
 def survey(
-    order: Order, checkpoints: Sequence[Checkpoint], hardware: Hardware, *, margin_bytes: int = 0
-) -> list[Rung]:  # fmt: skip
-    """Every rung with its verdict, best quality first.
+    workload: Workload,
+    resources: Resources,
+    checkpoints: Sequence[Checkpoint],
+    hardware: Hardware,
+    *,
+    margin_bytes: int = 0,
+    model: str = "",
+) -> list[Candidate]:
+    """Every candidate with its verdict, best quality first.
 
-    `margin_bytes` of what is free are left alone where that is possible: memory ran out on this card before. It moves
-    placements and never the precision, which follows the total memory.
+    `margin_bytes` of what is free are left alone where that is possible: memory ran out on this
+    card before. They move placements and never the precision. Raises `UsageError` for an
+    --offload on a CPU, and for a precision that the checkpoints cannot give.
     """
-    if hardware.kind == "cpu" and order.resources.offload != "auto":
+    if hardware.kind == "cpu" and resources.offload != "auto":
         why = "on the CPU weights are in RAM already, or in their mapped files"
-        raise UsageError(f"--offload {order.resources.offload} without effect", which="cpu", why=why, hint="leave it out")
-    total = int(min(order.resources.vram_limit or hardware.total_bytes, hardware.total_bytes * USABLE_SHARE))
-    free = total if hardware.kind == "cpu" else min(total, hardware.free_bytes)
-    offers = sorted(_offers(order, checkpoints, hardware), key=lambda offer: QUALITY.index(offer.precision))
-    by_total = [fit(offer, budget=total, host=host_limit(hardware, ever=True)) for offer in offers]
-    seconds = [sum(plan.seconds.values()) for plan, _ in by_total if plan]
-    limit, rungs = SLOWER * min(seconds, default=0.0), []
-    for offer, (whole, over) in zip(offers, by_total, strict=True):
-        plan, short, taken = None, "", any(rung.verdict in ("chosen", "not now") for rung in rungs)
-        if whole:
-            tiled = whole.residency.decode == "tiled"  # other pixels: never by what is free in a moment
-            plan, short = fit(offer, budget=free - margin_bytes, host=host_limit(hardware), tiled=tiled)
-            if plan is None and margin_bytes:  # what ran out in another moment forbids nothing
-                plan, short = fit(offer, budget=free, host=host_limit(hardware), tiled=tiled)
-        slow = sum(whole.seconds.values()) / limit * SLOWER if whole else 0.0
-        verdict, why = (
-            ("does not fit", over) if not whole
-            else ("too slow", f"{slow:.1f} times the fastest that fits") if slow > SLOWER
-            else ("fits", "a better one fits") if taken
-            else ("chosen", offer.why) if plan
-            else ("not now", f"{short} free")
-        )  # fmt: skip
-        if verdict == "chosen":
-            because = [f"{offer.precision}: {why}", *(f"not {rung.offer.precision}: {rung.why}" for rung in rungs)]
-            if plan.budget_bytes < free:
-                because.append(f"{margin_bytes / GIB:.1f} GiB are left free: memory ran out on this card before")
-            plan = replace(plan, reasons=(*plan.reasons, *because))
-        rungs.append(Rung(offer, verdict, why, plan))
-    return rungs
+        what = f"--offload {resources.offload} without effect"
+        raise UsageError(what, which="cpu", why=why, hint="leave it out")
+    total_bytes = int(hardware.total_bytes * USABLE_SHARE)
+    if resources.vram_limit:
+        total_bytes = min(resources.vram_limit, hardware.total_bytes, total_bytes)
+    free_bytes = total_bytes
+    if hardware.kind != "cpu":
+        free_bytes = min(total_bytes, hardware.free_bytes)
+
+    candidates = list(_list_candidates(workload, resources, checkpoints, hardware, model=model))
+    candidates.sort(key=lambda candidate: QUALITY.index(candidate.precision))
+    by_total = [
+        fit(
+            candidate,
+            offload=resources.offload,
+            budget_bytes=total_bytes,
+            host_bytes=host_limit(hardware),
+        )
+        for candidate in candidates
+    ]
+    fastest_s = min((found.plan.total_seconds for found in by_total if found.plan), default=0.0)
+    judged: list[Candidate] = []
+    for candidate, ever in zip(candidates, by_total, strict=True):
+        now = ever
+        if ever.plan:
+            now = _fit_now(
+                candidate,
+                resources,
+                free_bytes=free_bytes,
+                margin_bytes=margin_bytes,
+                # Other pixels: decided by the total memory, never by a busy moment.
+                may_tile=ever.plan.placement.decode == "tiled",
+            )
+        is_taken = any(each.verdict in ("chosen", "not now") for each in judged)
+        judged.append(judge(candidate, ever, now, fastest_s=fastest_s, is_taken=is_taken))
+    return _explain_choice(judged)
 
 
-# --- precision
+def _fit_now(
+    candidate: Candidate,
+    resources: Resources,
+    *,
+    free_bytes: int,
+    margin_bytes: int,
+    may_tile: bool,
+) -> Fit:
+    """The plan within what is free, without the margin where the rest is enough."""
+    budget_bytes = free_bytes - margin_bytes
+    host_bytes = host_limit_now(candidate.hardware)
+    found = fit(
+        candidate,
+        offload=resources.offload,
+        budget_bytes=budget_bytes,
+        host_bytes=host_bytes,
+        may_tile=may_tile,
+    )
+    if not margin_bytes:
+        return found
+    if found.plan is None:  # what ran out in another moment forbids nothing
+        return fit(
+            candidate,
+            offload=resources.offload,
+            budget_bytes=free_bytes,
+            host_bytes=host_bytes,
+            may_tile=may_tile,
+        )
+    size = f"{margin_bytes / GIB:.1f} GiB"
+    reason = f"{size} are left free: memory ran out on this card before"
+    return Fit(replace(found.plan, reasons=(*found.plan.reasons, reason)))
 
 
-def _offers(order: Order, checkpoints: Sequence[Checkpoint], hardware: Hardware) -> Iterator[Offer]:
-    """Every precision of every folder that was asked for; raises `UsageError` where there is none."""
-    found, stored_as, wanted = set(), [], order.resources.precision
+def judge(candidate: Candidate, ever: Fit, now: Fit, *, fastest_s: float, is_taken: bool) -> Candidate:
+    """The candidate with its verdict, and the plan for now.
+
+    `ever` is what fits into the total memory, which decides pixels; `now` into what is free, which
+    decides the placement; `is_taken`: a better precision is taken already.
+    """
+    if ever.plan is None:
+        return replace(candidate, verdict="does not fit", why=ever.why)
+    candidate = replace(candidate, plan=now.plan)
+    ratio = ever.plan.total_seconds / fastest_s
+    if ratio > SLOWER:
+        why = f"{ratio:.1f} times the fastest that fits"
+        return replace(candidate, verdict="too slow", why=why)
+    if is_taken:
+        return replace(candidate, verdict="fits", why="a better one fits")
+    if now.plan is None:
+        return replace(candidate, verdict="not now", why=f"{now.why} free")
+    return replace(candidate, verdict="chosen", why=candidate.basis)
+
+
+def _explain_choice(judged: Sequence[Candidate]) -> list[Candidate]:
+    """The same candidates; the plan of the chosen one says why it is, and why no better one."""
+    explained = list(judged)
+    for position, candidate in enumerate(judged):
+        if candidate.verdict == "chosen" and candidate.plan:
+            better = [f"not {each.precision}: {each.why}" for each in judged[:position]]
+            chosen = f"{candidate.precision}: {candidate.why}"
+            reasons = (*candidate.plan.reasons, chosen, *better)
+            plan = replace(candidate.plan, reasons=reasons)
+            explained[position] = replace(candidate, plan=plan)
+    return explained
+
+
+# --- candidates
+
+
+class Dtypes(NamedTuple):
+    """What each component computes in, and why."""
+
+    by_component: dict[str, str]
+    why: str
+
+
+def _list_candidates(
+    workload: Workload,
+    resources: Resources,
+    checkpoints: Sequence[Checkpoint],
+    hardware: Hardware,
+    *,
+    model: str,
+) -> Iterator[Candidate]:
+    """One candidate for each precision that is asked for; raises `UsageError` where there is none.
+
+    Of several checkpoints that give the same precision the first is taken.
+    """
+    found: set[str] = set()
     for checkpoint in checkpoints:
-        stored = checkpoint.components["transformer"].precision
-        stored_as.append(stored or "16 bit")
-        for precision in [stored] if stored else [wanted if wanted in LONG else "auto", *BAKEABLE]:
-            packs = precision in BAKEABLE and not stored
-            spec = QuantSpec(precision, SCHEMES[precision].text_encoder) if packs else None
-            dtypes, why = _dtypes(order, precision, checkpoint, hardware, spec)
-            name = precision if stored or packs else SHORT[dtypes["transformer"]]
-            if name in found or wanted not in ("auto", name):
+        for asked, spec in _list_precisions(checkpoint, resources.precision):
+            dtypes = _choose_dtypes(workload, checkpoint, hardware, precision=asked, spec=spec)
+            basis = dtypes.why
+            name = asked
+            if checkpoint.components["transformer"].precision:
+                basis = "the weights are stored so"
+            elif spec:
+                basis = "packed while loading (flux quantize does that once for all)"
+            else:
+                name = SHORT[dtypes.by_component["transformer"]]
+            if name in found or resources.precision not in ("auto", name):
                 continue
             found.add(name)
-            why = "the weights are stored so" if stored else why
-            why = "packed while loading (flux quantize does that once for all)" if spec else why
-            yield make_offer(order, checkpoint, hardware, name, spec, dtypes, why)
+            yield make_candidate(
+                workload,
+                checkpoint,
+                hardware,
+                precision=name,
+                spec=spec,
+                dtypes=dtypes.by_component,
+                basis=basis,
+            )
     if not found:
-        why = f"its weights are {' and '.join(dict.fromkeys(stored_as))}"
+        stored = [each.components["transformer"].precision or "16 bit" for each in checkpoints]
+        why = f"its weights are {' and '.join(dict.fromkeys(stored))}"
         hint = "the 16-bit model, or --precision auto"
-        raise UsageError(f"--precision {wanted} is impossible", which=order.request.model, why=why, hint=hint)
+        what = f"--precision {resources.precision} is impossible"
+        raise UsageError(what, which=model, why=why, hint=hint)
 
 
-def _dtypes(
-    order: Order, asked: str, checkpoint: Checkpoint, hardware: Hardware, spec: QuantSpec | None
-) -> tuple[dict[str, str], str]:  # fmt: skip
-    """The dtype that each component computes in, and why."""
-    every = dict.fromkeys(checkpoint.components, "float32")
-    if asked in LONG:
-        dtypes = every | {"transformer": LONG[asked]}
-        return dtypes | (dict.fromkeys(every, "bfloat16") if asked == "bf16" else {}), "asked for"
+def _list_precisions(checkpoint: Checkpoint, wanted: str) -> Iterator[tuple[str, QuantSpec | None]]:
+    """The precisions that a checkpoint can give, each with what is packed while loading for it.
+
+    The first of a 16-bit checkpoint is the wanted dtype, or "auto" for the device's own.
+    """
+    stored = checkpoint.components["transformer"].precision
+    if stored:
+        yield stored, None
+        return
+    yield (wanted if wanted in LONG else "auto"), None
+    for scheme in BAKEABLE:
+        yield scheme, QuantSpec(scheme, SCHEMES[scheme].text_encoder)
+
+
+def _choose_dtypes(
+    workload: Workload,
+    checkpoint: Checkpoint,
+    hardware: Hardware,
+    *,
+    precision: str,
+    spec: QuantSpec | None,
+) -> Dtypes:
+    """What each component computes in: what was asked for, else what the device does at best."""
+    in_float32 = dict.fromkeys(checkpoint.components, "float32")
+    in_bfloat16 = dict.fromkeys(checkpoint.components, "bfloat16")
+    if precision == "bf16":
+        return Dtypes(in_bfloat16, "asked for")
+    if precision in LONG:
+        return Dtypes(in_float32 | {"transformer": LONG[precision]}, "asked for")
     if hardware.bf16:
-        return dict.fromkeys(every, "bfloat16"), "the device computes it"
+        return Dtypes(in_bfloat16, "the device computes it")
     if hardware.kind != "cpu":
-        return every | {"transformer": "float16"}, "the device has no bfloat16 (encoders and VAE compute in float32)"
-    cost = costs.cost_of(order, checkpoint, every, spec)
-    if max(cost.t5, cost.transformer + cost.vae) <= hardware.total_bytes * CPU_SHARE:
-        return every, "this CPU has no fast bfloat16"
-    return dict.fromkeys(every, "bfloat16"), "slowly: float32 does not fit into this RAM"
+        # T5 and the VAE overflow in float16.
+        why = "the device has no bfloat16 (encoders and VAE compute in float32)"
+        return Dtypes(in_float32 | {"transformer": "float16"}, why)
+    cost = costs.estimate_cost(workload, checkpoint, dtypes=in_float32, spec=spec, lines=SIXTEEN_BIT_LINES)
+    needed_bytes = max(cost.t5_bytes, cost.transformer_bytes + cost.vae_bytes)
+    if needed_bytes <= hardware.total_bytes * CPU_SHARE:
+        return Dtypes(in_float32, "this CPU has no fast bfloat16")
+    return Dtypes(in_bfloat16, "slowly: float32 does not fit into this RAM")
 
 
-def suggestion(order: Order, checkpoints: Sequence[Checkpoint], hardware: Hardware) -> str:
-    """Options with which the order would fit, "" where none of the usual ones helps."""
-    tries = [{"offload": "auto"}, {"precision": "nf4"}, {"precision": "auto"}]
-    tries += [{"precision": "nf4", "image_size": side, "width": None, "height": None} for side in (1024, 768, 512, 256)]
-    now = order.settings()
-    for changes in tries:
-        tried = Order.from_settings(order.request.prompt, now | changes)
-        if tried == order or max(tried.request.size) > max(order.request.size):
+# --- what would fit instead
+
+# Changes of resources, and a side in pixels, in the order in which they are tried.
+TRIES: tuple[tuple[dict[str, Any], int | None], ...] = (
+    ({"offload": "auto"}, None),
+    ({"precision": "nf4"}, None),
+    ({"precision": "auto"}, None),
+    ({"precision": "nf4"}, 1024),
+    ({"precision": "nf4"}, 768),
+    ({"precision": "nf4"}, 512),
+    ({"precision": "nf4"}, 256),
+)
+
+
+def suggest_options(
+    request: GenerationRequest,
+    resources: Resources,
+    checkpoints: Sequence[Checkpoint],
+    hardware: Hardware,
+    *,
+    adapters: Sequence[Adapter] = (),
+) -> str:
+    """The command-line options with which the request would fit, "" where none of `TRIES` helps.
+
+    Smaller pictures keep their ratio; none is suggested that is larger than what was asked for.
+    """
+    for changes, side_px in TRIES:
+        tried = request
+        if side_px is not None:
+            tried = replace(request, image_size=side_px, width=None, height=None)
+        with_resources = replace(resources, **changes)
+        is_same = tried == request and with_resources == resources
+        if is_same or max(tried.size) > max(request.size):
             continue
+        workload = costs.make_workload(tried, adapters)
         try:
-            if chosen_of(survey(tried, checkpoints, hardware)):
-                changed = {key: value for key, value in changes.items() if value != now[key] and value}
-                return " ".join(f"{flag(key)} {value}" for key, value in changed.items())
+            candidates = survey(workload, with_resources, checkpoints, hardware)
         except UsageError:  # a precision that these weights do not have
             continue
+        if find_chosen(candidates):
+            options = [f"{flag(name)} {value}" for name, value in changes.items() if value != getattr(resources, name)]
+            if side_px is not None and side_px != request.image_size:
+                options.append(f"{flag('image_size')} {side_px}")
+            return " ".join(options)
     return ""

@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from fluxcli.engine import device as hardware
 from fluxcli.engine import modulation
 from fluxcli.engine.picture import Picture
 from fluxcli.events import GeneratedImage
 from fluxcli.pictures import names as output
 from fluxcli.pictures.latents import Latents
 from fluxcli.plan.costs import DTYPE_BYTES
+from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import MemoryPlan
 from fluxcli.request.fields import Order
 from fluxcli.request.job import Row
@@ -22,6 +23,16 @@ MAX_WINDOW = 16  # pictures that go through a phase together: what is lost when 
 WINDOW_SHARE = 0.1  # of the free RAM, for their tables
 
 
+class Prepared(NamedTuple):
+    """What a request is drawn with, and what else could serve it."""
+
+    checkpoint: Checkpoint
+    plan: MemoryPlan
+    hardware: Hardware
+    adapters: tuple[Adapter, ...]
+    alternatives: tuple[Checkpoint, ...]  # every checkpoint of the model
+
+
 @dataclass
 class Planned:
     """A row with its plan, what else could serve it, and its pictures as they come."""
@@ -29,13 +40,25 @@ class Planned:
     row: Row
     order: Order  # with its seed
     target: output.Target
-    checkpoint: Checkpoint
-    plan: MemoryPlan
-    machine: hardware.Hardware
-    others: tuple[Checkpoint, ...]
-    adapters: tuple[Adapter, ...]
+    prepared: Prepared
     left: int  # pictures that were not skipped
     images: list[GeneratedImage] = field(default_factory=list)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.prepared.checkpoint
+
+    @property
+    def plan(self) -> MemoryPlan:
+        return self.prepared.plan
+
+    @property
+    def machine(self) -> Hardware:
+        return self.prepared.hardware
+
+    @property
+    def others(self) -> tuple[Checkpoint, ...]:
+        return self.prepared.alternatives
 
     @property
     def basis(self) -> tuple:
@@ -49,7 +72,7 @@ class Planned:
         count, seeded = self.order.output.count, self.row.order.request.seed >= 0
         for k in range(count):
             one = self.order.picture(k)
-            picture = Picture(one.request, self.adapters, position=k + 1, total=count)
+            picture = Picture(one.request, self.prepared.adapters, position=k + 1, total=count)
             if resume:
                 picture.tokens, picture.step = resume.tokens, resume.step
             yield picture, Destination(one, self.target, k + 1, self.row.number, seeded)

@@ -70,7 +70,7 @@ def make_metadata(
             "precision": plan.precision,
             "multiply": engine.multiply,
             "dtypes": plan.dtypes,
-            "tiled": plan.residency.decode == "tiled",
+            "tiled": plan.placement.decode == "tiled",
         },
         "lora": loras.name_identities(request.lora, adapters),
         "seeded": seeded,

@@ -25,14 +25,15 @@ from fluxcli.models import loras as lora
 from fluxcli.pictures import image, latents
 from fluxcli.pictures import names as output
 from fluxcli.pictures.latents import Latents
-from fluxcli.plan import placement as residency
-from fluxcli.plan.placement import MemoryPlan
-from fluxcli.plan.planner import make_plan, suggestion
+from fluxcli.plan.costs import make_workload
+from fluxcli.plan.machine import Hardware
+from fluxcli.plan.placement import MemoryPlan, weaker
+from fluxcli.plan.planner import make_plan, suggest_options
 from fluxcli.request.fields import Order
 from fluxcli.request.job import Job, Row
 from fluxcli.run.lock import DeviceLock
 from fluxcli.run.margin import grow_margin, read_margin
-from fluxcli.run.planned import Planned, window_size
+from fluxcli.run.planned import Planned, Prepared, window_size
 from fluxcli.run.saving import Destination, make_metadata, save
 from quant.checkpoint import Checkpoint
 from quant.errors import ExplainedError
@@ -64,7 +65,7 @@ class Session:
         drawn some of it: pictures of rows with a seed that are there count as saved.
         """
         groups: dict[tuple, list[Planned]] = {}
-        known: dict[Order, tuple] = {}
+        known: dict[Order, Prepared] = {}
         for row in job.rows:
             try:
                 planned = yield from self._planned(row, job, known, after_loss)
@@ -75,18 +76,19 @@ class Session:
                 continue
             if job.expected_model not in (None, planned.checkpoint.fingerprint):
                 yield Notice("the model here is not the one that made the picture: expect another picture")
-            tiled = planned.plan.residency.decode == "tiled"  # other pixels: decided by each row's own plan
+            tiled = planned.plan.placement.decode == "tiled"  # other pixels: decided by each row's own plan
             groups.setdefault((planned.basis, tiled, row.order.resources.vram_limit), []).append(planned)
         for group in groups.values():
             yield from self._draw(group, job, kept, after_loss)
 
     def prepare(
         self, order: Order, *, lock: bool = True, no_wait: bool = False
-    ) -> Generator[Event, None, tuple[Checkpoint, MemoryPlan, hardware.Hardware, tuple[Checkpoint, ...]]]:
-        """Plan a request: (checkpoint, plan, machine, every checkpoint that can serve it), the device's lock held."""
+    ) -> Generator[Event, None, Prepared]:
+        """Plan an order, the device's lock held; an adapter's header is read here and nowhere else."""
         said: list[str] = []
         checkpoints = models.list_checkpoints(order, paths.config_folder(), said.append)
         yield from map(Notice, said)
+        adapters = lora.resolve_loras(order.request.lora, checkpoints[-1].components)
         hardware.check_torch()
         machine = hardware.probe(order.resources.device)
         if lock and machine.kind != "cpu":
@@ -94,13 +96,25 @@ class Session:
             machine = hardware.probe(order.resources.device)  # once more: another flux may have held all of it
         if self.engine:  # what this process holds is its own to use
             machine = replace(machine, ram_free_bytes=machine.ram_free_bytes + self.engine.plan.host_bytes)
-        checkpoint, plan = make_plan(order, checkpoints, machine, margin_bytes=read_margin(machine))
+        try:
+            checkpoint, plan = make_plan(
+                make_workload(order.request, adapters),
+                order.resources,
+                checkpoints,
+                machine,
+                margin_bytes=read_margin(machine),
+                model=order.request.model,
+            )
+        except DoesNotFit as error:
+            found = suggest_options(order.request, order.resources, checkpoints, machine, adapters=adapters)
+            error.hint = found or error.hint
+            raise
         if lock and machine.kind == "cpu" and max(plan.peak_bytes.values()) > machine.total_bytes * LOCKED_SHARE:
             yield from self._lock(machine.identity, no_wait)
-        return checkpoint, plan, machine, tuple(checkpoints)
+        return Prepared(checkpoint, plan, machine, adapters, tuple(checkpoints))
 
     def engine_for(
-        self, checkpoint: Checkpoint, plan: MemoryPlan, machine: hardware.Hardware, basis: tuple, *, cache: bool
+        self, checkpoint: Checkpoint, plan: MemoryPlan, machine: Hardware, basis: tuple, *, cache: bool
     ) -> Engine:
         """The engine that is there, where it has the same basis, else a new one."""
         if self.engine and self._basis == basis:
@@ -114,10 +128,9 @@ class Session:
         self, order: Order, *, no_wait: bool
     ) -> Generator[Event, None, tuple[Engine, tuple[Adapter, ...]]]:
         """An engine for a request, and the request's adapters."""
-        checkpoint, plan, machine, _ = yield from self.prepare(order, no_wait=no_wait)
-        adapters = lora.resolve_loras(order.request.lora, checkpoint.components)
-        yield from map(Notice, lora.describe_unmatched(adapters))
-        return self.engine_for(checkpoint, plan, machine, (), cache=False), adapters
+        found = yield from self.prepare(order, no_wait=no_wait)
+        yield from map(Notice, lora.describe_unmatched(found.adapters))
+        return self.engine_for(found.checkpoint, found.plan, found.hardware, (), cache=False), found.adapters
 
     def evict(self) -> None:
         """Drop the engine and give its memory back."""
@@ -138,9 +151,11 @@ class Session:
         plan = self.engine.plan
         held = hardware.held_memory(plan.device)
         described = {"model": str(self.engine.checkpoint.folder), "device": plan.device, "precision": plan.precision}
-        return described | {"placement": plan.residency.level("denoise"), "held_bytes": held}
+        return described | {"placement": plan.placement.level("denoise"), "held_bytes": held}
 
-    def _planned(self, row: Row, job: Job, known: dict, after_loss: bool) -> Generator[Event, None, Planned]:
+    def _planned(
+        self, row: Row, job: Job, known: dict[Order, Prepared], after_loss: bool
+    ) -> Generator[Event, None, Planned]:
         order = row.order
         target = output.parse_target(order, force=job.force)
         if job.batch and not ((job.resume or after_loss) and target.exact):  # else the file may be the row's picture
@@ -152,19 +167,16 @@ class Session:
         )  # plans depend on none of these
         if same not in known:
             prepared = yield from self.prepare(order, no_wait=job.no_wait)
-            checkpoint, plan, *_ = prepared
-            adapters = lora.resolve_loras(order.request.lora, checkpoint.components)
-            if not any(adapters == before for *_, before in known.values()):
-                yield from map(Notice, lora.describe_unmatched(adapters))
-            known[same] = (*prepared, adapters)
+            if not any(prepared.adapters == before.adapters for before in known.values()):
+                yield from map(Notice, lora.describe_unmatched(prepared.adapters))
+            known[same] = prepared
             if not job.batch:
-                request = order.request
+                request, plan = order.request, prepared.plan
                 (width, height), seed = request.size, f", seed {request.seed}" * (request.seed >= 0)
                 what = f"{request.model} on {plan.device} in {plan.precision}"
                 yield Notice(f"{width}x{height}, {request.steps} steps{seed}, {what}")
-        checkpoint, plan, machine, others, adapters = known[same]
         order = order.with_seed()
-        return Planned(row, order, target, checkpoint, plan, machine, others, adapters, order.output.count)
+        return Planned(row, order, target, known[same], order.output.count)
 
     def _lock(self, identity: str, no_wait: bool) -> Iterator[Event]:
         if identity in self._locked:
@@ -182,12 +194,12 @@ class Session:
 
     def _draw(self, group: Sequence[Planned], job: Job, resume: Latents | None, after_loss: bool) -> Iterator[Event]:
         """Rows of one basis: their pictures in windows."""
-        first, placed = group[0], group[0].plan.residency
+        first, placed = group[0], group[0].plan.placement
         for planned in group[1:]:
-            placed = residency.weaker(placed, planned.plan.residency)
+            placed = weaker(placed, planned.plan.placement)
         if job.batch:
             yield Notice(f"{first.order.request.model} on {first.plan.device} in {first.plan.precision}")
-        plan = replace(first.plan, residency=placed)
+        plan = replace(first.plan, placement=placed)
         engine = self.engine_for(first.checkpoint, plan, first.machine, first.basis, cache=job.prompt_cache)
         missing: dict[Picture, Destination] = {}
         for planned in group:
@@ -329,7 +341,7 @@ def _describe_file(path: Path, order: Order) -> GeneratedImage:
 
 def _done(engine: Engine, planned: Planned) -> Done:
     now, peaks = engine.plan, hardware.peak_memory(engine.plan.device)
-    plan = replace(planned.plan, residency=now.residency, device=now.device)
+    plan = replace(planned.plan, placement=now.placement, device=now.device)
     described = plan.to_json() | {"multiply": engine.multiply}
     images, request, row = tuple(planned.images), planned.order.to_json(), planned.row.number
     return Done(images, request, described, {}, peaks, fluxcli.versions(), row)
@@ -340,11 +352,10 @@ def _advise(
 ) -> None:
     """Say what would fit, and keep what is left of the pictures."""
     planned = rows[next(iter(left.values())).row]
-    less = replace(
-        planned.order,
-        resources=replace(planned.order.resources, vram_limit=int(engine.plan.budget_bytes * 0.8)),
+    less = replace(planned.order.resources, vram_limit=int(engine.plan.budget_bytes * 0.8))
+    tried = suggest_options(
+        planned.order.request, less, planned.others, planned.machine, adapters=planned.prepared.adapters
     )
-    tried = suggestion(less, planned.others, planned.machine)
     error.hint = " or ".join(filter(None, (error.hint, tried and f"again with {tried}")))
     for picture, where in left.items():
         if picture.step:

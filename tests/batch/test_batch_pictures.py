@@ -8,7 +8,7 @@ import pytest
 from fluxcli.engine import prompt_cache as embeddings
 from fluxcli.events import from_json
 from fluxcli.pictures.image import read_metadata
-from fluxcli.plan import placement as residency
+from fluxcli.plan import placement
 from quant.checkpoint import Checkpoint, inspect
 from tests.support.batches import FAKE, SMALL, draw, failed_rows, of, pixels, single, write, write_csv
 from tests.support.invariant import call, files
@@ -137,9 +137,9 @@ def test_json_is_an_object_a_row_and_one_of_all(drawn, capsys):
     assert set(summary) == {"rows", "done", "failed", "skipped", "pictures", "seconds"} and summary["rows"] == 3
 
 
-@pytest.mark.parametrize("share", [0.0, residency.RESIDENT_SHARE])
+@pytest.mark.parametrize("share", [0.0, placement.RESIDENT_SHARE])
 def test_a_window_loads_a_component_once_and_goes_through_each_phase_together(share, capsys, monkeypatch):
-    monkeypatch.setattr(residency, "RESIDENT_SHARE", share)
+    monkeypatch.setattr(placement, "RESIDENT_SHARE", share)
     rows = [{"prompt": f"a {word}", "seed": k} for k in range(8) for word in ("circle", "square")]
     rows += [{"prompt": "a star", "seed": 1}, {"prompt": "a circle", "seed": 9, "guidance": 2.0}]  # the last: known
     source = write(*({"guidance": 2.0 + k % 2} | row for k, row in enumerate(rows)))

@@ -10,12 +10,11 @@ import torch
 from fluxcli.engine import device as hardware
 from fluxcli.engine.engine import Engine
 from fluxcli.engine.streaming import load_component
-from fluxcli.plan import planner as plan
 from quant import codecs
 from quant.checkpoint import KEEP_FILE, inspect
 from quant.linear import RowLinear, make_linear, path_of
 from quant.spec import SCHEMES
-from tests.support.helpers import BAKED, draw, tiny
+from tests.support.helpers import BAKED, draw, plan_for, tiny
 from tests.test_formats import apart, inputs
 from tests.test_linear import OPERATORS, WHERE, noise
 
@@ -86,7 +85,7 @@ def test_the_nf4_folder_gives_the_same_picture_in_plain_diffusers(folder):
     ).images[0]  # fmt: skip
     checkpoint = inspect(folder)
     machine = hardware.probe("cuda")
-    _, pixels = draw(Engine(*plan.make_plan(request, [checkpoint], machine), machine), request)
+    _, pixels = draw(Engine(*plan_for(request, [checkpoint], machine), machine), request)
     difference = np.abs(pixels.astype(int) - np.asarray(reference).astype(int))
     assert pixels.std() > 5 and difference.mean() < 6, difference.mean()
 

@@ -7,9 +7,8 @@ import torch
 from fluxcli.engine import device as hardware
 from fluxcli.engine import streaming as placement
 from fluxcli.engine.engine import Engine
-from fluxcli.plan.planner import make_plan
 from quant.checkpoint import inspect
-from tests.support.helpers import BAKED, draw, tiny
+from tests.support.helpers import BAKED, draw, plan_for, tiny
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -22,7 +21,7 @@ def test_streams_and_pinned_memory_give_the_resident_pixels(precision, offload, 
     pictures = []
     for way in ("none", offload):
         request = tiny(precision=precision, offload=way, device="cuda", steps=6)
-        engine = Engine(*make_plan(request, [checkpoint], machine), machine)
+        engine = Engine(*plan_for(request, [checkpoint], machine), machine)
         pictures.append(draw(engine, request)[1])
     assert np.array_equal(*pictures)
 

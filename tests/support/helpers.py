@@ -1,6 +1,6 @@
 """Requests and runs that several tests share."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +15,10 @@ from fluxcli.models import loras
 from fluxcli.pictures import names as output
 from fluxcli.pictures.image import open_picture
 from fluxcli.pictures.latents import Latents
-from fluxcli.plan import planner as plan
+from fluxcli.plan.costs import make_workload
 from fluxcli.plan.machine import Hardware, Speeds
-from fluxcli.plan.placement import GIB
+from fluxcli.plan.placement import GIB, Candidate
+from fluxcli.plan.planner import Planned, make_plan, survey
 from fluxcli.request.fields import Order
 from fluxcli.request.settings import coerce
 from fluxcli.run import saving
@@ -65,7 +66,23 @@ def tiny(**changes: object) -> Order:
 
 def engine_of(checkpoint: Checkpoint, request: Order = TINY) -> Engine:
     machine = hardware.probe("cpu")
-    return Engine(*plan.make_plan(request, [checkpoint], machine), machine)
+    return Engine(*plan_for(request, [checkpoint], machine), machine)
+
+
+def plan_for(
+    order: Order, checkpoints: Sequence[Checkpoint], hardware: Hardware, **options: object
+) -> Planned:
+    """The checkpoint and the plan of an order, its adapters read once."""
+    request = order.request
+    workload = make_workload(request, loras.resolve_loras(request.lora, checkpoints[-1].components))
+    return make_plan(workload, order.resources, checkpoints, hardware, model=request.model, **options)
+
+
+def survey_for(
+    order: Order, checkpoints: Sequence[Checkpoint], hardware: Hardware, **options: object
+) -> list[Candidate]:
+    """Every candidate for an order without adapters."""
+    return survey(make_workload(order.request), order.resources, checkpoints, hardware, **options)
 
 
 def run(engine: Engine, request: Order, target: output.Target) -> Iterator[Event]:

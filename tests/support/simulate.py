@@ -17,8 +17,7 @@ from fluxcli.engine import decode, denoise, loader, modulation, text
 from fluxcli.engine.engine import Drawn, Engine
 from fluxcli.models.shapes import read_known_shapes
 from fluxcli.pictures.latents import Latents
-from fluxcli.plan import costs
-from fluxcli.plan import placement as residency
+from fluxcli.plan import costs, placement
 from fluxcli.plan import planner as plan
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import MemoryPlan
@@ -29,7 +28,7 @@ from quant.codecs import Reader
 from quant.spec import BAKEABLE
 from quant.tensor_info import GGUF_BITS
 from quant.weights import Piece, Weight
-from tests.support.helpers import machine, picture_of
+from tests.support.helpers import machine, picture_of, plan_for
 
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "U8": torch.uint8, "I8": torch.int8}
 DTYPES["F8_E4M3"] = torch.float8_e4m3fn
@@ -62,18 +61,18 @@ def every_placement(
 
     Each run completes within its budget as planned; from all in memory to everything passing through.
     """
-    monkeypatch.setattr(residency, "CONTEXT_BYTES", 0)
+    monkeypatch.setattr(placement, "CONTEXT_BYTES", 0)
     monkeypatch.setattr(costs, "DECODE_BYTES", 64 << 10)
-    monkeypatch.setattr(residency, "RESIDENT_SHARE", 0.01)
+    monkeypatch.setattr(placement, "RESIDENT_SHARE", 0.01)
     monkeypatch.setattr(plan, "USABLE_SHARE", 1.0)
     pictures, levels = {}, set()
     for kib in range(40 << 10, 1 << 10, -step_kib):
         here = machine(kib / 2**20)
         try:
-            _, made = plan.make_plan(request, [checkpoint], here)
+            _, made = plan_for(request, [checkpoint], here)
         except plan.DoesNotFit:
             break
-        placed = made.residency
+        placed = made.placement
         if (placed.encode, placed.level("denoise"), placed.decode) in levels:
             continue
         levels.add((placed.encode, placed.level("denoise"), placed.decode))
