@@ -201,7 +201,7 @@ def measure_row(card: Hardware) -> str:
     flop = 2 * rows * weight.numel()
     figures = {"wide": flop / seconds_of(lambda: inputs @ weight.T, card.device) / 1e12}
     for scheme, stored in (("fp8", torch.float8_e4m3fn), ("int8", torch.int8)):
-        if linear.path_of(scheme, card.device) != "dequantize":
+        if linear.find_multiply(scheme, card.device) != "dequantize":
             tensors = {"": weight.to(stored), "_scale": weight[:, 0].float()}
             layer = linear.make_linear(scheme, [tensors], shapes=[tuple(weight.shape)], bias=None, arithmetic=True)
             figures[scheme] = flop / seconds_of(lambda layer=layer: layer(inputs), card.device) / 1e12

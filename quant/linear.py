@@ -233,7 +233,7 @@ def fits_together(scheme: str, shapes: Shapes) -> bool:
     return all(rows * columns % BLOCK == 0 for rows, columns in shapes)
 
 
-def path_of(scheme: str, device: str) -> str:
+def find_multiply(scheme: str, device: str) -> str:
     """How a scheme's layers multiply on a device: "scaled_mm", "int_mm" or "dequantize"."""
     row = SCHEMES.get(scheme)
     if row is not None and row.multiply and _multiplies(scheme, device):

@@ -44,7 +44,7 @@ def here() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as here:
         put(here, MACHINES["card"])
         here.setattr(torch.version, "cuda", "13.0")
-        here.setattr(linear, "path_of", lambda scheme, device: {"fp8": "scaled_mm", "int8": "int_mm"}[scheme])
+        here.setattr(linear, "find_multiply", lambda scheme, device: {"fp8": "scaled_mm", "int8": "int_mm"}[scheme])
         here.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 0, 10**12))
         here.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * GIB, available=60 * GIB))
         here.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -142,7 +142,7 @@ def test_who_holds_the_memory_is_named_where_little_is_free(here):
 
 
 def test_a_precision_that_a_card_only_unpacks_is_not_called_computed(here):
-    here.setattr(linear, "path_of", lambda *_: "dequantize")
+    here.setattr(linear, "find_multiply", lambda *_: "dequantize")
     put(here, MACHINES["old card"])
     found = examined()
     assert found["bf16"].verdict == "warn" and "sm75" in found["device"].found

@@ -40,7 +40,7 @@ def test_a_run_that_fails_early_leaves_no_folder(capsys):
 
 @pytest.mark.parametrize("to", BAKEABLE)
 def test_a_precision_is_the_same_picture_packed_while_loading_baked_or_found(to, baked, capsys):
-    from quant.linear import path_of
+    from quant.linear import find_multiply
 
     folder = baked(to, text_encoder=SCHEMES[to].text_encoder)
     packed = call(capsys, *TINY, "--precision", to, "-o", "packed.png", "--json")
@@ -51,7 +51,7 @@ def test_a_precision_is_the_same_picture_packed_while_loading_baked_or_found(to,
     given = call(capsys, *TINY, "-m", str(folder), "-o", "given.png", "--json")
     for result in (packed, found, given):
         plan = json.loads(result.stdout)["plan"]
-        assert (plan["precision"], plan["multiply"]) == (to, path_of(to, "cpu"))
+        assert (plan["precision"], plan["multiply"]) == (to, find_multiply(to, "cpu"))
         assert plan["multiply"] in {"nf4": ("dequantize",), "fp8": ("scaled_mm", "dequantize")}.get(
             to, ("int_mm", "dequantize")
         )
@@ -60,7 +60,8 @@ def test_a_precision_is_the_same_picture_packed_while_loading_baked_or_found(to,
     pictures = [Path(f"{name}.png") for name in ("packed", "found", "given")]
     assert len({read_pixels(path).tobytes() for path in pictures}) == 1
     described = [read_metadata(path) for path in pictures]
-    assert {(m["compute"]["precision"], m["compute"]["multiply"]) for m in described} == {(to, path_of(to, "cpu"))}
+    computed = {(m["compute"]["precision"], m["compute"]["multiply"]) for m in described}
+    assert computed == {(to, find_multiply(to, "cpu"))}
     assert [m["request"]["precision"] for m in described] == [to, to, "auto"]
     assert described[1]["model"]["fingerprint"] == described[2]["model"]["fingerprint"]
     same = call(capsys, "replay", "given.png", "--check")

@@ -13,9 +13,9 @@ from quant.linear import (
     Int8Linear,
     NF4Linear,
     QuantizedLinear,
+    find_multiply,
     fits_together,
     make_linear,
-    path_of,
 )
 from quant.spec import BAKEABLE
 from quant.tensor_info import TensorInfo
@@ -245,10 +245,10 @@ def test_it_compiles_without_a_break(scheme, monkeypatch):
 
 
 def test_the_path_is_named():
-    assert {scheme: path_of(scheme, "cpu") for scheme in (*BAKEABLE, "bfloat16")} == {
+    assert {scheme: find_multiply(scheme, "cpu") for scheme in (*BAKEABLE, "bfloat16")} == {
         "nf4": "dequantize", "fp8": "scaled_mm", "int8": "int_mm", "bfloat16": "dequantize",
     }  # fmt: skip
-    assert path_of("fp8", "meta") == path_of("int8", "mps") == "dequantize"
+    assert find_multiply("fp8", "meta") == find_multiply("int8", "mps") == "dequantize"
 
 
 def refused(*_: object, **__: object) -> torch.Tensor:
@@ -260,7 +260,7 @@ def refused(*_: object, **__: object) -> torch.Tensor:
 def test_where_the_operator_is_missing_or_wrong_it_dequantizes(scheme, operator, monkeypatch):
     monkeypatch.setattr(linear, "PROBED", {})
     monkeypatch.setattr(torch, OPERATORS[scheme], operator)
-    assert path_of(scheme, "cpu") == "dequantize"
+    assert find_multiply(scheme, "cpu") == "dequantize"
     x = noise(5, K)
     assert torch.equal(make(scheme)(x), make(scheme, arithmetic=False)(x))
 

@@ -86,7 +86,7 @@ def _or_warn(name: str, good: bool, found: str, fix: str) -> Check:
 
 def _device(machine: Hardware) -> Iterator[Check]:
     """The device, its driver, and what each precision does on it."""
-    from quant.linear import path_of
+    from quant.linear import find_multiply
 
     cpu, cuda = machine.kind == "cpu", machine.kind == "cuda"
     if cpu:
@@ -102,7 +102,7 @@ def _device(machine: Hardware) -> Iterator[Check]:
     found = "computed" if machine.bf16 else "slow here: another dtype is taken"
     yield _or_warn("bf16", machine.bf16, found, "none needed; cards since sm80 have it")
     for scheme in ("fp8", "int8"):
-        path = path_of(scheme, machine.device)
+        path = find_multiply(scheme, machine.device)
         computed = not cpu and path != "dequantize"
         found = f"computed ({path})" if computed else "a smaller form of the weights, not a faster one"
         yield Check(scheme, "ok", found)

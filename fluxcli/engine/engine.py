@@ -28,7 +28,7 @@ from fluxcli.plan.machine import CONTEXT_BYTES, Hardware
 from fluxcli.plan.placement import MemoryPlan
 from quant.checkpoint import Checkpoint
 from quant.errors import ExplainedError
-from quant.linear import path_of
+from quant.linear import find_multiply
 from quant.spec import SCHEMES
 
 
@@ -104,11 +104,11 @@ class Engine:
         """How the transformer's blocks multiply here.
 
         "bf16", "fp16" or "fp32" where their weights are values, else by "scaled_mm", "int_mm" or
-        "dequantize", see `quant.linear.path_of`.
+        "dequantize", see `quant.linear.find_multiply`.
         """
         precision = self.plan.precision
         if precision in SCHEMES:
-            return path_of(precision, self.plan.device)
+            return find_multiply(precision, self.plan.device)
         return precision
 
     def adopt(self, plan: MemoryPlan, hardware: Hardware, *, prompt_cache: bool = False) -> None:

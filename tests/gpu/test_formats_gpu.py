@@ -12,7 +12,7 @@ from fluxcli.engine.engine import Engine
 from fluxcli.engine.streaming import load_component
 from quant import codecs
 from quant.checkpoint import KEEP_FILE, inspect
-from quant.linear import RowLinear, make_linear, path_of
+from quant.linear import RowLinear, find_multiply, make_linear
 from quant.spec import SCHEMES
 from tests.support.helpers import BAKED, draw, plan_for, tiny
 from tests.test_formats import apart, inputs
@@ -95,7 +95,8 @@ def test_the_nf4_folder_gives_the_same_picture_in_plain_diffusers(folder):
 @pytest.mark.parametrize("scheme", OPERATORS)
 def test_8_bit_products_run_and_err_by_the_rounding_of_activations(scheme, rows, dtype, monkeypatch):
     needs(scheme)
-    assert path_of(scheme, "cuda") == path_of(scheme, "cuda:0") == {"fp8": "scaled_mm", "int8": "int_mm"}[scheme]
+    expected = {"fp8": "scaled_mm", "int8": "int_mm"}[scheme]
+    assert find_multiply(scheme, "cuda") == find_multiply(scheme, "cuda:0") == expected
     shapes = [(96, 64), (32, 64), (160, 64)]
     weights = [noise(*shape, seed=seed).cuda() for seed, shape in enumerate(shapes)]
     parts = [codecs.quantize(weight, scheme, name="w", where=WHERE).stored for weight in weights]
