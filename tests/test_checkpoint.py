@@ -1,4 +1,4 @@
-"""What is at this path? Model folders in the published layout, and every way in which a folder is none."""
+"""What is at this path? Model folders as published, and every way in which a folder is none."""
 
 import json
 import os
@@ -13,7 +13,11 @@ from quant.errors import CheckpointError
 CLASSES = {
     "text_encoder": {"architectures": ["CLIPTextModel"]},
     "text_encoder_2": {"architectures": ["T5EncoderModel"]},
-    "transformer": {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True, "in_channels": 64},
+    "transformer": {
+        "_class_name": "FluxTransformer2DModel",
+        "guidance_embeds": True,
+        "in_channels": 64,
+    },
     "vae": {"_class_name": "AutoencoderKL"},
 }
 BF16 = 2
@@ -69,7 +73,10 @@ def test_a_folder_is_its_components_and_their_tensors(folder):
     for name, component in checkpoint.components.items():
         assert set(component.weights) == {"a", "b"}
         assert (component.numel, component.nbytes) == (8, 16) and component.folder == folder / name
-    assert checkpoint.components["transformer"].weights["b"].pieces[""].file.name == "d-2-of-2.safetensors"
+    assert (
+        checkpoint.components["transformer"].weights["b"].pieces[""].file.name
+        == "d-2-of-2.safetensors"
+    )
 
 
 def test_the_bundled_model_is_a_model(tiny_folder):
@@ -93,7 +100,9 @@ def test_guidance_is_what_the_config_says(value, takes, folder):
         lambda root: edit(root / "transformer" / "config.json", guidance_embeds=False),
         lambda root: (root / "tokenizer" / "vocab.json").write_text('{"a": 1}'),
         lambda root: edit(root / "scheduler" / "scheduler_config.json", shift=1.0),
-        lambda root: (root / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(weights("a", "b")[:-1] + b"\1"),
+        lambda root: (root / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(
+            weights("a", "b")[:-1] + b"\1"
+        ),
         lambda root: (root / "text_encoder" / "model.safetensors").write_bytes(weights("a", "c")),
     ],
 )
@@ -135,8 +144,14 @@ DEFECTS = {
     "wrong class": (_edit("vae/config.json", _class_name="AutoencoderTiny"), "AutoencoderTiny"),
     "wrong encoder": (_edit("text_encoder/config.json", architectures=["BertModel"]), "BertModel"),
     "10^9 layers": (_edit("transformer/config.json", num_layers=10**9), "num_layers"),
-    "negative layers": (_edit("transformer/config.json", num_single_layers=-1), "num_single_layers"),
-    "a number of 400 digits": (_edit("vae/config.json", latent_channels=10**400), "latent_channels"),
+    "negative layers": (
+        _edit("transformer/config.json", num_single_layers=-1),
+        "num_single_layers",
+    ),
+    "a number of 400 digits": (
+        _edit("vae/config.json", latent_channels=10**400),
+        "latent_channels",
+    ),
     "not finite": (_edit("vae/config.json", scaling_factor=float("nan")), "scaling_factor"),
     "no tokenizer": (lambda root: (root / "tokenizer").rename(root / "away"), "no tokenizer"),
     "Fill": (_edit("transformer/config.json", in_channels=384), "384 channels"),
@@ -166,7 +181,16 @@ def test_architectures_that_name_nothing_are_no_crash(architectures, folder):
 
 @pytest.mark.parametrize(
     "shard",
-    ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "a\\b.safetensors", "..", "", "x.bin", "x.pt"],
+    [
+        "../x.safetensors",
+        "/etc/x.safetensors",
+        "a/b.safetensors",
+        "a\\b.safetensors",
+        "..",
+        "",
+        "x.bin",
+        "x.pt",
+    ],
 )
 def test_an_index_that_leaves_the_folder_is_refused_unopened(shard, folder, monkeypatch):
     edit(folder / INDEX, weight_map={"a": shard})

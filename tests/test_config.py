@@ -1,4 +1,4 @@
-"""Hostile and foreign configs are exit 4 with the file and the key, never a bug and never another picture."""
+"""Hostile and foreign configs are exit 4 with file and key, never a bug or another picture."""
 
 import json
 import shutil

@@ -82,14 +82,21 @@ def endless(path: Path, text: bytes, data_bytes: int) -> header.Header:
 PLANTED = [
     (header, "_make_tensor", unguarded, r"(Key|Type|Value)Error\("),
     (header, "_parse", gaps, r"Finding\(.accepted "),
-    (checkpoint, "_weight_files", any_path, r"Finding\('opened a file outside: /.*/outside\.safetensors"),
+    (
+        checkpoint,
+        "_weight_files",
+        any_path,
+        r"Finding\('opened a file outside: /.*/outside\.safetensors",
+    ),
     (header, "_parse", memory, r"Finding\('took 33 MiB'\)"),
     (header, "_parse", slow, r"Finding\('took \d\.\d s'\)"),
     (header, "_parse", endless, r"Finding\('not done after 1 s'\)"),
 ]
 
 
-@pytest.mark.parametrize("module, name, bug, found", PLANTED, ids=[bug.__name__ for *_, bug, _ in PLANTED])
+@pytest.mark.parametrize(
+    "module, name, bug, found", PLANTED, ids=[bug.__name__ for *_, bug, _ in PLANTED]
+)
 def test_a_planted_bug_is_found_and_kept(module, name, bug, found, capsys, monkeypatch):
     monkeypatch.setattr(module, name, bug)
     monkeypatch.setattr(fuzz, "MAX_CPU_S", 0.05 if bug is slow else 1)
@@ -98,12 +105,17 @@ def test_a_planted_bug_is_found_and_kept(module, name, bug, found, capsys, monke
     code, out = run(capsys, 30)
     assert code == 1 and re.search(rf"^finding: --seed 1, input \d+: {found}", out, re.M), out
     (kept,) = Path("fuzz-findings").iterdir()
-    assert (kept / "traceback.txt").stat().st_size and (kept / "scheduler" / "scheduler_config.json").is_file()
+    assert (kept / "traceback.txt").stat().st_size and (
+        kept / "scheduler" / "scheduler_config.json"
+    ).is_file()
 
 
 def test_a_seed_gives_the_same_inputs():
     def inputs() -> list:
         kinds = fuzz_inputs.folders()
-        return [fuzz_inputs.damage(fuzz.Random(f"3/{k}"), kinds["nf4"], whole=k % 2 > 0) for k in range(200)]
+        return [
+            fuzz_inputs.damage(fuzz.Random(f"3/{k}"), kinds["nf4"], whole=k % 2 > 0)
+            for k in range(200)
+        ]
 
     assert inputs() == inputs()

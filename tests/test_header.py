@@ -1,4 +1,4 @@
-"""Headers of safetensors files: read as the reference library writes them, and every defect refused at once."""
+"""Headers of safetensors files: the library's are read, every defect is refused at once."""
 
 import json
 import time
@@ -17,11 +17,21 @@ from quant.header import file_identity, read_header
 from quant.tensor_info import DTYPE_BITS
 
 patient = settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
-DTYPES = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "U8": np.uint8, "BOOL": np.bool_, "F64": np.float64}
+DTYPES = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "I64": np.int64,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+    "F64": np.float64,
+}
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
-TENSORS = st.dictionaries(st.text(min_size=1, max_size=20), st.tuples(st.sampled_from([*DTYPES]), SHAPES), min_size=1)
+TENSORS = st.dictionaries(
+    st.text(min_size=1, max_size=20), st.tuples(st.sampled_from([*DTYPES]), SHAPES), min_size=1
+)
 GOLDEN = (
-    b'\x59\0\0\0\0\0\0\0{"__metadata__":{"format":"pt"},"a":{"dtype":"BF16","shape":[2,2],"data_offsets":[0,8]}} '
+    b'\x59\0\0\0\0\0\0\0{"__metadata__":{"format":"pt"},'
+    b'"a":{"dtype":"BF16","shape":[2,2],"data_offsets":[0,8]}} '
     b"\1\2\3\4\5\6\7\x08"
 )
 
@@ -31,7 +41,9 @@ def file_of(header: object, data: bytes = b"", *, length: int | None = None) -> 
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data
 
 
-def tensor(dtype: object = "F32", shape: object = (2,), start: object = 0, stop: object = 8) -> dict:
+def tensor(
+    dtype: object = "F32", shape: object = (2,), start: object = 0, stop: object = 8
+) -> dict:
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
 
 
@@ -53,7 +65,13 @@ def test_golden_bytes(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(GOLDEN)
     (found,) = read_header(path).values()
-    assert (found.name, found.dtype, found.shape, found.nbytes, found.numel) == ("a", "BF16", (2, 2), 8, 4)
+    assert (found.name, found.dtype, found.shape, found.nbytes, found.numel) == (
+        "a",
+        "BF16",
+        (2, 2),
+        8,
+        4,
+    )
 
 
 @patient
@@ -64,16 +82,29 @@ def test_what_the_reference_library_writes_is_read(tmp_path, tensors):
     reference.save_file(arrays, path, metadata={"format": "np"})
     found = read_header(path)
     assert {name: (info.dtype, info.shape) for name, info in found.items()} == tensors
-    assert all(info.nbytes == arrays[name].nbytes and info.numel == arrays[name].size for name, info in found.items())
-    data = path.read_bytes()[-sum(array.nbytes for array in arrays.values()) or len(path.read_bytes()) :]
+    assert all(
+        info.nbytes == arrays[name].nbytes and info.numel == arrays[name].size
+        for name, info in found.items()
+    )
+    data = path.read_bytes()[
+        -sum(array.nbytes for array in arrays.values()) or len(path.read_bytes()) :
+    ]
     for name, info in found.items():
         assert data[info.start : info.stop] == arrays[name].tobytes()
 
 
 def test_tensors_without_elements_may_stand_in_any_order(tmp_path):
-    header = {"a": tensor(), "none": tensor(shape=[0], stop=0), "end": tensor(shape=[3, 0], start=8, stop=8)}
+    header = {
+        "a": tensor(),
+        "none": tensor(shape=[0], stop=0),
+        "end": tensor(shape=[3, 0], start=8, stop=8),
+    }
     (tmp_path / "x").write_bytes(file_of(header, b"x" * 8))
-    assert {name: info.numel for name, info in read_header(tmp_path / "x").items()} == {"none": 0, "a": 2, "end": 0}
+    assert {name: info.numel for name, info in read_header(tmp_path / "x").items()} == {
+        "none": 0,
+        "a": 2,
+        "end": 0,
+    }
 
 
 OTHER_FILES = {
@@ -148,7 +179,9 @@ def test_a_huge_file_with_a_huge_header_is_refused_unread(tmp_path):
 @given(st.data())
 def test_no_damage_is_a_crash(tmp_path, data):
     whole = bytearray(GOLDEN)
-    for place, value in data.draw(st.lists(st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)), max_size=3)):
+    for place, value in data.draw(
+        st.lists(st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)), max_size=3)
+    ):
         whole[place] = value
     path = tmp_path / "x.safetensors"
     path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
@@ -169,12 +202,18 @@ def test_what_is_no_file_is_refused(tmp_path, monkeypatch):
         os.mkfifo(tmp_path / "fifo")
         assert "not a weight file" in refusal(tmp_path / "fifo")
     (tmp_path / "x").write_bytes(GOLDEN)
-    monkeypatch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(
+        Path, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+    )
     assert "Permission denied" in refusal(tmp_path / "x")
 
 
 def test_every_dtype_of_the_reference_library_is_known():
-    sizes = {name: np.dtype(kind).itemsize * 8 for name, kind in reference._TYPES.items() if name in DTYPE_BITS}
+    sizes = {
+        name: np.dtype(kind).itemsize * 8
+        for name, kind in reference._TYPES.items()
+        if name in DTYPE_BITS
+    }
     assert set(reference._TYPES) <= set(DTYPE_BITS)
     assert sizes == {name: DTYPE_BITS[name] for name in sizes}
 

@@ -1,4 +1,4 @@
-"""`flux inspect` on weights: what a folder or file is, by its headers; what is unusable is exit 4 and said why."""
+"""`flux inspect` on weights: what a file or folder is; exit 4 and a reason where it is unusable."""
 
 import json
 import shutil
@@ -28,7 +28,10 @@ def copy(tiny_folder: Path) -> Path:
 def single() -> Path:
     """A transformer as BFL publishes it, 128 wide."""
     shapes = published(SMALL, guidance=True)
-    save_file({name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}, "flux1.safetensors")
+    save_file(
+        {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()},
+        "flux1.safetensors",
+    )
     return Path("flux1.safetensors")
 
 
@@ -58,7 +61,12 @@ def test_a_model_folder_is_whole(to, tiny_folder, baked, capsys):
         there, needed = map(int, part["loads"].split(" of "))
         assert there == needed
     packed = BAKED[to].get("text_encoder", "BF16") if to else "BF16"
-    expected = {"transformer": to or "BF16", "text_encoder_2": packed, "text_encoder": "BF16", "vae": "BF16"}
+    expected = {
+        "transformer": to or "BF16",
+        "text_encoder_2": packed,
+        "text_encoder": "BF16",
+        "vae": "BF16",
+    }
     assert {name: part["precision"] for name, part in parts.items()} == expected
     assert not to or parts["transformer"]["bytes"] < 0.7 * source["transformer"].nbytes
 
@@ -66,7 +74,11 @@ def test_a_model_folder_is_whole(to, tiny_folder, baked, capsys):
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_the_folder_of_one_part_is_that_part_and_needs_the_others(name, baked, capsys):
     found = described(capsys, baked("nf4", **BAKED["nf4"]) / name)
-    assert (found["kind"], list(found["components"]), found["problems"]) == ("part of a model", [name], [])
+    assert (found["kind"], list(found["components"]), found["problems"]) == (
+        "part of a model",
+        [name],
+        [],
+    )
     assert found["needs"] and set(found["components"][name]) == PART_KEYS
 
 
@@ -74,14 +86,20 @@ def test_a_file_of_bfl_is_a_transformer_and_needs_the_rest(single, capsys):
     found = described(capsys, single)
     assert set(found) == {"path", "kind", "needs", "problems"} | PART_KEYS
     assert (found["kind"], found["dialect"], found["precision"]) == ("transformer", "BFL", "BF16")
-    assert {"text_encoder", "text_encoder_2", "vae"} <= set(found["needs"]) and found["problems"] == []
+    assert {"text_encoder", "text_encoder_2", "vae"} <= set(found["needs"]) and found[
+        "problems"
+    ] == []
     there, needed = found["loads"].split(" of ")
     shapes = published(SMALL, guidance=True).values()
-    assert there == needed and found["parameters"] == sum(torch.Size(shape).numel() for shape in shapes)
+    assert there == needed and found["parameters"] == sum(
+        torch.Size(shape).numel() for shape in shapes
+    )
 
 
 def test_a_file_of_bfl_in_fp8_is_known_by_its_header(single, capsys):
-    result = call(capsys, "quantize", str(single), "fp8.safetensors", "--to", "fp8", "--layout", "comfy", "-q")
+    result = call(
+        capsys, "quantize", str(single), "fp8.safetensors", "--to", "fp8", "--layout", "comfy", "-q"
+    )
     assert result.returncode == 0
     found, source = described(capsys, Path("fp8.safetensors")), described(capsys, single)
     assert (found["precision"], found["parameters"]) == ("fp8", source["parameters"])
@@ -90,10 +108,13 @@ def test_a_file_of_bfl_in_fp8_is_known_by_its_header(single, capsys):
 
 @pytest.mark.parametrize(
     "kind, name",
-    [("FLUX.2", "double_stream_modulation_img.lin.weight"),
-     ("SDXL", "conditioner.embedders.0.x"), ("a VAE", "decoder.up.0.x"),
-     ("its first key is ", "something.else")],
-)  # fmt: skip
+    [
+        ("FLUX.2", "double_stream_modulation_img.lin.weight"),
+        ("SDXL", "conditioner.embedders.0.x"),
+        ("a VAE", "decoder.up.0.x"),
+        ("its first key is ", "something.else"),
+    ],
+)
 def test_a_file_of_another_kind_is_named_and_counted(kind, name, capsys):
     save_file({name: torch.ones(3, 5, dtype=torch.float16), "x": torch.ones(2)}, "x.safetensors")
     found = described(capsys, Path("x.safetensors"))
@@ -169,30 +190,72 @@ def say(folder: Path, file: str, **values: object) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str, list[str]]] = {
-    "no T5": (lambda f: shutil.rmtree(f / "text_encoder_2"), "text_encoder_2 is missing", ["text_encoder_2"]),
-    "no tokenizer": (lambda f: shutil.rmtree(f / TOKENIZERS[0]), "tokenizer is missing", ["tokenizer"]),
-    "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "scheduler is missing", ["scheduler"]),
+    "no T5": (
+        lambda f: shutil.rmtree(f / "text_encoder_2"),
+        "text_encoder_2 is missing",
+        ["text_encoder_2"],
+    ),
+    "no tokenizer": (
+        lambda f: shutil.rmtree(f / TOKENIZERS[0]),
+        "tokenizer is missing",
+        ["tokenizer"],
+    ),
+    "no scheduler": (
+        lambda f: shutil.rmtree(f / "scheduler"),
+        "scheduler is missing",
+        ["scheduler"],
+    ),
     "truncated": (lambda f: cut(f, "vae"), "vae: weight file is truncated", []),
     "a tensor less": (lambda f: lose(f, "transformer"), "transformer: only 153 of its 154", []),
-    "no config": (lambda f: (f / "vae" / "config.json").unlink(), "vae: no vae in the model folder", []),
-    "another class": (lambda f: say(f, "vae/config.json", _class_name="VQModel"), "vae: wrong class", []),
-    "hostile": (lambda f: say(f, "transformer/config.json", num_layers=10**9), "transformer: impossible config", []),
-    "Fill": (lambda f: say(f, "transformer/config.json", in_channels=384), "transformer: another kind", []),
-    "another pipeline": (lambda f: say(f, "model_index.json", _class_name="FluxFillPipeline"), "FluxFillPipeline", []),
-    "other scheduler": (
-        lambda f: say(f, "scheduler/scheduler_config.json", use_karras_sigmas=True), "use_karras_sigmas", [],
+    "no config": (
+        lambda f: (f / "vae" / "config.json").unlink(),
+        "vae: no vae in the model folder",
+        [],
     ),
-    "empty scheduler": (lambda f: (f / "scheduler" / "scheduler_config.json").unlink(), "no scheduler", []),
-}  # fmt: skip
+    "another class": (
+        lambda f: say(f, "vae/config.json", _class_name="VQModel"),
+        "vae: wrong class",
+        [],
+    ),
+    "hostile": (
+        lambda f: say(f, "transformer/config.json", num_layers=10**9),
+        "transformer: impossible config",
+        [],
+    ),
+    "Fill": (
+        lambda f: say(f, "transformer/config.json", in_channels=384),
+        "transformer: another kind",
+        [],
+    ),
+    "another pipeline": (
+        lambda f: say(f, "model_index.json", _class_name="FluxFillPipeline"),
+        "FluxFillPipeline",
+        [],
+    ),
+    "other scheduler": (
+        lambda f: say(f, "scheduler/scheduler_config.json", use_karras_sigmas=True),
+        "use_karras_sigmas",
+        [],
+    ),
+    "empty scheduler": (
+        lambda f: (f / "scheduler" / "scheduler_config.json").unlink(),
+        "no scheduler",
+        [],
+    ),
+}
 
 
 @pytest.mark.parametrize("damage, word, needs", DAMAGE.values(), ids=DAMAGE)
-def test_a_folder_with_a_defect_is_exit_4_and_lists_it_beside_what_is_well(damage, word, needs, copy, capsys):
+def test_a_folder_with_a_defect_is_exit_4_and_lists_it_beside_what_is_well(
+    damage, word, needs, copy, capsys
+):
     damage(copy)
     found = described(capsys, copy, ExitCode.INPUT_FILE)
     assert len(found["problems"]) == 1 and word in found["problems"][0] and found["needs"] == needs
     assert len(found["components"]) >= 3
-    assert_failed(call(capsys, "generate", "x", "-p", "tiny", "-m", str(copy), "-q"), ExitCode.INPUT_FILE)
+    assert_failed(
+        call(capsys, "generate", "x", "-p", "tiny", "-m", str(copy), "-q"), ExitCode.INPUT_FILE
+    )
 
 
 def test_every_defect_is_listed(copy, capsys):
@@ -205,10 +268,17 @@ def test_every_defect_is_listed(copy, capsys):
 
 @pytest.mark.parametrize(
     "config",
-    [{}, {"_class_name": "UNet2DConditionModel"}, {"architectures": ["LlamaForCausalLM"]}, {"architectures": 5},
-     {"architectures": {"a": 1}}, {"_class_name": ["x"]}, {"_class_name": {}, "architectures": []}],
+    [
+        {},
+        {"_class_name": "UNet2DConditionModel"},
+        {"architectures": ["LlamaForCausalLM"]},
+        {"architectures": 5},
+        {"architectures": {"a": 1}},
+        {"_class_name": ["x"]},
+        {"_class_name": {}, "architectures": []},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_the_folder_of_another_models_part_is_named(config, copy, capsys):
     (copy / "transformer" / "config.json").write_text(json.dumps(config))
     message = assert_failed(call(capsys, "inspect", str(copy / "transformer")), ExitCode.INPUT_FILE)

@@ -1,4 +1,4 @@
-"""Single weight files: every published header is read whole, and every dialect's values are its own library's."""
+"""Single weight files: published headers are read whole, values are the dialect's library's."""
 
 import json
 import re
@@ -33,7 +33,10 @@ from tests.support.helpers import draw, engine_of, tiny
 from tests.support.invariant import call
 from tests.test_formats import named
 
-KNOWN = {kind: read_known_shapes(f"black-forest-labs/FLUX.1-{kind}").components for kind in ("dev", "schnell")}
+KNOWN = {
+    kind: read_known_shapes(f"black-forest-labs/FLUX.1-{kind}").components
+    for kind in ("dev", "schnell")
+}
 NUMEL = {"text_encoder": 123_060_480, "text_encoder_2": 4_762_310_656, "vae": 83_819_683}
 NUMEL_OF_TRANSFORMER = {"dev": 11_901_408_320, "schnell": 11_891_178_560}
 HF, BFL, RAW, OLD, NEW = (
@@ -45,16 +48,20 @@ HF, BFL, RAW, OLD, NEW = (
 )
 NF4 = "bitsandbytes nf4 (Forge)"
 ALONE = {  # published file: what it holds and in which dialect; the tensors that nobody reads
-    "bfl_dev": ("transformer", BFL, {}), "bfl_schnell": ("transformer", BFL, {}), "ae": ("vae", BFL, {}),
-    "kijai_fp8": ("transformer", RAW, {}), "clip_l": ("text_encoder", HF, {}),
+    "bfl_dev": ("transformer", BFL, {}),
+    "bfl_schnell": ("transformer", BFL, {}),
+    "ae": ("vae", BFL, {}),
+    "kijai_fp8": ("transformer", RAW, {}),
+    "clip_l": ("text_encoder", HF, {}),
     "comfy_scaled_old": ("transformer", OLD, {"scale_input": 314, "scaled_fp8": 1}),
     "comfy_scaled_new": ("transformer", NEW, {"input_scale": 266, "comfy_quant": 266}),
-    "gguf_q4_k_s": ("transformer", "GGUF", {}), "gguf_q8_0": ("transformer", "GGUF", {}),
+    "gguf_q4_k_s": ("transformer", "GGUF", {}),
+    "gguf_q8_0": ("transformer", "GGUF", {}),
     "gguf_t5_q8_0": ("text_encoder_2", "GGUF", {}),
     "t5xxl_fp16": ("text_encoder_2", HF, {"embed_tokens.weight": 1}),
     "t5xxl_fp8_e4m3fn": ("text_encoder_2", RAW, {"embed_tokens.weight": 1}),
     "t5xxl_fp8_scaled": ("text_encoder_2", OLD, {"embed_tokens.weight": 1, "scaled_fp8": 1}),
-}  # fmt: skip
+}
 WHOLE = {"comfy_all_in_one_fp8": (HF, RAW, RAW, BFL)} | dict.fromkeys(
     ("forge_nf4_v1", "forge_nf4_v2"), (HF, RAW, NF4, BFL)
 )
@@ -71,7 +78,9 @@ IN_8_BIT = ("comfy fp8", "comfy scaled old", "comfy scaled")  # which multiply i
 @pytest.fixture
 def blank(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     def made(name: str, *changes: str) -> Path:
-        return exports.blank(name, tmp_path / f"x.{'gguf' if name.startswith('gguf') else 'safetensors'}", *changes)
+        return exports.blank(
+            name, tmp_path / f"x.{'gguf' if name.startswith('gguf') else 'safetensors'}", *changes
+        )
 
     yield made
     for path in tmp_path.glob("x.*"):
@@ -98,20 +107,32 @@ def test_a_published_file_is_read_whole_by_its_header(name, blank):
         part, dialect, unused = ALONE[name]
         dialects = {part: dialect}
     else:
-        dialects = {part: f"all-in-one, {each}" for part, each in zip(COMPONENTS, WHOLE[name], strict=True)}
+        dialects = {
+            part: f"all-in-one, {each}" for part, each in zip(COMPONENTS, WHOLE[name], strict=True)
+        }
         unused = {"logit_scale": 2, "text_projection.weight": 1}
     assert {part: component.dialect for part, component in found.items()} == dialects
     read = {
-        piece.info.name for c in found.values() for weight in c.weights.values() for piece in weight.pieces.values()
+        piece.info.name
+        for c in found.values()
+        for weight in c.weights.values()
+        for piece in weight.pieces.values()
     }
-    left = [re.search(r"[^.]+(\.weight)?$", each)[0] for each in set(published.tensors(name)) - read]
+    left = [
+        re.search(r"[^.]+(\.weight)?$", each)[0] for each in set(published.tensors(name)) - read
+    ]
     assert Counter(left) == unused
     kind = "schnell" if "schnell" in name else "dev"
     for part, component in found.items():
         known = KNOWN[kind][part]
         there, needed = count_matching(replace(component, config=component.config or known.config))
-        assert there == needed == len(known.weights) + (part == "text_encoder_2")  # one tensor under two names
-        assert component.numel == known.numel == (NUMEL | {"transformer": NUMEL_OF_TRANSFORMER[kind]})[part]
+        # One tensor under two names.
+        assert there == needed == len(known.weights) + (part == "text_encoder_2")
+        assert (
+            component.numel
+            == known.numel
+            == (NUMEL | {"transformer": NUMEL_OF_TRANSFORMER[kind]})[part]
+        )
         assert component.config | known.config == component.config or not component.config
 
 
@@ -121,9 +142,16 @@ def test_inspect_says_of_a_published_file_that_it_is_whole(name, blank, capsys):
     assert (result.returncode, result.stderr) == (0, "")
     found = json.loads(result.stdout)
     parts = found.get("components") or {found["kind"]: found}
-    assert list(parts) == (list(COMPONENTS) if name in WHOLE else [ALONE[name][0]]) and found["problems"] == []
-    assert not [part["loads"] for part in parts.values() if len(set(part["loads"].split(" of "))) > 1]
-    assert set(COMPONENTS) - set(parts) == set(found["needs"][:-1]) and found["needs"][-1].startswith("tokenizers")
+    assert (
+        list(parts) == (list(COMPONENTS) if name in WHOLE else [ALONE[name][0]])
+        and found["problems"] == []
+    )
+    assert not [
+        part["loads"] for part in parts.values() if len(set(part["loads"].split(" of "))) > 1
+    ]
+    assert set(COMPONENTS) - set(parts) == set(found["needs"][:-1]) and found["needs"][
+        -1
+    ].startswith("tokenizers")
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -145,9 +173,15 @@ def test_a_t5_names_its_vocabulary_once_even_if_it_is_stored_under_its_other_nam
     names = published.tensors("t5xxl_fp16")
     path = tmp_path / "x.safetensors"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(published, "tensors", lambda _: {n: info for n, info in names.items() if n != "shared.weight"})
+        patched.setattr(
+            published,
+            "tensors",
+            lambda _: {n: info for n, info in names.items() if n != "shared.weight"},
+        )
         exports.blank("t5xxl_fp16", path)
-    part = replace(inspect_file(path)["text_encoder_2"], config=KNOWN["dev"]["text_encoder_2"].config)
+    part = replace(
+        inspect_file(path)["text_encoder_2"], config=KNOWN["dev"]["text_encoder_2"].config
+    )
     assert count_matching(part) == (220, 220) and part.numel == NUMEL["text_encoder_2"]
 
 
@@ -159,7 +193,9 @@ def values_of(part: Component) -> dict[str, torch.Tensor]:
 
 
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[name], expected[name]) for name in expected
+    )
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -175,7 +211,11 @@ def test_every_weight_is_what_the_formats_library_reads(dialect, exported, tiny_
     for name, layer in module.named_modules():
         if isinstance(layer, QuantizedLinear | nn.Linear):
             names = [f"{each}.weight" for each in named(name)]
-            weight = layer.dequantize(torch.float32) if isinstance(layer, QuantizedLinear) else layer.weight
+            weight = (
+                layer.dequantize(torch.float32)
+                if isinstance(layer, QuantizedLinear)
+                else layer.weight
+            )
             assert torch.equal(weight, torch.cat([expected[each] for each in names])), name
             biases = [expected[each.replace("weight", "bias")] for each in names]
             assert torch.equal(layer.bias, torch.cat(biases)), name
@@ -188,16 +228,29 @@ def test_every_weight_is_what_the_formats_library_reads(dialect, exported, tiny_
 
 
 def test_a_bfl_file_of_real_width_is_what_diffusers_converts(tmp_path):
-    """One block of each kind, 0.6 B parameters; the other dialects by hand: python -m tests.support.real_width."""
-    found = {dialect: counted for dialect, *counted, _ in real_width.rows(["bfl bf16", "vae"], tmp_path)}
+    """One block of each kind, 0.6 B parameters.
+
+    The other dialects are checked by hand: python -m tests.support.real_width.
+    """
+    found = {
+        dialect: counted for dialect, *counted, _ in real_width.rows(["bfl bf16", "vae"], tmp_path)
+    }
     assert found == {"bfl bf16": [66, 0.0], "vae": [244, 0.0]}
 
 
 def test_the_tables_of_the_exporters_give_the_published_names(tiny_folder):
-    t5 = {exports.to_llama(name): weight.shape for name, weight in KNOWN["dev"]["text_encoder_2"].weights.items()}
+    t5 = {
+        exports.to_llama(name): weight.shape
+        for name, weight in KNOWN["dev"]["text_encoder_2"].weights.items()
+    }
     assert t5 == {name: shape for name, (_, shape) in published.tensors("gguf_t5_q8_0").items()}
-    vae = [exports.to_ldm(n, torch.empty(w.shape, device="meta")) for n, w in KNOWN["dev"]["vae"].weights.items()]
-    assert {name: tuple(t.shape) for name, t in vae} == {n: shape for n, (_, shape) in published.tensors("ae").items()}
+    vae = [
+        exports.to_ldm(n, torch.empty(w.shape, device="meta"))
+        for n, w in KNOWN["dev"]["vae"].weights.items()
+    ]
+    assert {name: tuple(t.shape) for name, t in vae} == {
+        n: shape for n, (_, shape) in published.tensors("ae").items()
+    }
     bfl = exports.bfl_tensors(tiny_folder, Path("bfl.safetensors"))
     assert same(exports.to_diffusers(bfl), exports.part_of(tiny_folder, "transformer"))
 
@@ -219,14 +272,18 @@ def test_a_t5_of_llama_cpp_has_the_values_that_gguf_reads(kind, tiny_folder):
     export = exports.in_gguf(kind, architecture="t5encoder", rename=exports.to_llama)
     expected = export(exports.part_of(tiny_folder, "text_encoder_2"), Path("t5.gguf"))
     part = replace(
-        inspect_file(Path("t5.gguf"))["text_encoder_2"], config=inspect(tiny_folder).components["text_encoder_2"].config
+        inspect_file(Path("t5.gguf"))["text_encoder_2"],
+        config=inspect(tiny_folder).components["text_encoder_2"].config,
     )
     assert same(values_of(part), expected)
     module = load_component(part, dtype=torch.float32, device="cpu").module
     packed = {name for name, layer in module.named_modules() if isinstance(layer, QuantizedLinear)}
-    assert len(packed) == (0 if kind == "F16" else 12)  # not `wo`, which transformers keeps in float32
+    # Not `wo`, which transformers keeps in float32.
+    assert len(packed) == (0 if kind == "F16" else 12)
     for name in packed:
-        assert torch.equal(module.get_submodule(name).dequantize(torch.float32), expected[f"{name}.weight"])
+        assert torch.equal(
+            module.get_submodule(name).dequantize(torch.float32), expected[f"{name}.weight"]
+        )
     assert torch.equal(module.shared.weight, expected["shared.weight"])
 
 
@@ -234,12 +291,21 @@ def test_the_int8_folder_of_bitsandbytes_has_the_values_that_it_reads(tiny_folde
     folder, expected = exports.int8_folder(tiny_folder, Path("int8").absolute())
     checkpoint = inspect(folder)
     part = checkpoint.components["transformer"]
-    assert (part.dialect, part.precision) == ("diffusers, int8 by bitsandbytes", "int8") and len(expected) == 68
-    assert {name for name, weight in part.weights.items() if weight.scheme == "int8"} == set(expected)
+    assert (part.dialect, part.precision) == ("diffusers, int8 by bitsandbytes", "int8") and len(
+        expected
+    ) == 68
+    assert {name for name, weight in part.weights.items() if weight.scheme == "int8"} == set(
+        expected
+    )
     found = read_tensors(part, list(expected), dtype=torch.float32, device="cpu")
     for name, values in expected.items():  # it multiplies by 1/127 last, we divide the scale first
         torch.testing.assert_close(found[name], values, rtol=3e-7, atol=0)
-    assert apart(draw(engine_of(checkpoint), tiny())[1], draw(engine_of(inspect(tiny_folder)), tiny())[1]) < 0.5
+    assert (
+        apart(
+            draw(engine_of(checkpoint), tiny())[1], draw(engine_of(inspect(tiny_folder)), tiny())[1]
+        )
+        < 0.5
+    )
 
 
 K_QUANTS = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
@@ -251,11 +317,16 @@ def test_blocks_unpack_as_the_gguf_package_unpacks_them(kind, monkeypatch):
     if kind in K_QUANTS:
         blocks = exports.random_blocks(chosen, rows * columns, seed=3).reshape(rows, -1)
     else:
-        blocks = gguf.quantize(np.random.default_rng(3).standard_normal((rows, columns), np.float32), chosen)
+        blocks = gguf.quantize(
+            np.random.default_rng(3).standard_normal((rows, columns), np.float32), chosen
+        )
     expected = torch.from_numpy(gguf.dequantize(blocks, chosen))
-    for chunk in (codecs.CHUNK, 192, 1):  # all at once, two rows at a time and an odd one, each row by itself
+    # All at once, two rows at a time and an odd one, each row by itself.
+    for chunk in (codecs.CHUNK, 192, 1):
         monkeypatch.setattr(codecs, "CHUNK", chunk)
-        assert torch.equal(codecs.dequantize_gguf(torch.from_numpy(blocks), kind, torch.float32), expected)
+        assert torch.equal(
+            codecs.dequantize_gguf(torch.from_numpy(blocks), kind, torch.float32), expected
+        )
         narrow = codecs.dequantize_gguf(torch.from_numpy(blocks), kind, torch.bfloat16)
         assert narrow.dtype == torch.bfloat16 and torch.equal(narrow, expected.bfloat16())
 
@@ -275,14 +346,19 @@ def picture(tiny_folder: Path) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize("dialect", ["bfl bf16", *IN_8_BIT, "gguf Q4_0", "gguf Q8_0", "gguf Q6_K", "nf4 v1", "nf4 v2"])
+@pytest.mark.parametrize(
+    "dialect", ["bfl bf16", *IN_8_BIT, "gguf Q4_0", "gguf Q8_0", "gguf Q6_K", "nf4 v1", "nf4 v2"]
+)
 def test_a_file_draws_what_a_folder_with_its_values_draws(dialect, exported, tiny_folder, picture):
     path, values = exported(dialect)
     folder = Path(shutil.copytree(tiny_folder, "folder"))
     save_file(values, folder / "transformer" / "diffusion_pytorch_model.safetensors")
     engine = engine_of(assemble_checkpoint(path, lambda lacking: tiny_folder))
     found, expected = draw(engine, tiny())[1], draw(engine_of(inspect(folder)), tiny())[1]
-    assert engine.plan.precision == {"bfl": "fp32", "com": "fp8", "ggu": "gguf", "nf4": "nf4"}[dialect[:3]]
+    assert (
+        engine.plan.precision
+        == {"bfl": "fp32", "com": "fp8", "ggu": "gguf", "nf4": "nf4"}[dialect[:3]]
+    )
     if dialect in IN_8_BIT:
         assert 0 < apart(found, expected) < 0.06  # another seed: 0.07
     else:

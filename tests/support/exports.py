@@ -1,8 +1,8 @@
-"""Weight files in every dialect that is read: published headers at full size, and real weights in each packing.
+"""Weight files in every dialect that is read: published headers at full size, and real weights.
 
-Made by the formats' own libraries (safetensors, gguf, bitsandbytes) and by tables taken from the published lists; knows
-nothing of quant/dialects.py. An exporter takes BFL tensors and a path, and returns what the file's own library reads
-back: float32 by BFL name.
+They are made by the formats' own libraries (safetensors, gguf, bitsandbytes) and by tables taken
+from the published lists; this module knows nothing of quant/dialects.py. An exporter takes BFL
+tensors and a path, and returns what the file's own library reads back: float32 by BFL name.
 """
 
 import json
@@ -34,14 +34,28 @@ Export = Callable[[Tensors, Path], Tensors]
 
 BYTES = {"U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F16": 2, "BF16": 2, "F32": 4}
 STATE = ".quant_state.bitsandbytes__nf4"
-COMFY = "model.diffusion_model.", "text_encoders.clip_l.transformer.", "text_encoders.t5xxl.transformer.", "vae."
-OURS_OF_T5 = {  # llama.cpp's names and Hugging Face's, from published/gguf_t5_q8_0.json and published/t5xxl_fp16.json
-    "token_embd": "shared", "enc.output_norm": "encoder.final_layer_norm",
-    "attn_q": "layer.0.SelfAttention.q", "attn_k": "layer.0.SelfAttention.k", "attn_v": "layer.0.SelfAttention.v",
-    "attn_o": "layer.0.SelfAttention.o", "attn_rel_b": "layer.0.SelfAttention.relative_attention_bias",
-    "attn_norm": "layer.0.layer_norm", "ffn_gate": "layer.1.DenseReluDense.wi_0",
-    "ffn_up": "layer.1.DenseReluDense.wi_1", "ffn_down": "layer.1.DenseReluDense.wo", "ffn_norm": "layer.1.layer_norm",
-}  # fmt: skip
+COMFY = (
+    "model.diffusion_model.",
+    "text_encoders.clip_l.transformer.",
+    "text_encoders.t5xxl.transformer.",
+    "vae.",
+)
+# llama.cpp's names and Hugging Face's, from published/gguf_t5_q8_0.json and
+# published/t5xxl_fp16.json
+OURS_OF_T5 = {
+    "token_embd": "shared",
+    "enc.output_norm": "encoder.final_layer_norm",
+    "attn_q": "layer.0.SelfAttention.q",
+    "attn_k": "layer.0.SelfAttention.k",
+    "attn_v": "layer.0.SelfAttention.v",
+    "attn_o": "layer.0.SelfAttention.o",
+    "attn_rel_b": "layer.0.SelfAttention.relative_attention_bias",
+    "attn_norm": "layer.0.layer_norm",
+    "ffn_gate": "layer.1.DenseReluDense.wi_0",
+    "ffn_up": "layer.1.DenseReluDense.wi_1",
+    "ffn_down": "layer.1.DenseReluDense.wo",
+    "ffn_norm": "layer.1.layer_norm",
+}
 T5_NAMES = {ours: theirs for theirs, ours in OURS_OF_T5.items()}
 
 
@@ -49,7 +63,9 @@ T5_NAMES = {ours: theirs for theirs, ours in OURS_OF_T5.items()}
 
 
 def blank(name: str, path: Path, *changes: str) -> Path:
-    """A sparse file with the header of published/NAME.json and as many bytes as it says, all 0 but quant states.
+    """A sparse file with the header of published/NAME.json and as many bytes as it says.
+
+    All are 0 but the quant states.
 
     `changes` name lists whose tensors and metadata take the place of the first one's.
     """
@@ -82,7 +98,11 @@ def _state(weight: str, size: int, *, nested: bool) -> bytes:
     _, shape = published.tensors("bfl_dev")[weight.removeprefix(COMFY[0])]
     state: dict = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(shape)}
     if nested:
-        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.01234567890123456}
+        state |= {
+            "nested_blocksize": 256,
+            "nested_dtype": "float32",
+            "nested_offset": 0.01234567890123456,
+        }
     text = json.dumps(state).encode()
     if len(text) != size:
         raise ValueError(f"the state of {weight} has {len(text)} bytes, the published one {size}")
@@ -91,14 +111,17 @@ def _state(weight: str, size: int, *, nested: bool) -> bytes:
 
 def _blank_gguf(tensors: Mapping[str, tuple[str, tuple]], metadata: dict, path: Path) -> Path:
     writer = _writer(path, metadata)
-    if metadata["general.architecture"] == "t5encoder":  # with a tokenizer of the published size, about a megabyte
+    # With a tokenizer of the published size, about a megabyte.
+    if metadata["general.architecture"] == "t5encoder":
         writer.add_token_list([f"piece number {n}" for n in range(32128)])
         writer.add_token_scores([-float(n) for n in range(32128)])
         writer.add_token_types([1] * 32128)
     for name, (dtype, shape) in tensors.items():
         kind = GGMLQuantizationType[dtype]
         block, size = gguf.GGML_QUANT_SIZES[kind]
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), math.prod(shape) // block * size, raw_dtype=kind)
+        writer.add_tensor_info(
+            name, shape, np.dtype(np.float32), math.prod(shape) // block * size, raw_dtype=kind
+        )
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -113,7 +136,9 @@ def _writer(path: Path, metadata: dict) -> GGUFWriter:
     writer = GGUFWriter(path, metadata["general.architecture"])
     for key, value in metadata.items():
         if key != "general.architecture":
-            writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
+            writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(
+                key, value
+            )
     return writer
 
 
@@ -121,15 +146,23 @@ def _writer(path: Path, metadata: dict) -> GGUFWriter:
 
 
 def bfl_tensors(folder: Path, path: Path) -> Tensors:
-    """A folder's transformer by BFL's names: the export that tests/test_dialects.py holds against BFL's modules."""
-    recipe = make_file_recipe(inspect(folder).components["transformer"], QuantSpec("fp8", keep=("*",)), kind="bfl")
+    """A folder's transformer by BFL's names.
+
+    tests/test_dialects.py holds this export against BFL's modules.
+    """
+    recipe = make_file_recipe(
+        inspect(folder).components["transformer"], QuantSpec("fp8", keep=("*",)), kind="bfl"
+    )
     for _ in bake(recipe, path, origin={}):
         pass
     return load_file(path)
 
 
 def to_diffusers(tensors: Tensors) -> Tensors:
-    """BFL tensors by diffusers' own converter, whose constant 3072 becomes the width that the tensors have."""
+    """BFL tensors by diffusers' own converter.
+
+    Its constant 3072 becomes the width that the tensors have.
+    """
     real, width = convert_flux_transformer_checkpoint_to_diffusers, len(tensors["img_in.weight"])
     constants = tuple(width if value == 3072 else value for value in real.__code__.co_consts)
     convert = FunctionType(real.__code__.replace(co_consts=constants), real.__globals__)
@@ -142,11 +175,19 @@ def to_ldm(name: str, tensor: torch.Tensor, levels: int = 4) -> tuple[str, torch
         tensor = tensor[:, :, None, None]
     name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", name)
     for ours, theirs in (
-        ("down_blocks", "down"), ("mid_block.resnets.0", "mid.block_1"), ("mid_block.resnets.1", "mid.block_2"),
-        ("mid_block.attentions.0", "mid.attn_1"), ("group_norm", "norm"), ("to_out.0", "proj_out"), ("to_", ""),
-        ("resnets", "block"), ("conv_shortcut", "nin_shortcut"), ("downsamplers.0", "downsample"),
-        ("upsamplers.0", "upsample"), ("conv_norm_out", "norm_out"),
-    ):  # fmt: skip
+        ("down_blocks", "down"),
+        ("mid_block.resnets.0", "mid.block_1"),
+        ("mid_block.resnets.1", "mid.block_2"),
+        ("mid_block.attentions.0", "mid.attn_1"),
+        ("group_norm", "norm"),
+        ("to_out.0", "proj_out"),
+        ("to_", ""),
+        ("resnets", "block"),
+        ("conv_shortcut", "nin_shortcut"),
+        ("downsamplers.0", "downsample"),
+        ("upsamplers.0", "upsample"),
+        ("conv_norm_out", "norm_out"),
+    ):
         name = name.replace(ours, theirs)
     return name, tensor
 
@@ -171,8 +212,14 @@ def all_in_one(folder: Path, transformer: Tensors, path: Path) -> None:
     clip["text_projection.weight"] = torch.eye(width, dtype=torch.bfloat16)
     vae = dict(to_ldm(name, tensor) for name, tensor in vae.items())
     parts = zip(COMFY, (transformer, clip, t5, vae), strict=True)
-    tensors = {prefix + name: tensor.contiguous() for prefix, part in parts for name, tensor in part.items()}
-    tensors |= {f"text_encoders.{name}.logit_scale": torch.tensor(4.6052) for name in ("clip_l", "t5xxl")}
+    tensors = {
+        prefix + name: tensor.contiguous()
+        for prefix, part in parts
+        for name, tensor in part.items()
+    }
+    tensors |= {
+        f"text_encoders.{name}.logit_scale": torch.tensor(4.6052) for name in ("clip_l", "t5xxl")
+    }
     save_file(tensors, path)
 
 
@@ -191,7 +238,7 @@ def plain(dtype: torch.dtype) -> Export:
 
 
 def scaled(*, old: bool) -> Export:
-    """ComfyUI's fp8 with a scale for each matrix, in the layout of 2025's first half, or in today's."""
+    """ComfyUI's fp8 with a scale for each matrix, in the old layout (early 2025) or in today's."""
     names = ("scale_weight", "scale_input") if old else ("weight_scale", "input_scale")
 
     def export(tensors: Tensors, path: Path) -> Tensors:
@@ -219,13 +266,23 @@ def scaled(*, old: bool) -> Export:
     return export
 
 
-def in_gguf(kind: str, rest: str = "F32", architecture: str = "flux", rename: Callable = str) -> Export:
-    """GGUF: matrices that `kind` can hold in its blocks, matrices else in F16, all others in `rest`."""
+def in_gguf(
+    kind: str, rest: str = "F32", architecture: str = "flux", rename: Callable = str
+) -> Export:
+    """GGUF: matrices that `kind` can hold in its blocks, others in F16, the rest in `rest`."""
 
     def export(tensors: Tensors, path: Path) -> Tensors:
-        writer, values = _writer(path, {"general.architecture": architecture, "general.quantization_version": 2}), {}
+        writer, values = (
+            _writer(
+                path, {"general.architecture": architecture, "general.quantization_version": 2}
+            ),
+            {},
+        )
         for seed, (name, tensor) in enumerate(tensors.items()):
-            packs = tensor.dim() == 2 and tensor.shape[1] % gguf.GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0] == 0
+            packs = (
+                tensor.dim() == 2
+                and tensor.shape[1] % gguf.GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0] == 0
+            )
             chosen = GGMLQuantizationType[kind if packs else "F16" if tensor.dim() == 2 else rest]
             array = tensor.float().numpy()
             if chosen.name.endswith("_K"):
@@ -244,18 +301,34 @@ def in_gguf(kind: str, rest: str = "F32", architecture: str = "flux", rename: Ca
 
 
 def random_blocks(kind: GGMLQuantizationType, count: int, seed: int) -> np.ndarray:
-    """(blocks, bytes) of a K-quant with any bits, but float16 scales of sane size: the gguf package packs none."""
+    """Blocks of a K-quant with any bits, but float16 scales of sane size.
+
+    Returns (blocks, bytes a block) as uint8. The gguf package makes none itself.
+    """
     size, nbytes = gguf.GGML_QUANT_SIZES[kind]
     generator = np.random.default_rng(seed)
     blocks = generator.integers(0, 256, (count // size, nbytes), dtype=np.uint8)
-    scales = {"Q2_K": (-4, None), "Q3_K": (-2, None), "Q4_K": (0, 4), "Q5_K": (0, 4), "Q6_K": (-2, None)}[kind.name]
+    scales = {
+        "Q2_K": (-4, None),
+        "Q3_K": (-2, None),
+        "Q4_K": (0, 4),
+        "Q5_K": (0, 4),
+        "Q6_K": (-2, None),
+    }[kind.name]
     places = blocks[:, slice(*scales)]
-    places[:] = generator.uniform(1e-5, 1e-4, (len(blocks), places.shape[1] // 2)).astype("<f2").view(np.uint8)
+    places[:] = (
+        generator.uniform(1e-5, 1e-4, (len(blocks), places.shape[1] // 2))
+        .astype("<f2")
+        .view(np.uint8)
+    )
     return blocks
 
 
 def in_nf4(*, nested: bool) -> Export:
-    """Forge's bnb-NF4: every matrix by bitsandbytes' own functions, v2 with scales in float32 (not `nested`)."""
+    """Forge's NF4: every matrix by bitsandbytes' own functions.
+
+    Its second version has scales in float32: not `nested`.
+    """
 
     def export(tensors: Tensors, path: Path) -> Tensors:
         stored, values = {}, {}
@@ -265,9 +338,14 @@ def in_nf4(*, nested: bool) -> Export:
                 values[name] = tensor.float()
                 continue
             functional = bitsandbytes.functional
-            codes, state = functional.quantize_4bit(tensor, compress_statistics=nested, quant_type="nf4")
+            codes, state = functional.quantize_4bit(
+                tensor, compress_statistics=nested, quant_type="nf4"
+            )
             stored[name] = codes
-            stored |= {f"{name}.{key}": each.contiguous() for key, each in state.as_dict(packed=True).items()}
+            stored |= {
+                f"{name}.{key}": each.contiguous()
+                for key, each in state.as_dict(packed=True).items()
+            }
             # In one row of float32: its AVX-512 kernel takes wrong scales where blocks cross rows.
             state.dtype, state.shape = torch.float32, torch.Size([1, tensor.numel()])
             values[name] = functional.dequantize_4bit(codes, state).view(tensor.shape)
@@ -277,27 +355,42 @@ def in_nf4(*, nested: bool) -> Export:
     return export
 
 
-DIALECTS: dict[str, tuple[Export, str, str]] = {  # the exporter, the file's suffix, what the dialect is called
+# The exporter, the file's suffix, what the dialect is called.
+DIALECTS: dict[str, tuple[Export, str, str]] = {
     "bfl bf16": (plain(torch.bfloat16), "safetensors", "BFL"),
     "bfl f32": (plain(torch.float32), "safetensors", "BFL"),
     "comfy fp8": (plain(torch.float8_e4m3fn), "safetensors", "fp8 without scales"),
     "comfy fp8 e5m2": (plain(torch.float8_e5m2), "safetensors", "BFL"),
     "comfy scaled old": (scaled(old=True), "safetensors", "ComfyUI scaled fp8, old layout"),
     "comfy scaled": (scaled(old=False), "safetensors", "ComfyUI scaled fp8"),
-    **{f"gguf {kind}": (in_gguf(kind), "gguf", "GGUF")
-       for kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")},
-    "gguf BF16": (in_gguf("BF16", "BF16"), "gguf", "GGUF"), "gguf F16": (in_gguf("F16", "F16"), "gguf", "GGUF"),
+    **{
+        f"gguf {kind}": (in_gguf(kind), "gguf", "GGUF")
+        for kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+    },
+    "gguf BF16": (in_gguf("BF16", "BF16"), "gguf", "GGUF"),
+    "gguf F16": (in_gguf("F16", "F16"), "gguf", "GGUF"),
     "nf4 v1": (in_nf4(nested=True), "safetensors", "bitsandbytes nf4 (Forge)"),
     "nf4 v2": (in_nf4(nested=False), "safetensors", "bitsandbytes nf4 (Forge)"),
-}  # fmt: skip
+}
 
 
 def int8_folder(folder: Path, target: Path) -> tuple[Path, Tensors]:
-    """A copy whose transformer's linear layers are bitsandbytes' int8 ones: (folder, its dequantized matrices)."""
-    module = FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float16)
-    for name, layer in [each for each in module.named_modules() if isinstance(each[1], torch.nn.Linear)]:
-        eight = bitsandbytes.nn.Linear8bitLt(layer.in_features, layer.out_features, has_fp16_weights=False)
-        eight.weight = bitsandbytes.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+    """A copy whose transformer's linear layers are bitsandbytes' int8 ones.
+
+    Returns the folder and its dequantized matrices.
+    """
+    module = FluxTransformer2DModel.from_pretrained(
+        folder, subfolder="transformer", torch_dtype=torch.float16
+    )
+    for name, layer in [
+        each for each in module.named_modules() if isinstance(each[1], torch.nn.Linear)
+    ]:
+        eight = bitsandbytes.nn.Linear8bitLt(
+            layer.in_features, layer.out_features, has_fp16_weights=False
+        )
+        eight.weight = bitsandbytes.nn.Int8Params(
+            layer.weight.data, requires_grad=False, has_fp16_weights=False
+        )
         eight.bias = layer.bias
         module.set_submodule(name, eight.to("cpu"))
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns("diffusion_pytorch_model*"))

@@ -1,4 +1,6 @@
-"""Fuzz what a downloaded folder can hold: `python -m tests.support.fuzz --seconds 60 [--seed N] [--all]`.
+"""Fuzz what a downloaded folder can hold.
+
+python -m tests.support.fuzz --seconds 60 [--seed N] [--all]
 
 Damages files of tiny model folders and a GGUF (tests/support/fuzz_inputs.py) and asks `inspect`,
 `read_header` or, of the GGUF, `inspect_file` what they are. Knows those three functions, nothing
@@ -32,11 +34,17 @@ CODE = (".py", ".pyc", ".so", ".pyd")  # opened by a late import
 
 
 class Finding(BaseException):
-    """A reader took too much, opened what it must not, or accepted what it should refuse; none may catch it."""
+    """A reader took too much, opened what it must not, or accepted what it should refuse.
+
+    No `except Exception` may catch it.
+    """
 
 
 def outcome(path: Path, root: Path, *, traced: bool) -> str:
-    """What becomes of a file or folder: "accepted", or the kind of its refusal; raises whatever is a finding."""
+    """What becomes of a file or folder: "accepted", or the kind of its refusal.
+
+    Raises whatever is a finding.
+    """
     _opened().clear()
     signal.alarm(HANG_S)
     began = time.process_time()
@@ -53,7 +61,11 @@ def outcome(path: Path, root: Path, *, traced: bool) -> str:
         tracemalloc.stop()
         signal.alarm(0)
     opened = {os.path.realpath(name) for name in _opened() if not isinstance(name, int)}
-    if outside := sorted(name for name in opened if not name.startswith(f"{root}{os.sep}") and not name.endswith(CODE)):
+    if outside := sorted(
+        name
+        for name in opened
+        if not name.startswith(f"{root}{os.sep}") and not name.endswith(CODE)
+    ):
         raise Finding(f"opened a file outside: {outside[0]}")
     if peak > MAX_PEAK_BYTES:
         raise Finding(f"took {peak >> 20} MiB")
@@ -66,20 +78,31 @@ def outcome(path: Path, root: Path, *, traced: bool) -> str:
 
 
 def check_tiling(path: Path, found: dict[str, TensorInfo]) -> None:
-    """Hold an accepted header against the file itself; raises `Finding` unless the tensors tile the data."""
+    """Hold an accepted header against the file itself.
+
+    Raises `Finding` unless the tensors tile the data.
+    """
     (entries, data), at = parse(path.read_bytes()), 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         start, stop = entry["data_offsets"]
         size = found[name].numel * DTYPE_BITS[entry["dtype"]] // 8
-        if (start, stop) != (at, at + size) or (found[name].start, found[name].stop) != (start, stop):
-            raise Finding(f"accepted {name[:60]!r} at {start}:{stop}, behind {at} and with {size} bytes")
+        if (start, stop) != (at, at + size) or (found[name].start, found[name].stop) != (
+            start,
+            stop,
+        ):
+            raise Finding(
+                f"accepted {name[:60]!r} at {start}:{stop}, behind {at} and with {size} bytes"
+            )
         at = stop
     if at != len(data) or len(entries) != len(found):
         raise Finding(f"accepted {len(found)} of {len(entries)} tensors, {at} of {len(data)} bytes")
 
 
 def fuzz(seconds: float, seed: int, *, every: bool, root: Path) -> int:
-    """Run for so long, print what came of it, and return the exit code; `every`: go on behind a finding."""
+    """Run for so long, print what came of it, and return the exit code.
+
+    With `every` it goes on behind a finding.
+    """
     write(root := root.resolve(), {OUTSIDE: pack({"x": ("U8", [1], b"x")})})
     outcomes, findings, kinds = Counter(), set(), folders()
     for kind, files in kinds.items():
@@ -96,12 +119,15 @@ def fuzz(seconds: float, seed: int, *, every: bool, root: Path) -> int:
         folder, changes = root / kind, damage(rng, kinds[kind], whole=whole)
         write(folder, changes)
         try:
-            word = outcome(folder if whole else folder / next(iter(changes)), folder, traced=k % TRACED == 0)
+            word = outcome(
+                folder if whole else folder / next(iter(changes)), folder, traced=k % TRACED == 0
+            )
         except (Exception, Finding) as error:  # noqa: BLE001 - that is what is sought
             last = traceback.extract_tb(error.__traceback__)[-1]
             word = f"FINDING {type(error).__name__} in {last.name}:{last.lineno}"
             if word not in findings:
-                print(f"finding: --seed {seed}, input {k}: {error!r:.200}, see {_keep(folder, f'{seed}-{k}', error)}")
+                kept = _keep(folder, f"{seed}-{k}", error)
+                print(f"finding: --seed {seed}, input {k}: {error!r:.200}, see {kept}")
             findings.add(word)
         outcomes[f"{'inspect' if whole else 'read_header'}: {word}"] += 1
         write(folder, {path: kinds[kind][path] for path in changes})
@@ -121,7 +147,9 @@ def _opened() -> deque:
 def _keep(folder: Path, name: str, error: BaseException) -> Path:
     """Copy the folder of a finding, with its traceback, to where it outlives the run."""
     kept = Path(shutil.copytree(folder, Path("fuzz-findings", name), dirs_exist_ok=True))
-    (kept / "traceback.txt").write_text("".join(traceback.format_exception(error)), "utf-8", "backslashreplace")
+    (kept / "traceback.txt").write_text(
+        "".join(traceback.format_exception(error)), "utf-8", "backslashreplace"
+    )
     return kept
 
 
@@ -131,10 +159,14 @@ def _hang(*_: object) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tests.support.fuzz", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.support.fuzz", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--all", action="store_true", help="go on behind a finding, keep one of each kind")
+    parser.add_argument(
+        "--all", action="store_true", help="go on behind a finding, keep one of each kind"
+    )
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGALRM, _hang)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as root:

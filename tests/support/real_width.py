@@ -1,8 +1,11 @@
-"""Every dialect at FLUX.1's real width, one block of each kind: `python -m tests.support.real_width [DIALECT ...]`.
+"""Every dialect at FLUX.1's real width, with one block of each kind.
 
-Random weights under the published BFL names are written in each dialect, read back by the dialect's own library and
-renamed by diffusers' own converters: what we read of the same file must be equal. Minutes, 6 GB of memory and 3 GB of
-disk; not a part of the suite. Also the published VAE by diffusers' LDM converter. Exits with 1 if any value differs.
+python -m tests.support.real_width [DIALECT ...]
+
+Random weights under the published BFL names are written in each dialect, read back by the dialect's
+own library and renamed by diffusers' own converters: what we read of the same file must be equal.
+Also the published VAE, by diffusers' LDM converter. Takes minutes, 6 GB of memory and 3 GB of disk,
+and is not a part of the suite. Exits with 1 if any value differs.
 """
 
 import argparse
@@ -32,17 +35,24 @@ DIMENSIONS, COUNT = (3072, 64), 15_485_863  # width and channels; different rand
 
 
 def random_tensors(name: str, dtype: torch.dtype) -> Tensors:
-    """Tensors of a published list, of its transformer blocks the first of each kind, with random values.
+    """Tensors of a published list with random values; of the transformer one block of each kind.
 
     Parts of one random row of a prime length: no two rows are the same, and it takes no time.
     """
     found, at = {}, 0
-    source = torch.randn(COUNT, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype).repeat(2)
+    source = (
+        torch.randn(COUNT, generator=torch.Generator().manual_seed(0))
+        .mul_(0.02)
+        .to(dtype)
+        .repeat(2)
+    )
     for full, (_, shape) in published.tensors(name).items():
         if not re.match(r"(double|single)_blocks\.(?!0\.)", full):
             size = torch.Size(shape).numel()
             row = source[at : at + COUNT]
-            found[full] = (row.repeat(-(-size // COUNT)) if size > COUNT else row)[:size].clone().view(shape)
+            found[full] = (
+                (row.repeat(-(-size // COUNT)) if size > COUNT else row)[:size].clone().view(shape)
+            )
             at = (at + size) % COUNT
     return found
 
@@ -78,11 +88,16 @@ def transformer(dialect: str, folder: Path) -> tuple[int, float]:
 
 def vae(folder: Path) -> tuple[int, float]:
     """The same of the whole VAE."""
-    tensors, config = random_tensors("ae", torch.float32), read_known_shapes("black-forest-labs/FLUX.1-dev")
+    tensors = random_tensors("ae", torch.float32)
+    config = read_known_shapes("black-forest-labs/FLUX.1-dev")
     config = config.components["vae"].config
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "x.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "x.safetensors"
+    )
     expected = convert_ldm_vae_checkpoint(tensors, config)
-    return len(expected), difference(replace(inspect_file(folder / "x.safetensors")["vae"], config=config), expected)
+    return len(expected), difference(
+        replace(inspect_file(folder / "x.safetensors")["vae"], config=config), expected
+    )
 
 
 def rows(dialects: list[str], root: Path | None) -> Iterator[tuple[str, int, float, float]]:
@@ -96,13 +111,19 @@ def rows(dialects: list[str], root: Path | None) -> Iterator[tuple[str, int, flo
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tests.support.real_width", description=__doc__.partition("\n")[0])
-    parser.add_argument("dialects", nargs="*", metavar="DIALECT", help=f"of {', '.join(DIALECTS)}, vae; all if none")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.support.real_width", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument(
+        "dialects", nargs="*", metavar="DIALECT", help=f"of {', '.join(DIALECTS)}, vae; all if none"
+    )
     parser.add_argument("--folder", type=Path, help="where to write; a temporary one by default")
     options = parser.parse_args(arguments)
     print(f"{'dialect':<18} {'tensors':>7} {'max difference':>14} {'seconds':>8}")
     worst = 0.0
-    for dialect, tensors, largest, seconds in rows(options.dialects or [*DIALECTS, "vae"], options.folder):
+    for dialect, tensors, largest, seconds in rows(
+        options.dialects or [*DIALECTS, "vae"], options.folder
+    ):
         print(f"{dialect:<18} {tensors:>7} {largest:>14g} {seconds:>8.1f}", flush=True)
         worst = max(worst, largest)
     return 1 if worst else 0
