@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from fluxcli.cli.reference import write_reference
 from tests.support.helpers import ROOT
 from tests.support.server import Interpreters, Server
 
@@ -139,6 +140,11 @@ def test_links_lead_to_files_and_headings(document):
         if anchor:
             headings = HEADING.findall(FENCED.sub("", target.read_text("utf-8")))
             assert anchor in [anchor_of(each) for each in headings], link
+
+
+def test_the_reference_of_commands_is_made_from_the_application():
+    text = (ROOT / "docs" / "commands.md").read_text("utf-8")
+    assert text == write_reference(), "python -m fluxcli.cli.reference > docs/commands.md"
 
 
 def test_the_readme_is_a_first_page():
