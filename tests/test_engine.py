@@ -1,5 +1,6 @@
 """The engine: phases in order, seeds that mean pictures, nothing not finite, nothing of the modulation kept."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,8 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from fluxcli.engine import device as hardware
+from fluxcli.engine.engine import Drawn, Engine, Phase
+from fluxcli.engine.picture import Picture
+from fluxcli.engine.recent import Recent
 from fluxcli.errors import NotFinite
-from fluxcli.events import Notice, Phase, Saved, Step
+from fluxcli.events import Notice, Saved, Step
+from fluxcli.events import Phase as PhaseEvent
 from fluxcli.pictures import names as output
 from fluxcli.pictures.image import pixels_sha256, read_metadata
 from fluxcli.plan.placement import Placement
@@ -27,7 +33,7 @@ def engine(checkpoint: Checkpoint):
 
 
 def phases(events: list) -> list[str]:
-    names = [event.name for event in events if isinstance(event, Phase)]
+    names = [event.name for event in events if isinstance(event, PhaseEvent)]
     return [name for k, name in enumerate(names) if k == 0 or names[k - 1] != name]
 
 
@@ -35,7 +41,7 @@ def test_phases_come_in_order_and_each_component_loads_once(checkpoint):
     events, _ = draw(engine_of(checkpoint), tiny())
     named = [name for name in phases(events) if name != "load"]
     assert list(dict.fromkeys(named)) == ["encode", "condition", "denoise", "decode"]
-    loads = [event.detail for event in events if isinstance(event, Phase) and event.name == "load"]
+    loads = [event.detail for event in events if isinstance(event, PhaseEvent) and event.name == "load"]
     assert loads == ["tokenizers", "text_encoder", "text_encoder_2", "transformer", "vae"]
     assert [event.index for event in events if isinstance(event, Step)] == [1, 2, 3]
 
@@ -153,6 +159,40 @@ def test_closing_the_generator_stops_within_a_step(engine):
     with pytest.raises(StopIteration):
         next(drawing)
     assert torch.is_grad_enabled()
+
+
+def test_an_engine_of_other_phases_hands_each_picture_over_as_it_has_its_pixels(checkpoint):
+    """The last phase takes picture by picture; who takes a picture may free its pixels."""
+    said = []
+
+    def note(name: str):
+        def run(_: object, pictures: list) -> Iterator[Notice]:
+            said.append((name, [picture.request.seed for picture in pictures]))
+            yield Notice(name)
+            for picture in pictures:
+                picture.pixels = np.zeros((4, 4, 3), np.uint8) if name == "paint" else None
+
+        return Phase(name, run)
+
+    plan, here = engine_of(checkpoint).plan, hardware.probe("cpu")
+    engine = Engine(checkpoint, plan, here, phases=[note("think"), note("paint")])
+    for event in engine.draw([Picture(tiny(seed=seed).request) for seed in (1, 2)]):
+        if isinstance(event, Drawn):
+            assert event.picture.pixels is not None
+            event.picture.pixels = None
+            said.append(("drawn", [event.picture.request.seed]))
+    assert said == [("think", [1, 2]), ("paint", [1]), ("drawn", [1]), ("paint", [2]), ("drawn", [2])]
+
+
+def test_recent_values_stay_and_the_last_one_always_does():
+    recent = Recent(10, weigh=len)
+    for key, value in (("a", "xxxx"), ("b", "xxxx")):
+        recent.keep(key, value)
+    assert recent.get("a") == "xxxx" and recent.get("z") is None
+    recent.keep("c", "xxx")  # b was used longest ago
+    assert "b" not in recent and {key for key in "abc" if key in recent} == {"a", "c"}
+    recent.keep("d", "x" * 11)
+    assert [key for key in "abcd" if key in recent] == ["d"]
 
 
 def test_the_frugal_imports_leave_out_what_a_picture_never_uses():

@@ -74,7 +74,7 @@ def test_it_needs_no_weights_and_no_torch():
 
 
 @pytest.mark.parametrize("text", ["6GiB:sm75", "12GiB:sm86", "24GiB:sm89", "96GiB:sm120"])
-def test_json_has_every_rung_with_its_peaks_seconds_verdict_and_why(text, capsys):
+def test_json_has_every_placement_with_its_peaks_seconds_verdict_and_why(text, capsys):
     found = planned(capsys, "plan", "a fox", "--card", text, "--size", "768")
     assert found["size"] == [768, 768] and found["request"]["prompt"] == "a fox" and found["download_bytes"] > 30e9
     total = found["hardware"]["total_bytes"]

@@ -59,9 +59,10 @@ def _set_tiles(vae: Any, *, tiled: bool) -> None:
 def unpack(tokens: Tensor, size: tuple[int, int]) -> Tensor:
     """Packed latents (B, S, 4C) -> latents (B, C, height/8, width/8)."""
     width, height = size
-    rows_of_tokens = tokens.unflatten(1, (height // 16, width // 16))  # (B, H/2, W/2, 4C)
-    patches = rows_of_tokens.unflatten(3, (-1, 2, 2))  # (B, H/2, W/2, C, 2, 2)
-    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+    grid = tokens.unflatten(1, (height // 16, width // 16))  # (B, rows, columns, 4C)
+    patches = grid.unflatten(3, (-1, 2, 2))  # (B, rows, columns, C, 2, 2)
+    aligned = patches.permute(0, 3, 1, 4, 2, 5)  # (B, C, rows, 2, columns, 2)
+    return aligned.flatten(4).flatten(2, 3)
 
 
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
@@ -72,8 +73,9 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
 
 def to_pixels(decoded: Tensor) -> Tensor:
     """The VAE's output (1, 3, H, W) in -1 to 1 -> pixels (H, W, 3) uint8 on the CPU."""
-    shares = (decoded[0] * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0).float()
-    return (shares * 255).round().byte().cpu()
+    shares = (decoded[0] * 0.5 + 0.5).clamp(0, 1)  # (3, H, W) in 0 to 1
+    levels = shares.permute(1, 2, 0).float() * 255
+    return levels.round().byte().cpu()
 
 
 def is_finite(tensor: Tensor) -> bool:

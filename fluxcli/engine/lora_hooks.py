@@ -40,7 +40,7 @@ def attach(
     alone. Returns handles whose `remove` undoes it. Raises `CheckpointError` for values that are
     not finite; then nothing is attached.
     """
-    hooks: list[tuple[str, Hook]] = []  # all tensors are read before the first one acts
+    hooks: list[tuple[str, Hook]] = []
     for adapter in adapters:
         reader = Reader()
         for part in adapter.active_parts(component):
@@ -48,9 +48,10 @@ def attach(
             if spans:
                 stored = reader.read_checked(part.stored)
                 tensors = {kind: tensor.to(device, dtype) for kind, tensor in stored.items()}
-                scale = adapter.scale * part.factor
                 for layer, here in spans.items():
-                    hooks.append((layer, _make_hook(tensors, here, scale=scale)))
+                    hook = _make_hook(tensors, here, scale=adapter.scale * part.factor)
+                    hooks.append((layer, hook))
+    # Every tensor has been read: from here on nothing fails.
     return [module.get_submodule(layer).register_forward_hook(hook) for layer, hook in hooks]
 
 
@@ -66,22 +67,43 @@ def _find_spans(part: Part, places: Mapping[str, Place]) -> dict[str, list[Span]
 
 
 def _make_hook(tensors: Mapping[str, Tensor], spans: Sequence[Span], *, scale: float) -> Hook:
-    """A forward hook for one layer.
+    """The forward hook of a part for one layer."""
+    if NORM in tensors:
+        return _make_norm_hook(tensors[NORM])
+    return _make_low_rank_hook(
+        down=tensors[DOWN],
+        up=tensors[UP],
+        bias=tensors.get(BIAS),
+        spans=spans,
+        scale=scale,
+    )
 
-    It adds `scale` x (B (A x) + b) to columns of the output, in place; or, where the part is
-    another weight for a norm, gives the norm's output with that weight.
-    """
+
+def _make_norm_hook(weight: Tensor) -> Hook:
+    """A hook that gives the output of a norm with another weight."""
 
     def compute_norm(module: Any, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
-        weight = tensors[NORM]
         return nn.functional.rms_norm(inputs[0], weight.shape, weight, module.eps)
 
-    def add_product(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        low = inputs[0].reshape(-1, tensors[DOWN].shape[1]) @ tensors[DOWN].T  # (M, r)
-        every_column = output.view(-1, output.shape[-1])  # (M, N)
-        for columns, rows in spans:
-            added = every_column[:, columns].addmm_(low, tensors[UP][rows].T, alpha=scale)
-            if BIAS in tensors:
-                added.add_(tensors[BIAS][rows], alpha=scale)
+    return compute_norm
 
-    return compute_norm if NORM in tensors else add_product
+
+def _make_low_rank_hook(
+    *, down: Tensor, up: Tensor, bias: Tensor | None, spans: Sequence[Span], scale: float
+) -> Hook:
+    """A hook that adds `scale` x (B (A x) + b) to columns of the output, in place.
+
+    `down` is A (r, K), `up` is B (N, r), `bias` is b (N).
+    """
+
+    def add_product(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        rows_of_input = inputs[0].reshape(-1, down.shape[1])  # (M, K)
+        low = rows_of_input @ down.T  # (M, r)
+        rows_of_output = output.view(-1, output.shape[-1])  # (M, N or more)
+        for span in spans:
+            target = rows_of_output[:, span.columns]
+            target.addmm_(low, up[span.rows].T, alpha=scale)
+            if bias is not None:
+                target.add_(bias[span.rows], alpha=scale)
+
+    return add_product
