@@ -1,4 +1,7 @@
-"""Whatever happens to a bake, its target is absent, the old one or the new one, and nothing else is left."""
+"""Whatever happens to a bake, its target is absent, the old one or the new one.
+
+Nothing else is left beside it.
+"""
 
 import errno
 import os
@@ -21,28 +24,26 @@ from tests.support.bakes import ORIGIN, Hook, bake_all, change, content, recipe_
 from tests.support.helpers import ROOT
 from tests.support.invariant import files
 
-LEFT = ("flux-manifest.json", "transformer/x.safetensors", "x.safetensors", "x.safetensors.json")
+# Kinds of result, and whether an old one is there.
+CASES = [("diffusers", False), ("diffusers", True), ("bfl", False), ("bfl", True)]
 
 
 def put_old(target: Path, kind: str) -> dict[str, bytes]:
     """An old checkpoint at the target."""
-    names = (
-        [target / name for name in LEFT[:2]]
-        if kind == "diffusers"
-        else [target, Path(f"{target}.json")]
-    )
-    for path in names:
+    if kind == "diffusers":
+        paths = [target / "flux-manifest.json", target / "transformer" / "x.safetensors"]
+    else:
+        paths = [target, Path(f"{target}.json")]
+    for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"old")
     return content(target)
 
 
-CASES = [("diffusers", False), ("diffusers", True), ("bfl", False), ("bfl", True)]
-
-
 @pytest.mark.parametrize("kind, replaces", CASES)
 def test_a_disk_that_is_full_at_any_call_leaves_a_whole_checkpoint_or_none(kind, replaces, ram):
-    recipe, failed = recipe_of(ram / "micro", kind), 0
+    recipe = recipe_of(ram / "micro", kind)
+    failed = 0
     for k in count(1):
         target = ram / str(k) / "x"
         target.parent.mkdir()
@@ -59,22 +60,22 @@ def test_a_disk_that_is_full_at_any_call_leaves_a_whole_checkpoint_or_none(kind,
             except WriteError as error:
                 failed += 1
                 assert "No space left on device" in str(error) and str(target) in str(error)
-                if (
-                    kind == "diffusers" or hook.names.count("replace") < 2
-                ):  # the second is the manifest's, beside a file
+                # The second rename is that of the manifest beside a file.
+                if kind == "diffusers" or hook.names.count("replace") < 2:
                     assert content(target) == old, hook.names[k - 1]
         assert not list(target.parent.glob("*.tmp-*")), hook.names[k - 1]
         if len(hook.names) < k:
             break
         shutil.rmtree(target.parent)
     assert failed > len(recipe.tensors) and content(target) != old
-    assert len([1 for name in hook.names if name == "fsync"]) == len(recipe.sizes) + 1
+    assert hook.names.count("fsync") == len(recipe.sizes) + 1
 
 
 @pytest.mark.parametrize("stop", ["close", "interrupt"])
 @pytest.mark.parametrize("kind, replaces", CASES)
 def test_ctrl_c_after_any_tensor_leaves_nothing_behind(kind, replaces, stop, micro, tmp_path):
-    recipe, target = recipe_of(micro, kind), tmp_path / "out" / "x"
+    recipe = recipe_of(micro, kind)
+    target = tmp_path / "out" / "x"
     target.parent.mkdir()
     old = put_old(target, kind) if replaces else {}
     before = files(target.parent)
@@ -93,7 +94,9 @@ def test_ctrl_c_after_any_tensor_leaves_nothing_behind(kind, replaces, stop, mic
 @pytest.mark.serial
 def test_rounds_leave_no_descriptors_threads_or_files(micro, copy, tmp_path):
     change(copy, "proj_out.weight", torch.full((64, 128), float("nan")))
-    good, bad, process = recipe_of(micro), recipe_of(copy), psutil.Process()
+    good = recipe_of(micro)
+    bad = recipe_of(copy)
+    process = psutil.Process()
     for n in range(6):
         bake_all(good, tmp_path / "out" / "x")
         with pytest.raises(CheckpointError):
@@ -123,9 +126,8 @@ def test_the_remains_of_dead_bakes_are_removed_and_no_others(name, tmp_path):
         (tmp_path / file).write_bytes(b"")
     remove_remains(target)
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == set(others)
-    target.rename(
-        tmp_path / f"{name}.tmp-{dead.pid}-01234567.old"
-    )  # killed between the two renames
+    # As if it was killed between the two renames.
+    target.rename(tmp_path / f"{name}.tmp-{dead.pid}-01234567.old")
     remove_remains(target)
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == set(others)
     remove_remains(tmp_path / "absent" / "x")
@@ -138,13 +140,8 @@ def test_a_bake_that_is_killed_at_any_write_leaves_the_old_checkpoint_or_the_new
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
     }
-    command = [
-        sys.executable,
-        "-m",
-        "tests.test_bake_faults",
-        str(ram / "micro"),
-        str(ram / "sweep"),
-    ]
+    folders = [str(ram / "micro"), str(ram / "sweep")]
+    command = [sys.executable, "-m", "tests.test_bake_faults", *folders]
     result = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, timeout=240
     )
@@ -154,17 +151,19 @@ def test_a_bake_that_is_killed_at_any_write_leaves_the_old_checkpoint_or_the_new
 
 
 def sweep(micro: Path, folder: Path) -> None:
-    """Kill a bake before its k-th write, for each k until one ends untouched; in a process without threads."""
+    """Kill a bake before its k-th write, for each k until one ends untouched.
+
+    This runs in a process without threads, since it forks.
+    """
     torch.set_num_threads(1)
     for kind, replaces in CASES:
-        started, recipe, target = (
-            time.perf_counter(),
-            recipe_of(micro, kind),
-            folder / f"{kind}-{replaces}" / "x",
-        )
+        started = time.perf_counter()
+        recipe = recipe_of(micro, kind)
+        target = folder / f"{kind}-{replaces}" / "x"
         bake_all(recipe, target.with_name("y"))
-        new = {name.replace("y", "x", 1) if kind != "diffusers" else name: data
-               for name, data in content(target.with_name("y")).items()}  # fmt: skip
+        new = content(target.with_name("y"))
+        if kind != "diffusers":
+            new = {name.replace("y", "x", 1): data for name, data in new.items()}
         states: list[str] = []
         for k in count(1):
             shutil.rmtree(target.parent, ignore_errors=True)
@@ -172,39 +171,31 @@ def sweep(micro: Path, folder: Path) -> None:
             old = put_old(target, kind) if replaces else {}
             names = _killed(recipe, target, k)
             found = content(target)
-            states.append(
-                "old"
-                if found == old
-                else "new"
-                if found == new
-                else "absent"
-                if not target.exists()
-                else ""
-            )
-            assert states[-1] or (kind != "diffusers" and found["x"] == new["x"]), (
-                k,
-                names,
-                set(found),
-            )  # no manifest
-            if k % 4 == 0 or len(names) < k:  # often enough: these are most of the seconds
+            if found == old:
+                states.append("old")
+            elif found == new:
+                states.append("new")
+            elif not target.exists():
+                states.append("absent")
+            else:  # a file whose manifest is not there yet
+                assert kind != "diffusers" and found["x"] == new["x"], (k, names, set(found))
+                states.append("")
+            # Every fourth is often enough: these are most of the seconds.
+            if k % 4 == 0 or len(names) < k:
                 bake_all(recipe, target)
                 assert content(target) == new and not list(target.parent.glob("*.tmp-*"))
             if len(names) < k:
                 break
-        must = sum(len(tensor.stored) for tensor in recipe.tensors) + sum(
-            n in ("fsync", "rename", "replace") for n in names
-        )
+        must = sum(len(tensor.stored) for tensor in recipe.tensors)
+        must += sum(names.count(name) for name in ("fsync", "rename", "replace"))
         assert k - 1 >= must and names.count("fsync") == len(recipe.sizes) + 1
-        assert states[-1] == "new" and states == sorted(
-            states, key=["old", "absent", "", "new"].index
-        )
-        assert (
-            states.count("absent") == (kind == "diffusers" and replaces) and states.count("") <= 1
-        )
+        assert states[-1] == "new"
+        assert states == sorted(states, key=["old", "absent", "", "new"].index)
+        out_of_the_way = 1 if kind == "diffusers" and replaces else 0
+        assert states.count("absent") == out_of_the_way and states.count("") <= 1
         seconds = time.perf_counter() - started
-        print(
-            f"{kind}, {'replaced' if replaces else 'new'}: {k - 1} kill points (at least {must}), {seconds:.1f} s"
-        )
+        case = f"{kind}, {'replaced' if replaces else 'new'}"
+        print(f"{case}: {k - 1} kill points (at least {must}), {seconds:.1f} s")
 
 
 def _killed(recipe: Recipe, target: Path, k: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""What packing does to values: bounded, repeatable, finite or refused, and the source stays what it was."""
+"""What quantizing does to values: bounded, repeatable, finite or refused; the source stays."""
 
 from pathlib import Path
 

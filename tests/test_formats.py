@@ -1,4 +1,4 @@
-"""Other programs' readers open what is baked here and compute what we compute; we read what optimum-quanto writes."""
+"""Other programs open what is baked here and compute what we do; we read optimum-quanto's."""
 
 import json
 import shutil
@@ -40,10 +40,16 @@ KEPT: dict[str, Callable[[int, int, bool], int]] = {  # pattern of --keep: how m
     "*.ff.net.2": lambda double, single, modulation: double,
     "single_transformer_blocks.0.*": lambda double, single, modulation: 5 + modulation,
     "transformer_blocks.1.attn.to_q": lambda double, single, modulation: 1,
-    "*proj_out": lambda double, single, modulation: single,  # the top-level one's original lies beside the packed one
+    # Without the top-level one, whose original lies beside the quantized one.
+    "*proj_out": lambda double, single, modulation: single,
     "*norm*": lambda double, single, modulation: modulation * (2 * double + single),
 }
-FULL = {"num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128, "num_attention_heads": 24}
+FULL = {
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+}
 FULL |= {"joint_attention_dim": 4096, "pooled_projection_dim": 768}
 
 
@@ -60,7 +66,9 @@ def inputs(config: dict, seed: int = 0, dtype: torch.dtype = torch.float32) -> d
         "pooled_projections": noise(1, config["pooled_projection_dim"]),
         "timestep": torch.tensor([0.7], dtype=dtype),
         "guidance": torch.tensor([3.5], dtype=dtype),
-        "img_ids": torch.stack([torch.zeros(16), torch.arange(16) // 4, torch.arange(16) % 4], 1).to(dtype),
+        "img_ids": torch.stack(
+            [torch.zeros(16), torch.arange(16) // 4, torch.arange(16) % 4], 1
+        ).to(dtype),
         "txt_ids": torch.zeros(8, 3, dtype=dtype),
         "return_dict": False,
     }
@@ -88,7 +96,9 @@ def load(component: Component, **options: object) -> nn.Module:
 
 def packed_in(file: Path) -> set[str]:
     """Layers that a file holds packed in 4 bits."""
-    return {name.removesuffix(f".weight{STATE}") for name in load_file(file) if name.endswith(STATE)}
+    return {
+        name.removesuffix(f".weight{STATE}") for name in load_file(file) if name.endswith(STATE)
+    }
 
 
 def named(layer: str) -> list[str]:
@@ -107,7 +117,11 @@ def replaced_by_diffusers(config: dict, quantization: dict) -> set[str]:
         model = replace_with_bnb_linear(
             model, modules_to_not_convert=wanted.llm_int8_skip_modules, quantization_config=wanted
         )
-    return {name for name, layer in model.named_modules() if isinstance(layer, bitsandbytes.nn.Linear4bit)}
+    return {
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, bitsandbytes.nn.Linear4bit)
+    }
 
 
 # --- NF4: bitsandbytes, diffusers, transformers
@@ -124,8 +138,12 @@ def test_bitsandbytes_unpacks_exactly_the_weights_that_we_multiply_with(baked, m
             continue
         theirs = []
         for part in named(name):
-            packed = {key: tensor for key, tensor in state.items() if key.startswith(f"{part}.weight.")}
-            quant_state = bitsandbytes.functional.QuantState.from_dict(packed, device=torch.device("cpu"))
+            packed = {
+                key: tensor for key, tensor in state.items() if key.startswith(f"{part}.weight.")
+            }
+            quant_state = bitsandbytes.functional.QuantState.from_dict(
+                packed, device=torch.device("cpu")
+            )
             values = bitsandbytes.functional.dequantize_4bit(state[f"{part}.weight"], quant_state)
             assert values.dtype == torch.bfloat16 and values.std() > 1e-3
             theirs.append(values)
@@ -145,25 +163,33 @@ def test_bitsandbytes_unpacks_exactly_the_weights_that_we_multiply_with(baked, m
 
 @pytest.fixture(scope="module")
 def full_size(tiny_folder) -> checkpoint.Checkpoint:
-    """The bundled folder with a transformer of FLUX.1 [dev]'s size, of which there are only names and shapes."""
+    """The bundled folder with a transformer of FLUX.1 [dev]'s size: only names and shapes of it."""
     source = inspect(tiny_folder)
     tiny = source.components["transformer"]
     config = tiny.config | FULL | {"axes_dims_rope": [16, 56, 56]}
     with torch.device("meta"):
         state = FluxTransformer2DModel.from_config(config).state_dict()
-    pieces = {name: Piece(Path("none"), TensorInfo(name, "BF16", tuple(t.shape))) for name, t in state.items()}
+    pieces = {
+        name: Piece(Path("none"), TensorInfo(name, "BF16", tuple(t.shape)))
+        for name, t in state.items()
+    }
     weights = {name: Weight(name, piece.shape, "", {"": piece}) for name, piece in pieces.items()}
     assert sum(weight.numel for weight in weights.values()) == 11_901_408_320
     return replace(
-        source, components=source.components | {"transformer": replace(tiny, config=config, weights=weights)}
+        source,
+        components=source.components
+        | {"transformer": replace(tiny, config=config, weights=weights)},
     )
 
 
 @pytest.mark.parametrize(
-    ("size", "pattern"), [*(("bundled", pattern) for pattern in KEPT), ("full", ""), ("full", "*proj_out")]
+    ("size", "pattern"),
+    [*(("bundled", pattern) for pattern in KEPT), ("full", ""), ("full", "*proj_out")],
 )
 @pytest.mark.parametrize("modulation", ["keep", "nf4"])
-def test_diffusers_replaces_exactly_the_packed_layers(tiny_folder, full_size, size, modulation, pattern):
+def test_diffusers_replaces_exactly_the_packed_layers(
+    tiny_folder, full_size, size, modulation, pattern
+):
     source = full_size if size == "full" else inspect(tiny_folder)
     keep = (pattern,) if pattern else ()
     recipe = make_recipe(source, QuantSpec("nf4", modulation=modulation, keep=keep))
@@ -182,12 +208,20 @@ def test_transformers_opens_the_nf4_t5(baked, tiny_folder, keep):
 
     folder = baked("nf4", **BAKED["nf4"], keep=keep) / "text_encoder_2"
     theirs = T5EncoderModel.from_pretrained(folder, dtype=torch.bfloat16)
-    four_bit = {name for name, layer in theirs.named_modules() if isinstance(layer, bitsandbytes.nn.Linear4bit)}
+    four_bit = {
+        name
+        for name, layer in theirs.named_modules()
+        if isinstance(layer, bitsandbytes.nn.Linear4bit)
+    }
     assert four_bit == packed_in(folder / "model.safetensors")
-    assert len(four_bit) == (12 if not keep else 5) and not [name for name in four_bit if name.endswith("wo")]
+    assert len(four_bit) == (12 if not keep else 5) and not [
+        name for name in four_bit if name.endswith("wo")
+    ]
     component = inspect(folder.parent).components["text_encoder_2"]
     ours = load_component(component, dtype=torch.bfloat16, device="cpu").module
-    assert {name for name, layer in ours.named_modules() if isinstance(layer, NF4Linear)} == four_bit
+    assert {
+        name for name, layer in ours.named_modules() if isinstance(layer, NF4Linear)
+    } == four_bit
     for name in four_bit:
         weight = theirs.get_submodule(name).weight
         values = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
@@ -195,9 +229,12 @@ def test_transformers_opens_the_nf4_t5(baked, tiny_folder, keep):
     ids = torch.randint(0, 512, (1, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found, expected = ours(ids)[0], theirs(ids)[0]
-        # 0 where bitsandbytes multiplies as we do, 0.019 where its CPU kernel for AVX512-BF16 rounds in other places
+        # 0 where bitsandbytes multiplies as we do, 0.019 where its CPU kernel for AVX512-BF16
+        # rounds in other places.
         assert apart(found.float(), expected.float()) < 0.03
-        plain = T5EncoderModel.from_pretrained(tiny_folder / folder.name, dtype=torch.bfloat16)(ids)[0]
+        plain = T5EncoderModel.from_pretrained(tiny_folder / folder.name, dtype=torch.bfloat16)(
+            ids
+        )[0]
     assert apart(found.float(), plain.float()) > 0.05  # it is packed indeed
 
 
@@ -232,13 +269,21 @@ def test_diffusers_opens_bfls_layout_at_real_width(tmp_path):
     """One double and one single block of width 3072, 0.6 B parameters."""
     (tmp_path / "transformer").mkdir()
     config = FULL | {"num_layers": 1, "num_single_layers": 1, "in_channels": 64, "patch_size": 1}
-    config |= {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True, "axes_dims_rope": [16, 56, 56]}
+    config |= {
+        "_class_name": "FluxTransformer2DModel",
+        "guidance_embeds": True,
+        "axes_dims_rope": [16, 56, 56],
+    }
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
     write_random(tmp_path / "transformer", "transformer")
     file = tmp_path / "flux1-dev-fp8r.safetensors"
     source = checkpoint.inspect_component("transformer", tmp_path / "transformer")
-    assert list(bake(make_file_recipe(source, QuantSpec("fp8"), kind="bfl"), file, origin={}, verify=False))
-    assert {"double_blocks.0.img_attn.qkv.weight_scale", "final_layer.linear.weight"} <= set(read_header(file))
+    assert list(
+        bake(make_file_recipe(source, QuantSpec("fp8"), kind="bfl"), file, origin={}, verify=False)
+    )
+    assert {"double_blocks.0.img_attn.qkv.weight_scale", "final_layer.linear.weight"} <= set(
+        read_header(file)
+    )
     component = inspect_file(file)
     assert component.config | config == component.config
     found = velocity(dequantizing(load(component)))
@@ -247,7 +292,9 @@ def test_diffusers_opens_bfls_layout_at_real_width(tmp_path):
     assert apart(found, velocity(theirs)) < 1e-5
 
 
-def test_under_its_own_name_the_fp8_file_fails_loudly_under_the_usual_one_it_draws_noise(baked, tmp_path):
+def test_under_its_own_name_the_fp8_file_fails_loudly_under_the_usual_one_it_draws_noise(
+    baked, tmp_path
+):
     folder = baked("fp8", **BAKED["fp8"])
     with pytest.raises(OSError, match="no file named diffusion_pytorch_model"):
         FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer")
@@ -272,18 +319,26 @@ def test_optimum_quantos_checkpoints_are_read(tiny_folder, tmp_path, weights, sc
     theirs = FluxTransformer2DModel.from_pretrained(
         tiny_folder, subfolder="transformer", torch_dtype=torch.float32, quantization_config=wanted
     )
-    folder = shutil.copytree(tiny_folder, tmp_path / "quanto", ignore=shutil.ignore_patterns("transformer"))
+    folder = shutil.copytree(
+        tiny_folder, tmp_path / "quanto", ignore=shutil.ignore_patterns("transformer")
+    )
     theirs.save_pretrained(folder / "transformer")
     component = inspect(folder).components["transformer"]
     layers = {name: layer for name, layer in theirs.named_modules() if isinstance(layer, QLinear)}
     assert len(layers) > 60 and not [name for name in layers if name.endswith("proj_mlp")]
-    assert {f"{n}.weight" for n in layers} == {n for n, w in component.weights.items() if w.scheme == scheme}
+    assert {f"{n}.weight" for n in layers} == {
+        n for n, w in component.weights.items() if w.scheme == scheme
+    }
     names = [f"{name}.weight" for name in layers]
     for name, found in read_tensors(component, names, dtype=torch.float32, device="cpu").items():
         assert torch.equal(found, layers[name.removesuffix(".weight")].weight.dequantize()), name
     ours = load(component)
-    assert {type(layer.proj_out) for layer in ours.single_transformer_blocks} == {type(ours.x_embedder)}
-    assert isinstance(ours.x_embedder, QuantizedLinear) and isinstance(ours.proj_out, QuantizedLinear)
+    assert {type(layer.proj_out) for layer in ours.single_transformer_blocks} == {
+        type(ours.x_embedder)
+    }
+    assert isinstance(ours.x_embedder, QuantizedLinear) and isinstance(
+        ours.proj_out, QuantizedLinear
+    )
     assert apart(velocity(dequantizing(ours)), velocity(theirs)) < 1e-5
 
 
@@ -306,35 +361,55 @@ def plain(tiny_folder) -> Callable[[Component], nn.Module]:
 @pytest.mark.parametrize(
     ("to", "keep", "fused"),
     [
-        ("", "", 9), ("nf4", "", 9), ("fp8", "", 9), ("int8", "", 9),
-        ("nf4", "transformer_blocks.1.attn.to_q", 7), ("fp8", "transformer_blocks.0.attn.add_k_proj", 7),
-        ("int8", "single_transformer_blocks.3.attn.to_v", 8), ("nf4", "single_transformer_blocks.*.proj_mlp", 4),
+        ("", "", 9),
+        ("nf4", "", 9),
+        ("fp8", "", 9),
+        ("int8", "", 9),
+        ("nf4", "transformer_blocks.1.attn.to_q", 7),
+        ("fp8", "transformer_blocks.0.attn.add_k_proj", 7),
+        ("int8", "single_transformer_blocks.3.attn.to_v", 8),
+        ("nf4", "single_transformer_blocks.*.proj_mlp", 4),
     ],
-)  # fmt: skip
+)
 def test_fused_layers_draw_what_separate_ones_draw(tiny_folder, baked, plain, to, keep, fused):
     folder = baked(to, **BAKED[to], keep=(keep,) if keep else ()) if to else tiny_folder
     component = inspect(folder).components["transformer"]
     ours = dequantizing(load(component))
     layers = layers_fused(ours)
-    assert len(layers) == fused and isinstance(ours.get_submodule(layers[0]), QuantizedLinear) == bool(to)
-    assert not {name for name, _ in ours.named_modules()} & {part for layer in layers for part in named(layer)}
+    assert len(layers) == fused and isinstance(
+        ours.get_submodule(layers[0]), QuantizedLinear
+    ) == bool(to)
+    assert not {name for name, _ in ours.named_modules()} & {
+        part for layer in layers for part in named(layer)
+    }
     assert apart(velocity(ours), velocity(plain(component))) < 1e-5
 
 
 def layers_fused(model: nn.Module) -> list[str]:
     """Layers that hold what are several in the file."""
-    return [name for name, layer in model.named_modules() if hasattr(layer, "in_features") and len(named(name)) > 1]
+    return [
+        name
+        for name, layer in model.named_modules()
+        if hasattr(layer, "in_features") and len(named(name)) > 1
+    ]
 
 
 @pytest.mark.parametrize(
     ("to", "options"),
     [
         ("nf4", BAKED["nf4"] | {"modulation": "nf4"}),
-        ("nf4", {"scales": "search", "keep": ("transformer_blocks.*", "single_transformer_blocks.[1-4].*")}),
-        ("fp8", BAKED["fp8"] | {"modulation": "fp8"}), ("int8", {}),
+        (
+            "nf4",
+            {
+                "scales": "search",
+                "keep": ("transformer_blocks.*", "single_transformer_blocks.[1-4].*"),
+            },
+        ),
+        ("fp8", BAKED["fp8"] | {"modulation": "fp8"}),
+        ("int8", {}),
         ("int8", {"keep": ("transformer_blocks.1.attn.to_q",)}),
     ],
-)  # fmt: skip
+)
 def test_packing_while_loading_is_what_a_bake_holds(tiny_folder, baked, to, options):
     source, folder = inspect(tiny_folder), inspect(baked(to, **options))
     for name in ("transformer", "text_encoder_2"):

@@ -1,4 +1,4 @@
-"""Packed layers: the product that their values make, in the arithmetic that they say; plain tensors all through."""
+"""Quantized layers: the product of their values, in the arithmetic that they say."""
 
 import copy
 import functools

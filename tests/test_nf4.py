@@ -36,7 +36,7 @@ def drawn_from(name: str) -> torch.Tensor:
 
 
 def mixed_sizes() -> torch.Tensor:
-    """Blocks whose sizes differ so much that some scales, rounded to the nearest level, are negative."""
+    """Blocks so different in size that some scales, rounded to the nearest level, are negative."""
     torch.manual_seed(1)
     return torch.randn(1024, 64) * torch.exp(2 * torch.randn(1024, 1))
 

@@ -16,24 +16,36 @@ from quant.tensor_info import TensorInfo
 from quant.weights import Piece
 
 BLOCK = {
-    "transformer_blocks.0.attn.to_q", "transformer_blocks.18.attn.add_v_proj", "transformer_blocks.3.attn.to_out.0",
-    "transformer_blocks.0.ff.net.0.proj", "transformer_blocks.9.ff_context.net.2",
-    "transformer_blocks.1.attn.to_add_out", "single_transformer_blocks.37.proj_mlp",
-    "single_transformer_blocks.0.proj_out", "single_transformer_blocks.0.attn.to_k",
-}  # fmt: skip
+    "transformer_blocks.0.attn.to_q",
+    "transformer_blocks.18.attn.add_v_proj",
+    "transformer_blocks.3.attn.to_out.0",
+    "transformer_blocks.0.ff.net.0.proj",
+    "transformer_blocks.9.ff_context.net.2",
+    "transformer_blocks.1.attn.to_add_out",
+    "single_transformer_blocks.37.proj_mlp",
+    "single_transformer_blocks.0.proj_out",
+    "single_transformer_blocks.0.attn.to_k",
+}
 MODULATION = {
-    "transformer_blocks.0.norm1.linear", "transformer_blocks.0.norm1_context.linear",
+    "transformer_blocks.0.norm1.linear",
+    "transformer_blocks.0.norm1_context.linear",
     "single_transformer_blocks.12.norm.linear",
-}  # fmt: skip
+}
 ALWAYS_16_BIT = {
-    "x_embedder", "context_embedder", "time_text_embed.text_embedder.linear_1", "norm_out.linear", "proj_out",
+    "x_embedder",
+    "context_embedder",
+    "time_text_embed.text_embedder.linear_1",
+    "norm_out.linear",
+    "proj_out",
     "time_text_embed.guidance_embedder.linear_2",
-}  # fmt: skip
+}
 T5 = {"encoder.block.0.layer.0.SelfAttention.q", "encoder.block.23.layer.1.DenseReluDense.wi_1"}
 T5_16_BIT = {
-    "encoder.block.0.layer.1.DenseReluDense.wo", "shared", "encoder.embed_tokens",
+    "encoder.block.0.layer.1.DenseReluDense.wo",
+    "shared",
+    "encoder.embed_tokens",
     "encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
-}  # fmt: skip
+}
 
 
 def schemes(
@@ -67,14 +79,17 @@ def test_modulation_is_quantized_when_asked_for_and_alone_changes(to):
     assert not any(is_modulation(f"{layer}.weight") for layer in BLOCK)
 
 
-@pytest.mark.parametrize("pattern, kept", [
-    ("transformer_blocks.0.attn.to_q", {"transformer_blocks.0.attn.to_q"}),
-    ("transformer_blocks.0.attn.to_q.weight", {"transformer_blocks.0.attn.to_q"}),
-    ("single_*", {layer for layer in BLOCK if layer.startswith("single_")}),
-    ("*.proj_out", {"single_transformer_blocks.0.proj_out"}),
-    ("*.0.attn.*", {layer for layer in BLOCK if ".0.attn." in layer}),
-    ("*", BLOCK),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "pattern, kept",
+    [
+        ("transformer_blocks.0.attn.to_q", {"transformer_blocks.0.attn.to_q"}),
+        ("transformer_blocks.0.attn.to_q.weight", {"transformer_blocks.0.attn.to_q"}),
+        ("single_*", {layer for layer in BLOCK if layer.startswith("single_")}),
+        ("*.proj_out", {"single_transformer_blocks.0.proj_out"}),
+        ("*.0.attn.*", {layer for layer in BLOCK if ".0.attn." in layer}),
+        ("*", BLOCK),
+    ],
+)
 def test_a_pattern_keeps_what_it_names(pattern, kept):
     spec = QuantSpec("fp8", keep=(pattern,))
     assert {
@@ -91,12 +106,20 @@ def test_a_pattern_without_a_match_is_refused(pattern):
         QuantSpec("fp8", keep=("*.to_q", pattern)).check_keep(f"{layer}.weight" for layer in BLOCK)
 
 
-@pytest.mark.parametrize("wish, word", [
-    ({"to": "nf5"}, "--to nf5"), ({"to": ""}, "nf4 or fp8 or int8"), ({"to": "keep"}, "--to"),
-    ({"to": "nf4", "modulation": "fp8"}, "keep or nf4"), ({"to": "fp8", "modulation": "nf4"}, "keep or fp8"),
-    ({"to": "int8", "modulation": "int8"}, "--modulation int8"), ({"to": "int8", "modulation": "nf4"}, "--modulation"),
-    ({"to": "nf4", "text_encoder": "int8"}, "--text-encoder int8"), ({"to": "nf4", "scales": "best"}, "--scales best"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wish, word",
+    [
+        ({"to": "nf5"}, "--to nf5"),
+        ({"to": ""}, "nf4 or fp8 or int8"),
+        ({"to": "keep"}, "--to"),
+        ({"to": "nf4", "modulation": "fp8"}, "keep or nf4"),
+        ({"to": "fp8", "modulation": "nf4"}, "keep or fp8"),
+        ({"to": "int8", "modulation": "int8"}, "--modulation int8"),
+        ({"to": "int8", "modulation": "nf4"}, "--modulation"),
+        ({"to": "nf4", "text_encoder": "int8"}, "--text-encoder int8"),
+        ({"to": "nf4", "scales": "best"}, "--scales best"),
+    ],
+)
 def test_impossible_choices_are_refused_by_name(wish, word):
     with pytest.raises(SpecError) as caught:
         QuantSpec(**wish)

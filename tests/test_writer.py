@@ -1,4 +1,4 @@
-"""Files that are written tensor by tensor: as large as predicted, aligned, and read by the reference library."""
+"""Files written tensor by tensor are as large as predicted, aligned, and read by safetensors."""
 
 import json
 import math

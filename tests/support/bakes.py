@@ -1,4 +1,4 @@
-"""A model that bakes in no time, and a hook on every call that writes: what several tests of `bake` share."""
+"""A model that bakes in no time, and a hook on every call that writes; for tests of `bake`."""
 
 import builtins
 import io
@@ -19,14 +19,22 @@ if TYPE_CHECKING:
 
 ORIGIN = {"model": "a test", "flux": "0"}
 CALLS = ("fsync", "link", "rename", "replace", "mkdir", "unlink", "rmdir")
+ATTENTION = "transformer_blocks.0.attn"
 MICRO = {
-    "transformer": ("x_embedder.weight", "x_embedder.bias", "proj_out.weight",
-                    "transformer_blocks.0.norm1.linear.weight",
-                    *(f"transformer_blocks.0.attn.to_{part}.{leaf}" for part in "qkv" for leaf in ("weight", "bias"))),
-    "text_encoder_2": ("encoder.block.0.layer.0.SelfAttention.q.weight", "encoder.final_layer_norm.weight"),
+    "transformer": (
+        "x_embedder.weight",
+        "x_embedder.bias",
+        "proj_out.weight",
+        "transformer_blocks.0.norm1.linear.weight",
+        *(f"{ATTENTION}.to_{part}.{leaf}" for part in "qkv" for leaf in ("weight", "bias")),
+    ),
+    "text_encoder_2": (
+        "encoder.block.0.layer.0.SelfAttention.q.weight",
+        "encoder.final_layer_norm.weight",
+    ),
     "text_encoder": ("text_model.final_layer_norm.bias",),
     "vae": ("decoder.conv_out.bias",),
-}  # fmt: skip
+}
 
 
 def bake_all(recipe: Recipe, target: Path, **options: object) -> list[Progress]:
@@ -99,7 +107,10 @@ class Hook(Fault):
 
 
 class _File:
-    """A file whose writes stop half way: binary ones return what they wrote, text is written in two halves."""
+    """A file whose writes stop half way.
+
+    Binary ones return what they wrote, text is written in two halves.
+    """
 
     def __init__(self, file: object, tick: Callable[[str], None]) -> None:
         self._file, self._tick = file, tick
