@@ -13,12 +13,18 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fluxcli.cli.reference import write_reference
-from tests.support.helpers import ROOT
+from fluxcli.engine.cards import describe_card, read_cards
+from fluxcli.models.shapes import read_known_shapes
+from fluxcli.plan.machine import Hardware
+from fluxcli.plan.placement import GIB
+from fluxcli.plan.planner import find_chosen
+from tests.support.helpers import ROOT, order, survey_for
 from tests.support.server import Interpreters, Server
 
 DOCUMENTS = [
@@ -31,6 +37,13 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 README_LINES = 150
+DEV = "black-forest-labs/FLUX.1-dev"
+# A row of the README's table of cards: memory, name, precision, blocks streamed, peak, seconds.
+CARD = re.compile(
+    r"^\| (\d+) GB, (RTX [\w ]+) \| (\w+), (\d+|none) streamed \| ([\d.]+) GiB \| ([\d.]+) \|$",
+    re.MULTILINE,
+)
+CARDS_WITHOUT_FP8 = ("RTX 30",)
 
 # Sends its arguments, folder, environment and streams to the test, and ends as the command did.
 FLUX = """#!{python} -SE
@@ -152,3 +165,24 @@ def test_the_readme_is_a_first_page():
     assert len(text.splitlines()) <= README_LINES
     for document in sorted((ROOT / "docs").glob("*.md")):
         assert f"docs/{document.name}" in text, f"nothing links to {document.name}"
+
+
+def named_card(name: str, gib: int) -> Hardware:
+    """The card of that name with its row of the table of cards, beside 32 GB of RAM."""
+    generation = "sm86" if name.startswith(CARDS_WITHOUT_FP8) else "sm89"
+    hardware = describe_card(f"{gib}GiB:{generation}")
+    speeds = read_cards().find_speeds("cuda:0", name, hardware.capability)
+    return replace(hardware, speeds=speeds, ram_bytes=32 * 10**9, ram_free_bytes=28 * 10**9)
+
+
+def test_the_table_of_cards_is_what_the_planner_predicts():
+    rows = CARD.findall((ROOT / "README.md").read_text("utf-8"))
+    assert len(rows) == 5
+    for gib, name, precision, streamed, peak_gib, step_s in rows:
+        request = order("a fox", steps=28)
+        hardware = named_card(name, int(gib))
+        plan = find_chosen(survey_for(request, [read_known_shapes(DEV)], hardware)).plan
+        assert plan.precision == precision
+        assert len(plan.placement.streamed) == int(streamed.replace("none", "0"))
+        assert max(plan.peak_bytes.values()) / GIB == pytest.approx(float(peak_gib), abs=0.06)
+        assert plan.seconds["denoise"] / 28 == pytest.approx(float(step_s), abs=0.06)
