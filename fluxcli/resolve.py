@@ -35,7 +35,7 @@ def build_order(prompt: str, values: Mapping[str, Any], given: Mapping[str, Any]
             "the prompt holds NUL", why="is it of a UTF-16 file?", hint="save it as UTF-8"
         )
     format_given = values["format"] if given.get("format") else None
-    format_of_name = names.format_of(values["output"], given=format_given)
+    format_of_name = names.read_format(values["output"], given=format_given)
     resolved = dict(values)
     if format_of_name:
         resolved["format"] = format_of_name

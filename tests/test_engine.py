@@ -16,7 +16,7 @@ from fluxcli.errors import NotFinite
 from fluxcli.events import Notice, Saved, Step
 from fluxcli.events import Phase as PhaseEvent
 from fluxcli.pictures import names as output
-from fluxcli.pictures.image import pixels_sha256, read_metadata
+from fluxcli.pictures.image import hash_pixels, read_metadata
 from fluxcli.plan.placement import Placement
 from quant.checkpoint import Checkpoint, inspect
 from tests.support.helpers import draw, engine_of, picture_of, read_pixels, run, tiny
@@ -76,19 +76,19 @@ def test_same_request_same_pixels_and_another_seed_other_pixels(checkpoint, engi
 
 def test_picture_k_of_count_is_the_picture_of_that_seed_alone(engine, tmp_path):
     request = tiny(count=3, output=f"{tmp_path}/")
-    target = output.parse_target(request)
+    target = output.parse_target(request.output)
     saved = [event.image for event in run(engine, request, target) if isinstance(event, Saved)]
     assert [image.seed for image in saved] == [7, 8, 9]
     for image in saved:
         _, alone = draw(engine, tiny(seed=image.seed))
-        assert pixels_sha256(alone) == image.pixels_sha256
+        assert hash_pixels(alone) == image.pixels_sha256
 
 
 def test_a_saved_picture_says_how_to_make_it_again(engine, checkpoint, tmp_path):
     from fluxcli.request.fields import Order
 
     request = tiny(seed=-1, count=2, output=f"{tmp_path}/")
-    target = output.parse_target(request)
+    target = output.parse_target(request.output)
     for event in run(engine, request, target):
         if isinstance(event, Saved):
             path = Path(event.image.path)
@@ -101,7 +101,7 @@ def test_a_saved_picture_says_how_to_make_it_again(engine, checkpoint, tmp_path)
 
 def test_the_random_seed_is_reported(engine, tmp_path):
     request = tiny(seed=-1, output=f"{tmp_path}/")
-    target = output.parse_target(request)
+    target = output.parse_target(request.output)
     seeds = {next(e.image.seed for e in run(engine, request, target) if isinstance(e, Saved)) for _ in range(2)}
     assert len(seeds) == 2
     assert min(seeds) >= 0
@@ -120,7 +120,7 @@ def test_nan_in_the_latents_is_an_error_and_no_file(checkpoint, tmp_path):
     draw(engine, tiny())
     engine.components.loaded["transformer"].module.proj_out.weight.data[0, 0] = float("nan")
     request = tiny(output=f"{tmp_path}/out/")
-    target = output.parse_target(request)
+    target = output.parse_target(request.output)
     with pytest.raises(NotFinite):
         list(run(engine, request, target))
     assert not (tmp_path / "out").exists()

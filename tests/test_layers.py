@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "diffusers", "transformers", "bitsandbytes", "optimum", "numpy", "PIL", "safetensors", "numba"}
 # The torch line: these may import torch at the top; nothing else does, nor imports one of these there.
-TORCH = ("fluxcli.engine", "fluxcli.run.session", "fluxcli.run.saving", "fluxcli.run.planned")
+TORCH = ("fluxcli.engine", "fluxcli.run.session", "fluxcli.run.saving")
 TORCH += ("quant.linear", "quant.codecs", "quant.nf4", "quant.bake")
 AT_THE_TOP = {"torch", "numpy", "safetensors"}  # of the heavy ones; the others are slow, and not always needed
 LAZY = "quant.lazy"  # gives heavy modules by name; what is stdlib only may not have them so, either

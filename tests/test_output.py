@@ -30,15 +30,15 @@ posix = pytest.mark.skipif(os.name == "nt", reason="POSIX file modes and links")
 def target_of(text: str | None, *, force: bool = False, **changes: object) -> tuple[Order, output.Target]:
     given = "format" in changes
     request = changed(REQUEST, output=text, **changes)
-    decided = output.format_of(text, given=request.output.format if given else None)
+    decided = output.read_format(text, given=request.output.format if given else None)
     request = changed(request, format=decided or request.output.format)
-    return request, output.parse_target(request, force=force)
+    return request, output.parse_target(request.output, force=force)
 
 
 def save(text: str | None, data: bytes = b"new", *, n: int = 1, force: bool = False, **changes: object) -> str:
     request, target = target_of(text, force=force, **changes)
     output.check_writable(target, request)
-    return output.save(data, target, request, n)
+    return output.save(data, output.Destination(target, request, n=n))
 
 
 def refused(text: str, **changes: object) -> str:
@@ -107,14 +107,14 @@ def test_contradictions_and_impossible_names_are_usage_errors(text, changes, wor
 
 @given(st.text(max_size=200))
 def test_a_slug_is_a_short_plain_file_name(prompt):
-    name = output.slug(prompt)
-    assert 1 <= len(name) <= 48 and name == output.slug(name)
+    name = output.make_slug(prompt)
+    assert 1 <= len(name) <= 48 and name == output.make_slug(name)
     assert all(c.isascii() and (c.isalnum() or c == "-") for c in name) and name.strip("-") == name
 
 
 @pytest.mark.parametrize("prompt, name", [("Ünïcode Bär", "unicode-bar"), ("狐", "image"), ("a" * 99, "a" * 48)])
 def test_slugs_by_hand(prompt, name):
-    assert output.slug(prompt) == name
+    assert output.make_slug(prompt) == name
 
 
 @pytest.mark.parametrize("text", [None, "{slug}", "{preset}.png"])
@@ -133,7 +133,7 @@ def test_an_automatic_name_steps_aside_for_a_folder_and_a_dangling_link():
 
 def _save_many(folder: str) -> list[str]:
     request, target = target_of(folder)
-    return [output.save(f"{os.getpid()} {k}".encode(), target, request, 1) for k in range(25)]
+    return [output.save(f"{os.getpid()} {k}".encode(), output.Destination(target, request)) for k in range(25)]
 
 
 @posix
@@ -154,7 +154,7 @@ def test_an_existing_file_is_refused_before_the_compute_and_replaced_only_with_f
         output.check_writable(target, request)
     assert caught.value.exit_code == ExitCode.OUTPUT and "--force" in caught.value.hint
     with pytest.raises(OutputError, match=r"kept as x-2\.png"):  # it appeared during the compute
-        output.save(b"new", target, request, 1)
+        output.save(b"new", output.Destination(target, request))
     assert files(Path()) == {"x.png": b"old", "x-2.png": b"new"}
     assert save("x.png", force=True) == "x.png"
     assert files(Path()) == {"x.png": b"new", "x-2.png": b"new"}
@@ -232,7 +232,7 @@ def test_stdout_takes_a_picture_unless_closed_or_a_terminal(stdout, error, monke
     pipe = io.TextIOWrapper(io.BytesIO())
     monkeypatch.setattr(sys, "stdout", pipe)
     output.check_writable(target, request)
-    assert output.save(b"\x89PNG", target, request, 1) == "-" and pipe.buffer.getvalue() == b"\x89PNG"
+    assert output.save(b"\x89PNG", output.Destination(target, request)) == "-" and pipe.buffer.getvalue() == b"\x89PNG"
     if stdout:
         monkeypatch.setattr(pipe, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(sys, "stdout", pipe if stdout else None)
@@ -244,7 +244,7 @@ def test_stdout_takes_a_picture_unless_closed_or_a_terminal(stdout, error, monke
 def test_the_data_is_on_disk_before_the_name_and_the_name_before_the_end(text, move, monkeypatch):
     request, target = target_of(text, force=True)
     hook = Fault(0, _fail).install(monkeypatch)
-    output.save(b"new", target, request, 1)
+    output.save(b"new", output.Destination(target, request))
     names = [name for name in hook.names if name in ("write", "fsync", move)]
     assert names == ["write", "write", "fsync", move, "fsync"]
 

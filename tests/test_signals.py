@@ -199,10 +199,10 @@ def _killed_at(k: int, text: str) -> bool:
     if not child:
         with pytest.MonkeyPatch.context() as patch:
             request = _with_output(text)
-            target = output.parse_target(request, force=True)
+            target = output.parse_target(request.output, force=True)
             Fault(k, lambda _: os.kill(os.getpid(), signal.SIGKILL)).install(patch)
             output.check_writable(target, request)
-            output.save(b"a new picture", target, request, 1)
+            output.save(b"a new picture", output.Destination(target, request))
         os._exit(0)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
@@ -238,7 +238,7 @@ def test_many_rounds_leave_memory_descriptors_and_files_flat(tiny_folder):
     measured = []
     for k in range(100):
         request = tiny(steps=1, seed=k, output="x.png")
-        target = output.parse_target(request, force=True)
+        target = output.parse_target(request.output, force=True)
         for _ in run(engine, request, target):
             pass
         measured.append((process.memory_info().rss, process.num_fds()))

@@ -17,7 +17,7 @@ from fluxcli.engine.engine import PHASES, Engine, Phase
 from fluxcli.errors import DoesNotFit, ExitCode
 from fluxcli.events import Notice
 from fluxcli.pictures import latents
-from fluxcli.pictures.image import pixels_sha256
+from fluxcli.pictures.image import hash_pixels
 from fluxcli.plan import placement
 from fluxcli.run import lock, margin, session
 from fluxcli.run.margin import read_margin
@@ -253,5 +253,5 @@ def test_small_runs_on_the_cpu_need_no_lock(capsys):
 
 def test_the_pixels_of_the_card_are_those_of_the_cpu(card, capsys, expected):
     result = call(capsys, *ARGUMENTS, "-o", "a.png", "--json")
-    assert json.loads(result.stdout)["images"][0]["pixels_sha256"] == pixels_sha256(expected)
+    assert json.loads(result.stdout)["images"][0]["pixels_sha256"] == hash_pixels(expected)
     assert json.loads(result.stdout)["plan"]["device"] == CARD

@@ -1,80 +1,154 @@
-"""`flux generate --from`: rows of a file or a stream become pictures, window by window."""
+"""`flux generate --from`: rows of a file or a stream become pictures, chunk by chunk.
+
+A row that fails does not end the others. Reading rows is `request.rows`, drawing them `run`; here
+they are made into orders, counted, and said.
+"""
 
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from fluxcli.cli.settings import STARTED, check_stdout, given_settings, job_options, read_prompt, reporter_of
+from fluxcli.cli.settings import (
+    STARTED,
+    check_stdout,
+    given_settings,
+    job_options,
+    read_prompt,
+    reporter_of,
+)
 from fluxcli.errors import BatchFailed, ExitCode, UsageError
 from fluxcli.events import Done, Event, Failed, Saved, Skipped, Summary, explain
 from fluxcli.paths import config_folder
-from fluxcli.pictures import names as output
+from fluxcli.pictures import names
 from fluxcli.request import presets
-from fluxcli.request import rows as batch
-from fluxcli.request.fields import GenerationRequest, Order, Output
+from fluxcli.request.fields import Order, Output
 from fluxcli.request.job import Job, Row
+from fluxcli.request.rows import is_streaming, make_chunks, read_rows
 from fluxcli.request.settings import ALIASES, coerce
 from fluxcli.resolve import build_order
 from fluxcli.run import processes
 from fluxcli.run.dispatch import Dispatcher
+from quant.errors import ExplainedError
 
-WINDOW = 16  # rows that are handed on together, where so many are there
+CHUNK_ROWS = 16  # rows that are handed on together, where so many are there
 
 
-def draw_rows(source: str, prompt: str | None, options: dict, *, resume: bool, fail_fast: bool) -> int:
-    """Draw every row; raises `BatchFailed` at the end where some of them failed."""
+def draw_rows(
+    source: str, prompt: str | None, options: dict[str, Any], *, resume: bool, fail_fast: bool
+) -> int:
+    """Draw every row of the source, with `prompt` for rows without one.
+
+    Returns exit code 0. Raises `BatchFailed` at the end where rows failed, `UsageError` at once for
+    what is wrong whatever a row says.
+    """
     given = given_settings(options)
-    check_stdout(options, picture=given.get("output") == output.STDOUT)
+    check_stdout(options, picture=given.get("output") == names.STDOUT)
     if source == prompt == "-":
         raise UsageError("stdin cannot be read twice", which="--from -", hint="give a file")
-    requests = Requests({} if prompt is None else {"prompt": read_prompt(prompt)}, given, resume=resume)
+    common = {} if prompt is None else {"prompt": read_prompt(prompt)}
+    orders = OrderMaker(common, given, force=options["force"], resume=resume)
     tally = Tally()
-    with _opened(source) as file, reporter_of(options) as reporter:
-        streaming = batch.is_streaming(file)
+    with _open(source) as file, reporter_of(options) as reporter:
+        streaming = is_streaming(file)
         if processes.count() > 1 and (streaming or source == "-"):
-            why = "each of the processes would get others"
-            raise UsageError("rows of a stream cannot be shared", which=source, why=why, hint="give a file")
+            raise UsageError(
+                "rows of a stream cannot be shared",
+                which=source,
+                why="each of the processes would get others",
+                hint="give a file",
+            )
         share = processes.Share()
-        rows = batch.read_rows(file, source, requests.make)
-        rows = share.take(_count_equal(rows))
-        windows = batch.make_chunks(rows, WINDOW, streaming=streaming)
-        with Dispatcher(alone=options["no_worker"] or options["debug"]) as runner:
-            for window in windows:
-                for event in _events(runner, window, job_options(options) | {"resume": resume}):
+        rows = orders.complete(read_rows(file, source, orders.make))
+        chunks = make_chunks(share.take(rows), CHUNK_ROWS, streaming=streaming)
+        job = Job((), batch=True, resume=resume, **job_options(options))
+        with Dispatcher(alone=options["no_worker"] or options["debug"]) as dispatcher:
+            for chunk in chunks:
+                for event in _draw_chunk(dispatcher, chunk, job):
                     tally.add(event)
                     reporter.show(event)
                     if fail_fast and isinstance(event, Failed):
                         break
-                tally.rows += len(window)
+                tally.rows += len(chunk)
                 if streaming:
-                    runner.pause()  # the next row may be hours away
+                    dispatcher.pause()  # the next row may be hours away
                 if fail_fast and tally.failed:
                     break
-        summary = Summary(*share.add_up(tally.counts()), round(time.perf_counter() - STARTED, 3))
+        summary = _sum_up(tally, share)
         if share.is_main:
             reporter.show(summary)
     if summary.failed and share.is_main:
-        first = f"the first here is row {min(tally.failed)}" if tally.failed else ""
-        raise BatchFailed(f"{summary.failed} of {summary.rows} rows failed", which=source, why=first, hint=(
-            "the rows' own messages say why; with --resume only these are drawn again"))  # fmt: skip
+        raise BatchFailed(
+            f"{summary.failed} of {summary.rows} rows failed",
+            which=source,
+            why=f"the first here is row {min(tally.failed)}" if tally.failed else "",
+            hint="the rows' own messages say why; with --resume only these are drawn again",
+        )
     return ExitCode.OK
 
 
+@contextmanager
+def _open(source: str) -> Iterator[BinaryIO]:
+    """Open the source of rows, - for stdin; raises `UsageError`."""
+    if source == "-":
+        yield _open_stdin()
+        return
+    try:
+        file = Path(source).expanduser().open("rb")
+    except (OSError, ValueError, RuntimeError) as error:  # the last: a ~ of nobody
+        why = getattr(error, "strerror", None) or str(error)
+        raise UsageError("cannot read the rows", which=source, why=why) from error
+    if is_streaming(file):
+        yield file  # not closed: a thread may wait on it for ever
+        return
+    with file:
+        yield file
+
+
+def _open_stdin() -> BinaryIO:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError(
+            "no rows on stdin",
+            which="--from -",
+            why="it is a terminal" if sys.stdin else "it is closed",
+            hint="flux generate --from prompts.txt",
+        )
+    return sys.stdin.buffer
+
+
+def _draw_chunk(dispatcher: Dispatcher, chunk: list[Row], job: Job) -> Iterator[Event]:
+    """Yield the events of a chunk of rows; a row that fails is named by where it stands."""
+    places = {row.number: row.where for row in chunk}
+    for row in chunk:
+        if row.error:
+            failed = explain(row.error, row.number)
+            yield replace(failed, message=f"{row.where}: {failed.message}")
+    good = tuple(row for row in chunk if row.order)
+    if not good:
+        return
+    for event in dispatcher.run(replace(job, rows=good)):
+        if isinstance(event, Failed):
+            yield replace(event, message=f"{places[event.row]}: {event.message}")
+        else:
+            yield event
+
+
 class Tally:
-    """What became of the rows."""
+    """What became of the rows, by their numbers."""
 
     def __init__(self) -> None:
-        self.rows, self.pictures = 0, 0
+        self.rows = 0
+        self.pictures = 0
         self.done: set[int] = set()
         self.failed: set[int] = set()
         self.skipped: set[int] = set()
 
     def add(self, event: Event) -> None:
+        """Count what an event says of a row."""
         match event:
             case Saved():
                 self.pictures += 1
@@ -85,101 +159,127 @@ class Tally:
             case Skipped():
                 self.skipped.add(event.row)
 
-    def counts(self) -> tuple[int, int, int, int, int]:
-        """Rows, and of these done, failed and skipped as a whole; and pictures."""
-        skipped = self.skipped - self.done - self.failed
-        return self.rows, len(self.done - self.failed), len(self.failed), len(skipped), self.pictures
+
+def _sum_up(tally: Tally, share: processes.Share) -> Summary:
+    """Return the summary of all processes. A row is skipped if nothing of it was drawn."""
+    counts = [
+        tally.rows,
+        len(tally.done - tally.failed),
+        len(tally.failed),
+        len(tally.skipped - tally.done - tally.failed),
+        tally.pictures,
+    ]
+    rows, done, failed, skipped, pictures = share.add_up(counts)
+    return Summary(
+        rows=rows,
+        done=done,
+        failed=failed,
+        skipped=skipped,
+        pictures=pictures,
+        seconds=round(time.perf_counter() - STARTED, 3),
+    )
 
 
-class Requests:
-    """What the rows of a batch ask for: their fields before those of the command line."""
+class OrderMaker:
+    """Makes the orders of rows: what a row says goes before what the command line says."""
 
-    def __init__(self, base: dict, given: dict, *, resume: bool) -> None:
-        """`base` has the prompt of rows without one. Raises `UsageError` for what is wrong whatever a row says."""
-        self._base, self._given, self._resume = base, given, resume
-        self._named: set[str] = set()  # files that rows have named
+    def __init__(
+        self,
+        common: Mapping[str, Any],
+        given: Mapping[str, Any],
+        *,
+        force: bool,
+        resume: bool,
+    ) -> None:
+        """Check what is wrong whatever a row says; raises `UsageError`.
+
+        `common` has the prompt of rows without one, `given` the settings of the command line.
+        """
+        self._common = common
+        self._given = given
+        self._force = force
+        self._resume = resume
+        self._files: set[str | None] = set()  # that rows have named
+        self._asked: Counter[Order] = Counter()  # equal pictures of the rows so far
         values = presets.merge(given, config_folder()).values
-        output.format_of(values["output"], given=given.get("format") and values["format"])
-        self._check(output.parse_target(Order(GenerationRequest("x"), output=Output(values["output"]))))
+        format_given = values["format"] if given.get("format") else None
+        names.read_format(values["output"], given=format_given)
+        self._common_output = values["output"]
+        _check_target(names.parse_target(Output(values["output"])))
 
-    def make(self, row: dict) -> Order:
-        """The request of a row. Raises `UsageError`."""
-        said, order = _requested(self._base | row, self._given)
-        target = output.parse_target(order)
-        self._check(target)
-        if target.exact and ("output" not in said or order.output.output in self._named):
-            raise UsageError(
-                "one file name for several pictures", which=order.output.output, hint="a folder, or {row} in it"
-            )
-        if self._resume and not order.output.metadata:
+    def make(self, row: Mapping[str, Any]) -> Order:
+        """Return the order of a row's fields; raises `UsageError`."""
+        row = {**self._common, **row}
+        prompt = row.get("prompt", "")
+        if not isinstance(prompt, str):
+            raise UsageError("wrong value", which="prompt", why="it is no text")
+        said = _coerce_fields(row)
+        given = dict(self._given)
+        if said.get("width") or said.get("height"):  # they replace those of weaker layers
+            given.pop("aspect_ratio", None)
+            given.pop("image_size", None)
+        merged = presets.overlay(given, said)
+        return build_order(prompt, presets.merge(merged, config_folder()).values, merged)
+
+    def complete(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """Yield the rows with their targets, and with which of equal pictures they ask for.
+
+        A row whose pictures can go nowhere has the error instead of its order.
+        """
+        for row in rows:
+            if row.order is None:
+                yield row
+                continue
+            try:
+                target = self._find_target(row.order)
+            except ExplainedError as error:
+                yield replace(row, order=None, error=error)
+                continue
+            nth = 1
+            if not target.has_field("row"):  # else its names are no other row's
+                nth = self._count_equal(row.order)
+            yield replace(row, target=target, nth=nth)
+
+    def _find_target(self, order: Order) -> names.Target:
+        """Return where a row's pictures go; raises `UsageError` for the file of another row."""
+        output = order.output
+        target = names.parse_target(output, force=self._force)
+        _check_target(target)
+        if target.exact:
+            if output.output == self._common_output or output.output in self._files:
+                why, hint = "one file name for several pictures", "a folder, or {row} in it"
+                raise UsageError(why, which=output.output, hint=hint)
+            self._files.add(output.output)
+        if self._resume and not output.metadata:
             why = "a picture without metadata does not say what made it"
             raise UsageError("--resume excludes --no-metadata", why=why)
-        if target.exact:
-            self._named.add(order.output.output)
-        return order
+        return target
 
-    @staticmethod
-    def _check(target: output.Target) -> None:
-        if target.stdout:
-            raise UsageError("-o - takes one picture", which="--from", hint="-o FOLDER/, or a template")
+    def _count_equal(self, order: Order) -> int:
+        """Return which of equal pictures the row's first one is, in the whole batch, from 1.
 
-
-def _requested(row: dict, given: dict) -> tuple[dict, Order]:
-    """(what a row says, its request). Raises `UsageError`."""
-    settings = {ALIASES.get(key, key): value for key, value in row.items() if key != "prompt"}
-    if twice := [key for key in row if ALIASES.get(key) in row]:
-        raise UsageError("the same field twice", which=twice[0], why=f"beside {ALIASES[twice[0]]}")
-    said = {key: coerce(key, value, where=f"column {key!r}") for key, value in settings.items()}
-    prompt = row.get("prompt", "")
-    if not isinstance(prompt, str):
-        raise UsageError("wrong value", which="prompt", why="it is no text")
-    if said.get("width") or said.get("height"):  # instead of the command line's, as in every later layer
-        given = {key: value for key, value in given.items() if key not in ("aspect_ratio", "image_size")}
-    merged = presets.overlay(given, said)
-    return said, build_order(prompt, presets.merge(merged, config_folder()).values, merged)
+        The pictures of a row without a seed are equal but for the seeds that they will get.
+        """
+        picture = replace(order, output=replace(order.output, count=1))
+        nth = self._asked[picture] + 1
+        self._asked[picture] += order.output.count if order.request.seed < 0 else 1
+        return nth
 
 
-def _count_equal(rows: Iterator[Row]) -> Iterator[Row]:
-    """Yield rows that know how many equal pictures the rows before them ask for, in the same place.
-
-    A row without a seed asks for `count` pictures that differ in nothing that it says.
-    """
-    asked: Counter[Order] = Counter()
-    for row in rows:
-        if row.order is None:
-            yield row
+def _coerce_fields(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a row's fields by their full names; raises `UsageError`."""
+    said = {}
+    for key, value in row.items():
+        if key == "prompt":
             continue
-        picture = replace(row.order, output=replace(row.order.output, count=1))
-        yield replace(row, nth=asked[picture] + 1)
-        asked[picture] += row.order.output.count if row.order.request.seed < 0 else 1
+        name = ALIASES.get(key, key)
+        if name != key and name in row:
+            raise UsageError("the same field twice", which=key, why=f"beside {name}")
+        said[name] = coerce(name, value, where=f"column {name!r}")
+    return said
 
 
-def _events(runner: Dispatcher, window: list[Row], options: dict) -> Iterator[Event]:
-    """The events of a window of rows; a row that fails is named by where it stands."""
-    where = {row.number: row.where for row in window}
-    good = tuple(row for row in window if row.order)
-    for row in window:
-        if row.error:
-            yield replace(explain(row.error, row.number), message=f"{row.where}: {row.error}")
-    for event in runner.run(Job(good, batch=True, **options)) if good else ():
-        yield replace(event, message=f"{where[event.row]}: {event.message}") if isinstance(event, Failed) else event
-
-
-@contextmanager
-def _opened(source: str) -> Iterator[BinaryIO]:
-    if source == "-":
-        if sys.stdin is None or sys.stdin.isatty():
-            why = "it is a terminal" if sys.stdin else "it is closed"
-            raise UsageError("no rows on stdin", which="--from -", why=why, hint="flux generate --from prompts.txt")
-        yield sys.stdin.buffer
-        return
-    try:
-        file = Path(source).expanduser().open("rb")
-    except (OSError, ValueError, RuntimeError) as error:  # the last: a ~ of nobody
-        why = getattr(error, "strerror", None) or str(error)
-        raise UsageError("cannot read the rows", which=source, why=why) from error
-    if batch.is_streaming(file):
-        yield file  # its thread may wait on it for ever
-    else:
-        with file:
-            yield file
+def _check_target(target: names.Target) -> None:
+    if target.stdout:
+        hint = "-o FOLDER/, or a template"
+        raise UsageError("-o - takes one picture", which="--from", hint=hint)

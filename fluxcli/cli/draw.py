@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from fluxcli.cli import console
 from fluxcli.cli.settings import STARTED, check_stdout, job_options, reporter_of
 from fluxcli.errors import ExitCode
-from fluxcli.pictures import names as output
+from fluxcli.pictures.names import check_writable, parse_target
 from fluxcli.plan.placement import GIB, MemoryPlan
 from fluxcli.request.fields import Order
 from fluxcli.request.job import Job, Row
@@ -20,19 +20,21 @@ def draw(
     resume: "Latents | None" = None,
 ) -> int:  # fmt: skip
     """Plan, then run and show. `given` is what the command line said; `made` the model of the picture to make again."""
-    target = output.parse_target(order, force=options["force"])
+    target = parse_target(order.output, force=options["force"])
     check_stdout(options, picture=target.stdout)
     order = order.with_seed()
     if dry_run:
         return _dry_run(order, options)
-    output.check_writable(target, order)
+    check_writable(target, order)
     if not options["quiet"]:
         if "quality" in given and order.output.format == "png":
             console.say("--quality does nothing for png")
         if options["force"] and not target.exact:
             console.say("--force does nothing here: automatic names never replace a file")
-    with reporter_of(options) as reporter, Dispatcher(alone=options["no_worker"] or options["debug"]) as runner:
-        for event in runner.run(Job((Row(0, order),), expected_model=made, **job_options(options)), kept=resume):
+    job = Job((Row(0, order, target=target),), expected_model=made, **job_options(options))
+    alone = options["no_worker"] or options["debug"]
+    with reporter_of(options) as reporter, Dispatcher(alone=alone) as dispatcher:
+        for event in dispatcher.run(job, kept=resume):
             reporter.show(event)
     return ExitCode.OK
 

@@ -105,7 +105,7 @@ def _check(picture: Path, order: Order, metadata: dict, options: dict) -> int:
     device.check_torch()
     from fluxcli.engine.engine import Drawn
     from fluxcli.engine.picture import Picture
-    from fluxcli.pictures.image import pixels_sha256
+    from fluxcli.pictures.image import hash_pixels
     from fluxcli.run.saving import make_metadata
     from fluxcli.run.session import Session
 
@@ -113,14 +113,16 @@ def _check(picture: Path, order: Order, metadata: dict, options: dict) -> int:
     if not isinstance(expected, str):
         raise BadInputFile("damaged metadata", which=picture, why="it has no pixels_sha256")
     with Session() as session, console.Reporter(quiet=options["quiet"], started=STARTED) as reporter:
-        engine, adapters = reporter.result(session.engine_of(order, no_wait=options["no_wait"]))
+        prepared = reporter.result(session.prepare(order, no_wait=options["no_wait"]))
+        engine = session.open_engine(prepared)
+        adapters = prepared.adapters
         for difference in _differences(metadata, make_metadata(engine, order, adapters)):
             reporter.show(Notice(difference))
         drawn = Picture(order.request, adapters)
         for event in engine.draw([drawn]):
             if not isinstance(event, Drawn):
                 reporter.show(event)
-        identical = pixels_sha256(drawn.pixels) == expected
+        identical = hash_pixels(drawn.pixels) == expected
     console.data(f"{picture}: {'identical' if identical else 'different'}")
     return ExitCode.OK if identical else ExitCode.BUG
 

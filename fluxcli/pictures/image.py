@@ -204,6 +204,3 @@ def open_picture(path: Path) -> "Image.Image":
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         why = getattr(error, "strerror", None) or "it is no readable png, jpg or webp"
         raise BadInputFile("cannot read the picture", which=path, why=why) from error
-
-
-pixels_sha256 = hash_pixels  # until its callers are rewritten

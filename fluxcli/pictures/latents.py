@@ -1,70 +1,129 @@
-"""A picture that is not finished: its latents, the step they are at, and the request; kept in a file when memory ends.
+"""Kept latents: what there is of a picture that is not finished, in a file beside its name.
 
-The file is a safetensors file with the request as JSON in its metadata. Shapes: packed latents (1, S, 64).
+It is a safetensors file with packed latents (1, S, 64) and, as JSON in its metadata, the order they
+are of. torch and safetensors are imported where a file is written or read.
 """
 
 import json
 import os
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fluxcli.errors import BadInputFile, UsageError
-from fluxcli.pictures import names as output
+from fluxcli.pictures import names
+from fluxcli.pictures.names import Destination, Target
 from fluxcli.request.fields import Order
 from quant.errors import CheckpointError
 from quant.files import move_if_free, write_atomically
-from quant.header import read_header
-from quant.lazy import torch
+from quant.header import TensorInfo, read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIX = ".latents.safetensors"
+KEY = "flux_latents"  # of the JSON in the file's metadata
+TENSOR = "latents"
+DTYPES = ("F32", "F16", "BF16")  # as safetensors spells them
+PIXELS_PER_TOKEN = 256  # 16x16
+CHANNELS = 64
+
+# What a file of somebody else gives rise to when it is read.
+FOREIGN = (KeyError, ValueError, TypeError, AttributeError, RecursionError, UsageError)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Latents:
-    """Packed latents after `step` of the request's steps; `model` is the checkpoint's fingerprint."""
+    """Packed latents after `step` of the order's steps.
+
+    `model` is the fingerprint of the checkpoint, `request_hash` what the finished picture will
+    carry (see `image.hash_request`); both are empty where nobody knows.
+    """
 
     order: Order
-    tokens: "torch.Tensor"
+    tokens: "Tensor"  # (1, S, 64)
     step: int = 0
     model: str = ""
-    request_hash: str = ""  # what the finished picture will carry, see `image.hash_request`
+    request_hash: str = ""
 
 
-def save(latents: Latents, target: output.Target, n: int = 1, row: int = 0) -> Path:
-    """Write the latents beside where picture `n` of a row would be; raises OSError."""
+def save(latents: Latents, target: Target, *, n: int = 1, row: int = 0) -> Path:
+    """Write the latents beside where picture `n` of a row would be, and return where.
+
+    Raises OSError.
+    """
     from safetensors.torch import save as to_bytes
 
-    described = {"request": latents.order.to_json(), "step": latents.step, "model": latents.model}
-    described |= {"request_hash": latents.request_hash}
-    data = to_bytes({"latents": latents.tokens.cpu().contiguous()}, {"flux_latents": json.dumps(described)})
-    beside = output.Target(Path(), output.DEFAULT_TEMPLATE) if target.stdout else target
-    for path in output.candidates(beside, latents.order, n, row):
-        place = path.with_name(path.stem + SUFFIX)
-        with suppress(FileExistsError):
-            if not os.path.lexists(place):
-                place.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(place, data, place=move_if_free)
-                return place
+    described = {
+        "request": latents.order.to_json(),
+        "step": latents.step,
+        "model": latents.model,
+        "request_hash": latents.request_hash,
+    }
+    tensors = {TENSOR: latents.tokens.cpu().contiguous()}
+    data: bytes = to_bytes(tensors, {KEY: json.dumps(described)})
+    for path in _list_places(Destination(target, latents.order, n=n, row=row)):
+        if os.path.lexists(path):
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # another process was quicker
+            write_atomically(path, data, place=move_if_free)
+            return path
     raise AssertionError("names never end")
+
+
+def find_kept(destination: Destination) -> list[Path]:
+    """Return the files of latents that lie beside a picture's names, best first."""
+    found: list[Path] = []
+    for path in _list_places(destination):
+        if not path.exists():
+            return found
+        found.append(path)
+    raise AssertionError("names never end")
+
+
+def _list_places(destination: Destination) -> Iterator[Path]:
+    """Yield the names that latents of a picture can have, without end.
+
+    Those of one for stdout are in the current folder.
+    """
+    if destination.target.stdout:
+        beside = Target(Path(), names.DEFAULT_TEMPLATE)
+        destination = replace(destination, target=beside)
+    for path in names.list_candidates(destination):
+        yield path.with_name(path.stem + SUFFIX)
 
 
 def load(path: Path) -> Latents:
     """Read what `save` wrote; raises `CheckpointError` or `BadInputFile` for anything else."""
     from safetensors import SafetensorError, safe_open
 
-    info = read_header(path).get("latents")
+    header = read_header(path)
     try:
         with safe_open(path, framework="pt") as file:
-            described = json.loads((file.metadata() or {})["flux_latents"])
-            step, model = described["step"], described["model"]
+            described = json.loads((file.metadata() or {})[KEY])
             order = Order.from_json(described["request"])
-            width, height = order.request.size
-            fits = info.shape == (1, width * height // 256, 64) and info.dtype in ("F32", "F16", "BF16")
-            if not fits or step not in range(order.request.steps + 1):
-                raise CheckpointError("damaged latents", which=path, why="they are not of the request's size or steps")
-            made = str(described.get("request_hash", ""))
-            return Latents(order, file.get_tensor("latents"), int(step), model, made)
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError, SafetensorError, UsageError) as error:
+            step = described["step"]
+            _check(header[TENSOR], order, step=step, path=path)
+            return Latents(
+                order,
+                file.get_tensor(TENSOR),
+                step=step,
+                model=described["model"],
+                request_hash=described.get("request_hash", ""),
+            )
+    except (*FOREIGN, SafetensorError) as error:
         why = f"it holds no picture of flux: {str(error)[:80]}"
         raise BadInputFile("no latents to finish", which=path, why=why) from error
+
+
+def _check(info: TensorInfo, order: Order, *, step: object, path: Path) -> None:
+    """Raise `CheckpointError` for latents that cannot be of their order."""
+    width, height = order.request.size
+    shape = (1, width * height // PIXELS_PER_TOKEN, CHANNELS)
+    is_shaped = info.shape == shape and info.dtype in DTYPES
+    if not is_shaped or not isinstance(step, int) or not 0 <= step <= order.request.steps:
+        why = "they are not of the request's size or steps"
+        raise CheckpointError("damaged latents", which=path, why=why)

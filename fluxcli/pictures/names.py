@@ -1,7 +1,7 @@
 """Where pictures go: names, templates, and files that are whole or absent.
 
-Knows nothing of how a picture is made. Stdlib only. A file is written to a temporary one beside it, flushed to disk
-and moved into place; automatic names never replace a file, even when two processes race.
+Knows nothing of how a picture is made. Stdlib only. An automatic name never replaces a file, even
+when two processes race for it; a file that the user named is replaced only where that was said.
 """
 
 import contextlib
@@ -21,39 +21,105 @@ from itertools import count
 from pathlib import Path
 
 from fluxcli.errors import OutputError, UsageError
-from fluxcli.request.fields import Order
+from fluxcli.request.fields import Order, Output
 from fluxcli.request.settings import FORMATS
 from quant.files import move_if_free, nearest, open_temporary, write_atomically
 
 DEFAULT_TEMPLATE = "{slug}-{seed}"
-OPEN_FIELDS = ("date",)  # told by a name, and decided by no request
-TEMPLATE_KEYS = ("seed", "n", "row", "slug", "preset", "width", "height", "date")
-SLUG_LENGTH = 48
+TEMPLATE_FIELDS = ("seed", "n", "row", "slug", "preset", "width", "height", "date")
+MAX_SLUG = 48  # characters
 STDOUT = "-"
+MIB = 1 << 20
+
+
+# --- what -o means
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a run's pictures go. `pattern` has template fields and no extension unless `exact`; `folder` has none."""
+    """Where the pictures of a row go.
+
+    `pattern` is a template without an extension, below `folder`; of an `exact` target it is the
+    one file name that the user gave, which only `force` replaces.
+    """
 
     folder: Path
     pattern: str
-    exact: bool = False  # one plain file the user named: replaced only with --force
+    exact: bool = False
     force: bool = False
     stdout: bool = False
 
-    def has_field(self, *keys: str) -> bool:
-        """Return whether the name is made with one of these template fields."""
-        found = {key for _, key, _, _ in string.Formatter().parse(self.pattern)}
-        return not self.exact and not found.isdisjoint(keys)
+    def has_field(self, *names: str) -> bool:
+        """Return whether its names are made with one of these template fields."""
+        return not self.exact and not find_fields(self.pattern).isdisjoint(names)
 
 
-def format_of(text: str | None, *, given: str | None = None) -> str | None:
-    """The format that an extension decides, None if open; raises `UsageError` for others and against a `given` one."""
-    if text in (None, STDOUT) or text.endswith(("/", os.sep)) or os.path.isdir(os.path.expanduser(text)):
+@dataclass(frozen=True)
+class Destination:
+    """Where one picture goes, and what its name is made of."""
+
+    target: Target
+    order: Order  # of this picture alone
+    n: int = 1  # the picture's number in its row, from 1
+    row: int = 0  # of the batch, 0 outside one
+    seeded: bool = True  # the seed was asked for
+
+    def make_name(self, **changes: object) -> str:
+        """Return the best name in the target's folder; `changes` are other values of fields."""
+        if self.target.exact:
+            return self.target.pattern
+        width, height = self.order.request.size
+        values: dict[str, object] = {
+            "seed": self.order.request.seed,
+            "n": self.n,
+            "row": self.row,
+            "slug": make_slug(self.order.request.prompt),
+            "preset": make_slug(self.order.preset),
+            "width": width,
+            "height": height,
+            "date": date.today().isoformat(),
+        }
+        name = self.target.pattern.format(**(values | changes))
+        return f"{name}.{self.order.output.format}"
+
+
+def parse_target(output: Output, *, force: bool = False) -> Target:
+    """Return where the pictures of an output go.
+
+    Raises `UsageError` for a template or a file name that cannot be.
+    """
+    text = output.output
+    if text == STDOUT:
+        if output.count > 1:
+            raise UsageError("-o - takes one picture", which=f"--count {output.count}")
+        return Target(Path(), STDOUT, stdout=True)
+    path = Path(os.path.expanduser(text or "."))
+    if os.path.isdir(path):
+        return Target(path, DEFAULT_TEMPLATE)
+    is_template = bool(check_template(str(path)))
+    if text and text.endswith(("/", os.sep)):
+        if is_template:
+            return Target(Path(), str(path / DEFAULT_TEMPLATE))
+        return Target(path, DEFAULT_TEMPLATE)
+    if is_template:
+        return Target(Path(), str(path.with_suffix("")))
+    if output.count > 1:
+        hint = f"-o {path.stem}-{{seed}}{path.suffix}, or a folder"
+        raise UsageError("one file name for several pictures", which=text, hint=hint)
+    return Target(path.parent, path.name, exact=True, force=force)
+
+
+def read_format(text: str | None, *, given: str | None = None) -> str | None:
+    """Return the picture format that the extension of an -o decides, None where it is open.
+
+    Raises `UsageError` for an unknown extension, and for another format than a `given` one.
+    """
+    if text is None or text == STDOUT:
+        return None
+    if text.endswith(("/", os.sep)) or os.path.isdir(os.path.expanduser(text)):
         return None
     suffix = Path(text).suffix.lower().lstrip(".")
-    if not suffix and _check_template(text):
+    if not suffix and check_template(text):
         return None
     format = suffix.replace("jpeg", "jpg")
     if format not in FORMATS:
@@ -65,142 +131,174 @@ def format_of(text: str | None, *, given: str | None = None) -> str | None:
     return format
 
 
-def parse_target(order: Order, *, force: bool = False) -> Target:
-    """Where the pictures of `request` go; raises `UsageError` for a template or a file name that cannot be."""
-    text = order.output.output
-    if text == STDOUT:
-        if order.output.count > 1:
-            raise UsageError("-o - takes one picture", which=f"--count {order.output.count}")
-        return Target(Path(), STDOUT, stdout=True)
-    path = Path(os.path.expanduser(text or "."))
-    folder = os.path.isdir(path)
-    is_template = not folder and _check_template(str(path))
-    if folder or (text and text.endswith(("/", os.sep))):
-        return Target(Path(), str(path / DEFAULT_TEMPLATE)) if is_template else Target(path, DEFAULT_TEMPLATE)
-    if is_template:
-        return Target(Path(), str(path.with_suffix("")))
-    if order.output.count > 1:
-        hint = f"-o {path.stem}-{{seed}}{path.suffix}, or a folder"
-        raise UsageError("one file name for several pictures", which=text, hint=hint)
-    return Target(path.parent, path.name, exact=True, force=force)
+def check_template(name: str) -> set[str]:
+    """Return the template fields of a name, of which there may be none.
 
-
-def _check_template(name: str) -> bool:
+    Raises `UsageError` for fields that there are not, and for braces and formats that cannot be.
+    """
     try:
-        keys = [key for _, key, spec, conversion in string.Formatter().parse(name) if key is not None]
-        if any(key not in TEMPLATE_KEYS for key in keys):
-            raise ValueError("fields are " + " ".join(f"{{{key}}}" for key in TEMPLATE_KEYS))
+        found = find_fields(name)
+        if not found.issubset(TEMPLATE_FIELDS):
+            raise ValueError("fields are " + " ".join(f"{{{each}}}" for each in TEMPLATE_FIELDS))
         name.format(seed=1, n=1, row=1, slug="", preset="", width=1, height=1, date="")
     except (ValueError, IndexError, KeyError, MemoryError) as error:  # the last: {n:99999999999}
         raise UsageError("bad template", which=name, why=str(error)) from error
-    return bool(keys)
+    return found
 
 
-def slug(prompt: str) -> str:
-    """A short file name made of a prompt: ASCII letters and digits where it has any, joined by '-'."""
+def find_fields(pattern: str) -> set[str]:
+    """Return the names of a template's fields; raises ValueError for stray braces."""
+    return {name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None}
+
+
+def make_slug(prompt: str) -> str:
+    """Return a short file name made of a prompt: its ASCII letters and digits, joined by -."""
     plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode()
-    text = "-".join(re.findall(r"[a-z0-9]+", plain.lower()))
-    if len(text) > SLUG_LENGTH:
-        text = text[: SLUG_LENGTH + 1].rpartition("-")[0] or text[:SLUG_LENGTH]
-    return text or "image"
+    slug = "-".join(re.findall(r"[a-z0-9]+", plain.lower()))
+    if len(slug) > MAX_SLUG:
+        whole_words = slug[: MAX_SLUG + 1].rpartition("-")[0]
+        slug = whole_words or slug[:MAX_SLUG]
+    return slug or "image"
 
 
-def candidates(target: Target, order: Order, n: int, row: int = 0) -> Iterator[Path]:
-    """The names to try for picture `n` (from 1) of a row, best first."""
-    first = target.folder / _named(target, order, n=n, row=row, seed=order.request.seed, date=date.today().isoformat())
+# --- names
+
+
+def list_candidates(destination: Destination) -> Iterator[Path]:
+    """Yield the names to try for a picture, best first: without a number, then with -2, -3 ...
+
+    They never end.
+    """
+    first = destination.target.folder / destination.make_name()
     yield first
     for k in count(2):
         yield first.with_name(f"{first.stem}-{k}{first.suffix}")
 
 
-def _named(target: Target, order: Order, **values: object) -> str:
-    """The file's name in the target's folder."""
-    width, height = order.request.size
-    values |= {"slug": slug(order.request.prompt), "preset": slug(order.preset), "width": width, "height": height}
-    return target.pattern if target.exact else f"{target.pattern.format(**values)}.{order.output.format}"
+def list_names(destination: Destination) -> Iterator[Path]:
+    """Yield the names that a picture has or could have got in another run, best first.
 
-
-def list_names(target: Target, order: Order, n: int, row: int, *, seeded: bool) -> Iterator[Path]:
-    """Yield the names that picture `n` of a row has or could have got, best first.
-
-    Where the name tells what the request leaves open (the day; without a seed also the seed, and
-    the number, since equal pictures differ in nothing else), these are the files that are there.
+    Mostly these are its candidates. Where a name tells what the order leaves open (the day; without
+    a seed also the seed, and the number, since such pictures are equal but for it), these are the
+    files that are there under any value of it.
     """
+    target = destination.target
     if target.exact:
         yield target.folder / target.pattern
         return
-    open_fields = OPEN_FIELDS if seeded else (*OPEN_FIELDS, "seed", "n")
+    open_fields = ["date"] if destination.seeded else ["date", "seed", "n"]
     if not target.has_field(*open_fields):
-        yield from candidates(target, order, n, row)
+        yield from list_candidates(destination)
         return
-    values = {"n": n, "row": row, "seed": order.request.seed} | dict.fromkeys(open_fields, _Open())
-    stem, dot, suffix = _named(target, order, **values).rpartition(".")
-    wanted = re.escape(stem).replace(_Open.MARK, ".*") + r"(-\d+)?" + re.escape(dot + suffix)
-    pattern = glob.escape(stem).replace(_Open.MARK, "*") + "*" + glob.escape(dot + suffix)
-    for name in sorted(glob.glob(pattern, root_dir=target.folder)):
-        if re.fullmatch(wanted, name, re.DOTALL):
-            yield target.folder / name
+    name = destination.make_name(**dict.fromkeys(open_fields, AnyValue()))
+    stem, dot, suffix = name.rpartition(".")
+    pattern = glob.escape(stem).replace(ANY, "*") + "*" + glob.escape(dot + suffix)
+    expression = re.escape(stem).replace(ANY, ".*") + r"(-\d+)?" + re.escape(dot + suffix)
+    for found in sorted(glob.glob(pattern, root_dir=target.folder)):
+        if re.fullmatch(expression, found, re.DOTALL):
+            yield target.folder / found
 
 
-class _Open(str):
-    """The value of a field that is open, whatever its format: a mark that no file name holds."""
-
-    MARK = "\0"
-
-    def __format__(self, _: str) -> str:
-        return self.MARK
+ANY = "\0"  # no file name holds it
 
 
-def check_writable(target: Target, order: Order, row: int = 0) -> None:
-    """Raise `OutputError` before any compute if the pictures could not be written; leaves nothing behind."""
+class AnyValue:
+    """Stands for any value of a template field: becomes `ANY`, whatever the field's format says."""
+
+    def __format__(self, _format: str) -> str:
+        return ANY
+
+    def __str__(self) -> str:
+        return ANY
+
+
+# --- files
+
+
+def check_writable(target: Target, order: Order, *, row: int = 0) -> None:
+    """Raise `OutputError` before any compute if a row's pictures could not be written.
+
+    Leaves nothing behind. Raises `UsageError` where stdout is a terminal.
+    """
     if target.stdout:
-        if sys.stdout is None:
-            raise OutputError("cannot write to stdout", which="-o -", why="it is closed")
-        if sys.stdout.isatty():
-            raise UsageError("a picture would garble the terminal", which="-o -", hint="flux generate ... -o - > x.jpg")
+        _check_stdout()
         return
-    path = next(candidates(target, order, 1, row))
-    need = order.output.count * (math.prod(order.request.size) * 3 + (1 << 20))
+    path = next(list_candidates(Destination(target, order, row=row)))
     try:
         with contextlib.suppress(FileNotFoundError):
-            os.lstat(path)  # raises where it is no possible name; a dangling link takes it, too
+            os.lstat(path)  # not `exists`: a dangling link takes a name, too
             if target.exact and not target.force:
                 hint = "--force replaces it; -o FOLDER/ picks a free name"
                 raise OutputError("the file exists", which=path, hint=hint)
         folder = nearest(Path(os.path.realpath(path)).parent)
         with open_temporary(folder) as (_, file):
             file.close()
-        free = shutil.disk_usage(folder).free
+        free_bytes = shutil.disk_usage(folder).free
     except OSError as error:
-        raise _output_error(path, error) from error
-    if free < need:
-        why = f"needs about {need // 2**20 + 1} MiB, {free // 2**20} MiB are free"
+        raise _explain_os_error(path, error) from error
+    need_bytes = order.output.count * (math.prod(order.request.size) * 3 + MIB)
+    if free_bytes < need_bytes:
+        why = f"needs about {need_bytes // MIB + 1} MiB, {free_bytes // MIB} MiB are free"
         raise OutputError("the disk is full", which=folder, why=why)
 
 
-def save(data: bytes, target: Target, order: Order, n: int, row: int = 0) -> str:
-    """Write `data` as picture `n` of a row; returns its path as the user would spell it ('-' for stdout)."""
+def _check_stdout() -> None:
+    if sys.stdout is None:
+        raise OutputError("cannot write to stdout", which="-o -", why="it is closed")
+    if sys.stdout.isatty():
+        hint = "flux generate ... -o - > x.jpg"
+        raise UsageError("a picture would garble the terminal", which="-o -", hint=hint)
+
+
+def save(data: bytes, destination: Destination) -> str:
+    """Write a picture's bytes under the first of its names that is free.
+
+    Returns the path as the user would spell it, - for stdout. Raises `OutputError`: also where a
+    name that the user gave was taken meanwhile; the picture is kept under another one then.
+    """
+    target = destination.target
     if target.stdout:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
         return STDOUT
-    try:
-        for path in candidates(target, order, n, row):
-            real = Path(os.path.realpath(path))
-            real.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileExistsError):
-                if target.force or not os.path.lexists(path):
-                    write_atomically(real, data, place=os.replace if target.force else move_if_free)
-                    break
-    except OSError as error:
-        raise _output_error(path, error) from error
+    for path in list_candidates(destination):
+        try:
+            if _write(data, path, force=target.force):
+                break
+        except OSError as error:
+            raise _explain_os_error(path, error) from error
     if target.exact and path.name != target.pattern:
-        why = f"the picture is kept as {path}"
-        raise OutputError("the file exists now", which=target.folder / target.pattern, why=why, hint="--force replaces")
+        raise OutputError(
+            "the file exists now",
+            which=target.folder / target.pattern,
+            why=f"the picture is kept as {path}",
+            hint="--force replaces",
+        )
     return str(path)
 
 
-def _output_error(path: Path, error: OSError) -> OutputError:
-    reasons = {errno.ENOSPC: "the disk is full", errno.EROFS: "the file system is read-only"}
-    why = reasons.get(error.errno or 0, (error.strerror or str(error)).lower())
-    return OutputError("cannot write the picture", which=path, why=why, hint="-o FOLDER/ writes elsewhere")
+def _write(data: bytes, path: Path, *, force: bool) -> bool:
+    """Write the file, through a link; returns False where the name is taken. Raises OSError."""
+    real = Path(os.path.realpath(path))
+    real.parent.mkdir(parents=True, exist_ok=True)
+    if force:
+        write_atomically(real, data, place=os.replace)
+        return True
+    if os.path.lexists(path):
+        return False
+    try:
+        write_atomically(real, data, place=move_if_free)
+    except FileExistsError:  # another process was quicker
+        return False
+    return True
+
+
+def _explain_os_error(path: Path, error: OSError) -> OutputError:
+    if error.errno == errno.ENOSPC:
+        why = "the disk is full"
+    elif error.errno == errno.EROFS:
+        why = "the file system is read-only"
+    else:
+        why = (error.strerror or str(error)).lower()
+    hint = "-o FOLDER/ writes elsewhere"
+    return OutputError("cannot write the picture", which=path, why=why, hint=hint)

@@ -4,11 +4,14 @@ It is JSON on the worker's wire. Knows nothing of models or devices. Stdlib only
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from fluxcli.request.fields import Order
 from quant.errors import ExplainedError
+
+if TYPE_CHECKING:
+    from fluxcli.pictures.names import Target
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,8 @@ class Row:
     """One order of a run: its number (from 1 in a batch, 0 outside one), and where it stood.
 
     A row whose line is no order has the error instead. `nth` says which of the equal pictures that
-    a batch asks for the row's first one is, from 1.
+    a batch asks for the row's first one is, from 1. `target` is its parsed output, where that is
+    known already; it stays in this process.
     """
 
     number: int
@@ -24,6 +28,7 @@ class Row:
     where: str = ""  # for people: FILE:LINE
     error: ExplainedError | None = None
     nth: int = 1
+    target: "Target | None" = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Job:
             }
             for row in self.rows
         ]
-        return asdict(self) | {"rows": rows}
+        return asdict(replace(self, rows=())) | {"rows": rows}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Job":

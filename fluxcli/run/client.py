@@ -233,7 +233,7 @@ def check_available() -> None:
 
 def describe_installation() -> dict[str, str | int]:
     """Return what a worker must share with whoever uses it: version, installation and variables."""
-    described = {
+    described: dict[str, str | int] = {
         "version": fluxcli.__version__,
         "protocol": PROTOCOL,
         "prefix": sys.prefix,

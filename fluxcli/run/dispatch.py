@@ -113,8 +113,9 @@ class Dispatcher:
 
 def _check_before_torch(job: Job) -> None:
     """Raise what the session would raise after seconds of imports: no model here, a broken torch."""
-    if not job.batch:
-        find.list_folders(job.rows[0].order.request.model)
+    order = job.rows[0].order
+    if order and not job.batch:
+        find.list_folders(order.request.model)
     device.check_torch()
 
 

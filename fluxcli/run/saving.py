@@ -1,44 +1,54 @@
-"""Pictures that were drawn become files: their metadata, their encoding, their names."""
+"""Pictures that were drawn become files: their metadata, their encoding, their names.
+
+And back: whether a file is what a row asks for, and what is kept of a picture for which memory ran
+out. What a picture was computed with is asked of the engine; nothing here computes.
+"""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import islice, repeat
+from pathlib import Path
+from typing import Any
 
 import fluxcli
 from fluxcli.engine.engine import Engine
 from fluxcli.engine.picture import Picture
 from fluxcli.events import GeneratedImage
 from fluxcli.models import loras
-from fluxcli.pictures import image, names
+from fluxcli.pictures import image, latents, names
+from fluxcli.pictures.latents import Latents
+from fluxcli.pictures.names import Destination
 from fluxcli.request.fields import Order
+from quant.errors import ExplainedError
 from quant.lora import Adapter
 
 
-@dataclass(frozen=True)
-class Destination:
-    """Where one picture goes, and what it is called by."""
-
-    order: Order  # of this picture alone
-    target: names.Target
-    n: int = 1  # of its row's pictures, for its name
-    row: int = 0  # of the batch, 0 outside one
-    seeded: bool = True  # the seed was asked for
-
-
-def save(picture: Picture, destination: Destination, engine: Engine) -> GeneratedImage:
+def save_picture(picture: Picture, destination: Destination, engine: Engine) -> GeneratedImage:
     """Write a picture that has its pixels; raises `OutputError`."""
+    assert picture.pixels is not None
     order = destination.order
-    pixels = picture.pixels
-    assert pixels is not None, "the picture is not drawn"
-    digest = image.pixels_sha256(pixels)
+    pixels_sha256 = image.hash_pixels(picture.pixels)
     metadata = None
     if order.output.metadata:
-        metadata = make_metadata(engine, order, picture.adapters, seeded=destination.seeded)
-        metadata["pixels_sha256"] = digest
+        seeded = destination.seeded
+        metadata = make_metadata(engine, order, picture.adapters, seeded=seeded)
+        metadata["pixels_sha256"] = pixels_sha256
     data = image.encode(
-        pixels, order.output.format, quality=order.output.quality, metadata=metadata
+        picture.pixels, order.output.format, quality=order.output.quality, metadata=metadata
     )
-    path = names.save(data, destination.target, order, destination.n, destination.row)
+    path = names.save(data, destination)
+    return _identify(path, data, order, pixels_sha256=pixels_sha256)
+
+
+def describe_file(path: Path, order: Order) -> GeneratedImage:
+    """Return what identifies the picture of an order that lies there already."""
+    pixels_sha256 = image.read_metadata(path)["pixels_sha256"]
+    return _identify(str(path), path.read_bytes(), order, pixels_sha256=pixels_sha256)
+
+
+def _identify(path: str, data: bytes, order: Order, *, pixels_sha256: str) -> GeneratedImage:
     width, height = order.request.size
     return GeneratedImage(
         path=path,
@@ -48,14 +58,14 @@ def save(picture: Picture, destination: Destination, engine: Engine) -> Generate
         format=order.output.format,
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
-        pixels_sha256=digest,
+        pixels_sha256=pixels_sha256,
     )
 
 
 def make_metadata(
     engine: Engine, order: Order, adapters: Sequence[Adapter], *, seeded: bool = True
-) -> dict:
-    """What identifies a picture: the order that makes it alone, the model, what computed it.
+) -> dict[str, Any]:
+    """Return what identifies a picture: the order that makes it alone, the model, what computed it.
 
     `seeded` tells whether the seed was asked for.
     """
@@ -76,3 +86,77 @@ def make_metadata(
         "seeded": seeded,
         "versions": fluxcli.versions(),
     }
+
+
+# --- what is there already
+
+
+def find_done(
+    engine: Engine, destinations: Sequence[Destination], adapters: Sequence[Adapter], *, nth: int
+) -> list[Path | None]:
+    """Return the file that each picture of a row is done with, None for those that are to be drawn.
+
+    A picture is done if the file of its name is whole and carries the hash of its request. Names
+    that hold other pictures do not count. Of equal pictures the k-th is done with the k-th name;
+    the row's first one is the `nth`. All pictures of a row without a seed are equal in this.
+    """
+    if not destinations[0].seeded:
+        slots = _list_slots(engine, destinations[0], adapters)
+        return list(islice(slots, nth - 1, nth - 1 + len(destinations)))
+    found = []
+    for destination in destinations:
+        slots = _list_slots(engine, destination, adapters)
+        found.append(next(islice(slots, nth - 1, None)))
+    return found
+
+
+def _list_slots(
+    engine: Engine, destination: Destination, adapters: Sequence[Adapter]
+) -> Iterator[Path | None]:
+    """Yield a picture's names that carry its hash, and None for each that is free; without end."""
+    seeded = destination.seeded
+    wanted = _make_hashes(engine, destination, adapters)
+    for path in names.list_names(destination):
+        if image.carries_hash(path, wanted, seeded=seeded):
+            yield path
+        elif not os.path.lexists(path):
+            yield None
+    yield from repeat(None)
+
+
+def _make_hashes(engine: Engine, destination: Destination, adapters: Sequence[Adapter]) -> set[str]:
+    """Return the hashes that a picture may carry: decoded as planned, or in tiles."""
+    seeded = destination.seeded
+    planned = make_metadata(engine, destination.order, adapters, seeded=seeded)
+    tiled = planned | {"compute": planned["compute"] | {"tiled": True}}  # where memory runs out
+    return {image.hash_request(each, seeded=seeded) for each in (planned, tiled)}
+
+
+# --- what is kept of a picture
+
+
+def keep_latents(engine: Engine, picture: Picture, destination: Destination) -> Path:
+    """Write what there is of a picture beside where it would be; raises OSError."""
+    assert picture.tokens is not None
+    metadata = make_metadata(engine, destination.order, picture.adapters)
+    kept = Latents(
+        destination.order,
+        picture.tokens,
+        step=picture.step,
+        model=engine.checkpoint.fingerprint,
+        request_hash=image.hash_request(metadata),
+    )
+    return latents.save(kept, destination.target, n=destination.n, row=destination.row)
+
+
+def find_latents(
+    engine: Engine, destination: Destination, adapters: Sequence[Adapter]
+) -> Latents | None:
+    """Return what a run before has kept of a picture with a seed; None where there is nothing."""
+    wanted = _make_hashes(engine, destination, adapters)
+    for path in latents.find_kept(destination):
+        with suppress(ExplainedError):  # damaged, or somebody else's
+            kept = latents.load(path)
+            if kept.request_hash in wanted:
+                return kept
+    return None

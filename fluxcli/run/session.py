@@ -1,367 +1,472 @@
-"""A session: rows are planned, grouped into windows and drawn, by one engine that stays as long as it serves.
+"""A session: rows are planned, grouped and drawn, by one engine that stays as long as it serves.
 
-It never prints. The same in process and in the worker. Same seed, same pixels: a row's precision and decoding are
-those of its own plan, only where weights are is decided for a window as a whole.
+It never prints. It is the same in process and in the worker. Same seed, same pixels: a row's
+precision and decoding are those of its own plan; only where weights are is decided for a group of
+rows as a whole. Sizes are in bytes, times in seconds.
 """
 
 import contextlib
 import gc
-import hashlib
-import os
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import replace
-from itertools import islice, repeat
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Self
 
 import fluxcli
 from fluxcli import paths
-from fluxcli.engine import device as hardware
+from fluxcli.engine import device, modulation
 from fluxcli.engine.engine import Drawn, Engine
 from fluxcli.engine.picture import Picture
 from fluxcli.errors import DoesNotFit
 from fluxcli.events import Done, Event, GeneratedImage, Notice, Phase, Saved, Skipped, explain
-from fluxcli.models import find as models
-from fluxcli.models import loras as lora
-from fluxcli.pictures import image, latents
-from fluxcli.pictures import names as output
+from fluxcli.models import find, loras
 from fluxcli.pictures.latents import Latents
-from fluxcli.plan.costs import make_workload
+from fluxcli.pictures.names import Destination, Target, check_writable, parse_target
+from fluxcli.plan.costs import DTYPE_BYTES, make_workload
 from fluxcli.plan.machine import Hardware
-from fluxcli.plan.placement import MemoryPlan, weaker
+from fluxcli.plan.placement import MemoryPlan, Placement, weaker
 from fluxcli.plan.planner import make_plan, suggest_options
 from fluxcli.request.fields import Order
 from fluxcli.request.job import Job, Row
+from fluxcli.run import saving
 from fluxcli.run.lock import DeviceLock
 from fluxcli.run.margin import grow_margin, read_margin
-from fluxcli.run.planned import Planned, Prepared, window_size
-from fluxcli.run.saving import Destination, make_metadata, save
 from quant.checkpoint import Checkpoint
 from quant.errors import ExplainedError
 from quant.lora import Adapter
 
-LOCK_S = 1.0  # between two looks at whether the run is still wanted, while another one has the device
+LOCK_S = 1.0  # between two looks at whether the run is still wanted, while another has the device
 LOCKED_SHARE = 0.25  # of the RAM: a run on the CPU that takes less disturbs nobody
+MAX_GROUP = 16  # pictures that go through a phase together: what is lost when a run is killed
+TABLES_SHARE = 0.1  # of the free RAM, for the modulation tables of a group
+LESS_SHARE = 0.8  # of the budget: what is suggested after memory ran out fits into so much
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What an order is drawn with. `alternatives` are all checkpoints of its model."""
+
+    checkpoint: Checkpoint
+    plan: MemoryPlan
+    hardware: Hardware
+    adapters: tuple[Adapter, ...]
+    alternatives: tuple[Checkpoint, ...]
+
+    @property
+    def engine_key(self) -> tuple[object, ...]:
+        """What one engine has: rows that differ in it are never drawn by the same one."""
+        plan = self.plan
+        return (
+            self.checkpoint.fingerprint,
+            self.checkpoint.components["transformer"].folder,
+            plan.device,
+            plan.precision,
+            plan.spec,
+            tuple(plan.dtypes.items()),
+        )
+
+
+@dataclass
+class PlannedRow:
+    """A row with its plan, and its pictures as they come."""
+
+    row: Row
+    order: Order  # with a seed
+    target: Target
+    prepared: Prepared
+    missing: int  # pictures that are still to come
+    is_checked: bool = True  # that its files can be written
+    images: list[GeneratedImage] = field(default_factory=list)
+
+    @property
+    def group_key(self) -> tuple[object, ...]:
+        """What rows that are drawn together have in common.
+
+        Tiles give other pixels: whether there are some is decided by each row's own plan.
+        """
+        is_tiled = self.prepared.plan.placement.decode == "tiled"
+        return *self.prepared.engine_key, is_tiled, self.order.resources.vram_limit
+
+    def list_destinations(self) -> list[Destination]:
+        """Return where each of the row's pictures goes."""
+        assert self.row.order
+        seeded = self.row.order.request.seed >= 0
+        return [
+            Destination(
+                self.target, self.order.picture(k), n=k + 1, row=self.row.number, seeded=seeded
+            )
+            for k in range(self.order.output.count)
+        ]
+
+    def add(self, image: GeneratedImage) -> None:
+        """Take a picture of the row that is there now."""
+        self.images.append(image)
+        self.missing -= 1
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A picture that is to be drawn, where it goes, and the row that it is of."""
+
+    picture: Picture
+    destination: Destination
+    row: PlannedRow
 
 
 class Session:
-    """Draws jobs, one after the other; `close` gives memory and the device's lock back."""
+    """Plans rows, groups them, takes the device's lock and draws; one job after the other.
+
+    Leaving the `with` block gives the lock back, `evict` the memory.
+    """
 
     def __init__(self) -> None:
         self.engine: Engine | None = None
-        self._basis: tuple = ()
+        self._engine_key: tuple[object, ...] = ()
         self._held = contextlib.ExitStack()
-        self._locked: set[str] = set()
+        self._locked: set[str] = set()  # identities of devices
 
-    def __enter__(self) -> "Session":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    def run(self, job: Job, *, kept: Latents | None = None, after_loss: bool = False) -> Iterator[Event]:
-        """Yield the events of every row. Raises `FluxError` and `QuantError`, in a batch if they end all.
+    def run(
+        self, job: Job, *, kept: Latents | None = None, after_loss: bool = False
+    ) -> Generator[Event, None, None]:
+        """Yield the events of every row.
 
-        `kept` is what there is of the only picture. With `after_loss` a worker was lost that may have
-        drawn some of it: pictures of rows with a seed that are there count as saved.
+        `kept` is what there is of the only picture. With `after_loss` a worker was lost that may
+        have drawn some of the job: pictures of rows with a seed that are there count as saved.
+        Raises `FluxError` and `QuantError`; in a batch they are events of their rows.
         """
-        groups: dict[tuple, list[Planned]] = {}
+        groups: dict[tuple[object, ...], list[PlannedRow]] = {}
         known: dict[Order, Prepared] = {}
         for row in job.rows:
             try:
-                planned = yield from self._planned(row, job, known, after_loss)
+                planned = yield from self._plan_row(row, job, known=known, after_loss=after_loss)
             except ExplainedError as error:
                 if not job.batch:
                     raise
                 yield explain(error, row.number)
                 continue
-            if job.expected_model not in (None, planned.checkpoint.fingerprint):
-                yield Notice("the model here is not the one that made the picture: expect another picture")
-            tiled = planned.plan.placement.decode == "tiled"  # other pixels: decided by each row's own plan
-            groups.setdefault((planned.basis, tiled, row.order.resources.vram_limit), []).append(planned)
-        for group in groups.values():
-            yield from self._draw(group, job, kept, after_loss)
+            fingerprint = planned.prepared.checkpoint.fingerprint
+            if job.expected_model not in (None, fingerprint):
+                what = "the model here is not the one that made the picture"
+                yield Notice(f"{what}: expect another picture")
+            groups.setdefault(planned.group_key, []).append(planned)
+        for rows in groups.values():
+            yield from self._draw_rows(rows, job, kept=kept, after_loss=after_loss)
+
+    # --- planning
 
     def prepare(
         self, order: Order, *, lock: bool = True, no_wait: bool = False
     ) -> Generator[Event, None, Prepared]:
-        """Plan an order, the device's lock held; an adapter's header is read here and nowhere else."""
+        """Plan an order, and take the device's lock for it unless `lock` is off.
+
+        Adapters are resolved here and nowhere else. Raises `DoesNotFit` with options that would
+        fit, and what looking for models, adapters and devices raises.
+        """
+        resources = order.resources
         said: list[str] = []
-        checkpoints = models.list_checkpoints(order, paths.config_folder(), said.append)
+        checkpoints = find.list_checkpoints(order, paths.config_folder(), said.append)
         yield from map(Notice, said)
-        adapters = lora.resolve_loras(order.request.lora, checkpoints[-1].components)
-        hardware.check_torch()
-        machine = hardware.probe(order.resources.device)
-        if lock and machine.kind != "cpu":
-            yield from self._lock(machine.identity, no_wait)
-            machine = hardware.probe(order.resources.device)  # once more: another flux may have held all of it
+        adapters = loras.resolve_loras(order.request.lora, checkpoints[-1].components)
+        yield from map(Notice, loras.describe_unmatched(adapters))
+        device.check_torch()
+        hardware = device.probe(resources.device)
+        if lock and hardware.kind != "cpu":
+            yield from self._lock(hardware.identity, no_wait=no_wait)
+            hardware = device.probe(resources.device)  # again: another flux may have held all of it
         if self.engine:  # what this process holds is its own to use
-            machine = replace(machine, ram_free_bytes=machine.ram_free_bytes + self.engine.plan.host_bytes)
+            ram_free_bytes = hardware.ram_free_bytes + self.engine.plan.host_bytes
+            hardware = replace(hardware, ram_free_bytes=ram_free_bytes)
         try:
             checkpoint, plan = make_plan(
                 make_workload(order.request, adapters),
-                order.resources,
+                resources,
                 checkpoints,
-                machine,
-                margin_bytes=read_margin(machine),
+                hardware,
+                margin_bytes=read_margin(hardware),
                 model=order.request.model,
             )
         except DoesNotFit as error:
-            found = suggest_options(order.request, order.resources, checkpoints, machine, adapters=adapters)
-            error.hint = found or error.hint
+            options = suggest_options(
+                order.request, resources, checkpoints, hardware, adapters=adapters
+            )
+            error.hint = options or error.hint
             raise
-        if lock and machine.kind == "cpu" and max(plan.peak_bytes.values()) > machine.total_bytes * LOCKED_SHARE:
-            yield from self._lock(machine.identity, no_wait)
-        return Prepared(checkpoint, plan, machine, adapters, tuple(checkpoints))
+        most_bytes = max(plan.peak_bytes.values())
+        is_large = most_bytes > hardware.total_bytes * LOCKED_SHARE
+        if lock and hardware.kind == "cpu" and is_large:
+            yield from self._lock(hardware.identity, no_wait=no_wait)
+        return Prepared(checkpoint, plan, hardware, adapters, tuple(checkpoints))
 
-    def engine_for(
-        self, checkpoint: Checkpoint, plan: MemoryPlan, machine: Hardware, basis: tuple, *, cache: bool
-    ) -> Engine:
-        """The engine that is there, where it has the same basis, else a new one."""
-        if self.engine and self._basis == basis:
-            self.engine.adopt(plan, machine, prompt_cache=cache)
-        else:
-            self.evict()
-            self.engine, self._basis = Engine(checkpoint, plan, machine, prompt_cache=cache), basis
+    def _plan_row(
+        self, row: Row, job: Job, *, known: dict[Order, Prepared], after_loss: bool
+    ) -> Generator[Event, None, PlannedRow]:
+        """Plan a row of the job; rows that need the same plan share one of `known`."""
+        assert row.order
+        order = row.order
+        target = row.target or parse_target(order.output, force=job.force)
+        # What stands at an exact name may be the row's picture: that is looked at first.
+        is_checked = not target.exact or not (job.resume or after_loss)
+        if job.batch and is_checked:
+            check_writable(target, order, row=row.number)
+        alike = _without_content(order)
+        if alike not in known:
+            known[alike] = yield from self.prepare(order, no_wait=job.no_wait)
+            if not job.batch:
+                yield _announce(order, known[alike].plan)
+        return PlannedRow(
+            row,
+            order.with_seed(),
+            target,
+            known[alike],
+            missing=order.output.count,
+            is_checked=is_checked,
+        )
+
+    def _lock(self, identity: str, *, no_wait: bool) -> Iterator[Event]:
+        """Take a device's lock, and keep it until `release`.
+
+        Waits as long as another flux computes on it; with `no_wait` raises `DoesNotFit` instead.
+        """
+        if identity in self._locked:
+            return
+        lock = DeviceLock(identity)
+        if not lock.acquire():
+            if no_wait:
+                raise DoesNotFit(
+                    "the device is busy",
+                    which=identity,
+                    why="another flux computes on it",
+                    hint="leave --no-wait out to wait for it",
+                )
+            what = f"{identity} is busy with another flux: waiting for it"
+            yield Notice(f"{what} (--no-wait gives up instead)")
+            while not lock.acquire(LOCK_S):
+                yield Phase("wait", identity)
+        self._locked.add(identity)
+        self._held.callback(lock.release)
+
+    # --- the engine
+
+    def open_engine(self, prepared: Prepared, *, prompt_cache: bool = False) -> Engine:
+        """Return the engine that is there, where it can draw this, else a new one."""
+        plan, hardware = prepared.plan, prepared.hardware
+        if self.engine and self._engine_key == prepared.engine_key:
+            self.engine.adopt(plan, hardware, prompt_cache=prompt_cache)
+            return self.engine
+        self.evict()
+        self.engine = Engine(prepared.checkpoint, plan, hardware, prompt_cache=prompt_cache)
+        self._engine_key = prepared.engine_key
         return self.engine
-
-    def engine_of(
-        self, order: Order, *, no_wait: bool
-    ) -> Generator[Event, None, tuple[Engine, tuple[Adapter, ...]]]:
-        """An engine for a request, and the request's adapters."""
-        found = yield from self.prepare(order, no_wait=no_wait)
-        yield from map(Notice, lora.describe_unmatched(found.adapters))
-        return self.engine_for(found.checkpoint, found.plan, found.hardware, (), cache=False), found.adapters
 
     def evict(self) -> None:
         """Drop the engine and give its memory back."""
         if self.engine:
-            device, self.engine = self.engine.plan.device, None
+            name = self.engine.plan.device
+            self.engine = None
             gc.collect()
-            hardware.empty_cache(device)
+            device.empty_cache(name)
 
     def release(self) -> None:
         """Give the device's lock back."""
         self._held.close()
         self._locked.clear()
 
-    def status(self) -> dict:
-        """What is loaded and how much it holds."""
+    def status(self) -> dict[str, Any]:
+        """Return what is loaded and how much it holds."""
         if not self.engine:
             return {"model": None}
         plan = self.engine.plan
-        held = hardware.held_memory(plan.device)
-        described = {"model": str(self.engine.checkpoint.folder), "device": plan.device, "precision": plan.precision}
-        return described | {"placement": plan.placement.level("denoise"), "held_bytes": held}
+        return {
+            "model": str(self.engine.checkpoint.folder),
+            "device": plan.device,
+            "precision": plan.precision,
+            "placement": plan.placement.level("denoise"),
+            "held_bytes": device.held_memory(plan.device),
+        }
 
-    def _planned(
-        self, row: Row, job: Job, known: dict[Order, Prepared], after_loss: bool
-    ) -> Generator[Event, None, Planned]:
-        order = row.order
-        target = output.parse_target(order, force=job.force)
-        if job.batch and not ((job.resume or after_loss) and target.exact):  # else the file may be the row's picture
-            output.check_writable(target, order, row.number)
-        same = replace(
-            order,
-            request=replace(order.request, prompt="x", seed=0),
-            output=replace(order.output, count=1, output=None),
-        )  # plans depend on none of these
-        if same not in known:
-            prepared = yield from self.prepare(order, no_wait=job.no_wait)
-            if not any(prepared.adapters == before.adapters for before in known.values()):
-                yield from map(Notice, lora.describe_unmatched(prepared.adapters))
-            known[same] = prepared
-            if not job.batch:
-                request, plan = order.request, prepared.plan
-                (width, height), seed = request.size, f", seed {request.seed}" * (request.seed >= 0)
-                what = f"{request.model} on {plan.device} in {plan.precision}"
-                yield Notice(f"{width}x{height}, {request.steps} steps{seed}, {what}")
-        order = order.with_seed()
-        return Planned(row, order, target, known[same], order.output.count)
+    # --- drawing
 
-    def _lock(self, identity: str, no_wait: bool) -> Iterator[Event]:
-        if identity in self._locked:
-            return
-        device_lock = DeviceLock(identity)
-        if not device_lock.acquire():
-            if no_wait:
-                why, hint = "another flux computes on it", "leave --no-wait out to wait for it"
-                raise DoesNotFit("the device is busy", which=identity, why=why, hint=hint)
-            yield Notice(f"{identity} is busy with another flux: waiting for it (--no-wait gives up instead)")
-            while not device_lock.acquire(LOCK_S):
-                yield Phase("wait", identity)
-        self._locked.add(identity)
-        self._held.callback(device_lock.release)
-
-    def _draw(self, group: Sequence[Planned], job: Job, resume: Latents | None, after_loss: bool) -> Iterator[Event]:
-        """Rows of one basis: their pictures in windows."""
-        first, placed = group[0], group[0].plan.placement
-        for planned in group[1:]:
-            placed = weaker(placed, planned.plan.placement)
-        if job.batch:
-            yield Notice(f"{first.order.request.model} on {first.plan.device} in {first.plan.precision}")
-        plan = replace(first.plan, placement=placed)
-        engine = self.engine_for(first.checkpoint, plan, first.machine, first.basis, cache=job.prompt_cache)
-        missing: dict[Picture, Destination] = {}
-        for planned in group:
-            yield from self._take_stock(engine, planned, job, missing=missing, resume=resume, lost=after_loss)
-        # Adapters change as rarely as can be.
-        pictures = sorted(missing, key=lambda picture: [str(ref) for ref in picture.request.lora])
-        if job.batch:
-            for k, picture in enumerate(pictures, 1):
-                picture.position, picture.total = k, len(pictures)
-        size, rows = window_size(group), {planned.row.number: planned for planned in group}
-        for at in range(0, len(pictures), size):
-            group_pictures = {picture: missing[picture] for picture in pictures[at : at + size]}
-            yield from self._draw_group(engine, group_pictures, rows, isolate=job.batch)
-
-    def _take_stock(
-        self, engine: Engine, planned: Planned, job: Job, *,
-        missing: dict[Picture, Destination], resume: Latents | None, lost: bool,
-    ) -> Iterator[Event]:  # fmt: skip
-        """Say which pictures of a row are there already, and add the others to `missing`."""
-        done: list[Path | None] = [None] * planned.order.output.count
-        if planned.order.output.metadata and (job.resume or (lost and planned.row.order.request.seed >= 0)):
-            done = _find_done(engine, planned)
-        for (picture, place), path in zip(planned.pictures(resume), done, strict=True):
-            if path is None:
-                error = planned.refused() if planned.target.exact and (job.resume or lost) else None
-                if error:
-                    yield explain(error, place.row)
-                    return
-                if job.resume and place.seeded:
-                    kept = _find_kept(engine, picture, place)
-                    if kept:
-                        picture.tokens, picture.step = kept.tokens, kept.step
-                missing[picture] = place
-            elif lost:
-                planned.images.append(_describe_file(path, place.order))
-                yield Saved(planned.images[-1], place.row)
-            else:
-                planned.left -= 1
-                yield Skipped(place.row, str(path))
-        if len(planned.images) == planned.left > 0:  # all that was lost is the word of it
-            yield _done(engine, planned)
-
-    def _draw_group(
-        self, engine: Engine, places: dict[Picture, Destination], rows: dict[int, Planned], *, isolate: bool
+    def _draw_rows(
+        self, rows: Sequence[PlannedRow], job: Job, *, kept: Latents | None, after_loss: bool
     ) -> Iterator[Event]:
-        """A group's events, the end of each row, and what went wrong."""
-        left = dict(places)  # without those that are saved
-        known = len(engine.out_of_memory)
+        """Draw rows that one engine can draw: what is missing of them, group by group."""
+        prepared = _plan_together(rows)
+        if job.batch:
+            model = rows[0].order.request.model
+            yield Notice(f"{model} on {prepared.plan.device} in {prepared.plan.precision}")
+        engine = self.open_engine(prepared, prompt_cache=job.prompt_cache)
+        pending: list[Pending] = []
+        for row in rows:
+            pending += yield from _take_stock(engine, row, job, after_loss=after_loss)
+        if kept:
+            pending[0].picture.tokens = kept.tokens
+            pending[0].picture.step = kept.step
+        # Adapters change as rarely as can be.
+        pending.sort(key=lambda each: [str(ref) for ref in each.picture.request.lora])
+        if job.batch:
+            for position, each in enumerate(pending, 1):
+                each.picture.position = position
+                each.picture.total = len(pending)
+        size = _choose_group_size(rows)
+        for at in range(0, len(pending), size):
+            yield from _draw_group(engine, pending[at : at + size], isolate=job.batch)
+
+
+def _without_content(order: Order) -> Order:
+    """Return an order without what no plan depends on: prompt, seed, count and path."""
+    request = replace(order.request, prompt="x", seed=0)
+    output = replace(order.output, count=1, output=None)
+    return replace(order, request=request, output=output)
+
+
+def _announce(order: Order, plan: MemoryPlan) -> Notice:
+    """Return what is said of a single order before it is drawn."""
+    request = order.request
+    width, height = request.size
+    parts = [f"{width}x{height}", f"{request.steps} steps"]
+    if request.seed >= 0:
+        parts.append(f"seed {request.seed}")
+    parts.append(f"{request.model} on {plan.device} in {plan.precision}")
+    return Notice(", ".join(parts))
+
+
+def _plan_together(rows: Sequence[PlannedRow]) -> Prepared:
+    """Return what the rows are drawn with: the first one's, under a placement that does for all."""
+    first = rows[0].prepared
+    placement: Placement = first.plan.placement
+    for row in rows[1:]:
+        placement = weaker(placement, row.prepared.plan.placement)
+    return replace(first, plan=replace(first.plan, placement=placement))
+
+
+def _choose_group_size(rows: Sequence[PlannedRow]) -> int:
+    """Return how many pictures go through a phase together: by the RAM that their tables take."""
+    prepared = rows[0].prepared
+    width = modulation.row_width(prepared.checkpoint.components["transformer"])
+    steps = max(row.order.request.steps for row in rows)
+    table_bytes = steps * width * DTYPE_BYTES[prepared.plan.dtypes["transformer"]]
+    fitting = int(prepared.hardware.ram_free_bytes * TABLES_SHARE) // table_bytes
+    return max(1, min(MAX_GROUP, fitting))
+
+
+def _take_stock(
+    engine: Engine, row: PlannedRow, job: Job, *, after_loss: bool
+) -> Generator[Event, None, list[Pending]]:
+    """Say which pictures of a row are there already, and return the others."""
+    destinations = row.list_destinations()
+    adapters = row.prepared.adapters
+    done: list[Path | None] = [None] * len(destinations)
+    may_be_done = job.resume or (after_loss and destinations[0].seeded)
+    if may_be_done and row.order.output.metadata:
+        done = saving.find_done(engine, destinations, adapters, nth=row.row.nth)
+    pending = []
+    for destination, path in zip(destinations, done, strict=True):
+        if path is None:
+            picture = Picture(destination.order.request, adapters)
+            picture.position = destination.n
+            picture.total = len(destinations)
+            if job.resume and destination.seeded:
+                kept = saving.find_latents(engine, destination, adapters)
+                if kept:
+                    picture.tokens = kept.tokens
+                    picture.step = kept.step
+            pending.append(Pending(picture, destination, row))
+        elif job.resume:
+            row.missing -= 1
+            yield Skipped(row.row.number, str(path))
+        else:
+            row.add(saving.describe_file(path, destination.order))
+            yield Saved(row.images[-1], row.row.number)
+    if row.images and not row.missing:  # all that was lost with a worker is the word of it
+        yield _finish(engine, row)
+    if pending and not row.is_checked:
         try:
-            for event in engine.draw(list(places), isolate=isolate):
-                if not isinstance(event, Drawn):
-                    yield event
-                    continue
-                picture, place = event.picture, places[event.picture]
-                yield Phase("save")
-                try:
-                    saved = save(picture, place, engine)
-                except ExplainedError as error:
-                    if not isolate:
-                        raise
-                    picture.error = error
-                    continue
-                finally:
-                    picture.pixels = None
-                del left[picture]
-                yield Saved(saved, place.row)
-                planned = rows[place.row]
-                planned.images.append(saved)
-                if len(planned.images) == planned.left:
-                    yield _done(engine, planned)
-        except DoesNotFit as error:
-            _advise(error, rows, engine, left)
-            raise
-        finally:
-            for happened in engine.out_of_memory[known:]:
-                grow_margin(engine.hardware, happened.missing_bytes)
-        for picture, place in left.items():
-            if isinstance(picture.error, DoesNotFit):
-                _advise(picture.error, rows, engine, {picture: place})
-            if picture.error:
-                yield explain(picture.error, place.row)
+            check_writable(row.target, row.order, row=row.row.number)
+        except ExplainedError as error:
+            if not job.batch:
+                raise
+            yield explain(error, row.row.number)
+            return []
+    return pending
 
 
-def _find_done(engine: Engine, planned: Planned) -> list[Path | None]:
-    """Return the file that each picture of a row is done with, None for those that are to be drawn.
+def _draw_group(engine: Engine, group: Sequence[Pending], *, isolate: bool) -> Iterator[Event]:
+    """Draw and save the pictures of a group; yields the end of each row, too.
 
-    Names that hold other pictures do not count. Of the rest, the k-th of equal pictures is done if
-    the k-th name carries its hash: a whole picture, made by the same request with the same model.
+    With `isolate` an error ends only the pictures that have it. Memory that ran out is remembered.
     """
-    pictures, nth = list(planned.pictures(None)), planned.row.nth
-    if planned.target.exact or planned.target.has_field("row"):
-        nth = 1  # these names are no other row's
-    if pictures[0][1].seeded:
-        return [next(islice(_list_done(engine, *picture), nth - 1, None)) for picture in pictures]
-    return list(islice(_list_done(engine, *pictures[0]), nth - 1, nth - 1 + len(pictures)))
+    left = {each.picture: each for each in group}  # that are not saved
+    known = len(engine.out_of_memory)
+    try:
+        for event in engine.draw(list(left), isolate=isolate):
+            if not isinstance(event, Drawn):
+                yield event
+                continue
+            pending = left[event.picture]
+            yield Phase("save")
+            try:
+                image = saving.save_picture(event.picture, pending.destination, engine)
+            except ExplainedError as error:
+                if not isolate:
+                    raise
+                event.picture.error = error
+                continue
+            finally:
+                event.picture.pixels = None
+            del left[event.picture]
+            pending.row.add(image)
+            yield Saved(image, pending.destination.row)
+            if not pending.row.missing:
+                yield _finish(engine, pending.row)
+    except DoesNotFit as error:
+        _advise(error, engine, list(left.values()))
+        raise
+    finally:
+        for happened in engine.out_of_memory[known:]:
+            grow_margin(engine.hardware, happened.missing_bytes)
+    for pending in left.values():
+        if isinstance(pending.picture.error, DoesNotFit):
+            _advise(pending.picture.error, engine, [pending])
+        if pending.picture.error:
+            yield explain(pending.picture.error, pending.destination.row)
 
 
-def _list_done(engine: Engine, picture: Picture, place: Destination) -> Iterator[Path | None]:
-    """Yield a picture's names that carry its hash, and None for each that is free; without end."""
-    seeded = place.seeded
-    wanted = _hashes_of(engine, picture, place)
-    for path in output.list_names(place.target, place.order, place.n, place.row, seeded=seeded):
-        if image.carries_hash(path, wanted, seeded=seeded):
-            yield path
-        elif not os.path.lexists(path):
-            yield None
-    yield from repeat(None)
-
-
-def _hashes_of(engine: Engine, picture: Picture, place: Destination) -> set[str]:
-    """Return the hashes that a picture may carry: decoded in tiles, too, as it is where memory runs out."""
-    planned = make_metadata(engine, place.order, picture.adapters, seeded=place.seeded)
-    tiled = planned | {"compute": planned["compute"] | {"tiled": True}}
-    return {image.hash_request(each, seeded=place.seeded) for each in (planned, tiled)}
-
-
-def _find_kept(engine: Engine, picture: Picture, where: Destination) -> Latents | None:
-    """Return the latents that a run before has kept of a picture; None where there are none of its hash."""
-    wanted = _hashes_of(engine, picture, where)
-    for path in output.candidates(where.target, where.order, where.n, where.row):
-        place = path.with_name(path.stem + latents.SUFFIX)
-        if not place.exists():
-            return None
-        with contextlib.suppress(ExplainedError):  # of somebody else, or damaged
-            kept = latents.load(place)
-            if kept.request_hash in wanted:
-                return replace(kept, order=where.order)
-    return None
-
-
-def _describe_file(path: Path, order: Order) -> GeneratedImage:
-    """Return what identifies a picture that lies there."""
-    data = path.read_bytes()
-    metadata = image.read_metadata(path)
-    seed, digest = metadata["request"]["seed"], metadata["pixels_sha256"]
-    sha256 = hashlib.sha256(data).hexdigest()
-    return GeneratedImage(str(path), seed, *order.request.size, order.output.format, len(data), sha256, digest)
-
-
-def _done(engine: Engine, planned: Planned) -> Done:
-    now, peaks = engine.plan, hardware.peak_memory(engine.plan.device)
-    plan = replace(planned.plan, placement=now.placement, device=now.device)
-    described = plan.to_json() | {"multiply": engine.multiply}
-    images, request, row = tuple(planned.images), planned.order.to_json(), planned.row.number
-    return Done(images, request, described, {}, peaks, fluxcli.versions(), row)
-
-
-def _advise(
-    error: DoesNotFit, rows: dict[int, Planned], engine: Engine, left: dict[Picture, Destination]
-) -> None:
-    """Say what would fit, and keep what is left of the pictures."""
-    planned = rows[next(iter(left.values())).row]
-    less = replace(planned.order.resources, vram_limit=int(engine.plan.budget_bytes * 0.8))
-    tried = suggest_options(
-        planned.order.request, less, planned.others, planned.machine, adapters=planned.prepared.adapters
+def _finish(engine: Engine, row: PlannedRow) -> Done:
+    """Return the end of a row; placement and device are those that the engine came to."""
+    now = engine.plan
+    plan = replace(row.prepared.plan, placement=now.placement, device=now.device)
+    return Done(
+        images=tuple(row.images),
+        request=row.order.to_json(),
+        plan=plan.to_json() | {"multiply": engine.multiply},
+        timings_s={},  # who shows the events knows them
+        peak_memory=device.peak_memory(now.device),
+        versions=fluxcli.versions(),
+        row=row.row.number,
     )
-    error.hint = " or ".join(filter(None, (error.hint, tried and f"again with {tried}")))
-    for picture, where in left.items():
-        if picture.step:
+
+
+def _advise(error: DoesNotFit, engine: Engine, left: Sequence[Pending]) -> None:
+    """Add to an error what would fit, and where what there is of the pictures is kept."""
+    prepared = left[0].row.prepared
+    order = left[0].row.order
+    less = replace(order.resources, vram_limit=int(engine.plan.budget_bytes * LESS_SHARE))
+    options = suggest_options(
+        order.request, less, prepared.alternatives, prepared.hardware, adapters=prepared.adapters
+    )
+    hints = [error.hint] if error.hint else []
+    if options:
+        hints.append(f"again with {options}")
+    error.hint = " or ".join(hints)
+    for pending in left:
+        if pending.picture.step:
             with contextlib.suppress(OSError):  # what went wrong first is what must be said
-                made = image.hash_request(make_metadata(engine, where.order, picture.adapters))
-                fingerprint = engine.checkpoint.fingerprint
-                kept = Latents(where.order, picture.tokens, picture.step, fingerprint, made)
-                place = latents.save(kept, where.target, where.n, where.row)
-                error.why, error.hint = f"{error.why}; the latents are kept in {place}", f"flux decode {place}"
+                path = saving.keep_latents(engine, pending.picture, pending.destination)
+                error.why = f"{error.why}; the latents are kept in {path}"
+                error.hint = f"flux decode {path}"

@@ -84,10 +84,10 @@ def test_fail_fast_draws_nothing_after_the_failure(drawn, capsys, monkeypatch):
     assert list(failed_rows(result)) == [20] and len(drawn) == 16 == len(files(Path("out")))
     real = output.save
 
-    def save(data: bytes, target: object, request: object, n: int, row: int = 0) -> str:
-        if row == 3:
+    def save(data: bytes, destination: output.Destination) -> str:
+        if destination.row == 3:
             raise OutputError("no room")
-        return real(data, target, request, n, row)
+        return real(data, destination)
 
     monkeypatch.setattr(output, "save", save)
     result = call(capsys, "generate", "--from", write(*good), *FAKE, "-o", "b/", "--fail-fast")

@@ -93,10 +93,10 @@ def run(engine: Engine, request: Order, target: output.Target) -> Iterator[Event
     for k in range(count):
         one = request.picture(k)
         picture = picture_of(engine, one, position=k + 1, total=count)
-        places[picture] = saving.Destination(one, target, k + 1)
+        places[picture] = output.Destination(target, one, n=k + 1)
     for event in engine.draw(list(places)):
         if isinstance(event, Drawn):
-            yield Saved(saving.save(event.picture, places[event.picture], engine))
+            yield Saved(saving.save_picture(event.picture, places[event.picture], engine))
         else:
             yield event
 

@@ -50,7 +50,7 @@ def paint_instead(monkeypatch: pytest.MonkeyPatch, drawn: list | None = None) ->
     import numpy as np
 
     from fluxcli.engine.engine import Engine, Phase
-    from fluxcli.run import session
+    from fluxcli.run import saving, session
 
     def paint(_: object, pictures: list) -> Iterator[events.Event]:
         for picture in pictures:
@@ -64,7 +64,7 @@ def paint_instead(monkeypatch: pytest.MonkeyPatch, drawn: list | None = None) ->
     def hand_over(_: object, pictures: list) -> Iterator[events.Event]:
         yield from ()
 
-    real = session.save
+    real = saving.save_picture
 
     def save(picture: object, destination: object, engine: object) -> events.GeneratedImage:
         if drawn is not None:
@@ -74,7 +74,7 @@ def paint_instead(monkeypatch: pytest.MonkeyPatch, drawn: list | None = None) ->
     here = machine(64, "cpu", bf16=False)
     phases = (Phase("denoise", paint), Phase("decode", hand_over))
     monkeypatch.setattr(session, "Engine", partial(Engine, phases=phases))
-    monkeypatch.setattr(session, "save", save)
+    monkeypatch.setattr(saving, "save_picture", save)
     monkeypatch.setattr(hardware, "probe", lambda device="auto", **_: here)
     monkeypatch.setattr(hardware, "check_torch", lambda: None)
 
