@@ -97,7 +97,7 @@ def exit_code_of(error: ExplainedError) -> ExitCode:
     """
     if isinstance(error, FluxError):
         return error.exit_code
-    codes = {
+    codes: dict[type[ExplainedError], ExitCode] = {
         SpecError: ExitCode.USAGE,
         MissingLibrary: ExitCode.DEVICE,
         WriteError: ExitCode.OUTPUT,

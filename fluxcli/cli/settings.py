@@ -49,7 +49,7 @@ def _decode(raw: bytes) -> str:
     """Return the text of UTF-8 bytes, without a byte order mark and with \\n as the line end."""
     try:
         text = raw.decode("utf-8")
-    except UnicodeError as error:
+    except UnicodeDecodeError as error:
         why = f"byte {error.start}"
         hint = "save it as UTF-8"
         raise UsageError("the prompt is not valid UTF-8", why=why, hint=hint) from error

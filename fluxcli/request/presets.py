@@ -184,11 +184,15 @@ def merge(
     merged.apply(DEFAULTS, lambda _: "default")
     merged.apply(config, lambda _: "config.toml")
     for preset in load_chain(preset_name, config_folder):
-        origin = f"preset {preset.path.stem}"
-        merged.apply(preset.settings, lambda _, origin=origin: origin)
+        merged.apply(preset.settings, _always(f"preset {preset.path.stem}"))
     merged.apply(variables, lambda name: f"FLUX_{name.upper()}")
     merged.apply(given, flag)
     return merged
+
+
+def _always(text: str) -> Callable[[str], str]:
+    """Return a function that names the same origin for every setting."""
+    return lambda _: text
 
 
 def overlay(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from itertools import chain
 from pathlib import PurePath
@@ -297,7 +297,7 @@ def make_chunks(rows: Iterator[Row], size: int, *, streaming: bool) -> Iterator[
         yield chunk
 
 
-def _plainly(rows: Iterator[Row]) -> Iterator[Row | None]:
+def _plainly(rows: Iterator[Row]) -> Generator[Row | None, None, None]:
     """Yield the rows, from a generator that can be closed."""
     yield from rows
 
@@ -308,7 +308,7 @@ class _End(NamedTuple):
     error: BaseException | None
 
 
-def _read_ahead(rows: Iterator[Row], size: int) -> Iterator[Row | None]:
+def _read_ahead(rows: Iterator[Row], size: int) -> Generator[Row | None, None, None]:
     """Yield the rows that a thread reads ahead, at most `size` of them; None at each pause."""
     waiting: Queue[Row | _End] = Queue(size)
     stopped = Event()
