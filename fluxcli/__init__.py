@@ -1,12 +1,53 @@
-"""flux: FLUX.1 [dev] on the cards that people own, from the command line."""
+"""flux: FLUX.1 [dev] on the cards that people own, from the command line and from Python.
+
+Importing this package loads nothing heavy: the names of its face are found when they are used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fluxcli import errors as errors
+    from fluxcli import events as events
+    from fluxcli.api import Flux as Flux
+    from fluxcli.api import ImageReady as ImageReady
+    from fluxcli.api import generate as generate
+    from fluxcli.errors import FluxError as FluxError
+    from quant.errors import ExplainedError as ExplainedError
 
 __version__ = "0.2.0"
 
+FACE = {  # where each name comes from
+    "Flux": "fluxcli.api",
+    "ImageReady": "fluxcli.api",
+    "generate": "fluxcli.api",
+    "FluxError": "fluxcli.errors",
+    "ExplainedError": "quant.errors",
+}
+MODULES = ("errors", "events")  # whose contents are part of the face
+
+__all__ = ["ExplainedError", "Flux", "FluxError", "ImageReady", "errors", "events", "generate"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of the face when it is first used."""
+    if name in MODULES:
+        return importlib.import_module(f"fluxcli.{name}")
+    if name in FACE:
+        return getattr(importlib.import_module(FACE[name]), name)
+    raise AttributeError(f"module 'fluxcli' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 def versions() -> dict[str, str]:
-    """Versions of what decides the pixels."""
+    """Return the versions of what decides the pixels: flux, Python, torch, diffusers, transformers."""
     import platform
     from importlib.metadata import version
 
-    libraries = {name: version(name) for name in ("torch", "diffusers", "transformers")}
-    return {"flux": __version__, "python": platform.python_version()} | libraries
+    found = {"flux": __version__, "python": platform.python_version()}
+    for name in ("torch", "diffusers", "transformers"):
+        found[name] = version(name)
+    return found

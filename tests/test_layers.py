@@ -22,9 +22,10 @@ FLOORS = [
     ["fluxcli.errors", "fluxcli.events", "fluxcli.signals", "fluxcli.paths"],
     ["fluxcli.request"],
     ["fluxcli.pictures", "fluxcli.plan", "fluxcli.models"],
+    ["fluxcli.resolve"],
     ["fluxcli.engine"],
-    ["fluxcli.resolve", "fluxcli.run"],
-    ["fluxcli.cli"],
+    ["fluxcli.run"],
+    ["fluxcli.api", "fluxcli.cli"],
     ["fluxcli.__main__"],
 ]
 LEVEL = {place: level for level, places in enumerate(FLOORS) for place in places}

@@ -190,6 +190,19 @@ def merge(
     return merged
 
 
+def override(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what two sayings come to together, where the second one was said later.
+
+    As `overlay`, for settings that are still to be merged with presets: pixels of the stronger
+    saying take the place of a ratio in the weaker one, instead of standing beside it.
+    """
+    left = dict(weaker)
+    if stronger.get("width") or stronger.get("height"):
+        for name in BY_RATIO:
+            left.pop(name, None)
+    return overlay(left, stronger)
+
+
 def _always(text: str) -> Callable[[str], str]:
     """Return a function that names the same origin for every setting."""
     return lambda _: text

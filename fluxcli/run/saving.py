@@ -12,6 +12,8 @@ from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import fluxcli
 from fluxcli.engine.engine import Engine
 from fluxcli.engine.picture import Picture
@@ -26,17 +28,27 @@ from quant.lora import Adapter
 
 
 def save_picture(picture: Picture, destination: Destination, engine: Engine) -> GeneratedImage:
-    """Write a picture that has its pixels; raises `OutputError`."""
+    """Write a picture that has its pixels, with its metadata unless the order wants none.
+
+    Raises `OutputError`.
+    """
     assert picture.pixels is not None
+    metadata = make_metadata(engine, destination.order, picture.adapters, seeded=destination.seeded)
+    return save_pixels(picture.pixels, destination, metadata)
+
+
+def save_pixels(
+    pixels: np.ndarray, destination: Destination, metadata: dict[str, Any]
+) -> GeneratedImage:
+    """Write pixels (H, W, 3) uint8 that were made as the metadata say; raises `OutputError`."""
     order = destination.order
-    pixels_sha256 = image.hash_pixels(picture.pixels)
-    metadata = None
-    if order.output.metadata:
-        seeded = destination.seeded
-        metadata = make_metadata(engine, order, picture.adapters, seeded=seeded)
-        metadata["pixels_sha256"] = pixels_sha256
+    pixels_sha256 = image.hash_pixels(pixels)
+    written = metadata | {"pixels_sha256": pixels_sha256}
     data = image.encode(
-        picture.pixels, order.output.format, quality=order.output.quality, metadata=metadata
+        pixels,
+        order.output.format,
+        quality=order.output.quality,
+        metadata=written if order.output.metadata else None,
     )
     path = names.save(data, destination)
     return _identify(path, data, order, pixels_sha256=pixels_sha256)

@@ -396,15 +396,26 @@ def _take_stock(
     return pending
 
 
+def draw_pictures(
+    engine: Engine, pictures: Sequence[Picture], *, isolate: bool = False
+) -> Generator[Event | Drawn, None, None]:
+    """Draw pictures as `Engine.draw` does; memory that ran out is remembered for later plans."""
+    known = len(engine.out_of_memory)
+    try:
+        yield from engine.draw(pictures, isolate=isolate)
+    finally:
+        for happened in engine.out_of_memory[known:]:
+            grow_margin(engine.hardware, happened.missing_bytes)
+
+
 def _draw_group(engine: Engine, group: Sequence[Pending], *, isolate: bool) -> Iterator[Event]:
     """Draw and save the pictures of a group; yields the end of each row, too.
 
-    With `isolate` an error ends only the pictures that have it. Memory that ran out is remembered.
+    With `isolate` an error ends only the pictures that have it.
     """
     left = {each.picture: each for each in group}  # that are not saved
-    known = len(engine.out_of_memory)
     try:
-        for event in engine.draw(list(left), isolate=isolate):
+        for event in draw_pictures(engine, list(left), isolate=isolate):
             if not isinstance(event, Drawn):
                 yield event
                 continue
@@ -427,9 +438,6 @@ def _draw_group(engine: Engine, group: Sequence[Pending], *, isolate: bool) -> I
     except DoesNotFit as error:
         _advise(error, engine, list(left.values()))
         raise
-    finally:
-        for happened in engine.out_of_memory[known:]:
-            grow_margin(engine.hardware, happened.missing_bytes)
     for pending in left.values():
         if isinstance(pending.picture.error, DoesNotFit):
             _advise(pending.picture.error, engine, [pending])

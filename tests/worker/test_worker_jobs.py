@@ -31,6 +31,8 @@ VERSION = fluxcli.__version__
 
 pytestmark = [pytest.mark.serial, pytest.mark.skipif(os.name == "nt", reason="sockets of POSIX")]
 
+VERSION = fluxcli.__version__  # before a test changes it
+
 
 @pytest.mark.parametrize("prompts", [("draw a fox",), ("draw 1", "half", "draw 3"), ("draw 1", "full")])
 def test_events_exit_code_message_and_hint_are_those_of_a_run_in_process(worker, prompts):
