@@ -1,9 +1,10 @@
-"""Quantizing a model folder: seconds, GB/s and memory of `flux quantize`, against bitsandbytes' loop and plain copying.
+"""Quantizing a model folder: seconds, GB/s and memory of `flux quantize`, against two other ways.
 
     python -m benchmarks.bake MODEL_FOLDER SCRATCH_FOLDER [--only copy;fp8;...]
 
-Only the transformer is quantized (--text-encoder keep). Source pages leave the page cache before every run. RssAnon
-and VmRSS are the peaks of the quantizing process, read from /proc 20 times a second. Prints a table and a JSON line.
+The others are bitsandbytes' loop and plain copying. Only the transformer is quantized
+(--text-encoder keep). Source pages leave the page cache before every run. RssAnon and VmRSS are the
+peaks of the quantizing process, read from /proc 20 times a second. Prints a table and a JSON line.
 """
 
 import argparse
@@ -13,103 +14,98 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from quant.checkpoint import inspect
+from benchmarks.processes import forget, to_gib, watch
+from quant.checkpoint import Component, inspect
 from quant.codecs import Reader
 from quant.spec import QuantSpec
 
-CHUNK = 16 << 20
-BAKES = {"fp8": ["--to", "fp8"], "int8": ["--to", "int8"], "nf4 absmax": ["--to", "nf4", "--scales", "absmax"]}
-BAKES |= {"nf4 search": ["--to", "nf4"], "nf4 search, not verified": ["--to", "nf4", "--no-verify"]}
-BAKES |= {"fp8, not verified": ["--to", "fp8", "--no-verify"]}
+CHUNK_BYTES = 16 << 20
+BAKES = {
+    "fp8": ["--to", "fp8"],
+    "fp8, not verified": ["--to", "fp8", "--no-verify"],
+    "int8": ["--to", "int8"],
+    "nf4 absmax": ["--to", "nf4", "--scales", "absmax"],
+    "nf4 search": ["--to", "nf4"],
+    "nf4 search, not verified": ["--to", "nf4", "--no-verify"],
+}
+USUAL = ("copy", "fp8", "int8", "nf4 absmax", "nf4 search", "bitsandbytes")
 
 
-def forget(files: list[Path]) -> None:
-    """Take the files out of the page cache."""
-    for path in files:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
-
-
-def copy(files: list[Path], count: int, target: Path) -> dict:
-    """Seconds of reading every file and writing `count` bytes, one after the other in one loop, and fsync."""
-    forget(files)
-    started, left = time.perf_counter(), count
-    share = count / sum(path.stat().st_size for path in files)
+def time_copy(part: Component, target: Path) -> dict:
+    """Seconds of reading every file and writing as many bytes as fp8 takes, in one loop."""
+    spec = QuantSpec("fp8")
+    saved_bytes = 0
+    for weight in part.weights.values():
+        if spec.scheme("transformer", weight.name, weight.shape):
+            saved_bytes += weight.nbytes // 2
+    share = (part.nbytes - saved_bytes) / sum(path.stat().st_size for path in part.files)
+    forget(part.files)
+    started = time.perf_counter()
     with target.open("wb", buffering=0) as out:
-        for path in files:
+        for path in part.files:
             with path.open("rb", buffering=0) as file:
-                while chunk := file.read(CHUNK):
-                    left -= out.write(chunk[: int(len(chunk) * share)])
+                while chunk := file.read(CHUNK_BYTES):
+                    out.write(chunk[: int(len(chunk) * share)])
         os.fsync(out.fileno())
     seconds = time.perf_counter() - started
     target.unlink()
-    return {"seconds": round(seconds, 1)}
+    return {"seconds": seconds}
 
 
-def peaks(pid: int) -> dict[str, int]:
-    """Bytes of anonymous and of all resident memory of a process."""
-    text = Path(f"/proc/{pid}/status").read_text()
-    lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    return {name: int(lines[name].split()[0]) * 1024 for name in ("RssAnon", "VmRSS") if name in lines}
-
-
-def bake(folder: Path, target: Path, arguments: list[str], files: list[Path]) -> dict:
-    """One `flux quantize` process."""
+def time_bake(folder: Path, target: Path, *, options: Sequence[str], files: Sequence[Path]) -> dict:
+    """Seconds, bytes and peaks of one `flux quantize` process."""
     forget(files)
-    command = [sys.executable, "-m", "fluxcli", "quantize", str(folder), str(target), "--text-encoder", "keep"]
-    started, most = time.perf_counter(), {"RssAnon": 0, "VmRSS": 0}
-    process = subprocess.Popen([*command, *arguments, "--json", "-q"], stdout=subprocess.PIPE)
-    while process.poll() is None:
-        for name, value in peaks(process.pid).items():
-            most[name] = max(most[name], value)
-        time.sleep(0.05)
+    command = [sys.executable, "-m", "fluxcli", "quantize", str(folder), str(target)]
+    command += ["--text-encoder", "keep", *options, "--json", "-q"]
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    peaks = watch(process)
     seconds = time.perf_counter() - started
-    result = json.loads(process.stdout.read())
+    result = json.loads(process.communicate()[0])
     shutil.rmtree(target)
-    gib = {name: round(value / 2**30, 2) for name, value in most.items()}
-    return {"seconds": round(seconds, 1), "bytes": result["total_bytes"], **gib}
+    return {"seconds": seconds, "bytes": result["total_bytes"], **to_gib(peaks)}
 
 
-def bitsandbytes(folder: Path, files: list[Path]) -> dict:
-    """Seconds of bitsandbytes' quantize_4bit over the tensors that we pack, reading them included."""
+def time_bitsandbytes(part: Component) -> dict:
+    """Seconds of bitsandbytes' quantize_4bit over the weights that flux quantizes, and reading."""
     from bitsandbytes.functional import quantize_4bit
 
-    forget(files)
-    part, spec = inspect(folder).components["transformer"], QuantSpec("nf4")
+    forget(part.files)
+    spec = QuantSpec("nf4")
     started = time.perf_counter()
     reader = Reader()
     for weight in part.weights.values():
         if spec.scheme("transformer", weight.name, weight.shape):
             quantize_4bit(reader.read(weight)[""], compress_statistics=True, quant_type="nf4")
-    return {"seconds": round(time.perf_counter() - started, 1)}
+    return {"seconds": time.perf_counter() - started}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("scratch", type=Path)
-    parser.add_argument("--only", default=";".join(["copy", "fp8", "int8", "nf4 absmax", "nf4 search", "bitsandbytes"]))
+    parser.add_argument("--only", default=";".join(USUAL))
     options = parser.parse_args()
     part = inspect(options.folder).components["transformer"]
     results = {}
     for name in options.only.split(";"):
         print(f"{name:16} ...", file=sys.stderr, flush=True)
         if name == "copy":
-            packed = sum(
-                w.nbytes // 2 for w in part.weights.values() if QuantSpec("fp8").scheme("transformer", w.name, w.shape)
-            )
-            results[name] = copy(part.files, part.nbytes - packed, options.scratch / "copy")
+            found = time_copy(part, options.scratch / "copy")
         elif name == "bitsandbytes":
-            results[name] = bitsandbytes(options.folder, part.files)
+            found = time_bitsandbytes(part)
         else:
-            results[name] = bake(options.folder, options.scratch / "baked", BAKES[name], part.files)
-        results[name]["GB/s"] = round(part.nbytes / 1e9 / results[name]["seconds"], 3)
-        print(f"{name:16} {results[name]}", flush=True)
-    print(json.dumps({"benchmark": "bake", "source_bytes": part.nbytes, "cores": os.cpu_count(), "results": results}))
+            target = options.scratch / "baked"
+            found = time_bake(options.folder, target, options=BAKES[name], files=part.files)
+        found["GB/s"] = round(part.nbytes / 1e9 / found["seconds"], 3)
+        found["seconds"] = round(found["seconds"], 1)
+        results[name] = found
+        print(f"{name:16} {found}", flush=True)
+    summary = {"benchmark": "bake", "source_bytes": part.nbytes, "cores": os.cpu_count()}
+    print(json.dumps(summary | {"results": results}))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Loading a transformer in nf4: a baked folder by our loader, against the stock way of loading 16 bit and packing it.
+"""Loading a transformer in nf4: a baked folder by our loader, against the stock way.
 
     python -m benchmarks.load BAKED_FOLDER MODEL_FOLDER
 
-diffusers refuses bitsandbytes without a GPU, so its way is done by hand: `from_pretrained` in bfloat16, then
-bitsandbytes' own quantize_4bit over the same layers. Each way is a process of its own, with the files out of the page
-cache; RssAnon and VmRSS are the peaks. A way is ended when it passes --limit GiB of anonymous memory. One JSON line.
+The stock way loads 16 bit and quantizes it. diffusers refuses bitsandbytes without a GPU, so that
+is done by hand: `from_pretrained` in bfloat16, then bitsandbytes' own quantize_4bit over the same
+layers. Each way is a process of its own, with the files out of the page cache; RssAnon and VmRSS
+are the peaks. A way is ended when it passes --limit GiB of anonymous memory. One JSON line.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.bake import forget, peaks
+from benchmarks.processes import forget, to_gib, watch
 from quant.checkpoint import inspect
 
 OURS = """
@@ -31,42 +32,48 @@ import sys, torch
 from diffusers import FluxTransformer2DModel
 from bitsandbytes.functional import quantize_4bit
 from quant.spec import QuantSpec
-model = FluxTransformer2DModel.from_pretrained(sys.argv[1], subfolder="transformer", torch_dtype=torch.bfloat16)
-packed = {}
+options = {"subfolder": "transformer", "torch_dtype": torch.bfloat16}
+model = FluxTransformer2DModel.from_pretrained(sys.argv[1], **options)
+quantized = {}
 for name, parameter in model.named_parameters():
     if QuantSpec("nf4").scheme("transformer", name, tuple(parameter.shape)):
-        packed[name] = quantize_4bit(parameter.data, compress_statistics=True, quant_type="nf4")
+        quantized[name] = quantize_4bit(
+            parameter.data, compress_statistics=True, quant_type="nf4"
+        )
         parameter.requires_grad_(False).data = parameter.data[:0]
 """
 
 
-def run(code: str, folder: Path, limit: int) -> dict:
+def run(code: str, folder: Path, *, limit_bytes: int) -> dict:
     """Seconds and peaks of one way, from the start of its process to its end."""
     forget(inspect(folder).components["transformer"].files)
-    started, most = time.perf_counter(), {"RssAnon": 0, "VmRSS": 0}
-    process, ended = subprocess.Popen([sys.executable, "-c", code, str(folder)]), "done"
-    while process.poll() is None:
-        for name, value in peaks(process.pid).items():
-            most[name] = max(most[name], value)
-        if most["RssAnon"] > limit:
+    ended = "done"
+
+    def kill_beyond_limit(sample: dict[str, int]) -> None:
+        nonlocal ended
+        if sample.get("RssAnon", 0) > limit_bytes:
             process.kill()
             ended = "killed at the limit"
-        time.sleep(0.05)
+
+    started = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)])
+    peaks = watch(process, kill_beyond_limit)
     seconds = time.perf_counter() - started
-    return {"seconds": round(seconds, 1), "ended": ended} | {k: round(v / 2**30, 2) for k, v in most.items()}
+    return {"seconds": round(seconds, 1), "ended": ended} | to_gib(peaks)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("baked", type=Path)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--limit", type=float, default=19.0)
+    parser.add_argument("--limit", type=float, default=19.0, help="GiB")
     options = parser.parse_args()
-    limit = int(options.limit * 2**30)
-    results = {"baked": run(OURS, options.baked, limit)}
+    limit_bytes = int(options.limit * 2**30)
+    results = {"baked": run(OURS, options.baked, limit_bytes=limit_bytes)}
     print(results, flush=True)
-    results["from_pretrained + quantize"] = run(STOCK, options.model, limit)
-    print(results["from_pretrained + quantize"])
+    stock = "from_pretrained + quantize"
+    results[stock] = run(STOCK, options.model, limit_bytes=limit_bytes)
+    print(results[stock])
     print(json.dumps({"benchmark": "load", "results": results}))
 
 

@@ -1,4 +1,5 @@
-"""The shortest plain diffusers script that does what `flux generate -p tiny` does, to time flux against.
+"""The shortest plain diffusers script that does what `flux generate -p tiny` does, to time flux
+against.
 
 python benchmarks/plain_diffusers.py OUT.png
 """
