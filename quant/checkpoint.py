@@ -170,7 +170,7 @@ def inspect_component(name: str, folder: Path) -> Component:
             if key not in weights or weights[key].shape != original.shape:
                 raise CheckpointError("originals of other weights", kept, why=key)
         weights |= originals
-    component = Component(name, folder, config, weights)
+    component = Component(name, folder, config=config, weights=weights)
     return replace(component, dialect=_describe_dialect(component))
 
 

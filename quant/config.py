@@ -127,9 +127,11 @@ def _check_values(name: str, path: Path, config: dict[str, Any]) -> None:
 
 def _is_bounded(key: str, value: object) -> bool:
     """Whether a value's numbers, its own or those of its list, are within bounds; NaN is not."""
-    low, high = -MAX_NUMBER, MAX_NUMBER
+    low = -MAX_NUMBER
+    high = MAX_NUMBER
     if "layers" in key:
-        low, high = 0, MAX_LAYERS
+        low = 0
+        high = MAX_LAYERS
     values = value if isinstance(value, list) else [value]
     return all(low <= number <= high for number in values if isinstance(number, int | float))
 

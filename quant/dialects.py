@@ -210,16 +210,18 @@ def _infer_config(stored: Mapping[str, Weight]) -> dict[str, Any]:
     if not head or head % 16 or width % head:
         why = f"heads are {head} wide, all together {width}"
         raise CheckpointError("another model than FLUX.1", file, why=why)
-    matches = [match for name in stored if (match := BLOCK_KEY.match(name))]
-    blocks = {(match[1], int(match[2])) for match in matches}
-    kinds = [kind for kind, _ in blocks]
+    blocks: dict[str, set[int]] = {"double": set(), "single": set()}
+    for name in stored:
+        match = BLOCK_KEY.match(name)
+        if match:
+            blocks[match[1]].add(int(match[2]))
     return {
         "_class_name": "FluxTransformer2DModel",
         "patch_size": 1,
         "in_channels": channels,
         "out_channels": None,
-        "num_layers": kinds.count("double"),
-        "num_single_layers": kinds.count("single"),
+        "num_layers": len(blocks["double"]),
+        "num_single_layers": len(blocks["single"]),
         "attention_head_dim": head,
         "num_attention_heads": width // head,
         "axes_dims_rope": [head // 8, head * 7 // 16, head * 7 // 16],
@@ -243,12 +245,13 @@ def from_ldm(stored: Mapping[str, Weight]) -> dict[str, Weight]:
 
     There, up blocks are counted from the last, and attention has kernels of 1x1.
     """
-    matches = [match for name in stored if (match := LDM_UP_BLOCK.match(name))]
-    last = max((int(match[1]) for match in matches), default=0)
+    matches = {name: LDM_UP_BLOCK.match(name) for name in stored}
+    last = max((int(match[1]) for match in matches.values() if match), default=0)
     found = {}
     for name, weight in stored.items():
         ours = name
-        if match := LDM_UP_BLOCK.match(name):
+        match = matches[name]
+        if match:
             ours = f"decoder.up.{last - int(match[1])}.{name[match.end() :]}"
         shape = weight.shape
         if ".attn_1." in name and shape[2:] == (1, 1):

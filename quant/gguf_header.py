@@ -123,7 +123,7 @@ def _read_tensor(data: BytesIO) -> TensorInfo:
         block = 256 if dtype.endswith("_K") else 32
         if not shape or shape[0] % block:
             raise ValueError(f"{name!r:.60} has no whole blocks of {dtype}")
-    return TensorInfo(name, dtype, tuple(reversed(shape)), start)
+    return TensorInfo(name, dtype, tuple(reversed(shape)), start=start)
 
 
 def _check_alignment(alignment: object) -> int:

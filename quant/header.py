@@ -125,7 +125,7 @@ def _make_tensor(path: Path, name: str, entry: object) -> TensorInfo:
     """The tensor of an entry; raises `CheckpointError` unless its values are sane and agree."""
     if _has_sane_values(entry):
         start, stop = entry["data_offsets"]
-        tensor = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), start)
+        tensor = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), start=start)
         if tensor.stop == stop:
             return tensor
     why = f"tensor {name[:60]!r} has an impossible dtype, shape or place"

@@ -164,7 +164,7 @@ def _make_component(
         weights = _read_t5(weights)
     elif name == "vae":
         weights = from_ldm(weights)
-    component = Component(name, path, config, weights)
+    component = Component(name, path, config=config, weights=weights)
     dialect = _describe_dialect(component, header=header, stored=stored, is_scaled=is_scaled)
     return replace(component, dialect=dialect)
 

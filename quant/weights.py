@@ -173,7 +173,7 @@ def _make_weight(name: str, pieces: dict[str, Piece], *, unscaled: bool) -> Weig
         elif not (unscaled and dtype == "F8_E5M2"):
             why = f"{name} is {dtype} and has no scale beside it"
             raise CheckpointError("quantized weights without scales", values.file, why=why)
-    return Weight(name, values.shape, scheme, pieces)
+    return Weight(name, values.shape, scheme=scheme, pieces=pieces)
 
 
 def _make_scaled_weight(name: str, pieces: dict[str, Piece], scale: Piece) -> Weight:
@@ -188,7 +188,7 @@ def _make_scaled_weight(name: str, pieces: dict[str, Piece], scale: Piece) -> We
         raise CheckpointError(what, file, why=why, hint=READABLE)
     if math.prod(scale.shape) not in (1, values.shape[0]) or scale.info.dtype not in FLOATS:
         raise CheckpointError("impossible scales", file, why=f"of {name}: {scale.shape}")
-    return Weight(name, values.shape, scheme, pieces)
+    return Weight(name, values.shape, scheme=scheme, pieces=pieces)
 
 
 def _make_nf4_weight(name: str, pieces: dict[str, Piece]) -> Weight:
@@ -213,7 +213,7 @@ def _make_nf4_weight(name: str, pieces: dict[str, Piece]) -> Weight:
             stored = f"{name}{info.name} is {piece.info.dtype} {list(piece.shape)}"
             why = f"{stored} for a weight of {list(shape)}"
             raise CheckpointError(UNREADABLE, file, why=why[:160])
-    return Weight(name, shape, scheme, pieces)
+    return Weight(name, shape, scheme=scheme, pieces=pieces)
 
 
 def _check_nf4_suffixes(name: str, pieces: dict[str, Piece], scheme: str) -> None:
