@@ -118,13 +118,13 @@ def map_bfl_layers(config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         layers[f"{bfl}.in_layer"] = (f"time_text_embed.{ours}.linear_1",)
         layers[f"{bfl}.out_layer"] = (f"time_text_embed.{ours}.linear_2",)
     for i in range(config["num_layers"]):
+        block = f"transformer_blocks.{i}"
         for bfl, parts in DOUBLE_BLOCK.items():
-            ours = f"transformer_blocks.{i}"
-            layers[f"double_blocks.{i}.{bfl}"] = tuple(f"{ours}.{part}" for part in parts)
+            layers[f"double_blocks.{i}.{bfl}"] = tuple(f"{block}.{part}" for part in parts)
     for i in range(config["num_single_layers"]):
+        block = f"single_transformer_blocks.{i}"
         for bfl, parts in SINGLE_BLOCK.items():
-            ours = f"single_transformer_blocks.{i}"
-            layers[f"single_blocks.{i}.{bfl}"] = tuple(f"{ours}.{part}" for part in parts)
+            layers[f"single_blocks.{i}.{bfl}"] = tuple(f"{block}.{part}" for part in parts)
     return layers
 
 
@@ -190,7 +190,8 @@ def _split_rows(
     if matrix and len(matrix.shape) == 2:
         width = matrix.shape[1]
     edges = [0, width, 2 * width, 3 * width]
-    if parts == 4:  # the rest is the MLP's
+    # What is behind q, k and v is the MLP's.
+    if parts == 4:
         edges.append(count)
     if not 0 < width * 3 <= count or edges[-1] != count:
         file = stored.pieces[""].file

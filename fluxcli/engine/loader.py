@@ -20,7 +20,7 @@ from fluxcli.engine import classes
 from quant import codecs
 from quant.checkpoint import Component
 from quant.codecs import Reader
-from quant.dialects import T5_SHARED, T5_TIED
+from quant.dialects import ADDED_QKV, QKV, T5_SHARED, T5_TIED
 from quant.errors import CheckpointError
 from quant.linear import fits_together, make_linear
 from quant.lora import Adapter
@@ -41,8 +41,6 @@ class Fusion(NamedTuple):
     old: tuple[str, ...]
 
 
-QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
-ADDED_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 FUSIONS = {  # by the list of blocks
     "transformer_blocks": (
         Fusion("attn.to_qkv", QKV),
