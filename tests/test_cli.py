@@ -181,9 +181,9 @@ def test_a_random_seed_is_reported(drawn, capsys):
 
 
 def test_stdout_takes_the_picture_and_nothing_else(drawn, capsysbinary):
-    from fluxcli.cli.app import _run
+    from fluxcli.cli.app import run
 
-    assert _run([*GIVEN, "-o", "-", "--format", "webp"]) == 0
+    assert run([*GIVEN, "-o", "-", "--format", "webp"]) == 0
     data = capsysbinary.readouterr().out
     Path("x.webp").write_bytes(data)
     assert data[:4] == b"RIFF" and len(data) == 8 + int.from_bytes(data[4:8], "little")

@@ -31,7 +31,7 @@ def test_help_settings_and_usage_errors_import_nothing_heavy():
     commands = [["--help"], ["generate", "--help"], ["replay", "-h"], ["--version"], ["presets"], ["presets", "dev"],
                 ["generate", "x", "--ar", "0:9"], ["generate", "x"], ["models", "download", "tiny"]]  # fmt: skip
     code = (
-        f"import sys\nfrom fluxcli.cli.app import _run\nfor c in {commands}: _run(c)\nprint(*sys.modules, sep=chr(10))"
+        f"import sys\nfrom fluxcli.cli.app import run\nfor c in {commands}: run(c)\nprint(*sys.modules, sep=chr(10))"
     )
     result = python(code)
     imported = {line.partition(".")[0] for line in result.stdout.splitlines()}
@@ -96,11 +96,11 @@ def test_a_device_that_is_not_there_is_exit_8_naming_those_that_are(visible, cap
 def test_offline_no_socket_is_opened_and_a_download_says_so():
     code = """
 import socket, sys
-from fluxcli.cli.app import _run
+from fluxcli.cli.app import run
 def refused(*arguments, **options): raise AssertionError("opened a socket")
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = refused
-codes = [_run(["generate", "a fox", "-p", "tiny", "--steps", "1", "--size", "64", "--seed", "1", "-q"]),
-         _run(["generate", "a fox", "-q"]), _run(["models", "download", "schnell"])]
+codes = [run(["generate", "a fox", "-p", "tiny", "--steps", "1", "--size", "64", "--seed", "1", "-q"]),
+         run(["generate", "a fox", "-q"]), run(["models", "download", "schnell"])]
 print(*map(int, codes))
 """
     result = python(code, HF_HUB_OFFLINE="1")

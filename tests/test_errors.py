@@ -5,7 +5,7 @@ import re
 import pytest
 
 from fluxcli import errors
-from fluxcli.cli.app import _explained
+from fluxcli.cli.app import explain_end
 from fluxcli.errors import ExitCode, FluxError
 from quant.errors import CheckpointError
 from tests.support.helpers import ROOT
@@ -34,7 +34,7 @@ def test_the_documents_name_each_code_and_no_other():
 @pytest.mark.parametrize("kind", [*KINDS, CheckpointError])
 def test_an_error_is_what_which_and_why(kind):
     error = kind("it broke", which="x.png", why="no reason", hint="do y")
-    ended = _explained(error)
+    ended = explain_end(error)
     assert (ended.message, ended.hint) == ("it broke (x.png): no reason", "do y")
     assert ended.exit_code == getattr(kind, "exit_code", ExitCode.INPUT_FILE)
     assert str(kind("it broke")) == "it broke" and str(kind("it broke", why="no reason")) == "it broke: no reason"
@@ -51,5 +51,5 @@ def test_an_error_is_what_which_and_why(kind):
     ],
 )
 def test_what_libraries_raise_has_a_code_and_one_line(error, code):
-    ended = _explained(error)
+    ended = explain_end(error)
     assert ended.exit_code == code and "\n" not in ended.message and ended.hint

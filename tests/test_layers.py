@@ -120,13 +120,13 @@ TYPER = {  # and what it stands on
 
 
 def test_help_loads_the_standard_library_and_typer_alone():
-    found = loaded_by("from fluxcli.cli.app import _run; _run(['--help'])")
+    found = loaded_by("from fluxcli.cli.app import run; run(['--help'])")
     assert found <= set(sys.stdlib_module_names) | TYPER | {"quant", "fluxcli", "__main__"}
     assert {"typer", "fluxcli"} <= found
 
 
 def test_a_plan_for_another_card_loads_no_torch():
-    found = loaded_by("from fluxcli.cli.app import _run; assert _run(['plan', '--card', '12GiB:sm89']) == 0")
+    found = loaded_by("from fluxcli.cli.app import run; assert run(['plan', '--card', '12GiB:sm89']) == 0")
     assert not found & HEAVY and "fluxcli" in found
 
 

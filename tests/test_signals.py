@@ -97,7 +97,8 @@ def slow(_):
         print("running", flush=True); time.sleep(30)
     finally:
         print("cleaning", flush=True); time.sleep({cleanup})
-app._run = slow
+    return 0
+app.run = slow
 app.main()
 """
 

@@ -48,7 +48,7 @@ def _killed_at(k: int, arguments: list[str]) -> bool:
             Fault(k, lambda _: os.kill(os.getpid(), signal.SIGKILL)).install(patch)
             from fluxcli.cli import app
 
-            app._run(arguments)
+            app.run(arguments)
         os._exit(0)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 

@@ -24,7 +24,7 @@ FILE_CALLS = ("write", "flush", "close")
 def call(capsys: pytest.CaptureFixture, *arguments: str) -> CompletedProcess:
     """Run `flux ARGUMENTS` in this process."""
     capsys.readouterr()
-    code = app._run(list(arguments))
+    code = app.run(list(arguments))
     captured = capsys.readouterr()
     return CompletedProcess(arguments, int(code), captured.out, captured.err)
 

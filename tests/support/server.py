@@ -300,7 +300,7 @@ def _import_everything() -> None:
     from fluxcli.cli import app
 
     before = dict(os.environ)
-    app._quieten_libraries(debug=False)
+    app.quieten_libraries(is_debug=False)
     import quant
     from fluxcli.engine import classes
 

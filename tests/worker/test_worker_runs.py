@@ -26,7 +26,7 @@ LONG = ("generate", "a red circle", "-p", "tiny", "--steps", "900", "--seed", "1
 WITHOUT_TORCH = """
 import sys
 from fluxcli.cli import app
-code = app._run(sys.argv[1:])
+code = app.run(sys.argv[1:])
 print(sorted({"torch", "numpy", "PIL", "transformers", "diffusers", "rich"} & set(sys.modules)), code)
 """
 
