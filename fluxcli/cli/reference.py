@@ -91,7 +91,7 @@ def _describe_option(option: Any) -> Row:
     """An option's flags, default and help; a switch is off unless it is given."""
     flags = ", ".join(f"`{flag}`" for flag in option.opts)
     default = option.default
-    if option.name in SETTINGS:
+    if default is None and option.name in SETTINGS:
         default = DEFAULTS.get(option.name)  # it is merged later, from files, presets and variables
     shown = "" if default in (None, False, "", ()) else f"`{default}`"
     return flags, shown, option.help
