@@ -43,6 +43,9 @@ CARD = re.compile(
     r"^\| (\d+) GB, (RTX [\w ]+) \| (\w+), (\d+|none) streamed \| ([\d.]+) GiB \| ([\d.]+) \|$",
     re.MULTILINE,
 )
+# A row of a walk through the code: a file, and what is defined there.
+STATION = re.compile(r"^\| `([\w/]+\.py)` \| `([\w.]+)` \|", re.MULTILINE)
+SOURCE = re.compile(r"`((?:quant|fluxcli|tests)/[\w/]*\w\.\w+)`")
 CARDS_WITHOUT_FP8 = ("RTX 30",)
 
 # Sends its arguments, folder, environment and streams to the test, and ends as the command did.
@@ -186,3 +189,15 @@ def test_the_table_of_cards_is_what_the_planner_predicts():
         assert len(plan.placement.streamed) == int(streamed.replace("none", "0"))
         assert max(plan.peak_bytes.values()) / GIB == pytest.approx(float(peak_gib), abs=0.06)
         assert plan.seconds["denoise"] / 28 == pytest.approx(float(step_s), abs=0.06)
+
+
+def test_the_walks_pass_through_code_that_is_there():
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    for path in SOURCE.findall(text):
+        assert (ROOT / path).is_file(), path
+    stations = STATION.findall(text)
+    assert len(stations) > 20
+    for path, name in stations:
+        code = (ROOT / path).read_text("utf-8")
+        for part in name.split("."):
+            assert re.search(rf"^ *(def|class) {part}\b", code, re.MULTILINE), f"{path}: {name}"
