@@ -14,7 +14,6 @@ HEAVY = {"torch", "diffusers", "transformers", "bitsandbytes", "optimum", "numpy
 TORCH = ("fluxcli.engine", "fluxcli.run.session", "fluxcli.run.saving")
 TORCH += ("quant.linear", "quant.codecs", "quant.nf4", "quant.bake")
 AT_THE_TOP = {"torch", "numpy", "safetensors"}  # of the heavy ones; the others are slow, and not always needed
-LAZY = "quant.lazy"  # gives heavy modules by name; what is stdlib only may not have them so, either
 
 # Packages and lone modules from the ground up; what shares a floor does not import each other.
 FLOORS = [
@@ -93,7 +92,6 @@ def test_nothing_heavy_at_module_level_above_the_torch_line(module, path):
     tops = {name.partition(".")[0] for name in imports(path, top_level=True)}
     assert tops & HEAVY <= (AT_THE_TOP if module.startswith(TORCH) else set())
     if module.startswith(STDLIB_ONLY):
-        assert LAZY not in imports(path, top_level=False)
         assert tops <= set(sys.stdlib_module_names) | {"quant", "fluxcli"}
 
 

@@ -15,13 +15,11 @@ import typer
 
 from fluxcli import paths
 from fluxcli.cli import console
-from fluxcli.engine import device as hardware
 from fluxcli.errors import ExitCode
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB
 from fluxcli.request.settings import coerce
 from quant.files import nearest
-from quant.lazy import psutil, torch
 
 LIBRARIES = ("torch", "diffusers", "transformers", "bitsandbytes", "optimum-quanto", "safetensors", "huggingface-hub")
 ROOM_BYTES, RAM_BYTES = 60e9, 16 * GIB  # a model with a baked variant; what loading is comfortable with
@@ -60,6 +58,8 @@ def examine(device: str = "auto") -> Iterator[Check]:
     """Yield every check, cheapest first."""
     yield from _versions()
     try:
+        from fluxcli.engine import device as hardware
+
         machine = hardware.probe(device)
     except Exception as error:  # noqa: BLE001 - a broken torch raises anything
         fix = getattr(error, "hint", "") or "install the driver, and a torch build for it"
@@ -86,6 +86,8 @@ def _or_warn(name: str, good: bool, found: str, fix: str) -> Check:
 
 def _device(machine: Hardware) -> Iterator[Check]:
     """The device, its driver, and what each precision does on it."""
+    import torch
+
     from quant.linear import find_multiply
 
     cpu, cuda = machine.kind == "cpu", machine.kind == "cuda"
@@ -109,6 +111,8 @@ def _device(machine: Hardware) -> Iterator[Check]:
 
 
 def _memory(machine: Hardware) -> Iterator[Check]:
+    import psutil
+
     if machine.kind != "cpu":
         free = machine.free_bytes >= machine.total_bytes * 0.8
         holders = [] if free or machine.kind != "cuda" else _nvidia("pid,process_name,used_memory", apps=True)

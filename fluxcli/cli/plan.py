@@ -13,6 +13,7 @@ from fluxcli.cli import console
 from fluxcli.cli.options import with_request_options
 from fluxcli.cli.settings import given_settings, read_prompt
 from fluxcli.engine.cards import describe_card
+from fluxcli.engine.check import check_torch
 from fluxcli.errors import DoesNotFit, ExitCode, WeightsUnavailable
 from fluxcli.models import find as models
 from fluxcli.models import loras
@@ -85,9 +86,9 @@ def _find_hardware(order: Order, card: str | None) -> tuple[Hardware, int]:
     """The card of --card, or the device that is here; and what plans for it leave alone."""
     if card:
         return describe_card(card), 0
+    check_torch()
     from fluxcli.engine import device
 
-    device.check_torch()
     hardware = device.probe(order.resources.device)
     return hardware, read_margin(hardware)
 

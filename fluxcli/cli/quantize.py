@@ -17,6 +17,7 @@ import typer
 import fluxcli
 from fluxcli import paths
 from fluxcli.cli import console
+from fluxcli.engine.check import check_torch
 from fluxcli.errors import ExitCode, UsageError, WeightsUnavailable
 from fluxcli.models import find, loras
 from fluxcli.request import presets
@@ -267,10 +268,10 @@ def _bake(
     quiet: bool,
 ) -> float:
     """Write the checkpoint; returns the seconds it took."""
+    check_torch()
     from fluxcli.engine import device as devices
     from quant.bake import bake
 
-    devices.check_torch()
     # Raises for one that is not there.
     device = devices.probe(coerce("device", device, where="--device")).device
     with console.Reporter(quiet=quiet, started=time.perf_counter()) as reporter:

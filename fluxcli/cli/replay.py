@@ -11,6 +11,7 @@ from fluxcli.cli import console
 from fluxcli.cli.draw import draw
 from fluxcli.cli.options import with_request_options
 from fluxcli.cli.settings import STARTED, given_settings, read_prompt
+from fluxcli.engine.check import check_torch
 from fluxcli.errors import BadInputFile, ExitCode, UsageError
 from fluxcli.events import Notice
 from fluxcli.models import loras as lora
@@ -100,9 +101,7 @@ def _stored_request(picture: Path, stored: dict) -> Order:
 
 
 def _check(picture: Path, order: Order, metadata: dict, options: dict) -> int:
-    from fluxcli.engine import device
-
-    device.check_torch()
+    check_torch()
     from fluxcli.engine.engine import Drawn
     from fluxcli.engine.picture import Picture
     from fluxcli.pictures.image import hash_pixels

@@ -9,10 +9,12 @@ import platform
 import shutil
 from typing import NamedTuple
 
+import psutil
+import torch
+
 from fluxcli.engine.cards import read_cards
 from fluxcli.errors import DeviceUnusable, NoSuchDevice
 from fluxcli.plan.machine import BF16_SINCE, CONTEXT_BYTES, Hardware
-from quant.lazy import psutil, torch
 
 
 def probe(device: str = "auto") -> Hardware:
@@ -40,15 +42,6 @@ def probe(device: str = "auto") -> Hardware:
         why, hint = f"usable are {' '.join(usable)}; {missing}", "--device auto takes what is here"
         raise NoSuchDevice("no such device", which=device, why=why, hint=hint)
     return _describe(kind, number, reason="--device")
-
-
-def check_torch() -> None:
-    """Raise `DeviceUnusable` where torch cannot be imported: a broken one fails with OSError and others, too."""
-    try:
-        import torch  # noqa: F401
-    except Exception as error:
-        why = f"{type(error).__name__}: {str(error)[:120]}"
-        raise DeviceUnusable("torch cannot be imported", why=why, hint="pip install --force-reinstall torch") from error
 
 
 def _hardware(
@@ -171,7 +164,9 @@ def cap(device: str, budget_bytes: int) -> None:
     """Make the allocator fail beyond the budget (the context beside it): a driver that spills into RAM never would."""
     if not device.startswith("cpu"):
         at = () if device == "mps" else (device,)
-        total = _ask(device, "mem_get_info", *at, default=(0, 0))[1] or _ask(device, "recommended_max_memory")
+        total = _ask(device, "mem_get_info", *at, default=(0, 0))[1] or _ask(
+            device, "recommended_max_memory"
+        )
         share = min(1.0, max(0, budget_bytes - CONTEXT_BYTES) / total)
         _ask(device, "set_per_process_memory_fraction", share, *at)
 

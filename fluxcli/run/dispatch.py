@@ -9,7 +9,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
-from fluxcli.engine import device
+from fluxcli.engine.check import check_torch
 from fluxcli.errors import UsageError
 from fluxcli.events import Done, Event, Failed, Notice, Saved
 from fluxcli.models import find
@@ -116,7 +116,7 @@ def _check_before_torch(job: Job) -> None:
     order = job.rows[0].order
     if order and not job.batch:
         find.list_folders(order.request.model)
-    device.check_torch()
+    check_torch()
 
 
 def _evict_worker(job: Job, *, always: bool) -> Iterator[Event]:

@@ -174,7 +174,6 @@ class Session:
         yield from map(Notice, said)
         adapters = loras.resolve_loras(order.request.lora, checkpoints[-1].components)
         yield from map(Notice, loras.describe_unmatched(adapters))
-        device.check_torch()
         hardware = device.probe(resources.device)
         if lock and hardware.kind != "cpu":
             yield from self._lock(hardware.identity, no_wait=no_wait)

@@ -76,7 +76,6 @@ def paint_instead(monkeypatch: pytest.MonkeyPatch, drawn: list | None = None) ->
     monkeypatch.setattr(session, "Engine", partial(Engine, phases=phases))
     monkeypatch.setattr(saving, "save_picture", save)
     monkeypatch.setattr(hardware, "probe", lambda device="auto", **_: here)
-    monkeypatch.setattr(hardware, "check_torch", lambda: None)
 
 
 class Fault:
