@@ -28,6 +28,7 @@ COUNTED = (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 LONG_LINE = 100
 DEPTH = 3  # how deep inside a value the prompt is looked for
+HEADER_READERS = ("read_header", "read_whole_header")  # one of which may call the other
 PROMPT = "a red circle on a blue background"
 
 
@@ -76,7 +77,9 @@ def find_docstring_lines(tree: ast.Module) -> set[int]:
             continue
         first = node.body[0] if node.body else None
         is_text = (
-            isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
+            isinstance(first, ast.Expr)
+            and isinstance(first.value, ast.Constant)
+            and isinstance(first.value.value, str)
         )
         if is_text:
             found.update(range(first.lineno, first.end_lineno + 1))
@@ -94,11 +97,18 @@ def find_sources(root: Path) -> dict[str, Path]:
 
 
 def find_imports(sources: dict[str, Path]) -> dict[str, set[str]]:
-    """Return the project's modules that each module imports, at its top or in a function."""
+    """Return the project's modules that each module imports, at its top or in a function.
+
+    What is imported for type checkers alone does not count.
+    """
     found = {}
     for module, path in sources.items():
         names = set()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        unseen = find_type_checking(tree)
+        for node in ast.walk(tree):
+            if node in unseen:
+                continue
             if isinstance(node, ast.Import):
                 names |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
@@ -106,6 +116,15 @@ def find_imports(sources: dict[str, Path]) -> dict[str, set[str]]:
                 taken = inner & set(sources)
                 names |= taken or {node.module}
         found[module] = (names & set(sources)) - {module}
+    return found
+
+
+def find_type_checking(tree: ast.Module) -> set[ast.AST]:
+    """Return the nodes inside `if TYPE_CHECKING:`."""
+    found: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            found.update(ast.walk(node))
     return found
 
 
@@ -139,7 +158,9 @@ class Watch:
             return
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         arguments = [frame.f_locals.get(name) for name in names]
-        if code.co_name == "read_header" and str(arguments[0]) == self.adapter:
+        caller = frame.f_back.f_code.co_name if frame.f_back else ""
+        is_read = code.co_name in HEADER_READERS and caller not in HEADER_READERS
+        if is_read and str(arguments[0]) == self.adapter:
             self.header_reads += 1
         if any(holds(argument, PROMPT, DEPTH) for argument in arguments):
             self.holders.add((code.co_filename, code.co_qualname))
@@ -218,14 +239,18 @@ def main() -> None:
     # The picture is drawn in a process of its own, that imports the checkout's packages.
     command = [sys.executable, str(Path(__file__).resolve()), "--watch", "--root", str(root)]
     environment = os.environ | {"PYTHONPATH": str(root)}
-    watched = subprocess.run(command, env=environment, cwd=root, check=True, capture_output=True, text=True)
+    watched = subprocess.run(
+        command, env=environment, cwd=root, check=True, capture_output=True, text=True
+    )
     figures = {
         "files": len(files),
         "code_lines": lines,
         "tokens": tokens,
         "tokens_a_line": round(tokens / lines, 2),
         "conditionals_per_1000": round(1000 * sum(each.conditionals for each in files) / lines, 1),
-        "comprehensions_per_1000": round(1000 * sum(each.comprehensions for each in files) / lines, 1),
+        "comprehensions_per_1000": round(
+            1000 * sum(each.comprehensions for each in files) / lines, 1
+        ),
         "lines_over_100_columns": sum(each.long_lines for each in files),
         "import_floors": count_floors(imports),
         "import_arrows": sum(len(each) for each in imports.values()),
