@@ -1,14 +1,18 @@
-"""Every rung on cards of 8, 12, 16 and 24 GiB: measured peaks against the plan, seconds a step against their bound.
+"""Every placement on cards of 8, 12, 16 and 24 GiB: measured peaks against the plan, seconds a
+step.
 
-    python -m benchmarks.cards [--caps 8,12,16,24] [--sizes 1024x1024,768x1344] [--steps 4] [--out FILE]
+    python -m benchmarks.cards [--caps 8,12,16,24] [--sizes 1024x1024,768x1344] [--steps 4]
+        [--out FILE]
     python -m benchmarks.cards --shrunk
     python -m benchmarks.cards --row
 
-With --row it prints the row of presets/shapes/cards.toml for this card, as measured now; that file says where it goes.
-Needs a CUDA card of 80 GB or so, which each run caps by the allocator; the full-size weights are random and lie in one
-host buffer, as mapped files would. diffusers' FluxPipeline runs beside it: resident, model- and group-offloaded. With
---shrunk it is the bundled model on the CPU as a simulated card, in seconds, so that this script is never broken: peaks
-are counted, and budgets are MiB. A table for people, then one JSON line.
+Needs a CUDA card of 80 GB or so, which each run caps by the allocator; the full-size weights are
+random and lie in one host buffer, as mapped files would. diffusers' FluxPipeline runs beside it:
+resident, model- and group-offloaded. A table for people, then one JSON line.
+
+With --row it prints the row of presets/shapes/cards.toml for this card, as measured now; that file
+says where it goes. With --shrunk it is the bundled model on the CPU as a simulated card, in
+seconds, so that this script is never broken: peaks are counted, and budgets are MiB.
 """
 
 import argparse
@@ -24,11 +28,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest import mock
 
 import torch
 
-from benchmarks.counting import CARD, Counter, packed
+from benchmarks.counting import CARD, Counter, pretend_baked
 from fluxcli.engine import decode, text
 from fluxcli.engine import device as hardware
 from fluxcli.engine.engine import Engine
@@ -44,26 +49,41 @@ from quant import linear
 from quant.checkpoint import Checkpoint, inspect
 from quant.codecs import Reader
 from quant.spec import BAKEABLE, QuantSpec
+from quant.weights import Weight
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline
 
 TINY = Path(__file__).resolve().parent.parent / "presets" / "tiny"
 DEV = "black-forest-labs/FLUX.1-dev"
-DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "U8": torch.uint8, "I8": torch.int8}
-DTYPES["F8_E4M3"] = torch.float8_e4m3fn
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+LOADED_FOR = {"transformer": "denoise", "vae": "decode"}  # the phase that a component is loaded for
 
 
 @contextlib.contextmanager
 def random_model() -> Iterator[Checkpoint]:
-    """The full-size model: every tensor is a view of one random host buffer, read without checks."""
+    """The full-size model: every tensor is a view of one random host buffer."""
     noise = torch.empty(140_000_000, dtype=torch.bfloat16).normal_(0, 0.02)
-    pools = {torch.bfloat16: noise, torch.float8_e4m3fn: noise.to(torch.float8_e4m3fn)}
-    pools |= {torch.uint8: noise.view(torch.uint8), torch.int8: noise.view(torch.int8)}
+    pools = {
+        torch.bfloat16: noise,
+        torch.float8_e4m3fn: noise.to(torch.float8_e4m3fn),
+        torch.uint8: noise.view(torch.uint8),
+        torch.int8: noise.view(torch.int8),
+    }
 
-    def weight(_: Reader, found: object) -> dict[str, torch.Tensor]:
+    def weight(_: Reader, found: Weight) -> dict[str, torch.Tensor]:
         tensors = {}
         for suffix, piece in found.pieces.items():
-            dtype, shape = DTYPES[piece.info.dtype], piece.shape
-            flat = pools[dtype][: piece.info.numel] if dtype in pools else torch.full([piece.info.numel], 1e-3)
-            tensors[suffix] = flat.view(shape)
+            dtype = DTYPES[piece.info.dtype]
+            numel = piece.info.numel
+            flat = pools[dtype][:numel] if dtype in pools else torch.full([numel], 1e-3)
+            tensors[suffix] = flat.view(piece.shape)
         return tensors
 
     tokens = text.TokenIds(
@@ -80,119 +100,189 @@ def random_model() -> Iterator[Checkpoint]:
         yield read_known_shapes(DEV)
 
 
-def run(engine: Engine, request: Order, counter: Counter | None) -> tuple[dict, list[float]]:
-    """(peak bytes of each phase, seconds of each step but the first) of one picture."""
-    peaks, seconds, phase, since = {}, [], "encode", 0.0
+class Run:
+    """One picture: the peak bytes of each phase, and the seconds of each step but the first."""
 
-    def close() -> None:
-        if counter is None:
-            peaks[phase] = max(peaks.get(phase, 0), torch.cuda.max_memory_reserved() + CONTEXT_BYTES)
-            torch.cuda.reset_peak_memory_stats()
+    def __init__(self, engine: Engine, counter: Counter | None) -> None:
+        """With a counter it counts live storages; without one it asks CUDA's allocator."""
+        self.engine = engine
+        self.counter = counter
+        self.peaks: dict[str, int] = {}
+        self.steps_s: list[float] = []
+        self._phase = "encode"
 
-    with torch.no_grad(), counter or contextlib.nullcontext():
-        for event in engine.draw([Picture(request)]):
-            if isinstance(event, Phase):
-                close()
-                loads = {"transformer": "denoise", "vae": "decode"}.get(event.detail, phase)
-                phase = event.name if event.name in PHASES else loads
-                if counter:
-                    counter.phase = phase
-            elif isinstance(event, Step):
-                hardware.synchronize(engine.plan.device)
-                now = time.perf_counter()
-                seconds += [now - since] if event.index > 1 else []
-                since = now
-    close()
-    return (counter.peaks if counter else peaks), seconds
+    def draw(self, order: Order) -> None:
+        step_ended = 0.0
+        with torch.no_grad(), self.counter or contextlib.nullcontext():
+            for event in self.engine.draw([Picture(order.request)]):
+                if isinstance(event, Phase):
+                    self._end_phase()
+                    self._begin_phase(event)
+                elif isinstance(event, Step):
+                    hardware.synchronize(self.engine.plan.device)
+                    now = time.perf_counter()
+                    if event.index > 1:
+                        self.steps_s.append(now - step_ended)
+                    step_ended = now
+        self._end_phase()
+        if self.counter:
+            self.peaks = self.counter.peaks
+
+    def _begin_phase(self, event: Phase) -> None:
+        if event.name in PHASES:
+            self._phase = event.name
+        else:  # loading is part of the phase that it is for
+            self._phase = LOADED_FOR.get(event.detail, self._phase)
+        if self.counter:
+            self.counter.phase = self._phase
+
+    def _end_phase(self) -> None:
+        if self.counter:
+            return
+        reserved = torch.cuda.max_memory_reserved() + CONTEXT_BYTES
+        self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), reserved)
+        torch.cuda.reset_peak_memory_stats()
 
 
-def carry_out(candidate: Candidate, machine: Hardware, request: Order, *, shrunk: bool) -> dict:
-    """One plan, carried out."""
-    made = candidate.plan
-    counter = Counter(budget=made.budget_bytes) if shrunk else None
-    engine = Engine(candidate.checkpoint, replace(made, device=CARD) if shrunk else made, machine)
-    peaks, seconds = run(engine, request, counter)
-    compute = costs.block_seconds(candidate.cost, machine.speeds, candidate.scheme)
-    copied = sum(candidate.cost.blocks[i].nbytes for i in made.placement.streamed)
+def carry_out(candidate: Candidate, machine: Hardware, *, order: Order, shrunk: bool) -> dict:
+    """One plan, carried out: a row of the table."""
+    plan = candidate.plan
+    counter = Counter(budget=plan.budget_bytes) if shrunk else None
+    on_card = replace(plan, device=CARD) if shrunk else plan
+    engine = Engine(candidate.checkpoint, on_card, machine)
+    run = Run(engine, counter)
+    run.draw(order)
+    planned_s = sum(costs.block_seconds(candidate.cost, machine.speeds, candidate.scheme))
+    copied_bytes = sum(candidate.cost.blocks[i].nbytes for i in plan.placement.streamed)
     row = {
-        "precision": made.precision, "placed": made.placement.level("denoise"), "encode": made.placement.encode,
-        "decode": made.placement.decode, "went_on_as_planned": engine.plan.placement == made.placement,
-        "plan_bytes": made.peak_bytes, "measured_bytes": {phase: peaks.get(phase, 0) for phase in PHASES},
-        "step_s": round(statistics.median(seconds), 4), "planned_step_s": round(sum(compute), 4),
-        "bus_s": round(copied / machine.speeds.bus_bytes, 4),
-    }  # fmt: skip
-    del engine
+        "precision": plan.precision,
+        "placed": plan.placement.level("denoise"),
+        "encode": plan.placement.encode,
+        "decode": plan.placement.decode,
+        "went_on_as_planned": engine.plan.placement == plan.placement,
+        "plan_bytes": plan.peak_bytes,
+        "measured_bytes": {phase: run.peaks.get(phase, 0) for phase in PHASES},
+        "step_s": round(statistics.median(run.steps_s), 4),
+        "planned_step_s": round(planned_s, 4),
+        "bus_s": round(copied_bytes / machine.speeds.bus_bytes, 4),
+    }
+    del engine, run
     gc.collect()
-    hardware.empty_cache(CARD if shrunk else made.device)
+    hardware.empty_cache(on_card.device)
     return row
 
 
-def rungs(checkpoint: Checkpoint, machine: object, request: Order, *, shrunk: bool) -> Iterator[dict]:
-    """Every precision that fits, as planned; and 16 bit with all blocks on the card, streamed, and from their files."""
-    specs = [QuantSpec("nf4", "nf4"), QuantSpec("fp8"), QuantSpec("int8")]
-    folders = [checkpoint] if shrunk else [*(packed(checkpoint, spec) for spec in specs), checkpoint]
+def try_placements(
+    checkpoint: Checkpoint, machine: Hardware, *, order: Order, shrunk: bool
+) -> Iterator[dict]:
+    """Rows of every precision that fits, as planned, and of other placements of 16 bit.
+
+    Those are with blocks that stream, and with blocks that come from their files.
+    """
+    folders = [checkpoint]
+    if not shrunk:
+        specs = (QuantSpec("nf4", "nf4"), QuantSpec("fp8"), QuantSpec("int8"))
+        folders = [*(pretend_baked(checkpoint, spec) for spec in specs), checkpoint]
     wide = "fp32" if shrunk else "bf16"
-    wanted = [(to, "auto") for to in (wide, *BAKEABLE)] + [(wide, offload) for offload in ("stream", "sequential")]
+    wanted = [(precision, "auto") for precision in (wide, *BAKEABLE)]
+    wanted += [(wide, "stream"), (wide, "sequential")]
     for precision, offload in wanted:
-        asked = replace(request, resources=replace(request.resources, precision=precision, offload=offload))
-        workload = costs.make_workload(asked.request)
-        found = survey(workload, asked.resources, folders, machine)[0]
-        if found.plan:
-            yield carry_out(found, machine, asked, shrunk=shrunk) | {"offload": offload}
+        resources = replace(order.resources, precision=precision, offload=offload)
+        asked = replace(order, resources=resources)
+        best = survey(costs.make_workload(asked.request), resources, folders, machine)[0]
+        if best.plan:
+            row = carry_out(best, machine, order=asked, shrunk=shrunk)
+            yield row | {"offload": offload}
 
 
-def diffusers_rows(machine: object, request: Order, *, shrunk: bool) -> Iterator[dict]:
-    """diffusers' own pipeline from prepared embeddings: seconds a step, and the allocator's peak."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-
+def time_diffusers(machine: Hardware, *, order: Order, shrunk: bool) -> Iterator[dict]:
+    """diffusers' own pipeline from prepared embeddings: seconds a step, the allocator's peak."""
+    ways = ("resident",) if shrunk else ("resident", "model offload", "group offload")
+    request = order.request
     checkpoint = inspect(TINY) if shrunk else read_known_shapes(DEV)
-    configs = {name: dict(part.config) for name, part in checkpoint.components.items()}
+    config = checkpoint.components["transformer"].config
     dtype = torch.float32 if shrunk else torch.bfloat16
-    width = configs["transformer"].get("joint_attention_dim", 4096)
-    embeddings = {
-        "prompt_embeds": torch.zeros(1, request.request.text_tokens, width, dtype=dtype, device=machine.device),
-        "pooled_prompt_embeds": torch.zeros(1, configs["transformer"]["pooled_projection_dim"], dtype=dtype,
-                                            device=machine.device),
-    }  # fmt: skip
-    for way in ("resident",) if shrunk else ("resident", "model offload", "group offload"):
-        with torch.device("cpu" if way != "resident" else machine.device):
-            torch.set_default_dtype(dtype)
-            transformer = FluxTransformer2DModel.from_config(configs["transformer"])
-            vae = AutoencoderKL.from_config(configs["vae"])
-            torch.set_default_dtype(torch.float32)
-        parts = {"text_encoder": None, "text_encoder_2": None, "tokenizer": None, "tokenizer_2": None}
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(checkpoint.scheduler | {"use_dynamic_shifting": True})
-        pipe = FluxPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **parts)
-        pipe.set_progress_bar_config(disable=True)
-        if way == "model offload":
-            pipe.enable_model_cpu_offload()
-        elif way == "group offload":
-            on = torch.device(machine.device)
-            transformer.enable_group_offload(onload_device=on, offload_type="block_level", num_blocks_per_group=1,
-                                             use_stream=True)  # fmt: skip
-            vae.to(on)
-        hardware.reset_peak(machine.device)
-        times: list[float] = []
+    on_device = {"dtype": dtype, "device": machine.device}
+    width = config.get("joint_attention_dim", 4096)
+    pooled_width = config["pooled_projection_dim"]
+    for way in ways:
+        pipe = make_pipeline(checkpoint, machine, way=way, dtype=dtype)
+        step_ends: list[float] = []
 
-        def tick(*_: object, times: list[float] = times) -> dict:
+        def tick(*_: object, step_ends: list[float] = step_ends) -> dict:
             hardware.synchronize(machine.device)
-            times.append(time.perf_counter())
+            step_ends.append(time.perf_counter())
             return {}
 
-        pipe(**embeddings, width=request.request.size[0], height=request.request.size[1], num_inference_steps=request.request.steps,
-             callback_on_step_end=tick, output_type="np")  # fmt: skip
-        steps = [b - a for a, b in pairwise(times)]
-        peak = hardware.peak_memory(machine.device).get("vram_bytes", 0)
-        yield {"way": f"diffusers {way}", "step_s": round(statistics.median(steps), 4), "peak_bytes": peak}
-        del pipe, transformer, vae
+        hardware.reset_peak(machine.device)
+        pipe(
+            prompt_embeds=torch.zeros(1, request.text_tokens, width, **on_device),
+            pooled_prompt_embeds=torch.zeros(1, pooled_width, **on_device),
+            width=request.size[0],
+            height=request.size[1],
+            num_inference_steps=request.steps,
+            callback_on_step_end=tick,
+            output_type="np",
+        )
+        steps_s = [after - before for before, after in pairwise(step_ends)]
+        yield {
+            "way": f"diffusers {way}",
+            "step_s": round(statistics.median(steps_s), 4),
+            "peak_bytes": hardware.peak_memory(machine.device).get("vram_bytes", 0),
+        }
+        del pipe
         gc.collect()
         hardware.empty_cache(machine.device)
 
 
-def measure_row(card: Hardware) -> str:
-    """The card's row of the table of cards: TFLOP/s of 16-bit and 8-bit products, GB/s of pinned copies, when and how.
+def make_pipeline(
+    checkpoint: Checkpoint, machine: Hardware, *, way: str, dtype: torch.dtype
+) -> "FluxPipeline":
+    """FluxPipeline of random weights without text encoders, placed in one of diffusers' ways."""
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        FluxPipeline,
+        FluxTransformer2DModel,
+    )
 
-    The products are those of a block at 1024x1024: 4608 tokens by a (12288, 3072) weight.
+    configs = {name: dict(part.config) for name, part in checkpoint.components.items()}
+    with torch.device(machine.device if way == "resident" else "cpu"):
+        torch.set_default_dtype(dtype)
+        transformer = FluxTransformer2DModel.from_config(configs["transformer"])
+        vae = AutoencoderKL.from_config(configs["vae"])
+        torch.set_default_dtype(torch.float32)
+    shifting = checkpoint.scheduler | {"use_dynamic_shifting": True}
+    pipe = FluxPipeline(
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(shifting),
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    if way == "model offload":
+        pipe.enable_model_cpu_offload()
+    elif way == "group offload":
+        device = torch.device(machine.device)
+        transformer.enable_group_offload(
+            onload_device=device,
+            offload_type="block_level",
+            num_blocks_per_group=1,
+            use_stream=True,
+        )
+        vae.to(device)
+    return pipe
+
+
+def measure_row(card: Hardware) -> str:
+    """The card's row of the table of cards: TFLOP/s of products, GB/s of pinned copies, when and
+    how.
+
+    The products are in 16 bit and in 8. They are those of a block at 1024x1024: 4608 tokens by a
+    (12288, 3072) weight.
     """
     rows, columns = 4608, 3072
     dtype = torch.bfloat16 if card.bf16 else torch.float16
@@ -203,8 +293,12 @@ def measure_row(card: Hardware) -> str:
     for scheme, stored in (("fp8", torch.float8_e4m3fn), ("int8", torch.int8)):
         if linear.find_multiply(scheme, card.device) != "dequantize":
             tensors = {"": weight.to(stored), "_scale": weight[:, 0].float()}
-            layer = linear.make_linear(scheme, [tensors], shapes=[tuple(weight.shape)], bias=None, arithmetic=True)
-            figures[scheme] = flop / seconds_of(lambda layer=layer: layer(inputs), card.device) / 1e12
+            layer = linear.make_linear(
+                scheme, [tensors], shapes=[tuple(weight.shape)], bias=None, arithmetic=True
+            )
+            figures[scheme] = (
+                flop / seconds_of(lambda layer=layer: layer(inputs), card.device) / 1e12
+            )
     host = torch.empty(128 << 20, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(host, device=card.device, pin_memory=False)
     copy_s = seconds_of(lambda: target.copy_(host, non_blocking=True), card.device)
@@ -230,13 +324,15 @@ def seconds_of(run: Callable[[], object], device: str) -> float:
 
 
 def main() -> None:
-    """Reads the command line, runs, prints."""
-    parser = argparse.ArgumentParser(description="measured against planned, for cards that a large one stands for")
-    parser.add_argument("--caps", help="GiB, default 8,12,16,24; with --shrunk MiB, default 9,12,30")
+    """Read the command line, run, print."""
+    parser = argparse.ArgumentParser(
+        description="measured against planned, for cards that a large one stands for"
+    )
+    parser.add_argument("--caps", help="GiB, default 8,12,16,24; with --shrunk MiB, 9,12,30")
     parser.add_argument("--sizes", help="default 1024x1024,768x1344; with --shrunk 64x64")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--shrunk", action="store_true")
-    parser.add_argument("--row", action="store_true", help="only measure this card's row of the table of cards")
+    parser.add_argument("--row", action="store_true", help="only measure this card's row")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     if given.row:
@@ -244,43 +340,61 @@ def main() -> None:
         return
     shrunk = given.shrunk
     if shrunk:  # the tiny model: what is fixed for the real one would be all there is
-        costs.DECODE_BYTES, placement.CONTEXT_BYTES, placement.RESIDENT_SHARE = 64 << 10, 0, 0.0
-    given.caps = given.caps or ("9,12,30" if shrunk else "8,12,16,24")
-    given.sizes = given.sizes or ("64x64" if shrunk else "1024x1024,768x1344")
-    here = hardware.probe("cpu") if shrunk else hardware.probe("cuda")
-    unit, rows, peers = 2**20 if shrunk else GIB, [], []
+        costs.DECODE_BYTES = 64 << 10
+        placement.CONTEXT_BYTES = 0
+        placement.RESIDENT_SHARE = 0.0
+    caps = given.caps or ("9,12,30" if shrunk else "8,12,16,24")
+    sizes = given.sizes or ("64x64" if shrunk else "1024x1024,768x1344")
+    unit_bytes = 2**20 if shrunk else GIB
+    here = hardware.probe("cpu" if shrunk else "cuda")
+    rows, peers = [], []
     with contextlib.nullcontext(inspect(TINY)) if shrunk else random_model() as checkpoint:
-        for size in given.sizes.split(","):
-            width, height = map(int, size.split("x"))
-            tokens = {"text_tokens": 24, "model": "bundled/tiny"} if shrunk else {}
-            request = Order.from_settings("x", dict(steps=given.steps, width=width, height=height, seed=1, **tokens))
-            for cap in map(int, given.caps.split(",")):
-                machine = replace(here, device="cuda:0", total_bytes=cap * unit, free_bytes=cap * unit)
-                for row in rungs(checkpoint, machine, request, shrunk=shrunk):
+        for size in sizes.split(","):
+            order = make_order(size, steps=given.steps, shrunk=shrunk)
+            for cap in map(int, caps.split(",")):
+                memory = {"total_bytes": cap * unit_bytes, "free_bytes": cap * unit_bytes}
+                machine = replace(here, device="cuda:0", **memory)
+                for row in try_placements(checkpoint, machine, order=order, shrunk=shrunk):
                     rows.append({"cap": cap, "size": size, **row})
-                    show(rows[-1], unit)
+                    show(rows[-1], unit_bytes)
             hardware.cap(here.device, 1 << 50)  # diffusers has the whole card
-            for peer in diffusers_rows(here, request, shrunk=shrunk):
+            for peer in time_diffusers(here, order=order, shrunk=shrunk):
                 peers.append({"size": size, **peer})
-                speed, peak = f"{peer['step_s']:.3f} s/step", f"{peer['peak_bytes'] / GIB:.2f} GiB"
-                print(f"{size:<18} {peer['way']:<24} {peak:>10}  {speed}")
-    name = platform.machine() if shrunk else here.name
-    line = json.dumps({"card": name, "torch": torch.__version__, "shrunk": shrunk, "rungs": rows, "diffusers": peers})
+                peak = f"{peer['peak_bytes'] / GIB:.2f} GiB"
+                print(f"{size:<18} {peer['way']:<24} {peak:>10}  {peer['step_s']:.3f} s/step")
+    result = {
+        "card": platform.machine() if shrunk else here.name,
+        "torch": torch.__version__,
+        "shrunk": shrunk,
+        "placements": rows,
+        "diffusers": peers,
+    }
+    line = json.dumps(result)
     print(line)
     if given.out:
         given.out.write_text(line + "\n")
 
 
-def show(row: dict, unit: int) -> None:
+def make_order(size: str, *, steps: int, shrunk: bool) -> Order:
+    """A picture of a size as WIDTHxHEIGHT."""
+    width, height = map(int, size.split("x"))
+    settings = {"steps": steps, "width": width, "height": height, "seed": 1}
+    if shrunk:
+        settings |= {"text_tokens": 24, "model": "bundled/tiny"}
+    return Order.from_settings("x", settings)
+
+
+def show(row: dict, unit_bytes: int) -> None:
     """One line of the table: the phase that needs most, planned and measured."""
     phase = max(PHASES, key=row["measured_bytes"].__getitem__)
-    plan, measured = row["plan_bytes"][phase] / unit, row["measured_bytes"][phase] / unit
-    bound = max(row["planned_step_s"], row["bus_s"])
+    plan = row["plan_bytes"][phase] / unit_bytes
+    measured = row["measured_bytes"][phase] / unit_bytes
+    bound_s = max(row["planned_step_s"], row["bus_s"])
     kept = "" if row["went_on_as_planned"] else "  not as planned"
     print(
-        f"cap {row['cap']:<3} {row['size']:<10} {row['precision']:<5} {row['placed']:<12} {phase:<9}"
-        f" plan {plan:6.2f} measured {measured:6.2f} ({measured / plan:.2f})  {row['step_s']:.3f} s/step,"
-        f" bound {bound:.3f}{kept}"
+        f"cap {row['cap']:<3} {row['size']:<10} {row['precision']:<5} {row['placed']:<12}"
+        f" {phase:<9} plan {plan:6.2f} measured {measured:6.2f} ({measured / plan:.2f})"
+        f"  {row['step_s']:.3f} s/step, bound {bound_s:.3f}{kept}"
     )
 
 

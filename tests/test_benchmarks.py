@@ -12,7 +12,7 @@ def test_cards_runs_shrunk():
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["shrunk"] and len(found["diffusers"]) == 1
-    rows = found["rungs"]
+    rows = found["placements"]
     assert {row["cap"] for row in rows} == {9, 12} and {row["precision"] for row in rows} == {
         "fp32",
         "nf4",

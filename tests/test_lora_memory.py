@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.counting import Counter, packed
+from benchmarks.counting import Counter, pretend_baked
 from fluxcli.engine.cards import describe_card
 from fluxcli.plan import placement
 from fluxcli.plan.placement import PHASES
@@ -47,7 +47,8 @@ def test_the_plan_is_within_five_percent_of_what_is_counted(card, wanted, names,
     files = tuple(str(sparse(f"lora_{name}", tmp_path / f"{name}.safetensors")) for name in names)
     with full_size(monkeypatch) as dev:
         request = order("x", steps=2, seed=1, lora=files, **wanted)
-        folders = [packed(dev, BAKES[request.resources.precision])] if request.resources.precision in BAKES else [dev]
+        precision = request.resources.precision
+        folders = [pretend_baked(dev, BAKES[precision]) if precision in BAKES else dev]
         here = describe_card(card)
         checkpoint, made = plan_for(request, folders, here)
         counter, engine = Counter(), on_card(checkpoint, made, here)

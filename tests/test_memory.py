@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.counting import Counter, packed
+from benchmarks.counting import Counter, pretend_baked
 from fluxcli.engine.cards import describe_card
 from fluxcli.plan import placement
 from fluxcli.plan.placement import GIB, PHASES, MemoryPlan
@@ -43,7 +43,8 @@ def planned_and_counted(card: str, wanted: dict, monkeypatch: pytest.MonkeyPatch
     with full_size(monkeypatch) as dev:
         kind, wanted = wanted.get("gguf"), {key: value for key, value in wanted.items() if key != "gguf"}
         request = order("x", steps=2, seed=1, **wanted)
-        folders = [packed(dev, BAKES[request.resources.precision])] if request.resources.precision in BAKES else [dev]
+        precision = request.resources.precision
+        folders = [pretend_baked(dev, BAKES[precision]) if precision in BAKES else dev]
         folders = [blocked(dev, kind)] if kind else folders
         here = describe_card(card)
         checkpoint, made = plan_for(request, folders, here)

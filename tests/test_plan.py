@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.counting import packed
+from benchmarks.counting import pretend_baked
 from fluxcli import paths
 from fluxcli.cli import console
 from fluxcli.engine.cards import describe_card
@@ -45,8 +45,8 @@ def dev() -> Checkpoint:
 @pytest.fixture(scope="module")
 def variants(dev) -> list[Checkpoint]:
     """The model with everything that can be baked from it."""
-    baked = [packed(dev, QuantSpec("nf4", "nf4")), packed(dev, QuantSpec("fp8")), packed(dev, QuantSpec("int8"))]
-    return [*baked, dev]
+    specs = (QuantSpec("nf4", "nf4"), QuantSpec("fp8"), QuantSpec("int8"))
+    return [*(pretend_baked(dev, spec) for spec in specs), dev]
 
 
 def request(**changes: object) -> Order:
@@ -410,4 +410,4 @@ def test_known_shapes_are_those_of_the_model_classes(dev):
 if __name__ == "__main__":
     shapes = read_known_shapes(DEV)
     specs = [QuantSpec("nf4", "nf4"), QuantSpec("fp8"), QuantSpec("int8")]
-    GOLDEN.write_text(golden([*(packed(shapes, spec) for spec in specs), shapes]))
+    GOLDEN.write_text(golden([*(pretend_baked(shapes, spec) for spec in specs), shapes]))
