@@ -1,4 +1,4 @@
-"""The engine: phases in order, seeds that mean pictures, nothing not finite, nothing of the modulation kept."""
+"""The engine: phases in order, seeds that mean pictures, nothing that is not finite."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -41,7 +41,9 @@ def test_phases_come_in_order_and_each_component_loads_once(checkpoint):
     events, _ = draw(engine_of(checkpoint), tiny())
     named = [name for name in phases(events) if name != "load"]
     assert list(dict.fromkeys(named)) == ["encode", "condition", "denoise", "decode"]
-    loads = [event.detail for event in events if isinstance(event, PhaseEvent) and event.name == "load"]
+    loads = [
+        event.detail for event in events if isinstance(event, PhaseEvent) and event.name == "load"
+    ]
     assert loads == ["tokenizers", "text_encoder", "text_encoder_2", "transformer", "vae"]
     assert [event.index for event in events if isinstance(event, Step)] == [1, 2, 3]
 
@@ -102,7 +104,10 @@ def test_a_saved_picture_says_how_to_make_it_again(engine, checkpoint, tmp_path)
 def test_the_random_seed_is_reported(engine, tmp_path):
     request = tiny(seed=-1, output=f"{tmp_path}/")
     target = output.parse_target(request.output)
-    seeds = {next(e.image.seed for e in run(engine, request, target) if isinstance(e, Saved)) for _ in range(2)}
+    seeds = {
+        next(e.image.seed for e in run(engine, request, target) if isinstance(e, Saved))
+        for _ in range(2)
+    }
     assert len(seeds) == 2
     assert min(seeds) >= 0
 
@@ -181,7 +186,13 @@ def test_an_engine_of_other_phases_hands_each_picture_over_as_it_has_its_pixels(
             assert event.picture.pixels is not None
             event.picture.pixels = None
             said.append(("drawn", [event.picture.request.seed]))
-    assert said == [("think", [1, 2]), ("paint", [1]), ("drawn", [1]), ("paint", [2]), ("drawn", [2])]
+    assert said == [
+        ("think", [1, 2]),
+        ("paint", [1]),
+        ("drawn", [1]),
+        ("paint", [2]),
+        ("drawn", [2]),
+    ]
 
 
 def test_recent_values_stay_and_the_last_one_always_does():
@@ -211,7 +222,10 @@ def test_the_frugal_imports_leave_out_what_a_picture_never_uses():
         "draw(engine_of(inspect(Path('presets/tiny'))), tiny())\n"
         "print(sorted({'sympy', 'torch._dynamo', 'torch.distributed.tensor'} & set(sys.modules)))\n"
         "import torch; assert torch.distributed.is_available()\n"
-        "print(torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item(), 'sympy' in sys.modules)\n"
+        "compiled = torch.compile(lambda x: x + 1, backend='eager')\n"
+        "print(compiled(torch.ones(1)).item(), 'sympy' in sys.modules)\n"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert run.stdout.split("\n")[:2] == ["[]", "2.0 True"]

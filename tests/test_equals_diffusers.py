@@ -1,4 +1,7 @@
-"""The engine's pixels are diffusers' own: at most 1/255 apart from FluxPipeline, same folder, seed and parameters."""
+"""The engine's pixels are diffusers' own.
+
+They are at most 1/255 apart from FluxPipeline's of the same folder, seed and parameters.
+"""
 
 import json
 import shutil
@@ -14,7 +17,9 @@ from fluxcli.request.fields import Order
 from quant.checkpoint import Component, inspect
 from tests.support.helpers import ROOT, draw, engine_of, tiny
 
-REAL = ROOT.parent / "shared" / "flux1-dev"  # the published configs and tokenizers, where a developer has them
+REAL = (
+    ROOT.parent / "shared" / "flux1-dev"
+)  # the published configs and tokenizers, where a developer has them
 
 
 def diffusers_pixels(folder: Path, requests: list[Order]) -> list[np.ndarray]:
@@ -25,12 +30,18 @@ def diffusers_pixels(folder: Path, requests: list[Order]) -> list[np.ndarray]:
     pictures = []
     for request in requests:
         width, height = request.request.size
-        options = {} if request.request.guidance is None else {"guidance_scale": request.request.guidance}
+        options = (
+            {} if request.request.guidance is None else {"guidance_scale": request.request.guidance}
+        )
         image = pipe(
-            request.request.prompt, width=width, height=height, num_inference_steps=request.request.steps,
-            max_sequence_length=request.request.text_tokens, generator=torch.Generator("cpu").manual_seed(request.request.seed),
+            request.request.prompt,
+            width=width,
+            height=height,
+            num_inference_steps=request.request.steps,
+            max_sequence_length=request.request.text_tokens,
+            generator=torch.Generator("cpu").manual_seed(request.request.seed),
             **options,
-        ).images[0]  # fmt: skip
+        ).images[0]
         pictures.append(np.asarray(image))
     return pictures
 
@@ -41,7 +52,9 @@ def assert_equal(folder: Path, requests: list[Order]) -> None:
     for request, reference in zip(requests, references, strict=True):
         _, pixels = draw(engine, request)
         apart = np.abs(pixels.astype(int) - reference.astype(int)).max()
-        assert apart <= 1, f"{request.request.size}, {request.request.steps} steps: {apart}/255 apart"
+        assert apart <= 1, (
+            f"{request.request.size}, {request.request.steps} steps: {apart}/255 apart"
+        )
         assert reference.std() > 1  # a picture, not a plain colour
 
 
@@ -49,18 +62,26 @@ GRID = [(ratio, steps) for ratio in ("1:1", "21:9", "9:16") for steps in (1, 20)
 
 
 def test_dev_style(tiny_folder):
-    assert_equal(tiny_folder, [tiny(aspect_ratio=r, steps=s, image_size=128, text_tokens=24) for r, s in GRID])
+    assert_equal(
+        tiny_folder,
+        [tiny(aspect_ratio=r, steps=s, image_size=128, text_tokens=24) for r, s in GRID],
+    )
 
 
 def test_schnell_style(tiny_folder, tmp_path):
     """No guidance input, no dynamic shift."""
     folder = shutil.copytree(tiny_folder, tmp_path / "schnell")
     change_json(folder / "transformer" / "config.json", guidance_embeds=False)
-    change_json(folder / "scheduler" / "scheduler_config.json", use_dynamic_shifting=False, shift=1.0)
+    change_json(
+        folder / "scheduler" / "scheduler_config.json", use_dynamic_shifting=False, shift=1.0
+    )
     path = next((folder / "transformer").glob("*.safetensors"))
     state = {k: v for k, v in load_file(path).items() if "guidance_embedder" not in k}
     save_file(state, path)
-    requests = [tiny(aspect_ratio=r, steps=s, image_size=128, text_tokens=24, guidance=None) for r, s in GRID]
+    requests = [
+        tiny(aspect_ratio=r, steps=s, image_size=128, text_tokens=24, guidance=None)
+        for r, s in GRID
+    ]
     assert_equal(folder, requests)
 
 
@@ -72,14 +93,17 @@ def change_json(path: Path, **values: object) -> None:
 def test_real_widths_and_tokenizers(tmp_path):
     """FLUX.1 [dev]'s configs and tokenizers with one layer of each kind and random weights."""
     if not REAL.is_dir():
-        pytest.skip("needs the published configs and tokenizers of FLUX.1 [dev] in ../shared/flux1-dev")
+        pytest.skip(
+            "needs the published configs and tokenizers of FLUX.1 [dev] in ../shared/flux1-dev"
+        )
     folder = shutil.copytree(REAL, tmp_path / "real", ignore=shutil.ignore_patterns("*.index.json"))
     change_json(folder / "transformer" / "config.json", num_layers=1, num_single_layers=1)
     change_json(folder / "text_encoder" / "config.json", num_hidden_layers=1)
     change_json(folder / "text_encoder_2" / "config.json", num_layers=1)
     for name in ("transformer", "text_encoder", "text_encoder_2", "vae"):
         write_random(folder / name, name)
-    prompt = "A fox, caf\u00e9 \u2014 \u201cquoted\u201d, 100% \U0001f98a and a rather long description of its fur"
+    prompt = "A fox, caf\u00e9 \u2014 \u201cquoted\u201d, 100% \U0001f98a"
+    prompt += " and a rather long description of its fur"
     requests = [
         tiny(prompt=prompt, steps=3, text_tokens=64),
         tiny(prompt=prompt, steps=1, text_tokens=128, aspect_ratio="9:16", image_size=96),
@@ -98,6 +122,12 @@ def write_random(folder: Path, name: str) -> None:
         if key.endswith("weight") and parameter.ndim == 1:
             state[key] = torch.ones(parameter.shape, dtype=torch.bfloat16)
         else:
-            state[key] = noise.repeat(parameter.numel() // noise.numel() + 1)[: parameter.numel()].view(parameter.shape)
+            state[key] = noise.repeat(parameter.numel() // noise.numel() + 1)[
+                : parameter.numel()
+            ].view(parameter.shape)
     stem = "model" if name.startswith("text") else "diffusion_pytorch_model"
-    save_file({k: v.clone() for k, v in state.items()}, folder / f"{stem}.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k: v.clone() for k, v in state.items()},
+        folder / f"{stem}.safetensors",
+        metadata={"format": "pt"},
+    )

@@ -1,4 +1,4 @@
-"""Loading is strict: every key, every shape, no layer left random; the dialects of published folders are read."""
+"""Loading is strict: every key, every shape, no layer left random; dialects are read."""
 
 import json
 import shutil
@@ -33,7 +33,9 @@ def rewrite(folder: Path, change) -> None:
 
 
 def load(folder: Path, name: str) -> torch.nn.Module:
-    return load_component(inspect(folder).components[name], dtype=torch.float32, device="cpu").module
+    return load_component(
+        inspect(folder).components[name], dtype=torch.float32, device="cpu"
+    ).module
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
@@ -58,7 +60,9 @@ def test_missing_extra_and_misshapen_tensors_are_named(model, name):
         rewrite(model / name, change)
         with pytest.raises(CheckpointError, match=word) as caught:
             load(model, name)
-        assert "intruder" in str(caught.value) or key.removeprefix("text_model.") in str(caught.value)
+        assert "intruder" in str(caught.value) or key.removeprefix("text_model.") in str(
+            caught.value
+        )
         shutil.copy(model / "kept", weights(model / name))
 
 
@@ -77,7 +81,10 @@ def test_clip_with_and_without_the_old_prefix_and_position_ids(model):
 
     def other_dialect(state):
         prefix = "text_model."
-        renamed = {k.removeprefix(prefix) if k.startswith(prefix) else prefix + k: v for k, v in state.items()}
+        renamed = {
+            k.removeprefix(prefix) if k.startswith(prefix) else prefix + k: v
+            for k, v in state.items()
+        }
         state.clear()
         state.update(renamed)
         state[
@@ -140,14 +147,22 @@ def test_packed_components_hold_layers_of_their_scheme(baked):
         module = load(baked(to, **BAKED[to]), "transformer")
         packed = [layer for layer in module.modules() if isinstance(layer, QuantizedLinear)]
         assert {type(layer) for layer in packed} == {kind}
-        assert len(packed) == 2 * (12 - 4) + 5 * (5 - 3)  # of 12 and 5, of which q, k, v (and the MLP) are one
-        assert {p.dtype for p in module.parameters()} == {torch.float32} == {layer.bias.dtype for layer in packed}
+        assert len(packed) == 2 * (12 - 4) + 5 * (
+            5 - 3
+        )  # of 12 and 5, of which q, k, v (and the MLP) are one
+        assert (
+            {p.dtype for p in module.parameters()}
+            == {torch.float32}
+            == {layer.bias.dtype for layer in packed}
+        )
         assert not any(p.requires_grad for p in module.parameters())
         assert not [t for t in [*module.parameters(), *module.buffers()] if t.is_meta]
         encoder = load(baked(to, **BAKED[to]), "text_encoder_2")
         layers = [layer for layer in encoder.modules() if isinstance(layer, QuantizedLinear)]
         assert len(layers) == (0 if to == "int8" else 12)
-        assert not [layer for layer in layers if getattr(layer, "arithmetic", False)]  # outliers: never in 8 bit
+        assert not [
+            layer for layer in layers if getattr(layer, "arithmetic", False)
+        ]  # outliers: never in 8 bit
 
 
 def test_what_is_skipped_stays_meta_packed_or_not(baked):
@@ -155,14 +170,20 @@ def test_what_is_skipped_stays_meta_packed_or_not(baked):
 
     for folder in (baked("fp8", **BAKED["fp8"]), baked("fp8", **BAKED["fp8"], modulation="fp8")):
         component = inspect(folder).components["transformer"]
-        module = load_component(component, dtype=torch.float32, device="cpu", skip=is_modulation).module
+        module = load_component(
+            component, dtype=torch.float32, device="cpu", skip=is_modulation
+        ).module
         meta = {name for name, tensor in module.named_parameters() if tensor.is_meta}
         assert meta == {name for name in component.weights if is_modulation(name)}
 
 
 def put(value: float, at: int = 3):
     """A change of one value of a tensor, of one byte where it is float8."""
-    return lambda t: (t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t).view(-1)[at : at + 1].fill_(value)
+    return lambda t: (
+        (t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t)
+        .view(-1)[at : at + 1]
+        .fill_(value)
+    )
 
 
 NAN, INF = float("nan"), float("inf")
@@ -173,7 +194,11 @@ FAULTS = {
     "a negative scale": ("int8", "transformer_blocks.1.ff.net.2.weight_scale", put(-0.1)),
     "a NaN byte": ("fp8", "single_transformer_blocks.0.proj_mlp.weight", put(0x7F)),
     "a NaN byte with sign": ("fp8", "transformer_blocks.0.ff.net.2.weight", put(0xFF)),
-    "an Inf in a scale of scales": ("nf4", "single_transformer_blocks.2.proj_out.weight.nested_absmax", put(INF, 0)),
+    "an Inf in a scale of scales": (
+        "nf4",
+        "single_transformer_blocks.2.proj_out.weight.nested_absmax",
+        put(INF, 0),
+    ),
     "a NaN in a level": ("nf4", "transformer_blocks.0.attn.to_k.weight.nested_quant_map", put(NAN)),
 }
 
@@ -195,16 +220,21 @@ def test_a_source_that_is_not_finite_is_not_packed_while_loading(model, to):
     rewrite(model / "transformer", lambda state: state[name][3, 4].fill_(float("nan")))
     with pytest.raises(CheckpointError, match=name):
         load_component(
-            inspect(model).components["transformer"], dtype=torch.float32, device="cpu",
+            inspect(model).components["transformer"],
+            dtype=torch.float32,
+            device="cpu",
             spec=QuantSpec(to, scales="absmax" if to == "nf4" else "search"),
-        )  # fmt: skip
+        )
 
 
 def test_packs_that_are_not_whole_or_of_another_size_are_refused(baked, tmp_path):
     name = "transformer_blocks.0.attn.to_q.weight"
     for to, change in (
         ("nf4", lambda state: state.pop(f"{name}.absmax")),
-        ("nf4", lambda state: state.update({f"{name}.absmax": state[f"{name}.absmax"][:-1].clone()})),
+        (
+            "nf4",
+            lambda state: state.update({f"{name}.absmax": state[f"{name}.absmax"][:-1].clone()}),
+        ),
         ("fp8", lambda state: state.pop(f"{name}_scale")),
         ("fp8", lambda state: state.update({f"{name}_scale": torch.ones(3)})),
         ("int8", lambda state: state.pop(name)),

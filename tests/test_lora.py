@@ -1,4 +1,4 @@
-"""Adapters at run time: FluxPipeline's pictures, on every precision and placement, with the base as it was."""
+"""Adapters at run time: FluxPipeline's pictures, on every precision and placement."""
 
 import functools
 import gc
@@ -30,7 +30,14 @@ from quant.errors import CheckpointError
 from quant.single_file import assemble_checkpoint
 from quant.spec import QuantSpec
 from tests.support.helpers import BAKED, ROOT, changed, draw, engine_of, picture_of, tiny
-from tests.support.loras import linear_layers, low_rank, peft_tensors, write_described, write_lora, write_special
+from tests.support.loras import (
+    linear_layers,
+    low_rank,
+    peft_tensors,
+    write_described,
+    write_lora,
+    write_special,
+)
 from tests.test_placement import WAYS, forward, inputs, place
 
 BLOCKS = r"(single_)?transformer_blocks\.\d+\.(attn|ff|proj).*"
@@ -79,16 +86,27 @@ def apart(one: np.ndarray, other: np.ndarray) -> int:
 
 
 COMBINATIONS = [
-    {"blocks": 1.0}, {"ends": 1.0}, {"modulation": 1.0}, {"clip": 1.0}, {"everything": 0.7}, {"special": 1.0},
+    {"blocks": 1.0},
+    {"ends": 1.0},
+    {"modulation": 1.0},
+    {"clip": 1.0},
+    {"everything": 0.7},
+    {"special": 1.0},
     {"described": 0.9},
-    {"blocks": 0.5, "modulation": -0.8}, {"everything": -0.4, "blocks": 0.6, "clip": 0.3},
-]  # fmt: skip
+    {"blocks": 0.5, "modulation": -0.8},
+    {"everything": -0.4, "blocks": 0.6, "clip": 0.3},
+]
 
 
 @pytest.fixture(scope="module")
-def expected(files: dict[str, Path], tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """FluxPipeline's pictures with each combination, made where diffusers was imported with peft."""
-    asked = {str(scales): [[str(files[name]), scale] for name, scale in scales.items()] for scales in COMBINATIONS}
+def expected(
+    files: dict[str, Path], tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict:
+    """FluxPipeline's pictures with each combination, made where diffusers imported peft."""
+    asked = {
+        str(scales): [[str(files[name]), scale] for name, scale in scales.items()]
+        for scales in COMBINATIONS
+    }
     out = tmp_path_factory.mktemp("pipeline") / "pictures.npz"
     command = [sys.executable, "-W", "ignore", "-m", "tests.support.loras"]
     command += [str(tiny_folder), str(out), json.dumps(asked)]
@@ -105,7 +123,9 @@ def test_pictures_are_those_of_fluxpipeline_with_peft(scales, files, engine, exp
 
 
 @pytest.mark.parametrize("name", ["t5", "clip", "everything"])
-def test_pictures_are_those_of_a_model_with_the_adapter_in_its_weights(name, files, engine, tiny_folder, tmp_path):
+def test_pictures_are_those_of_a_model_with_the_adapter_in_its_weights(
+    name, files, engine, tiny_folder, tmp_path
+):
     """diffusers loads no adapter of T5."""
     import shutil
 
@@ -117,7 +137,8 @@ def test_pictures_are_those_of_a_model_with_the_adapter_in_its_weights(name, fil
         for key in [key for key in stored if key.startswith(f"{part}.") and "lora_A" in key]:
             layer = key.removeprefix(f"{part}.").removesuffix(".lora_A.weight")
             tensors[f"{layer}.weight"] = (
-                tensors[f"{layer}.weight"].float() + stored[key.replace("lora_A", "lora_B")] @ stored[key]
+                tensors[f"{layer}.weight"].float()
+                + stored[key.replace("lora_A", "lora_B")] @ stored[key]
             )
         save_file(tensors, path)
     _, pixels = draw(engine, using(files, **{name: 1.0}))
@@ -134,7 +155,9 @@ def digest(model: nn.Module) -> str:
     tensors = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
     found = hashlib.sha256()
     for name, tensor in tensors.items():
-        found.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        found.update(
+            name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        )
     return found.hexdigest()
 
 
@@ -150,7 +173,9 @@ def loaded_modules(engine: Engine) -> dict[str, torch.nn.Module]:
 
 
 @pytest.mark.parametrize("dialect", ["fp32", *BAKED, "gguf Q8_0", "nf4 v1"])
-def test_switching_adapters_loads_nothing_and_leaves_the_base_as_it_was(dialect, files, exported, tiny_folder):
+def test_switching_adapters_loads_nothing_and_leaves_the_base_as_it_was(
+    dialect, files, exported, tiny_folder
+):
     checkpoint, request = model_in(dialect, exported, tiny_folder)
     engine, precision = engine_of(checkpoint, request), request.resources.precision
     _, plain = draw(engine, request)
@@ -161,7 +186,9 @@ def test_switching_adapters_loads_nothing_and_leaves_the_base_as_it_was(dialect,
     for names in (("blocks",), ("everything", "t5"), ("modulation",), ("blocks",)):
         asked = changed(using(files, **dict.fromkeys(names, 0.5)), precision=precision)
         events, pixels = draw(engine, asked)
-        assert {event.detail for event in events if isinstance(event, Phase) and event.name == "load"} <= {"tokenizers"}
+        assert {
+            event.detail for event in events if isinstance(event, Phase) and event.name == "load"
+        } <= {"tokenizers"}
         assert {name: digest(model) for name, model in loaded_modules(engine).items()} == before
         assert apart(pixels, plain) > MOVES
         pictures.append(pixels)
@@ -189,8 +216,13 @@ def test_the_same_adapter_again_computes_nothing_anew_and_another_scale_does(fil
         events, _ = draw(engine, using(files, everything=scale))
         kinds.append({event.name for event in events if isinstance(event, Phase)} - {"load"})
     assert kinds == [{"denoise", "decode"}, {"encode", "condition", "denoise", "decode"}]
-    events, _ = draw(engine, using(files, everything=0.6, blocks=0.1))  # acts on neither prompt nor modulation
-    assert {event.name for event in events if isinstance(event, Phase)} - {"load"} == {"denoise", "decode"}
+    events, _ = draw(
+        engine, using(files, everything=0.6, blocks=0.1)
+    )  # acts on neither prompt nor modulation
+    assert {event.name for event in events if isinstance(event, Phase)} - {"load"} == {
+        "denoise",
+        "decode",
+    }
 
 
 # --- every precision, wherever the blocks are
@@ -198,7 +230,7 @@ def test_the_same_adapter_again_computes_nothing_anew_and_another_scale_does(fil
 
 @dataclass(frozen=True)
 class Resident:
-    """A precision's component, what it is loaded with, and its results with every block on the device."""
+    """A precision's component, how it is loaded, and its results with all on the device."""
 
     component: Component
     dtype: torch.dtype
@@ -209,7 +241,10 @@ class Resident:
 
 @pytest.fixture(scope="module")
 def adapters(checkpoint: Checkpoint, files: dict[str, Path]) -> list[lora.Adapter]:
-    return [lora.read_adapter(files[name], checkpoint.components, scale=0.6) for name in ("blocks", "everything")]
+    return [
+        lora.read_adapter(files[name], checkpoint.components, scale=0.6)
+        for name in ("blocks", "everything")
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +286,14 @@ def test_every_placement_gives_the_resident_result_bit_for_bit(resident, adapter
     given = inputs(wanted.dtype)
     model = place(wanted.component, blocks, arena=arena, dtype=wanted.dtype, spec=wanted.spec)
     for _ in range(2):
-        handles = attach(model.module, adapters, "transformer", places=model.places, dtype=wanted.dtype, device=CARD)
+        handles = attach(
+            model.module,
+            adapters,
+            "transformer",
+            places=model.places,
+            dtype=wanted.dtype,
+            device=CARD,
+        )
         for _ in range(2):
             assert torch.equal(forward(model, given), expected)
         for handle in handles:
@@ -263,7 +305,9 @@ def test_every_placement_gives_the_resident_result_bit_for_bit(resident, adapter
 def test_a_layer_adds_the_product_to_what_it_gives_alone(checkpoint, tmp_path, baked, to):
     """On rows of a fused layer, with two adapters in their order."""
     component = (
-        inspect(baked(to, **BAKED[to])).components["transformer"] if to else checkpoint.components["transformer"]
+        inspect(baked(to, **BAKED[to])).components["transformer"]
+        if to
+        else checkpoint.components["transformer"]
     )
     model, shapes = (
         place(component, ()),
@@ -272,15 +316,27 @@ def test_a_layer_adds_the_product_to_what_it_gives_alone(checkpoint, tmp_path, b
     pairs = [low_rank(shapes, seed=seed) for seed in (1, 2)]
     for n, each in enumerate(pairs):
         save_file(peft_tensors("transformer", each), tmp_path / f"{n}.safetensors")
-    adapters = [lora.read_adapter(tmp_path / f"{n}.safetensors", checkpoint.components, scale=n + 0.5) for n in (0, 1)]
+    adapters = [
+        lora.read_adapter(tmp_path / f"{n}.safetensors", checkpoint.components, scale=n + 0.5)
+        for n in (0, 1)
+    ]
     layer, x = model.module.single_transformer_blocks[0].proj_in, torch.randn(1, 5, 128)
     with torch.no_grad():
         plain = layer(x)
-        attach(model.module, adapters, "transformer", places=model.places, dtype=torch.float32, device=CARD)
+        attach(
+            model.module,
+            adapters,
+            "transformer",
+            places=model.places,
+            dtype=torch.float32,
+            device=CARD,
+        )
         added = layer(x) - plain
         for name, columns in (("attn.to_k", slice(128, 256)), ("proj_mlp", slice(384, None))):
             (a, b), (c, d) = (each[f"single_transformer_blocks.0.{name}"] for each in pairs)
-            assert torch.allclose(added[..., columns], 0.5 * x @ a.T @ b.T + 1.5 * x @ c.T @ d.T, atol=2e-4)
+            assert torch.allclose(
+                added[..., columns], 0.5 * x @ a.T @ b.T + 1.5 * x @ c.T @ d.T, atol=2e-4
+            )
             added[..., columns] = 0
     assert not added.any()
 
@@ -291,12 +347,18 @@ def test_blocks_with_adapters_compile_without_a_break(checkpoint, files, monkeyp
     adapters = [lora.read_adapter(files["blocks"], checkpoint.components, scale=0.5)]
     model = place(component, ())
     plain = forward(model, given)
-    attach(model.module, adapters, "transformer", places=model.places, dtype=torch.float32, device=CARD)
+    attach(
+        model.module, adapters, "transformer", places=model.places, dtype=torch.float32, device=CARD
+    )
     expected = forward(model, given)
     kind = fused_single_block()
-    monkeypatch.setattr(kind, "forward", torch.compile(kind.forward, backend="eager", fullgraph=True))
+    monkeypatch.setattr(
+        kind, "forward", torch.compile(kind.forward, backend="eager", fullgraph=True)
+    )
     model = place(component, (2, 3, 4, 6))
-    attach(model.module, adapters, "transformer", places=model.places, dtype=torch.float32, device=CARD)
+    attach(
+        model.module, adapters, "transformer", places=model.places, dtype=torch.float32, device=CARD
+    )
     for _ in range(2):
         assert torch.equal(forward(model, given), expected)
     assert not torch.allclose(expected, plain, rtol=0.1)
@@ -304,13 +366,23 @@ def test_blocks_with_adapters_compile_without_a_break(checkpoint, files, monkeyp
 
 def test_an_adapter_takes_its_own_bytes_and_those_of_the_small_product(checkpoint, files):
     """Nothing of the size of an output."""
-    adapter, component = lora.read_adapter(files["blocks"], checkpoint.components), checkpoint.components["transformer"]
+    adapter, component = (
+        lora.read_adapter(files["blocks"], checkpoint.components),
+        checkpoint.components["transformer"],
+    )
     counter = Counter()
     with torch.no_grad(), counter:
         given, model = inputs(), place(component, ())
         forward(model, given)
         bare, before = counter.live[True], counter.peaks.pop("")
-        handles = attach(model.module, [adapter], "transformer", places=model.places, dtype=torch.float32, device=CARD)
+        handles = attach(
+            model.module,
+            [adapter],
+            "transformer",
+            places=model.places,
+            dtype=torch.float32,
+            device=CARD,
+        )
         held = counter.live[True] - bare
         counter.peaks.clear()
         forward(model, given)

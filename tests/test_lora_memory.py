@@ -42,8 +42,12 @@ def sparse(name: str, path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("card", "wanted", "names"), CASES, ids=str)
-def test_the_plan_is_within_five_percent_of_what_is_counted(card, wanted, names, tmp_path, monkeypatch):
-    codecs.import_library("nf4")  # now: what it logs when it is imported keeps the frames of its first use alive
+def test_the_plan_is_within_five_percent_of_what_is_counted(
+    card, wanted, names, tmp_path, monkeypatch
+):
+    codecs.import_library(
+        "nf4"
+    )  # now: what it logs when it is imported keeps the frames of its first use alive
     files = tuple(str(sparse(f"lora_{name}", tmp_path / f"{name}.safetensors")) for name in names)
     with full_size(monkeypatch) as dev:
         request = order("x", steps=2, seed=1, lora=files, **wanted)
@@ -56,8 +60,14 @@ def test_the_plan_is_within_five_percent_of_what_is_counted(card, wanted, names,
     for phase in PHASES:
         predicted = made.peak_bytes[phase] - placement.CONTEXT_BYTES
         slack = 24 * MIB  # the least of these adapters are 249 MiB
-        assert counter.peaks[phase] <= predicted * 1.01 + slack, (phase, made.placement.level(phase))
-        assert predicted <= counter.peaks[phase] * 1.05 + slack, (phase, made.placement.level(phase))
+        assert counter.peaks[phase] <= predicted * 1.01 + slack, (
+            phase,
+            made.placement.level(phase),
+        )
+        assert predicted <= counter.peaks[phase] * 1.05 + slack, (
+            phase,
+            made.placement.level(phase),
+        )
 
 
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.exhaustive), "nf4"])
@@ -65,7 +75,9 @@ def test_under_its_budget_the_engine_completes_every_placement_with_adapters(
     precision, tiny_folder, baked, tmp_path, monkeypatch
 ):
     """Of more bytes than the rest: the same pixels on each, and not those without."""
-    checkpoint = inspect(baked(precision, **BAKED[precision]) if precision in BAKED else tiny_folder)
+    checkpoint = inspect(
+        baked(precision, **BAKED[precision]) if precision in BAKED else tiny_folder
+    )
     every = ("transformer", "text_encoder", "text_encoder_2")
     file = write_lora(tmp_path / "x.safetensors", inspect(tiny_folder), every, rank=64, size=3)
     request = tiny(precision=precision, lora=(f"{file}:0.5",))

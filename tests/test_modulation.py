@@ -1,4 +1,4 @@
-"""Modulation tables: equal to diffusers' own adaLN, keyed by all they depend on, selected and never counted."""
+"""Modulation tables: equal to diffusers' own adaLN, keyed by all that they depend on."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -36,12 +36,16 @@ def test_rows_equal_what_diffusers_computes_step_by_step(checkpoint, pooled):
     table = modulation.make_tables(component, [item])[item]
     model = load_component(component, dtype=torch.float32, device="cpu").module
     for k, timestep in enumerate(STEPS):
-        temb = model.time_text_embed(timestep[None] / 1000 * 1000, torch.tensor([3.5]) * 1000, pooled)
+        temb = model.time_text_embed(
+            timestep[None] / 1000 * 1000, torch.tensor([3.5]) * 1000, pooled
+        )
         at = 0
         for name in modulation.linear_names(component):
             norm = model.get_submodule(name.removesuffix(".linear"))
             expected = norm.linear(norm.silu(temb))[0]
-            torch.testing.assert_close(table[k, at : at + len(expected)], expected, rtol=2e-6, atol=2e-6)
+            torch.testing.assert_close(
+                table[k, at : at + len(expected)], expected, rtol=2e-6, atol=2e-6
+            )
             at += len(expected)
         assert at == table.shape[1]
 
@@ -70,7 +74,9 @@ def test_many_prompts_in_one_pass_give_each_prompts_own_bits(checkpoint, pooled)
         assert torch.equal(alone[item], together[item])
 
 
-def test_after_condition_no_modulation_weight_has_storage_and_no_linear_runs(checkpoint, monkeypatch):
+def test_after_condition_no_modulation_weight_has_storage_and_no_linear_runs(
+    checkpoint, monkeypatch
+):
     engine = engine_of(checkpoint)
     draw(engine, tiny())
     model = engine.components.loaded["transformer"].module
@@ -95,8 +101,14 @@ def test_after_condition_no_modulation_weight_has_storage_and_no_linear_runs(che
 def test_every_norm_looks_at_one_static_row(checkpoint):
     engine = engine_of(checkpoint)
     draw(engine, tiny())
-    model, row = engine.components.loaded["transformer"].module, engine.components.modulation_row._row
-    views = [model.get_submodule(n)() for n in modulation.linear_names(checkpoint.components["transformer"])]
+    model, row = (
+        engine.components.loaded["transformer"].module,
+        engine.components.modulation_row._row,
+    )
+    views = [
+        model.get_submodule(n)()
+        for n in modulation.linear_names(checkpoint.components["transformer"])
+    ]
     storage = {view.untyped_storage().data_ptr() for view in views}
     assert storage == {row.untyped_storage().data_ptr()}
     before = row.data_ptr()

@@ -1,4 +1,4 @@
-"""Placement: wherever blocks are, the result is that of all on the device, bit for bit; and copies run ahead."""
+"""Wherever blocks are, the result is that of all on the device, and copies run ahead."""
 
 import functools
 import gc
@@ -25,11 +25,21 @@ from quant.spec import QuantSpec, is_modulation
 from tests.support.helpers import BAKED, engine_of, tiny
 
 PRECISIONS = ["fp32", "bf16", "nf4", "fp8", "int8"]
-FILES = ["gguf Q4_0", "gguf Q6_K", "nf4 v2", "comfy scaled"]  # single files, tests/support/exports.py; Q6_K beside F16
+FILES = [
+    "gguf Q4_0",
+    "gguf Q6_K",
+    "nf4 v2",
+    "comfy scaled",
+]  # single files, tests/support/exports.py; Q6_K beside F16
 WAYS = {  # which blocks of seven pass through, and whether from an arena
-    "none": ((), True), "two": ((2, 5), True), "four": ((1, 3, 4, 6), True), "odd": ((0, 2, 5), True),
-    "all": (range(7), True), "two from their file": ((2, 5), False), "all from their file": (range(7), False),
-}  # fmt: skip
+    "none": ((), True),
+    "two": ((2, 5), True),
+    "four": ((1, 3, 4, 6), True),
+    "odd": ((0, 2, 5), True),
+    "all": (range(7), True),
+    "two from their file": ((2, 5), False),
+    "all from their file": (range(7), False),
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +48,13 @@ def component(tiny_folder: Path) -> Component:
 
 
 def place(
-    component: Component, blocks: Sequence[int], *, arena: bool = True, dtype: torch.dtype = torch.float32,
+    component: Component,
+    blocks: Sequence[int],
+    *,
+    arena: bool = True,
+    dtype: torch.dtype = torch.float32,
     spec: QuantSpec | None = None,
-) -> LoadedComponent:  # fmt: skip
+) -> LoadedComponent:
     """The transformer on the simulated card, every modulation value 0.1."""
     names = [costs.block_names(component)[i] for i in blocks]
     options = {"dtype": dtype, "device": CARD, "spec": spec, "skip": is_modulation}
@@ -51,10 +65,20 @@ def place(
 
 def inputs(dtype: torch.dtype = torch.float32) -> dict:
     made = torch.Generator().manual_seed(0)
-    shapes = {"hidden_states": (1, 64, 64), "encoder_hidden_states": (1, 16, 128), "pooled_projections": (1, 96)}
-    drawn = {name: torch.randn(shape, generator=made).to(CARD, dtype) for name, shape in shapes.items()}
+    shapes = {
+        "hidden_states": (1, 64, 64),
+        "encoder_hidden_states": (1, 16, 128),
+        "pooled_projections": (1, 96),
+    }
+    drawn = {
+        name: torch.randn(shape, generator=made).to(CARD, dtype) for name, shape in shapes.items()
+    }
     rest = {"timestep": torch.ones(1), "guidance": torch.ones(1), "img_ids": torch.zeros(64, 3)}
-    return drawn | {name: value.to(CARD, dtype) for name, value in rest.items()} | {"txt_ids": torch.zeros(16, 3)}
+    return (
+        drawn
+        | {name: value.to(CARD, dtype) for name, value in rest.items()}
+        | {"txt_ids": torch.zeros(16, 3)}
+    )
 
 
 @torch.no_grad()
@@ -64,7 +88,7 @@ def forward(model: LoadedComponent, given: dict) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Resident:
-    """A precision's component, what it is loaded with, and its result with every block on the device."""
+    """A precision's component, how it is loaded, and its result with all on the device."""
 
     component: Component
     dtype: torch.dtype
@@ -73,7 +97,9 @@ class Resident:
 
 
 @pytest.fixture(scope="module")
-def resident(component: Component, baked: Callable, exported: Callable) -> Callable[[str], Resident]:
+def resident(
+    component: Component, baked: Callable, exported: Callable
+) -> Callable[[str], Resident]:
     """The resident result of a precision, computed once."""
 
     @functools.cache
@@ -94,7 +120,9 @@ def resident(component: Component, baked: Callable, exported: Callable) -> Calla
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("precision", [*PRECISIONS, *(f"{to} packed while loading" for to in BAKED), *FILES])
+@pytest.mark.parametrize(
+    "precision", [*PRECISIONS, *(f"{to} packed while loading" for to in BAKED), *FILES]
+)
 def test_every_placement_gives_the_resident_result_bit_for_bit(resident, precision, way):
     wanted = resident(precision)
     blocks, arena = WAYS[way]
@@ -108,7 +136,7 @@ def test_every_placement_gives_the_resident_result_bit_for_bit(resident, precisi
 
 
 class Recorded(Bus):
-    """A bus that writes down what happens, and copies either at once or at the last moment allowed."""
+    """A bus that writes down what happens, and copies at once or at the last moment allowed."""
 
     def __init__(self, *, late: bool) -> None:
         self.late, self.log, self._waiting = late, [], {}
@@ -140,7 +168,10 @@ def bus(request, monkeypatch) -> Iterator[Recorded]:
 
 
 def test_the_next_copy_begins_before_a_block_has_computed(component, bus):
-    """For every wait but the first two: its copy was begun before the streamed block before it was computed."""
+    """For every wait but the first two.
+
+    Its copy was begun before the streamed block before it was computed.
+    """
     given = inputs()
     expected = forward(place(component, ()), given)
     model = place(component, (1, 3, 4, 6))
@@ -153,7 +184,9 @@ def test_the_next_copy_begins_before_a_block_has_computed(component, bus):
         begun = max(n for n, entry in enumerate(bus.log[:at]) if entry == ("copy", slot))
         assert begun < bus.log.index(("computed", bus.log[before][1]), before)
     copies = [slot for what, slot in bus.log if what == "copy"]
-    assert len(copies) == 2 + 12 and copies.count(0) == copies.count(1)  # each once a step, and two ahead
+    assert len(copies) == 2 + 12 and copies.count(0) == copies.count(
+        1
+    )  # each once a step, and two ahead
 
 
 def test_a_slot_is_filled_only_after_its_block_has_computed(component, bus):
@@ -182,7 +215,10 @@ def test_skipped_blocks_and_broken_forwards_do_no_harm(component, bus):
     block.forward = broken
     with pytest.raises(torch.OutOfMemoryError):
         forward(model, given)
-    block.forward = lambda hidden_states, encoder_hidden_states, **_: (encoder_hidden_states, hidden_states)
+    block.forward = lambda hidden_states, encoder_hidden_states, **_: (
+        encoder_hidden_states,
+        hidden_states,
+    )
     assert not torch.equal(forward(model, given), expected)
     block.forward = real
     bus._waiting.clear()
@@ -207,8 +243,12 @@ def test_streaming_allocates_nothing_after_it_is_set_up_and_leaves_nothing_behin
             del model
             gc.collect()
             assert counter.live[True] == before
-    assert len({live for _, live in counts[()]}) == len({live for _, live in counts[1, 3, 4, 6]}) == 1
-    assert {made for made, _ in counts[()]} == {made for made, _ in counts[1, 3, 4, 6]}  # activations alone
+    assert (
+        len({live for _, live in counts[()]}) == len({live for _, live in counts[1, 3, 4, 6]}) == 1
+    )
+    assert {made for made, _ in counts[()]} == {
+        made for made, _ in counts[1, 3, 4, 6]
+    }  # activations alone
 
 
 @pytest.mark.parametrize("to", [None, *BAKED, *FILES])
@@ -217,8 +257,16 @@ def test_the_card_holds_two_slots_and_the_host_an_arena_of_the_blocks_size(
 ):
     made = []
     real = placement.Conveyor.__init__
-    monkeypatch.setattr(placement.Conveyor, "__init__", lambda self, *args: (made.append(self), real(self, *args))[1])
-    whole = assemble_checkpoint(exported(to)[0], lambda _: tiny_folder) if to in FILES else inspect(tiny_folder)
+    monkeypatch.setattr(
+        placement.Conveyor,
+        "__init__",
+        lambda self, *args: (made.append(self), real(self, *args))[1],
+    )
+    whole = (
+        assemble_checkpoint(exported(to)[0], lambda _: tiny_folder)
+        if to in FILES
+        else inspect(tiny_folder)
+    )
     if to in BAKED:
         whole = inspect(baked(to, **BAKED[to]))
     component = whole.components["transformer"]
@@ -232,7 +280,9 @@ def test_the_card_holds_two_slots_and_the_host_an_arena_of_the_blocks_size(
         model = place(component, blocks, dtype=torch.bfloat16)
         streamed = counter.live[True]
     workload = costs.make_workload(tiny().request)
-    cost = costs.estimate_cost(workload, whole, dtypes=_all("bfloat16"), spec=None, lines=SIXTEEN_BIT_LINES)
+    cost = costs.estimate_cost(
+        workload, whole, dtypes=_all("bfloat16"), spec=None, lines=SIXTEEN_BIT_LINES
+    )
     sizes = cost.blocks
     passing = [sizes[i].nbytes for i in blocks]
     padding = 40 * placement.ALIGNMENT * len(blocks)
@@ -250,7 +300,11 @@ def test_sequential_blocks_hold_no_memory(component):
         model = place(component, range(7), arena=False)
         forward(model, inputs())
         gc.collect()
-        held = [p for name, p in model.module.named_parameters() if "transformer_blocks" in name and not p.is_meta]
+        held = [
+            p
+            for name, p in model.module.named_parameters()
+            if "transformer_blocks" in name and not p.is_meta
+        ]
     assert held == []
     whole = 4 * sum(weight.numel for weight in component.weights.values())
     assert counter.live[True] < whole / 4
@@ -265,7 +319,9 @@ def test_compiled_blocks_stream(component, monkeypatch):
     given = inputs()
     expected = forward(place(component, ()), given)
     kind = fused_single_block()
-    monkeypatch.setattr(kind, "forward", torch.compile(kind.forward, backend="eager", fullgraph=True))
+    monkeypatch.setattr(
+        kind, "forward", torch.compile(kind.forward, backend="eager", fullgraph=True)
+    )
     model = place(component, (2, 3, 4, 6))
     for _ in range(2):
         assert torch.equal(forward(model, given), expected)
@@ -275,7 +331,9 @@ def test_what_the_driver_does_not_pin_streams_all_the_same_and_is_said(component
     monkeypatch.setattr(placement, "_pin", lambda *_: False)
     given = inputs()
     model = place(component, (1, 3, 4, 6))
-    assert model.unpinned_bytes > 0 and torch.equal(forward(model, given), forward(place(component, ()), given))
+    assert model.unpinned_bytes > 0 and torch.equal(
+        forward(model, given), forward(place(component, ()), given)
+    )
 
 
 def test_only_cuda_has_a_bus_of_its_own():
@@ -288,13 +346,35 @@ STREAMED = {"denoise": "streamed", "decode": "alone"}
 
 @pytest.mark.parametrize(
     "loaded, first, then, placed, stays",
-    [(False, STREAMED | {"streamed": (1, 2)}, {}, ("resident", ()), False),
-     (True, STREAMED | {"streamed": (1, 2)}, {}, ("resident", ()), False),
-     (True, STREAMED | {"streamed": (1, 2)}, STREAMED | {"streamed": (1,)}, ("streamed", (1, 2)), True),
-     (False, STREAMED | {"streamed": (1, 2)}, STREAMED | {"streamed": (1,)}, ("streamed", (1,)), False),
-     (True, STREAMED | {"streamed": (1,)}, STREAMED | {"streamed": (1, 2)}, ("streamed", (1, 2)), False)],
-)  # fmt: skip
-def test_a_placement_goes_down_when_it_must_and_up_when_it_can(tiny_folder, loaded, first, then, placed, stays):
+    [
+        (False, STREAMED | {"streamed": (1, 2)}, {}, ("resident", ()), False),
+        (True, STREAMED | {"streamed": (1, 2)}, {}, ("resident", ()), False),
+        (
+            True,
+            STREAMED | {"streamed": (1, 2)},
+            STREAMED | {"streamed": (1,)},
+            ("streamed", (1, 2)),
+            True,
+        ),
+        (
+            False,
+            STREAMED | {"streamed": (1, 2)},
+            STREAMED | {"streamed": (1,)},
+            ("streamed", (1,)),
+            False,
+        ),
+        (
+            True,
+            STREAMED | {"streamed": (1,)},
+            STREAMED | {"streamed": (1, 2)},
+            ("streamed", (1, 2)),
+            False,
+        ),
+    ],
+)
+def test_a_placement_goes_down_when_it_must_and_up_when_it_can(
+    tiny_folder, loaded, first, then, placed, stays
+):
     engine = engine_of(inspect(tiny_folder))
     before = replace(engine.plan, placement=Placement(**first))
     components = Components(engine.checkpoint, before, engine.hardware)

@@ -1,4 +1,4 @@
-"""Memory that runs out: each phase steps down, pixels unchanged; after the last step the latents are kept."""
+"""Memory that runs out: each phase steps down, pixels unchanged; in the end latents are kept."""
 
 import contextlib
 import json
@@ -69,7 +69,10 @@ def test_wherever_an_allocation_fails_the_picture_is_the_same(checkpoint, expect
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError("HIP out of memory. Tried to allocate 20.00 MiB"),
         RuntimeError("MPS backend out of memory (MPS allocated: 9.05 GB)"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: "
+            "you tried"
+        ),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         MemoryError(),
     ],
@@ -90,12 +93,19 @@ def test_what_other_back_ends_call_it_counts(error, checkpoint, expected, monkey
 
 
 def test_steps_go_down_one_by_one_by_name_and_end(checkpoint):
-    """Under a budget that nothing fits: every placement is tried once, each with less on the card."""
+    """Under a budget that nothing fits, every placement is tried once, each with less memory."""
     engine, said = simulated(checkpoint), []
-    with torch.no_grad(), Counter(budget=100_000), pytest.raises(DoesNotFit, match="no step down is left"):
+    with (
+        torch.no_grad(),
+        Counter(budget=100_000),
+        pytest.raises(DoesNotFit, match="no step down is left"),
+    ):
         for event in engine.draw([picture_of(engine, tiny(precision="fp32"))]):
             said += notices([event])
-    assert [text.partition("once more, ")[2] for text in said] == ["nothing else stays", "T5 passes block by block"]
+    assert [text.partition("once more, ")[2] for text in said] == [
+        "nothing else stays",
+        "T5 passes block by block",
+    ]
     engine, said = simulated(checkpoint, phases=failing("denoise")), []
     with pytest.raises(DoesNotFit):
         for event in engine.draw([picture_of(engine, tiny(precision="fp32"))]):
@@ -139,17 +149,34 @@ def card(monkeypatch) -> None:
     monkeypatch.setattr(session, "Engine", on_card)
 
 
-OPTIONS = ["-p", "tiny", "--size", "64", "--steps", "3", "--seed", "7", "--text-tokens", "16", "--precision", "fp32"]
+OPTIONS = [
+    "-p",
+    "tiny",
+    "--size",
+    "64",
+    "--steps",
+    "3",
+    "--seed",
+    "7",
+    "--text-tokens",
+    "16",
+    "--precision",
+    "fp32",
+]
 ARGUMENTS = ("generate", "a red circle on a blue background", *OPTIONS)
 
 
-def test_a_failing_decode_keeps_the_latents_and_flux_decode_finishes_them(card, capsys, monkeypatch, expected):
+def test_a_failing_decode_keeps_the_latents_and_flux_decode_finishes_them(
+    card, capsys, monkeypatch, expected
+):
     monkeypatch.setattr(session, "Engine", partial(on_card, phases=failing("decode")))
     result = call(capsys, *ARGUMENTS, "-o", "fox.png", "-q")
     message = assert_failed(result, ExitCode.DOES_NOT_FIT)
     assert "needs about" in message and "free" in message
     kept = Path("fox.latents.safetensors")
-    assert kept.is_file() and not Path("fox.png").exists() and f"flux decode {kept}" in result.stderr
+    assert (
+        kept.is_file() and not Path("fox.png").exists() and f"flux decode {kept}" in result.stderr
+    )
     assert latents.load(kept).step == 3
     monkeypatch.setattr(session, "Engine", on_card)
     assert call(capsys, "decode", str(kept), "-o", "fox.png").returncode == 0
@@ -204,7 +231,9 @@ def test_a_device_that_breaks_is_exit_8(card, capsys, monkeypatch):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(denoise, "take_step", step)
-    assert "illegal" in assert_failed(call(capsys, *ARGUMENTS, "-o", "a.png", "-q"), ExitCode.DEVICE)
+    assert "illegal" in assert_failed(
+        call(capsys, *ARGUMENTS, "-o", "a.png", "-q"), ExitCode.DEVICE
+    )
 
 
 @contextlib.contextmanager
@@ -218,7 +247,9 @@ def held(identity: str) -> Iterator[None]:
 
 def test_a_second_process_waits_for_the_card_or_is_refused(card, capsys):
     with held("test"):
-        message = assert_failed(call(capsys, *ARGUMENTS, "-o", "a.png", "-q", "--no-wait"), ExitCode.DOES_NOT_FIT)
+        message = assert_failed(
+            call(capsys, *ARGUMENTS, "-o", "a.png", "-q", "--no-wait"), ExitCode.DOES_NOT_FIT
+        )
         assert "busy" in message
         assert call(capsys, *ARGUMENTS, "--dry-run").returncode == 0  # plans without waiting
     assert call(capsys, *ARGUMENTS, "-o", "a.png", "--no-wait").returncode == 0
@@ -228,7 +259,9 @@ def test_a_card_that_another_flux_fills_is_waited_for_not_planned_for(card, caps
     full = machine(8, free_bytes=1 << 20)
     monkeypatch.setattr(hardware, "probe", lambda *_, **__: full)
     with held("test"):
-        message = assert_failed(call(capsys, *ARGUMENTS, "-o", "a.png", "-q", "--no-wait"), ExitCode.DOES_NOT_FIT)
+        message = assert_failed(
+            call(capsys, *ARGUMENTS, "-o", "a.png", "-q", "--no-wait"), ExitCode.DOES_NOT_FIT
+        )
     assert "busy" in message
 
 

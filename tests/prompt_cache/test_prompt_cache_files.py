@@ -49,14 +49,24 @@ def test_tensors_outlive_their_file():
 # --- the key
 
 
-values = st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False).map(lambda x: x + 0.0)
-parts = st.dictionaries(st.sampled_from(["text", "dtype", "adapters", "torch"]), values | st.lists(st.lists(values)))
+values = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text()
+    | st.floats(allow_nan=False).map(lambda x: x + 0.0)
+)
+parts = st.dictionaries(
+    st.sampled_from(["text", "dtype", "adapters", "torch"]), values | st.lists(st.lists(values))
+)
 
 
 @patient
 @given(parts, parts)
 def test_two_keys_are_equal_only_if_all_parts_are(one, other):
-    assert (key_of(**one) == key_of(**other)) == (repr(sorted(one.items())) == repr(sorted(other.items())))
+    assert (key_of(**one) == key_of(**other)) == (
+        repr(sorted(one.items())) == repr(sorted(other.items()))
+    )
 
 
 @patient
@@ -66,7 +76,9 @@ def test_any_part_that_differs_gives_another_key(one, data):
     value = data.draw(values.filter(lambda value: repr(value) != repr(one[name])))
     keys = {key_of(**one), key_of(**one | {name: value}), key_of(**one | {"more": value})}
     keys.add(key_of(**{key: each for key, each in one.items() if key != name}))
-    assert len(keys) == 4 and all(len(key) == 64 and set(key) <= set("0123456789abcdef") for key in keys)
+    assert len(keys) == 4 and all(
+        len(key) == 64 and set(key) <= set("0123456789abcdef") for key in keys
+    )
 
 
 def test_the_key_knows_no_order_of_its_parts_and_is_the_same_in_every_process():
@@ -118,7 +130,9 @@ def test_bytes_that_move_within_a_file_are_no_entry():
         assert (read(KEY) is None) == (damaged != whole) and path.exists() == (damaged == whole)
 
 
-@pytest.mark.parametrize("said, instead", [(b'"BF16"', b'"F16" '), (b"[1,4,8]", b"[1,8,4]"), (b"[1,8]", b"[8,1]")])
+@pytest.mark.parametrize(
+    "said, instead", [(b'"BF16"', b'"F16" '), (b"[1,4,8]", b"[1,8,4]"), (b"[1,8]", b"[8,1]")]
+)
 def test_the_same_bits_in_another_dtype_or_shape_are_no_entry(said, instead):
     write(KEY, made())
     whole = path_of().read_bytes()
@@ -132,15 +146,20 @@ WRONG = {
     "another key's": forged(OTHER, good),
     "more tensors": forged(KEY, good, more=torch.zeros(1)),
     "no description": save({"pooled": good.pooled, "sequence": good.sequence}),
-    "one tensor": save({"pooled": good.pooled}, {embeddings.DESCRIPTION: embeddings._describe(KEY, good)}),
-    "swapped": save({"pooled": good.sequence, "sequence": good.pooled}, {embeddings.DESCRIPTION: "{}"}),
+    "one tensor": save(
+        {"pooled": good.pooled}, {embeddings.DESCRIPTION: embeddings._describe(KEY, good)}
+    ),
+    "swapped": save(
+        {"pooled": good.sequence, "sequence": good.pooled}, {embeddings.DESCRIPTION: "{}"}
+    ),
     "nothing": b"",
     "a picture": b"\x89PNG\r\n\x1a\n" + bytes(100),
     "a deep header": (100_000).to_bytes(8, "little") + b"[" * 100_000,
     "a vast header": (2**63).to_bytes(8, "little") + b"{}",
     "a header of no object": (2).to_bytes(8, "little") + b"[]",
-    "half bytes": (64).to_bytes(8, "little") + b'{"pooled":{"dtype":"F4","shape":[1,8],"data_offsets":[0,4]}}    0000',
-}  # fmt: skip
+    "half bytes": (64).to_bytes(8, "little")
+    + b'{"pooled":{"dtype":"F4","shape":[1,8],"data_offsets":[0,4]}}    0000',
+}
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -20,7 +20,17 @@ from fluxcli.cli import cache
 from fluxcli.engine import prompt_cache as embeddings
 from fluxcli.engine.prompt_cache import key_of, read, write
 from tests.support.invariant import Fault, files
-from tests.support.prompt_cache import KEY, OTHER, bits, forged, in_a_child, made, path_of, patient, posix
+from tests.support.prompt_cache import (
+    KEY,
+    OTHER,
+    bits,
+    forged,
+    in_a_child,
+    made,
+    path_of,
+    patient,
+    posix,
+)
 
 
 def size_of(tokens: int) -> int:
@@ -41,7 +51,10 @@ def test_a_read_keeps_an_entry_alive_and_the_oldest_goes(monkeypatch):
 @patient
 @given(st.lists(st.tuples(st.integers(0, 5), st.none() | st.integers(1, 40)), max_size=25))
 def test_the_folder_is_within_the_limit_and_holds_the_last_used(quick, steps):
-    """(entry, tokens to write, or None to read): the oldest went, no more than had to, whatever was done."""
+    """A step is (entry, tokens to write, or None to read).
+
+    Whatever was done, the oldest went, and no more than had to.
+    """
     embeddings.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embeddings, "LIMIT_BYTES", limit := size_of(4) + size_of(30))
@@ -49,7 +62,9 @@ def test_the_folder_is_within_the_limit_and_holds_the_last_used(quick, steps):
         for clock, (n, tokens) in enumerate(steps):
             key = key_of(n=n)
             if tokens is None:
-                assert bits(read(key)) == (bits(made(n, expected[key])) if key in expected else None)
+                assert bits(read(key)) == (
+                    bits(made(n, expected[key])) if key in expected else None
+                )
                 used = expected.pop(key, None)
             else:
                 write(key, made(n, tokens))
@@ -75,7 +90,11 @@ def test_leftovers_of_killed_writers_go_by_their_age_as_entries_do(monkeypatch):
     for name in strangers:
         (embeddings.folder() / name).write_bytes(bytes(10_000))
         os.utime(embeddings.folder() / name, (100, 100))
-    for limit, more in ((3, {left.name, path_of(OTHER).name}), (2, {path_of(OTHER).name}), (1, set())):
+    for limit, more in (
+        (3, {left.name, path_of(OTHER).name}),
+        (2, {path_of(OTHER).name}),
+        (1, set()),
+    ):
         monkeypatch.setattr(embeddings, "LIMIT_BYTES", limit * size_of(4))
         write(KEY, made())
         assert set(files(embeddings.folder())) == strangers | {path_of().name} | more
@@ -158,7 +177,9 @@ def test_files_that_vanish_between_two_looks_are_no_error(monkeypatch):
 
 @pytest.mark.serial
 @posix
-def test_a_process_that_is_killed_in_mid_write_leaves_no_bad_entry_and_its_rest_goes_later(monkeypatch):
+def test_a_process_that_is_killed_in_mid_write_leaves_no_bad_entry_and_its_rest_goes_later(
+    monkeypatch,
+):
     write(OTHER, made())
     first, left, k, ended = made(5), 0, 0, False
     while not ended:
@@ -192,7 +213,9 @@ def test_a_write_that_fails_anywhere_is_no_error_and_leaves_nothing(code):
             names = Fault(k, fail).install(patch).names
             write(KEY, made())
         placed = "replace" in names[: k - 1]
-        assert list(files(paths.cache_folder())) == [f"embeddings/{path_of().name}"] * placed, names[:k]
+        assert list(files(paths.cache_folder())) == [f"embeddings/{path_of().name}"] * placed, (
+            names[:k]
+        )
         assert bits(read(KEY)) == (bits(made()) if placed else None)
     assert {"mkdir", "open", "write", "fsync", "replace"} <= set(names)
 
@@ -209,7 +232,11 @@ def test_without_a_place_there_is_no_cache_and_nothing_is_said(place, monkeypatc
     before = files(tmp_path)
     write(KEY, made())
     assert read(KEY) is None and embeddings.list_entries() == [] and embeddings.clear() == []
-    assert files(tmp_path) == before and list(Path().iterdir()) == [] and capfd.readouterr() == ("", "")
+    assert (
+        files(tmp_path) == before
+        and list(Path().iterdir()) == []
+        and capfd.readouterr() == ("", "")
+    )
 
 
 def test_a_folder_that_is_only_readable_is_read(monkeypatch):
@@ -222,7 +249,9 @@ def test_a_folder_that_is_only_readable_is_read(monkeypatch):
     for name in ("unlink", "utime", "replace", "rmdir", "mkdir"):
         monkeypatch.setattr(os, name, refuse)
     really = os.open
-    monkeypatch.setattr(os, "open", lambda path, flags, *mode: refuse() if flags & 3 else really(path, flags, *mode))
+    monkeypatch.setattr(
+        os, "open", lambda path, flags, *mode: refuse() if flags & 3 else really(path, flags, *mode)
+    )
     write(OTHER, made())
     assert bits(read(KEY)) == bits(made()) and read(OTHER) is None and embeddings.clear() == []
     path_of().write_bytes(b"damaged")
@@ -260,7 +289,12 @@ def test_the_command_says_what_is_kept_and_where(capsys):
     size = size_of(4) + size_of(1 << 17)
     assert run(capsys) == ([place, "entries 2, 2.0 of 1024 MiB"], "")
     (line,), _ = run(capsys, "--json")
-    assert json.loads(line) == {"folder": place, "entries": 2, "bytes": size, "limit_bytes": 1 << 30}
+    assert json.loads(line) == {
+        "folder": place,
+        "entries": 2,
+        "bytes": size,
+        "limit_bytes": 1 << 30,
+    }
     assert len(files(embeddings.folder())) == 2
 
 
@@ -270,12 +304,18 @@ def test_clear_deletes_entries_and_leftovers_and_says_so(capsys):
         write(key, made(tokens=tokens))
     (embeddings.folder() / ".flux-0123.tmp").write_bytes(bytes(1 << 20))
     (embeddings.folder() / "mine.txt").write_text("kept")
-    assert run(capsys, "--clear") == ([place, "entries 0, 0.0 of 1024 MiB"], "flux: deleted 3 entries, 3.0 MiB\n")
+    assert run(capsys, "--clear") == (
+        [place, "entries 0, 0.0 of 1024 MiB"],
+        "flux: deleted 3 entries, 3.0 MiB\n",
+    )
     assert list(files(paths.cache_folder())) == [os.path.join("embeddings", "mine.txt")]
     write(KEY, made())
     (line,), said = run(capsys, "--clear", "--json")
     gone = {"entries": 0, "bytes": 0, "deleted": 1, "deleted_bytes": size_of(4)}
-    assert json.loads(line) == {"folder": place, "limit_bytes": 1 << 30, **gone} and "deleted 1 entries" in said
+    assert (
+        json.loads(line) == {"folder": place, "limit_bytes": 1 << 30, **gone}
+        and "deleted 1 entries" in said
+    )
 
 
 def test_a_folder_cannot_command_the_terminal(capsys, monkeypatch, tmp_path):

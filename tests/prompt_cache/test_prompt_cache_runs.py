@@ -24,7 +24,20 @@ ENCODING = {"tokenizers", "text_encoder", "text_encoder_2"}
 
 def loads(capsys, *arguments: str) -> tuple[set[str], str]:
     """(what a run of its own loads to encode, its pixels)."""
-    result = call(capsys, "generate", *arguments, "-p", "tiny", "--size", "64", "--steps", "1", "--events", "-o", "o/")
+    result = call(
+        capsys,
+        "generate",
+        *arguments,
+        "-p",
+        "tiny",
+        "--size",
+        "64",
+        "--steps",
+        "1",
+        "--events",
+        "-o",
+        "o/",
+    )
     assert result.returncode == 0, result.stderr
     events = [json.loads(line) for line in result.stdout.splitlines()]
     found = {event["detail"] for event in of(events, "phase") if event["name"] == "load"} & ENCODING
@@ -57,10 +70,22 @@ def test_what_embeddings_depend_on_is_another_entry(encoded, capsys, checkpoint)
     write_lora(Path("reader.safetensors"), checkpoint, ("text_encoder",), size=3.0)
     write_lora(Path("painter.safetensors"), checkpoint, pattern=".*attn.to_q")
     other = ("--seed", "1", "--lora")
-    assert loads(capsys, "a red circle", *other, "painter.safetensors")[0] == set() and len(entries()) == 1
-    assert loads(capsys, "a red circle", *other, "reader.safetensors")[0] == ENCODING and len(entries()) == 2
-    assert loads(capsys, "a red circle", *other, "reader.safetensors:0.5")[0] == ENCODING and len(entries()) == 3
-    assert loads(capsys, "a red circle", "--seed", "1", "--text-tokens", "16")[0] == ENCODING and len(entries()) == 4
+    assert (
+        loads(capsys, "a red circle", *other, "painter.safetensors")[0] == set()
+        and len(entries()) == 1
+    )
+    assert (
+        loads(capsys, "a red circle", *other, "reader.safetensors")[0] == ENCODING
+        and len(entries()) == 2
+    )
+    assert (
+        loads(capsys, "a red circle", *other, "reader.safetensors:0.5")[0] == ENCODING
+        and len(entries()) == 3
+    )
+    assert (
+        loads(capsys, "a red circle", "--seed", "1", "--text-tokens", "16")[0] == ENCODING
+        and len(entries()) == 4
+    )
     assert loads(capsys, "A red circle", "--seed", "1")[0] == ENCODING and len(entries()) == 5
 
 
@@ -71,7 +96,10 @@ def test_another_model_with_the_same_encoders_has_the_same_entry(encoded, capsys
     assert loads(capsys, "a red circle", "-m", "other", "--seed", "1")[0] == set()
     index = Path("other/tokenizer_2/special_tokens_map.json")
     index.write_text(index.read_text() + "\n" if index.exists() else "{}")
-    assert loads(capsys, "a red circle", "-m", "other", "--seed", "1")[0] == ENCODING and len(entries()) == 2
+    assert (
+        loads(capsys, "a red circle", "-m", "other", "--seed", "1")[0] == ENCODING
+        and len(entries()) == 2
+    )
 
 
 def test_no_cache_writes_nothing(capsys):

@@ -29,13 +29,22 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def order(prompt: str = "a fox", **settings: object) -> Order:
     """An order with these settings by name, the others at their defaults; values may be texts."""
-    return Order.from_settings(prompt, {name: coerce(name, value, where="a test") for name, value in settings.items()})
+    return Order.from_settings(
+        prompt, {name: coerce(name, value, where="a test") for name, value in settings.items()}
+    )
 
 
 TINY = order(
-    "a red circle on a blue background", preset="tiny", model="bundled/tiny", steps=3, seed=7, image_size=64,
-    text_tokens=16, format="png", device="cpu",
-)  # fmt: skip
+    "a red circle on a blue background",
+    preset="tiny",
+    model="bundled/tiny",
+    steps=3,
+    seed=7,
+    image_size=64,
+    text_tokens=16,
+    format="png",
+    device="cpu",
+)
 
 BAKED: dict[str, dict] = {  # specs of the packed bundled model that most tests share
     "nf4": {"text_encoder": "nf4", "scales": "absmax"},
@@ -45,12 +54,22 @@ BAKED: dict[str, dict] = {  # specs of the packed bundled model that most tests 
 
 
 def machine(
-    gib: float, device: str = "cuda:0", *, bf16: bool = True, sm: tuple[int, int] = (8, 9), **more: object
+    gib: float,
+    device: str = "cuda:0",
+    *,
+    bf16: bool = True,
+    sm: tuple[int, int] = (8, 9),
+    **more: object,
 ) -> Hardware:
-    """A machine of that much memory on the device, all of it free, and 64 GiB of RAM; speeds as a table has them."""
+    """A machine of that much memory on the device, all of it free, and 64 GiB of RAM.
+
+    Its speeds are as a table has them.
+    """
     size = int(gib * GIB)
     table = Speeds(50e12, {"fp8": 80e12} if sm >= (8, 9) else {}, 24e9, 2e9, "a test's")
-    made = Hardware(device, "a test", size, size, 64 * GIB, 64 * GIB, bf16, "a test", table, "test", sm)
+    made = Hardware(
+        device, "a test", size, size, 64 * GIB, 64 * GIB, bf16, "a test", table, "test", sm
+    )
     return replace(made, **more)
 
 
@@ -75,7 +94,9 @@ def plan_for(
     """The checkpoint and the plan of an order, its adapters read once."""
     request = order.request
     workload = make_workload(request, loras.resolve_loras(request.lora, checkpoints[-1].components))
-    return make_plan(workload, order.resources, checkpoints, hardware, model=request.model, **options)
+    return make_plan(
+        workload, order.resources, checkpoints, hardware, model=request.model, **options
+    )
 
 
 def survey_for(
@@ -138,7 +159,9 @@ def read_pixels(path: Path) -> np.ndarray:
 
 
 def expected_shapes(part: Component) -> tuple[dict, dict]:
-    """(shapes that the component's class wants, shapes that the component has), by the module's keys."""
-    expected = {name: tuple(tensor.shape) for name, tensor in loader.build(part).state_dict().items()}
+    """(shapes that the component's class wants, those that it has), by the module's keys."""
+    expected = {
+        name: tuple(tensor.shape) for name, tensor in loader.build(part).state_dict().items()
+    }
     names = loader._names_in_file(part)
     return expected, {name: part.weights[stored].shape for name, stored in names.items()}

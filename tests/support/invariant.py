@@ -1,4 +1,4 @@
-"""The invariant of every failure, and what provokes one: a k-th call that fails, an engine without weights."""
+"""The invariant of every failure; a k-th call that fails; an engine without weights."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -14,7 +14,9 @@ from fluxcli.cli import app
 from fluxcli.engine import device as hardware
 from tests.support.helpers import machine
 
-settings.register_profile("patient", deadline=None, derandomize="CI" in os.environ)  # other work shares the CPU
+settings.register_profile(
+    "patient", deadline=None, derandomize="CI" in os.environ
+)  # other work shares the CPU
 settings.load_profile("patient")
 
 WRITE_CALLS = ("open", "fdopen", "fsync", "link", "replace", "unlink", "mkdir", "close")
@@ -30,19 +32,30 @@ def call(capsys: pytest.CaptureFixture, *arguments: str) -> CompletedProcess:
 
 
 def assert_failed(result: CompletedProcess, code: int) -> str:
-    """Check the invariant of an error (its code, one error line, at most one hint, nothing else); returns stderr."""
+    """Check the invariant of an error and return stderr.
+
+    It has its code, one error line, at most one hint, and says nothing else.
+    """
     lines = result.stderr.splitlines()
     errors = [line for line in lines if line.startswith("flux: error: ")]
     hints = [line for line in lines if line.startswith("hint: ")]
     assert result.returncode == code, result.stderr
-    assert len(errors) == 1 and len(hints) <= 1 and len(lines) == len(errors) + len(hints), result.stderr
-    assert errors[0].endswith(".") and "\x1b" not in result.stderr and "Traceback" not in result.stderr
+    assert len(errors) == 1 and len(hints) <= 1 and len(lines) == len(errors) + len(hints), (
+        result.stderr
+    )
+    assert (
+        errors[0].endswith(".") and "\x1b" not in result.stderr and "Traceback" not in result.stderr
+    )
     return result.stderr
 
 
 def files(folder: Path) -> dict[str, bytes]:
     """Every file below `folder` by its relative path."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def paint_instead(monkeypatch: pytest.MonkeyPatch, drawn: list | None = None) -> None:
@@ -79,7 +92,10 @@ def paint_instead(monkeypatch: pytest.MonkeyPatch, drawn: list | None = None) ->
 
 
 class Fault:
-    """Counts the calls that write files, and does `what` before the k-th (from 1); hook it in with `install`."""
+    """Counts the calls that write files, and does `what` before the k-th (from 1).
+
+    Hook it in with `install`.
+    """
 
     def __init__(self, k: int, what: Callable[[str], None]) -> None:
         self.k, self.what, self.count, self.names = k, what, 0, []
@@ -105,7 +121,7 @@ class Fault:
 
 
 class _File:
-    """A binary file whose every write is two, with the fault's count before, between and after them."""
+    """A binary file whose every write is two, each counted by the fault."""
 
     def __init__(self, file: object, tick: Callable[[str], None]) -> None:
         self._file, self._tick = file, tick

@@ -20,12 +20,15 @@ posix = pytest.mark.skipif(os.name == "nt", reason="POSIX")
 patient = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def made(seed: int = 0, tokens: int = 4, dtype: torch.dtype = torch.bfloat16, lost: str = "") -> Embeddings:
+def made(
+    seed: int = 0, tokens: int = 4, dtype: torch.dtype = torch.bfloat16, lost: str = ""
+) -> Embeddings:
     """Embeddings of any bits at all, NaN among them."""
     draw = torch.Generator().manual_seed(seed)
     shapes = ((1, 8), (1, tokens, 8))
     pooled, sequence = (
-        torch.randint(-(2**15), 2**15, shape, dtype=DTYPES[dtype], generator=draw).view(dtype) for shape in shapes
+        torch.randint(-(2**15), 2**15, shape, dtype=DTYPES[dtype], generator=draw).view(dtype)
+        for shape in shapes
     )
     return Embeddings(pooled, sequence, lost)
 

@@ -1,4 +1,7 @@
-"""Runs of the real engine on a simulated card: with the bundled model, or with the full-size one on FakeTensors."""
+"""Runs of the real engine on a simulated card.
+
+With the bundled model, or with the full-size one on FakeTensors.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -34,12 +37,16 @@ DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "U8": torch.uint8, "I8":
 DTYPES["F8_E4M3"] = torch.float8_e4m3fn
 
 
-def on_card(checkpoint: Checkpoint, plan: MemoryPlan, machine: Hardware, **options: object) -> Engine:
+def on_card(
+    checkpoint: Checkpoint, plan: MemoryPlan, machine: Hardware, **options: object
+) -> Engine:
     """An engine that runs on the simulated card whatever the plan's device is."""
     return Engine(checkpoint, replace(plan, device=CARD), machine, **options)
 
 
-def follow(engine: Engine, request: Order, counter: Counter, resume: Latents | None = None) -> tuple:
+def follow(
+    engine: Engine, request: Order, counter: Counter, resume: Latents | None = None
+) -> tuple:
     """Run one picture under the counter, which learns the phases: (events, pixels)."""
     events, picture = [], picture_of(engine, request, resume=resume)
     with torch.no_grad(), counter:
@@ -49,7 +56,10 @@ def follow(engine: Engine, request: Order, counter: Counter, resume: Latents | N
             events.append(event)
             if getattr(event, "name", "") in ("encode", "condition", "denoise", "decode"):
                 counter.phase = event.name
-            elif getattr(event, "detail", "") in ("transformer", "vae"):  # loading is part of the phase that it is for
+            elif getattr(event, "detail", "") in (
+                "transformer",
+                "vae",
+            ):  # loading is part of the phase that it is for
                 counter.phase = {"transformer": "denoise", "vae": "decode"}[event.detail]
     return events, picture.pixels
 
@@ -59,7 +69,8 @@ def every_placement(
 ) -> dict[bool, list]:
     """Pictures under each placement that fits below 40 MiB, by whether they were decoded in tiles.
 
-    Each run completes within its budget as planned; from all in memory to everything passing through.
+    Each run completes within its budget as planned, from all in memory to everything passing
+    through.
     """
     monkeypatch.setattr(placement, "CONTEXT_BYTES", 0)
     monkeypatch.setattr(costs, "DECODE_BYTES", 64 << 10)
@@ -81,20 +92,26 @@ def every_placement(
         assert not [event for event in events if "out of memory" in str(event)], (kib, placed)
         assert counter.peak <= made.budget_bytes
         pictures.setdefault(placed.decode == "tiled", []).append(pixels)
-    assert {level for _, level, _ in levels} >= {"resident", "sequential"} and len(levels) >= 4, levels
+    assert {level for _, level, _ in levels} >= {"resident", "sequential"} and len(levels) >= 4, (
+        levels
+    )
     for same in pictures.values():
         assert all(np.array_equal(each, same[0]) for each in same)
     return pictures
 
 
 def blocked(checkpoint: Checkpoint, kind: str) -> Checkpoint:
-    """The same model with its transformer in GGUF's blocks of one kind, as published files have it."""
+    """The same model with its transformer in GGUF's blocks of one kind, as in published files."""
     part, weights = checkpoint.components["transformer"], {}
     for key, weight in part.weights.items():
         packs = len(weight.shape) == 2 and weight.numel > 1 << 20
         info = replace(weight.info, dtype=kind) if packs else weight.info
-        weights[key] = Weight(key, weight.shape, kind if packs else "", {"": Piece(weight.pieces[""].file, info)})
-    return replace(checkpoint, components=checkpoint.components | {part.name: replace(part, weights=weights)})
+        weights[key] = Weight(
+            key, weight.shape, kind if packs else "", {"": Piece(weight.pieces[""].file, info)}
+        )
+    return replace(
+        checkpoint, components=checkpoint.components | {part.name: replace(part, weights=weights)}
+    )
 
 
 def _stored(piece: Piece) -> torch.Tensor:
@@ -105,17 +122,26 @@ def _stored(piece: Piece) -> torch.Tensor:
 
 @contextlib.contextmanager
 def full_size(monkeypatch: pytest.MonkeyPatch, *, arithmetic: bool = True) -> Iterator[Checkpoint]:
-    """The full-size model by its shapes, and engines that compute nothing: only what needs numbers is left out."""
+    """The full-size model by its shapes, and engines that compute nothing.
+
+    Only what needs numbers is left out.
+    """
     monkeypatch.setattr(
-        Reader, "read", lambda _, weight: {suffix: _stored(piece) for suffix, piece in weight.pieces.items()}
+        Reader,
+        "read",
+        lambda _, weight: {suffix: _stored(piece) for suffix, piece in weight.pieces.items()},
     )
     made = torch.tensor  # of FakeTensors it knows no card
-    monkeypatch.setattr(torch, "tensor", lambda values, device=None, **options: made(values, **options).to(device))
+    monkeypatch.setattr(
+        torch, "tensor", lambda values, device=None, **options: made(values, **options).to(device)
+    )
     for module in (codecs, loader.codecs):
         monkeypatch.setattr(module, "check_values", lambda *_: None)
     monkeypatch.setattr(linear, "read_offset", lambda _: 0.0)
     monkeypatch.setattr(decode, "is_finite", lambda _: True)
-    monkeypatch.setattr(decode, "to_pixels", lambda decoded: SimpleNamespace(numpy=lambda: decoded.shape))
+    monkeypatch.setattr(
+        decode, "to_pixels", lambda decoded: SimpleNamespace(numpy=lambda: decoded.shape)
+    )
     monkeypatch.setattr(Checkpoint, "fingerprint", "full size")
     monkeypatch.setattr(Checkpoint, "text_encoder_fingerprint", "full size")
     monkeypatch.setattr(modulation, "make_digest", lambda _: "")
