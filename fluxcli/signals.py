@@ -20,7 +20,7 @@ LAST_WORDS: list[bytes] = []
 
 
 def install_signals() -> None:
-    """Make the first signal unwind the stack as `Terminated`; a second of its kind kills at once."""
+    """Make the first signal unwind the stack as `Terminated`; a second one kills at once."""
     numbers = {signal.SIGINT, signal.SIGTERM}
     if hasattr(signal, "SIGHUP"):
         numbers.add(signal.SIGHUP)

@@ -50,7 +50,7 @@ def test_an_adapters_header_is_read_once_a_command(command, adapter, reads, caps
 
 
 def test_nor_for_each_row_of_a_batch(adapter, reads, capsys):
-    Path("rows.txt").write_text("a fox\na cat\n")
-    result = call(capsys, "generate", "--from", "rows.txt", *REQUEST, "--lora", f"{adapter}:0.5")
+    Path("rows.csv").write_text("prompt,steps\na fox,1\na cat,1\na cat,2\n")
+    result = call(capsys, "generate", "--from", "rows.csv", *REQUEST, "--lora", f"{adapter}:0.5")
     assert result.returncode == 0, result.stderr
     assert reads == [adapter]

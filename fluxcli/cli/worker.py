@@ -27,7 +27,8 @@ def start(idle: Idle = "10m") -> None:
     """Start the worker, unless there is one; generate then uses it without being told."""
     status = client.start(parse_duration(idle))
     what = "is up" if status["started"] else "was up already (flux worker stop ends it)"
-    console.say(f"worker {status['pid']} {what}; it ends after {status['idle_limit_s']:g} s without a job")
+    limit = f"it ends after {status['idle_limit_s']:g} s without a job"
+    console.say(f"worker {status['pid']} {what}; {limit}")
 
 
 @worker_app.command("status")
@@ -39,7 +40,7 @@ def status_command(
     Where there is none: "no worker is running" (--json: null) and exit 0.
     """
     status = client.ask("status")
-    rows = [("no worker is running",)]
+    rows: list[tuple[str, ...]] = [("no worker is running",)]
     if status is not None:
         rows = [
             (name.removesuffix("_bytes"), _describe(name, status[name])) for name in sorted(status)
@@ -48,7 +49,7 @@ def status_command(
 
 
 def _describe(name: str, value: object) -> str:
-    """A value of the worker's status, for people."""
+    """Return a value of the worker's status for people."""
     if name.endswith("_bytes") and isinstance(value, int):
         return f"{value / 2**30:.2f} GiB"
     if isinstance(value, dict):
@@ -77,7 +78,9 @@ def evict() -> None:
 @worker_app.command(hidden=True)
 def run(
     idle: Idle = "10m",
-    _events: Annotated[bool, typer.Option("--events", help="What ends it is a JSON object on stdout.")] = False,
+    _events: Annotated[
+        bool, typer.Option("--events", help="What ends it is a JSON object on stdout.")
+    ] = False,
 ) -> None:
     """Be the worker."""
     from fluxcli.run import worker

@@ -18,7 +18,8 @@ from fluxcli.pictures.names import Destination, Target
 from fluxcli.request.fields import Order
 from quant.errors import CheckpointError
 from quant.files import move_if_free, write_atomically
-from quant.header import TensorInfo, read_header
+from quant.header import read_header
+from quant.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor

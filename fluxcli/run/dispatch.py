@@ -112,7 +112,7 @@ class Dispatcher:
 
 
 def _check_before_torch(job: Job) -> None:
-    """Raise what the session would raise after seconds of imports: no model here, a broken torch."""
+    """Raise what the session would raise after seconds of imports: no model, a broken torch."""
     order = job.rows[0].order
     if order and not job.batch:
         find.list_folders(order.request.model)

@@ -26,8 +26,9 @@ from fluxcli.plan.costs import DTYPE_BYTES, make_workload
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import MemoryPlan, Placement, weaker
 from fluxcli.plan.planner import make_plan, suggest_options
-from fluxcli.request.fields import Order
+from fluxcli.request.fields import Order, Output
 from fluxcli.request.job import Job, Row
+from fluxcli.request.settings import LoraRef
 from fluxcli.run import saving
 from fluxcli.run.lock import DeviceLock
 from fluxcli.run.margin import grow_margin, read_margin
@@ -64,6 +65,23 @@ class Prepared:
             plan.spec,
             tuple(plan.dtypes.items()),
         )
+
+
+@dataclass
+class Known:
+    """What rows of a job share: plans, and adapters, whose headers are read once."""
+
+    plans: dict[Order, Prepared] = field(default_factory=dict)
+    adapters: dict[tuple[str, tuple[LoraRef, ...]], tuple[Adapter, ...]] = field(
+        default_factory=dict
+    )
+
+    def resolve_loras(self, order: Order, checkpoint: Checkpoint) -> tuple[Adapter, ...]:
+        """Return the adapters of an order; raises what `loras.resolve_loras` raises."""
+        key = (checkpoint.fingerprint, order.request.lora)
+        if key not in self.adapters:
+            self.adapters[key] = loras.resolve_loras(order.request.lora, checkpoint.components)
+        return self.adapters[key]
 
 
 @dataclass
@@ -141,7 +159,7 @@ class Session:
         Raises `FluxError` and `QuantError`; in a batch they are events of their rows.
         """
         groups: dict[tuple[object, ...], list[PlannedRow]] = {}
-        known: dict[Order, Prepared] = {}
+        known = Known()
         for row in job.rows:
             try:
                 planned = yield from self._plan_row(row, job, known=known, after_loss=after_loss)
@@ -161,18 +179,24 @@ class Session:
     # --- planning
 
     def prepare(
-        self, order: Order, *, lock: bool = True, no_wait: bool = False
+        self,
+        order: Order,
+        *,
+        lock: bool = True,
+        no_wait: bool = False,
+        known: Known | None = None,
     ) -> Generator[Event, None, Prepared]:
         """Plan an order, and take the device's lock for it unless `lock` is off.
 
-        Adapters are resolved here and nowhere else. Raises `DoesNotFit` with options that would
-        fit, and what looking for models, adapters and devices raises.
+        Adapters are resolved here and nowhere else, and only if `known` has them not. Raises
+        `DoesNotFit` with options that would fit, and what looking for models, adapters and devices
+        raises.
         """
         resources = order.resources
         said: list[str] = []
         checkpoints = find.list_checkpoints(order, paths.config_folder(), said.append)
         yield from map(Notice, said)
-        adapters = loras.resolve_loras(order.request.lora, checkpoints[-1].components)
+        adapters = (known or Known()).resolve_loras(order, checkpoints[-1])
         yield from map(Notice, loras.describe_unmatched(adapters))
         hardware = device.probe(resources.device)
         if lock and hardware.kind != "cpu":
@@ -203,9 +227,9 @@ class Session:
         return Prepared(checkpoint, plan, hardware, adapters, tuple(checkpoints))
 
     def _plan_row(
-        self, row: Row, job: Job, *, known: dict[Order, Prepared], after_loss: bool
+        self, row: Row, job: Job, *, known: Known, after_loss: bool
     ) -> Generator[Event, None, PlannedRow]:
-        """Plan a row of the job; rows that need the same plan share one of `known`."""
+        """Plan a row of the job; rows that need the same plan share one."""
         assert row.order
         order = row.order
         target = row.target or parse_target(order.output, force=job.force)
@@ -214,15 +238,16 @@ class Session:
         if job.batch and is_checked:
             check_writable(target, order, row=row.number)
         alike = _without_content(order)
-        if alike not in known:
-            known[alike] = yield from self.prepare(order, no_wait=job.no_wait)
+        if alike not in known.plans:
+            prepared = yield from self.prepare(order, no_wait=job.no_wait, known=known)
+            known.plans[alike] = prepared
             if not job.batch:
-                yield _announce(order, known[alike].plan)
+                yield _announce(order, prepared.plan)
         return PlannedRow(
             row,
             order.with_seed(),
             target,
-            known[alike],
+            known.plans[alike],
             missing=order.output.count,
             is_checked=is_checked,
         )
@@ -318,10 +343,8 @@ class Session:
 
 
 def _without_content(order: Order) -> Order:
-    """Return an order without what no plan depends on: prompt, seed, count and path."""
-    request = replace(order.request, prompt="x", seed=0)
-    output = replace(order.output, count=1, output=None)
-    return replace(order, request=request, output=output)
+    """Return an order without what no plan depends on: the prompt, the seed and the output."""
+    return replace(order, request=replace(order.request, prompt="x", seed=0), output=Output())
 
 
 def _announce(order: Order, plan: MemoryPlan) -> Notice:
