@@ -81,7 +81,7 @@ _UNPACKED_THROUGH_32_BIT = (ATTENTION, ActivationLine(6.0, 21.3))
 _ROWS = (
     Scheme(
         name="nf4",
-        words="4-bit NormalFloat in blocks of 64, as bitsandbytes stores it",
+        words="4-bit NormalFloat in blocks of 64, as bitsandbytes has it",
         bits=4,
         quality=10,
         forms=("nf4", NF4_ONCE),
@@ -253,7 +253,7 @@ def layout(scheme: str, tensor: TensorInfo) -> tuple[TensorInfo, ...]:
         return stored("", dtype, *tensor.shape), stored("_scale", "F32", *tensor.shape[:1])
     if scheme not in ("nf4", NF4_ONCE):
         return (stored("", tensor.dtype, *tensor.shape),)
-    codes = -(-tensor.numel // 2)
+    codes = -(-tensor.numel * SCHEMES["nf4"].bits // 8)
     blocks = -(-tensor.numel // BLOCK)
     if scheme == NF4_ONCE:
         scales = [stored(".absmax", "F32", blocks)]

@@ -28,9 +28,10 @@ from quant.gguf_header import is_gguf
 from quant.lora import Adapter
 from quant.recipe import LAYOUTS, Recipe, check_disk, make_file_recipe, make_recipe
 from quant.single_file import assemble_checkpoint, inspect_file, inspect_transformer
-from quant.spec import SCHEMES, QuantSpec, is_modulation
+from quant.spec import BAKEABLE, SCHEMES, QuantSpec, is_modulation
 
 GB = 1e9
+SCHEMES_HELP = "; ".join(f"{name}: {SCHEMES[name].words}" for name in BAKEABLE) + "."
 FOLDER_LAYOUT = "diffusers"  # the only layout that is a folder, with text encoders and VAE
 
 
@@ -58,7 +59,7 @@ def quantize(  # noqa: PLR0917 - typer's options
     target: Annotated[
         Optional[str], typer.Argument(help="Folder, or .safetensors file.", show_default=False)
     ] = None,
-    to: Annotated[str, typer.Option("--to", help="nf4, fp8 or int8.", show_default=False)] = ...,
+    to: Annotated[str, typer.Option("--to", help=SCHEMES_HELP, show_default=False)] = ...,
     text_encoder: Annotated[
         Optional[str], typer.Option(help="T5: nf4, fp8, keep; nf4 with nf4, else keep.")
     ] = None,
