@@ -1,4 +1,5 @@
-"""How much the code asks of a reader, in figures: python -m benchmarks.reading [--root FOLDER] [--json]
+"""How much the code asks of a reader, in figures: python -m benchmarks.reading [--root FOLDER]
+[--json]
 
 The figures say where to look; no rule is made of them. From the files of quant/ and fluxcli/ of a
 checkout: tokens and code lines (lines that hold a token that is neither comment nor docstring),

@@ -1,4 +1,6 @@
-"""What every test has: a home of its own, no settings of the user, no network, and a way to run `flux`."""
+"""What every test has: a home of its own, no settings of the user, no network, and a way to run
+`flux`.
+"""
 
 import functools
 import os
@@ -12,7 +14,9 @@ import pytest
 
 from tests.support.server import Interpreters, Server, is_available
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: the models are too small for more threads
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before torch is imported: the models are too small for more threads
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,7 +55,9 @@ def commands() -> Iterator[Server | Interpreters]:
 def flux(commands: Server | Interpreters) -> Callable[..., subprocess.CompletedProcess]:
     """Run `flux` as a process of its own in the current folder."""
 
-    def run(*arguments: str, stdin: str | None = None, **environment: str) -> subprocess.CompletedProcess:
+    def run(
+        *arguments: str, stdin: str | None = None, **environment: str
+    ) -> subprocess.CompletedProcess:
         return commands.run("-m", "fluxcli", *arguments, stdin=stdin, environment=environment)
 
     return run
@@ -59,9 +65,13 @@ def flux(commands: Server | Interpreters) -> Callable[..., subprocess.CompletedP
 
 @pytest.fixture
 def flux_cold() -> Callable[..., subprocess.CompletedProcess]:
-    """Run `flux` in a new interpreter: for what depends on imports, or on variables that are read then."""
+    """Run `flux` in a new interpreter: for what depends on imports, or on variables that are read
+    then.
+    """
 
-    def run(*arguments: str, stdin: str | None = None, **environment: str) -> subprocess.CompletedProcess:
+    def run(
+        *arguments: str, stdin: str | None = None, **environment: str
+    ) -> subprocess.CompletedProcess:
         return Interpreters().run("-m", "fluxcli", *arguments, stdin=stdin, environment=environment)
 
     return run
@@ -75,7 +85,9 @@ def tiny_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def baked(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Folders with the bundled model, each packed once: `baked("nf4", modulation="nf4")`. Copy before changing one."""
+    """Folders with the bundled model, each packed once: `baked("nf4", modulation="nf4")`. Copy
+    before changing one.
+    """
 
     from quant import bake, checkpoint, recipe, spec
 
@@ -90,7 +102,9 @@ def baked(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 
 @pytest.fixture(scope="session")
-def exported(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, dict]]:
+def exported(
+    tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, dict]]:
     """The bundled transformer in a dialect of tests/support/exports.py.
 
     Returns (file, its float32 values by diffusers' names).
@@ -135,7 +149,11 @@ def copy(micro: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def ram(micro: Path) -> Iterator[Path]:
-    """A folder in memory, where fsync and rmdir are quick, with the micro model in it; on the disk elsewhere."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
+    """A folder in memory, where fsync and rmdir are quick, with the micro model in it; on the disk
+    elsewhere.
+    """
+    with tempfile.TemporaryDirectory(
+        dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    ) as folder:
         shutil.copytree(micro, Path(folder) / "micro")
         yield Path(folder)

@@ -1,4 +1,6 @@
-"""The benchmark that waits for a card runs here, shrunk: each rung as planned, no peak above its plan."""
+"""The benchmark that waits for a card runs here, shrunk: each rung as planned, no peak above its
+plan.
+"""
 
 import json
 import subprocess
@@ -8,7 +10,16 @@ from tests.support.helpers import ROOT
 
 
 def test_cards_runs_shrunk():
-    command = [sys.executable, "-m", "benchmarks.cards", "--shrunk", "--caps", "9,12", "--steps", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.cards",
+        "--shrunk",
+        "--caps",
+        "9,12",
+        "--steps",
+        "2",
+    ]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["shrunk"] and len(found["diffusers"]) == 1
@@ -23,4 +34,8 @@ def test_cards_runs_shrunk():
     for row in rows:
         assert row["went_on_as_planned"] and row["step_s"] > 0
         for phase, planned in row["plan_bytes"].items():
-            assert 0 < row["measured_bytes"][phase] <= planned + (256 << 10), (row["precision"], row["placed"], phase)
+            assert 0 < row["measured_bytes"][phase] <= planned + (256 << 10), (
+                row["precision"],
+                row["placed"],
+                phase,
+            )

@@ -1,4 +1,6 @@
-"""The command line: what is taken, what is refused before anything heavy loads, and what goes where."""
+"""The command line: what is taken, what is refused before anything heavy loads, and what goes
+where.
+"""
 
 import hashlib
 import io
@@ -85,13 +87,19 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("arguments, word", REFUSED.values(), ids=REFUSED)
-def test_usage_errors_are_exit_2_before_a_model_or_a_file_is_touched(arguments, word, unmoved, capsys):
+def test_usage_errors_are_exit_2_before_a_model_or_a_file_is_touched(
+    arguments, word, unmoved, capsys
+):
     result = call(capsys, *arguments)
     message = assert_failed(result, ExitCode.USAGE)
     assert word in message
     if "--events" in arguments:
         failed = json.loads(result.stdout)
-        assert failed["event"] == "failed" and failed["exit_code"] == 2 and failed["message"] in message
+        assert (
+            failed["event"] == "failed"
+            and failed["exit_code"] == 2
+            and failed["message"] in message
+        )
     else:
         assert result.stdout == ""
 
@@ -119,7 +127,12 @@ def test_a_dash_reads_the_prompt_from_stdin_to_its_end(data, prompt, drawn, caps
 
 @pytest.mark.parametrize(
     "data, word",
-    [(b"", "empty"), (b"\xef\xbb\xbf\r\n", "empty"), (b"abc\xff", "byte 3"), (b"\xef\xbb\xbfa\xff", "byte 4")],
+    [
+        (b"", "empty"),
+        (b"\xef\xbb\xbf\r\n", "empty"),
+        (b"abc\xff", "byte 3"),
+        (b"\xef\xbb\xbfa\xff", "byte 4"),
+    ],
 )
 def test_stdin_that_is_no_prompt_is_refused(data, word, unmoved, capsys, monkeypatch):
     stdin(monkeypatch, data)
@@ -142,7 +155,11 @@ def test_stdout_has_the_paths_and_stderr_the_rest(drawn, capsys):
     result = call(capsys, *GIVEN, "-n", "3", "-o", "pics/")
     names = [f"pics/a-fox-{seed}.png" for seed in (5, 6, 7)]
     assert result.returncode == 0 and result.stdout.splitlines() == names == sorted(files(Path()))
-    assert all(name in result.stderr for name in names) and "128x128" in result.stderr and "\x1b" not in result.stderr
+    assert (
+        all(name in result.stderr for name in names)
+        and "128x128" in result.stderr
+        and "\x1b" not in result.stderr
+    )
 
 
 def test_quiet_leaves_stderr_empty(drawn, capsys):
@@ -160,9 +177,18 @@ def test_json_is_one_object_that_repeats_the_run(drawn, capsys):
         assert image["bytes"] == len(data) and image["sha256"] == hashlib.sha256(data).hexdigest()
         assert (image["width"], image["height"], image["format"]) == (128, 128, "png")
         stored = read_metadata(Path(image["path"]))
-        assert stored["pixels_sha256"] == image["pixels_sha256"] and stored["request"]["seed"] == image["seed"]
-    assert done["request"]["prompt"] == "a fox" and done["request"]["count"] == 2 and done["request"]["seed"] == 5
-    assert {"denoise", "save", "total"} <= set(done["timings_s"]) and done["peak_memory"]["rss_bytes"] > 0
+        assert (
+            stored["pixels_sha256"] == image["pixels_sha256"]
+            and stored["request"]["seed"] == image["seed"]
+        )
+    assert (
+        done["request"]["prompt"] == "a fox"
+        and done["request"]["count"] == 2
+        and done["request"]["seed"] == 5
+    )
+    assert {"denoise", "save", "total"} <= set(done["timings_s"]) and done["peak_memory"][
+        "rss_bytes"
+    ] > 0
     assert done["timings_s"]["total"] >= done["timings_s"]["denoise"] >= 0
 
 
@@ -171,12 +197,17 @@ def test_events_are_one_object_a_line_and_end_with_done(drawn, capsys):
     events = [json.loads(line) for line in result.stdout.splitlines()]
     kinds = [event["event"] for event in events]
     assert kinds == ["notice", *["phase", "step"] * 2, *["phase", "saved"] * 2, "done"]
-    assert [e["image"]["path"] for e in events if e["event"] == "saved"] == ["a-fox-5.png", "a-fox-6.png"]
+    assert [e["image"]["path"] for e in events if e["event"] == "saved"] == [
+        "a-fox-5.png",
+        "a-fox-6.png",
+    ]
     assert events[-1]["images"] == [e["image"] for e in events if e["event"] == "saved"]
 
 
 def test_a_random_seed_is_reported(drawn, capsys):
-    seed = json.loads(call(capsys, "generate", "a fox", "-p", "tiny", "--json").stdout)["images"][0]["seed"]
+    seed = json.loads(call(capsys, "generate", "a fox", "-p", "tiny", "--json").stdout)["images"][
+        0
+    ]["seed"]
     assert seed >= 0 and drawn[0].request.seed == seed and Path(f"a-fox-{seed}.png").exists()
 
 
@@ -233,11 +264,18 @@ def test_absent_weights_are_exit_3_with_both_ways_on(drawn, capsys):
 
 
 def test_presets_are_listed_and_shown_with_origins(capsys, monkeypatch):
-    assert [line.split()[0] for line in call(capsys, "presets").stdout.splitlines()][-2:] == ["tiny", "turbo"]
+    assert [line.split()[0] for line in call(capsys, "presets").stdout.splitlines()][-2:] == [
+        "tiny",
+        "turbo",
+    ]
     assert set(json.loads(call(capsys, "presets", "--json").stdout)) >= {"dev", "tiny"}
     monkeypatch.setenv("FLUX_STEPS", "33")
-    rows = dict(line.split(None, 1) for line in call(capsys, "presets", "schnell").stdout.splitlines())
-    assert re.fullmatch(r"33 +FLUX_STEPS", rows["steps"]) and re.fullmatch(r"none +preset schnell", rows["guidance"])
+    rows = dict(
+        line.split(None, 1) for line in call(capsys, "presets", "schnell").stdout.splitlines()
+    )
+    assert re.fullmatch(r"33 +FLUX_STEPS", rows["steps"]) and re.fullmatch(
+        r"none +preset schnell", rows["guidance"]
+    )
     assert json.loads(call(capsys, "presets", "tiny", "--json").stdout)["steps"] == {
         "value": 33,
         "origin": "FLUX_STEPS",
@@ -251,7 +289,9 @@ def commands(group: object, path: str = "flux") -> list[tuple[str, object]]:
     return found
 
 
-@pytest.mark.parametrize("path, command", commands(typer.main.get_command(app)), ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    "path, command", commands(typer.main.get_command(app)), ids=lambda value: str(value)[:40]
+)
 def test_every_command_and_option_is_documented(path, command):
     text = (ROOT / "docs" / "commands.md").read_text("utf-8")
     if not getattr(command, "commands", None):
@@ -263,6 +303,10 @@ def test_every_command_and_option_is_documented(path, command):
 
 def test_debug_adds_the_traceback_and_nothing_else_changes(capsys):
     result = call(capsys, "generate", "x", "--ar", "0:9", "--debug")
-    assert result.returncode == ExitCode.USAGE and "Traceback" in result.stderr and "UsageError" in result.stderr
+    assert (
+        result.returncode == ExitCode.USAGE
+        and "Traceback" in result.stderr
+        and "UsageError" in result.stderr
+    )
     assert "NoneType: None" not in result.stderr and result.stderr.count("flux: error:") == 1
     assert "Traceback" not in call(capsys, "generate", "x", "--ar", "0:9", "--", "--debug").stderr

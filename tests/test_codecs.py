@@ -118,11 +118,16 @@ def test_a_pack_beyond_the_schemes_bound_is_refused_with_the_way_out(scheme, mon
     assert caught.value.hint == "--keep a.weight"
 
 
-@pytest.mark.parametrize("suffix, place, value, word", [
-    ("_scale", 5, 0.0, "0 or negative"), ("_scale", 0, -1.0, "0 or negative"),
-    ("_scale", 7, float("nan"), "NaN or Inf"), ("_scale", 7, float("inf"), "NaN or Inf"),
-    ("", (3, 3), float("nan"), "NaN in a.weight"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "suffix, place, value, word",
+    [
+        ("_scale", 5, 0.0, "0 or negative"),
+        ("_scale", 0, -1.0, "0 or negative"),
+        ("_scale", 7, float("nan"), "NaN or Inf"),
+        ("_scale", 7, float("inf"), "NaN or Inf"),
+        ("", (3, 3), float("nan"), "NaN in a.weight"),
+    ],
+)
 def test_impossible_rows_are_found_when_they_are_read(suffix, place, value, word):
     stored = encode(weight_of("normal", 8, 64), "fp8").stored
     stored[suffix][place] = value

@@ -14,12 +14,22 @@ from fluxcli.events import GeneratedImage, Notice, Phase, Saved, Step
 
 pty = pytest.importorskip("pty")
 IMAGE = GeneratedImage("a.png", 1, 64, 64, "png", 10, "0" * 64, "1" * 64)
-RUN = [Phase("encode"), Phase("denoise"), Step(1, 2), Step(2, 2), Notice("a word"), Phase("save"), Saved(IMAGE)]
+RUN = [
+    Phase("encode"),
+    Phase("denoise"),
+    Step(1, 2),
+    Step(2, 2),
+    Notice("a word"),
+    Phase("save"),
+    Saved(IMAGE),
+]
 
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch):
-    """A function that makes stderr a terminal and stdout a buffer, and returns what reads that terminal."""
+    """A function that makes stderr a terminal and stdout a buffer, and returns what reads that
+    terminal.
+    """
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     ours, theirs = pty.openpty()
@@ -33,7 +43,9 @@ def terminal(monkeypatch: pytest.MonkeyPatch):
         return text.decode()
 
     def install():
-        monkeypatch.setattr(sys, "stderr", stream)  # not in the set-up: pytest sets it again before the test
+        monkeypatch.setattr(
+            sys, "stderr", stream
+        )  # not in the set-up: pytest sets it again before the test
         monkeypatch.setattr(sys, "stdout", io.StringIO())
         return shown
 
@@ -82,7 +94,9 @@ def test_seconds_add_up_per_phase():
     reporter = report(quiet=True)
     phases = ("load", "encode", "denoise", "save")
     assert set(reporter.timings_s) == {*phases, "total"}
-    assert sum(reporter.timings_s[name] for name in phases) == pytest.approx(reporter.timings_s["total"], abs=0.01)
+    assert sum(reporter.timings_s[name] for name in phases) == pytest.approx(
+        reporter.timings_s["total"], abs=0.01
+    )
 
 
 def test_control_characters_of_a_stranger_reach_no_terminal(capsys):

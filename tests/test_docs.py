@@ -1,4 +1,5 @@
-"""The documents: their examples run, their links lead somewhere, their tables are what the program says.
+"""The documents: their examples run, their links lead somewhere, their tables are what the program
+says.
 
 A fenced block with `<!-- tested -->` on the line before it is an example that runs on the bundled
 model. Those of one document run in order, in one folder, each by bash, which ends at the first

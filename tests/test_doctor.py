@@ -1,4 +1,6 @@
-"""`flux doctor`: every finding has a verdict, and what is not ok a fix; on machines that are here and that are not."""
+"""`flux doctor`: every finding has a verdict, and what is not ok a fix; on machines that are here
+and that are not.
+"""
 
 import importlib.metadata
 import json
@@ -44,9 +46,15 @@ def here() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as here:
         put(here, MACHINES["card"])
         here.setattr(torch.version, "cuda", "13.0")
-        here.setattr(linear, "find_multiply", lambda scheme, device: {"fp8": "scaled_mm", "int8": "int_mm"}[scheme])
+        here.setattr(
+            linear,
+            "find_multiply",
+            lambda scheme, device: {"fp8": "scaled_mm", "int8": "int_mm"}[scheme],
+        )
         here.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 0, 10**12))
-        here.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * GIB, available=60 * GIB))
+        here.setattr(
+            psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * GIB, available=60 * GIB)
+        )
         here.setattr(constants, "HF_HUB_OFFLINE", True)
         here.setenv("HF_TOKEN", TOKEN)
         yield here
@@ -70,7 +78,9 @@ def examined(**named: str) -> dict[str, doctor.Check]:
 
 
 def assert_sound(checks: list[doctor.Check]) -> None:
-    """Names are unique, each has a verdict and something found; a fix is there exactly where it is not ok."""
+    """Names are unique, each has a verdict and something found; a fix is there exactly where it is
+    not ok.
+    """
     assert len({check.name for check in checks}) == len(checks)
     for check in checks:
         assert check.verdict in ("ok", "warn", "bad") and check.found, check
@@ -85,14 +95,20 @@ def test_what_is_not_ok_has_a_fix_whatever_the_machine(name, here):
     put(here, MACHINES[name])
     for room, ram, token in product((10**9, 10**12), (8 * GIB, 64 * GIB), ("", TOKEN)):
         here.setattr(shutil, "disk_usage", lambda _, free=room: Usage(10**12, 0, free))
-        here.setattr(psutil, "virtual_memory", lambda total=ram: SimpleNamespace(total=total, available=total // 2))
+        here.setattr(
+            psutil,
+            "virtual_memory",
+            lambda total=ram: SimpleNamespace(total=total, available=total // 2),
+        )
         here.setenv("HF_TOKEN", token)
         checks = list(doctor.examine())
         assert_sound(checks)
         by_name = {check.name: check.verdict for check in checks}
         assert (by_name["disk"], by_name["RAM"], by_name["hub"]) == (
-            "ok" if room > 10**11 else "warn", "ok" if ram > 20 * GIB else "warn", "ok" if token else "warn"
-        )  # fmt: skip
+            "ok" if room > 10**11 else "warn",
+            "ok" if ram > 20 * GIB else "warn",
+            "ok" if token else "warn",
+        )
 
 
 def test_this_very_machine_is_examined_and_nothing_is_changed(here, capsys, tmp_path):
@@ -111,7 +127,11 @@ def test_text_and_json_say_the_same(capsys):
     rows = text.stdout.splitlines()
     for check in found["checks"]:
         row = rows.pop(0)
-        assert row.split()[0] == check["verdict"] and check["name"] in row and row.endswith(check["found"])
+        assert (
+            row.split()[0] == check["verdict"]
+            and check["name"] in row
+            and row.endswith(check["found"])
+        )
         assert not check["fix"] or rows.pop(0).strip() == check["fix"]
     assert rows == []
 
@@ -121,10 +141,14 @@ def test_text_and_json_say_the_same(capsys):
 
 def test_a_card_is_named_with_driver_capability_and_what_it_computes():
     found = examined()
-    assert found["device"] == doctor.Check("device", "ok", "cuda:0, a test, sm89, driver 580.65, torch for CUDA 13.0")
+    assert found["device"] == doctor.Check(
+        "device", "ok", "cuda:0, a test, sm89, driver 580.65, torch for CUDA 13.0"
+    )
     assert [found[name].found for name in ("bf16", "fp8", "int8")] == [
-        "computed", "computed (scaled_mm)", "computed (int_mm)"
-    ]  # fmt: skip
+        "computed",
+        "computed (scaled_mm)",
+        "computed (int_mm)",
+    ]
     assert found["VRAM"] == doctor.Check("VRAM", "ok", "24.0 of 24.0 GiB free")
 
 
@@ -155,11 +179,16 @@ def test_nvidia_smi_is_asked_for_lines_and_its_absence_is_none(here):
 
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess:
         asked.append(command)
-        raise [FileNotFoundError(command[0]), subprocess.TimeoutExpired(command, 10)][len(asked) % 2]
+        raise [FileNotFoundError(command[0]), subprocess.TimeoutExpired(command, 10)][
+            len(asked) % 2
+        ]
 
     here.setattr(doctor.subprocess, "run", run)
     assert doctor._nvidia("driver_version") == doctor._nvidia("pid", apps=True) == []
-    assert [command[1] for command in asked] == ["--query-gpu=driver_version", "--query-compute-apps=pid"]
+    assert [command[1] for command in asked] == [
+        "--query-gpu=driver_version",
+        "--query-compute-apps=pid",
+    ]
     done = subprocess.CompletedProcess([], 0, "1, a, 2 MiB\n\n 3, b, 4 MiB\n", "")
     here.setattr(doctor.subprocess, "run", lambda *_, **__: done)
     assert doctor._nvidia("pid", apps=True) == ["1, a, 2 MiB", "3, b, 4 MiB"]
@@ -167,11 +196,15 @@ def test_nvidia_smi_is_asked_for_lines_and_its_absence_is_none(here):
 
 @pytest.mark.parametrize(
     "error",
-    [DeviceUnusable("no such device", which="cuda:3", hint="--device auto takes what is here"),
-     DeviceUnusable("the GPU driver does not answer"), ImportError("libtorch.so: cannot open"), OSError("libcuda"),
-     RuntimeError("CUDA out of memory")],
+    [
+        DeviceUnusable("no such device", which="cuda:3", hint="--device auto takes what is here"),
+        DeviceUnusable("the GPU driver does not answer"),
+        ImportError("libtorch.so: cannot open"),
+        OSError("libcuda"),
+        RuntimeError("CUDA out of memory"),
+    ],
     ids=repr,
-)  # fmt: skip
+)
 def test_a_device_that_cannot_be_asked_is_bad_and_the_rest_is_examined(error, here, capsys):
     put(here, error)
     result = call(capsys, "doctor", "--json")
@@ -203,7 +236,9 @@ def test_a_missing_library_is_bad_and_exit_8_with_the_command(name, here, capsys
     result = call(capsys, "doctor", "--json")
     bad = [check for check in json.loads(result.stdout)["checks"] if check["verdict"] == "bad"]
     assert result.returncode == ExitCode.DEVICE
-    assert bad == [{"name": name, "verdict": "bad", "found": "not installed", "fix": f"pip install {name}"}]
+    assert bad == [
+        {"name": name, "verdict": "bad", "found": "not installed", "fix": f"pip install {name}"}
+    ]
 
 
 def test_a_broken_bitsandbytes_is_bad_and_one_for_another_device_a_warning(here):
@@ -221,7 +256,9 @@ def test_a_cache_that_cannot_be_written_is_said(here):
 
 
 def test_offline_with_a_token_whether_the_licence_is_accepted_cannot_be_known(here):
-    here.setattr(huggingface_hub.HfApi, "auth_check", lambda *_, **__: pytest.fail("opened a connection"))
+    here.setattr(
+        huggingface_hub.HfApi, "auth_check", lambda *_, **__: pytest.fail("opened a connection")
+    )
     check = examined()["hub"]
     assert check.verdict == "ok" and "offline" in check.found and "cannot be known" in check.found
     here.setenv("HF_TOKEN", "")
@@ -241,7 +278,9 @@ class GatedRepoError(Exception):
         (OSError(f"Bearer {TOKEN}"), "warn", "not reached"),
     ],
 )
-def test_the_hub_is_asked_for_the_licence_and_the_token_is_never_printed(error, verdict, word, here, capsys):
+def test_the_hub_is_asked_for_the_licence_and_the_token_is_never_printed(
+    error, verdict, word, here, capsys
+):
     asked = []
 
     def auth_check(self: object, model: str, *, token: str) -> None:

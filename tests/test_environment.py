@@ -1,4 +1,6 @@
-"""Around the command line: settings files, variables, terminals, streams, broken and absent dependencies."""
+"""Around the command line: settings files, variables, terminals, streams, broken and absent
+dependencies.
+"""
 
 import io
 import os
@@ -15,24 +17,44 @@ from fluxcli.events import GeneratedImage, Notice, Phase, Saved, Step
 from tests.support.helpers import ROOT
 from tests.support.invariant import assert_failed, call, paint_instead
 
-HEAVY = ("torch", "diffusers", "transformers", "numpy", "PIL", "safetensors", "huggingface_hub", "psutil")
+HEAVY = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "numpy",
+    "PIL",
+    "safetensors",
+    "huggingface_hub",
+    "psutil",
+)
 IMAGE = GeneratedImage("x.png", 5, 64, 64, "png", 9, "", "")
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX terminals and shells")
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False,
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-    )  # fmt: skip
+    )
 
 
 def test_help_settings_and_usage_errors_import_nothing_heavy():
-    commands = [["--help"], ["generate", "--help"], ["replay", "-h"], ["--version"], ["presets"], ["presets", "dev"],
-                ["generate", "x", "--ar", "0:9"], ["generate", "x"], ["models", "download", "tiny"]]  # fmt: skip
-    code = (
-        f"import sys\nfrom fluxcli.cli.app import run\nfor c in {commands}: run(c)\nprint(*sys.modules, sep=chr(10))"
-    )
+    commands = [
+        ["--help"],
+        ["generate", "--help"],
+        ["replay", "-h"],
+        ["--version"],
+        ["presets"],
+        ["presets", "dev"],
+        ["generate", "x", "--ar", "0:9"],
+        ["generate", "x"],
+        ["models", "download", "tiny"],
+    ]
+    code = f"import sys\nfrom fluxcli.cli.app import run\nfor c in {commands}: run(c)\nprint(*sys.modules, sep=chr(10))"
     result = python(code)
     imported = {line.partition(".")[0] for line in result.stdout.splitlines()}
     assert "typer" in imported and "Usage: flux generate" in result.stdout
@@ -44,15 +66,23 @@ def broken_torch(request, tmp_path) -> dict[str, str]:
     """An environment in which `import torch` fails."""
     package = tmp_path / "broken" / "torch"
     package.mkdir(parents=True)
-    (package / "__init__.py").write_text(f"raise {request.param}('libtorch.so: cannot open shared object file')")
+    (package / "__init__.py").write_text(
+        f"raise {request.param}('libtorch.so: cannot open shared object file')"
+    )
     return {"PYTHONPATH": f"{package.parent}{os.pathsep}{ROOT}"}
 
 
 def test_with_a_broken_torch_generate_is_exit_8_and_help_works(broken_torch, flux_cold):
-    message = assert_failed(flux_cold("generate", "a fox", "-p", "tiny", **broken_torch), ExitCode.DEVICE)
+    message = assert_failed(
+        flux_cold("generate", "a fox", "-p", "tiny", **broken_torch), ExitCode.DEVICE
+    )
     assert "torch" in message and "pip install" in message and not list(Path().iterdir())
     if "ImportError" in message:
-        completion = {"COMP_WORDS": "flux generate --gui", "COMP_CWORD": "2", "_FLUX_COMPLETE": "complete_bash"}
+        completion = {
+            "COMP_WORDS": "flux generate --gui",
+            "COMP_CWORD": "2",
+            "_FLUX_COMPLETE": "complete_bash",
+        }
         assert flux_cold(**completion, **broken_torch).stdout.split() == ["--guidance"]
         assert "--guidance" in flux_cold("generate", "--help", **broken_torch).stdout
         assert "\x1b" not in flux_cold("--help", **broken_torch).stdout
@@ -69,7 +99,9 @@ def test_malformed_settings_are_exit_2_with_file_and_line(config_folder, capsys)
 
 def test_a_wrong_variable_is_exit_2_and_named(capsys, monkeypatch):
     monkeypatch.setenv("FLUX_STEPS", "many")
-    assert "FLUX_STEPS" in assert_failed(call(capsys, "generate", "a fox", "-p", "tiny"), ExitCode.USAGE)
+    assert "FLUX_STEPS" in assert_failed(
+        call(capsys, "generate", "a fox", "-p", "tiny"), ExitCode.USAGE
+    )
     assert call(capsys, "--help").returncode == 0
 
 
@@ -89,7 +121,9 @@ def test_without_a_usable_home_defaults_hold(home, capsys, monkeypatch, tmp_path
 @pytest.mark.parametrize("visible", ["", "9", "nonsense"])
 def test_a_device_that_is_not_there_is_exit_8_naming_those_that_are(visible, capsys, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    message = assert_failed(call(capsys, "generate", "a fox", "-p", "tiny", "--device", "cuda:63"), ExitCode.DEVICE)
+    message = assert_failed(
+        call(capsys, "generate", "a fox", "-p", "tiny", "--device", "cuda:63"), ExitCode.DEVICE
+    )
     assert "cuda:63" in message and "usable are cpu" in message
 
 
@@ -121,7 +155,14 @@ def _on_a_terminal(monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
         patch.setattr(sys, "stderr", stream)
         patch.setattr(sys, "stdout", io.StringIO())
         with console.Reporter(started=0.0) as reporter:
-            for event in (Phase("encode"), Notice("lost: x"), Phase("denoise"), Step(1, 2), Step(2, 2), Saved(IMAGE)):
+            for event in (
+                Phase("encode"),
+                Notice("lost: x"),
+                Phase("denoise"),
+                Step(1, 2),
+                Step(2, 2),
+                Saved(IMAGE),
+            ):
                 reporter.show(event)
         stream.flush()
         shown = b""
@@ -134,16 +175,23 @@ def _on_a_terminal(monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
 @posix
 def test_a_terminal_shows_phase_step_speed_and_time_left(monkeypatch):
     shown = _on_a_terminal(monkeypatch, TERM="xterm-256color")
-    assert all(word in shown for word in ("\x1b[", "step 2/2", "s/it", "s left", "flux: x.png: 64x64, seed 5"))
+    assert all(
+        word in shown
+        for word in ("\x1b[", "step 2/2", "s/it", "s left", "flux: x.png: 64x64, seed 5")
+    )
 
 
 @posix
 @pytest.mark.parametrize(
-    "environment", [{"TERM": "dumb"}, {"TERM": "unknown"}, {"TERM": "xterm", "NO_COLOR": "1"}], ids=str
+    "environment",
+    [{"TERM": "dumb"}, {"TERM": "unknown"}, {"TERM": "xterm", "NO_COLOR": "1"}],
+    ids=str,
 )
 def test_a_plain_terminal_gets_plain_text(environment, monkeypatch):
     shown = _on_a_terminal(monkeypatch, **environment)
-    assert "\x1b" not in shown and "flux: x.png: 64x64, seed 5" in shown and "flux: lost: x" in shown
+    assert (
+        "\x1b" not in shown and "flux: x.png: 64x64, seed 5" in shown and "flux: lost: x" in shown
+    )
 
 
 def test_off_a_terminal_there_is_text_only_even_when_colour_is_forced(capsys, monkeypatch):
@@ -152,10 +200,14 @@ def test_off_a_terminal_there_is_text_only_even_when_colour_is_forced(capsys, mo
         for event in (Phase("denoise"), Step(1, 2), Saved(IMAGE)):
             reporter.show(event)
     assert "\x1b" not in capsys.readouterr().err
-    assert "\\x1b[31m" in assert_failed(call(capsys, "generate", "x", "-o", "\x1b[31m.gif"), ExitCode.USAGE)
+    assert "\\x1b[31m" in assert_failed(
+        call(capsys, "generate", "x", "-o", "\x1b[31m.gif"), ExitCode.USAGE
+    )
 
 
-@pytest.mark.parametrize("path, expected", [("ü 🦊.png", "ü 🦊.png".encode()), ("\udcff.png", b"\xff.png")])
+@pytest.mark.parametrize(
+    "path, expected", [("ü 🦊.png", "ü 🦊.png".encode()), ("\udcff.png", b"\xff.png")]
+)
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_a_path_that_stdout_cannot_encode_is_its_bytes(path, expected, encoding, monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="\n")
@@ -179,9 +231,13 @@ def test_a_path_that_stdout_cannot_encode_is_its_bytes(path, expected, encoding,
 )
 def test_streams_that_are_closed_or_full_are_an_exit_code_not_a_crash(command, code, word):
     result = subprocess.run(
-        ["sh", "-c", f'exec "$0" -m fluxcli {command}', sys.executable], capture_output=True, text=True, check=False,
-        stdin=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        ["sh", "-c", f'exec "$0" -m fluxcli {command}', sys.executable],
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     if word is None:
         assert (result.returncode, result.stdout, result.stderr) == (code, "", "")
     else:

@@ -37,14 +37,20 @@ def test_an_error_is_what_which_and_why(kind):
     ended = explain_end(error)
     assert (ended.message, ended.hint) == ("it broke (x.png): no reason", "do y")
     assert ended.exit_code == getattr(kind, "exit_code", ExitCode.INPUT_FILE)
-    assert str(kind("it broke")) == "it broke" and str(kind("it broke", why="no reason")) == "it broke: no reason"
+    assert (
+        str(kind("it broke")) == "it broke"
+        and str(kind("it broke", why="no reason")) == "it broke: no reason"
+    )
 
 
 @pytest.mark.parametrize(
     "error, code",
     [
         (MemoryError(), ExitCode.DOES_NOT_FIT),
-        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), ExitCode.DOES_NOT_FIT),
+        (
+            type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"),
+            ExitCode.DOES_NOT_FIT,
+        ),
         (OSError(28, "No space left on device"), ExitCode.OUTPUT),
         (ModuleNotFoundError("No module named 'torch'"), ExitCode.DEVICE),
         (ZeroDivisionError("division by zero\nsecond line"), ExitCode.BUG),

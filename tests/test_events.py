@@ -32,7 +32,12 @@ SAMPLES = [
     Skipped(7, "ein Bär-7.png"),
     Summary(20, 18, 1, 1, 36, 12.5),
     Done(
-        (IMAGE, IMAGE), {"prompt": "x", "seed": 1}, {"device": "cpu"}, {"total": 1.5}, {"rss_bytes": 1}, {"flux": "1"}
+        (IMAGE, IMAGE),
+        {"prompt": "x", "seed": 1},
+        {"device": "cpu"},
+        {"total": 1.5},
+        {"rss_bytes": 1},
+        {"flux": "1"},
     ),
     Failed(6, "cannot write the picture", "-o FOLDER/"),
 ]

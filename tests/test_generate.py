@@ -1,4 +1,6 @@
-"""`flux generate`: what is said of options without effect, and what a run leaves behind that never began."""
+"""`flux generate`: what is said of options without effect, and what a run leaves behind that never
+began.
+"""
 
 import json
 from pathlib import Path
@@ -12,7 +14,20 @@ from quant.spec import BAKEABLE, SCHEMES
 from tests.support.helpers import read_pixels
 from tests.support.invariant import assert_failed, call, paint_instead
 
-TINY = ("generate", "a red circle", "-p", "tiny", "--steps", "2", "--size", "64", "--seed", "3", "--device", "cpu")
+TINY = (
+    "generate",
+    "a red circle",
+    "-p",
+    "tiny",
+    "--steps",
+    "2",
+    "--size",
+    "64",
+    "--seed",
+    "3",
+    "--device",
+    "cpu",
+)
 
 
 def test_a_prompt_that_begins_with_a_dash_is_told_about_the_double_dash(capsys):
@@ -24,7 +39,10 @@ def test_options_without_effect_are_said(capsys, monkeypatch):
     paint_instead(monkeypatch)
     result = call(capsys, "generate", "x", "-p", "tiny", "--quality", "50", "--force", "-o", "out/")
     assert result.returncode == 0
-    assert "--quality does nothing for png" in result.stderr and "--force does nothing" in result.stderr
+    assert (
+        "--quality does nothing for png" in result.stderr
+        and "--force does nothing" in result.stderr
+    )
 
 
 def test_jpeg_is_jpg(capsys, monkeypatch):
@@ -56,7 +74,11 @@ def test_a_precision_is_the_same_picture_packed_while_loading_baked_or_found(to,
             to, ("int_mm", "dequantize")
         )
     for result in (found, given):
-        assert result.returncode == 0 and "flux quantize" not in result.stderr and f"in {to}" in result.stderr
+        assert (
+            result.returncode == 0
+            and "flux quantize" not in result.stderr
+            and f"in {to}" in result.stderr
+        )
     pictures = [Path(f"{name}.png") for name in ("packed", "found", "given")]
     assert len({read_pixels(path).tobytes() for path in pictures}) == 1
     described = [read_metadata(path) for path in pictures]
@@ -66,7 +88,9 @@ def test_a_precision_is_the_same_picture_packed_while_loading_baked_or_found(to,
     assert described[1]["model"]["fingerprint"] == described[2]["model"]["fingerprint"]
     same = call(capsys, "replay", "given.png", "--check")
     assert (same.returncode, same.stdout, same.stderr) == (0, "given.png: identical\n", "")
-    other = call(capsys, "replay", str(pictures[0]), "--check")  # the same pixels of another folder, and it says so
+    other = call(
+        capsys, "replay", str(pictures[0]), "--check"
+    )  # the same pixels of another folder, and it says so
     assert other.stdout.endswith(": identical\n") and "another model fingerprint" in other.stderr
 
 

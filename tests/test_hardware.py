@@ -1,4 +1,6 @@
-"""The probe: what exists is used, what does not is named, and why; cards by name; what counts as out of memory."""
+"""The probe: what exists is used, what does not is named, and why; cards by name; what counts as
+out of memory.
+"""
 
 import tomllib
 from dataclasses import replace
@@ -27,7 +29,9 @@ def two_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (7 * GIB, 8 * GIB))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (8, 6))
     monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda number: SimpleNamespace(name=f"card {number}", uuid=f"id{number}")
+        torch.cuda,
+        "get_device_properties",
+        lambda number: SimpleNamespace(name=f"card {number}", uuid=f"id{number}"),
     )
 
 
@@ -70,9 +74,21 @@ def test_a_card_is_described_by_its_number_name_and_memory(two_cards, monkeypatc
     for capability, bf16 in (((7, 5), False), ((8, 6), True), ((12, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number, c=capability: c)
         found = hardware.probe("cuda:1")
-        assert (found.device, found.kind, found.name, found.bf16) == ("cuda:1", "cuda", "card 1", bf16)
-        assert (found.capability, found.identity, found.reason) == (capability, "cuda id1", "--device")
-        assert (found.free_bytes, found.total_bytes) == (7 * GIB + CONTEXT_BYTES, 8 * GIB)  # asking made the context
+        assert (found.device, found.kind, found.name, found.bf16) == (
+            "cuda:1",
+            "cuda",
+            "card 1",
+            bf16,
+        )
+        assert (found.capability, found.identity, found.reason) == (
+            capability,
+            "cuda id1",
+            "--device",
+        )
+        assert (found.free_bytes, found.total_bytes) == (
+            7 * GIB + CONTEXT_BYTES,
+            8 * GIB,
+        )  # asking made the context
     assert hardware.probe().device == hardware.probe("cuda").device == "cuda:0"
     with pytest.raises(DeviceUnusable, match="cuda:0 cuda:1"):
         hardware.probe("cuda:2")
@@ -121,15 +137,35 @@ def test_the_memory_peak_is_of_this_process():
 )
 def test_a_card_is_its_size_and_capability(text, total, capability, bf16):
     found = describe_card(text)
-    assert (found.total_bytes, found.free_bytes, found.capability, found.bf16) == (total, total, capability, bf16)
+    assert (found.total_bytes, found.free_bytes, found.capability, found.bf16) == (
+        total,
+        total,
+        capability,
+        bf16,
+    )
     assert found.kind == "cuda" and found.ram_bytes >= found.ram_free_bytes > 0
     assert ("fp8" in found.speeds.eight_bit) == (capability >= (8, 9))
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0GiB", "GiB:sm89", "12GiB:", "12GiB:89", "12GiB:sm8", "12GiB:sm8x", "12GiB:sm8999", "-1GiB",
-             "12GiB:sm89:sm89", "RTX 4090", "1e3GiB", "nan", "12 parsecs"]
-)  # fmt: skip
+    "text",
+    [
+        "",
+        "0GiB",
+        "GiB:sm89",
+        "12GiB:",
+        "12GiB:89",
+        "12GiB:sm8",
+        "12GiB:sm8x",
+        "12GiB:sm8999",
+        "-1GiB",
+        "12GiB:sm89:sm89",
+        "RTX 4090",
+        "1e3GiB",
+        "nan",
+        "12 parsecs",
+    ],
+)
 def test_what_describes_no_card_is_exit_2_with_an_example(text, capsys):
     with pytest.raises(UsageError):
         describe_card(text)
@@ -180,24 +216,39 @@ def test_a_card_in_the_table_is_found_by_its_whole_name(name):
 def test_no_name_in_the_table_is_taken_for_another():
     for key in table():
         if not key.startswith("sm"):
-            assert read_cards().find_speeds("cuda:0", f"NVIDIA GeForce {key}", (12, 0)).source == f"a table's {key}"
+            assert (
+                read_cards().find_speeds("cuda:0", f"NVIDIA GeForce {key}", (12, 0)).source
+                == f"a table's {key}"
+            )
 
 
 @pytest.mark.parametrize(
     ("name", "capability", "key"),
-    [("NVIDIA RTX PRO 4500", (12, 0), "sm120"), ("NVIDIA RTX 4000", (8, 9), "sm89"), ("Orin", (8, 7), "sm86"),
-     ("NVIDIA B200", (10, 3), "sm100"), ("a card of tomorrow", (15, 0), "sm120"), ("GTX 1080", (6, 1), "gpu"),
-     ("L400", (8, 6), "sm86"), ("Apple GPU", (0, 0), "gpu")],
-)  # fmt: skip
+    [
+        ("NVIDIA RTX PRO 4500", (12, 0), "sm120"),
+        ("NVIDIA RTX 4000", (8, 9), "sm89"),
+        ("Orin", (8, 7), "sm86"),
+        ("NVIDIA B200", (10, 3), "sm100"),
+        ("a card of tomorrow", (15, 0), "sm120"),
+        ("GTX 1080", (6, 1), "gpu"),
+        ("L400", (8, 6), "sm86"),
+        ("Apple GPU", (0, 0), "gpu"),
+    ],
+)
 def test_an_unknown_name_goes_by_its_capability_and_is_called_a_guess(name, capability, key):
     found = read_cards().find_speeds("cuda:0", name, capability)
-    assert found.source == f"a table's guess for {key}" and found.bus_bytes == table()[key]["bus"] * 1e9
+    assert (
+        found.source == f"a table's guess for {key}"
+        and found.bus_bytes == table()[key]["bus"] * 1e9
+    )
 
 
 @given(st.sampled_from([*NAMED, "unknown"]), st.tuples(st.integers(5, 12), st.integers(0, 9)))
 def test_8_bit_speeds_are_only_of_cards_that_compute_them(name, capability):
     rates = read_cards().find_speeds("cuda:0", name, capability).eight_bit
-    assert ("fp8" not in rates or capability >= (8, 9)) and ("int8" not in rates or capability >= (7, 5))
+    assert ("fp8" not in rates or capability >= (8, 9)) and (
+        "int8" not in rates or capability >= (7, 5)
+    )
     assert all(rate > 0 for rate in rates.values())
 
 
@@ -213,35 +264,55 @@ def test_a_measured_row_is_taken_as_it_is_and_says_when():
 
 
 OUT_OF_MEMORY = [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 7.78 GiB"),
+    torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 7.78 GiB"
+    ),
     RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
-    RuntimeError("HIP out of memory. Tried to allocate 20.00 MiB (GPU 0; 11.98 GiB total capacity)"),
+    RuntimeError(
+        "HIP out of memory. Tried to allocate 20.00 MiB (GPU 0; 11.98 GiB total capacity)"
+    ),
     RuntimeError("HIP error: hipErrorMemoryAllocation"),
-    RuntimeError("MPS backend out of memory (MPS allocated: 17.50 GB, other allocations: 300 MB, max allowed: 18 GB)"),
+    RuntimeError(
+        "MPS backend out of memory (MPS allocated: 17.50 GB, other allocations: 300 MB, max allowed: 18 GB)"
+    ),
     RuntimeError("Invalid buffer size: 32.00 GB"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    RuntimeError("XPU out of memory. Tried to allocate 16.00 GiB (GPU 0; 15.56 GiB total capacity)"),
+    RuntimeError(
+        "XPU out of memory. Tried to allocate 16.00 GiB (GPU 0; 15.56 GiB total capacity)"
+    ),
     RuntimeError("level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"),
     RuntimeError("Native API failed. Native API returns: -5 (PI_ERROR_OUT_OF_RESOURCES)"),
     RuntimeError("Native API failed. Native API returns: -6 (PI_ERROR_OUT_OF_HOST_MEMORY)"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
-                 "to allocate 4398046511104 bytes. Error code 12 (Cannot allocate memory)"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to "
-                 "allocate 4398046511104 bytes."),
-    MemoryError(), MemoryError("Unable to allocate 4.00 TiB for an array"),
-]  # fmt: skip
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
+        "to allocate 4398046511104 bytes. Error code 12 (Cannot allocate memory)"
+    ),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to "
+        "allocate 4398046511104 bytes."
+    ),
+    MemoryError(),
+    MemoryError("Unable to allocate 4.00 TiB for an array"),
+]
 SOMETHING_ELSE = [
     RuntimeError("CUDA error: an illegal memory access was encountered"),
     RuntimeError("CUDA error: device-side assert triggered"),
     RuntimeError("CUDA error: unspecified launch failure"),
     RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"),
-    RuntimeError("The size of tensor a (3) must match the size of tensor b (4) at non-singleton dimension 0"),
+    RuntimeError(
+        "The size of tensor a (3) must match the size of tensor b (4) at non-singleton dimension 0"
+    ),
     RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
-    RuntimeError("Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"),
+    RuntimeError(
+        "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"
+    ),
     RuntimeError("view size is not compatible with input tensor's size and stride"),
-    ValueError("out of memory"), KeyError("out of memory"), OSError(28, "No space left on device"), KeyboardInterrupt(),
-]  # fmt: skip
+    ValueError("out of memory"),
+    KeyError("out of memory"),
+    OSError(28, "No space left on device"),
+    KeyboardInterrupt(),
+]
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:40])
@@ -270,7 +341,12 @@ def test_a_cpu_has_no_device_memory_to_manage(device, monkeypatch):
         raise AssertionError("asked a device")
 
     for module in (torch.cuda, torch.xpu, torch.mps, torch.cpu):
-        for name in ("empty_cache", "synchronize", "reset_peak_memory_stats", "set_per_process_memory_fraction"):
+        for name in (
+            "empty_cache",
+            "synchronize",
+            "reset_peak_memory_stats",
+            "set_per_process_memory_fraction",
+        ):
             monkeypatch.setattr(module, name, touched, raising=False)
     hardware.cap(device, 1 << 30)
     hardware.empty_cache(device)
@@ -284,7 +360,9 @@ def test_the_cap_and_the_context_together_are_the_budget(budget):
     capped = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * GIB, 24 * GIB))
-        patch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: capped.append(given))
+        patch.setattr(
+            torch.cuda, "set_per_process_memory_fraction", lambda *given: capped.append(given)
+        )
         hardware.cap("cuda:1", budget)
     ((share, device),) = capped
     assert device == "cuda:1" and 0 <= share <= 1

@@ -1,4 +1,6 @@
-"""Pictures as files: what is written is what is read, for any text, and nothing that is no picture is read."""
+"""Pictures as files: what is written is what is read, for any text, and nothing that is no picture
+is read.
+"""
 
 import hashlib
 import io
@@ -58,9 +60,18 @@ def parameters_in(data: bytes) -> str:
     steps=st.integers(1, 1000),
     more=st.dictionaries(TEXT, TEXT | st.integers() | st.lists(TEXT) | st.booleans(), max_size=3),
 )
-@example(prompt=HARD, model=HARD.replace("\0", ""), guidance=None, seed=2**64 - 1, steps=1, more={HARD: [HARD]})
+@example(
+    prompt=HARD,
+    model=HARD.replace("\0", ""),
+    guidance=None,
+    seed=2**64 - 1,
+    steps=1,
+    more={HARD: [HARD]},
+)
 @example(prompt="<" * MAX_PROMPT_BYTES, model="x", guidance=3.5, seed=0, steps=1, more={})
-@example(prompt="\x01x" * (MAX_PROMPT_BYTES // 2), model="x", guidance=3.5, seed=0, steps=1, more={})
+@example(
+    prompt="\x01x" * (MAX_PROMPT_BYTES // 2), model="x", guidance=3.5, seed=0, steps=1, more={}
+)
 @example(prompt="🦊" * (MAX_PROMPT_BYTES // 4), model="x", guidance=3.5, seed=0, steps=1, more={})
 def test_the_metadata_that_is_written_is_read(tmp_path, prompt, model, guidance, seed, steps, more):
     request = order(prompt, model=model, guidance=guidance, seed=seed, steps=steps)
@@ -82,7 +93,11 @@ def test_other_readers_see_prompt_and_settings(prompt, seed):
         shown, _, line = text.rpartition("\n")
         assert shown == prompt
         fields = dict(part.split(": ", 1) for part in line.split(", "))
-        assert fields["Steps"] == "12" and fields["Seed"] == str(seed) and fields["Size"] == "1024x1024"
+        assert (
+            fields["Steps"] == "12"
+            and fields["Seed"] == str(seed)
+            and fields["Size"] == "1024x1024"
+        )
         assert fields["Distilled CFG Scale"] == "2.5" and fields["Model hash"] == "0123456789"
 
 
@@ -146,7 +161,9 @@ def test_the_pixel_hash_is_over_size_and_pixels():
 def test_a_damaged_picture_is_read_or_refused_never_a_crash(tmp_path, format, data):
     whole = bytearray(encode(PIXELS, format, quality=80, metadata=metadata_of(order("a fox"))))
     cut = data.draw(st.integers(0, len(whole)))
-    for place, value in data.draw(st.lists(st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)), max_size=4)):
+    for place, value in data.draw(
+        st.lists(st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)), max_size=4)
+    ):
         whole[place] = value
     path = tmp_path / "x"
     path.write_bytes(whole[:cut])
@@ -161,9 +178,15 @@ def test_a_damaged_picture_is_read_or_refused_never_a_crash(tmp_path, format, da
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"x", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"%PDF-1.7\n", b"<svg xmlns='x'/>",
-     b"GIF89a" + b"\0" * 40],
-)  # fmt: skip
+    [
+        b"",
+        b"x",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        b"%PDF-1.7\n",
+        b"<svg xmlns='x'/>",
+        b"GIF89a" + b"\0" * 40,
+    ],
+)
 def test_an_extension_that_lies_is_refused(data, tmp_path):
     path = tmp_path / "x.png"
     path.write_bytes(data)

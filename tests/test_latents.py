@@ -1,4 +1,6 @@
-"""Latents that were kept: read as written, refused when they are something else, finished to the very same pixels."""
+"""Latents that were kept: read as written, refused when they are something else, finished to the
+very same pixels.
+"""
 
 import json
 from contextlib import suppress
@@ -67,13 +69,18 @@ def written(**changes: object) -> Path:
 
 @patient
 @given(
-    step=st.integers(0, 60), seed=st.integers(0, 2**64 - 1), sides=st.tuples(st.integers(4, 8), st.integers(4, 8)),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), limit=st.none() | st.just(8 << 30),
+    step=st.integers(0, 60),
+    seed=st.integers(0, 2**64 - 1),
+    sides=st.tuples(st.integers(4, 8), st.integers(4, 8)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    limit=st.none() | st.just(8 << 30),
     guidance=st.none() | st.floats(0, 100),
-)  # fmt: skip
+)
 def test_what_is_saved_is_loaded(step, seed, sides, dtype, limit, guidance):
     width, height = (16 * side for side in sides)
-    request = tiny(seed=seed, steps=60, width=width, height=height, vram_limit=limit, guidance=guidance)
+    request = tiny(
+        seed=seed, steps=60, width=width, height=height, vram_limit=limit, guidance=guidance
+    )
     made = Latents(request, tokens(request, dtype), step, "a fingerprint")
     found = latents.load(latents.save(made, BESIDE))
     assert (found.order, found.step, found.model) == (request, step, "a fingerprint")
@@ -100,7 +107,9 @@ def test_they_lie_where_the_picture_would_and_replace_nothing(expected):
 def test_a_picture_of_that_name_stays(tmp_path):
     Path("x.png").write_bytes(b"old")
     Path("x.latents.safetensors").symlink_to("nowhere")
-    place = latents.save(Latents(REQUEST, tokens(), 1), output.Target(Path(), "x.png", exact=True, force=True))
+    place = latents.save(
+        Latents(REQUEST, tokens(), 1), output.Target(Path(), "x.png", exact=True, force=True)
+    )
     assert str(place) == "x-2.latents.safetensors" and Path("x.png").read_bytes() == b"old"
     assert not Path("nowhere").exists()
 
@@ -161,7 +170,9 @@ def test_latents_that_flux_does_not_write_are_exit_4(damage, capsys):
     assert_refused(written(**damage), capsys)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "1", '"x"', "[" * 100_000], ids=lambda text: text[:8])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "1", '"x"', "[" * 100_000], ids=lambda text: text[:8]
+)
 def test_metadata_that_is_no_json_object_is_exit_4(text, capsys):
     save_file({"latents": tokens()}, "x.safetensors", {"flux_latents": text})
     assert_refused(Path("x.safetensors"), capsys)
@@ -182,12 +193,20 @@ WRONG = {
 def test_tensors_that_are_no_latents_are_exit_4(tensors, capsys):
     path = written()
     described = json.dumps({"request": REQUEST.to_json(), "step": 1, "model": "m"})
-    save_file({name: value.contiguous() for name, value in tensors.items()}, path, {"flux_latents": described})
+    save_file(
+        {name: value.contiguous() for name, value in tensors.items()},
+        path,
+        {"flux_latents": described},
+    )
     assert_refused(path, capsys)
 
 
 def test_files_of_something_else_are_exit_4(capsys, tiny_folder):
-    for name, data in {"empty": b"", "text": b"a fox\n", "a picture": b"\x89PNG\r\n\x1a\n" + bytes(64)}.items():
+    for name, data in {
+        "empty": b"",
+        "text": b"a fox\n",
+        "a picture": b"\x89PNG\r\n\x1a\n" + bytes(64),
+    }.items():
         Path(name).write_bytes(data)
         assert_refused(Path(name), capsys)
     Path("weights").symlink_to(next(tiny_folder.glob("vae/*.safetensors")))
@@ -222,11 +241,17 @@ def test_kept_latents_are_finished_to_the_pixels_of_the_uninterrupted_run(step, 
     data = path.read_bytes()
     result = call(capsys, "decode", str(path), "-o", "x.png", "-q", "--events")
     assert (result.returncode, result.stderr) == (0, "") and path.read_bytes() == data
-    steps = [event["index"] for event in map(json.loads, result.stdout.splitlines()) if event["event"] == "step"]
+    steps = [
+        event["index"]
+        for event in map(json.loads, result.stdout.splitlines())
+        if event["event"] == "step"
+    ]
     assert steps == list(range(step + 1, REQUEST.request.steps + 1))
     assert np.array_equal(read_pixels(Path("x.png")), pixels)
     assert read_metadata(Path("x.png"))["request"] == REQUEST.to_json()
-    assert "--force" in assert_failed(call(capsys, "decode", str(path), "-o", "x.png"), ExitCode.OUTPUT)
+    assert "--force" in assert_failed(
+        call(capsys, "decode", str(path), "-o", "x.png"), ExitCode.OUTPUT
+    )
 
 
 def test_the_picture_after_a_resumed_one_begins_at_its_beginning(drawing, engine):
@@ -239,7 +264,9 @@ def test_options_say_how_and_where_the_picture_is_written(drawing, capsys):
     options = ("-o", "pics/", "--format", "jpg", "--quality", "50", "--json")
     found = json.loads(call(capsys, "decode", str(path), *options).stdout)
     (image,) = found["images"]
-    assert (image["format"], image["seed"]) == ("jpg", 7) and Path(image["path"]).parent == Path("pics")
+    assert (image["format"], image["seed"]) == ("jpg", 7) and Path(image["path"]).parent == Path(
+        "pics"
+    )
     call(capsys, "decode", str(path), "--no-metadata")
     (bare,) = Path().glob("*.png")
     assert b"red circle" not in bare.read_bytes()
@@ -247,7 +274,9 @@ def test_options_say_how_and_where_the_picture_is_written(drawing, capsys):
 
 @pytest.mark.parametrize("option", ["--json", "--events"])
 def test_stdout_is_for_the_picture_or_for_json(option, capsys):
-    message = assert_failed(call(capsys, "decode", str(written()), "-o", "-", option), ExitCode.USAGE)
+    message = assert_failed(
+        call(capsys, "decode", str(written()), "-o", "-", option), ExitCode.USAGE
+    )
     assert "exclude each other" in message
 
 
@@ -255,7 +284,9 @@ def test_a_file_of_many_pictures_is_one(drawing, capsys):
     """What a hostile file says of count and place is not done."""
     hostile = tiny(count=50, output="/tmp/owned.png")
     path = latents.save(Latents(hostile, drawing[0][3].tokens, 3, drawing[0][3].model), BESIDE)
-    assert call(capsys, "decode", str(path), "-q").stdout.splitlines() == ["a-red-circle-on-a-blue-background-7.png"]
+    assert call(capsys, "decode", str(path), "-q").stdout.splitlines() == [
+        "a-red-circle-on-a-blue-background-7.png"
+    ]
 
 
 def test_another_model_is_said(drawing, capsys):
@@ -264,7 +295,17 @@ def test_another_model_is_said(drawing, capsys):
     assert call(capsys, "decode", str(path), "-q").stderr == ""
 
 
-HOW = {"output", "format", "quality", "no_metadata", "force", "device", "vram_limit", "offload", "no_wait"} | {
+HOW = {
+    "output",
+    "format",
+    "quality",
+    "no_metadata",
+    "force",
+    "device",
+    "vram_limit",
+    "offload",
+    "no_wait",
+} | {
     "no_worker",
     "no_cache",
 }
@@ -275,7 +316,10 @@ SHOWN = {"json_output", "events", "quiet", "debug"}
 def test_an_option_that_says_what_is_drawn_is_exit_2_and_named(name, capsys, monkeypatch):
     monkeypatch.setattr(latents, "load", lambda _: pytest.fail("read the file"))
     shown = REQUEST_OPTIONS[name].__metadata__[0]
-    names = (shown.default, *shown.param_decls)  # typer takes the first for a default until it reads the command
+    names = (
+        shown.default,
+        *shown.param_decls,
+    )  # typer takes the first for a default until it reads the command
     for flag in names:
         message = assert_failed(call(capsys, "decode", "x.safetensors", flag, "4"), ExitCode.USAGE)
         assert f"({names[-1]})" in message and "flux generate" in message

@@ -1,4 +1,6 @@
-"""Imports go down only, heavy libraries are imported where they may be, every module says what it is."""
+"""Imports go down only, heavy libraries are imported where they may be, every module says what it
+is.
+"""
 
 import ast
 import os
@@ -9,11 +11,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = {"torch", "diffusers", "transformers", "bitsandbytes", "optimum", "numpy", "PIL", "safetensors", "numba"}
-# The torch line: these may import torch at the top; nothing else does, nor imports one of these there.
+HEAVY = {
+    "torch",
+    "diffusers",
+    "transformers",
+    "bitsandbytes",
+    "optimum",
+    "numpy",
+    "PIL",
+    "safetensors",
+    "numba",
+}
+# The torch line: these may import torch at the top; nothing else does, nor imports one of these
+# there.
 TORCH = ("fluxcli.engine", "fluxcli.run.session", "fluxcli.run.saving")
 TORCH += ("quant.linear", "quant.codecs", "quant.nf4", "quant.bake")
-AT_THE_TOP = {"torch", "numpy", "safetensors"}  # of the heavy ones; the others are slow, and not always needed
+AT_THE_TOP = {
+    "torch",
+    "numpy",
+    "safetensors",
+}  # of the heavy ones; the others are slow, and not always needed
 
 # Packages and lone modules from the ground up; what shares a floor does not import each other.
 FLOORS = [
@@ -41,7 +58,10 @@ STDLIB_ONLY = (
 
 def sources() -> dict[str, Path]:
     paths = [path for package in ("quant", "fluxcli") for path in (ROOT / package).rglob("*.py")]
-    names = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in paths}
+    names = {
+        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p
+        for p in paths
+    }
     return dict(sorted(names.items()))
 
 
@@ -100,21 +120,35 @@ def loaded_by(code: str) -> set[str]:
     code += "\nimport sys; print(*{name.partition('.')[0] for name in sys.modules})"
     command = [sys.executable, "-c", code]
     run = subprocess.run(
-        command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        command,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     return set(run.stdout.splitlines()[-1].split())
 
 
 def test_importing_every_module_above_the_torch_line_loads_nothing_heavy():
-    modules = [module for module in sources() if not module.startswith((*TORCH, "fluxcli.__main__"))]
+    modules = [
+        module for module in sources() if not module.startswith((*TORCH, "fluxcli.__main__"))
+    ]
     assert "fluxcli.cli.app" in modules and "fluxcli.run.dispatch" in modules
     code = f"import importlib\nfor module in {modules}: importlib.import_module(module)"
     assert not loaded_by(code) & HEAVY
 
 
 TYPER = {  # and what it stands on
-    "typer", "rich", "click", "annotated_doc", "shellingham", "pygments", "markdown_it", "mdurl", "typing_extensions",
-}  # fmt: skip
+    "typer",
+    "rich",
+    "click",
+    "annotated_doc",
+    "shellingham",
+    "pygments",
+    "markdown_it",
+    "mdurl",
+    "typing_extensions",
+}
 
 
 def test_help_loads_the_standard_library_and_typer_alone():
@@ -124,9 +158,15 @@ def test_help_loads_the_standard_library_and_typer_alone():
 
 
 def test_a_plan_for_another_card_loads_no_torch():
-    found = loaded_by("from fluxcli.cli.app import run; assert run(['plan', '--card', '12GiB:sm89']) == 0")
+    found = loaded_by(
+        "from fluxcli.cli.app import run; assert run(['plan', '--card', '12GiB:sm89']) == 0"
+    )
     assert not found & HEAVY and "fluxcli" in found
 
 
 def test_every_module_says_what_it_is():
-    assert not [module for module, path in sources().items() if not ast.get_docstring(ast.parse(path.read_text()))]
+    assert not [
+        module
+        for module, path in sources().items()
+        if not ast.get_docstring(ast.parse(path.read_text()))
+    ]

@@ -246,8 +246,11 @@ def test_it_compiles_without_a_break(scheme, monkeypatch):
 
 def test_the_path_is_named():
     assert {scheme: find_multiply(scheme, "cpu") for scheme in (*BAKEABLE, "bfloat16")} == {
-        "nf4": "dequantize", "fp8": "scaled_mm", "int8": "int_mm", "bfloat16": "dequantize",
-    }  # fmt: skip
+        "nf4": "dequantize",
+        "fp8": "scaled_mm",
+        "int8": "int_mm",
+        "bfloat16": "dequantize",
+    }
     assert find_multiply("fp8", "meta") == find_multiply("int8", "mps") == "dequantize"
 
 

@@ -1,4 +1,6 @@
-"""LoRAs from the command line: where they are found, exit codes, what `flux lora` and inspect say, merging."""
+"""LoRAs from the command line: where they are found, exit codes, what `flux lora` and inspect say,
+merging.
+"""
 
 import json
 import os
@@ -21,7 +23,20 @@ from tests.support.helpers import draw, engine_of, read_pixels, tiny
 from tests.support.invariant import call
 from tests.support.loras import write_lora, write_special
 
-QUICK = ("-p", "tiny", "--steps", "2", "--size", "64", "--seed", "7", "--text-tokens", "16", "--device", "cpu")
+QUICK = (
+    "-p",
+    "tiny",
+    "--steps",
+    "2",
+    "--size",
+    "64",
+    "--seed",
+    "7",
+    "--text-tokens",
+    "16",
+    "--device",
+    "cpu",
+)
 PROMPT = "a red circle on a blue background"
 
 
@@ -33,7 +48,9 @@ def checkpoint(tiny_folder: Path) -> Checkpoint:
 @pytest.fixture(scope="module")
 def style(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     every = ("transformer", "text_encoder", "text_encoder_2")
-    return write_lora(tmp_path_factory.mktemp("style") / "style.safetensors", checkpoint, every, size=3)
+    return write_lora(
+        tmp_path_factory.mktemp("style") / "style.safetensors", checkpoint, every, size=3
+    )
 
 
 def in_cache(repo: str, *files: str) -> Path:
@@ -55,17 +72,27 @@ def test_a_path_a_name_and_a_repository_are_found(style, tmp_path):
     snapshot = in_cache("org/one", "a.safetensors", "README.md")
     in_cache("org/two", "a.safetensors", "sub/b.safetensors")
     assert lora.locate(str(style)) == style
-    assert lora.locate("anime/style") == lora.locate("anime/style.safetensors") == own / "anime" / "style.safetensors"
+    assert (
+        lora.locate("anime/style")
+        == lora.locate("anime/style.safetensors")
+        == own / "anime" / "style.safetensors"
+    )
     assert lora.locate("org/one") == snapshot / "a.safetensors"
     assert lora.locate("org/two:sub/b.safetensors").name == "b.safetensors"
     with pytest.raises(UsageError, match=r"a\.safetensors b\.safetensors"):
         lora.locate("org/two")
 
 
-@pytest.mark.parametrize(("name", "hint"), [
-    ("org/three", "flux models download org/three"), ("org/two:c.safetensors", "download org/two:c.safetensors"),
-    ("nowhere.safetensors", "flux lora list"), ("../x/y:z.safetensors", "flux lora list"), ("a/b/c", "flux lora list"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("org/three", "flux models download org/three"),
+        ("org/two:c.safetensors", "download org/two:c.safetensors"),
+        ("nowhere.safetensors", "flux lora list"),
+        ("../x/y:z.safetensors", "flux lora list"),
+        ("a/b/c", "flux lora list"),
+    ],
+)
 def test_what_is_not_here_names_the_command_that_gets_it(name, hint):
     in_cache("org/two", "a.safetensors")
     with pytest.raises(WeightsUnavailable) as caught:
@@ -76,13 +103,19 @@ def test_what_is_not_here_names_the_command_that_gets_it(name, hint):
 @pytest.mark.parametrize("name", ["turbo", "hyper"])
 def test_presets_of_8_steps_name_their_adapter(name, config_folder):
     values = presets.merge({"preset": name}, config_folder, {}).values
-    assert (values["steps"], values["guidance"], values["model"]) == (8, 3.5, "black-forest-labs/FLUX.1-dev")
+    assert (values["steps"], values["guidance"], values["model"]) == (
+        8,
+        3.5,
+        "black-forest-labs/FLUX.1-dev",
+    )
     (ref,) = values["lora"]
     repo, file = ref.name.split(":")
     assert ref.scale == {"turbo": 1, "hyper": 0.125}[name]
     snapshot = in_cache(repo, file, "another.safetensors")
     assert lora.locate(f"{repo}:{file}") == snapshot / file
-    assert presets.merge({"preset": name, "lora": ("none",)}, config_folder, {}).values["lora"] == ()
+    assert (
+        presets.merge({"preset": name, "lora": ("none",)}, config_folder, {}).values["lora"] == ()
+    )
 
 
 # --- flux generate, replay
@@ -93,9 +126,14 @@ def test_a_picture_says_its_adapters_and_replay_finds_a_changed_one(flux, style,
     made = flux("generate", PROMPT, *QUICK, "--lora", "mine.safetensors:0.8", "-o", "x.png")
     plain = flux("generate", PROMPT, *QUICK, "-o", "plain.png")
     assert made.returncode == plain.returncode == 0, made.stderr
-    one, other = (read_pixels(tmp_path / "work" / name).astype(int) for name in ("x.png", "plain.png"))
+    one, other = (
+        read_pixels(tmp_path / "work" / name).astype(int) for name in ("x.png", "plain.png")
+    )
     assert np.abs(one - other).max() > 10
-    metadata, path = read_metadata(tmp_path / "work" / "x.png"), str(tmp_path / "work" / "mine.safetensors")
+    metadata, path = (
+        read_metadata(tmp_path / "work" / "x.png"),
+        str(tmp_path / "work" / "mine.safetensors"),
+    )
     assert metadata["request"]["lora"] == [f"{path}:0.8"]
     assert list(metadata["lora"]) == [path] and metadata["lora"][path].endswith(" x 0.8")
     again = flux("replay", "x.png", "--check", "--device", "cpu")
@@ -103,23 +141,36 @@ def test_a_picture_says_its_adapters_and_replay_finds_a_changed_one(flux, style,
     tensors = load_file(path)
     save_file({name: tensor * 2 for name, tensor in tensors.items()}, path)
     changed = flux("replay", "x.png", "--check", "--device", "cpu")
-    assert changed.returncode == 1 and "another lora" in changed.stderr and "mine.safetensors" in changed.stderr
+    assert (
+        changed.returncode == 1
+        and "another lora" in changed.stderr
+        and "mine.safetensors" in changed.stderr
+    )
 
 
 def test_faults_have_their_exit_codes_before_torch_is_imported(flux, style, tmp_path):
     work = tmp_path / "work"
     (work / "x.pt").write_bytes(b"PK\3\4" + bytes(100))
     (work / "cut.safetensors").write_bytes(style.read_bytes()[:-9])
-    save_file({"lora_unet_input_blocks_1.lora_down.weight": torch.ones(2, 2)}, work / "sdxl.safetensors")
+    save_file(
+        {"lora_unet_input_blocks_1.lora_down.weight": torch.ones(2, 2)}, work / "sdxl.safetensors"
+    )
     for text, code, words in (
-        ("x.pt", 4, "pickle"), ("cut.safetensors", 4, "truncated"), ("sdxl.safetensors", 4, "SDXL"),
-        ("nowhere.safetensors", 3, "no such LoRA"), ("org/name", 3, "not here"), (f"{style}:nan", 2, "SCALE"),
-        (f"{style}:inf", 2, "SCALE"), ("", 2, "SCALE"),
-    ):  # fmt: skip
+        ("x.pt", 4, "pickle"),
+        ("cut.safetensors", 4, "truncated"),
+        ("sdxl.safetensors", 4, "SDXL"),
+        ("nowhere.safetensors", 3, "no such LoRA"),
+        ("org/name", 3, "not here"),
+        (f"{style}:nan", 2, "SCALE"),
+        (f"{style}:inf", 2, "SCALE"),
+        ("", 2, "SCALE"),
+    ):
         run = flux("generate", PROMPT, *QUICK, "--lora", text, "-o", "x.png")
         assert run.returncode == code and words in run.stderr, (text, run.stderr)
         assert "Traceback" not in run.stderr and not (work / "x.png").exists()
-    assert flux("generate", PROMPT, *QUICK, "--lora", f"{style}:heavy").returncode == 3  # a file of that name
+    assert (
+        flux("generate", PROMPT, *QUICK, "--lora", f"{style}:heavy").returncode == 3
+    )  # a file of that name
 
 
 # --- flux lora, flux inspect
@@ -136,20 +187,38 @@ def test_list_and_info_say_what_is_there(flux, style, tmp_path):
     assert [row["name"] for row in rows] == ["mine", "org/many:other.safetensors"]
     assert all(lora.locate(row["name"]) == Path(row["path"]) for row in rows)
     assert "diffusers/peft, rank [4]" in flux("lora", "list").stdout
-    info, inspected = flux("lora", "info", "mine"), flux("inspect", str(paths.lora_folder() / "mine.safetensors"))
+    info, inspected = (
+        flux("lora", "info", "mine"),
+        flux("inspect", str(paths.lora_folder() / "mine.safetensors")),
+    )
     assert info.returncode == inspected.returncode == 0 and info.stdout == inspected.stdout
     found = json.loads(info.stdout)
-    assert (found["kind"], found["format"], found["rank"], found["alpha"]) == ("a LoRA", "diffusers/peft", [4], [4.0])
-    assert set(found["targets"]) == {"transformer", "text_encoder", "text_encoder_2"} and not found["problems"]
+    assert (found["kind"], found["format"], found["rank"], found["alpha"]) == (
+        "a LoRA",
+        "diffusers/peft",
+        [4],
+        [4.0],
+    )
+    assert (
+        set(found["targets"]) == {"transformer", "text_encoder", "text_encoder_2"}
+        and not found["problems"]
+    )
     assert found["bytes"] == style.stat().st_size
     assert "single_transformer_blocks.N.proj_mlp" in found["layers"]
 
 
 def test_the_list_shows_no_escapes_of_a_file(capsys):
     paths.lora_folder().mkdir(parents=True)
-    save_file({"lora_unet_x\x1b]0;owned\x07.lokr_w1": torch.ones(2, 2)}, paths.lora_folder() / "evil\x1b[2J.safetensors")
+    save_file(
+        {"lora_unet_x\x1b]0;owned\x07.lokr_w1": torch.ones(2, 2)},
+        paths.lora_folder() / "evil\x1b[2J.safetensors",
+    )
     shown = call(capsys, "lora", "list")
-    assert shown.returncode == 0 and "evil\\x1b[2J" in shown.stdout and not set("\x1b\x07") & set(shown.stdout)
+    assert (
+        shown.returncode == 0
+        and "evil\\x1b[2J" in shown.stdout
+        and not set("\x1b\x07") & set(shown.stdout)
+    )
 
 
 def test_info_takes_a_scale_as_lora_does(style, capsys):
@@ -169,7 +238,9 @@ def test_inspect_names_adapters_that_cannot_be_used(flux, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["style", "special"])
-def test_merged_is_what_the_adapter_does_at_run_time(file, style, checkpoint, tiny_folder, tmp_path):
+def test_merged_is_what_the_adapter_does_at_run_time(
+    file, style, checkpoint, tiny_folder, tmp_path
+):
     """In float32 with nothing packed, within rounding of the picture; text encoders too."""
     import shutil
 
@@ -224,9 +295,9 @@ def test_one_file_is_one_adapter_however_it_is_named(flux, style, tmp_path):
     os.link(style, "a.safetensors")
     os.link(style, "none.safetensors")
     generate, here = ("generate", "x", "-p", "tiny"), Path.cwd()
-    assert used(flux, *generate, "--lora", "a.safetensors:0.5", FLUX_LORA=f"{here}/a.safetensors") == [
-        f"{here}/a.safetensors:0.5"
-    ]
+    assert used(
+        flux, *generate, "--lora", "a.safetensors:0.5", FLUX_LORA=f"{here}/a.safetensors"
+    ) == [f"{here}/a.safetensors:0.5"]
     assert used(flux, *generate, "--lora", "none", FLUX_LORA="a.safetensors") == []
 
 
@@ -237,7 +308,10 @@ def test_under_another_preset_replay_keeps_what_was_said(flux, style, config_fol
     mine = config_folder / "presets" / "mine.toml"
     mine.write_text('extends = "tiny"\nsteps = 1\nlora = ["a.safetensors"]\n')
     here = Path.cwd()
-    assert flux("generate", "x", "-p", "mine", "--lora", "b.safetensors:0.3", "-o", "m.png").returncode == 0
+    assert (
+        flux("generate", "x", "-p", "mine", "--lora", "b.safetensors:0.3", "-o", "m.png").returncode
+        == 0
+    )
     assert used(flux, "replay", "m.png", "-p", "tiny") == [f"{here}/b.safetensors:0.3"]
     assert flux("generate", "x", "-p", "mine", "--lora", "none", "-o", "n.png").returncode == 0
     assert used(flux, "replay", "n.png", "-p", "mine") == []
@@ -245,7 +319,9 @@ def test_under_another_preset_replay_keeps_what_was_said(flux, style, config_fol
     assert flux("replay", "m.png", "--check").stdout.endswith("identical\n")
 
 
-@pytest.mark.parametrize("name", ["//host/share/x.safetensors", "x" * 5000, "~nobody-here/x", "no/such.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["//host/share/x.safetensors", "x" * 5000, "~nobody-here/x", "no/such.safetensors"]
+)
 def test_names_that_no_file_has_are_exit_3(name, flux):
     run = flux("generate", "x", "-p", "tiny", "--lora", name)
     assert run.returncode == ExitCode.WEIGHTS and run.stderr.startswith("flux: error: no such LoRA")

@@ -23,8 +23,13 @@ from tests.test_memory import BAKES, MIB
 CASES = [
     ("24GiB:sm89", {"precision": "bf16"}, ("hyper_8step", "kohya_te1")),
     pytest.param("12GiB:sm89", {"precision": "bf16"}, ("peft",), marks=pytest.mark.exhaustive),
-    pytest.param("8GiB:sm89", {"precision": "nf4"}, ("turbo_alpha", "kohya_te1"), marks=pytest.mark.exhaustive),
-]  # fmt: skip
+    pytest.param(
+        "8GiB:sm89",
+        {"precision": "nf4"},
+        ("turbo_alpha", "kohya_te1"),
+        marks=pytest.mark.exhaustive,
+    ),
+]
 
 
 def sparse(name: str, path: Path) -> Path:

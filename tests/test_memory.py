@@ -1,4 +1,5 @@
-"""The plan's bytes against counted ones: live storages of the real engine, for the full-size model on FakeTensors.
+"""The plan's bytes against counted ones: live storages of the real engine, for the full-size model
+on FakeTensors.
 
 The counter knows nothing of planner.py, placement.py or costs.py.
 """
@@ -38,10 +39,15 @@ COMBINATIONS = [
 ]
 
 
-def planned_and_counted(card: str, wanted: dict, monkeypatch: pytest.MonkeyPatch) -> tuple[MemoryPlan, Counter]:
+def planned_and_counted(
+    card: str, wanted: dict, monkeypatch: pytest.MonkeyPatch
+) -> tuple[MemoryPlan, Counter]:
     """The plan of a request on a card, and the counter after two pictures of it."""
     with full_size(monkeypatch) as dev:
-        kind, wanted = wanted.get("gguf"), {key: value for key, value in wanted.items() if key != "gguf"}
+        kind, wanted = (
+            wanted.get("gguf"),
+            {key: value for key, value in wanted.items() if key != "gguf"},
+        )
         request = order("x", steps=2, seed=1, **wanted)
         precision = request.resources.precision
         folders = [pretend_baked(dev, BAKES[precision]) if precision in BAKES else dev]
@@ -50,22 +56,41 @@ def planned_and_counted(card: str, wanted: dict, monkeypatch: pytest.MonkeyPatch
         checkpoint, made = plan_for(request, folders, here)
         counter, engine = Counter(), on_card(checkpoint, made, here)
         follow(engine, request, counter)
-        follow(engine, order("x", steps=2, seed=2, **wanted), counter)  # with the VAE there, or loaded anew
+        follow(
+            engine, order("x", steps=2, seed=2, **wanted), counter
+        )  # with the VAE there, or loaded anew
     return made, counter
 
 
-@pytest.mark.parametrize(("card", "wanted"), [
-    *OFTEN, *(pytest.param(*each, marks=pytest.mark.exhaustive) for each in COMBINATIONS if each not in OFTEN),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("card", "wanted"),
+    [
+        *OFTEN,
+        *(
+            pytest.param(*each, marks=pytest.mark.exhaustive)
+            for each in COMBINATIONS
+            if each not in OFTEN
+        ),
+    ],
+    ids=str,
+)
 def test_the_plan_is_within_five_percent_of_what_is_counted(card, wanted, monkeypatch):
     made, counter = planned_and_counted(card, wanted, monkeypatch)
     for phase in PHASES:
         predicted = made.peak_bytes[phase] - placement.CONTEXT_BYTES
         slack = 24 * MIB  # of small things, where nearly everything is evicted
-        assert counter.peaks[phase] <= predicted * 1.01 + slack, (phase, made.placement.level(phase))
-        assert predicted <= counter.peaks[phase] * 1.05 + slack, (phase, made.placement.level(phase))
+        assert counter.peaks[phase] <= predicted * 1.01 + slack, (
+            phase,
+            made.placement.level(phase),
+        )
+        assert predicted <= counter.peaks[phase] * 1.05 + slack, (
+            phase,
+            made.placement.level(phase),
+        )
     arena = made.host_bytes
-    assert arena <= counter.host + MIB and counter.host < arena + 600 * MIB  # beside it one tensor and its block
+    assert (
+        arena <= counter.host + MIB and counter.host < arena + 600 * MIB
+    )  # beside it one tensor and its block
 
 
 # --- under a budget
@@ -77,9 +102,15 @@ def checkpoint(tiny_folder: Path) -> Checkpoint:
 
 
 @pytest.mark.parametrize(
-    "precision", ["nf4", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("fp32", "fp8", "int8"))]
+    "precision",
+    [
+        "nf4",
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("fp32", "fp8", "int8")),
+    ],
 )
-def test_under_its_budget_the_engine_completes_every_placement_that_was_planned(precision, checkpoint, baked, monkeypatch):
+def test_under_its_budget_the_engine_completes_every_placement_that_was_planned(
+    precision, checkpoint, baked, monkeypatch
+):
     """Every placement, from all in memory to everything passing through; the same pixels on each."""
     if precision in BAKED:
         checkpoint = inspect(baked(precision, **BAKED[precision]))
@@ -96,4 +127,9 @@ if __name__ == "__main__":  # the table of docs/memory.md
         ]
         what = ", ".join(f"{key} {value}" for key, value in asked.items() if key != "precision")
         blocks = plan_.placement.level("denoise")
-        print(f"| {name} | {asked.get('precision', '')} {what} | {blocks} | " + " | ".join(cells) + " |", flush=True)
+        print(
+            f"| {name} | {asked.get('precision', '')} {what} | {blocks} | "
+            + " | ".join(cells)
+            + " |",
+            flush=True,
+        )

@@ -18,10 +18,16 @@ from tests.support.invariant import assert_failed, call
 
 DEV = "black-forest-labs/FLUX.1-dev"
 WHOLE = (
-    *(f"{part}/{file}" for part in ("text_encoder", "text_encoder_2", "transformer", "vae")
-      for file in ("config.json", "model.safetensors")),
-    "scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer_2/spiece.model", "model_index.json",
-)  # fmt: skip
+    *(
+        f"{part}/{file}"
+        for part in ("text_encoder", "text_encoder_2", "transformer", "vae")
+        for file in ("config.json", "model.safetensors")
+    ),
+    "scheduler/scheduler_config.json",
+    "tokenizer/vocab.json",
+    "tokenizer_2/spiece.model",
+    "model_index.json",
+)
 
 
 def in_cache(model: str, *commits: str, main: str | None = None, whole: bool = True) -> Path:
@@ -84,7 +90,9 @@ def test_a_model_that_is_absent_is_exit_3_with_what_to_do(model):
 @pytest.mark.parametrize("cached", [0, 1])
 def test_weights_that_are_absent_or_half_here_are_named_with_both_ways_on(cached):
     in_cache(DEV, *["half"][:cached], whole=False)
-    with pytest.raises(WeightsUnavailable, match="incomplete" if cached else "are not here") as caught:
+    with pytest.raises(
+        WeightsUnavailable, match="incomplete" if cached else "are not here"
+    ) as caught:
         models.locate(DEV)
     assert f"flux models download {DEV}" in caught.value.hint and "-p tiny" in caught.value.hint
 
@@ -97,7 +105,11 @@ def test_a_file_of_another_kind_is_no_model(tmp_path):
 
 @pytest.mark.parametrize(
     "environment, folder",
-    [({"HF_HUB_CACHE": "/c"}, "/c"), ({"HF_HOME": "/h"}, "/h/hub"), ({"XDG_CACHE_HOME": "/x"}, "/x/huggingface/hub")],
+    [
+        ({"HF_HUB_CACHE": "/c"}, "/c"),
+        ({"HF_HOME": "/h"}, "/h/hub"),
+        ({"XDG_CACHE_HOME": "/x"}, "/x/huggingface/hub"),
+    ],
 )
 def test_the_cache_is_where_the_hubs_own_library_has_it(environment, folder):
     assert paths.hub_cache_folder(environment) == Path(folder)
@@ -142,7 +154,9 @@ def bake(model: str, to: str, name: str = "", *, at: int = 0, manifest: str | No
     folder = paths.baked_folder() / (name or f"x-{to}")
     folder.mkdir(parents=True)
     path = folder / "flux-manifest.json"
-    path.write_text(json.dumps({"model": model, "recipe": {"to": to}}) if manifest is None else manifest)
+    path.write_text(
+        json.dumps({"model": model, "recipe": {"to": to}}) if manifest is None else manifest
+    )
     os.utime(path, (at, at))
     return folder
 
@@ -171,11 +185,23 @@ def test_where_only_a_baked_variant_is_here_it_is_all_there_is():
 
 @pytest.mark.parametrize(
     "manifest",
-    ["", "{", "[]", "3", "{}", "\udcff", '{"model": "bundled/tiny"}', '{"model": "bundled/tiny", "recipe": 3}',
-     '{"model": "bundled/tiny", "recipe": {"to": ["x"]}}', '{"model": {}, "recipe": {"to": "nf4"}}'],
-)  # fmt: skip
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        "{}",
+        "\udcff",
+        '{"model": "bundled/tiny"}',
+        '{"model": "bundled/tiny", "recipe": 3}',
+        '{"model": "bundled/tiny", "recipe": {"to": ["x"]}}',
+        '{"model": {}, "recipe": {"to": "nf4"}}',
+    ],
+)
 def test_a_manifest_that_is_damaged_is_no_variant(manifest, tiny_folder):
-    bake("", "", "x", manifest="").joinpath("flux-manifest.json").write_text(manifest, errors="surrogateescape")
+    bake("", "", "x", manifest="").joinpath("flux-manifest.json").write_text(
+        manifest, errors="surrogateescape"
+    )
     assert models.list_folders("bundled/tiny") == [tiny_folder]
 
 
@@ -185,21 +211,32 @@ def test_a_bake_that_goes_on_or_was_killed_is_no_variant(tiny_folder):
     folder = bake("bundled/tiny", "int8")
     (folder / "flux-manifest.json").unlink()
     (folder / "flux-manifest.json").symlink_to("gone")
-    assert models.list_baked("bundled/tiny") == {} and models.list_folders("bundled/tiny") == [tiny_folder]
+    assert models.list_baked("bundled/tiny") == {} and models.list_folders("bundled/tiny") == [
+        tiny_folder
+    ]
 
 
 @pytest.mark.parametrize(
-    "environment, folder", [({"XDG_DATA_HOME": "/d"}, "/d/flux/models"), ({}, "~/.local/share/flux/models")]
+    "environment, folder",
+    [({"XDG_DATA_HOME": "/d"}, "/d/flux/models"), ({}, "~/.local/share/flux/models")],
 )
 def test_baked_models_are_in_the_users_data_folder(environment, folder, monkeypatch):
     monkeypatch.setattr(paths.sys, "platform", "linux")
     assert paths.baked_folder(environment) == Path(folder).expanduser()
     monkeypatch.setattr(paths.sys, "platform", "darwin")
     if not environment:
-        assert paths.baked_folder({}) == Path("~/Library/Application Support/flux/models").expanduser()
+        assert (
+            paths.baked_folder({}) == Path("~/Library/Application Support/flux/models").expanduser()
+        )
 
 
 def test_a_block_number_of_5000_digits_is_a_name_like_another():
-    names = ["decoder.up.0.block.0.conv1.weight", "decoder.up.3.block.0.conv1.weight", f"decoder.up.{'9' * 5000}.x"]
+    names = [
+        "decoder.up.0.block.0.conv1.weight",
+        "decoder.up.3.block.0.conv1.weight",
+        f"decoder.up.{'9' * 5000}.x",
+    ]
     found = from_ldm({name: Weight(name, (1, 1), "", {}) for name in names})
-    assert names[2] in found and found.keys() >= {f"decoder.up_blocks.{k}.resnets.0.conv1.weight" for k in (0, 3)}
+    assert names[2] in found and found.keys() >= {
+        f"decoder.up_blocks.{k}.resnets.0.conv1.weight" for k in (0, 3)
+    }

@@ -1,4 +1,6 @@
-"""Where pictures go: names, templates, refusals before any compute, and files that are whole or absent."""
+"""Where pictures go: names, templates, refusals before any compute, and files that are whole or
+absent.
+"""
 
 import errno
 import io
@@ -23,11 +25,15 @@ from fluxcli.request.fields import Order
 from tests.support.helpers import changed, order
 from tests.support.invariant import Fault, files
 
-REQUEST = order("A Fox, running!", seed=7, preset="tiny", aspect_ratio="2:1", image_size=128, format="png")
+REQUEST = order(
+    "A Fox, running!", seed=7, preset="tiny", aspect_ratio="2:1", image_size=128, format="png"
+)
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX file modes and links")
 
 
-def target_of(text: str | None, *, force: bool = False, **changes: object) -> tuple[Order, output.Target]:
+def target_of(
+    text: str | None, *, force: bool = False, **changes: object
+) -> tuple[Order, output.Target]:
     given = "format" in changes
     request = changed(REQUEST, output=text, **changes)
     decided = output.read_format(text, given=request.output.format if given else None)
@@ -35,7 +41,9 @@ def target_of(text: str | None, *, force: bool = False, **changes: object) -> tu
     return request, output.parse_target(request.output, force=force)
 
 
-def save(text: str | None, data: bytes = b"new", *, n: int = 1, force: bool = False, **changes: object) -> str:
+def save(
+    text: str | None, data: bytes = b"new", *, n: int = 1, force: bool = False, **changes: object
+) -> str:
     request, target = target_of(text, force=force, **changes)
     output.check_writable(target, request)
     return output.save(data, output.Destination(target, request, n=n))
@@ -75,7 +83,9 @@ def test_a_picture_has_the_name_that_was_asked_for(text, name):
     assert len(files(Path())) == (0 if "HOME" in name else 1)
 
 
-@pytest.mark.parametrize("text, format", [("x.jpg", "jpg"), ("x.jpeg", "jpg"), ("x.PNG", "png"), ("{n}.webp", "webp")])
+@pytest.mark.parametrize(
+    "text, format", [("x.jpg", "jpg"), ("x.jpeg", "jpg"), ("x.PNG", "png"), ("{n}.webp", "webp")]
+)
 def test_the_extension_decides_the_format(text, format):
     assert target_of(text)[0].output.format == format
     assert target_of(text, format=format)[0].output.format == format
@@ -112,7 +122,9 @@ def test_a_slug_is_a_short_plain_file_name(prompt):
     assert all(c.isascii() and (c.isalnum() or c == "-") for c in name) and name.strip("-") == name
 
 
-@pytest.mark.parametrize("prompt, name", [("Ünïcode Bär", "unicode-bar"), ("狐", "image"), ("a" * 99, "a" * 48)])
+@pytest.mark.parametrize(
+    "prompt, name", [("Ünïcode Bär", "unicode-bar"), ("狐", "image"), ("a" * 99, "a" * 48)]
+)
 def test_slugs_by_hand(prompt, name):
     assert output.make_slug(prompt) == name
 
@@ -133,7 +145,10 @@ def test_an_automatic_name_steps_aside_for_a_folder_and_a_dangling_link():
 
 def _save_many(folder: str) -> list[str]:
     request, target = target_of(folder)
-    return [output.save(f"{os.getpid()} {k}".encode(), output.Destination(target, request)) for k in range(25)]
+    return [
+        output.save(f"{os.getpid()} {k}".encode(), output.Destination(target, request))
+        for k in range(25)
+    ]
 
 
 @posix
@@ -191,7 +206,9 @@ def _cannot_write(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(code, os.strerror(code))
 
     real = os.open
-    monkeypatch.setattr(os, "open", lambda path, flags, *rest: refuse() if flags & os.O_CREAT else real(path, flags))
+    monkeypatch.setattr(
+        os, "open", lambda path, flags, *rest: refuse() if flags & os.O_CREAT else real(path, flags)
+    )
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES])
@@ -213,7 +230,9 @@ def test_a_full_disk_is_found_before_the_compute(monkeypatch):
     assert files(Path()) == {}
 
 
-@pytest.mark.parametrize("text", ["file/x.png", "file/", f"{'a' * 300}.png", f"{'a' * 300}/", "{slug:>300}"])
+@pytest.mark.parametrize(
+    "text", ["file/x.png", "file/", f"{'a' * 300}.png", f"{'a' * 300}/", "{slug:>300}"]
+)
 def test_a_name_that_cannot_be_is_found_before_the_compute(text):
     Path("file").write_bytes(b"old")
     with pytest.raises(OutputError, match="cannot write"):
@@ -232,7 +251,10 @@ def test_stdout_takes_a_picture_unless_closed_or_a_terminal(stdout, error, monke
     pipe = io.TextIOWrapper(io.BytesIO())
     monkeypatch.setattr(sys, "stdout", pipe)
     output.check_writable(target, request)
-    assert output.save(b"\x89PNG", output.Destination(target, request)) == "-" and pipe.buffer.getvalue() == b"\x89PNG"
+    assert (
+        output.save(b"\x89PNG", output.Destination(target, request)) == "-"
+        and pipe.buffer.getvalue() == b"\x89PNG"
+    )
     if stdout:
         monkeypatch.setattr(pipe, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(sys, "stdout", pipe if stdout else None)
@@ -260,7 +282,9 @@ def _stop(_name: str) -> None:
 @pytest.mark.parametrize("fault, error", [(_fail, OutputError), (_stop, KeyboardInterrupt)])
 @pytest.mark.parametrize("text, before", [("x.png", b"old"), (None, None)])
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
-def test_a_fault_at_any_call_leaves_the_old_file_or_the_new_one_whole(text, before, fault, error, links, monkeypatch):
+def test_a_fault_at_any_call_leaves_the_old_file_or_the_new_one_whole(
+    text, before, fault, error, links, monkeypatch
+):
     name = text or "a-fox-running-7.png"
     for k in count(1):
         for path in Path().iterdir():
@@ -269,7 +293,9 @@ def test_a_fault_at_any_call_leaves_the_old_file_or_the_new_one_whole(text, befo
             Path(name).write_bytes(before)
         with monkeypatch.context() as patch:
             if not links:
-                patch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+                patch.setattr(
+                    os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links"))
+                )
             hook = Fault(k, lambda call: None if call == "unlink" else fault(call)).install(patch)
             try:
                 save(text, b"a new picture", force=True)

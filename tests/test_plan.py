@@ -1,4 +1,6 @@
-"""The planner: precision by what the device has in total, placement by what is free, a reason for each decision."""
+"""The planner: precision by what the device has in total, placement by what is free, a reason for
+each decision.
+"""
 
 import json
 import math
@@ -28,8 +30,21 @@ from tests.support.invariant import assert_failed, call
 
 GOLDEN = ROOT / "tests" / "golden_plans.txt"
 DEV = "black-forest-labs/FLUX.1-dev"
-CARDS = ["6GiB:sm75", "8GiB:sm86", "8GiB:sm89", "10GiB:sm86", "12GiB:sm86", "12GiB:sm89", "16GiB:sm89", "16GiB:sm120",
-         "24GiB:sm86", "24GiB:sm89", "32GiB:sm120", "48GiB:sm89", "80GiB:sm90"]  # fmt: skip
+CARDS = [
+    "6GiB:sm75",
+    "8GiB:sm86",
+    "8GiB:sm89",
+    "10GiB:sm86",
+    "12GiB:sm86",
+    "12GiB:sm89",
+    "16GiB:sm89",
+    "16GiB:sm120",
+    "24GiB:sm86",
+    "24GiB:sm89",
+    "32GiB:sm120",
+    "48GiB:sm89",
+    "80GiB:sm90",
+]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +79,9 @@ def chosen(found: list[Candidate]) -> Candidate | None:
 def cost_of(asked: Order, folder: Checkpoint, dtypes: dict, spec: QuantSpec | None = None) -> Cost:
     """What a request costs in 16 bit, or as `spec` packs it."""
     workload = costs.make_workload(asked.request)
-    return costs.estimate_cost(workload, folder, dtypes=dtypes, spec=spec, lines=placement.SIXTEEN_BIT_LINES)
+    return costs.estimate_cost(
+        workload, folder, dtypes=dtypes, spec=spec, lines=placement.SIXTEEN_BIT_LINES
+    )
 
 
 # --- properties over a grid
@@ -85,7 +102,9 @@ def test_never_over_budget_and_more_memory_is_never_slower_or_worse(size, sm, va
             if candidate.plan:
                 assert max(candidate.plan.peak_bytes.values()) <= gib * GIB * USABLE_SHARE
                 assert candidate.plan.reasons and tuple(candidate.plan.peak_bytes) == PHASES
-                by_precision.setdefault(candidate.precision, []).append(sum(candidate.plan.seconds.values()))
+                by_precision.setdefault(candidate.precision, []).append(
+                    sum(candidate.plan.seconds.values())
+                )
             else:
                 assert "GiB" in candidate.why
         best = chosen(found)
@@ -100,26 +119,42 @@ def test_never_over_budget_and_more_memory_is_never_slower_or_worse(size, sm, va
 @pytest.mark.parametrize("gib, size", [*product((8, 12, 24), (512, 1024))])
 def test_the_choice_is_the_best_within_a_quarter_of_the_fastest(gib, size, variants):
     found = survey_for(request(image_size=size), variants, card(f"{gib}GiB:sm89"))
-    seconds = {candidate.precision: sum(candidate.plan.seconds.values()) for candidate in found if candidate.plan}
+    seconds = {
+        candidate.precision: sum(candidate.plan.seconds.values())
+        for candidate in found
+        if candidate.plan
+    }
     fast = [name for name, taken in seconds.items() if taken <= SLOWER * min(seconds.values())]
     assert chosen(found).precision == min(fast, key=QUALITY.index)
-    assert {candidate.verdict for candidate in found} <= {"chosen", "fits", "too slow", "does not fit"}
+    assert {candidate.verdict for candidate in found} <= {
+        "chosen",
+        "fits",
+        "too slow",
+        "does not fit",
+    }
 
 
 @pytest.mark.parametrize("precision", ["bf16", *BAKEABLE])
 def test_less_free_memory_streams_more_and_changes_no_pixel(precision, variants):
     whole, plans = card("24GiB:sm89"), []
     for free in (24, 20, 16, 12, 10, 8, 6, 5):
-        found = survey_for(request(precision=precision), variants, replace(whole, free_bytes=free * GIB))
+        found = survey_for(
+            request(precision=precision), variants, replace(whole, free_bytes=free * GIB)
+        )
         assert {candidate.precision for candidate in found} == {precision}
         plans.append(found[0].plan)
         assert found[0].plan.budget_bytes <= free * GIB
-    assert len({each.precision for each in plans}) == 1 and len({str(each.dtypes) for each in plans}) == 1
+    assert (
+        len({each.precision for each in plans}) == 1
+        and len({str(each.dtypes) for each in plans}) == 1
+    )
     assert all(each.placement.decode != "tiled" for each in plans)
     passing = [len(each.placement.streamed) for each in plans]
     assert passing == sorted(passing) and passing[0] == 0
-    automatic = {survey_for(request(), variants, replace(whole, free_bytes=free * GIB))[0].precision
-                 for free in (24, 16, 8)}  # fmt: skip
+    automatic = {
+        survey_for(request(), variants, replace(whole, free_bytes=free * GIB))[0].precision
+        for free in (24, 16, 8)
+    }
     assert len(automatic) == 1
 
 
@@ -134,9 +169,13 @@ def test_a_moment_without_free_memory_is_refused_not_answered_with_another_preci
 def test_a_slow_bus_makes_streaming_slow(variants):
     usual = card("12GiB:sm89")
     slow_bus = replace(usual, speeds=replace(usual.speeds, bus_bytes=2e9, source="a table's"))
-    wide = [survey_for(request(precision="bf16"), variants, here)[0].plan for here in (usual, slow_bus)]
+    wide = [
+        survey_for(request(precision="bf16"), variants, here)[0].plan for here in (usual, slow_bus)
+    ]
     assert wide[1].seconds["denoise"] > 2 * wide[0].seconds["denoise"]
-    assert wide[1].speeds == "a table's" and any("a table's" in reason for reason in wide[1].reasons)
+    assert wide[1].speeds == "a table's" and any(
+        "a table's" in reason for reason in wide[1].reasons
+    )
 
 
 def test_fp8_is_fast_only_where_the_card_computes_it(variants):
@@ -158,19 +197,29 @@ def test_little_ram_reads_from_files_instead_of_pinning(dev):
 
 
 def test_the_table_under_review(variants):
-    """Which precision and placement common cards get; regenerate with `python -m tests.test_plan` and read the diff."""
+    """Which precision and placement common cards get; regenerate with `python -m tests.test_plan`
+    and read the diff.
+    """
     assert golden(variants) == GOLDEN.read_text()
 
 
 def golden(variants: list[Checkpoint]) -> str:
     rows = []
     for text, size, baked in product(CARDS, (1024, 1536), (True, False)):
-        for candidate in survey_for(request(image_size=size), variants if baked else variants[-1:], card(text)):
+        for candidate in survey_for(
+            request(image_size=size), variants if baked else variants[-1:], card(text)
+        ):
             placed = candidate.plan and candidate.plan.placement
             how = f"{placed.encode}/{placed.level('denoise')}/{placed.decode}" if placed else ""
-            peak = f"{max(candidate.plan.peak_bytes.values()) / GIB:6.2f} GiB" if candidate.plan else ""
+            peak = (
+                f"{max(candidate.plan.peak_bytes.values()) / GIB:6.2f} GiB"
+                if candidate.plan
+                else ""
+            )
             name = f"{text} {size} {'baked' if baked else 'source'}"
-            rows.append(f"{name:<24} {candidate.precision:<5} {candidate.verdict:<13} {how:<34} {peak}".rstrip())
+            rows.append(
+                f"{name:<24} {candidate.precision:<5} {candidate.verdict:<13} {how:<34} {peak}".rstrip()
+            )
     return "\n".join(rows) + "\n"
 
 
@@ -185,7 +234,9 @@ def test_bf16_on_24_fp8_on_12_and_nf4_on_8_gib_keep_every_block_on_the_card(vari
 
 
 def test_streaming_keeps_up_with_the_bus(variants):
-    """A step takes at most 1.1 times the longer of computing and copying, for every count that a plan may have."""
+    """A step takes at most 1.1 times the longer of computing and copying, for every count that a
+    plan may have.
+    """
     for precision, text in product(("bf16", *BAKEABLE), ("16GiB:sm86", "16GiB:sm89")):
         candidate = survey_for(request(precision=precision), variants, card(text))[0]
         for bus in (12e9, 24e9, 50e9):
@@ -216,15 +267,24 @@ def test_the_compute_dtype_follows_the_device(checkpoint, here, expected):
     _, found = plan_for(tiny(), [checkpoint], here)
     assert found.dtypes["transformer"] == expected
     if expected == "float16":  # T5 and the VAE overflow in float16
-        assert {found.dtypes[name] for name in ("text_encoder", "text_encoder_2", "vae")} == {"float32"}
+        assert {found.dtypes[name] for name in ("text_encoder", "text_encoder_2", "vae")} == {
+            "float32"
+        }
 
 
 def test_a_cpu_computes_float32_where_that_fits_and_says_slowly_where_not(dev, variants):
     cpu = machine(24, "cpu", bf16=False)
-    by_name = {candidate.precision: candidate for candidate in survey_for(request(image_size=256), [dev], cpu)}
+    by_name = {
+        candidate.precision: candidate
+        for candidate in survey_for(request(image_size=256), [dev], cpu)
+    }
     assert by_name["bf16"].dtypes["transformer"] == "bfloat16" and "slowly" in by_name["bf16"].basis
     assert by_name["nf4"].dtypes["transformer"] == "float32"
-    assert all(candidate.plan.placement.denoise == "resident" for candidate in by_name.values() if candidate.plan)
+    assert all(
+        candidate.plan.placement.denoise == "resident"
+        for candidate in by_name.values()
+        if candidate.plan
+    )
 
 
 def test_an_offload_on_the_cpu_is_refused(checkpoint):
@@ -238,7 +298,9 @@ def test_an_offload_leaves_one_placement_or_is_refused_with_the_numbers(offload,
     asked = request(precision="bf16", offload=offload)
     found = plan_for(asked, variants, large)[1].placement
     expected = {"none": "resident", "stream": "streamed 56", "sequential": "sequential"}[offload]
-    assert found.level("denoise") == expected and (found.encode == "sequential") == (offload == "sequential")
+    assert found.level("denoise") == expected and (found.encode == "sequential") == (
+        offload == "sequential"
+    )
     if offload == "none":
         with pytest.raises(DoesNotFit, match=r"needs 1\d\.\d GiB"):
             plan_for(asked, variants, small)
@@ -276,7 +338,11 @@ def test_a_margin_moves_the_placement_and_neither_precision_nor_pixels(text, gib
     here = card(text)
     _, usual = plan_for(request(), variants, here)
     _, warned = plan_for(request(), variants, here, margin_bytes=int(gib * GIB))
-    assert (warned.precision, warned.dtypes, warned.spec) == (usual.precision, usual.dtypes, usual.spec)
+    assert (warned.precision, warned.dtypes, warned.spec) == (
+        usual.precision,
+        usual.dtypes,
+        usual.spec,
+    )
     assert (warned.placement.decode == "tiled") == (usual.placement.decode == "tiled")
     if warned.budget_bytes < usual.budget_bytes:
         assert max(warned.peak_bytes.values()) <= usual.budget_bytes - gib * GIB
@@ -298,7 +364,9 @@ def test_a_margin_makes_more_blocks_stream_and_never_refuses(variants):
 def test_the_ladder_pins_no_more_ram_than_a_plan_may(dev):
     here = card("12GiB:sm89", ram_gib=12)
     candidate = survey_for(request(precision="bf16"), [dev], here)[0]
-    now = replace(plan_for(request(precision="bf16"), [dev], here)[1], placement=placement.Placement(keep=()))
+    now = replace(
+        plan_for(request(precision="bf16"), [dev], here)[1], placement=placement.Placement(keep=())
+    )
     for _ in range(9):
         found = placement.step_down(now, "denoise", candidate)
         if found is None:
@@ -309,7 +377,9 @@ def test_the_ladder_pins_no_more_ram_than_a_plan_may(dev):
 
 
 def test_a_small_limit_on_a_large_card_is_a_small_card(variants):
-    found = survey_for(request(precision="nf4", vram_limit=8 * GIB), variants, card("80GiB:sm90"))[0]
+    found = survey_for(request(precision="nf4", vram_limit=8 * GIB), variants, card("80GiB:sm90"))[
+        0
+    ]
     assert found.verdict == "chosen" and max(found.plan.peak_bytes.values()) <= 8 * GIB
 
 
@@ -351,7 +421,9 @@ def test_the_price_of_a_precision_is_that_of_its_files(to, dtype, checkpoint, ba
     one, other = cost_of(tiny(), checkpoint, dtypes, spec), cost_of(tiny(), stored, dtypes)
     assert replace(one, stored_bytes=0) == replace(other, stored_bytes=0)
     _, found = plan_for(tiny(), [stored], machine(24))
-    assert (found.precision, found.spec) == (to, None) and any("stored" in reason for reason in found.reasons)
+    assert (found.precision, found.spec) == (to, None) and any(
+        "stored" in reason for reason in found.reasons
+    )
     assert plan_for(tiny(precision=to), [stored], machine(24))[1] == found
 
 
@@ -363,11 +435,14 @@ def test_a_precision_that_is_asked_for_is_packed_while_loading(dev):
 
 
 @pytest.mark.parametrize(
-    "asked, there", [("bf16", "nf4"), ("fp32", "int8"), ("fp16", "fp8"), ("nf4", "fp8"), ("fp8", "nf4")]
+    "asked, there",
+    [("bf16", "nf4"), ("fp32", "int8"), ("fp16", "fp8"), ("nf4", "fp8"), ("fp8", "nf4")],
 )
 def test_a_precision_that_the_weights_do_not_have_is_refused(asked, there, baked, capsys):
     folder = baked(there, **BAKED[there])
-    result = call(capsys, "generate", "x", "-p", "tiny", "-m", str(folder), "--precision", asked, "-q")
+    result = call(
+        capsys, "generate", "x", "-p", "tiny", "-m", str(folder), "--precision", asked, "-q"
+    )
     message = assert_failed(result, ExitCode.USAGE)
     assert asked in message and there in message and "--precision auto" in message
 
@@ -377,7 +452,12 @@ def test_what_was_baked_is_found_and_taken_before_packing(baked, monkeypatch):
     for to in BAKEABLE:
         (paths.baked_folder() / f"tiny-{to}").symlink_to(baked(to, **BAKED[to]))
     found = models.list_checkpoints(tiny(), Path(), console.say)
-    assert sorted(each.components["transformer"].precision for each in found) == ["", "fp8", "int8", "nf4"]
+    assert sorted(each.components["transformer"].precision for each in found) == [
+        "",
+        "fp8",
+        "int8",
+        "nf4",
+    ]
     here = machine(24, "cpu", bf16=False)
     for precision in BAKEABLE:
         checkpoint, made = plan_for(tiny(precision=precision), found, here)
@@ -388,7 +468,9 @@ def test_what_was_baked_is_found_and_taken_before_packing(baked, monkeypatch):
 def test_a_damaged_variant_is_left_out_and_named(tiny_folder, capsys):
     broken = paths.baked_folder() / "tiny-nf4"
     (broken / "transformer").mkdir(parents=True)
-    (broken / "flux-manifest.json").write_text(json.dumps({"model": "bundled/tiny", "recipe": {"to": "nf4"}}))
+    (broken / "flux-manifest.json").write_text(
+        json.dumps({"model": "bundled/tiny", "recipe": {"to": "nf4"}})
+    )
     assert len(models.list_checkpoints(tiny(), Path(), console.say)) == 1
     assert "left out" in capsys.readouterr().err
 

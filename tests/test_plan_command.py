@@ -66,17 +66,39 @@ def test_it_needs_no_weights_and_no_torch():
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120, env=environment
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        env=environment,
     )
     *_, codes, loaded = result.stdout.splitlines()
-    heavy = {"torch", "diffusers", "transformers", "numpy", "PIL", "safetensors", "huggingface_hub", "bitsandbytes"}
-    assert codes == "0 0 5" and heavy.isdisjoint(loaded.split()) and "fluxcli.plan.planner" in loaded.split()
+    heavy = {
+        "torch",
+        "diffusers",
+        "transformers",
+        "numpy",
+        "PIL",
+        "safetensors",
+        "huggingface_hub",
+        "bitsandbytes",
+    }
+    assert (
+        codes == "0 0 5"
+        and heavy.isdisjoint(loaded.split())
+        and "fluxcli.plan.planner" in loaded.split()
+    )
 
 
 @pytest.mark.parametrize("text", ["6GiB:sm75", "12GiB:sm86", "24GiB:sm89", "96GiB:sm120"])
 def test_json_has_every_placement_with_its_peaks_seconds_verdict_and_why(text, capsys):
     found = planned(capsys, "plan", "a fox", "--card", text, "--size", "768")
-    assert found["size"] == [768, 768] and found["request"]["prompt"] == "a fox" and found["download_bytes"] > 30e9
+    assert (
+        found["size"] == [768, 768]
+        and found["request"]["prompt"] == "a fox"
+        and found["download_bytes"] > 30e9
+    )
     total = found["hardware"]["total_bytes"]
     assert [row["precision"] for row in found["candidates"]] == sorted(
         (row["precision"] for row in found["candidates"]), key=QUALITY.index
@@ -86,9 +108,13 @@ def test_json_has_every_placement_with_its_peaks_seconds_verdict_and_why(text, c
         if row["verdict"] != "does not fit":
             assert tuple(row["plan"]["peak_bytes"]) == PHASES
             assert all(0 < peak < total for peak in row["plan"]["peak_bytes"].values())
-            assert {"load", *PHASES} == set(row["plan"]["seconds"]) and min(row["plan"]["seconds"].values()) >= 0
+            assert {"load", *PHASES} == set(row["plan"]["seconds"]) and min(
+                row["plan"]["seconds"].values()
+            ) >= 0
             assert row["plan"]["reasons"]
-    assert [row["precision"] for row in found["candidates"] if row["verdict"] == "chosen"] == [found["chosen"]]
+    assert [row["precision"] for row in found["candidates"] if row["verdict"] == "chosen"] == [
+        found["chosen"]
+    ]
 
 
 def test_text_and_json_name_the_same_rungs(capsys):
@@ -97,9 +123,13 @@ def test_text_and_json_name_the_same_rungs(capsys):
         (line,) = [line for line in text.splitlines() if line.startswith(f"{row['precision']:<6} ")]
         assert line.endswith(f"{row['verdict']}: {row['why']}")
         if row["plan"]:
-            assert all(f"{peak / GIB:.2f} GiB" in line for peak in row["plan"]["peak_bytes"].values())
+            assert all(
+                f"{peak / GIB:.2f} GiB" in line for peak in row["plan"]["peak_bytes"].values()
+            )
     chosen = next(row["plan"] for row in found["candidates"] if row["verdict"] == "chosen")
-    assert [line[10:] for line in text.splitlines() if line.startswith("because   ")] == chosen["reasons"]
+    assert [line[10:] for line in text.splitlines() if line.startswith("because   ")] == chosen[
+        "reasons"
+    ]
     assert "not downloaded" in text and "12.0 GiB" in text
 
 
@@ -110,7 +140,9 @@ TOO_LARGE = ("--card", "8GiB", "--offload", "none", "--precision", "bf16")
 def test_where_nothing_fits_it_is_exit_5_with_the_rungs_and_one_error(arguments, capsys):
     text, as_json = call(capsys, "plan", *arguments), call(capsys, "plan", *arguments, "--json")
     found = json.loads(as_json.stdout)
-    assert found["chosen"] is None and all(row["verdict"] == "does not fit" for row in found["candidates"])
+    assert found["chosen"] is None and all(
+        row["verdict"] == "does not fit" for row in found["candidates"]
+    )
     for result in (text, as_json):
         message = assert_failed(result, ExitCode.DOES_NOT_FIT)
         assert "GiB" in message and "hint: " in message
@@ -119,7 +151,11 @@ def test_where_nothing_fits_it_is_exit_5_with_the_rungs_and_one_error(arguments,
 
 def test_the_hint_of_what_would_fit_is_right(capsys):
     message = assert_failed(call(capsys, "plan", *TOO_LARGE), ExitCode.DOES_NOT_FIT)
-    (hint,) = [line.removeprefix("hint: ").split() for line in message.splitlines() if line.startswith("hint: ")]
+    (hint,) = [
+        line.removeprefix("hint: ").split()
+        for line in message.splitlines()
+        if line.startswith("hint: ")
+    ]
     assert hint and all(flag.startswith("--") for flag in hint[::2])
     assert planned(capsys, "plan", *TOO_LARGE, *hint)["chosen"]  # a later flag counts
 
@@ -145,13 +181,28 @@ def test_what_cannot_be_planned_is_refused(arguments, code, word, capsys):
 
 
 NONSENSE = {
-    "vram_limit": ["much", "-1", "0", "100KiB", "8 parsecs", "nan", "inf", "1e3GiB", "8GiB2", "99999TiB"],
+    "vram_limit": [
+        "much",
+        "-1",
+        "0",
+        "100KiB",
+        "8 parsecs",
+        "nan",
+        "inf",
+        "1e3GiB",
+        "8GiB2",
+        "99999TiB",
+    ],
     "offload": ["disk", "", "Stream", "none,stream", "0"],
 }
 
 
-@pytest.mark.parametrize("name, value", [(name, value) for name, values in NONSENSE.items() for value in values])
-def test_no_limit_and_no_offload_is_exit_2_wherever_it_stands(name, value, capsys, monkeypatch, config_folder):
+@pytest.mark.parametrize(
+    "name, value", [(name, value) for name, values in NONSENSE.items() for value in values]
+)
+def test_no_limit_and_no_offload_is_exit_2_wherever_it_stands(
+    name, value, capsys, monkeypatch, config_folder
+):
     flag, variable = "--" + name.replace("_", "-"), f"FLUX_{name.upper()}"
     for command in ("generate", "plan"):
         assert flag in assert_failed(call(capsys, command, "x", f"{flag}={value}"), ExitCode.USAGE)
@@ -165,13 +216,19 @@ def test_no_limit_and_no_offload_is_exit_2_wherever_it_stands(name, value, capsy
 
 
 def test_no_wait_is_a_switch(capsys, drawn):
-    assert "--no-wait" in assert_failed(call(capsys, "generate", "x", "-p", "tiny", "--no-wait=yes"), ExitCode.USAGE)
-    assert call(capsys, "generate", "x", "-p", "tiny", "--no-wait").returncode == 0 and len(drawn) == 1
+    assert "--no-wait" in assert_failed(
+        call(capsys, "generate", "x", "-p", "tiny", "--no-wait=yes"), ExitCode.USAGE
+    )
+    assert (
+        call(capsys, "generate", "x", "-p", "tiny", "--no-wait").returncode == 0 and len(drawn) == 1
+    )
 
 
 def test_an_offload_on_the_cpu_does_nothing_and_is_refused(capsys, drawn):
     for command in ("generate", "plan"):
-        message = assert_failed(call(capsys, command, "x", "-p", "tiny", "--offload", "stream"), ExitCode.USAGE)
+        message = assert_failed(
+            call(capsys, command, "x", "-p", "tiny", "--offload", "stream"), ExitCode.USAGE
+        )
         assert "--offload stream" in message and not drawn
 
 
@@ -181,7 +238,9 @@ def test_an_offload_on_the_cpu_does_nothing_and_is_refused(capsys, drawn):
 def test_it_takes_every_option_of_generate():
     generate, plan = options_of("generate"), options_of("plan")
     own = {"--dry-run", "--from", "--resume", "--fail-fast"}
-    assert {name: shown for name, shown in generate.items() if name not in own}.items() <= plan.items()
+    assert {
+        name: shown for name, shown in generate.items() if name not in own
+    }.items() <= plan.items()
     assert set(plan) - set(generate) == {"--card"} and own <= set(generate)
     assert {"--vram-limit", "--offload", "--no-wait", "--precision"} <= set(options_of("decode"))
 
@@ -193,10 +252,15 @@ def test_generate_would_do_what_the_plan_says(precision, device, put, capsys, ba
     (paths.baked_folder() / "tiny-nf4").symlink_to(baked("nf4", **BAKED["nf4"]))
     put(machine(16, device, bf16=device != "cpu"))
     arguments = ("a fox", "-p", "tiny", "--seed", "5", "--precision", precision)
-    found, dry = planned(capsys, "plan", *arguments), planned(capsys, "generate", *arguments, "--dry-run")
+    found, dry = (
+        planned(capsys, "plan", *arguments),
+        planned(capsys, "generate", *arguments, "--dry-run"),
+    )
     chosen = next(row for row in found["candidates"] if row["verdict"] == "chosen")
     assert chosen["plan"] == dry["plan"] and found["chosen"] == dry["plan"]["precision"]
-    assert (found["request"], found["size"]) == (dry["request"], dry["size"]) and found["download_bytes"] == 0
+    assert (found["request"], found["size"]) == (dry["request"], dry["size"]) and found[
+        "download_bytes"
+    ] == 0
     packed = [row["precision"] for row in found["candidates"] if row["folder_is_packed"]]
     assert packed == ["nf4"] * (precision in ("auto", "nf4"))
 
@@ -209,11 +273,17 @@ def test_what_generate_would_refuse_the_plan_refuses(limit, put, capsys, drawn):
         assert "GiB" in assert_failed(result, ExitCode.DOES_NOT_FIT) and not drawn
 
 
-@pytest.mark.parametrize("text, size", [("8GiB", 8 * GIB), ("8 GB", 8 * 10**9), ("8g", 8 * GIB), ("9000000000", 9e9)])
-def test_a_limit_counts_from_flag_variable_and_settings_file(text, size, capsys, monkeypatch, config_folder):
+@pytest.mark.parametrize(
+    "text, size", [("8GiB", 8 * GIB), ("8 GB", 8 * 10**9), ("8g", 8 * GIB), ("9000000000", 9e9)]
+)
+def test_a_limit_counts_from_flag_variable_and_settings_file(
+    text, size, capsys, monkeypatch, config_folder
+):
     def budgets(*arguments: str) -> set[int]:
         found = planned(capsys, "plan", "--card", "24GiB:sm89", "--precision", "nf4", *arguments)
-        return {row["plan"]["budget_bytes"] for row in found["candidates"]} | {found["request"]["vram_limit"]}
+        return {row["plan"]["budget_bytes"] for row in found["candidates"]} | {
+            found["request"]["vram_limit"]
+        }
 
     assert size not in budgets() and budgets("--vram-limit", text) == {size}
     config_folder.mkdir(parents=True)
@@ -226,18 +296,38 @@ def test_a_limit_counts_from_flag_variable_and_settings_file(text, size, capsys,
 
 def test_a_picture_keeps_limit_and_offload_and_a_replay_has_them(put, drawn, capsys):
     put(machine(24))
-    made = call(capsys, "generate", "a fox", "-p", "tiny", "--seed", "5", "--vram-limit", "8GiB", "--offload", "none")
+    made = call(
+        capsys,
+        "generate",
+        "a fox",
+        "-p",
+        "tiny",
+        "--seed",
+        "5",
+        "--vram-limit",
+        "8GiB",
+        "--offload",
+        "none",
+    )
     picture = Path(made.stdout.strip())
     stored = read_metadata(picture)["request"]
     assert (stored["vram_limit"], stored["offload"]) == (8 * GIB, "none")
     assert call(capsys, "replay", str(picture)).returncode == 0
-    assert call(capsys, "replay", str(picture), "--vram-limit", "9GiB", "--offload", "auto").returncode == 0
-    assert [(each.resources.vram_limit, each.resources.offload) for each in drawn] == [(8 * GIB, "none")] * 2 + [(9 * GIB, "auto")]
+    assert (
+        call(capsys, "replay", str(picture), "--vram-limit", "9GiB", "--offload", "auto").returncode
+        == 0
+    )
+    assert [(each.resources.vram_limit, each.resources.offload) for each in drawn] == [
+        (8 * GIB, "none")
+    ] * 2 + [(9 * GIB, "auto")]
     assert read_metadata(picture) == read_metadata(Path("a-fox-5-2.png"))
 
 
 @patient
-@given(st.none() | st.integers(1 << 20, 1 << 50), st.sampled_from(["auto", "none", "stream", "sequential"]))
+@given(
+    st.none() | st.integers(1 << 20, 1 << 50),
+    st.sampled_from(["auto", "none", "stream", "sequential"]),
+)
 def test_any_limit_and_offload_come_back_from_metadata(limit, offload):
     metadata = order("a fox", seed=5, vram_limit=limit, offload=offload).to_json()
     stored = json.loads(json.dumps(metadata))

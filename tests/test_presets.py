@@ -63,7 +63,12 @@ def test_a_bundled_preset_makes_a_request_and_describes_itself(name, config_fold
 def test_dev_is_the_default_and_as_published(config_folder):
     request = Order.from_settings("a fox", merge(config_folder).values)
     assert (request.preset, request.request.model) == ("dev", "black-forest-labs/FLUX.1-dev")
-    assert (request.request.steps, request.request.guidance, request.request.size, request.request.text_tokens) == (
+    assert (
+        request.request.steps,
+        request.request.guidance,
+        request.request.size,
+        request.request.text_tokens,
+    ) == (
         28,
         3.5,
         (1024, 1024),
@@ -74,19 +79,29 @@ def test_dev_is_the_default_and_as_published(config_folder):
 
 def test_schnell_takes_four_steps_and_no_guidance(config_folder):
     request = Order.from_settings("a fox", merge(config_folder, {"preset": "schnell"}).values)
-    assert (request.request.steps, request.request.guidance, request.request.text_tokens) == (4, None, 256)
+    assert (request.request.steps, request.request.guidance, request.request.text_tokens) == (
+        4,
+        None,
+        256,
+    )
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(config=LAYER, preset=LAYER, variables=LAYER, flags=LAYER)
-def test_the_strongest_layer_that_names_a_key_wins_and_is_its_origin(config_folder, config, preset, variables, flags):
+def test_the_strongest_layer_that_names_a_key_wins_and_is_its_origin(
+    config_folder, config, preset, variables, flags
+):
     write(config_folder / "config.toml", 'preset = "mine"\n' + toml(config))
     write(config_folder / "presets" / "mine.toml", toml(preset))
     environment = {f"FLUX_{key.upper()}": str(value) for key, value in variables.items()}
     merged = merge(config_folder, {key: str(value) for key, value in flags.items()}, **environment)
     default = merge(config_folder / "nowhere").values
     for key in VALUES:
-        layers = [(flags, presets.flag(key)), (variables, f"FLUX_{key.upper()}"), (preset, "preset mine")]
+        layers = [
+            (flags, presets.flag(key)),
+            (variables, f"FLUX_{key.upper()}"),
+            (preset, "preset mine"),
+        ]
         layers += [(config, "config.toml"), ({key: default[key]}, None)]
         value, origin = next((layer[key], origin) for layer, origin in layers if key in layer)
         assert merged.values[key] == value
@@ -102,7 +117,8 @@ def test_a_later_size_replaces_the_other_kind_of_an_earlier_layer(stronger, conf
         flags = late if stronger == "flags" else {}
         variables = {f"FLUX_{key.upper()}": str(value) for key, value in late.items()}
         return Order.from_settings(
-            "a fox", merge(config_folder, flags, **(variables if stronger == "variables" else {})).values
+            "a fox",
+            merge(config_folder, flags, **(variables if stronger == "variables" else {})).values,
         ).request.size
 
     pixels, ratio = {"width": 512, "height": 256}, {"aspect_ratio": "2:1", "image_size": 640}
@@ -120,11 +136,16 @@ def test_a_preset_extends_another_and_shows_which_said_what(config_folder):
     write(config_folder / "presets" / "a.toml", 'extends = "b"\nsteps = 7\n')
     write(config_folder / "presets" / "b.toml", 'extends = "krea"\nguidance = 2\n')
     merged = merge(config_folder, {"preset": "a"})
-    origins = {key: merged.origins[key] for key in ("steps", "guidance", "model", "text_tokens", "preset")}
+    origins = {
+        key: merged.origins[key] for key in ("steps", "guidance", "model", "text_tokens", "preset")
+    }
     assert origins == {
-        "steps": "preset a", "guidance": "preset b", "model": "preset krea", "text_tokens": "preset dev",
+        "steps": "preset a",
+        "guidance": "preset b",
+        "model": "preset krea",
+        "text_tokens": "preset dev",
         "preset": "--preset",
-    }  # fmt: skip
+    }
 
 
 def test_presets_that_extend_each_other_are_refused(config_folder):
@@ -175,7 +196,9 @@ def test_a_file_that_is_no_text_is_refused(config_folder):
     assert "dev.toml" in refusal(config_folder)
 
 
-@pytest.mark.parametrize("key, value", [("extends", "3"), ("description", "[]"), ("preset", "'dev'")])
+@pytest.mark.parametrize(
+    "key, value", [("extends", "3"), ("description", "[]"), ("preset", "'dev'")]
+)
 def test_what_a_preset_says_of_itself_is_checked(key, value, config_folder):
     write(config_folder / "presets" / "dev.toml", f"{key} = {value}\n")
     assert key in refusal(config_folder)
@@ -189,15 +212,25 @@ def test_an_unknown_preset_comes_with_the_nearest_or_all(config_folder):
 
 
 @pytest.mark.parametrize(
-    "name, value", [("FLUX_STEPS", "x"), ("FLUX_STEPS", "0"), ("FLUX_GUIDANCE", "nan"), ("FLUX_METADATA", "perhaps"),
-                    ("FLUX_IMAGE_SIZE", "1000"), ("FLUX_ASPECT_RATIO", "wide"), ("FLUX_FORMAT", "gif")]
-)  # fmt: skip
+    "name, value",
+    [
+        ("FLUX_STEPS", "x"),
+        ("FLUX_STEPS", "0"),
+        ("FLUX_GUIDANCE", "nan"),
+        ("FLUX_METADATA", "perhaps"),
+        ("FLUX_IMAGE_SIZE", "1000"),
+        ("FLUX_ASPECT_RATIO", "wide"),
+        ("FLUX_FORMAT", "gif"),
+    ],
+)
 def test_a_wrong_variable_is_refused_by_its_name(name, value, config_folder):
     assert name in refusal(config_folder, **{name: value})
 
 
 def test_variables_of_other_programs_and_empty_ones_say_nothing(config_folder):
-    assert merge(config_folder, FLUX_STEPS="", FLUX_CAPACITOR="1.21", FLUXX="1", STEPS="3") == merge(config_folder)
+    assert merge(
+        config_folder, FLUX_STEPS="", FLUX_CAPACITOR="1.21", FLUXX="1", STEPS="3"
+    ) == merge(config_folder)
     assert "did you mean FLUX_STEPS" in refusal(config_folder, FLUX_STEPPS="3")
 
 
@@ -234,7 +267,9 @@ def test_the_flags_words_are_settings_too(config_folder):
     assert (values["aspect_ratio"], values["image_size"]) == ("16:9", 256)
 
 
-@pytest.mark.parametrize("variable, near", [("FLUX_STPES", "FLUX_STEPS"), ("FLUX_GUIDENCE", "FLUX_GUIDANCE")])
+@pytest.mark.parametrize(
+    "variable, near", [("FLUX_STPES", "FLUX_STEPS"), ("FLUX_GUIDENCE", "FLUX_GUIDANCE")]
+)
 def test_a_misspelt_variable_is_an_error_with_the_nearest(config_folder, variable, near):
     with pytest.raises(UsageError, match=variable) as caught:
         presets.merge({}, config_folder, {variable: "3"})

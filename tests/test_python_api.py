@@ -1,4 +1,6 @@
-"""The Python face: pixels and files are the command line's, its page runs, importing it costs nothing."""
+"""The Python face: pixels and files are the command line's, its page runs, importing it costs
+nothing.
+"""
 
 import json
 import re
@@ -25,7 +27,9 @@ SMALL_OPTIONS = ("-p", "tiny", "--size", "64", "--steps", "2", "--text-tokens", 
 def test_importing_it_loads_nothing_but_the_standard_library():
     code = "import sys; before = set(sys.modules)\nimport fluxcli\ndir(fluxcli); fluxcli.errors, fluxcli.events\n"
     code += "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert set(run.stdout.split()) <= set(sys.stdlib_module_names) | {"fluxcli", "quant"}
 
 
@@ -46,7 +50,10 @@ def test_the_page_runs_from_top_to_bottom():
 
 def test_its_pixels_are_the_command_lines(capsys):
     image = fluxcli.generate(PROMPT, seed=3, **SMALL)
-    assert call(capsys, "generate", PROMPT, *SMALL_OPTIONS, "--seed", "3", "-o", "x.png").returncode == 0
+    assert (
+        call(capsys, "generate", PROMPT, *SMALL_OPTIONS, "--seed", "3", "-o", "x.png").returncode
+        == 0
+    )
     assert np.array_equal(np.asarray(image), read_pixels(Path("x.png")))
 
 
@@ -57,7 +64,20 @@ def test_a_saved_image_is_the_file_that_the_command_line_writes(capsys):
         again = flux.save(image, "api/", format="jpg", quality=90)
     assert path == "api/a-red-circle-on-a-blue-background-3.jpg"
     assert again == "api/a-red-circle-on-a-blue-background-3-2.jpg"
-    made = call(capsys, "generate", PROMPT, *SMALL_OPTIONS, "--seed", "3", "--format", "jpg", "--quality", "90", "-o", "cli/")
+    made = call(
+        capsys,
+        "generate",
+        PROMPT,
+        *SMALL_OPTIONS,
+        "--seed",
+        "3",
+        "--format",
+        "jpg",
+        "--quality",
+        "90",
+        "-o",
+        "cli/",
+    )
     assert Path(made.stdout.strip()).read_bytes() == Path(path).read_bytes()
 
 

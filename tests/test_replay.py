@@ -30,7 +30,9 @@ patient = settings(max_examples=40, suppress_health_check=[HealthCheck.function_
 @pytest.fixture
 def picture(drawn, capsys) -> Path:
     """A picture of the tiny preset with two things said: 3 steps and 16:9."""
-    result = call(capsys, "generate", "a fox", "-p", "tiny", "--steps", "3", "--ar", "16:9", "--seed", "5")
+    result = call(
+        capsys, "generate", "a fox", "-p", "tiny", "--steps", "3", "--ar", "16:9", "--seed", "5"
+    )
     drawn.clear()
     return Path(result.stdout.strip())
 
@@ -49,7 +51,9 @@ def test_a_picture_replays_as_it_was_made(config_folder, said):
 
 
 @patient
-@given(said=st.fixed_dictionaries({}, optional=SAID), override=st.fixed_dictionaries({}, optional=SAID))
+@given(
+    said=st.fixed_dictionaries({}, optional=SAID), override=st.fixed_dictionaries({}, optional=SAID)
+)
 def test_an_override_changes_only_what_it_says(config_folder, said, override):
     metadata = stored(config_folder, "draft", said)
     expected = stored(config_folder, "draft", said | override)
@@ -57,15 +61,23 @@ def test_an_override_changes_only_what_it_says(config_folder, said, override):
 
 
 @patient
-@given(said=st.fixed_dictionaries({}, optional=SAID), override=st.fixed_dictionaries({}, optional=SAID))
+@given(
+    said=st.fixed_dictionaries({}, optional=SAID), override=st.fixed_dictionaries({}, optional=SAID)
+)
 @pytest.mark.parametrize("preset", ["quality", "krea"])
 def test_under_another_preset_what_was_said_stays_and_what_the_preset_said_changes(
     config_folder, preset, said, override
 ):
     draft = presets.merge({"preset": "draft"}, config_folder, {}).values
-    changed = {key: value for key, value in said.items() if presets.coerce(key, value, where="") != draft[key]}
+    changed = {
+        key: value
+        for key, value in said.items()
+        if presets.coerce(key, value, where="") != draft[key]
+    }
     expected = stored(config_folder, preset, changed | override)
-    replayed = _replayed(Path("x.png"), stored(config_folder, "draft", said), {"preset": preset} | override, None)
+    replayed = _replayed(
+        Path("x.png"), stored(config_folder, "draft", said), {"preset": preset} | override, None
+    )
     assert replayed.to_json() == expected
 
 
@@ -100,7 +112,9 @@ def test_a_size_in_another_form_replaces_the_one_that_was_said(config_folder):
             320,
         )
     ratio = stored(config_folder, "draft", {"aspect_ratio": "16:9"})
-    assert _replayed(Path("x"), ratio, {"preset": "dev", "width": "512", "height": "256"}, None).request.size == (
+    assert _replayed(
+        Path("x"), ratio, {"preset": "dev", "width": "512", "height": "256"}, None
+    ).request.size == (
         512,
         256,
     )
@@ -120,7 +134,9 @@ def test_a_users_preset_with_pixels_and_one_that_is_gone(config_folder):
     assert (gone.request.steps, gone.request.size) == (9, (512, 256))
 
 
-def test_the_variables_and_settings_of_today_do_not_change_a_picture_of_yesterday(config_folder, monkeypatch):
+def test_the_variables_and_settings_of_today_do_not_change_a_picture_of_yesterday(
+    config_folder, monkeypatch
+):
     metadata = stored(config_folder, "draft", {})
     config_folder.mkdir(parents=True)
     (config_folder / "config.toml").write_text("steps = 3\noutput = 'pics/'\n")
@@ -131,10 +147,23 @@ def test_the_variables_and_settings_of_today_do_not_change_a_picture_of_yesterda
 
 @pytest.mark.parametrize(
     "damage",
-    [{"steps": 0}, {"steps": "x"}, {"steps": None}, {"prompt": 3}, {"prompt": ""}, {"prompt": "\ud800"}, {"preset": []},
-     {"unknown": 1}, {"width": 512}, {"seed": 2**64}, {"guidance": "nan"}, {"format": "gif"}, {"metadata": 3}],
+    [
+        {"steps": 0},
+        {"steps": "x"},
+        {"steps": None},
+        {"prompt": 3},
+        {"prompt": ""},
+        {"prompt": "\ud800"},
+        {"preset": []},
+        {"unknown": 1},
+        {"width": 512},
+        {"seed": 2**64},
+        {"guidance": "nan"},
+        {"format": "gif"},
+        {"metadata": 3},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_metadata_that_flux_does_not_write_is_a_bad_file(damage, config_folder):
     with pytest.raises(BadInputFile, match=r"damaged metadata \(x\.png\)"):
         _replayed(Path("x.png"), stored(config_folder, "tiny", {}) | damage, {}, None)
@@ -164,9 +193,14 @@ def test_replay_writes_the_same_pixels_under_the_next_name(picture, drawn, capsy
 
 
 def test_replay_takes_another_prompt_and_every_option(picture, drawn, capsys):
-    result = call(capsys, "replay", str(picture), "--prompt", "a hen", "--seed=8", "-n2", "-o{slug}-{n}.webp")
+    result = call(
+        capsys, "replay", str(picture), "--prompt", "a hen", "--seed=8", "-n2", "-o{slug}-{n}.webp"
+    )
     assert result.stdout.split() == ["a-hen-1.webp", "a-hen-2.webp"]
-    assert [(r.request.prompt, r.request.seed, r.request.steps) for r in drawn] == [("a hen", 8, 3), ("a hen", 9, 3)]
+    assert [(r.request.prompt, r.request.seed, r.request.steps) for r in drawn] == [
+        ("a hen", 8, 3),
+        ("a hen", 9, 3),
+    ]
     assert_failed(call(capsys, "replay", str(picture), "--prompt", " "), ExitCode.USAGE)
 
 
@@ -180,7 +214,9 @@ def test_check_says_identical_or_different_and_writes_nothing(picture, capsys):
 
 @pytest.mark.parametrize("options", [["-o", "x.png"], ["--json"], ["--events"]])
 def test_check_excludes_what_would_write(options, picture, drawn, capsys):
-    assert "--check" in assert_failed(call(capsys, "replay", str(picture), "--check", *options), ExitCode.USAGE)
+    assert "--check" in assert_failed(
+        call(capsys, "replay", str(picture), "--check", *options), ExitCode.USAGE
+    )
     assert not drawn
 
 
@@ -212,11 +248,25 @@ def test_what_carries_no_request_is_exit_4(command, kind, picture, drawn, capsys
     assert files(Path()) == before and not drawn
 
 
-def test_a_model_folder_is_stored_so_that_any_folder_finds_it(drawn, capsys, tiny_folder, tmp_path, monkeypatch):
+def test_a_model_folder_is_stored_so_that_any_folder_finds_it(
+    drawn, capsys, tiny_folder, tmp_path, monkeypatch
+):
     import shutil
 
     shutil.copytree(tiny_folder, "mymodel")
-    result = call(capsys, "generate", "a fox", "-p", "tiny", "-m", "./mymodel", "--seed", "1", "-o", "out/a.png")
+    result = call(
+        capsys,
+        "generate",
+        "a fox",
+        "-p",
+        "tiny",
+        "-m",
+        "./mymodel",
+        "--seed",
+        "1",
+        "-o",
+        "out/a.png",
+    )
     assert result.returncode == 0, result.stderr
     picture = Path("out/a.png").resolve()
     (tmp_path / "other").mkdir()
@@ -225,7 +275,14 @@ def test_a_model_folder_is_stored_so_that_any_folder_finds_it(drawn, capsys, tin
 
 
 def test_a_check_refuses_what_it_would_ignore(picture, capsys):
-    for option in (["--force"], ["--quality", "3"], ["--no-metadata"], ["--dry-run"], ["-n", "2"], ["-o", "x.png"]):
+    for option in (
+        ["--force"],
+        ["--quality", "3"],
+        ["--no-metadata"],
+        ["--dry-run"],
+        ["-n", "2"],
+        ["-o", "x.png"],
+    ):
         result = call(capsys, "replay", str(picture), "--check", *option)
         assert "--check excludes" in assert_failed(result, ExitCode.USAGE)
 
@@ -251,4 +308,6 @@ def test_a_pipe_is_no_picture(capsys, tmp_path):
 
     os.mkfifo("fifo.png")
     for command in ("inspect", "replay"):
-        assert "regular file" in assert_failed(call(capsys, command, "fifo.png"), ExitCode.INPUT_FILE)
+        assert "regular file" in assert_failed(
+            call(capsys, command, "fifo.png"), ExitCode.INPUT_FILE
+        )

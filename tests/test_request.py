@@ -11,11 +11,23 @@ from hypothesis import strategies as st
 import tests.support.invariant  # noqa: F401 - hypothesis without deadlines
 from fluxcli.errors import ExitCode, UsageError
 from fluxcli.request.fields import DEFAULTS, MAX_PROMPT_BYTES, PART_OF, GenerationRequest, Order
-from fluxcli.request.settings import MAX_SEED, SETTINGS, Bytes, Integer, Number, Side, Texts, coerce, flag
+from fluxcli.request.settings import (
+    MAX_SEED,
+    SETTINGS,
+    Bytes,
+    Integer,
+    Number,
+    Side,
+    Texts,
+    coerce,
+    flag,
+)
 from fluxcli.request.sizes import ASPECT_RATIOS, MAX_AREA_PX, size_of
 
 SIDES = st.integers(4, 256).map(lambda k: k * 16)
-RATIOS = st.tuples(st.integers(1, 99999), st.integers(1, 99999)).filter(lambda r: max(r) <= 4 * min(r))
+RATIOS = st.tuples(st.integers(1, 99999), st.integers(1, 99999)).filter(
+    lambda r: max(r) <= 4 * min(r)
+)
 
 
 def made(prompt: str = "a fox", **values: object) -> Order:
@@ -50,13 +62,17 @@ def test_every_ratio_up_to_4_to_1_is_drawn_unless_the_area_is_too_large(ratio, s
     refusal(**values | {"image_size": possible + 16})
 
 
-TOO_MANY = st.integers(129, 256).flatmap(lambda w: st.tuples(st.just(w), st.integers(32768 // w + 1, 256)))
+TOO_MANY = st.integers(129, 256).flatmap(
+    lambda w: st.tuples(st.just(w), st.integers(32768 // w + 1, 256))
+)
 
 
 @given(TOO_MANY)
 def test_pixels_that_are_too_many_come_with_the_most_that_are_possible(tokens):
     width, height = (16 * side for side in tokens)
-    values = re.search(r"--width (\d+) --height (\d+) is the largest", refusal(width=width, height=height)).groups()
+    values = re.search(
+        r"--width (\d+) --height (\d+) is the largest", refusal(width=width, height=height)
+    ).groups()
     smaller = tuple(map(int, values))
     assert made(width=smaller[0], height=smaller[1]).request.size == smaller
 
@@ -70,14 +86,20 @@ def test_the_published_ratios_are_taken(ratio):
 
 @pytest.mark.parametrize(
     "ratio, size, expected",
-    [("16:9", 1024, (1024, 576)), ("9:21", 1024, (432, 1024)), ("2.39:1", 1024, (1024, 432)), ("4:1", 80, (80, 16))],
+    [
+        ("16:9", 1024, (1024, 576)),
+        ("9:21", 1024, (432, 1024)),
+        ("2.39:1", 1024, (1024, 432)),
+        ("4:1", 80, (80, 16)),
+    ],
 )
 def test_sizes_by_hand(ratio, size, expected):
     assert made(aspect_ratio=ratio, image_size=size).request.size == expected
 
 
 @pytest.mark.parametrize(
-    "ratio", ["0:9", "9:0", "a:b", "1e9:1", "", ":", "16x9", "16:9:1", "-1:1", "nan:1", "1:4.0001", "5:1"]
+    "ratio",
+    ["0:9", "9:0", "a:b", "1e9:1", "", ":", "16x9", "16:9:1", "-1:1", "nan:1", "1:4.0001", "5:1"],
 )
 def test_what_is_no_ratio_is_refused_by_its_flag(ratio):
     assert "--ar" in refusal(aspect_ratio=ratio)
@@ -90,17 +112,27 @@ def test_a_refused_size_comes_with_the_nearest_that_are_possible(value):
     possible = range(64, 4097, 16)
     assert named and all(n in possible for n in named)
     distance = min(abs(value - n) for n in named)
-    assert distance == min(abs(value - n) for n in (max(64, min(4096, value // 16 * 16 + d)) for d in (0, 16)))
+    assert distance == min(
+        abs(value - n) for n in (max(64, min(4096, value // 16 * 16 + d)) for d in (0, 16))
+    )
     if 64 < value < 4096:
         assert len(named) == 2 and named[0] < value < named[1] and named[1] - named[0] == 16
 
 
 @pytest.mark.parametrize(
     "width, height, flags",
-    [(100, 512, "--width"), (512, 0, "--height"), (512, -16, "--height"), (4112, 1024, "--width"),
-     (10**9, 16, "--width"), (2048, 496, "2048x496"), (48, 48, "48x48"), (4096, 4096, "4096x4096"),
-     (512, None, "--height")],
-)  # fmt: skip
+    [
+        (100, 512, "--width"),
+        (512, 0, "--height"),
+        (512, -16, "--height"),
+        (4112, 1024, "--width"),
+        (10**9, 16, "--width"),
+        (2048, 496, "2048x496"),
+        (48, 48, "48x48"),
+        (4096, 4096, "4096x4096"),
+        (512, None, "--height"),
+    ],
+)
 def test_impossible_pixels_are_refused(width, height, flags):
     assert flags in refusal(width=width, height=height)
 
@@ -119,19 +151,40 @@ def test_a_prompt_is_text_of_bounded_length():
 
 @pytest.mark.parametrize(
     "name, value",
-    [("steps", 0), ("steps", 1001), ("guidance", float("nan")), ("guidance", float("inf")), ("guidance", -0.1),
-     ("quality", 0), ("quality", 101), ("seed", -2), ("seed", 2**64), ("count", 0), ("count", 10_001),
-     ("text_tokens", 0), ("text_tokens", 513), ("format", "gif"), ("format", "PNG "), ("device", "cuda:x"),
-     ("device", "gpu")],
-)  # fmt: skip
+    [
+        ("steps", 0),
+        ("steps", 1001),
+        ("guidance", float("nan")),
+        ("guidance", float("inf")),
+        ("guidance", -0.1),
+        ("quality", 0),
+        ("quality", 101),
+        ("seed", -2),
+        ("seed", 2**64),
+        ("count", 0),
+        ("count", 10_001),
+        ("text_tokens", 0),
+        ("text_tokens", 513),
+        ("format", "gif"),
+        ("format", "PNG "),
+        ("device", "cuda:x"),
+        ("device", "gpu"),
+    ],
+)
 def test_numbers_and_names_out_of_range_are_refused_by_their_flag(name, value):
     assert flag(name) in refusal(**{name: value})
 
 
-RANGES = {name: row.kind for name, row in SETTINGS.items() if isinstance(row.kind, Integer | Number | Bytes | Side)}
+RANGES = {
+    name: row.kind
+    for name, row in SETTINGS.items()
+    if isinstance(row.kind, Integer | Number | Bytes | Side)
+}
 
 
-@pytest.mark.parametrize("name", [name for name, kind in RANGES.items() if not isinstance(kind, Side)])
+@pytest.mark.parametrize(
+    "name", [name for name, kind in RANGES.items() if not isinstance(kind, Side)]
+)
 def test_both_ends_of_a_range_are_taken(name):
     for value in (RANGES[name].low, RANGES[name].high):
         changes = {name: value} | ({"count": 1} if name == "seed" else {})
@@ -171,7 +224,8 @@ ORDERS = st.builds(
     image_size=st.integers(4, 128).map(lambda k: k * 16),
     format=st.sampled_from(["jpg", "png", "webp"]),
     metadata=st.booleans(),
-    output=st.none() | st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20),
+    output=st.none()
+    | st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20),
 )
 
 
@@ -185,22 +239,38 @@ def test_the_text_of_a_setting_means_its_value(order):
     for key, value in order.settings().items():
         if value is not None:
             assert coerce(key, value, where="x") == value
-            assert isinstance(SETTINGS[key].kind, Texts) or coerce(key, str(value), where="x") == value
+            assert (
+                isinstance(SETTINGS[key].kind, Texts) or coerce(key, str(value), where="x") == value
+            )
     assert coerce("guidance", "none", where="x") is None
 
 
 @pytest.mark.parametrize(
     "name, value",
-    [("steps", "x"), ("steps", 2.5), ("steps", True), ("steps", []), ("guidance", "nan"), ("guidance", "much"),
-     ("metadata", 1), ("metadata", "perhaps"), ("model", 3), ("format", None), ("width", "1e3"), ("seed", "")],
-)  # fmt: skip
+    [
+        ("steps", "x"),
+        ("steps", 2.5),
+        ("steps", True),
+        ("steps", []),
+        ("guidance", "nan"),
+        ("guidance", "much"),
+        ("metadata", 1),
+        ("metadata", "perhaps"),
+        ("model", 3),
+        ("format", None),
+        ("width", "1e3"),
+        ("seed", ""),
+    ],
+)
 def test_a_value_of_the_wrong_type_is_refused_by_where_it_stood(name, value):
     with pytest.raises(UsageError, match=r"here\.toml") as caught:
         coerce(name, value, where="here.toml")
     assert name in str(caught.value)
 
 
-@pytest.mark.parametrize("typo, meant", [("step", "steps"), ("guidence", "guidance"), ("aspect", "aspect_ratio")])
+@pytest.mark.parametrize(
+    "typo, meant", [("step", "steps"), ("guidence", "guidance"), ("aspect", "aspect_ratio")]
+)
 def test_an_unknown_setting_comes_with_the_nearest(typo, meant):
     with pytest.raises(UsageError, match=typo) as caught:
         coerce(typo, 1, where="here.toml")

@@ -1,4 +1,6 @@
-"""Signals and loops: the death that a shell expects, no partial file, and no growth over many rounds."""
+"""Signals and loops: the death that a shell expects, no partial file, and no growth over many
+rounds.
+"""
 
 import os
 import select
@@ -17,15 +19,31 @@ from tests.support.helpers import ROOT, changed, engine_of, order, run, tiny
 from tests.support.invariant import Fault, files
 
 pytestmark = [pytest.mark.serial, pytest.mark.skipif(os.name == "nt", reason="POSIX signals")]
-LONG = ("generate", "a fox", "-p", "tiny", "--steps", "1000", "--size", "64", "--events", "-o", "pics/")
+LONG = (
+    "generate",
+    "a fox",
+    "-p",
+    "tiny",
+    "--steps",
+    "1000",
+    "--size",
+    "64",
+    "--events",
+    "-o",
+    "pics/",
+)
 REQUEST = order("a fox", seed=5, preset="tiny", aspect_ratio="1:1", image_size=64, format="png")
 
 
 def start(*command: str, **options: object) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, **options,
-    )  # fmt: skip
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        **options,
+    )
 
 
 def finished(process: subprocess.Popen, within_s: float) -> tuple[int, str]:
@@ -48,11 +66,17 @@ def test_a_signal_in_the_middle_of_a_picture_ends_it_by_that_signal_without_a_tr
 
 def test_ctrl_c_while_the_command_is_still_imported_leaves_no_traceback(tmp_path, monkeypatch):
     (tmp_path / "slow").mkdir()
-    (tmp_path / "slow" / "typer.py").write_text("print('running', flush=True); import time; time.sleep(30)")
+    (tmp_path / "slow" / "typer.py").write_text(
+        "print('running', flush=True); import time; time.sleep(30)"
+    )
     command = [sys.executable, "-m", "fluxcli", "--help"]
     path = f"{tmp_path / 'slow'}{os.pathsep}{ROOT}"
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
     )
     assert process.stdout.readline() == "running\n"
     process.send_signal(signal.SIGINT)
@@ -151,11 +175,11 @@ def test_a_signal_that_a_library_swallows_still_ends_the_run(swallow, then):
 
 
 def test_a_signal_during_a_librarys_import_is_no_exception_in_it(tmp_path):
-    lines = (
-        "import os, time\ntry:\n    print('running', flush=True); time.sleep(30)\nexcept BaseException:\n    os.abort()"
-    )
+    lines = "import os, time\ntry:\n    print('running', flush=True); time.sleep(30)\nexcept BaseException:\n    os.abort()"
     (tmp_path / "library.py").write_text(lines)
-    code = SLOW_CLEANUP.replace("    try:", f"    sys.path.append({str(tmp_path)!r}); import library\n    try:")
+    code = SLOW_CLEANUP.replace(
+        "    try:", f"    sys.path.append({str(tmp_path)!r}); import library\n    try:"
+    )
     process = start("-c", code.format(cleanup=0))
     assert process.stdout.readline() == "running\n"
     process.send_signal(signal.SIGINT)
@@ -181,17 +205,26 @@ app.main()
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--help",), ("presets",), ("generate", "a fox", "-p", "tiny", "-o", "-"),
-     ("generate", "a fox", "-p", "tiny", "-q"), ("generate", "a fox", "-p", "tiny", "--events", "-q")],
+    [
+        ("--help",),
+        ("presets",),
+        ("generate", "a fox", "-p", "tiny", "-o", "-"),
+        ("generate", "a fox", "-p", "tiny", "-q"),
+        ("generate", "a fox", "-p", "tiny", "--events", "-q"),
+    ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_a_closed_pipe_dies_quietly(arguments, commands):
     process = commands.start("-c", PAINTED, *arguments)
     process.stdout.close()  # long before the first byte
     process.stdout = None
     code, stderr = finished(process, 30)
     assert code == -signal.SIGPIPE
-    assert "Traceback" not in stderr and "error" not in stderr and not [f for f in files(Path()) if f.endswith(".tmp")]
+    assert (
+        "Traceback" not in stderr
+        and "error" not in stderr
+        and not [f for f in files(Path()) if f.endswith(".tmp")]
+    )
 
 
 def _killed_at(k: int, text: str) -> bool:
@@ -213,7 +246,9 @@ def _with_output(text: str) -> Order:
     return changed(REQUEST, output=text)
 
 
-@pytest.mark.parametrize("text, name, before", [("x.png", "x.png", b"old"), ("{seed}", "5.png", None)])
+@pytest.mark.parametrize(
+    "text, name, before", [("x.png", "x.png", b"old"), ("{seed}", "5.png", None)]
+)
 def test_killed_at_any_write_point_the_old_file_or_the_new_one_is_whole(text, name, before):
     seen = set()
     for k in count(1):

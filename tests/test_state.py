@@ -1,4 +1,6 @@
-"""What is kept between runs: whole or not at all, never an error; and one run at a time on a device."""
+"""What is kept between runs: whole or not at all, never an error; and one run at a time on a
+device.
+"""
 
 import json
 import os
@@ -49,7 +51,11 @@ def process(code: str, *arguments: str) -> subprocess.Popen:
     pipe = subprocess.PIPE
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     started = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], stdin=pipe, stdout=pipe, text=True, env=environment
+        [sys.executable, "-c", code, *arguments],
+        stdin=pipe,
+        stdout=pipe,
+        text=True,
+        env=environment,
     )
     assert started.stdout.readline() in ("held\n", "ready\n")
     return started
@@ -78,7 +84,9 @@ def nowhere(request, monkeypatch, tmp_path) -> None:
         monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     else:
         (tmp_path / "file").write_text("kept")
-        monkeypatch.setenv("XDG_CACHE_HOME", request.param.replace("a file", str(tmp_path / "file")))
+        monkeypatch.setenv(
+            "XDG_CACHE_HOME", request.param.replace("a file", str(tmp_path / "file"))
+        )
 
 
 # --- the folder
@@ -117,7 +125,9 @@ def test_a_margin_grows_by_what_was_missing_for_this_card_alone():
     grow_margin(card("ü"), 400 << 20)
     grow_margin(card(), 500 << 20)
     assert (read_margin(card()), read_margin(card("ü"))) == (800 << 20, 400 << 20)
-    assert read_margin(card("another")) == 0 and list(files(paths.cache_folder())) == ["margin.json"]
+    assert read_margin(card("another")) == 0 and list(files(paths.cache_folder())) == [
+        "margin.json"
+    ]
 
 
 @pytest.mark.parametrize("missing_bytes", [-5 * GIB, 0, 1])
@@ -229,7 +239,10 @@ def test_a_session_that_waits_for_a_device_gives_signs_and_can_be_given_up(hold,
     monkeypatch.setattr(session, "LOCK_S", 0.05)
     other, waiting = hold(CARD), session.Session()
     events = waiting._lock(CARD, no_wait=False)
-    assert "is busy" in next(events).message and [next(events) for _ in range(3)] == [Phase("wait", CARD)] * 3
+    assert (
+        "is busy" in next(events).message
+        and [next(events) for _ in range(3)] == [Phase("wait", CARD)] * 3
+    )
     events.close()
     events = waiting._lock(CARD, no_wait=False)
     next(events)
@@ -256,21 +269,34 @@ def test_no_identity_leaves_the_folder_of_locks():
     for identity in ("cuda ../../x", "/etc/passwd", "a\0b", "..", "ü"):
         assert free(identity)
     folder = paths.cache_folder()
-    assert all(Path(name).parent == Path("locks") for name in files(folder)) and list(Path().iterdir()) == []
+    assert (
+        all(Path(name).parent == Path("locks") for name in files(folder))
+        and list(Path().iterdir()) == []
+    )
 
 
 def test_without_a_place_for_the_lock_the_run_goes_on(nowhere):
     assert free(CARD) and free(CARD)
 
 
-def test_a_run_on_a_busy_device_waits_or_is_refused_and_a_plan_does_neither(hold, drawn, capsys, monkeypatch):
+def test_a_run_on_a_busy_device_waits_or_is_refused_and_a_plan_does_neither(
+    hold, drawn, capsys, monkeypatch
+):
     here = machine(24, identity=CARD)
     probed: list[str] = []
     monkeypatch.setattr(hardware, "probe", lambda device="auto", **_: probed.append(device) or here)
     monkeypatch.setattr(hardware, "cap", lambda *_: None)
     command, other = ("generate", "a fox", "-p", "tiny", "--seed", "5"), hold(CARD)
     assert "busy" in assert_failed(call(capsys, *command, "--no-wait"), ExitCode.DOES_NOT_FIT)
-    assert call(capsys, *command, "--dry-run", "--no-wait").returncode == 0 and not drawn and len(probed) == 2
-    monkeypatch.setattr(console, "say", lambda text: other.poll() is None and "busy" in text and other.communicate("x"))
+    assert (
+        call(capsys, *command, "--dry-run", "--no-wait").returncode == 0
+        and not drawn
+        and len(probed) == 2
+    )
+    monkeypatch.setattr(
+        console,
+        "say",
+        lambda text: other.poll() is None and "busy" in text and other.communicate("x"),
+    )
     assert call(capsys, *command).returncode == 0 and len(drawn) == 1
     assert len(probed) == 4  # and asks what is free once more after waiting

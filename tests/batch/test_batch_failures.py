@@ -10,7 +10,18 @@ from fluxcli.errors import OutputError
 from fluxcli.pictures import names as output
 from fluxcli.pictures.image import read_metadata
 from fluxcli.request.settings import SETTINGS as KEYS
-from tests.support.batches import FAKE, SMALL, draw, failed_rows, of, pixels, resumed, single, split, write
+from tests.support.batches import (
+    FAKE,
+    SMALL,
+    draw,
+    failed_rows,
+    of,
+    pixels,
+    resumed,
+    single,
+    split,
+    write,
+)
 from tests.support.helpers import machine
 from tests.support.invariant import call, files
 
@@ -36,7 +47,10 @@ def test_row_7_of_20_fails_alone(drawn, capsys):
     rows = [{"prompt": f"p{k}", "seed": k} for k in range(1, 21)]
     source = write(*rows[:6], "", {"prompt": "x", "stesp": 3}, *rows[7:])
     result = call(capsys, "generate", "--from", source, *FAKE, "-o", "out/")
-    assert failed_rows(result).keys() == {7} and "\nflux: row 7 failed: p.jsonl:8: " in f"\n{result.stderr}"
+    assert (
+        failed_rows(result).keys() == {7}
+        and "\nflux: row 7 failed: p.jsonl:8: " in f"\n{result.stderr}"
+    )
     assert "flux: error: 1 of 20 rows failed (p.jsonl): the first here is row 7." in result.stderr
     names = [f"out/p{k}-{k}.png" for k in range(1, 21) if k != 7]
     assert result.stdout.splitlines() == names and len(files(Path("out"))) == 19
@@ -44,7 +58,11 @@ def test_row_7_of_20_fails_alone(drawn, capsys):
 
 
 def test_each_wrong_row_says_what_is_wrong_and_rows_between_them_are_drawn(drawn, capsys):
-    rows = [each for k, (row, _) in enumerate(WRONG.values()) for each in (row, {"prompt": "a", "seed": k})]
+    rows = [
+        each
+        for k, (row, _) in enumerate(WRONG.values())
+        for each in (row, {"prompt": "a", "seed": k})
+    ]
     found = failed_rows(call(capsys, "generate", "--from", write(*rows), *FAKE, "-o", "out/"))
     for number, (name, (_, word)) in zip(range(1, len(rows), 2), WRONG.items(), strict=True):
         message = found.pop(number)
@@ -53,16 +71,38 @@ def test_each_wrong_row_says_what_is_wrong_and_rows_between_them_are_drawn(drawn
 
 
 HOSTILE = [
-    *("\ud800", "", None, True, [], {}, [None], ["\ud800"], "\0", "a" * 4000, -1, 10**30, 1.5, 1e999),
+    *(
+        "\ud800",
+        "",
+        None,
+        True,
+        [],
+        {},
+        [None],
+        ["\ud800"],
+        "\0",
+        "a" * 4000,
+        -1,
+        10**30,
+        1.5,
+        1e999,
+    ),
     *("{}{seed}", "{seed.x}", "~nobody/x.png", "a/" * 600),
 ]
 
 
 def test_no_value_of_any_field_ends_the_batch(drawn, capsys):
-    rows = [{"prompt": "a", "seed": 1} | {key: value} for key in (*KEYS, "prompt", "ar") for value in HOSTILE]
+    rows = [
+        {"prompt": "a", "seed": 1} | {key: value}
+        for key in (*KEYS, "prompt", "ar")
+        for value in HOSTILE
+    ]
     events = draw(capsys, write(*rows, {"prompt": "last", "seed": 1}), *FAKE, "-o", "out/", code=7)
     (summary,) = of(events, "summary")
-    assert summary["rows"] == len(rows) + 1 == summary["done"] + summary["failed"] and summary["skipped"] == 0
+    assert (
+        summary["rows"] == len(rows) + 1 == summary["done"] + summary["failed"]
+        and summary["skipped"] == 0
+    )
     assert drawn[-1].request.prompt == "last" and of(events, "failed")[-1]["row"] == 0
     assert all(event["exit_code"] in range(2, 10) for event in of(events, "failed"))
 
@@ -70,7 +110,11 @@ def test_no_value_of_any_field_ends_the_batch(drawn, capsys):
 def test_quiet_leaves_the_failures(drawn, capsys):
     result = call(capsys, "generate", "--from", write("{", {"prompt": "a", "seed": 1}), *FAKE, "-q")
     rows, rest, _ = split(result.stderr)
-    assert list(failed_rows(result)) == [1] == list(rows) and rest == "" and result.stdout == "a-1.png\n"
+    assert (
+        list(failed_rows(result)) == [1] == list(rows)
+        and rest == ""
+        and result.stdout == "a-1.png\n"
+    )
     result = call(capsys, "generate", "--from", write({"prompt": "b", "seed": 1}), *FAKE, "-q")
     assert (result.returncode, result.stdout, result.stderr) == (0, "b-1.png\n", "")
     result = call(capsys, "generate", "--from", "p.jsonl", *FAKE, "-q", "--resume")
@@ -91,7 +135,9 @@ def test_fail_fast_draws_nothing_after_the_failure(drawn, capsys, monkeypatch):
 
     monkeypatch.setattr(output, "save", save)
     result = call(capsys, "generate", "--from", write(*good), *FAKE, "-o", "b/", "--fail-fast")
-    assert "no room" in failed_rows(result)[3] and set(files(Path("b"))) < {f"p{k}-{k}.png" for k in range(1, 17)}
+    assert "no room" in failed_rows(result)[3] and set(files(Path("b"))) < {
+        f"p{k}-{k}.png" for k in range(1, 17)
+    }
     result = call(capsys, "generate", "--from", "p.jsonl", *FAKE, "-o", "c/")
     assert list(failed_rows(result)) == [3] and len(files(Path("c"))) == 39
 
@@ -105,7 +151,9 @@ def test_nan_in_one_row_is_an_error_of_that_row(capsys, monkeypatch):
     monkeypatch.setattr(denoise, "make_noise", noise)
     source = write(*({"prompt": "a red circle", "seed": seed} for seed in (1, 8, 2)))
     events = draw(capsys, source, *SMALL, "-o", "out/", code=7)
-    expected = {k: single(capsys, "a red circle", "--seed", str(seed)) for k, seed in ((1, 1), (3, 2))}
+    expected = {
+        k: single(capsys, "a red circle", "--seed", str(seed)) for k, seed in ((1, 1), (3, 2))
+    }
     assert pixels(events) == expected
     row, end = of(events, "failed")
     assert (row["row"], row["exit_code"], end["row"], end["exit_code"]) == (2, 9, 0, 7)
@@ -113,10 +161,14 @@ def test_nan_in_one_row_is_an_error_of_that_row(capsys, monkeypatch):
     assert [event["row"] for event in of(events, "done")] == [1, 3]
 
 
-def test_memory_that_ends_for_one_row_is_an_error_of_that_row_and_its_latents_are_kept(capsys, monkeypatch):
+def test_memory_that_ends_for_one_row_is_an_error_of_that_row_and_its_latents_are_kept(
+    capsys, monkeypatch
+):
     real, steps = denoise.take_step, []
 
-    def step(model: object, scheduler: object, latents: torch.Tensor, **rest: object) -> torch.Tensor:
+    def step(
+        model: object, scheduler: object, latents: torch.Tensor, **rest: object
+    ) -> torch.Tensor:
         large = latents.shape[1] == 64
         steps.append(large)
         if large and steps.count(True) > 1:
@@ -127,19 +179,31 @@ def test_memory_that_ends_for_one_row_is_an_error_of_that_row_and_its_latents_ar
     one = {"prompt": "a red circle"}
     source = write(one | {"seed": 1}, one | {"seed": 2, "size": 128}, one | {"seed": 2})
     events = draw(capsys, source, *SMALL, "-o", "out/", code=7)
-    expected = {k: single(capsys, "a red circle", "--seed", str(seed)) for k, seed in ((1, 1), (3, 2))}
+    expected = {
+        k: single(capsys, "a red circle", "--seed", str(seed)) for k, seed in ((1, 1), (3, 2))
+    }
     assert pixels(events) == expected
-    assert [(event["row"], event["exit_code"]) for event in of(events, "failed")] == [(2, 5), (0, 7)]
+    assert [(event["row"], event["exit_code"]) for event in of(events, "failed")] == [
+        (2, 5),
+        (0, 7),
+    ]
     (kept,) = Path("out").glob("*.latents.safetensors")
-    assert str(kept) in of(events, "failed")[0]["message"] and f"flux decode {kept}" in of(events, "failed")[0]["hint"]
+    assert (
+        str(kept) in of(events, "failed")[0]["message"]
+        and f"flux decode {kept}" in of(events, "failed")[0]["hint"]
+    )
     assert steps.count(False) == 4  # finished pictures are not begun again
     monkeypatch.setattr(denoise, "take_step", real)
-    events = draw(capsys, source, *SMALL, "-o", "out/", "--resume")  # what is kept is finished, not drawn again
+    events = draw(
+        capsys, source, *SMALL, "-o", "out/", "--resume"
+    )  # what is kept is finished, not drawn again
     assert [(step["index"], step["total"]) for step in of(events, "step")] == [(2, 2)]
     assert pixels(events) == {2: single(capsys, "a red circle", "--seed", "2", "--size", "128")}
     assert len(of(events, "skipped")) == 2
     Path("out/a-red-circle-2-2.png").unlink()
-    events = draw(capsys, source, *SMALL, "-o", "out/", "--resume", "--guidance", "2")  # another picture of that name
+    events = draw(
+        capsys, source, *SMALL, "-o", "out/", "--resume", "--guidance", "2"
+    )  # another picture of that name
     assert len(of(events, "step")) == 6
 
 
@@ -152,28 +216,44 @@ def test_tiles_for_one_picture_leave_its_neighbours_and_resume_alone(capsys, mon
         return real(vae, latents)
 
     one = {"prompt": "a red circle", "steps": 1}
-    source = write(one | {"seed": 1, "size": 384}, one | {"seed": 2}, one | {"seed": 1, "size": 400})
+    source = write(
+        one | {"seed": 1, "size": 384}, one | {"seed": 2}, one | {"seed": 1, "size": 400}
+    )
     expected = single(capsys, "a red circle", "--seed", "2", "--steps", "1")
     monkeypatch.setattr(decode, "decode_latents", decode_latents)
     events = draw(capsys, source, "-p", "tiny", "--size", "64", "-o", "out/")
     assert pixels(events)[2] == expected
-    assert sum("in tiles" in event["message"] for event in of(events, "notice")) == 1  # the same words for both
-    tiled = {read_metadata(Path(e["image"]["path"]))["compute"]["tiled"]: e["row"] for e in of(events, "saved")}
+    assert (
+        sum("in tiles" in event["message"] for event in of(events, "notice")) == 1
+    )  # the same words for both
+    tiled = {
+        read_metadata(Path(e["image"]["path"]))["compute"]["tiled"]: e["row"]
+        for e in of(events, "saved")
+    }
     assert tiled == {True: 3, False: 2}
     assert resumed(capsys, "-o", "out/")[0] == []
 
 
 def test_a_limit_is_its_own_rows(capsys):
     source = write(
-        {"prompt": "a", "seed": 1, "vram_limit": "2GiB"}, {"prompt": "a", "seed": 2}, {"prompt": "a", "seed": 3}
+        {"prompt": "a", "seed": 1, "vram_limit": "2GiB"},
+        {"prompt": "a", "seed": 2},
+        {"prompt": "a", "seed": 3},
     )
-    plans = {event["row"]: event["plan"]["budget_bytes"] for event in of(draw(capsys, source, *SMALL), "done")}
+    plans = {
+        event["row"]: event["plan"]["budget_bytes"]
+        for event in of(draw(capsys, source, *SMALL), "done")
+    }
     assert plans[1] == 2 << 30 != plans[2] == plans[3]
 
 
-def test_a_row_that_cannot_fit_is_refused_alone_before_anything_is_drawn(drawn, capsys, monkeypatch):
+def test_a_row_that_cannot_fit_is_refused_alone_before_anything_is_drawn(
+    drawn, capsys, monkeypatch
+):
     monkeypatch.setattr(hardware, "probe", lambda *_, **__: machine(0.1, "cpu", bf16=False))
     one = {"prompt": "a", "seed": 1}
-    result = call(capsys, "generate", "--from", write(one, one | {"size": 2048}, one | {"seed": 2}), *FAKE)
+    result = call(
+        capsys, "generate", "--from", write(one, one | {"size": 2048}, one | {"seed": 2}), *FAKE
+    )
     assert failed_rows(result).keys() == {2} and [order.request.seed for order in drawn] == [1, 2]
     assert result.stderr.index("row 2 failed") < result.stderr.index("row 1: a-1.png")

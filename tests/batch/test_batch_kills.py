@@ -67,7 +67,11 @@ def test_killed_at_any_write_a_batch_goes_on_and_has_every_picture_once(drawn, c
         check_complete(3, left)
         if not killed:
             break
-    assert k > 30 and {done for _, done in kept} == {0, 1, 2, 3} and {some for some, _ in kept} == {0, 1}
+    assert (
+        k > 30
+        and {done for _, done in kept} == {0, 1, 2, 3}
+        and {some for some, _ in kept} == {0, 1}
+    )
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
@@ -80,7 +84,10 @@ def test_killed_at_any_moment_a_batch_goes_on(capsys, monkeypatch, commands):
     told += process.communicate()[0].split()
     paint_instead(monkeypatch)
     left, done = leftovers("o"), len(hashes("o"))
-    assert after <= len(told) <= done <= 40 and all(Path(path).exists() for path in told), (after, pause_s)
+    assert after <= len(told) <= done <= 40 and all(Path(path).exists() for path in told), (
+        after,
+        pause_s,
+    )
     result = call(capsys, *arguments)
     assert result.returncode == 0 and len(result.stdout.split()) == 40 - done, (after, pause_s)
     assert call(capsys, *arguments, "-o", "whole/").returncode == 0

@@ -24,11 +24,17 @@ def test_templates_know_the_row(drawn, capsys):
 @pytest.mark.parametrize("options", [(), ("--force",)])
 def test_one_name_for_all_rows_is_refused_before_anything_is_drawn(options, drawn, capsys):
     source = write(
-        *({"prompt": f"p{k}", "seed": k} for k in range(1, 3)), {"prompt": "c", "seed": 3, "output": "c.png"}
+        *({"prompt": f"p{k}", "seed": k} for k in range(1, 3)),
+        {"prompt": "c", "seed": 3, "output": "c.png"},
     )
     failed = of(draw(capsys, source, *FAKE, *options, "-o", "x.png", code=7), "failed")[:-1]
-    assert [(each["row"], each["exit_code"]) for each in failed] == [(1, 2), (2, 2)] and len(drawn) == 1
-    assert "one file name for several" in failed[0]["message"] and sorted(files(Path())) == ["c.png", "p.jsonl"]
+    assert [(each["row"], each["exit_code"]) for each in failed] == [(1, 2), (2, 2)] and len(
+        drawn
+    ) == 1
+    assert "one file name for several" in failed[0]["message"] and sorted(files(Path())) == [
+        "c.png",
+        "p.jsonl",
+    ]
 
 
 @pytest.mark.parametrize("options", [(), ("--force",)])
@@ -39,7 +45,9 @@ def test_rows_that_name_the_same_file_lose_no_picture(options, drawn, capsys):
     assert sorted(files(Path())) == ["p.jsonl", "x.png"]
     assert read_metadata(Path("x.png"))["request"]["seed"] == 1
     result = call(capsys, "generate", "--from", "p.jsonl", *FAKE)
-    assert set(failed_rows(result)) == {1, 2} and len(drawn) == 1  # nothing is computed for a name that is taken
+    assert (
+        set(failed_rows(result)) == {1, 2} and len(drawn) == 1
+    )  # nothing is computed for a name that is taken
 
 
 @pytest.mark.parametrize("where", ["variable", "settings"])
@@ -57,9 +65,13 @@ def test_stdout_is_refused_wherever_it_is_asked_for(where, drawn, capsys, monkey
 def test_no_home_and_a_field_said_twice_are_errors(drawn, capsys):
     said = assert_failed(call(capsys, "generate", "--from", "~nobody-here/x"), ExitCode.USAGE)
     assert "cannot read the rows" in said
-    result = call(capsys, "generate", "--from", write({"prompt": "a", "size": 64, "image_size": 128}), *FAKE)
+    result = call(
+        capsys, "generate", "--from", write({"prompt": "a", "size": 64, "image_size": 128}), *FAKE
+    )
     assert "the same field twice" in failed_rows(result)[1] and not drawn
-    result = call(capsys, "generate", "--from", write({"prompt": "a", "lora": {"x.safetensors": 0.5}}), *FAKE)
+    result = call(
+        capsys, "generate", "--from", write({"prompt": "a", "lora": {"x.safetensors": 0.5}}), *FAKE
+    )
     assert "lora" in failed_rows(result)[1] and not drawn
 
 
@@ -100,7 +112,15 @@ def test_what_can_be_no_batch_is_a_usage_error_and_draws_nothing(arguments, word
 
 
 @pytest.mark.parametrize(
-    "wrong", [("--steps", "0"), ("-p", "tinyy"), ("-o", "s/{sed}"), ("-o", "noext"), ("--format", "gif"), ("-o", "-")]
+    "wrong",
+    [
+        ("--steps", "0"),
+        ("-p", "tinyy"),
+        ("-o", "s/{sed}"),
+        ("-o", "noext"),
+        ("--format", "gif"),
+        ("-o", "-"),
+    ],
 )
 def test_what_is_wrong_for_every_row_is_said_once(wrong, drawn, capsys):
     result = call(capsys, "generate", "--from", write("a", "b", name="p.txt"), *FAKE, *wrong)

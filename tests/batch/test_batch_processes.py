@@ -25,7 +25,9 @@ def processes(commands: Server | Interpreters, arguments: list[str], folder: str
     started = []
     for rank in ("0", "1"):
         variables = shared | {"RANK": rank, "LOCAL_RANK": rank}
-        started.append(commands.start("-m", "fluxcli", *arguments, "-o", folder, environment=variables))
+        started.append(
+            commands.start("-m", "fluxcli", *arguments, "-o", folder, environment=variables)
+        )
     return started
 
 
@@ -51,14 +53,20 @@ def test_two_processes_draw_together_what_one_does(capsys, commands):
 @pytest.mark.serial
 @pytest.mark.skipif(os.name == "nt", reason="gloo")
 def test_a_process_whose_partner_is_killed_says_so(commands):
-    source = write(*({"prompt": "a red circle", "seed": 1, "steps": 1 if k % 2 else 2000} for k in (1, 2)))
+    source = write(
+        *({"prompt": "a red circle", "seed": 1, "steps": 1 if k % 2 else 2000} for k in (1, 2))
+    )
     arguments = ["generate", "--from", source, "-p", "tiny", "--size", "64", "--device", "cpu"]
     main, other = processes(commands, arguments, "both/")
     assert main.stdout.readline() == "both/a-red-circle-1.png\n"
     other.kill()
     other.communicate()
     _, said = main.communicate(timeout=60)
-    assert main.returncode == 7 and "flux: error: another process has ended" in said and "--resume" in said
+    assert (
+        main.returncode == 7
+        and "flux: error: another process has ended" in said
+        and "--resume" in said
+    )
 
 
 def test_a_variable_that_a_scheduler_left_is_no_batch_of_many(monkeypatch):
@@ -73,7 +81,9 @@ def test_no_process_waits_too_short_for_the_others(monkeypatch):
     for name in (*VARIABLES, "WORLD_SIZE"):
         monkeypatch.setenv(name, "2")
     state = SimpleNamespace(process_index=1, num_processes=2, is_main_process=False)
-    monkeypatch.setattr(accelerate, "PartialState", lambda **options: asked.update(options) or state)
+    monkeypatch.setattr(
+        accelerate, "PartialState", lambda **options: asked.update(options) or state
+    )
     assert list(Share().take(iter("abc"))) == ["b"]
     assert asked["timeout"] >= timedelta(days=1) and asked["backend"] == "gloo" and asked["cpu"]
 
@@ -83,7 +93,9 @@ def test_processes_that_do_not_find_each_other_are_an_error(monkeypatch, capsys)
 
     for name in (*VARIABLES, "WORLD_SIZE"):
         monkeypatch.setenv(name, "2")
-    monkeypatch.setattr(accelerate, "PartialState", lambda **_: torch.tensor(1).view(5))  # a RuntimeError of torch's
+    monkeypatch.setattr(
+        accelerate, "PartialState", lambda **_: torch.tensor(1).view(5)
+    )  # a RuntimeError of torch's
     result = call(capsys, "generate", "--from", write("a", name="p.txt"), *SMALL)
     assert "do not find each other" in assert_failed(result, ExitCode.DEVICE)
 
@@ -92,8 +104,12 @@ def test_several_processes_cannot_share_stdin(capsys, monkeypatch):
     for name in (*VARIABLES, "WORLD_SIZE"):
         monkeypatch.setenv(name, "2")
     stdin(monkeypatch, b"a\n")
-    assert "cannot be shared" in assert_failed(call(capsys, "generate", "--from", "-"), ExitCode.USAGE)
+    assert "cannot be shared" in assert_failed(
+        call(capsys, "generate", "--from", "-"), ExitCode.USAGE
+    )
     os.mkfifo("rows.jsonl")
     writing = os.open("rows.jsonl", os.O_RDWR)
-    assert "cannot be shared" in assert_failed(call(capsys, "generate", "--from", "rows.jsonl"), ExitCode.USAGE)
+    assert "cannot be shared" in assert_failed(
+        call(capsys, "generate", "--from", "rows.jsonl"), ExitCode.USAGE
+    )
     os.close(writing)

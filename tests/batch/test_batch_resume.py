@@ -9,7 +9,18 @@ from fluxcli.pictures.image import hash_request, read_metadata
 from fluxcli.request.job import Job, Row
 from fluxcli.run.session import Session
 from quant.checkpoint import Checkpoint, inspect
-from tests.support.batches import FAKE, SMALL, draw, failed_rows, hashes, of, pixels, resumed, single, write
+from tests.support.batches import (
+    FAKE,
+    SMALL,
+    draw,
+    failed_rows,
+    hashes,
+    of,
+    pixels,
+    resumed,
+    single,
+    write,
+)
 from tests.support.helpers import tiny
 from tests.support.invariant import call, files
 from tests.support.loras import write_lora
@@ -42,7 +53,13 @@ def test_a_second_run_skips_what_is_there_and_draws_what_is_not(drawn, capsys):
 def test_skipping_goes_by_the_request_and_not_by_the_name(drawn, capsys):
     write({"prompt": "a fox", "seed": 1})
     resumed(capsys)
-    for changed in (("--steps", "3"), ("--guidance", "2"), ("--ar", "2:1"), ("--text-tokens", "20"), ("--seed", "9")):
+    for changed in (
+        ("--steps", "3"),
+        ("--guidance", "2"),
+        ("--ar", "2:1"),
+        ("--text-tokens", "20"),
+        ("--seed", "9"),
+    ):
         write({"prompt": "a fox"} | ({} if "--seed" in changed else {"seed": 1}))
         assert resumed(capsys, *changed) == ([*resumed(capsys, *changed)[1]], []) or True
     assert len(drawn) == 6
@@ -55,7 +72,9 @@ def test_skipping_goes_by_the_request_and_not_by_the_name(drawn, capsys):
     assert len(resumed(capsys, "-o", "elsewhere/")[0]) == 1
 
 
-def test_another_model_device_or_adapter_of_the_same_name_is_another_picture(drawn, capsys, checkpoint):
+def test_another_model_device_or_adapter_of_the_same_name_is_another_picture(
+    drawn, capsys, checkpoint
+):
     write_lora(Path("x.safetensors"), checkpoint, pattern=".*attn.to_q")
     write({"prompt": "a fox", "seed": 1, "lora": "x.safetensors"})
     (path,), _ = resumed(capsys)
@@ -70,7 +89,11 @@ def test_another_model_device_or_adapter_of_the_same_name_is_another_picture(dra
 
 def test_an_adapter_that_changed_is_seen_by_a_session_that_stays(checkpoint):
     def kinds(session: Session, **options: object) -> list[type]:
-        job = Job((Row(1, tiny(lora=("l.safetensors",), output="o/", steps=1, seed=1)),), batch=True, **options)
+        job = Job(
+            (Row(1, tiny(lora=("l.safetensors",), output="o/", steps=1, seed=1)),),
+            batch=True,
+            **options,
+        )
         return [type(event) for event in session.run(job) if isinstance(event, Saved | Skipped)]
 
     write_lora(Path("l.safetensors"), checkpoint, seed=1)
@@ -87,7 +110,9 @@ def test_a_row_in_the_name_is_the_whole_row(drawn, capsys):
     assert resumed(capsys, "-o", "o/{row}")[0] == ["o/1.png"]
 
 
-@pytest.mark.parametrize("wish", [("--device", "cpu"), ("--vram-limit", "8GiB"), ("--precision", "fp32")])
+@pytest.mark.parametrize(
+    "wish", [("--device", "cpu"), ("--vram-limit", "8GiB"), ("--precision", "fp32")]
+)
 def test_wishes_that_change_no_pixel_draw_nothing_again(wish, drawn, capsys):
     write({"prompt": "a", "seed": 1})
     resumed(capsys)
@@ -104,7 +129,9 @@ OVERLAPS = {
 @pytest.mark.parametrize("rows", OVERLAPS.values(), ids=OVERLAPS)
 def test_pictures_of_rows_that_overlap_are_each_there_in_the_end(rows, drawn, capsys):
     source = write(*({"prompt": "a"} | row for row in rows))
-    whole = [image["image"]["path"] for image in of(draw(capsys, source, *FAKE, "-o", "o/"), "saved")]
+    whole = [
+        image["image"]["path"] for image in of(draw(capsys, source, *FAKE, "-o", "o/"), "saved")
+    ]
     distinct = len(set(hashes("o")))
     for gone in whole:
         Path(gone).unlink()
@@ -121,11 +148,17 @@ def test_a_bare_picture_is_drawn_again(drawn, capsys):
 
 @pytest.mark.parametrize("name", ["o/", "o/{row}-{seed}", "o/{slug}-{n}-{date}.png", "o/{slug}"])
 def test_rows_without_seeds_and_equal_rows_have_a_picture_each(name, drawn, capsys):
-    rows = [{"prompt": "a"}, {"prompt": "a"}, {"prompt": "b", "seed": 1}, {"prompt": "b", "seed": 1}]
+    rows = [
+        {"prompt": "a"},
+        {"prompt": "a"},
+        {"prompt": "b", "seed": 1},
+        {"prompt": "b", "seed": 1},
+    ]
     write(*rows, {"prompt": "a", "count": 3}, {"prompt": "a"})
     new, _ = resumed(capsys, "-o", name)
     assert (
-        len(new) == 8 == len(files(Path("o"))) and len({r.request.seed for r in drawn if r.request.prompt == "a"}) == 6
+        len(new) == 8 == len(files(Path("o")))
+        and len({r.request.seed for r in drawn if r.request.prompt == "a"}) == 6
     )
     assert resumed(capsys, "-o", name)[0] == []
     for gone in (new[1], new[3]):
@@ -138,7 +171,12 @@ def test_rows_without_seeds_and_equal_rows_have_a_picture_each(name, drawn, caps
 
 def test_equal_rows_in_different_places_are_all_skipped(drawn, capsys):
     one = {"prompt": "a", "seed": 1}
-    write(one | {"output": "a/"}, one | {"output": "b/"}, one | {"output": "x.png"}, one | {"output": "y.png"})
+    write(
+        one | {"output": "a/"},
+        one | {"output": "b/"},
+        one | {"output": "x.png"},
+        one | {"output": "y.png"},
+    )
     assert len(resumed(capsys)[0]) == 4
     assert resumed(capsys) == ([], ["a/a-1.png", "b/a-1.png", "x.png", "y.png"])
 
@@ -154,13 +192,21 @@ def test_a_row_of_several_draws_those_that_are_missing(drawn, capsys):
     assert [len(event["images"]) for event in of(events, "done")] == [2]
     assert [order.request.seed for order in drawn] == [5, 6, 7, 8, 6, 8]
     (summary,) = of(events, "summary")
-    assert [summary[key] for key in ("rows", "done", "failed", "skipped", "pictures")] == [1, 1, 0, 0, 2]
+    assert [summary[key] for key in ("rows", "done", "failed", "skipped", "pictures")] == [
+        1,
+        1,
+        0,
+        0,
+        2,
+    ]
     write({"prompt": "a", "seed": 7, "count": 4})  # others of the same pictures
     assert resumed(capsys) == (["a-9.png", "a-10.png"], ["a-7.png", "a-8.png"])
 
 
 def test_a_named_file_is_skipped_but_another_picture_in_it_stays(drawn, capsys):
-    write({"prompt": "a", "seed": 1, "output": "x.png"}, {"prompt": "b", "seed": 1, "output": "y.png"})
+    write(
+        {"prompt": "a", "seed": 1, "output": "x.png"}, {"prompt": "b", "seed": 1, "output": "y.png"}
+    )
     resumed(capsys)
     assert resumed(capsys) == ([], ["x.png", "y.png"])
     Path("y.png").write_bytes(b"mine")

@@ -16,8 +16,12 @@ from tests.support.invariant import assert_failed, call, files
 
 @pytest.mark.serial
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_a_picture_is_drawn_before_the_next_prompt_is_written_and_a_signal_ends_the_waiting(commands):
-    process = commands.start("-c", PAINTED, "generate", "--from", "-", *FAKE, "--seed", "1", stdin=subprocess.PIPE)
+def test_a_picture_is_drawn_before_the_next_prompt_is_written_and_a_signal_ends_the_waiting(
+    commands,
+):
+    process = commands.start(
+        "-c", PAINTED, "generate", "--from", "-", *FAKE, "--seed", "1", stdin=subprocess.PIPE
+    )
     watchdog = threading.Timer(60, process.kill)  # rather a failure than a hang
     watchdog.start()
     for prompt in ("a fox", "an owl", "a bee"):
@@ -36,7 +40,9 @@ def test_stdin_names_its_rows_and_a_terminal_or_a_closed_one_is_refused(drawn, c
     result = call(capsys, "generate", "--from", "-", *FAKE)
     assert failed_rows(result)[2].startswith("stdin:3: ") and result.stdout == "a-1.png\n"
     stdin(monkeypatch, b"never read", terminal=True)
-    assert "--from prompts.txt" in assert_failed(call(capsys, "generate", "--from", "-"), ExitCode.USAGE)
+    assert "--from prompts.txt" in assert_failed(
+        call(capsys, "generate", "--from", "-"), ExitCode.USAGE
+    )
     monkeypatch.setattr(sys, "stdin", None)
     assert "closed" in assert_failed(call(capsys, "generate", "--from", "-"), ExitCode.USAGE)
 

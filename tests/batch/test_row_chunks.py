@@ -63,7 +63,9 @@ def failing(count: int) -> Iterator[Row]:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("count, expected", [(0, []), (2, [[1, 2]]), (3, [[1, 2, 3]]), (4, [[1, 2, 3], [4]])])
+@pytest.mark.parametrize(
+    "count, expected", [(0, []), (2, [[1, 2]]), (3, [[1, 2, 3]]), (4, [[1, 2, 3], [4]])]
+)
 def test_an_exception_comes_after_the_rows_before_it(streaming, count, expected, monkeypatch):
     monkeypatch.setattr(batch, "PAUSE_S", 30)
     found = make_chunks(failing(count), 3, streaming=streaming)
@@ -120,7 +122,9 @@ def test_what_may_wait_is_a_stream(pipe, tmp_path):
         assert is_streaming(file)
 
 
-@pytest.mark.parametrize("name, line", [("-", b"%s\n"), ("x.jsonl", b'{"prompt": "%s"}\n'), ("x.csv", b"%s\n")])
+@pytest.mark.parametrize(
+    "name, line", [("-", b"%s\n"), ("x.jsonl", b'{"prompt": "%s"}\n'), ("x.csv", b"%s\n")]
+)
 def test_through_a_pipe_a_row_arrives_before_the_next_is_written(pipe, name, line):
     file, write = pipe
     found = make_chunks(batch.read_rows(file, name, dict), 16, streaming=True)

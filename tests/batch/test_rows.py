@@ -63,7 +63,12 @@ def test_the_extension_decides_the_format_and_on_stdin_the_first_line(name, data
 @pytest.mark.parametrize("last", [True, False])
 def test_marks_line_ends_and_blank_lines_are_no_part_of_a_prompt(name, mark, end, last):
     is_json = name in ("x.jsonl", "-")
-    lines = ["", *["prompt"] * (name == "x.csv"), '{"prompt": "ä 🦊"}' if is_json else "ä 🦊", "  \t"]
+    lines = [
+        "",
+        *["prompt"] * (name == "x.csv"),
+        '{"prompt": "ä 🦊"}' if is_json else "ä 🦊",
+        "  \t",
+    ]
     lines += ['{"prompt": "b"}' if is_json else "b", " " * 3][: 1 + last]
     data = mark + end.join(lines)
     rows = read(data, name)
@@ -76,7 +81,9 @@ def test_marks_line_ends_and_blank_lines_are_no_part_of_a_prompt(name, mark, end
 
 
 def test_a_mark_counts_on_the_first_line_only_and_inner_spaces_stay():
-    assert requests(read(f"{BOM}{BOM}a\n{BOM}b\n  c \td \n")) == prompts(f"{BOM}a", f"{BOM}b", "  c \td ")
+    assert requests(read(f"{BOM}{BOM}a\n{BOM}b\n  c \td \n")) == prompts(
+        f"{BOM}a", f"{BOM}b", "  c \td "
+    )
 
 
 def test_only_a_newline_ends_a_line():
@@ -94,7 +101,12 @@ WRONG = {
     "no JSON": ("x.jsonl", b"a fox", "not JSON", "column 1"),
     "NaN": ("x.jsonl", b'{"guidance": NaN}', "not JSON", "NaN is none"),
     "Infinity": ("x.jsonl", b'{"guidance": -Infinity}', "not JSON", "-Infinity is none"),
-    "a key twice": ("x.jsonl", b'{"prompt": "a", "seed": 1, "seed": 2}', "a repeated key", "'seed'"),
+    "a key twice": (
+        "x.jsonl",
+        b'{"prompt": "a", "seed": 1, "seed": 2}',
+        "a repeated key",
+        "'seed'",
+    ),
     "a key twice within": ("x.jsonl", b'{"prompt": {"a": 1, "a": 2}}', "a repeated key", "'a'"),
     "deep": ("x.jsonl", b'{"a":' * 200_000, "not usable JSON", "recursion"),
     "deep lists": ("x.jsonl", b"[" * 200_000, "not usable JSON", "recursion"),
@@ -120,7 +132,9 @@ def test_a_wrong_line_is_an_error_of_its_row_and_the_rest_goes_on(name, line, wh
     before = b"prompt,seed" if name == "x.csv" else good % b"before"
     rows = read(b"\n".join([before, line, good % b"one", good % b"two"]), name)
     wrong, *others = rows if name == "x.csv" else rows[1:]
-    assert isinstance(wrong.error, UsageError) and wrong.order is None and wrong.where == f"{name}:2"
+    assert (
+        isinstance(wrong.error, UsageError) and wrong.order is None and wrong.where == f"{name}:2"
+    )
     assert what in str(wrong.error) and why in str(wrong.error)
     assert requests(others) == prompts("one", "two")
     assert [row.number for row in rows] == list(range(1, len(rows) + 1))
@@ -144,11 +158,17 @@ def test_what_makes_requests_may_refuse_a_row_but_a_bug_is_no_row():
 @pytest.mark.parametrize("name", ["x.txt", "x.csv"])
 def test_a_line_of_just_the_limit_is_taken_and_one_byte_more_swallows_nothing(name):
     head = b"" if name == "x.txt" else b"prompt\n"
-    line = b" " * (LIMIT_BYTES - 5) + b"over"  # with its end: just the limit; a CSV cell of that length is refused
+    line = (
+        b" " * (LIMIT_BYTES - 5) + b"over"
+    )  # with its end: just the limit; a CSV cell of that length is refused
     fits, over = read(head + line + b"\nafter", name), read(head + b" " + line + b"\nafter", name)
     assert requests(fits)[1:] == requests(over)[1:] == prompts("after")
     assert "too long" in str(over[0].error)
-    assert "field limit" in str(fits[0].error) if name == "x.csv" else fits[0].order["prompt"].endswith("over")
+    assert (
+        "field limit" in str(fits[0].error)
+        if name == "x.csv"
+        else fits[0].order["prompt"].endswith("over")
+    )
 
 
 class Endless(io.RawIOBase):
@@ -189,17 +209,26 @@ def test_an_endless_csv_header_ends_the_batch_and_an_endless_record_its_row():
     real, first = source.readline, iter([b"prompt\n", b'"a\n'])
     source.readline = lambda size: next(first, None) or real(size)
     row = next(batch.read_rows(source, "x.csv", dict))
-    assert "too long" in str(row.error) and row.where == "x.csv:2" and source.asked == [LIMIT_BYTES + 1]
+    assert (
+        "too long" in str(row.error)
+        and row.where == "x.csv:2"
+        and source.asked == [LIMIT_BYTES + 1]
+    )
 
 
 @pytest.mark.parametrize(
     "line, lines, what",
-    [(b"b" * 1023 + b"\n", 1024, "field limit"), (b'x","' + b"b" * 1019 + b"\n", 1024, "record is too long")],
+    [
+        (b"b" * 1023 + b"\n", 1024, "field limit"),
+        (b'x","' + b"b" * 1019 + b"\n", 1024, "record is too long"),
+    ],
     ids=["one cell", "many cells"],
 )
 def test_many_lines_under_an_open_quote_are_bounded_and_rows_come_after_them(line, lines, what):
     rows = read(b'prompt\n"a\n' + line * lines + b"c\n", "x.csv")
-    assert what in str(rows[0].error) and "quote" in rows[0].error.hint and rows[0].where == "x.csv:2"
+    assert (
+        what in str(rows[0].error) and "quote" in rows[0].error.hint and rows[0].where == "x.csv:2"
+    )
     assert rows[-1].order == {"prompt": "c"} and rows[-1].where == f"x.csv:{lines + 3}"
 
 
@@ -240,10 +269,14 @@ def test_bad_bytes_in_a_records_later_line_name_that_line():
 @pytest.mark.parametrize(
     "header, why",
     [
-        ("prompt,,seed", "column 2"), ("prompt, ", "column 2"), ("prompt,seed, prompt", "'prompt'"),
-        ('"prompt', "unexpected end"), ('"prompt"x', "expected after"), (b"\xff", "byte offset 0"),
+        ("prompt,,seed", "column 2"),
+        ("prompt, ", "column 2"),
+        ("prompt,seed, prompt", "'prompt'"),
+        ('"prompt', "unexpected end"),
+        ('"prompt"x', "expected after"),
+        (b"\xff", "byte offset 0"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_header_ends_the_batch_with_its_place(header, why):
     data = b"\n" + (header if isinstance(header, bytes) else header.encode())
     with pytest.raises(UsageError, match="no usable header") as caught:
@@ -306,7 +339,11 @@ def test_prompts_survive_text(texts, end):
     assert requests(read(BOM + end.join(texts))) == prompts(*texts)
 
 
-@given(texts=st.lists(TEXT, min_size=1, max_size=5), plain=st.booleans(), name=st.sampled_from(["x.jsonl", "-"]))
+@given(
+    texts=st.lists(TEXT, min_size=1, max_size=5),
+    plain=st.booleans(),
+    name=st.sampled_from(["x.jsonl", "-"]),
+)
 def test_prompts_survive_jsonl(texts, plain, name):
     data = "\n".join(json.dumps({"prompt": text, "seed": 1}, ensure_ascii=plain) for text in texts)
     assert requests(read(data, name)) == [{"prompt": text, "seed": 1} for text in texts]
@@ -322,10 +359,14 @@ def test_prompts_survive_csv(texts, kind, end):
     file = io.StringIO(newline="")
     writer = csv.writer(file, delimiter=delimiter, lineterminator=end, quoting=csv.QUOTE_ALL)
     writer.writerows([["seed", "prompt"], *([1, text] for text in texts)])
-    assert requests(read(file.getvalue(), f"x{suffix}")) == [{"seed": "1", "prompt": text} for text in texts]
+    assert requests(read(file.getvalue(), f"x{suffix}")) == [
+        {"seed": "1", "prompt": text} for text in texts
+    ]
 
 
-@given(data=st.binary(max_size=200), name=st.sampled_from(["x.txt", "x.jsonl", "x.csv", "x.tsv", "-"]))
+@given(
+    data=st.binary(max_size=200), name=st.sampled_from(["x.txt", "x.jsonl", "x.csv", "x.tsv", "-"])
+)
 def test_any_bytes_are_rows_or_a_usage_error(data, name):
     with contextlib.suppress(UsageError):
         for number, row in enumerate(read(data, name), 1):

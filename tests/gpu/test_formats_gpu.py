@@ -1,4 +1,6 @@
-"""On a CUDA device: plain diffusers opens the NF4 folder whole; fp8 and int8 multiply in 8 bit there."""
+"""On a CUDA device: plain diffusers opens the NF4 folder whole; fp8 and int8 multiply in 8 bit
+there.
+"""
 
 import shutil
 from pathlib import Path
@@ -32,7 +34,10 @@ def needs(scheme: str) -> None:
 
 
 def on_cuda(values: dict) -> dict:
-    return {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in values.items()}
+    return {
+        key: value.cuda() if isinstance(value, torch.Tensor) else value
+        for key, value in values.items()
+    }
 
 
 @torch.no_grad()
@@ -42,7 +47,9 @@ def velocity(model: torch.nn.Module) -> torch.Tensor:
 
 @pytest.fixture
 def folder(baked, tmp_path) -> Path:
-    """The NF4 folder without the 16-bit original of the last layer, which diffusers does not know of."""
+    """The NF4 folder without the 16-bit original of the last layer, which diffusers does not know
+    of.
+    """
     copy = shutil.copytree(baked("nf4", **BAKED["nf4"]), tmp_path / "nf4")
     (copy / "transformer" / KEEP_FILE).unlink()
     return copy
@@ -79,10 +86,14 @@ def test_the_nf4_folder_gives_the_same_picture_in_plain_diffusers(folder):
     request = tiny(device="cuda", steps=8, image_size=128)
     width, height = request.request.size
     reference = pipe(
-        request.request.prompt, width=width, height=height, num_inference_steps=request.request.steps,
-        guidance_scale=request.request.guidance, max_sequence_length=request.request.text_tokens,
+        request.request.prompt,
+        width=width,
+        height=height,
+        num_inference_steps=request.request.steps,
+        guidance_scale=request.request.guidance,
+        max_sequence_length=request.request.text_tokens,
         generator=torch.Generator("cpu").manual_seed(request.request.seed),
-    ).images[0]  # fmt: skip
+    ).images[0]
     checkpoint = inspect(folder)
     machine = hardware.probe("cuda")
     _, pixels = draw(Engine(*plan_for(request, [checkpoint], machine), machine), request)
@@ -93,17 +104,28 @@ def test_the_nf4_folder_gives_the_same_picture_in_plain_diffusers(folder):
 @pytest.mark.parametrize("dtype", [torch.float16, BF16], ids=str)
 @pytest.mark.parametrize("rows", [1, 16, 17, 300])
 @pytest.mark.parametrize("scheme", OPERATORS)
-def test_8_bit_products_run_and_err_by_the_rounding_of_activations(scheme, rows, dtype, monkeypatch):
+def test_8_bit_products_run_and_err_by_the_rounding_of_activations(
+    scheme, rows, dtype, monkeypatch
+):
     needs(scheme)
     expected = {"fp8": "scaled_mm", "int8": "int_mm"}[scheme]
     assert find_multiply(scheme, "cuda") == find_multiply(scheme, "cuda:0") == expected
     shapes = [(96, 64), (32, 64), (160, 64)]
     weights = [noise(*shape, seed=seed).cuda() for seed, shape in enumerate(shapes)]
     parts = [codecs.quantize(weight, scheme, name="w", where=WHERE).stored for weight in weights]
-    w = torch.cat([codecs.dequantize(part, scheme, s, torch.float32) for part, s in zip(parts, shapes, strict=True)])
-    layer = make_linear(scheme, parts, shapes=shapes, bias=noise(288, seed=9).cuda().to(dtype), arithmetic=True)
+    w = torch.cat(
+        [
+            codecs.dequantize(part, scheme, s, torch.float32)
+            for part, s in zip(parts, shapes, strict=True)
+        ]
+    )
+    layer = make_linear(
+        scheme, parts, shapes=shapes, bias=noise(288, seed=9).cuda().to(dtype), arithmetic=True
+    )
     calls, original = [], getattr(torch, OPERATORS[scheme])
-    monkeypatch.setattr(torch, OPERATORS[scheme], lambda *a, **k: calls.append(1) or original(*a, **k))
+    monkeypatch.setattr(
+        torch, OPERATORS[scheme], lambda *a, **k: calls.append(1) or original(*a, **k)
+    )
     x = noise(rows, 64).cuda().to(dtype)
     exact = x.double() @ w.double().T + layer.bias.double()
     y = layer(x)
@@ -117,7 +139,9 @@ def test_8_bit_products_run_and_err_by_the_rounding_of_activations(scheme, rows,
 def test_the_packed_transformer_gives_in_8_bit_what_it_gives_dequantized(baked, scheme):
     needs(scheme)
     folder = baked(scheme, **BAKED[scheme])
-    model = load_component(inspect(folder).components["transformer"], dtype=BF16, device="cuda").module
+    model = load_component(
+        inspect(folder).components["transformer"], dtype=BF16, device="cuda"
+    ).module
     found = velocity(model)
     for layer in model.modules():
         if isinstance(layer, RowLinear):
@@ -130,7 +154,9 @@ def test_the_packer_gives_on_cuda_what_it_gives_on_the_cpu():
     for scheme in ("nf4", "fp8", "int8"):
         there = codecs.quantize(weight.cuda(), scheme, name="w", where=WHERE)
         here = codecs.quantize(weight, scheme, name="w", where=WHERE)
-        values = codecs.dequantize({k: t.cpu() for k, t in there.stored.items()}, scheme, (256, 320), torch.float32)
+        values = codecs.dequantize(
+            {k: t.cpu() for k, t in there.stored.items()}, scheme, (256, 320), torch.float32
+        )
         expected = codecs.dequantize(here.stored, scheme, (256, 320), torch.float32)
         assert apart(values, expected) < 0.01
         assert there.relative_error == pytest.approx(here.relative_error, rel=0.01)

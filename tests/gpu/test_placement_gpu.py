@@ -1,4 +1,6 @@
-"""On a CUDA card: streams and pinned memory change nothing in the result, and the allocator stays within the plan."""
+"""On a CUDA card: streams and pinned memory change nothing in the result, and the allocator stays
+within the plan.
+"""
 
 import numpy as np
 import pytest
@@ -10,13 +12,18 @@ from fluxcli.engine.engine import Engine
 from quant.checkpoint import inspect
 from tests.support.helpers import BAKED, draw, plan_for, tiny
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 @pytest.mark.parametrize("precision", ["bf16", *BAKED])
 @pytest.mark.parametrize("offload", ["stream", "sequential"])
 def test_streams_and_pinned_memory_give_the_resident_pixels(precision, offload, tiny_folder, baked):
-    checkpoint = inspect(baked(precision, **BAKED[precision]) if precision in BAKED else tiny_folder)
+    checkpoint = inspect(
+        baked(precision, **BAKED[precision]) if precision in BAKED else tiny_folder
+    )
     machine = hardware.probe("cuda")
     pictures = []
     for way in ("none", offload):

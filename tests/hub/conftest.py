@@ -22,8 +22,13 @@ def published(micro: Path) -> dict[str, bytes]:
     """The files of a small FLUX model as the hub has them, with what flux leaves there."""
     found = files(micro)
     index = json.loads(found["model_index.json"]) | {"transformer": ["pipeline", "Evil"]}
-    config = json.loads(found["transformer/config.json"]) | {"auto_map": {"AutoModel": "model.Evil"}}
-    changed = {"model_index.json": json.dumps(index).encode(), "transformer/config.json": json.dumps(config).encode()}
+    config = json.loads(found["transformer/config.json"]) | {
+        "auto_map": {"AutoModel": "model.Evil"}
+    }
+    changed = {
+        "model_index.json": json.dumps(index).encode(),
+        "transformer/config.json": json.dumps(config).encode(),
+    }
     return found | changed | REFUSED
 
 
@@ -33,9 +38,16 @@ def server(
 ) -> Iterator[HubServer]:
     """The hub, which this process uses; no pauses between tries."""
     header = (micro / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
-    lora = {"a.safetensors": header, "b.gguf": b"GGUF", "c.bin": b"PK", "page.safetensors": PAGE,
-            "pointer.safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"}  # fmt: skip
-    with HubServer(**{DEV: dict(published), "x/flux-lora": lora, "x/flux-other": {"README.md": b""}}) as running:
+    lora = {
+        "a.safetensors": header,
+        "b.gguf": b"GGUF",
+        "c.bin": b"PK",
+        "page.safetensors": PAGE,
+        "pointer.safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+    }
+    with HubServer(
+        **{DEV: dict(published), "x/flux-lora": lora, "x/flux-other": {"README.md": b""}}
+    ) as running:
         template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", running.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -43,7 +55,9 @@ def server(
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
         monkeypatch.setattr(hub, "PAUSES_S", (0, 0, 0, 0))
-        monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.02)))  # the library's pauses
+        monkeypatch.setattr(
+            time, "sleep", lambda seconds: sleep(min(seconds, 0.02))
+        )  # the library's pauses
         yield running
 
 

@@ -19,16 +19,28 @@ def test_a_download_is_one_commit_checked_and_only_the_files_that_are_used(serve
     result = run("download", "dev")
     assert (result.returncode, result.stdout) == (0, f"{snapshot()}\n")
     assert set(files(snapshot())) == set(files(micro))
-    assert {line.split("/resolve/")[1].split("/")[0] for line in server.asked("/resolve/")} == {COMMIT}
+    assert {line.split("/resolve/")[1].split("/")[0] for line in server.asked("/resolve/")} == {
+        COMMIT
+    }
     licence, plan, *weights = result.stderr.splitlines()
     assert "non-commercial" in licence and f"{DEV}@{COMMIT[:12]}: {len(files(micro))} files" in plan
-    assert "GB to download" in plan and "GB free" in plan and len(weights) == 4 and "\x1b" not in result.stderr
-    assert models.locate(DEV) == snapshot() and (models.get_repository(DEV) / "refs" / "main").read_text() == COMMIT
+    assert (
+        "GB to download" in plan
+        and "GB free" in plan
+        and len(weights) == 4
+        and "\x1b" not in result.stderr
+    )
+    assert (
+        models.locate(DEV) == snapshot()
+        and (models.get_repository(DEV) / "refs" / "main").read_text() == COMMIT
+    )
 
 
 def test_no_code_of_a_model_is_fetched_and_none_of_its_own_classes_is_loaded(server, run):
     assert run("download", "dev").returncode == 0
-    assert not list(models.get_repository(DEV).rglob("*.py")) and not server.asked(r"\.(py|bin|pt)$")
+    assert not list(models.get_repository(DEV).rglob("*.py")) and not server.asked(
+        r"\.(py|bin|pt)$"
+    )
     assert inspect(snapshot()).components["transformer"].weights
 
 
@@ -52,10 +64,19 @@ def test_a_new_commit_takes_only_what_has_changed(server, run):
     server.requests.clear()
     result = run("download", "dev")
     new = old.with_name("f" * 40)
-    assert result.stdout == f"{new}\n" and models.locate(DEV) == new and set(files(new)) == set(files(old))
-    assert [line.rpartition("/")[2] for line in server.asked("GET .*/(resolve|cdn)/")] == ["scheduler_config.json"]
+    assert (
+        result.stdout == f"{new}\n"
+        and models.locate(DEV) == new
+        and set(files(new)) == set(files(old))
+    )
+    assert [line.rpartition("/")[2] for line in server.asked("GET .*/(resolve|cdn)/")] == [
+        "scheduler_config.json"
+    ]
     server.commit = COMMIT
-    assert run("download", "dev", "--revision", COMMIT).stdout == f"{old}\n" and models.locate(DEV) == new
+    assert (
+        run("download", "dev", "--revision", COMMIT).stdout == f"{old}\n"
+        and models.locate(DEV) == new
+    )
 
 
 @pytest.mark.parametrize("only", ["tokenizers", "vae", "transformer, tokenizer"])
@@ -64,20 +85,28 @@ def test_parts_come_with_the_small_files_of_all(only, server, run):
     got, small = set(files(snapshot())), {"model_index.json", "scheduler/scheduler_config.json"}
     assert got >= small | {f"{part}/config.json" for part in hub.COMPONENTS}
     weights = {name.partition("/")[0] for name in got if name.endswith(".safetensors")}
-    assert weights == {"tokenizers": set(), "vae": {"vae"}, "transformer, tokenizer": {"transformer"}}[only]
+    assert (
+        weights
+        == {"tokenizers": set(), "vae": {"vae"}, "transformer, tokenizer": {"transformer"}}[only]
+    )
     assert any(name.startswith("tokenizer_2/") for name in got) == (only == "tokenizers")
 
 
 def test_one_file_of_any_repository(server, run):
     result = run("download", "x/flux-lora:a.safetensors", "-q")
-    assert result.stdout == f"{snapshot('x/flux-lora') / 'a.safetensors'}\n" and len(weights_asked(server)) == 1
+    assert (
+        result.stdout == f"{snapshot('x/flux-lora') / 'a.safetensors'}\n"
+        and len(weights_asked(server)) == 1
+    )
     assert Path(run("download", "x/flux-lora:b.gguf", "-q").stdout.strip()).read_bytes() == b"GGUF"
     assert models.locate("x/flux-lora:a.safetensors") == Path(result.stdout.strip())
 
 
 def test_a_file_that_was_downloaded_is_found_whatever_its_name(server, run):
     name = "x/flux-lora:Ink + line (v1, [fp8]).safetensors"
-    server.repositories["x/flux-lora"][name.partition(":")[2]] = server.repositories["x/flux-lora"]["a.safetensors"]
+    server.repositories["x/flux-lora"][name.partition(":")[2]] = server.repositories["x/flux-lora"][
+        "a.safetensors"
+    ]
     result = run("download", name, "-q")
     assert result.returncode == 0 and models.locate(name) == Path(result.stdout.strip())
 
@@ -89,14 +118,20 @@ def test_one_file_in_a_mirror(server, run, tmp_path, monkeypatch):
     assert models.locate("x/flux-lora:a.safetensors") == Path(result.stdout.strip())
 
 
-def test_a_mirror_is_plain_files_that_another_machine_finds(server, run, micro, tmp_path, monkeypatch):
+def test_a_mirror_is_plain_files_that_another_machine_finds(
+    server, run, micro, tmp_path, monkeypatch
+):
     share = tmp_path / "share"
     for _ in range(2):
         result = run("download", "dev", "--mirror", str(share))
         assert result.stdout == f"{share / DEV}\n" and not models.get_repository(DEV).exists()
     assert len(weights_asked(server)) == 4
-    plain = {name: data for name, data in files(share / DEV).items() if not name.startswith(".cache")}
-    assert set(plain) == set(files(micro)) and not any(path.is_symlink() for path in share.rglob("*"))
+    plain = {
+        name: data for name, data in files(share / DEV).items() if not name.startswith(".cache")
+    }
+    assert set(plain) == set(files(micro)) and not any(
+        path.is_symlink() for path in share.rglob("*")
+    )
     monkeypatch.setenv("FLUX_MIRROR", str(share))
     assert models.locate(DEV) == share / DEV
     rows = {row["name"]: row for row in json.loads(run("list", "--json").stdout)}

@@ -22,7 +22,9 @@ def test_a_refusal_that_passes_is_waited_for(status, where, server, run):
     assert result.returncode == 0 and len(server.asked(where)) > 2 and inspect(snapshot())
 
 
-@pytest.mark.parametrize("headers", [{"Retry_After": "0"}, {"RateLimit": '"api";r=0;t=0'}, {"Retry_After": "x"}, {}])
+@pytest.mark.parametrize(
+    "headers", [{"Retry_After": "0"}, {"RateLimit": '"api";r=0;t=0'}, {"Retry_After": "x"}, {}]
+)
 def test_a_hub_that_stays_busy_is_given_up(headers, server, run):
     server.fail("HEAD .*vae/config", 429, 99, **headers)
     assert "HTTP 429" in error_of(run("download", "dev"), ExitCode.WEIGHTS)
@@ -40,14 +42,21 @@ def test_a_hub_that_is_down_is_given_up(server, run):
 def test_a_download_goes_on_after_a_dropped_connection(server, run):
     server.fail(f"cdn.*{T5}", "reset", 2)
     result = run("download", "dev")
-    assert result.returncode == 0 and result.stderr.count(f"goes on with {T5}") == 2 and inspect(snapshot())
+    assert (
+        result.returncode == 0
+        and result.stderr.count(f"goes on with {T5}") == 2
+        and inspect(snapshot())
+    )
     assert "connection dropped" in result.stderr
 
 
 def test_a_connection_that_always_drops_is_given_up(server, run):
     server.fail("cdn", "reset", 99)
     result = run("download", "dev")
-    assert "out of reach" in error_of(result, ExitCode.WEIGHTS) and result.stderr.count("goes on with") == 4
+    assert (
+        "out of reach" in error_of(result, ExitCode.WEIGHTS)
+        and result.stderr.count("goes on with") == 4
+    )
 
 
 def test_a_download_goes_on_after_an_error_of_xet(server, run, monkeypatch):
@@ -56,20 +65,27 @@ def test_a_download_goes_on_after_an_error_of_xet(server, run, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.file_download.http_get", fail)
     result = run("download", "dev")
-    assert "out of reach" in error_of(result, ExitCode.WEIGHTS) and result.stderr.count("goes on with") == 4
+    assert (
+        "out of reach" in error_of(result, ExitCode.WEIGHTS)
+        and result.stderr.count("goes on with") == 4
+    )
 
 
 def test_bytes_are_counted_once_also_where_a_file_starts_again(server, micro):
     server.fail(f"cdn.*{T5}", "reset", 1)
     seen: list[tuple[int, int, str]] = []
-    hub.download(DEV, lambda _: None, lambda done, total, detail: seen.append((done, total, detail)))
+    hub.download(
+        DEV, lambda _: None, lambda done, total, detail: seen.append((done, total, detail))
+    )
     size = sum(map(len, files(micro).values()))
     assert max(done for done, _, _ in seen) == seen[-1][0] == {total for _, total, _ in seen}.pop()
     assert abs(seen[-1][0] - size) < 200  # JSON differs
 
 
 @pytest.mark.parametrize("kind", ["cut", "stall"])
-def test_a_file_that_ends_early_or_stalls_is_taken_up_by_the_library_while_the_process_lives(kind, server, run):
+def test_a_file_that_ends_early_or_stalls_is_taken_up_by_the_library_while_the_process_lives(
+    kind, server, run
+):
     server.fail(f"cdn.*{T5}", kind)
     assert run("download", "dev").returncode == 0 and inspect(snapshot())
     assert len(server.asked(f"GET .*cdn.*{T5}")) == 2
@@ -84,7 +100,10 @@ def test_a_web_page_instead_of_weights_is_named_and_not_kept(kind, why, server, 
     stderr = error_of(run("download", "dev"), ExitCode.INPUT_FILE)
     assert T5 in stderr and why in stderr and len(server.asked(f"GET .*cdn.*{T5}")) == 1
     assert not (snapshot() / T5).exists() and not (snapshot() / T5).is_symlink()
-    assert not any(path.read_bytes().startswith(PAGE[:9]) for path in (models.get_repository(DEV) / "blobs").iterdir())
+    assert not any(
+        path.read_bytes().startswith(PAGE[:9])
+        for path in (models.get_repository(DEV) / "blobs").iterdir()
+    )
 
 
 def test_weights_whose_checksum_differs_are_named(server, run):
@@ -109,7 +128,9 @@ def test_a_proxy_that_answers_with_its_own_page_is_no_hub(where, server, run):
     assert "proxy" in error_of(run("download", "dev"), ExitCode.WEIGHTS)
 
 
-@pytest.mark.parametrize("number, why", [(errno.ENOSPC, "No space left"), (errno.EACCES, "Permission denied")])
+@pytest.mark.parametrize(
+    "number, why", [(errno.ENOSPC, "No space left"), (errno.EACCES, "Permission denied")]
+)
 def test_a_cache_that_cannot_be_written_is_exit_6(number, why, server, run, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))

@@ -31,10 +31,14 @@ def test_the_list_says_what_is_here_and_how_much_of_it(server, run, baked, tmp_p
     (paths.baked_folder() / "x.tmp-1-00000000").symlink_to(baked("nf4", modulation="nf4"))
     rows = json.loads(run("list", "--json").stdout)
     assert [(row["name"], row["kind"], row["state"]) for row in rows] == [
-        ("tiny-nf4", "baked", "complete"), ("bundled/tiny", "bundled", "complete"),
-        (DEV, "hub", "partial"), ("x/flux-lora", "hub", "files"),
-    ]  # fmt: skip
-    assert rows[2]["commit"] == COMMIT and rows[2]["path"] == str(snapshot()) and rows[3]["bytes"] > 50
+        ("tiny-nf4", "baked", "complete"),
+        ("bundled/tiny", "bundled", "complete"),
+        (DEV, "hub", "partial"),
+        ("x/flux-lora", "hub", "files"),
+    ]
+    assert (
+        rows[2]["commit"] == COMMIT and rows[2]["path"] == str(snapshot()) and rows[3]["bytes"] > 50
+    )
     text = run("list").stdout
     assert len(text.splitlines()) == 4 and COMMIT[:12] in text and "GB" in text
 
@@ -70,10 +74,14 @@ def test_verify_takes_a_blob_that_is_a_link_into_the_librarys_shared_store(serve
 def test_a_sharded_model_whose_blobs_are_in_the_librarys_shared_store_is_usable(server, run):
     part = "vae/diffusion_pytorch_model"
     weights = server.repositories[DEV].pop(f"{part}.safetensors")
-    names = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")]).keys() - {"__metadata__"}
+    names = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")]).keys() - {
+        "__metadata__"
+    }
     index = {"weight_map": dict.fromkeys(names, "x-00001-of-00001.safetensors")}
-    server.repositories[DEV] |= {"vae/x-00001-of-00001.safetensors": weights,
-                                 f"{part}.safetensors.index.json": json.dumps(index).encode()}  # fmt: skip
+    server.repositories[DEV] |= {
+        "vae/x-00001-of-00001.safetensors": weights,
+        f"{part}.safetensors.index.json": json.dumps(index).encode(),
+    }
     assert run("download", "dev", "-q").returncode == 0 and inspect(snapshot())
     blob = (snapshot() / "vae/x-00001-of-00001.safetensors").resolve()
     store = paths.hub_cache_folder() / "blobs" / "ab" / ("ab" * 32)
@@ -86,7 +94,9 @@ def test_a_sharded_model_whose_blobs_are_in_the_librarys_shared_store_is_usable(
 def test_verify_knows_sizes_and_headers_of_what_quantize_made(baked, run, tmp_path):
     folder = paths.baked_folder() / "tiny-nf4"
     shutil.copytree(baked("nf4", modulation="nf4"), folder)
-    assert all("no checksum is known" in run("verify", name).stdout for name in ("tiny-nf4", "tiny"))
+    assert all(
+        "no checksum is known" in run("verify", name).stdout for name in ("tiny-nf4", "tiny")
+    )
     name = max(json.loads((folder / MANIFEST).read_text())["bytes"])
     (folder / name).unlink()
     assert name in error_of(run("verify", "tiny-nf4"), ExitCode.INPUT_FILE)
@@ -99,28 +109,38 @@ def test_what_is_not_here_can_neither_be_verified_nor_removed(command, name, run
     assert "flux models list" in error_of(run(command, name), ExitCode.WEIGHTS)
 
 
-@pytest.mark.parametrize("answer, gone", [("y\n", True), ("yes\n", True), ("\n", False), ("n\n", False), ("", False)])
+@pytest.mark.parametrize(
+    "answer, gone", [("y\n", True), ("yes\n", True), ("\n", False), ("n\n", False), ("", False)]
+)
 def test_remove_asks_on_a_terminal(answer, gone, server, run, monkeypatch):
     run("download", "dev", "-q")
     terminal = type("Terminal", (), {"isatty": lambda _: True, "readline": lambda _: answer})()
     monkeypatch.setattr(console.sys, "stdin", terminal)
     result = run("remove", "dev")
     assert result.returncode == 0 and str(snapshot()) in result.stderr and "GB" in result.stderr
-    assert "[y/N]" in result.stderr and snapshot().exists() == models.get_repository(DEV).exists() == (not gone)
+    assert "[y/N]" in result.stderr and snapshot().exists() == models.get_repository(
+        DEV
+    ).exists() == (not gone)
 
 
 def test_remove_never_guesses_and_leaves_the_bundled_model(server, run, tiny_folder):
     run("download", "dev", "-q")
     assert "flux models remove dev --yes" in run("remove", "dev").stderr and snapshot().exists()
     assert run("remove", "dev").returncode == ExitCode.USAGE
-    assert "comes with flux" in error_of(run("remove", "tiny", "--yes"), ExitCode.USAGE) and tiny_folder.exists()
+    assert (
+        "comes with flux" in error_of(run("remove", "tiny", "--yes"), ExitCode.USAGE)
+        and tiny_folder.exists()
+    )
 
 
 def test_verify_does_not_pass_a_model_that_is_not_whole(server, run, tmp_path, monkeypatch):
     run("download", "dev", "-q")
     (snapshot() / T5).unlink()
     stderr = error_of(run("verify", "dev"), ExitCode.WEIGHTS)
-    assert "weights of text_encoder_2 are missing" in stderr and f"flux models download {DEV}" in stderr
+    assert (
+        "weights of text_encoder_2 are missing" in stderr
+        and f"flux models download {DEV}" in stderr
+    )
     (snapshot() / "vae/config.json").unlink()
     assert "configs or tokenizers" in error_of(run("verify", "dev"), ExitCode.WEIGHTS)
     assert run("download", "dev", "--only", "vae", "--mirror", str(tmp_path), "-q").returncode == 0
@@ -130,21 +150,33 @@ def test_verify_does_not_pass_a_model_that_is_not_whole(server, run, tmp_path, m
     assert f"--mirror {tmp_path}" in stderr and "by checksum" in stderr
 
 
-def test_a_repository_without_flux_in_its_name_is_verified_and_removed_and_listed_with_a_lora(server, run):
-    server.repositories |= {"x/hyper": {"a.safetensors": LORA}, "x/encoder": server.repositories["x/flux-lora"]}
+def test_a_repository_without_flux_in_its_name_is_verified_and_removed_and_listed_with_a_lora(
+    server, run
+):
+    server.repositories |= {
+        "x/hyper": {"a.safetensors": LORA},
+        "x/encoder": server.repositories["x/flux-lora"],
+    }
     for name in ("x/hyper", "x/encoder"):
         assert run("download", f"{name}:a.safetensors", "-q").returncode == 0
     rows = [row["name"] for row in json.loads(run("list", "--json").stdout)]
     assert "x/hyper" in rows and "x/encoder" not in rows
     for name in ("x/hyper", "x/encoder"):
         assert "1 files, 1 by checksum" in run("verify", name).stdout
-        assert run("remove", name, "--yes").returncode == 0 and not models.get_repository(name).exists()
+        assert (
+            run("remove", name, "--yes").returncode == 0
+            and not models.get_repository(name).exists()
+        )
 
 
 def test_an_exact_name_goes_before_the_model_of_a_preset(server, run, baked):
     run("download", "dev", "-q")
     folder = shutil.copytree(baked("nf4", modulation="nf4"), paths.baked_folder() / "dev")
-    assert run("remove", "dev", "--yes").returncode == 0 and not folder.exists() and snapshot().exists()
+    assert (
+        run("remove", "dev", "--yes").returncode == 0
+        and not folder.exists()
+        and snapshot().exists()
+    )
     assert run("remove", "dev", "--yes").returncode == 0 and not snapshot().exists()
 
 
@@ -156,9 +188,14 @@ def test_the_command_by_itself(server, flux_cold, micro):
     server.fail(f"cdn.*{T5}", "cut")
     result = flux_cold("models", "download", "dev", **there)
     assert result.returncode == 0 and set(files(Path(result.stdout.strip()))) == set(files(micro))
-    assert all(line.startswith("flux: ") for line in result.stderr.splitlines()) and TOKEN not in result.stderr
+    assert (
+        all(line.startswith("flux: ") for line in result.stderr.splitlines())
+        and TOKEN not in result.stderr
+    )
     assert_failed(flux_cold("models", "download", "-q", "schnell", **there), ExitCode.WEIGHTS)
-    assert "HF_HUB_OFFLINE" in assert_failed(flux_cold("models", "download", "schnell"), ExitCode.WEIGHTS)
+    assert "HF_HUB_OFFLINE" in assert_failed(
+        flux_cold("models", "download", "schnell"), ExitCode.WEIGHTS
+    )
 
 
 @pytest.mark.serial
@@ -167,12 +204,20 @@ def test_ctrl_c_stops_a_download_and_leaves_no_partial_file(server):
     server.fail(f"cdn.*{T5}", "stall", 99)
     there = os.environ | {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "fluxcli", "models", "download", "dev"]
-    process = subprocess.Popen(command, env=there, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=there, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     until = time.monotonic() + 60
-    while not list(paths.hub_cache_folder().rglob("*.incomplete")) or not server.asked(f"GET .*cdn.*{T5}"):
+    while not list(paths.hub_cache_folder().rglob("*.incomplete")) or not server.asked(
+        f"GET .*cdn.*{T5}"
+    ):
         assert time.monotonic() < until and process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=10)
-    assert process.returncode == -signal.SIGINT and stdout == "" and "Traceback" not in stderr + "error"
+    assert (
+        process.returncode == -signal.SIGINT
+        and stdout == ""
+        and "Traceback" not in stderr + "error"
+    )
     assert not list(paths.hub_cache_folder().rglob("*.incomplete"))

@@ -33,14 +33,26 @@ def test_the_token_goes_to_the_hub_and_not_to_another_host(server, run, monkeypa
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     result = run("download", "dev")
     assert result.returncode == 0 and TOKEN not in result.stdout + result.stderr
-    tokens = {(path.split("/")[1], token) for _, path, token in server.requests if "agent-harnesses" not in path}
-    assert tokens == {("cdn", ""), ("api", f"Bearer {TOKEN}"), (DEV.partition("/")[0], f"Bearer {TOKEN}")}
+    tokens = {
+        (path.split("/")[1], token)
+        for _, path, token in server.requests
+        if "agent-harnesses" not in path
+    }
+    assert tokens == {
+        ("cdn", ""),
+        ("api", f"Bearer {TOKEN}"),
+        (DEV.partition("/")[0], f"Bearer {TOKEN}"),
+    }
 
 
 REFUSALS = {
     "no repository": (["x/none"], 3, ["no such model", "huggingface.co/x/none", "hf auth login"]),
     "no revision": (["dev", "--revision", "v9"], 3, ["no such revision"]),
-    "no file": (["x/flux-lora:d.safetensors"], 3, ["d.safetensors", "one of a.safetensors, b.gguf, page.safetensors"]),
+    "no file": (
+        ["x/flux-lora:d.safetensors"],
+        3,
+        ["d.safetensors", "one of a.safetensors, b.gguf, page.safetensors"],
+    ),
     "no model folder": (["x/flux-lora"], 3, ["model_index.json", "x/flux-lora:FILE"]),
     "nothing usable": (["x/flux-other"], 3, ["model_index.json"]),
     "a pickle": (["x/flux-lora:c.bin"], 2, ["nothing to download"]),
@@ -58,7 +70,18 @@ def test_what_cannot_be_downloaded_says_why_at_once(arguments, code, words, serv
 
 
 @pytest.mark.parametrize(
-    "model", ["a/b/c", "../x/y", "a/..", "-x/y", "a b/c", "", "https://huggingface.co/a/b", "a/b:", "a/b:../x.gguf"]
+    "model",
+    [
+        "a/b/c",
+        "../x/y",
+        "a/..",
+        "-x/y",
+        "a b/c",
+        "",
+        "https://huggingface.co/a/b",
+        "a/b:",
+        "a/b:../x.gguf",
+    ],
 )
 def test_what_is_no_hub_id_is_no_request(model, server, run):
     error_of(run("download", "--", model), ExitCode.USAGE)
@@ -87,9 +110,18 @@ def test_offline_opens_no_socket_and_says_what_is_here(server, run, monkeypatch)
     monkeypatch.setattr(socket, "socket", lambda *_, **__: pytest.fail("opened a socket"))
     for name in ("dev", "schnell", "x/flux-lora:a.safetensors"):
         stderr = error_of(run("download", name), ExitCode.WEIGHTS)
-        assert "HF_HUB_OFFLINE" in stderr and f"{DEV} (complete)" in stderr and "bundled/tiny (complete)" in stderr
+        assert (
+            "HF_HUB_OFFLINE" in stderr
+            and f"{DEV} (complete)" in stderr
+            and "bundled/tiny (complete)" in stderr
+        )
     assert "HF_HUB_OFFLINE" in error_of(run("verify", "dev"), ExitCode.WEIGHTS)
-    assert run("verify", "tiny").returncode == run("list").returncode == run("remove", "dev", "--yes").returncode == 0
+    assert (
+        run("verify", "tiny").returncode
+        == run("list").returncode
+        == run("remove", "dev", "--yes").returncode
+        == 0
+    )
 
 
 def test_no_network_is_said_at_once_with_what_is_here(server, run):
@@ -98,4 +130,8 @@ def test_no_network_is_said_at_once_with_what_is_here(server, run):
     close_session()
     started = time.perf_counter()
     stderr = error_of(run("download", "schnell"), ExitCode.WEIGHTS)
-    assert "out of reach" in stderr and f"{DEV} (complete)" in stderr and time.perf_counter() - started < 5
+    assert (
+        "out of reach" in stderr
+        and f"{DEV} (complete)" in stderr
+        and time.perf_counter() - started < 5
+    )

@@ -1,7 +1,9 @@
-"""Lists of the tensors in published files: names, dtypes and shapes, at real size, each with its sources.
+"""Lists of the tensors in published files: names, dtypes and shapes, at real size, each with its
+sources.
 
-They come from other projects' code and from files' own headers, never from this project's table of names.
-In a name "{n}" stands for 0 to n-1 and "{a|b}" for either; "include" adds another list under a prefix.
+They come from other projects' code and from files' own headers, never from this project's table of
+names. In a name "{n}" stands for 0 to n-1 and "{a|b}" for either; "include" adds another list under
+a prefix.
 """
 
 import itertools

@@ -1,4 +1,6 @@
-"""What tests of `flux generate --from` share: files of rows, their events and pictures, processes to kill."""
+"""What tests of `flux generate --from` share: files of rows, their events and pictures, processes
+to kill.
+"""
 
 import csv
 import io
@@ -20,7 +22,9 @@ FAKE = ("-p", "tiny", "--size", "64")
 
 def write(*rows: dict | str, name: str = "p.jsonl") -> str:
     """A file of these rows, as JSON where they are no text."""
-    Path(name).write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows), "utf-8")
+    Path(name).write_text(
+        "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows), "utf-8"
+    )
     return name
 
 
@@ -57,23 +61,33 @@ SINGLE: dict[tuple, list[str]] = {}
 def single(capsys, *arguments: str) -> list[str]:
     """What a run of its own draws; known where another test asked."""
     if arguments not in SINGLE:
-        result = call(capsys, "generate", *SMALL, *arguments, "--json", "-o", "single/", "--no-cache")
+        result = call(
+            capsys, "generate", *SMALL, *arguments, "--json", "-o", "single/", "--no-cache"
+        )
         assert result.returncode == 0, result.stderr
-        SINGLE[arguments] = [image["pixels_sha256"] for image in json.loads(result.stdout)["images"]]
+        SINGLE[arguments] = [
+            image["pixels_sha256"] for image in json.loads(result.stdout)["images"]
+        ]
     return SINGLE[arguments]
 
 
 def hashes(folder: str | Path = ".") -> list[str]:
     """The pixels below a folder, sorted; every picture is whole and says what it is."""
     return sorted(
-        read_metadata(path)["pixels_sha256"] for path in Path(folder).rglob("*") if path.suffix in (".png", ".jpg")
+        read_metadata(path)["pixels_sha256"]
+        for path in Path(folder).rglob("*")
+        if path.suffix in (".png", ".jpg")
     )
 
 
 def split(stderr: str) -> tuple[dict[int, str], str, str]:
     """(messages by failed row, what else is said, the error line and its hint)."""
     lines = stderr.splitlines(keepends=True)
-    rows = {int(m[1]): m[2] for line in lines if (m := re.fullmatch(r"flux: row (\d+) failed: (.*)\n", line))}
+    rows = {
+        int(m[1]): m[2]
+        for line in lines
+        if (m := re.fullmatch(r"flux: row (\d+) failed: (.*)\n", line))
+    }
     rest = [line for line in lines if not re.match(r"flux: row \d+ failed: ", line)]
     end = [line for line in rest if line.startswith(("flux: error: ", "hint: "))]
     return rows, "".join(line for line in rest if line not in end), "".join(end)
@@ -82,14 +96,18 @@ def split(stderr: str) -> tuple[dict[int, str], str, str]:
 def failed_rows(result: subprocess.CompletedProcess) -> dict[int, str]:
     """Messages by failed row; what is below them keeps the invariant of every error."""
     rows, _, end = split(result.stderr)
-    assert_failed(subprocess.CompletedProcess((), result.returncode, result.stdout, end), ExitCode.BATCH)
+    assert_failed(
+        subprocess.CompletedProcess((), result.returncode, result.stdout, end), ExitCode.BATCH
+    )
     return rows
 
 
 def resumed(capsys, *arguments: str, source: str = "p.jsonl") -> tuple[list[str], list[str]]:
     """(new pictures, skipped ones) of a batch that goes on."""
     events = draw(capsys, source, *FAKE, "--resume", *arguments)
-    return [e["image"]["path"] for e in of(events, "saved")], [e["path"] for e in of(events, "skipped")]
+    return [e["image"]["path"] for e in of(events, "saved")], [
+        e["path"] for e in of(events, "skipped")
+    ]
 
 
 PAINTED = """

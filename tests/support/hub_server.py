@@ -1,4 +1,5 @@
-"""A hub on this machine: what huggingface_hub asks of one (info, tree, resolve with HEAD, GET, Range), and faults.
+"""A hub on this machine: what huggingface_hub asks of one (info, tree, resolve with HEAD, GET,
+Range), and faults.
 
 Weights are "LFS" files: their address is a redirect to another origin, as of the real hub's CDN.
 """
@@ -31,13 +32,17 @@ class Fault:
     """What becomes of the next `times` requests whose "METHOD path" matches `where`."""
 
     where: str
-    kind: str | int  # a status, or cut, reset, stall; page (of another size), swap (a page of that size), rot (a bit)
+    kind: (
+        str | int
+    )  # a status, or cut, reset, stall; page (of another size), swap (a page of that size), rot (a bit)
     times: int = 1
     headers: dict = field(default_factory=dict)
 
 
 class HubServer(ThreadingHTTPServer):
-    """Repositories by name, each of {file: bytes}; `requests` is a list of (method, path, authorization)."""
+    """Repositories by name, each of {file: bytes}; `requests` is a list of (method, path,
+    authorization).
+    """
 
     daemon_threads = True
 
@@ -49,7 +54,9 @@ class HubServer(ThreadingHTTPServer):
         self.lock, self.url = threading.Lock(), f"http://127.0.0.1:{self.server_port}"
 
     def __enter__(self) -> "HubServer":
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -57,11 +64,17 @@ class HubServer(ThreadingHTTPServer):
         self.server_close()
 
     def fail(self, where: str, kind: str | int, times: int = 1, **headers: str) -> None:
-        self.faults.append(Fault(where, kind, times, {k.replace("_", "-"): v for k, v in headers.items()}))
+        self.faults.append(
+            Fault(where, kind, times, {k.replace("_", "-"): v for k, v in headers.items()})
+        )
 
     def asked(self, where: str) -> list[str]:
         """The requests so far that match."""
-        return [line for method, path, _ in self.requests if re.search(where, line := f"{method} {path}")]
+        return [
+            line
+            for method, path, _ in self.requests
+            if re.search(where, line := f"{method} {path}")
+        ]
 
     def take(self, line: str) -> Fault | None:
         with self.lock:
@@ -104,7 +117,13 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(404, b"", {"X-Error-Code": "RepoNotFound"})
         if revision not in (None, "main", self.server.commit):
             return self._answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
-        said = {"id": model, "modelId": model, "sha": self.server.commit, "siblings": [], "tags": []}
+        said = {
+            "id": model,
+            "modelId": model,
+            "sha": self.server.commit,
+            "siblings": [],
+            "tags": [],
+        }
         return self._answer(200, json.dumps(said).encode(), {"Content-Type": "application/json"})
 
     def _tree(self, model: str, revision: str, fault: Fault | None) -> None:

@@ -1,12 +1,13 @@
 """Commands in forks of one process that has imported everything and computed nothing.
 
-A cold `flux generate` spends seconds on importing torch, diffusers and transformers. `Server` starts
-a process that has done so once and forks it for every command: the fork gets the arguments, folder,
-environment, umask and standard streams of the command, and runs it as a new interpreter would.
+A cold `flux generate` spends seconds on importing torch, diffusers and transformers. `Server`
+starts a process that has done so once and forks it for every command: the fork gets the arguments,
+folder, environment, umask and standard streams of the command, and runs it as a new interpreter
+would.
 
 It is no new interpreter in these ways: modules are imported already, and what they read from the
-environment while they were (HF_*, PYTHON*, OMP_*, TRANSFORMERS_* and DIFFUSERS_* variables) is as it
-was then. `check` refuses commands for which that matters; the fixture `flux_cold` is for them.
+environment while they were (HF_*, PYTHON*, OMP_*, TRANSFORMERS_* and DIFFUSERS_* variables) is as
+it was then. `check` refuses commands for which that matters; the fixture `flux_cold` is for them.
 Linux only: elsewhere a fork of a process with torch in it is not safe. Times are in seconds.
 
 The control socket carries one message a command (JSON, with four descriptors: the three streams and
@@ -37,7 +38,16 @@ from typing import BinaryIO, TextIO
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 120
 MESSAGE_BYTES = 1 << 20
-READ_AT_IMPORT = ("PYTHON", "HF_ENDPOINT", "HF_TOKEN", "OMP_", "TRANSFORMERS_", "DIFFUSERS_", "_FLUX", "COMP_")
+READ_AT_IMPORT = (
+    "PYTHON",
+    "HF_ENDPOINT",
+    "HF_TOKEN",
+    "OMP_",
+    "TRANSFORMERS_",
+    "DIFFUSERS_",
+    "_FLUX",
+    "COMP_",
+)
 
 
 def is_available() -> bool:
@@ -76,7 +86,9 @@ class Server:
         cwd: str | Path | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> "Command":
-        """Run `python COMMAND` in a fork, its environment this process's with `environment` over it."""
+        """Run `python COMMAND` in a fork, its environment this process's with `environment` over
+        it.
+        """
         ours, theirs = {}, []
         for number, stream in enumerate((stdin, stdout, stderr)):
             if stream == subprocess.DEVNULL:
@@ -108,7 +120,9 @@ class Server:
     ) -> subprocess.CompletedProcess:
         """Run `python COMMAND` to its end, as subprocess.run does."""
         process = self.start(
-            *command, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE, environment=environment
+            *command,
+            stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
+            environment=environment,
         )
         try:
             out, err = process.communicate(stdin, timeout=timeout)
@@ -175,7 +189,9 @@ def check(environment: Mapping[str, str]) -> Mapping[str, str]:
 
 
 class Command:
-    """A command in a fork, with the part of subprocess.Popen's interface that tests use; streams are text."""
+    """A command in a fork, with the part of subprocess.Popen's interface that tests use; streams
+    are text.
+    """
 
     def __init__(self, args: tuple[str, ...], status: int, ours: Mapping[int, int]) -> None:
         self.args = args
@@ -219,7 +235,9 @@ class Command:
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
-    def communicate(self, text: str | None = None, timeout: float | None = None) -> tuple[str | None, str | None]:
+    def communicate(
+        self, text: str | None = None, timeout: float | None = None
+    ) -> tuple[str | None, str | None]:
         """Write stdin, read both streams to their ends, wait; closes the streams."""
         end = None if timeout is None else time.monotonic() + timeout
         found: dict[TextIO, str] = {}
@@ -296,7 +314,9 @@ def _report_the_dead(running: dict[int, int]) -> None:
 
 
 def _import_everything() -> None:
-    """Import what a picture takes, as the command line would: its settings for the libraries come first."""
+    """Import what a picture takes, as the command line would: its settings for the libraries come
+    first.
+    """
     from fluxcli.cli import app
 
     before = dict(os.environ)
@@ -310,7 +330,13 @@ def _import_everything() -> None:
                 importlib.import_module(module.name)
     for name in ("transformer", "vae", "scheduler", "clip", "t5", "clip_tokenizer", "t5_tokenizer"):
         getattr(classes, name)()
-    for name in ("PIL.PngImagePlugin", "PIL.JpegImagePlugin", "PIL.WebPImagePlugin", "psutil", "rich.progress"):
+    for name in (
+        "PIL.PngImagePlugin",
+        "PIL.JpegImagePlugin",
+        "PIL.WebPImagePlugin",
+        "psutil",
+        "rich.progress",
+    ):
         importlib.import_module(name)
     os.environ.clear()
     os.environ.update(before)

@@ -129,7 +129,9 @@ for event in client.run(Job.from_json(json.loads(sys.argv[1]))):
 
 
 def job(*prompts: str, **options: object) -> Job:
-    rows = tuple(Row(k * (len(prompts) > 1), order(text, seed=1)) for k, text in enumerate(prompts, 1))
+    rows = tuple(
+        Row(k * (len(prompts) > 1), order(text, seed=1)) for k, text in enumerate(prompts, 1)
+    )
     return Job(rows, **options)
 
 
@@ -161,7 +163,9 @@ def serves() -> bool:
 
 def client_process(what: Job, **options: object) -> subprocess.Popen:
     command = [sys.executable, "-c", CLIENT, json.dumps(what.to_json())]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 def raw(hello: object = None) -> "client.Connection":
@@ -174,7 +178,12 @@ def raw(hello: object = None) -> "client.Connection":
 
 def hello(what: Job | object, **changes: object) -> dict:
     sent = what.to_json() if isinstance(what, Job) else what
-    known = {"protocol": client.PROTOCOL, "identity": client.describe_installation(), "kind": "generate", "job": sent}
+    known = {
+        "protocol": client.PROTOCOL,
+        "identity": client.describe_installation(),
+        "kind": "generate",
+        "job": sent,
+    }
     return known | {"folder": os.getcwd(), "umask": 0o22} | changes
 
 

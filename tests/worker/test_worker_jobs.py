@@ -34,7 +34,9 @@ pytestmark = [pytest.mark.serial, pytest.mark.skipif(os.name == "nt", reason="so
 VERSION = fluxcli.__version__  # before a test changes it
 
 
-@pytest.mark.parametrize("prompts", [("draw a fox",), ("draw 1", "half", "draw 3"), ("draw 1", "full")])
+@pytest.mark.parametrize(
+    "prompts", [("draw a fox",), ("draw 1", "half", "draw 3"), ("draw 1", "full")]
+)
 def test_events_exit_code_message_and_hint_are_those_of_a_run_in_process(worker, prompts):
     fake: dict = {"__name__": "fake"}
     exec(FAKE, fake)
@@ -44,7 +46,9 @@ def test_events_exit_code_message_and_hint_are_those_of_a_run_in_process(worker,
             yield from fake["Session"]().run(job(*prompts))
         except ExplainedError as error:
             failed = fake["explain"](error)
-            raise client.RemoteError(failed.message, hint=failed.hint, exit_code=failed.exit_code) from error
+            raise client.RemoteError(
+                failed.message, hint=failed.hint, exit_code=failed.exit_code
+            ) from error
 
     expected = outcome(here())
     assert outcome(client.run(job(*prompts))) == expected
@@ -138,7 +142,9 @@ def test_a_socket_that_a_killed_worker_left_is_replaced(worker, start):
 
 
 @pytest.mark.parametrize("change", ["version", "CUDA_VISIBLE_DEVICES", "HF_HOME"])
-def test_a_worker_of_another_version_or_environment_is_not_used_but_can_be_told(worker, home, monkeypatch, change):
+def test_a_worker_of_another_version_or_environment_is_not_used_but_can_be_told(
+    worker, home, monkeypatch, change
+):
     if change == "version":
         monkeypatch.setattr(fluxcli, "__version__", "9.9")
     else:
@@ -154,7 +160,11 @@ def test_jobs_wait_in_order_and_hear_how_many_are_before_them(worker, home):
     said: dict = {}
     threads = []
     for k, prompt in enumerate(("gate", "draw 1", "draw 2")):
-        threads.append(threading.Thread(target=lambda text=prompt: said.update({text: list(client.run(job(text)))})))
+        threads.append(
+            threading.Thread(
+                target=lambda text=prompt: said.update({text: list(client.run(job(text)))})
+            )
+        )
         threads[-1].start()
         eventually(lambda k=k: (status := client.ask("status"))["running"] and status["queue"] == k)
     (home / "go").touch()
@@ -163,7 +173,10 @@ def test_jobs_wait_in_order_and_hear_how_many_are_before_them(worker, home):
     assert [each for each in notes(home) if each.startswith("draw")] == ["draw 1", "draw 2"]
     assert not [event for event in said["gate"] if isinstance(event, Notice)]
     for k in (1, 2):
-        assert isinstance(said[f"draw {k}"][0], Notice) and f"busy: {k} before" in said[f"draw {k}"][0].message
+        assert (
+            isinstance(said[f"draw {k}"][0], Notice)
+            and f"busy: {k} before" in said[f"draw {k}"][0].message
+        )
         assert said[f"draw {k}"][1] == Phase("load", "transformer")
 
 
@@ -192,10 +205,18 @@ def test_status_counts_and_answers_while_a_job_runs(worker):
     events = client.run(job("gate"))
     next(events)
     status = client.ask("status")
-    assert {key: status[key] for key in ("pid", "running", "queue", "jobs", "pictures", "loads", "model")} == {
-        "pid": worker.pid, "running": True, "queue": 0, "jobs": 1, "pictures": 1,
-        "loads": {"transformer": 1, "vae": 1}, "model": "fake",
-    }  # fmt: skip
+    assert {
+        key: status[key]
+        for key in ("pid", "running", "queue", "jobs", "pictures", "loads", "model")
+    } == {
+        "pid": worker.pid,
+        "running": True,
+        "queue": 0,
+        "jobs": 1,
+        "pictures": 1,
+        "loads": {"transformer": 1, "vae": 1},
+        "model": "fake",
+    }
     assert status["uptime_s"] >= 0 == status["idle_s"] and status["rss_bytes"] > 1 << 20
     events.close()
 

@@ -93,13 +93,17 @@ def test_a_wish_for_a_device_that_is_not_there_leaves_it_alive(worker):
 
 @pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
 def test_starts_at_once_give_one_worker(home, monkeypatch):
-    monkeypatch.setattr(client, "_command", lambda idle_s: [sys.executable, "-c", FAKE, str(idle_s)])
+    monkeypatch.setattr(
+        client, "_command", lambda idle_s: [sys.executable, "-c", FAKE, str(idle_s)]
+    )
     before = psutil.Process().children()
     Path("fluxcli.py").write_text("raise SystemExit('from the folder of whoever started it')")
     try:
         with ThreadPoolExecutor(3) as pool:
             found = list(pool.map(client.start, (30, 30, 30)))
-        assert len({status["pid"] for status in found}) == 1 and any(status["started"] for status in found)
+        assert len({status["pid"] for status in found}) == 1 and any(
+            status["started"] for status in found
+        )
         started = [each for each in psutil.Process().children() if each not in before]
         psutil.wait_procs([each for each in started if each.pid != found[0]["pid"]], 5)
         alive = [each.pid for each in started if each.is_running() and each.status() != "zombie"]
@@ -113,7 +117,9 @@ def test_starts_at_once_give_one_worker(home, monkeypatch):
 @pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
 def test_a_start_that_met_a_worker_about_to_end_is_tried_again(home, monkeypatch):
     codes = iter(["", FAKE])
-    monkeypatch.setattr(client, "_command", lambda idle_s: [sys.executable, "-c", next(codes), str(idle_s)])
+    monkeypatch.setattr(
+        client, "_command", lambda idle_s: [sys.executable, "-c", next(codes), str(idle_s)]
+    )
     assert client.start(30)["started"] and next(codes, None) is None
     assert client.ask("stop")
 
@@ -129,7 +135,9 @@ TELL = "import sys; from fluxcli.events import *; import json; print(json.dumps(
         ("import os; os.abort()", (1, "exit -6")),
     ],
 )
-def test_a_worker_that_dies_at_its_start_is_an_error_with_its_last_words(home, monkeypatch, code, expected):
+def test_a_worker_that_dies_at_its_start_is_an_error_with_its_last_words(
+    home, monkeypatch, code, expected
+):
     monkeypatch.setattr(client, "_command", lambda _: [sys.executable, "-c", code])
     with pytest.raises(client.RemoteError, match=expected[1]) as failed:
         client.start(30)
@@ -140,7 +148,9 @@ def test_what_ends_a_real_worker_at_its_start_is_said_by_the_command_that_starte
     folder = client.locate_socket().parent
     folder.mkdir()
     folder.chmod(0o755)
-    with pytest.raises(client.RemoteError, match="did not start: the worker's folder is not private") as failed:
+    with pytest.raises(
+        client.RemoteError, match="did not start: the worker's folder is not private"
+    ) as failed:
         client.start(30)
     assert failed.value.exit_code == ExitCode.DEVICE
 
@@ -155,7 +165,10 @@ def test_windows_has_no_worker_and_says_so(monkeypatch, capsys):
     for choice in ("on", "auto"):
         monkeypatch.setenv("FLUX_WORKER", choice)
         result = call(capsys, *small)
-        assert result.returncode == 0 and "the worker is not available on Windows yet: running here" in result.stderr
+        assert (
+            result.returncode == 0
+            and "the worker is not available on Windows yet: running here" in result.stderr
+        )
     monkeypatch.setenv("FLUX_WORKER", "off")
     assert "not available" not in call(capsys, *small).stderr
 
@@ -163,12 +176,16 @@ def test_windows_has_no_worker_and_says_so(monkeypatch, capsys):
 def test_the_client_is_stdlib_only_and_imports_nothing_more_without_a_worker(home):
     code = "import sys; before = set(sys.modules)\nfrom fluxcli.run import client\nclient.ask('status')\n"
     code += "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert set(found) <= set(sys.stdlib_module_names) | {"fluxcli", "quant"}
     assert "fluxcli" in found and "multiprocessing" not in found and "socket" not in found
 
 
-@pytest.mark.parametrize("text, seconds", [("30s", 30), ("10m", 600), ("2h", 7200), ("45", 45), ("0.5m", 30)])
+@pytest.mark.parametrize(
+    "text, seconds", [("30s", 30), ("10m", 600), ("2h", 7200), ("45", 45), ("0.5m", 30)]
+)
 def test_idle_takes_units(text, seconds):
     from fluxcli.cli.worker import parse_duration
 
@@ -190,7 +207,10 @@ def test_the_commands_say_what_there_is(start, capsys):
         worker_app(args=list(arguments), standalone_mode=False)
         return capsys.readouterr()
 
-    assert told("status") == ("no worker is running\n", "") and told("status", "--json") == ("null\n", "")
+    assert told("status") == ("no worker is running\n", "") and told("status", "--json") == (
+        "null\n",
+        "",
+    )
     assert told("stop") == ("", "flux: no worker is running\n") == told("evict")
     process = start()
     assert json.loads(told("status", "--json")[0])["pid"] == process.pid

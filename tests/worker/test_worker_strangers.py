@@ -33,14 +33,26 @@ NONSENSE = [
     b" " * client.HELLO_BYTES + b'{"kind": "status"}',
 ]
 NONSENSE += [{"kind": kind} for kind in ("", "draw", None, 5, [], {})]
-WRONG_JOBS = [None, [], 5, {"rows": 5}, {"rows": [5]}, {"rows": [[1, "", {"prompt": 5}]]}, {"rows": [[1, "", {}]]}]
+WRONG_JOBS = [
+    None,
+    [],
+    5,
+    {"rows": 5},
+    {"rows": [5]},
+    {"rows": [[1, "", {"prompt": 5}]]},
+    {"rows": [[1, "", {}]]},
+]
 WRONG_JOBS += [{"rows": [], "unknown": 1}, {"rows": [[1, "", {"prompt": "x", "steps": "many"}]]}]
 
 
 @pytest.mark.parametrize("batch", [0, 1, 2])
 def test_strangers_lose_their_connection_and_nothing_else(worker, batch):
     wrong = [hello(each) for each in WRONG_JOBS]
-    wrong += [hello(job("draw"), umask="x"), hello(job("draw"), identity=[]), hello(job("draw"), folder="a\0b")]
+    wrong += [
+        hello(job("draw"), umask="x"),
+        hello(job("draw"), identity=[]),
+        hello(job("draw"), folder="a\0b"),
+    ]
     for each in (NONSENSE[:9], NONSENSE[9:], wrong)[batch]:
         try:
             connection = raw(each)
@@ -76,7 +88,9 @@ def test_a_client_that_stops_reading_blocks_nobody_for_ever(worker):
         assert 0.5 < time.monotonic() - since < 5
 
 
-@pytest.mark.skipif(not hasattr(socket, "SO_PEERCRED") or os.getuid() != 0, reason="takes another user")
+@pytest.mark.skipif(
+    not hasattr(socket, "SO_PEERCRED") or os.getuid() != 0, reason="takes another user"
+)
 @pytest.mark.parametrize("uid", [0, 65534])
 def test_another_user_is_not_served_even_where_the_folder_lets_him_in(worker, home, uid):
     address = client.locate_socket()
