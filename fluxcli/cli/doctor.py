@@ -1,6 +1,7 @@
-"""Checks of everything a run rests on: driver, device, memory, disk, hub, libraries. Each ok, warn or bad, with a fix.
+"""`flux doctor`: checks of all that a run stands on: libraries, device, memory, disk, hub.
 
-Asks without changing anything; opens no connection unless the hub's token is there to be checked.
+Each is ok, warn or bad, and says what to do where it is not ok. Asks without changing anything;
+opens no connection unless the hub's token is there to be checked. Sizes are in bytes.
 """
 
 import importlib.metadata
@@ -15,14 +16,25 @@ import typer
 
 from fluxcli import paths
 from fluxcli.cli import console
+from fluxcli.engine.check import check_torch
 from fluxcli.errors import ExitCode
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB
 from fluxcli.request.settings import coerce
 from quant.files import nearest
 
-LIBRARIES = ("torch", "diffusers", "transformers", "bitsandbytes", "optimum-quanto", "safetensors", "huggingface-hub")
-ROOM_BYTES, RAM_BYTES = 60e9, 16 * GIB  # a model with a baked variant; what loading is comfortable with
+LIBRARIES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "bitsandbytes",
+    "optimum-quanto",
+    "safetensors",
+    "huggingface-hub",
+)
+ROOM_BYTES = 60e9  # a model with a baked variant
+RAM_BYTES = 16 * GIB  # what loading is comfortable with
+FREE_SHARE = 0.8  # of a card's memory: with less, somebody else holds much of it
 GATED = "black-forest-labs/FLUX.1-dev"
 
 
@@ -40,11 +52,11 @@ def doctor_command(
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda[:n], mps or xpu[:n].")] = "auto",
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> int:
-    """Check driver, device, memory, disk, hub and libraries: ok, warn or bad, each with a fix (exit 8: one is bad)."""
+    """Check driver, device, memory, disk, hub and libraries, each with a fix (exit 8: one is bad)."""
     checks = []
     for check in examine(coerce("device", device, where="--device")):
         checks.append(check)
-        if not json_output:
+        if not json_output:  # at once: the hub may take its time
             console.data(f"{check.verdict:<4}  {check.name:<15} {check.found}")
             if check.fix:
                 console.data(f"{'':<22}{check.fix}")
@@ -55,120 +67,177 @@ def doctor_command(
 
 
 def examine(device: str = "auto") -> Iterator[Check]:
-    """Yield every check, cheapest first."""
-    yield from _versions()
+    """Yield every check, cheapest first; those of a device that cannot be asked are one that is bad."""
+    for name in LIBRARIES:
+        yield _check_library(name)
     try:
-        from fluxcli.engine import device as hardware
+        check_torch()
+        from fluxcli.engine.device import probe
 
-        machine = hardware.probe(device)
+        hardware = probe(device)
     except Exception as error:  # noqa: BLE001 - a broken torch raises anything
         fix = getattr(error, "hint", "") or "install the driver, and a torch build for it"
         yield Check("device", "bad", f"{type(error).__name__}: {error}"[:200], fix)
     else:
-        yield from _device(machine)
-        yield from _memory(machine)
-        yield _packer(machine)
-    yield _disk()
-    yield _hub()
+        yield _check_device(hardware)
+        yield from _check_precisions(hardware)
+        if hardware.kind != "cpu":
+            yield _check_vram(hardware)
+        yield _check_ram()
+        yield _check_bitsandbytes(hardware)
+    yield _check_disk()
+    yield _check_hub()
 
 
-def _versions() -> Iterator[Check]:
-    for name in LIBRARIES:
-        try:
-            yield Check(name, "ok", importlib.metadata.version(name))
-        except importlib.metadata.PackageNotFoundError:
-            yield Check(name, "bad", "not installed", f"pip install {name}")
+def _warn_unless(good: bool, name: str, *, found: str, fix: str) -> Check:
+    """The check that is ok, or else a warning with a fix."""
+    if good:
+        return Check(name, "ok", found)
+    return Check(name, "warn", found, fix)
 
 
-def _or_warn(name: str, good: bool, found: str, fix: str) -> Check:
-    return Check(name, "ok", found) if good else Check(name, "warn", found, fix)
+def _check_library(name: str) -> Check:
+    try:
+        return Check(name, "ok", importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Check(name, "bad", "not installed", f"pip install {name}")
 
 
-def _device(machine: Hardware) -> Iterator[Check]:
-    """The device, its driver, and what each precision does on it."""
+# --- the device
+
+
+def _check_device(hardware: Hardware) -> Check:
+    """The device, with a card's capability and driver."""
     import torch
 
+    if hardware.kind == "cpu":
+        fix = "a GPU makes it a hundred times faster"
+        if hardware.gpu_unusable:
+            fix = "pytorch.org, Get Started: the build for your driver"
+        return Check("device", "warn", f"cpu, {hardware.name}: {hardware.reason}", fix)
+    found = f"{hardware.device}, {hardware.name}"
+    if hardware.kind == "cuda":
+        major, minor = hardware.capability
+        found += f", sm{major}{minor}"
+        drivers = _nvidia("driver_version")
+        if drivers:
+            found += f", driver {drivers[0]}, torch for CUDA {torch.version.cuda}"
+    return Check("device", "ok", found)
+
+
+def _check_precisions(hardware: Hardware) -> Iterator[Check]:
+    """What each precision does on the device: computed in it, or only stored in it."""
     from quant.linear import find_multiply
 
-    cpu, cuda = machine.kind == "cpu", machine.kind == "cuda"
-    if cpu:
-        fix = "a GPU makes it a hundred times faster"
-        if machine.gpu_unusable:
-            fix = "pytorch.org, Get Started: the build for your driver"
-        yield Check("device", "warn", f"cpu, {machine.name}: {machine.reason}", fix)
-    else:
-        driver = _nvidia("driver_version") if cuda else []
-        sm = f", sm{machine.capability[0]}{machine.capability[1]}" if cuda else ""
-        runtime = f", driver {driver[0]}, torch for CUDA {torch.version.cuda}" if driver else ""
-        yield Check("device", "ok", f"{machine.device}, {machine.name}{sm}{runtime}")
-    found = "computed" if machine.bf16 else "slow here: another dtype is taken"
-    yield _or_warn("bf16", machine.bf16, found, "none needed; cards since sm80 have it")
+    yield _warn_unless(
+        hardware.bf16,
+        "bf16",
+        found="computed" if hardware.bf16 else "slow here: another dtype is taken",
+        fix="none needed; cards since sm80 have it",
+    )
     for scheme in ("fp8", "int8"):
-        path = find_multiply(scheme, machine.device)
-        computed = not cpu and path != "dequantize"
-        found = f"computed ({path})" if computed else "a smaller form of the weights, not a faster one"
+        multiply = find_multiply(scheme, hardware.device)
+        found = f"computed ({multiply})"
+        if hardware.kind == "cpu" or multiply == "dequantize":
+            found = "a smaller form of the weights, not a faster one"
         yield Check(scheme, "ok", found)
 
 
-def _memory(machine: Hardware) -> Iterator[Check]:
-    import psutil
-
-    if machine.kind != "cpu":
-        free = machine.free_bytes >= machine.total_bytes * 0.8
-        holders = [] if free or machine.kind != "cuda" else _nvidia("pid,process_name,used_memory", apps=True)
-        held = f"; held by {', '.join(f'pid {line}' for line in holders)}" if holders else ""
-        found = f"{machine.free_bytes / GIB:.1f} of {machine.total_bytes / GIB:.1f} GiB free{held}"
-        yield _or_warn("VRAM", free, found, "close what holds it")
-    ram, swap = psutil.virtual_memory(), psutil.swap_memory()
-    found = f"{ram.available / GIB:.1f} of {ram.total / GIB:.1f} GiB free, swap or page file {swap.total / GIB:.1f} GiB"
-    yield _or_warn("RAM", ram.total >= RAM_BYTES, found, "--offload sequential, or nf4 baked: both hold little")
-
-
-def _disk() -> Check:
-    cache = nearest(paths.hub_cache_folder())
-    free = shutil.disk_usage(cache).free
-    writable = os.access(cache, os.W_OK) and os.access(nearest(paths.cache_folder()), os.W_OK)
-    found = f"{free / 1e9:.0f} GB free in {cache}{'' if writable else ', which is read-only'}"
-    fix = "HF_HOME moves the hub's cache; dev takes 34 GB, each baked variant 10 to 20"
-    return _or_warn("disk", writable and free > ROOM_BYTES, found, fix)
-
-
-def _packer(machine: Hardware) -> Check:
-    """bitsandbytes with the library that fits this device."""
+def _check_bitsandbytes(hardware: Hardware) -> Check:
+    """The library of nf4, which has another binary for each kind of device."""
     try:
         from bitsandbytes.cextension import lib
     except Exception as error:  # noqa: BLE001 - whatever a broken binary raises
-        return Check("nf4", "bad", f"bitsandbytes: {str(error)[:80]}", "pip install --force-reinstall bitsandbytes")
+        found = f"bitsandbytes: {str(error)[:80]}"
+        return Check("nf4", "bad", found, "pip install --force-reinstall bitsandbytes")
+    # It says what it has loaded by the class alone: a mock where the binary is missing.
     native = type(lib).__name__
-    fits = "Mock" not in native and (machine.kind != "cuda" or "Cuda" in native)
-    found = f"bitsandbytes' library for {machine.device} is {native if fits else 'missing'}"
-    return _or_warn("nf4", fits, found, "python -m bitsandbytes explains")
-
-
-def _hub() -> Check:
-    """The token, and whether the licence of the gated model is accepted: only the hub knows that."""
-    try:
-        from huggingface_hub import HfApi, constants, get_token
-
-        if not (token := get_token()):
-            return Check("hub", "warn", "no token: gated models cannot be downloaded", "hf auth login")
-        if constants.HF_HUB_OFFLINE:
-            return Check("hub", "ok", "a token is there; offline, so whether the licence is accepted cannot be known")
-        HfApi().auth_check(GATED, token=token)
-    except Exception as error:  # noqa: BLE001 - its errors, every one of the network, and that of its absence
-        kind = type(error).__name__
-        if kind in ("GatedRepoError", "RepositoryNotFoundError"):
-            fix = f"accept its licence at huggingface.co/{GATED}"
-            return Check("hub", "warn", f"a token without access to {GATED}", fix)
-        return Check("hub", "warn", f"the hub was not reached ({kind})", "try again online")
-    return Check("hub", "ok", f"a token with access to {GATED}")
+    fits = "Mock" not in native
+    if hardware.kind == "cuda":
+        fits = "Cuda" in native
+    what = native if fits else "missing"
+    return _warn_unless(
+        fits,
+        "nf4",
+        found=f"bitsandbytes' library for {hardware.device} is {what}",
+        fix="python -m bitsandbytes explains",
+    )
 
 
 def _nvidia(fields: str, *, apps: bool = False) -> list[str]:
-    """Lines of nvidia-smi, [] where it is not there."""
-    command = ["nvidia-smi", f"--query-{'compute-apps' if apps else 'gpu'}={fields}", "--format=csv,noheader"]
+    """Lines of nvidia-smi about the cards, or about the processes on them; [] without it."""
+    query = "--query-compute-apps" if apps else "--query-gpu"
+    command = ["nvidia-smi", f"{query}={fields}", "--format=csv,noheader"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
     return [line.strip() for line in run.stdout.splitlines() if line.strip()]
+
+
+# --- memory and disk
+
+
+def _check_vram(hardware: Hardware) -> Check:
+    """A card's memory; where little is free, who holds it."""
+    is_free = hardware.free_bytes >= hardware.total_bytes * FREE_SHARE
+    found = f"{hardware.free_bytes / GIB:.1f} of {hardware.total_bytes / GIB:.1f} GiB free"
+    if not is_free and hardware.kind == "cuda":
+        holders = _nvidia("pid,process_name,used_memory", apps=True)
+        if holders:
+            found += "; held by " + ", ".join(f"pid {line}" for line in holders)
+    return _warn_unless(is_free, "VRAM", found=found, fix="close what holds it")
+
+
+def _check_ram() -> Check:
+    import psutil
+
+    ram = psutil.virtual_memory()
+    swap = psutil.swap_memory()
+    found = f"{ram.available / GIB:.1f} of {ram.total / GIB:.1f} GiB free"
+    found += f", swap or page file {swap.total / GIB:.1f} GiB"
+    fix = "--offload sequential, or nf4 baked: both hold little"
+    return _warn_unless(ram.total >= RAM_BYTES, "RAM", found=found, fix=fix)
+
+
+def _check_disk() -> Check:
+    """Room for models in the hub's cache, and whether both caches can be written."""
+    cache = nearest(paths.hub_cache_folder())
+    free_bytes = shutil.disk_usage(cache).free
+    own_cache = nearest(paths.cache_folder())
+    is_writable = os.access(cache, os.W_OK) and os.access(own_cache, os.W_OK)
+    found = f"{free_bytes / 1e9:.0f} GB free in {cache}"
+    if not is_writable:
+        found += ", which is read-only"
+    fix = "HF_HOME moves the hub's cache; dev takes 34 GB, each baked variant 10 to 20"
+    return _warn_unless(is_writable and free_bytes > ROOM_BYTES, "disk", found=found, fix=fix)
+
+
+# --- the hub
+
+
+def _check_hub() -> Check:
+    """The token, and whether the licence of the gated model is accepted: only the hub knows that."""
+    try:
+        return _ask_hub()
+    except Exception as error:  # noqa: BLE001 - its errors, every one of the network, its absence
+        kind = type(error).__name__
+        if kind in ("GatedRepoError", "RepositoryNotFoundError"):
+            fix = f"accept its licence at huggingface.co/{GATED}"
+            return Check("hub", "warn", f"a token without access to {GATED}", fix)
+        return Check("hub", "warn", f"the hub was not reached ({kind})", "try again online")
+
+
+def _ask_hub() -> Check:
+    """Raises the hub's own errors, for a token without access among others."""
+    from huggingface_hub import HfApi, constants, get_token
+
+    token = get_token()
+    if not token:
+        found = "no token: gated models cannot be downloaded"
+        return Check("hub", "warn", found, "hf auth login")
+    if constants.HF_HUB_OFFLINE:
+        found = "a token is there; offline, so whether the licence is accepted cannot be known"
+        return Check("hub", "ok", found)
+    HfApi().auth_check(GATED, token=token)
+    return Check("hub", "ok", f"a token with access to {GATED}")

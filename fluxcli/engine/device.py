@@ -7,7 +7,7 @@ or placements. Sizes are in bytes.
 import os
 import platform
 import shutil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -161,56 +161,104 @@ def _explain_no_gpu() -> NoGpu:
 
 
 def cap(device: str, budget_bytes: int) -> None:
-    """Make the allocator fail beyond the budget (the context beside it): a driver that spills into RAM never would."""
-    if not device.startswith("cpu"):
-        at = () if device == "mps" else (device,)
-        total = _ask(device, "mem_get_info", *at, default=(0, 0))[1] or _ask(
-            device, "recommended_max_memory"
-        )
-        share = min(1.0, max(0, budget_bytes - CONTEXT_BYTES) / total)
-        _ask(device, "set_per_process_memory_fraction", share, *at)
+    """Make the allocator fail beyond the budget, the context counted: some drivers spill into RAM.
+
+    A CPU has no allocator to cap.
+    """
+    kind = _kind_of(device)
+    if kind == "cpu":
+        return
+    total_bytes = _total_memory(device)
+    share = min(1.0, max(0, budget_bytes - CONTEXT_BYTES) / total_bytes)
+    module = getattr(torch, kind)
+    if not hasattr(module, "set_per_process_memory_fraction"):
+        return
+    if kind == "mps":
+        module.set_per_process_memory_fraction(share)
+    else:
+        module.set_per_process_memory_fraction(share, device)
 
 
 def free_memory(device: str) -> int:
     """Bytes that are free on the device now (of RAM, where it is the same)."""
-    return _ask(device, "mem_get_info", device, default=(psutil.virtual_memory().available,))[0]
+    ask = _find_function(device, "mem_get_info")
+    if ask is None:
+        available: int = psutil.virtual_memory().available
+        return available
+    free_bytes: int = ask(device)[0]
+    return free_bytes
 
 
 def held_memory(device: str) -> int:
-    """Bytes of the device that this process's allocator holds; 0 on a CPU."""
-    return _ask(device, "memory_reserved", device, default=0)
+    """Bytes of the device that this process's allocator holds; 0 where there is none."""
+    ask = _find_function(device, "memory_reserved")
+    return ask(device) if ask else 0
 
 
 def synchronize(device: str) -> None:
     """Wait until the device has computed what it was given."""
-    _ask(device, "synchronize", *([] if device == "mps" else [device]))
+    wait = _find_function(device, "synchronize")
+    if wait and _kind_of(device) == "mps":
+        wait()
+    elif wait:
+        wait(device)
 
 
 def reset_peak(device: str) -> None:
     """Begin to count the allocator's peak anew."""
-    _ask(device, "reset_peak_memory_stats", device)
+    reset = _find_function(device, "reset_peak_memory_stats")
+    if reset:
+        reset(device)
 
 
 def empty_cache(device: str) -> None:
     """Give freed blocks back to the device's driver."""
-    _ask(device, "empty_cache")
+    empty = _find_function(device, "empty_cache")
+    if empty:
+        empty()
 
 
 def peak_memory(device: str) -> dict[str, int]:
-    """The process's memory peaks so far, in bytes: resident RAM, and the device's allocator where there is one."""
+    """The process's memory peaks so far: "rss_bytes" of RAM, and "vram_bytes" of the allocator.
+
+    The latter is missing where the device has no allocator that counts.
+    """
+    peaks = {"rss_bytes": _peak_rss()}
+    ask = _find_function(device, "max_memory_reserved")
+    if ask:
+        peaks["vram_bytes"] = ask(device)
+    return peaks
+
+
+def _peak_rss() -> int:
+    """The most bytes of RAM that this process has had so far."""
     if os.name == "nt":
-        peaks = {"rss_bytes": psutil.Process().memory_info().peak_wset}
-    else:
-        import resource
+        peak_bytes: int = psutil.Process().memory_info().peak_wset
+        return peak_bytes
+    import resource  # only POSIX has it
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peaks = {"rss_bytes": peak if platform.system() == "Darwin" else peak * 1024}
-    reserved = _ask(device, "max_memory_reserved", device)
-    return peaks if reserved is None else peaks | {"vram_bytes": reserved}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if platform.system() == "Darwin":
+        return peak
+    return peak * 1024
 
 
-def _ask(device: str, function: str, *arguments: object, default: object = None) -> object:
-    """What the function of torch's module for the device says; `default` for a CPU, or where there is none."""
-    kind = device.partition(":")[0]
-    module = None if kind == "cpu" else getattr(torch, kind)
-    return getattr(module, function, lambda *_: default)(*arguments)
+def _total_memory(device: str) -> int:
+    """Bytes of an accelerator's memory."""
+    ask = _find_function(device, "mem_get_info")
+    if ask:
+        total_bytes: int = ask(device)[1]
+        return total_bytes
+    return torch.mps.recommended_max_memory()
+
+
+def _kind_of(device: str) -> str:
+    return device.partition(":")[0]
+
+
+def _find_function(device: str, name: str) -> Any:
+    """A function of torch's module for the device; None for a CPU, and where the module has none."""
+    kind = _kind_of(device)
+    if kind == "cpu":
+        return None
+    return getattr(getattr(torch, kind), name, None)
