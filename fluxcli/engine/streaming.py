@@ -134,37 +134,42 @@ class Conveyor:
 
         The blocks' tensors take at most `most_bytes`, before they are aligned.
         """
-        device = filler.device
         names = sum(len(names) for names in names_by_block.values())
-        padding = ALIGNMENT * TENSORS_A_LAYER * names
-        # Pages of it that stay untouched take no memory.
-        self._arena = torch.empty(most_bytes + padding, dtype=torch.uint8)
+        padding_bytes = ALIGNMENT * TENSORS_A_LAYER * names
+        # Pages of the arena that stay untouched take no memory.
+        self._arena = torch.empty(most_bytes + padding_bytes, dtype=torch.uint8)
         self._sources: list[Tensor] = []  # each block's part of the arena
-        used_bytes = 0
-        for block, inside in names_by_block.items():
-            # Quantizing is work for the device; what is stored so already goes to RAM at once.
-            place = device if filler.quantizes(block) else "cpu"
-            for name in inside:
-                filler.fill(name, device=place)
-            module = filler.module.get_submodule(block)
-            block_bytes = _move_into(module, self._arena[used_bytes:])
-            self._sources.append(self._arena[used_bytes : used_bytes + block_bytes])
-            used_bytes += block_bytes
-        is_pinned = _pin(self._arena, used_bytes, device)
+        used_bytes = self._fill_arena(filler, names_by_block)
+        is_pinned = _pin(self._arena, used_bytes, filler.device)
         self.unpinned_bytes = 0 if is_pinned else used_bytes
 
-        self._bus = make_bus(device)
-        self._held = [-1] * SLOTS  # the index of the block that each slot holds
+        self._bus = make_bus(filler.device)
         largest_bytes = max(source.numel() for source in self._sources)
         self._slots = [
-            torch.empty(largest_bytes, dtype=torch.uint8, device=device) for _ in range(SLOTS)
+            torch.empty(largest_bytes, dtype=torch.uint8, device=filler.device)
+            for _ in range(SLOTS)
         ]
+        self._held = [-1] * SLOTS  # the index of the block that each slot holds
         for index, block in enumerate(names_by_block):
             module = filler.module.get_submodule(block)
             _point_into(module, self._slots[index % SLOTS])
             _wrap(module, partial(self._enter, index), partial(self._leave, index))
         for index in range(min(SLOTS, len(self._sources))):
             self._copy(index)
+
+    def _fill_arena(self, filler: Filler, names_by_block: Mapping[str, Sequence[str]]) -> int:
+        """Fill the blocks and move their tensors into the arena; returns the bytes they take."""
+        used_bytes = 0
+        for block, names in names_by_block.items():
+            # Quantizing is work for the device; what is stored so already goes to RAM at once.
+            device = filler.device if filler.quantizes(block) else "cpu"
+            for name in names:
+                filler.fill(name, device=device)
+            module = filler.module.get_submodule(block)
+            block_bytes = _move_into(module, self._arena[used_bytes:])
+            self._sources.append(self._arena[used_bytes : used_bytes + block_bytes])
+            used_bytes += block_bytes
+        return used_bytes
 
     def _copy(self, index: int) -> None:
         slot = index % SLOTS
