@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fluxcli import paths
 from fluxcli.cli.app import app
-from fluxcli.cli.replay import _replayed
+from fluxcli.cli.replay import restore_order
 from fluxcli.engine import device as hardware
 from fluxcli.errors import ExitCode
 from fluxcli.pictures.image import read_metadata
@@ -331,4 +331,4 @@ def test_a_picture_keeps_limit_and_offload_and_a_replay_has_them(put, drawn, cap
 def test_any_limit_and_offload_come_back_from_metadata(limit, offload):
     metadata = order("a fox", seed=5, vram_limit=limit, offload=offload).to_json()
     stored = json.loads(json.dumps(metadata))
-    assert _replayed(Path("x.png"), stored, {}, None).to_json() == metadata
+    assert restore_order(Path("x.png"), stored, given={}).to_json() == metadata

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fluxcli
-from fluxcli.cli.replay import _replayed
+from fluxcli.cli.replay import restore_order
 from fluxcli.errors import BadInputFile, ExitCode
 from fluxcli.pictures.image import encode, read_metadata
 from fluxcli.request import presets
@@ -47,7 +47,7 @@ def stored(config_folder, preset, said):
 @given(said=st.fixed_dictionaries({}, optional=SAID))
 def test_a_picture_replays_as_it_was_made(config_folder, said):
     metadata = stored(config_folder, "draft", said)
-    assert _replayed(Path("x.png"), metadata, {}, None).to_json() == metadata
+    assert restore_order(Path("x.png"), metadata, given={}).to_json() == metadata
 
 
 @patient
@@ -57,7 +57,7 @@ def test_a_picture_replays_as_it_was_made(config_folder, said):
 def test_an_override_changes_only_what_it_says(config_folder, said, override):
     metadata = stored(config_folder, "draft", said)
     expected = stored(config_folder, "draft", said | override)
-    assert _replayed(Path("x.png"), metadata, override, None).to_json() == expected
+    assert restore_order(Path("x.png"), metadata, given=override).to_json() == expected
 
 
 @patient
@@ -75,15 +75,15 @@ def test_under_another_preset_what_was_said_stays_and_what_the_preset_said_chang
         if presets.coerce(key, value, where="") != draft[key]
     }
     expected = stored(config_folder, preset, changed | override)
-    replayed = _replayed(
-        Path("x.png"), stored(config_folder, "draft", said), {"preset": preset} | override, None
+    replayed = restore_order(
+        Path("x.png"), stored(config_folder, "draft", said), given={"preset": preset} | override
     )
     assert replayed.to_json() == expected
 
 
 def test_the_final_of_a_draft(config_folder):
     draft = stored(config_folder, "draft", {"aspect_ratio": "16:9", "guidance": "2.5"})
-    final = _replayed(Path("x.jpg"), draft, {"preset": "quality"}, None)
+    final = restore_order(Path("x.jpg"), draft, given={"preset": "quality"})
     assert (final.request.steps, final.request.size, final.output.format, final.preset) == (
         50,
         (1024, 576),
@@ -94,7 +94,9 @@ def test_the_final_of_a_draft(config_folder):
 
 
 def test_a_model_without_guidance_is_given_none(config_folder):
-    final = _replayed(Path("x.jpg"), stored(config_folder, "dev", {}), {"preset": "schnell"}, None)
+    final = restore_order(
+        Path("x.jpg"), stored(config_folder, "dev", {}), given={"preset": "schnell"}
+    )
     assert (final.request.guidance, final.request.steps, final.request.model) == (
         None,
         4,
@@ -106,14 +108,14 @@ def test_a_size_in_another_form_replaces_the_one_that_was_said(config_folder):
     pixels = stored(config_folder, "draft", {"width": "512", "height": "256"})
     square = {"aspect_ratio": "1:1", "image_size": "320"}
     for given_ in ({}, {"preset": "quality"}):
-        assert _replayed(Path("x"), pixels, given_, None).request.size == (512, 256)
-        assert _replayed(Path("x"), pixels, given_ | square, None).request.size == (
+        assert restore_order(Path("x"), pixels, given=given_).request.size == (512, 256)
+        assert restore_order(Path("x"), pixels, given=given_ | square).request.size == (
             320,
             320,
         )
     ratio = stored(config_folder, "draft", {"aspect_ratio": "16:9"})
-    assert _replayed(
-        Path("x"), ratio, {"preset": "dev", "width": "512", "height": "256"}, None
+    assert restore_order(
+        Path("x"), ratio, given={"preset": "dev", "width": "512", "height": "256"}
     ).request.size == (
         512,
         256,
@@ -125,12 +127,12 @@ def test_a_users_preset_with_pixels_and_one_that_is_gone(config_folder):
     mine.parent.mkdir(parents=True)
     mine.write_text("width = 512\nheight = 256\nsteps = 9\n")
     metadata = stored(config_folder, "mine", {"aspect_ratio": "16:9"})
-    assert _replayed(Path("x"), metadata, {"preset": "draft"}, None).request.size == (640, 368)
+    assert restore_order(Path("x"), metadata, given={"preset": "draft"}).request.size == (640, 368)
     plain = stored(config_folder, "mine", {})
-    assert _replayed(Path("x"), plain, {"preset": "draft"}, None).request.size == (640, 640)
+    assert restore_order(Path("x"), plain, given={"preset": "draft"}).request.size == (640, 640)
     mine.unlink()
-    assert _replayed(Path("x"), plain, {}, None).request.steps == 9
-    gone = _replayed(Path("x"), plain, {"preset": "draft"}, None)
+    assert restore_order(Path("x"), plain, given={}).request.steps == 9
+    gone = restore_order(Path("x"), plain, given={"preset": "draft"})
     assert (gone.request.steps, gone.request.size) == (9, (512, 256))
 
 
@@ -141,7 +143,7 @@ def test_the_variables_and_settings_of_today_do_not_change_a_picture_of_yesterda
     config_folder.mkdir(parents=True)
     (config_folder / "config.toml").write_text("steps = 3\noutput = 'pics/'\n")
     monkeypatch.setenv("FLUX_GUIDANCE", "9")
-    replayed = _replayed(Path("x"), metadata, {}, None)
+    replayed = restore_order(Path("x"), metadata, given={})
     assert replayed.to_json() == metadata | {"output": "pics/"}
 
 
@@ -166,7 +168,7 @@ def test_the_variables_and_settings_of_today_do_not_change_a_picture_of_yesterda
 )
 def test_metadata_that_flux_does_not_write_is_a_bad_file(damage, config_folder):
     with pytest.raises(BadInputFile, match=r"damaged metadata \(x\.png\)"):
-        _replayed(Path("x.png"), stored(config_folder, "tiny", {}) | damage, {}, None)
+        restore_order(Path("x.png"), stored(config_folder, "tiny", {}) | damage, given={})
 
 
 @pytest.mark.parametrize("missing", ["prompt", "preset"])
@@ -174,13 +176,13 @@ def test_metadata_without_a_prompt_or_preset_is_a_bad_file(missing, config_folde
     metadata = stored(config_folder, "tiny", {})
     del metadata[missing]
     with pytest.raises(BadInputFile, match=missing):
-        _replayed(Path("x.png"), metadata, {"preset": "dev"}, None)
+        restore_order(Path("x.png"), metadata, given={"preset": "dev"})
 
 
 def test_a_foreign_picture_chooses_neither_place_nor_number(config_folder):
     hostile = stored(config_folder, "tiny", {}) | {"output": "/tmp/owned.png", "count": 9999}
     for given_ in ({}, {"preset": "dev"}):
-        replayed = _replayed(Path("x.png"), hostile, given_, None)
+        replayed = restore_order(Path("x.png"), hostile, given=given_)
         assert (replayed.output.output, replayed.output.count) == (None, 1)
 
 

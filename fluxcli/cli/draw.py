@@ -1,11 +1,15 @@
-"""What `generate`, `replay` and `decode` have in common: one request is planned, drawn and shown."""
+"""What `generate`, `replay` and `decode` have in common: one order is planned, drawn and shown.
 
-from typing import TYPE_CHECKING
+Knows nothing of where the order comes from. Loads the engine only where the picture is drawn here.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from fluxcli.cli import console
 from fluxcli.cli.settings import STARTED, check_stdout, job_options, reporter_of
 from fluxcli.errors import ExitCode
-from fluxcli.pictures.names import check_writable, parse_target
+from fluxcli.pictures.names import Target, check_writable, parse_target
 from fluxcli.plan.placement import GIB, MemoryPlan
 from fluxcli.request.fields import Order
 from fluxcli.request.job import Job, Row
@@ -16,51 +20,77 @@ if TYPE_CHECKING:
 
 
 def draw(
-    order: Order, options: dict, given: dict, *, dry_run: bool = False, made: str | None = None,
-    resume: "Latents | None" = None,
-) -> int:  # fmt: skip
-    """Plan, then run and show. `given` is what the command line said; `made` the model of the picture to make again."""
+    order: Order,
+    options: Mapping[str, Any],
+    *,
+    given: Mapping[str, Any],
+    dry_run: bool = False,
+    expected_model: str | None = None,
+    kept: "Latents | None" = None,
+) -> int:
+    """Draw an order's pictures, in a live worker or here, or with `dry_run` say what would be done.
+
+    `options` are those of the command line, `given` the settings among them. A picture that is made
+    again was made by the model with the fingerprint `expected_model`; `kept` are the latents that
+    there are of it. Returns the exit code.
+    """
     target = parse_target(order.output, force=options["force"])
     check_stdout(options, picture=target.stdout)
     order = order.with_seed()
     if dry_run:
-        return _dry_run(order, options)
+        _show_plan(order, options)
+        return ExitCode.OK
     check_writable(target, order)
     if not options["quiet"]:
-        if "quality" in given and order.output.format == "png":
-            console.say("--quality does nothing for png")
-        if options["force"] and not target.exact:
-            console.say("--force does nothing here: automatic names never replace a file")
-    job = Job((Row(0, order, target=target),), expected_model=made, **job_options(options))
+        _say_what_is_inert(order, target, given=given, force=options["force"])
+    row = Row(0, order, target=target)
+    job = Job((row,), expected_model=expected_model, **job_options(options))
     alone = options["no_worker"] or options["debug"]
     with reporter_of(options) as reporter, Dispatcher(alone=alone) as dispatcher:
-        for event in dispatcher.run(job, kept=resume):
+        for event in dispatcher.run(job, kept=kept):
             reporter.show(event)
     return ExitCode.OK
 
 
-def _dry_run(order: Order, options: dict) -> int:
+def _say_what_is_inert(
+    order: Order, target: Target, *, given: Mapping[str, Any], force: bool
+) -> None:
+    """Say which options of the command line do nothing here."""
+    if "quality" in given and order.output.format == "png":
+        console.say("--quality does nothing for png")
+    if force and not target.exact:
+        console.say("--force does nothing here: automatic names never replace a file")
+
+
+def _show_plan(order: Order, options: Mapping[str, Any]) -> None:
+    """Say what would be done, and with how much memory."""
     from fluxcli.run.session import Session
 
     with console.Reporter(quiet=options["quiet"], started=STARTED) as reporter:
         plan = reporter.result(Session().prepare(order, lock=False)).plan
-    return _show_plan(order, plan, as_json=options["json_output"] or options["events"])
+    described = {
+        "request": order.to_json(),
+        "size": order.request.size,
+        "plan": plan.to_json(),
+    }
+    as_json = options["json_output"] or options["events"]
+    console.table(_make_rows(order, plan), described, as_json=as_json)
 
 
-def _show_plan(order: Order, plan: MemoryPlan, *, as_json: bool) -> int:
-    """What a run would do."""
-    if as_json:
-        console.data_json({"request": order.to_json(), "size": order.request.size, "plan": plan.to_json()})
-        return ExitCode.OK
+def _make_rows(order: Order, plan: MemoryPlan) -> list[tuple[str, str]]:
+    """The lines of a plan, for people."""
     request = order.request
-    (width, height), guidance = request.size, "none" if request.guidance is None else f"{request.guidance:g}"
+    width, height = request.size
+    guidance = "none" if request.guidance is None else f"{request.guidance:g}"
+    picture = f"{width}x{height}, {request.steps} steps, guidance {guidance}, seed {request.seed}"
     dtypes = ", ".join(f"{name} {dtype}" for name, dtype in plan.dtypes.items())
-    for name, text in (
-        ("picture", f"{width}x{height}, {request.steps} steps, guidance {guidance}, seed {request.seed}"),
+    rows = [
+        ("picture", picture),
         ("model", f"{request.model} (preset {order.preset})"),
         ("device", f"{plan.device}, {plan.precision}; computes {dtypes}"),
-        *((phase, f"{peak / GIB:.2f} GiB") for phase, peak in plan.peak_bytes.items()),
-        *(("because", reason) for reason in plan.reasons),
-    ):
-        console.data(f"{name:<10}{text}")
-    return ExitCode.OK
+    ]
+    for phase, peak_bytes in plan.peak_bytes.items():
+        rows.append((phase, f"{peak_bytes / GIB:.2f} GiB"))
+    for reason in plan.reasons:
+        rows.append(("because", reason))
+    return rows

@@ -1,6 +1,6 @@
-"""`flux generate`: settings become a request, the request pictures; here or in a warm worker."""
+"""`flux generate`: settings become an order, the order pictures; here or in a warm worker."""
 
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -15,25 +15,36 @@ from fluxcli.resolve import resolve_order
 @with_request_options
 def generate(
     prompt: Annotated[
-        Optional[str], typer.Argument(help="What to draw; - reads it from stdin.", show_default=False)
+        Optional[str],
+        typer.Argument(help="What to draw; - reads it from stdin.", show_default=False),
     ] = None,
     source: Annotated[
-        Optional[str], typer.Option("--from", help="Text, JSONL or CSV, a picture a row; - is stdin.")
+        Optional[str],
+        typer.Option("--from", help="Text, JSONL or CSV, a picture a row; - is stdin."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="With --from: skip rows whose picture is there.")] = False,
-    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="With --from: stop at a row that fails.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
-    **options: object,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="With --from: skip rows whose picture is there.")
+    ] = False,
+    fail_fast: Annotated[
+        bool, typer.Option("--fail-fast", help="With --from: stop at a row that fails.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, and stop.")
+    ] = False,
+    **options: Any,
 ) -> int:
     """Draw a prompt, or with --from many. Without weights of your own: -p tiny, the bundled model."""
     if source is not None:
         if dry_run:
-            raise UsageError("--dry-run excludes --from", why="rows are planned one by one", hint="flux plan")
+            why = "rows are planned one by one"
+            raise UsageError("--dry-run excludes --from", why=why, hint="flux plan")
         return batch.draw_rows(source, prompt, options, resume=resume, fail_fast=fail_fast)
     if resume or fail_fast:
-        raise UsageError(f"{'--resume' if resume else '--fail-fast'} needs --from", why="it is for many pictures")
+        flag = "--resume" if resume else "--fail-fast"
+        raise UsageError(f"{flag} needs --from", why="it is for many pictures")
     if prompt is None:
-        raise UsageError("no prompt", hint='flux generate "a red circle on a blue background" -p tiny')
+        hint = 'flux generate "a red circle on a blue background" -p tiny'
+        raise UsageError("no prompt", hint=hint)
     given = given_settings(options)
     order = resolve_order(read_prompt(prompt), given)
-    return draw(order, options, given, dry_run=dry_run)
+    return draw(order, options, given=given, dry_run=dry_run)

@@ -1,9 +1,13 @@
-"""`flux replay` and `decode`: a picture again from its own metadata, and one that memory ended from its latents."""
+"""`flux replay` and `flux decode`: pictures from what an earlier run has left.
 
-from collections.abc import Iterator
+`replay` makes a picture again from its own metadata, `decode` finishes one from the latents that
+were kept when memory ran out.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -14,12 +18,30 @@ from fluxcli.cli.settings import STARTED, given_settings, read_prompt
 from fluxcli.engine.check import check_torch
 from fluxcli.errors import BadInputFile, ExitCode, UsageError
 from fluxcli.events import Notice
-from fluxcli.models import loras as lora
+from fluxcli.models import loras
 from fluxcli.paths import config_folder
 from fluxcli.request import presets
 from fluxcli.request.fields import Order
 from fluxcli.request.settings import LORA_NONE, LoraRef, flag
 from fluxcli.resolve import build_order
+
+Metadata = Mapping[str, Any]
+Values = Mapping[str, Any]  # settings by their field names
+
+# Settings of `decode`: they say how and where, not what is drawn.
+DECODE_SETTINGS = {
+    "output",
+    "format",
+    "quality",
+    "metadata",
+    "device",
+    "vram_limit",
+    "offload",
+}
+# Settings that only matter for a file that is written.
+FILE_SETTINGS = ("output", "format", "quality", "count", "metadata")
+# Groups of the metadata that say what computed a picture.
+GROUPS = ("model", "compute", "lora", "versions")
 
 
 @with_request_options
@@ -27,114 +49,186 @@ def replay(
     picture: Annotated[Path, typer.Argument(help="A picture made by flux.", show_default=False)],
     prompt: Annotated[Optional[str], typer.Option("--prompt", help="Another prompt.")] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Write nothing; say whether the pixels are identical (exit 1: different).")
+        bool,
+        typer.Option(
+            "--check",
+            help="Write nothing; say whether the pixels are identical (exit 1: different).",
+        ),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
-    **options: object,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, and stop.")
+    ] = False,
+    **options: Any,
 ) -> int:
     """Make a picture again from its own metadata; any option of generate overrides, e.g. -p quality."""
     from fluxcli.pictures import image
 
     metadata = image.read_metadata(picture)
     given = given_settings(options)
-    order = _replayed(picture, metadata["request"], given, None if prompt is None else read_prompt(prompt))
-    if not check:
-        return draw(order, options, given, dry_run=dry_run, made=_group(metadata, "model").get("fingerprint", ""))
-    inert = [flag(name) for name in ("output", "format", "quality", "count", "metadata") if name in given]
-    switches = {"--force": options["force"], "--json": options["json_output"], "--events": options["events"]}
-    inert += [name for name, on in {**switches, "--dry-run": dry_run}.items() if on]
-    if inert:
-        raise UsageError(f"--check excludes {', '.join(inert)}", why="it writes nothing, it only says whether")
-    return _check(picture, order, metadata, options)
+    text = None if prompt is None else read_prompt(prompt)
+    order = restore_order(picture, metadata["request"], given=given, prompt=text)
+    if check:
+        _refuse_inert(given, options, dry_run=dry_run)
+        return _check(picture, order, metadata=metadata, options=options)
+    model = _get_group(metadata, "model").get("fingerprint", "")
+    return draw(order, options, given=given, dry_run=dry_run, expected_model=model)
 
 
 @with_request_options
 def decode(
-    path: Annotated[Path, typer.Argument(help="A .latents.safetensors file.", show_default=False)], **options: object
+    path: Annotated[Path, typer.Argument(help="A .latents.safetensors file.", show_default=False)],
+    **options: Any,
 ) -> int:
     """Finish a picture for which memory ran out, from its kept latents. Options say how and where, not what."""
     from fluxcli.pictures import latents
 
     given = given_settings(options)
-    if odd := sorted(set(given) - {"output", "format", "quality", "metadata", "device", "vram_limit", "offload"}):
-        raise UsageError("the latents say what is drawn", which=flag(odd[0]), hint="flux generate draws another")
+    refused = sorted(set(given) - DECODE_SETTINGS)
+    if refused:
+        hint = "flux generate draws another"
+        raise UsageError("the latents say what is drawn", which=flag(refused[0]), hint=hint)
     kept = latents.load(path)
-    values = kept.order.settings()
-    order = build_order(kept.order.request.prompt, presets.overlay(values | {"output": None, "count": 1}, given), given)
-    return draw(order, options, given, made=kept.model, resume=replace(kept, order=order))
+    stored = kept.order.settings() | {"output": None, "count": 1}
+    order = build_order(kept.order.request.prompt, presets.overlay(stored, given), given)
+    kept = replace(kept, order=order)
+    return draw(order, options, given=given, expected_model=kept.model, kept=kept)
 
 
-def _replayed(picture: Path, stored: dict, given: dict, prompt: str | None) -> Order:
-    """The stored request with overrides. Under another preset only what the picture's own preset did not say stays."""
-    folder = config_folder()
-    made = _stored_request(picture, stored)
+# --- what is drawn again
+
+
+def restore_order(
+    picture: Path, stored: Metadata, *, given: Values, prompt: str | None = None
+) -> Order:
+    """Return the order that a picture's metadata has stored, with what the command line gives on top.
+
+    Raises `BadInputFile` for an order that flux does not write, and `UsageError`.
+    """
+    made = _read_order(picture, stored)
     text = made.request.prompt if prompt is None else prompt
-    values = {key: value for key, value in made.settings().items() if key not in ("output", "count")}
+    return build_order(text, _override(made, given), given)
+
+
+def _read_order(picture: Path, stored: Metadata) -> Order:
+    """The order in a picture's metadata; raises `BadInputFile` for one that flux does not write."""
+    for key in ("prompt", "preset"):
+        if key not in stored:
+            why = f"it has no {key!r}"
+            raise BadInputFile("damaged metadata", which=picture, why=why)
+    try:
+        return Order.from_json(stored)
+    except UsageError as error:
+        raise BadInputFile("damaged metadata", which=picture, why=str(error)) from error
+
+
+def _override(made: Order, given: Values) -> Values:
+    """The settings of a picture, with those that the command line gives on top.
+
+    Under another preset only those stay that the picture's own preset did not say: they were said
+    when it was made. Where it goes, and how many there are, is never taken from the picture.
+    """
+    folder = config_folder()
+    values = made.settings()
+    del values["output"], values["count"]
     if "preset" not in given:
         here = presets.read_config(folder) | presets.read_environment()
-        return build_order(text, presets.overlay(values | {"output": here.get("output")}, given), given)
-    try:
-        own = presets.merge({"preset": made.preset}, folder, {}).values
-    except UsageError:  # the preset is gone: everything stored counts as said
-        own = {}
-    values["lora"] = _said_loras(values["lora"], lora.make_absolute(own.get("lora", ())))
-    ruled_out = ("preset", "aspect_ratio", "image_size") if made.request.width else ("preset",)
-    changed = {key: value for key, value in values.items() if key not in ruled_out and value != own.get(key, ...)}
+        values["output"] = here.get("output")
+        return presets.overlay(values, given)
+    own = _read_preset(made.preset)
+    values["lora"] = _find_said_loras(values["lora"], loras.make_absolute(own.get("lora", ())))
+    del values["preset"]
+    if made.request.width:  # the size was said in pixels, so that by ratio is a default
+        del values["aspect_ratio"], values["image_size"]
+    said = {name: value for name, value in values.items() if name not in own or own[name] != value}
     base = presets.merge({"preset": given["preset"]}, folder).values
-    return build_order(text, presets.overlay(presets.overlay(base, changed), given), given)
+    return presets.overlay(presets.overlay(base, said), given)
 
 
-def _said_loras(stored: tuple[LoraRef, ...], own: tuple[LoraRef, ...]) -> tuple[LoraRef, ...]:
-    """What was said beside a preset's own adapters; "none" first where one of these was dropped."""
-    said = tuple(ref for ref in stored if ref not in own)
-    return said if set(own) <= set(stored) else (LoraRef(LORA_NONE), *said)
-
-
-def _stored_request(picture: Path, stored: dict) -> Order:
-    """The request in a picture's metadata; raises `BadInputFile` for anything that flux does not write."""
+def _read_preset(name: str) -> Values:
+    """What a preset says without the user's variables; nothing if it is gone."""
     try:
-        _ = stored["prompt"], stored["preset"]
-        return Order.from_json(stored)
-    except (KeyError, UsageError) as error:
-        why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise BadInputFile("damaged metadata", which=picture, why=why) from error
+        return presets.merge({"preset": name}, config_folder(), {}).values
+    except UsageError:
+        return {}
 
 
-def _check(picture: Path, order: Order, metadata: dict, options: dict) -> int:
+def _find_said_loras(stored: Sequence[LoraRef], own: Sequence[LoraRef]) -> tuple[LoraRef, ...]:
+    """The adapters that were said beside those of the picture's preset.
+
+    "none", which drops a preset's, comes first where one of the preset's own was dropped.
+    """
+    said = tuple(ref for ref in stored if ref not in own)
+    if set(own) <= set(stored):
+        return said
+    return (LoraRef(LORA_NONE), *said)
+
+
+# --- --check
+
+
+def _refuse_inert(given: Values, options: Mapping[str, Any], *, dry_run: bool) -> None:
+    """Raise `UsageError` for options that say how to write a picture: --check writes none."""
+    inert = [flag(name) for name in FILE_SETTINGS if name in given]
+    switches = {
+        "--force": options["force"],
+        "--json": options["json_output"],
+        "--events": options["events"],
+        "--dry-run": dry_run,
+    }
+    inert += [name for name, is_on in switches.items() if is_on]
+    if inert:
+        why = "it writes nothing, it only says whether"
+        raise UsageError(f"--check excludes {', '.join(inert)}", why=why)
+
+
+def _check(picture: Path, order: Order, *, metadata: Metadata, options: Mapping[str, Any]) -> int:
+    """Draw the order and say whether its pixels are those of the picture; returns the exit code."""
+    expected = metadata.get("pixels_sha256")
+    if not isinstance(expected, str):
+        why = "it has no pixels_sha256"
+        raise BadInputFile("damaged metadata", which=picture, why=why)
+    found = _draw_and_hash(order, metadata=metadata, options=options)
+    is_identical = found == expected
+    console.data(f"{picture}: {'identical' if is_identical else 'different'}")
+    return ExitCode.OK if is_identical else ExitCode.BUG
+
+
+def _draw_and_hash(order: Order, *, metadata: Metadata, options: Mapping[str, Any]) -> str:
+    """Draw an order here and return the sha256 of its pixels, saying what differs from `metadata`."""
     check_torch()
     from fluxcli.engine.engine import Drawn
     from fluxcli.engine.picture import Picture
     from fluxcli.pictures.image import hash_pixels
     from fluxcli.run.saving import make_metadata
-    from fluxcli.run.session import Session
+    from fluxcli.run.session import Session, draw_pictures
 
-    expected = metadata.get("pixels_sha256")
-    if not isinstance(expected, str):
-        raise BadInputFile("damaged metadata", which=picture, why="it has no pixels_sha256")
-    with Session() as session, console.Reporter(quiet=options["quiet"], started=STARTED) as reporter:
+    with (
+        Session() as session,
+        console.Reporter(quiet=options["quiet"], started=STARTED) as reporter,
+    ):
         prepared = reporter.result(session.prepare(order, no_wait=options["no_wait"]))
         engine = session.open_engine(prepared)
-        adapters = prepared.adapters
-        for difference in _differences(metadata, make_metadata(engine, order, adapters)):
-            reporter.show(Notice(difference))
-        drawn = Picture(order.request, adapters)
-        for event in engine.draw([drawn]):
+        here = make_metadata(engine, order, prepared.adapters)
+        for line in _list_differences(metadata, here):
+            reporter.show(Notice(line))
+        picture = Picture(order.request, prepared.adapters)
+        for event in draw_pictures(engine, [picture]):
             if not isinstance(event, Drawn):
                 reporter.show(event)
-        identical = hash_pixels(drawn.pixels) == expected
-    console.data(f"{picture}: {'identical' if identical else 'different'}")
-    return ExitCode.OK if identical else ExitCode.BUG
+        return hash_pixels(picture.pixels)
 
 
-def _differences(made: dict, here: dict) -> Iterator[str]:
-    """What may change the pixels between the picture's metadata and a run here: model, device, precision, versions."""
-    for group in ("model", "compute", "lora", "versions"):
-        then = _group(made, group)
-        for key in here[group]:
-            if key != "name" and then.get(key) != here[group][key]:
-                yield f"made with another {group} {key}: {then.get(key)!s:.60} there, {here[group][key]} here"
+def _list_differences(made: Metadata, here: Metadata) -> Iterator[str]:
+    """Yield what may change the pixels: another model, device, precision or version than then."""
+    for group in GROUPS:
+        then = _get_group(made, group)
+        for key, value in here[group].items():
+            if key != "name" and then.get(key) != value:
+                before = f"{then.get(key)!s:.60}"
+                yield f"made with another {group} {key}: {before} there, {value} here"
 
 
-def _group(metadata: dict, name: str) -> dict:
-    """A group of a picture's metadata, {} where a stranger wrote something else."""
-    return found if isinstance(found := metadata.get(name), dict) else {}
+def _get_group(metadata: Metadata, name: str) -> dict[str, Any]:
+    """A group of a picture's metadata, empty where a stranger wrote something else."""
+    found = metadata.get(name)
+    return found if isinstance(found, dict) else {}
