@@ -24,7 +24,7 @@ from quant import nf4
 from quant.errors import CheckpointError, MissingLibrary
 from quant.gguf_header import is_gguf
 from quant.spec import FAMILIES, SCHEMES
-from quant.tensor_info import GGUF_BITS
+from quant.tensor_info import GGUF_BITS, gguf_block_values
 from quant.weights import SCB, Piece, Weight
 
 # torch's dtypes by safetensors' names, of those that weights and biases have.
@@ -322,7 +322,6 @@ def check_values(name: str, stored: Mapping[str, Tensor], where: Piece) -> None:
 
 def _gguf_scales(rows: Tensor, dtype: str) -> Tensor:
     """The scales of GGUF's blocks in float16, from rows of bytes (N, B)."""
-    block_values = 256 if dtype.endswith("_K") else 32
-    block_bytes = int(GGUF_BITS[dtype] * block_values) // 8
+    block_bytes = int(GGUF_BITS[dtype] * gguf_block_values(dtype)) // 8
     blocks = rows.reshape(-1, block_bytes)
     return blocks[:, GGUF_SCALES[dtype]].contiguous().view(torch.float16)

@@ -1,7 +1,8 @@
 """Read and check the JSON files of a model folder: classes, types and bounds of what is relied on.
 
-Other values are the model classes' to refuse, but every number is bounded, so that nobody builds a
-billion layers. Knows nothing of weights. Stdlib only.
+A value that this project does not read is left for the model classes to refuse, but its numbers are
+bounded too, so that no hostile file makes them build a billion layers. Knows nothing of weights.
+Stdlib only.
 """
 
 import json
@@ -23,8 +24,8 @@ MAX_LAYERS = 256
 MAX_NUMBER = 1_000_000
 FLUX_CHANNELS = 64
 READABLE_METHODS = ("bitsandbytes", "quanto")
-# Library defaults of the values that this project itself reads. A value must have the type of its
-# default.
+# The values that this project itself reads, with the libraries' defaults for them. What a file has
+# must be of the default's type.
 READ: dict[str, dict[str, Any]] = {
     "transformer": {
         "num_layers": 19,
@@ -57,7 +58,11 @@ OTHER_SCHEDULES = (
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Return the JSON object in a file; raises `CheckpointError` that says `what` is wrong."""
+    """Return the JSON object in a file.
+
+    Raises `CheckpointError` where there is none; `what` is the error's first words, as in "no vae
+    in the model folder".
+    """
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -103,10 +108,11 @@ def check_config(name: str, path: Path, config: dict[str, Any]) -> dict[str, Any
 
 def _check_class(name: str, path: Path, config: dict[str, Any]) -> None:
     """Raise `CheckpointError` where the config names a class, and it is another than FLUX.1's."""
-    found = config.get("_class_name")
-    if not found:
-        architectures = config.get("architectures")
-        found = architectures[0] if isinstance(architectures, list) and architectures else None
+    # diffusers writes `_class_name`, transformers a list of one class as `architectures`.
+    found = config.get("_class_name") or None
+    architectures = config.get("architectures")
+    if found is None and isinstance(architectures, list) and architectures:
+        found = architectures[0]
     wanted = CLASSES[name]
     if found not in (wanted, None):
         why = f"{str(found)[:60]!r} instead of {wanted!r}"
@@ -126,7 +132,10 @@ def _check_values(name: str, path: Path, config: dict[str, Any]) -> None:
 
 
 def _is_bounded(key: str, value: object) -> bool:
-    """Whether a value's numbers, its own or those of its list, are within bounds; NaN is not."""
+    """Whether a number, or every number of a list, is within bounds; NaN is not.
+
+    Other values have no bounds. A count of layers has lower ones.
+    """
     low = -MAX_NUMBER
     high = MAX_NUMBER
     if "layers" in key:
@@ -137,9 +146,15 @@ def _is_bounded(key: str, value: object) -> bool:
 
 
 def _is_like(default: object, value: object) -> bool:
-    """Whether a value has its default's type; whole numbers are positive, and lists hold such."""
+    """Whether a value has the type of its default.
+
+    Whole numbers must be positive, lists must have some and nothing else, and a float may be whole.
+    """
     if isinstance(default, list):
-        return isinstance(value, list) and bool(value) and all(_is_like(1, item) for item in value)
+        if not isinstance(value, list) or not value:
+            return False
+        return all(_is_like(1, item) for item in value)
+    # A bool is an int to isinstance, here it is none.
     if isinstance(default, bool) or isinstance(value, bool):
         return type(value) is type(default)
     if isinstance(default, float):
@@ -147,11 +162,13 @@ def _is_like(default: object, value: object) -> bool:
     return isinstance(value, int) and value > 0
 
 
-def _check_quantization(path: Path, said: object) -> None:
-    """Raise `CheckpointError` where `quantization_config` names a method that is not read."""
-    if not said:
+def _check_quantization(path: Path, quantization: object) -> None:
+    """Raise `CheckpointError` where a `quantization_config` names a method that is not read."""
+    if not quantization:
         return
-    method = said.get("quant_method") if isinstance(said, dict) else said
+    method = quantization
+    if isinstance(quantization, dict):
+        method = quantization.get("quant_method")
     if method not in READABLE_METHODS:
         why = f"quant_method is {str(method)[:40]!r}, read are {' and '.join(READABLE_METHODS)}"
         raise CheckpointError("a model quantized in another way", path, why=why)

@@ -1,4 +1,4 @@
-"""Errors that explain themselves: what went wrong, with which thing, why, and what to do next.
+"""The errors of this package. Each says what went wrong, with which thing, why, and what to do.
 
 ExplainedError
 └── QuantError
@@ -11,7 +11,7 @@ ExplainedError
 
 
 class ExplainedError(Exception):
-    """Base of every error that is not a bug.
+    """Base of every error that a user or a file can cause; any other exception is a bug.
 
     Its text is one line, `what (which): why`, without the parts that are empty. `hint` tells the
     user what to do next and is not part of the text.

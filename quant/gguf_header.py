@@ -2,7 +2,8 @@
 
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md: magic, version, counts of tensors and
 values, the values by name, then each tensor's name, shape, type and place, then aligned data. The
-reader of the gguf package never ends on hostile counts.
+gguf package's own reader is not used: it believes any count, and a hostile one keeps it busy for
+ever. Sizes are in bytes.
 """
 
 import os
@@ -13,11 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from quant.errors import CheckpointError
-from quant.tensor_info import GGUF_BITS, MAX_DIMENSION, MAX_RANK, TensorInfo
+from quant.tensor_info import (
+    GGUF_BITS,
+    MAX_DIMENSION,
+    MAX_RANK,
+    TensorInfo,
+    gguf_block_values,
+)
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-MAX_ENTRIES = 1 << 14  # tensors, and values
+MAX_ENTRIES = 1 << 14  # as many tensors, and as many values
 MAX_TEXT_BYTES = 4 << 20
 DEFAULT_ALIGNMENT = 32
 ARCHITECTURES = ("flux", "t5", "t5encoder", "pig")
@@ -119,15 +126,15 @@ def _read_tensor(data: BytesIO) -> TensorInfo:
     dtype = DTYPES.get(kind)
     if dtype is None:
         raise ValueError(f"{name!r:.60} has type {kind}, which is not read")
-    if dtype in GGUF_BITS:
-        block = 256 if dtype.endswith("_K") else 32
-        if not shape or shape[0] % block:
-            raise ValueError(f"{name!r:.60} has no whole blocks of {dtype}")
+    # A row must consist of whole blocks; its length comes first in GGUF's shapes.
+    row_values = shape[0] if shape else 1
+    if dtype in GGUF_BITS and row_values % gguf_block_values(dtype):
+        raise ValueError(f"{name!r:.60} has no whole blocks of {dtype}")
     return TensorInfo(name, dtype, tuple(reversed(shape)), start=start)
 
 
 def _check_alignment(alignment: object) -> int:
-    """Return the alignment of the data; raises `ValueError` unless it is 8 bytes, 16, 32, ..."""
+    """Return the data's alignment in bytes; raises `ValueError` unless it is 8, 16, 32, ..."""
     if type(alignment) is not int or alignment < 8 or alignment.bit_count() > 1:
         raise ValueError(f"its alignment is {alignment!r:.40}")
     return alignment
@@ -136,7 +143,10 @@ def _check_alignment(alignment: object) -> int:
 def _check_places(
     tensors: list[TensorInfo], *, data_start: int, file_bytes: int, alignment: int
 ) -> None:
-    """Raise `ValueError` unless the tensors lie in the file, aligned, one behind the other."""
+    """Raise `ValueError` unless the tensors lie aligned in the file, and none over another.
+
+    They must be sorted by their first bytes; gaps between them are allowed.
+    """
     free_from = data_start
     for tensor in tensors:
         name = f"{tensor.name!r:.60}"
@@ -149,14 +159,15 @@ def _check_places(
 
 
 def _read_value(data: BytesIO, *, kind: int) -> object:
-    """The next value, of a type by its number; None for a list, which nobody here reads."""
+    """The next value; `kind` is the number of its type. Lists are skipped and become None."""
     if kind == TEXT:
         return _read_text(data)
     if kind != LIST:
         return _read_number(data, _number_code(kind))
     item_kind, count = _unpack(data, "IQ")
     if item_kind in (TEXT, LIST):
-        for _ in range(count):  # a count that lies ends with the data
+        # A count that is too large ends where the data end, by struct.error.
+        for _ in range(count):
             _read_value(data, kind=item_kind)
     else:
         item_bytes = struct.calcsize(f"<{_number_code(item_kind)}")
@@ -165,12 +176,14 @@ def _read_value(data: BytesIO, *, kind: int) -> object:
 
 
 def _number_code(kind: int) -> str:
+    """The letter in `struct` of a type of numbers; raises `ValueError` for an unknown type."""
     if kind not in NUMBER_CODES:
         raise ValueError(f"a value has type {kind}, which does not exist")
     return NUMBER_CODES[kind]
 
 
 def _read_text(data: BytesIO) -> str:
+    """The next text; raises `ValueError` where it is too long or not UTF-8."""
     length = _read_number(data, "Q")
     if length > MAX_TEXT_BYTES:
         raise ValueError(f"a text has {length} bytes")

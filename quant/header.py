@@ -17,19 +17,15 @@ from quant import gguf_header
 from quant.errors import CheckpointError
 from quant.tensor_info import DTYPE_BITS, MAX_DIMENSION, MAX_RANK, TensorInfo
 
-# 40,000 tensors. The reference allows 100 MB, which take minutes and gigabytes to parse.
+# Enough for 40,000 tensors. The reference allows 100 MB, which take minutes and gigabytes to parse.
 MAX_HEADER_BYTES = 4 << 20
 LENGTH_BYTES = 8
-PICKLES = (
-    b"PK",
-    b"\x80\x02",
-    b"\x80\x03",
-    b"\x80\x04",
-    b"\x80\x05",
-)  # zip of torch.save; protocols
+# How pickles begin: torch.save's zip, then the protocols 2 to 5.
+PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 LFS_POINTER = b"version https://git-lfs"
-# Letters of `struct` for the dtypes of single numbers; BF16 is the upper half of a float32.
+# Letters of `struct` for the dtypes of single numbers; BF16 is read as the float32 it begins.
 NUMBER_CODES = {"F64": "d", "F32": "f", "F16": "e", "BF16": "f", "I64": "q", "I32": "i"}
+# A file is identified by so many pages of this size, evenly spread.
 IDENTITY_PAGES = 64
 PAGE_BYTES = 4096
 
@@ -38,7 +34,7 @@ PAGE_BYTES = 4096
 class Header:
     """What the header of a weight file says: tensors by name, in the order of their data.
 
-    `metadata` are the texts that a safetensors file says of itself; of a GGUF there are none.
+    `metadata` has the texts of a safetensors file's `__metadata__`; it is empty for a GGUF.
     """
 
     tensors: dict[str, TensorInfo]
@@ -47,12 +43,16 @@ class Header:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Return the tensors of a weight file by name; raises as `read_whole_header`."""
+    """Return the tensors of a weight file by name; raises `CheckpointError` for any defect."""
     return read_whole_header(path).tensors
 
 
 def read_whole_header(path: Path) -> Header:
-    """Return what a weight file's header says; raises `CheckpointError` for any defect."""
+    """Return what a weight file's header says.
+
+    Raises `CheckpointError` for any defect, for other files (a pickle, a web page) and where it
+    cannot be read.
+    """
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -72,21 +72,24 @@ def read_whole_header(path: Path) -> Header:
 
 
 def _header_length(path: Path, start: bytes, file_bytes: int) -> int:
-    """The length of the JSON by the first 8 bytes; raises `CheckpointError` for other files."""
+    """The length of a safetensors file's JSON, from `start`, the file's first 8 bytes.
+
+    Raises `CheckpointError` where it is impossible, and says what the file seems to be instead.
+    """
     if len(start) < LENGTH_BYTES:
         why = f"it has only {file_bytes} bytes"
         raise CheckpointError("not a safetensors file", path, why=why)
     length = int.from_bytes(start, "little")
     if 2 <= length <= min(MAX_HEADER_BYTES, file_bytes - LENGTH_BYTES):
         return length
-    # Only now, because a header of 640 bytes begins like a pickle.
+    # This comes after the length, because that of a JSON of 640 bytes begins like a pickle.
     if start[:2] in PICKLES:
         why = "loading it could run any code"
         hint = "convert it with safetensors.torch.save_file in an environment you trust"
         raise CheckpointError("refusing a pickle", path, why=why, hint=hint)
     if start.lstrip().startswith(b"<"):
         why = "it is a web page"
-    elif LFS_POINTER.startswith(start):
+    elif start == LFS_POINTER[:LENGTH_BYTES]:
         why = "it is a git-lfs pointer"
     else:
         why = f"its header claims {length} bytes, the file has {file_bytes}"
@@ -94,7 +97,7 @@ def _header_length(path: Path, start: bytes, file_bytes: int) -> int:
 
 
 def _parse(path: Path, text: bytes, data_bytes: int) -> Header:
-    """The header in JSON of a file with so many bytes of data behind it."""
+    """The header from its JSON; the file has `data_bytes` behind it, which it must describe."""
     try:
         entries = json.loads(text.decode("utf-8"), object_pairs_hook=_dict_without_duplicates)
     except (ValueError, RecursionError) as error:
@@ -115,6 +118,7 @@ def _parse(path: Path, text: bytes, data_bytes: int) -> Header:
 
 
 def _dict_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object's dict; raises `ValueError` where a name stands twice, which json allows."""
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("a name stands twice")
@@ -145,23 +149,24 @@ def _has_sane_values(entry: object) -> TypeGuard[dict[str, Any]]:
         return False
     if not isinstance(offsets, list) or len(offsets) != 2:
         return False
+    # By `type`, because isinstance takes True for an int.
     return all(type(n) is int and 0 <= n < MAX_DIMENSION for n in (*shape, *offsets))
 
 
 def _check_tiling(path: Path, tensors: list[TensorInfo], data_bytes: int) -> None:
     """Raise `CheckpointError` unless the tensors, sorted by place, fill the data without gaps."""
-    at = 0
+    covered_bytes = 0
     for tensor in tensors:
-        if tensor.start != at:
+        if tensor.start != covered_bytes:
             why = f"{tensor.name[:60]} overlaps or has a gap"
             raise CheckpointError("corrupt safetensors header", path, why=why)
-        at = tensor.stop
-    if at == data_bytes:
+        covered_bytes = tensor.stop
+    if covered_bytes == data_bytes:
         return
     what = "weight file is longer than its header says"
-    if at > data_bytes:
+    if covered_bytes > data_bytes:
         what = "weight file is truncated"
-    why = f"it needs {at} bytes of data and has {data_bytes}"
+    why = f"it needs {covered_bytes} bytes of data and has {data_bytes}"
     raise CheckpointError(what, path, why=why, hint="download it again")
 
 
@@ -176,7 +181,7 @@ def read_tensor_bytes(path: Path, tensor: TensorInfo) -> bytes:
 def read_numbers(path: Path, tensors: Iterable[TensorInfo]) -> dict[str, float]:
     """The values of tensors of one element in a valid safetensors file, by their names.
 
-    Raises `CheckpointError` for a tensor that holds no single number, `OSError`.
+    Raises `CheckpointError` for a tensor that holds no single number, and `OSError`.
     """
     numbers = {}
     with path.open("rb") as file:

@@ -1,15 +1,16 @@
 """The quantization schemes, which tensors of a model get one, and what then lies in a file.
 
-`SCHEMES` has one row for each scheme; whatever the program knows about a scheme stands there.
-`layout` is read by three: the writer lays out files by it, the loader knows which keys must exist,
-and the planner prices a precision before any quantized file exists. This module knows names, shapes
-and numbers, and no data. Sizes are in bytes. Stdlib only.
+`SCHEMES` has one row for each scheme: its bits, file names, library and memory stand only there.
+`layout` gives the tensors that store a weight. By it files are written and checked, and the planner
+knows what a precision takes before any quantized file exists. This module knows names, shapes and
+numbers, and no data. Sizes are in bytes. Stdlib only.
 """
 
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from math import ceil
 from typing import NamedTuple
 
 from quant.errors import SpecError
@@ -18,10 +19,10 @@ from quant.tensor_info import GGUF_BITS, TensorInfo
 # The version of the rules of which tensors stay in 16 bit; raised when those below change.
 POLICY = 1
 
-# bitsandbytes' NF4: one scale for so many weights, and one scale for so many of these scales.
+# bitsandbytes' NF4: 64 weights share a scale, and 256 of these scales share a second one.
 BLOCK = 64
 NESTED_BLOCK = 256
-# The name's end and the size of the JSON text that bitsandbytes stores beside each NF4 weight.
+# The JSON text that bitsandbytes stores beside each NF4 weight: the suffix of its name, its size.
 STATE = ".quant_state.bitsandbytes__nf4"
 STATE_BYTES = 256
 # An NF4 weight whose scales are stored in float32 instead of being quantized themselves.
@@ -29,11 +30,11 @@ NF4_ONCE = "nf4_once"
 
 
 class ActivationLine(NamedTuple):
-    """A line fitted to counted memory at the peak of a denoising step.
+    """How much memory activations take at the peak of a denoising step.
 
-    The elements of the compute dtype that are alive are `per_token` x tokens x width + `per_width`
-    x width^2, where tokens are those of the picture and of the text together and width is the
-    transformer's, in channels.
+    `per_token` x tokens x width + `per_width` x width^2 elements of the compute dtype are alive.
+    The tokens are those of the picture and of the text together; the width is the transformer's, in
+    channels. The figures were fitted to counts by benchmarks/counting.py (docs/memory.md).
     """
 
     per_token: float
@@ -65,15 +66,15 @@ class Scheme:
     can_bake: bool = True  # flux can quantize to it
     can_bake_modulation: bool = False
     can_bake_text_encoder: bool = False
-    text_encoder: str = (
-        "keep"  # T5's scheme beside a transformer in this one, unless asked otherwise
-    )
+    # T5's scheme beside a transformer in this one, unless asked otherwise.
+    text_encoder: str = "keep"
     file_name: str = ""  # of a baked component where its plain name would be misread by others
     multiply: str = ""  # the operator that multiplies in it; "" where weights are always unpacked
     capability: tuple[int, int] | None = None  # NVIDIA's least compute capability for `multiply`
     largest: float = 0.0  # the largest value of a code of the 8-bit schemes
 
 
+# A weight is unpacked to the compute dtype directly, or by way of float32.
 _UNPACKED_TO_16_BIT = (ATTENTION, ActivationLine(10.6, 7.2))
 _UNPACKED_THROUGH_32_BIT = (ATTENTION, ActivationLine(6.0, 21.3))
 
@@ -208,25 +209,29 @@ class QuantSpec:
         return wish
 
     def is_kept(self, name: str) -> bool:
-        """Whether a pattern of `keep` names this tensor or its layer."""
-        layer = name.rpartition(".")[0]
-        return any(fnmatchcase(name, each) or fnmatchcase(layer, each) for each in self.keep)
+        """Whether a pattern of `keep` matches this tensor's name or its layer's."""
+        return any(_matches(pattern, name) for pattern in self.keep)
 
     def check_keep(self, names: Iterable[str]) -> None:
         """Raise `SpecError` for a pattern of `keep` that matches no name."""
         names = list(names)
         for pattern in self.keep:
-            alone = QuantSpec(self.to, keep=(pattern,))
-            if not any(alone.is_kept(name) for name in names):
+            if not any(_matches(pattern, name) for name in names):
                 hint = "--dry-run --json lists the tensors"
                 raise SpecError("--keep matches nothing", pattern, hint=hint)
 
 
-def scheme_in_memory(component: str, name: str, scheme: str) -> str:
-    """The scheme that a stored weight keeps in memory.
+def _matches(pattern: str, name: str) -> bool:
+    """Whether a pattern as of the shell matches a tensor's name, or that of its layer."""
+    layer = name.rpartition(".")[0]
+    return fnmatchcase(name, pattern) or fnmatchcase(layer, pattern)
 
-    It is "" where the weight's module is none of ours (an embedding, a norm), which takes values
-    only.
+
+def scheme_in_memory(component: str, name: str, scheme: str) -> str:
+    """The scheme in which a weight stored in `scheme` stays in memory.
+
+    Linear layers of `quant.linear` keep theirs. It is "" for the weights of torch's own modules
+    (an embedding, a norm of T5), which cannot compute with quantized ones: those are dequantized.
     """
     quantizable = QUANTIZABLE.get(component)
     if component == "transformer" or (quantizable and quantizable.fullmatch(name)):
@@ -235,37 +240,45 @@ def scheme_in_memory(component: str, name: str, scheme: str) -> str:
 
 
 def is_modulation(name: str) -> bool:
-    """Whether a transformer key only makes adaLN modulation: no token goes through its layer."""
+    """Whether a transformer key is of a layer that only makes adaLN modulation.
+
+    Such a layer sees the timestep, the guidance and the pooled embedding, but no token.
+    """
     return MODULATION.fullmatch(name) is not None
 
 
 def layout(scheme: str, tensor: TensorInfo) -> tuple[TensorInfo, ...]:
     """The tensors that store one (N, K) weight in a scheme, with the names and dtypes of the file.
 
-    The first has the weight's own name; a scheme that is none of ours stores the tensor as it is.
+    The first has the weight's own name, the others that and a suffix. "" and GGUF's forms store the
+    tensor as it is.
     """
-
-    def stored(suffix: str, dtype: str, *shape: int) -> TensorInfo:
-        return TensorInfo(tensor.name + suffix, dtype, shape)
-
     if scheme in ("fp8", "int8"):
         dtype = "F8_E4M3" if scheme == "fp8" else "I8"
-        return stored("", dtype, *tensor.shape), stored("_scale", "F32", *tensor.shape[:1])
-    if scheme not in ("nf4", NF4_ONCE):
-        return (stored("", tensor.dtype, *tensor.shape),)
-    codes = -(-tensor.numel * SCHEMES["nf4"].bits // 8)
-    blocks = -(-tensor.numel // BLOCK)
-    if scheme == NF4_ONCE:
-        scales = [stored(".absmax", "F32", blocks)]
-    else:
+        codes = TensorInfo(tensor.name, dtype, tensor.shape)
+        scales = TensorInfo(f"{tensor.name}_scale", "F32", tensor.shape[:1])
+        return codes, scales
+    if scheme in ("nf4", NF4_ONCE):
+        return _layout_nf4(tensor, has_nested_scales=scheme == "nf4")
+    return (TensorInfo(tensor.name, tensor.dtype, tensor.shape),)
+
+
+def _layout_nf4(tensor: TensorInfo, *, has_nested_scales: bool) -> tuple[TensorInfo, ...]:
+    """bitsandbytes' tensors of one weight; without nested scales they are stored in float32."""
+    name = tensor.name
+    code_bytes = ceil(tensor.numel * SCHEMES["nf4"].bits / 8)
+    blocks = ceil(tensor.numel / BLOCK)
+    if has_nested_scales:
         scales = [
-            stored(".absmax", "U8", blocks),
-            stored(".nested_absmax", "F32", -(-blocks // NESTED_BLOCK)),
-            stored(".nested_quant_map", "F32", 256),
+            TensorInfo(f"{name}.absmax", "U8", (blocks,)),
+            TensorInfo(f"{name}.nested_absmax", "F32", (ceil(blocks / NESTED_BLOCK),)),
+            TensorInfo(f"{name}.nested_quant_map", "F32", (256,)),
         ]
+    else:
+        scales = [TensorInfo(f"{name}.absmax", "F32", (blocks,))]
     return (
-        stored("", "U8", codes, 1),
+        TensorInfo(name, "U8", (code_bytes, 1)),
         *scales,
-        stored(".quant_map", "F32", 16),
-        stored(STATE, "U8", STATE_BYTES),
+        TensorInfo(f"{name}.quant_map", "F32", (16,)),
+        TensorInfo(name + STATE, "U8", (STATE_BYTES,)),
     )

@@ -6,6 +6,7 @@ dtypes have the names of safetensors; GGUF's blocks have those of GGUF.
 import math
 from dataclasses import dataclass
 
+# Bounds for what a header may claim; no tensor of a real file comes near them.
 MAX_RANK = 8
 MAX_DIMENSION = 1 << 48
 
@@ -28,7 +29,7 @@ DTYPE_BITS = {
     "U64": 64,
     "C64": 64,
 }
-# Bits a value of GGUF's blocks, with the block's share of scales.
+# GGUF's block types, and how many bits a value takes in each, scales of the block included.
 GGUF_BITS = {
     "Q4_0": 4.5,
     "Q4_1": 5.0,
@@ -43,9 +44,14 @@ GGUF_BITS = {
 }
 
 
+def gguf_block_values(dtype: str) -> int:
+    """How many values one block of a GGUF type holds: 256 in the K types, 32 in the others."""
+    return 256 if dtype.endswith("_K") else 32
+
+
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a file.
+    """One tensor of a file, or of a file that is yet to be written.
 
     `start` and `stop` are its first byte and the one after its last. They count from the end of
     the header in a safetensors file, from the first byte of the file in a GGUF.
@@ -62,9 +68,11 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
+        """The bytes of its data in the file."""
         bits = DTYPE_BITS.get(self.dtype) or GGUF_BITS[self.dtype]
         return int(self.numel * bits) // 8
 
     @property
     def numel(self) -> int:
+        """How many values it has: 1 without dimensions, 0 where one of them is 0."""
         return math.prod(self.shape)

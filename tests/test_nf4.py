@@ -302,5 +302,5 @@ def test_cuda_writes_what_the_cpu_writes(search):
     table = nf4._make_search_table(weight.cuda().device)
     blocks = weight.view(-1, 64).float()
     assert torch.equal(
-        nf4._search_scales(blocks.cuda(), table).cpu(), nf4._scales(blocks, table.cpu())
+        nf4._search_scales(blocks.cuda(), table).cpu(), nf4._search_scales(blocks, table.cpu())
     )
