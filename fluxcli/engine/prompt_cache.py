@@ -3,6 +3,7 @@
 Knows nothing of prompts or encoders: what an entry depends on is in its key, and no prompt is in
 its file, except the part of it that was lost. The folder is the user's own, within `LIMIT_BYTES`;
 the entries that were used longest ago go first. Whatever is wrong with an entry, there is none.
+torch is imported inside functions, so that `flux cache` lists and deletes without it.
 """
 
 import contextlib
@@ -12,14 +13,13 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
-from safetensors.torch import load, save
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from fluxcli import paths
 from quant.files import write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LIMIT_BYTES = 1 << 30  # 256 prompts of 512 tokens in bf16
 SUFFIX = ".safetensors"
@@ -31,8 +31,8 @@ OURS = re.compile(r"[0-9a-f]{64}\.safetensors|\.flux-[0-9a-f]+\.tmp")  # entries
 class Embeddings:
     """What the text encoders made of one prompt; `lost` is the end of it that T5 did not see."""
 
-    pooled: Tensor  # (1, P)
-    sequence: Tensor  # (1, T, C)
+    pooled: "Tensor"  # (1, P)
+    sequence: "Tensor"  # (1, T, C)
     lost: str = ""
 
     def are_finite(self) -> bool:
@@ -63,6 +63,8 @@ def read(key: str) -> Embeddings | None:
 
     A damaged entry is deleted.
     """
+    from safetensors.torch import load
+
     path = folder() / f"{key}{SUFFIX}"
     try:
         data = path.read_bytes()
@@ -84,6 +86,8 @@ def read(key: str) -> Embeddings | None:
 
 def write(key: str, embeddings: Embeddings) -> None:
     """Keep an entry, and delete the oldest beyond the limit. Failing to is no error."""
+    from safetensors.torch import save
+
     pooled = embeddings.pooled.detach().cpu().contiguous()
     sequence = embeddings.sequence.detach().cpu().contiguous()
     described = _describe(key, Embeddings(pooled, sequence, embeddings.lost))
@@ -113,6 +117,8 @@ def clear() -> list[Entry]:
 
 def _describe(key: str, embeddings: Embeddings) -> str:
     """What stands in the file beside the tensors: the lost text, and a digest of everything."""
+    import torch
+
     digest = hashlib.sha256(json.dumps([key, embeddings.lost]).encode())
     for tensor in (embeddings.pooled, embeddings.sequence):
         digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())

@@ -276,7 +276,7 @@ def run(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[list[str], str]
     app = typer.Typer()
     app.command("cache")(cache.cache_command)
     capsys.readouterr()
-    assert app(args=list(arguments), standalone_mode=False) == 0
+    assert not app(args=list(arguments), standalone_mode=False)
     captured = capsys.readouterr()
     return captured.out.splitlines(), captured.err
 
