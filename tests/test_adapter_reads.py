@@ -1,4 +1,4 @@
-"""An adapter's header is read once a command: who plans, loads and draws is handed what was found."""
+"""An adapter's header is read once a command: all others are handed what was found."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What is printed where: data on stdout only, the rest on stderr, also when stderr is a terminal."""
+"""What is printed where: data on stdout only, the rest on stderr, terminal or not."""
 
 import io
 import json

@@ -54,7 +54,8 @@ def test_help_settings_and_usage_errors_import_nothing_heavy():
         ["generate", "x"],
         ["models", "download", "tiny"],
     ]
-    code = f"import sys\nfrom fluxcli.cli.app import run\nfor c in {commands}: run(c)\nprint(*sys.modules, sep=chr(10))"
+    code = f"import sys\nfrom fluxcli.cli.app import run\nfor c in {commands}: run(c)\n"
+    code += "print(*sys.modules, sep=chr(10))"
     result = python(code)
     imported = {line.partition(".")[0] for line in result.stdout.splitlines()}
     assert "typer" in imported and "Usage: flux generate" in result.stdout
@@ -132,8 +133,10 @@ def test_offline_no_socket_is_opened_and_a_download_says_so():
 import socket, sys
 from fluxcli.cli.app import run
 def refused(*arguments, **options): raise AssertionError("opened a socket")
-socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = refused
-codes = [run(["generate", "a fox", "-p", "tiny", "--steps", "1", "--size", "64", "--seed", "1", "-q"]),
+socket.socket.connect = socket.socket.connect_ex = refused
+socket.getaddrinfo = socket.create_connection = refused
+small = ["-p", "tiny", "--steps", "1", "--size", "64", "--seed", "1", "-q"]
+codes = [run(["generate", "a fox", *small]),
          run(["generate", "a fox", "-q"]), run(["models", "download", "schnell"])]
 print(*map(int, codes))
 """

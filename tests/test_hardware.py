@@ -273,7 +273,8 @@ OUT_OF_MEMORY = [
     ),
     RuntimeError("HIP error: hipErrorMemoryAllocation"),
     RuntimeError(
-        "MPS backend out of memory (MPS allocated: 17.50 GB, other allocations: 300 MB, max allowed: 18 GB)"
+        "MPS backend out of memory (MPS allocated: 17.50 GB, other allocations: 300 MB, "
+        "max allowed: 18 GB)"
     ),
     RuntimeError("Invalid buffer size: 32.00 GB"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
@@ -285,12 +286,12 @@ OUT_OF_MEMORY = [
     RuntimeError("Native API failed. Native API returns: -5 (PI_ERROR_OUT_OF_RESOURCES)"),
     RuntimeError("Native API failed. Native API returns: -6 (PI_ERROR_OUT_OF_HOST_MEMORY)"),
     RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
-        "to allocate 4398046511104 bytes. Error code 12 (Cannot allocate memory)"
+        "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 4398046511104 bytes. Error code 12 (Cannot allocate memory)"
     ),
     RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to "
-        "allocate 4398046511104 bytes."
+        "[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you "
+        "tried to allocate 4398046511104 bytes."
     ),
     MemoryError(),
     MemoryError("Unable to allocate 4.00 TiB for an array"),
@@ -305,7 +306,8 @@ SOMETHING_ELSE = [
     ),
     RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
     RuntimeError(
-        "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"
+        "Expected all tensors to be on the same device, but found at least two devices, "
+        "cuda:0 and cpu!"
     ),
     RuntimeError("view size is not compatible with input tensor's size and stride"),
     ValueError("out of memory"),

@@ -25,7 +25,8 @@ FORMATS = ("png", "jpg", "webp")
 SIGNATURES = {"png": b"\x89PNG", "jpg": b"\xff\xd8\xff", "webp": b"RIFF"}
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
 USER_COMMENT, EXIF_IFD = 0x9286, 0x8769
-HARD = "<&>\"']]></flux:metadata>&lt;&amp;&#x41;\\u0041\\ \r\n\t\x00\x01\x1b\x7f\x85\u2028\ufeff\ufffe\uffff🦊e\u0301"
+HARD = "<&>\"']]></flux:metadata>&lt;&amp;&#x41;\\u0041\\ \r\n\t\x00\x01\x1b\x7f\x85"
+HARD += "\u2028\ufeff\ufffe\uffff🦊e\u0301"
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=300).filter(str.strip)
 patient = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -111,7 +111,7 @@ def checkpoint(tiny_folder: Path) -> Checkpoint:
 def test_under_its_budget_the_engine_completes_every_placement_that_was_planned(
     precision, checkpoint, baked, monkeypatch
 ):
-    """Every placement, from all in memory to everything passing through; the same pixels on each."""
+    """Every placement, from all in memory to everything passing through: the same pixels."""
     if precision in BAKED:
         checkpoint = inspect(baked(precision, **BAKED[precision]))
     every_placement(tiny(precision=precision), checkpoint, monkeypatch, step_kib=128)
@@ -122,7 +122,8 @@ if __name__ == "__main__":  # the table of docs/memory.md
         with pytest.MonkeyPatch.context() as patch:
             plan_, counted = planned_and_counted(name, asked, patch)
         cells = [
-            f"{(plan_.peak_bytes[phase] - placement.CONTEXT_BYTES) / GIB:.2f} / {counted.peaks[phase] / GIB:.2f}"
+            f"{(plan_.peak_bytes[phase] - placement.CONTEXT_BYTES) / GIB:.2f}"
+            f" / {counted.peaks[phase] / GIB:.2f}"
             for phase in PHASES
         ]
         what = ", ".join(f"{key} {value}" for key, value in asked.items() if key != "precision")

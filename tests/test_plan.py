@@ -218,7 +218,8 @@ def golden(variants: list[Checkpoint]) -> str:
             )
             name = f"{text} {size} {'baked' if baked else 'source'}"
             rows.append(
-                f"{name:<24} {candidate.precision:<5} {candidate.verdict:<13} {how:<34} {peak}".rstrip()
+                f"{name:<24} {candidate.precision:<5} {candidate.verdict:<13}"
+                f" {how:<34} {peak}".rstrip()
             )
     return "\n".join(rows) + "\n"
 

@@ -61,7 +61,8 @@ def options_of(name: str) -> dict[str, tuple]:
 def test_it_needs_no_weights_and_no_torch():
     code = (
         "import sys\nfrom fluxcli.cli.app import run\n"
-        f"codes = [run([*{CARD}]), run([*{CARD}, '--json']), run(['plan', '--card', '1GiB', '--json'])]\n"
+        f"commands = [[*{CARD}], [*{CARD}, '--json'], ['plan', '--card', '1GiB', '--json']]\n"
+        "codes = [run(command) for command in commands]\n"
         "print(*map(int, codes))\nprint(*sys.modules)"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

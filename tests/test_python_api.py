@@ -25,7 +25,8 @@ SMALL_OPTIONS = ("-p", "tiny", "--size", "64", "--steps", "2", "--text-tokens", 
 
 
 def test_importing_it_loads_nothing_but_the_standard_library():
-    code = "import sys; before = set(sys.modules)\nimport fluxcli\ndir(fluxcli); fluxcli.errors, fluxcli.events\n"
+    code = "import sys; before = set(sys.modules)\nimport fluxcli\n"
+    code += "dir(fluxcli); fluxcli.errors, fluxcli.events\n"
     code += "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True

@@ -97,7 +97,8 @@ def read_until(terminal: int, word: bytes, within_s: float) -> bytes:
 def test_a_shell_loop_stops_at_the_first_ctrl_c():
     import pty
 
-    loop = f"for i in 1 2 3; do echo round $i; {sys.executable} -m fluxcli {' '.join(map(repr, LONG))}; done; echo end"
+    command = f"{sys.executable} -m fluxcli {' '.join(map(repr, LONG))}"
+    loop = f"for i in 1 2 3; do echo round $i; {command}; done; echo end"
     child, terminal = pty.fork()
     if not child:
         os.environ |= {"PYTHONPATH": str(ROOT)}
@@ -175,7 +176,8 @@ def test_a_signal_that_a_library_swallows_still_ends_the_run(swallow, then):
 
 
 def test_a_signal_during_a_librarys_import_is_no_exception_in_it(tmp_path):
-    lines = "import os, time\ntry:\n    print('running', flush=True); time.sleep(30)\nexcept BaseException:\n    os.abort()"
+    lines = "import os, time\ntry:\n    print('running', flush=True); time.sleep(30)\n"
+    lines += "except BaseException:\n    os.abort()"
     (tmp_path / "library.py").write_text(lines)
     code = SLOW_CLEANUP.replace(
         "    try:", f"    sys.path.append({str(tmp_path)!r}); import library\n    try:"

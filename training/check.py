@@ -95,7 +95,7 @@ def overlap(mask: np.ndarray, shape: str, turn: float) -> float:
 
 
 def _area_and_center(points: np.ndarray) -> tuple[float, np.ndarray]:
-    """Area and centre of mass (x, y) of a polygon of corner points (N, 2), by the shoelace formula."""
+    """Area and centre of mass (x, y) of a polygon of corners (N, 2), by the shoelace formula."""
     x, y = points.T
     next_x = np.roll(x, -1)
     next_y = np.roll(y, -1)

@@ -96,7 +96,7 @@ def ended(within_s: float = 10.0) -> bool:
 
 @pytest.fixture
 def pipe() -> Iterator[tuple]:
-    """(a file that is read, a descriptor to write to); both closed afterwards, and no thread stays."""
+    """(a file that is read, a descriptor to write to); closed afterwards, and no thread stays."""
     out, into = os.pipe()
     file, held = os.fdopen(out, "rb"), [into]
 

@@ -32,6 +32,9 @@ def published(micro: Path) -> dict[str, bytes]:
     return found | changed | REFUSED
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
 @pytest.fixture
 def server(
     published: dict[str, bytes], micro: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -43,7 +46,7 @@ def server(
         "b.gguf": b"GGUF",
         "c.bin": b"PK",
         "page.safetensors": PAGE,
-        "pointer.safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        "pointer.safetensors": POINTER,
     }
     with HubServer(
         **{DEV: dict(published), "x/flux-lora": lora, "x/flux-other": {"README.md": b""}}

@@ -32,9 +32,8 @@ class Fault:
     """What becomes of the next `times` requests whose "METHOD path" matches `where`."""
 
     where: str
-    kind: (
-        str | int
-    )  # a status, or cut, reset, stall; page (of another size), swap (a page of that size), rot (a bit)
+    # a status, or cut, reset, stall; page (of another size), swap (a page of that size), rot
+    kind: str | int
     times: int = 1
     headers: dict = field(default_factory=dict)
 

@@ -78,7 +78,8 @@ class Session:
         yield Failed(4, "row two", "a hint", row=2)
 
     def full(self, job, row):
-        raise DoesNotFit("out of memory", which="cuda:0", why="it is small", hint="a smaller --size")
+        where = {"which": "cuda:0", "why": "it is small", "hint": "a smaller --size"}
+        raise DoesNotFit("out of memory", **where)
         yield
 
     def broken(self, job, row):

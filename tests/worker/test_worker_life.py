@@ -124,7 +124,8 @@ def test_a_start_that_met_a_worker_about_to_end_is_tried_again(home, monkeypatch
     assert client.ask("stop")
 
 
-TELL = "import sys; from fluxcli.events import *; import json; print(json.dumps(to_json({}))); sys.exit(5)"
+TELL = "import json, sys; from fluxcli.events import *; "
+TELL += "print(json.dumps(to_json({}))); sys.exit(5)"
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,8 @@ def test_windows_has_no_worker_and_says_so(monkeypatch, capsys):
 
 
 def test_the_client_is_stdlib_only_and_imports_nothing_more_without_a_worker(home):
-    code = "import sys; before = set(sys.modules)\nfrom fluxcli.run import client\nclient.ask('status')\n"
+    code = "import sys; before = set(sys.modules)\n"
+    code += "from fluxcli.run import client\nclient.ask('status')\n"
     code += "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

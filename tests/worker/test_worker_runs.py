@@ -1,4 +1,4 @@
-"""`flux generate` with a real worker: the same pictures, one load, and nothing lost when it goes."""
+"""`flux generate` with a real worker: the same pictures, one load, nothing lost when it goes."""
 
 import json
 import os
@@ -39,7 +39,8 @@ WITHOUT_TORCH = """
 import sys
 from fluxcli.cli import app
 code = app.run(sys.argv[1:])
-print(sorted({"torch", "numpy", "PIL", "transformers", "diffusers", "rich"} & set(sys.modules)), code)
+heavy = {"torch", "numpy", "PIL", "transformers", "diffusers", "rich"}
+print(sorted(heavy & set(sys.modules)), code)
 """
 
 
@@ -162,7 +163,8 @@ def test_one_ctrl_c_stops_a_shell_loop_and_the_worker_lives(worker):
     from tests.test_signals import read_until
 
     before = worker()["pid"]
-    loop = f"for i in 1 2 3; do echo round $i; {sys.executable} -m fluxcli {' '.join(map(repr, LONG))}; done; echo end"
+    command = f"{sys.executable} -m fluxcli {' '.join(map(repr, LONG))}"
+    loop = f"for i in 1 2 3; do echo round $i; {command}; done; echo end"
     child, terminal = pty.fork()
     if not child:
         os.execvp("bash", ["bash", "-c", loop])
