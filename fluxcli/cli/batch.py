@@ -30,6 +30,7 @@ from fluxcli.request.fields import Order, Output
 from fluxcli.request.job import Job, Row
 from fluxcli.request.rows import is_streaming, make_chunks, read_rows
 from fluxcli.request.settings import ALIASES, coerce
+from fluxcli.request.target import Target
 from fluxcli.resolve import build_order
 from fluxcli.run import processes
 from fluxcli.run.dispatch import Dispatcher
@@ -240,7 +241,7 @@ class OrderMaker:
                 nth = self._count_equal(row.order)
             yield replace(row, target=target, nth=nth)
 
-    def _find_target(self, order: Order) -> names.Target:
+    def _find_target(self, order: Order) -> Target:
         """Return where a row's pictures go; raises `UsageError` for the file of another row."""
         output = order.output
         target = names.parse_target(output, force=self._force)
@@ -279,7 +280,7 @@ def _coerce_fields(row: Mapping[str, Any]) -> dict[str, Any]:
     return said
 
 
-def _check_target(target: names.Target) -> None:
+def _check_target(target: Target) -> None:
     if target.stdout:
         hint = "-o FOLDER/, or a template"
         raise UsageError("-o - takes one picture", which="--from", hint=hint)

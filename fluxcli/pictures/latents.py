@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from fluxcli.errors import BadInputFile, UsageError
 from fluxcli.pictures import names
-from fluxcli.pictures.names import Destination, Target
+from fluxcli.pictures.names import Destination
 from fluxcli.request.fields import Order
+from fluxcli.request.target import Target
 from quant.errors import CheckpointError
 from quant.files import move_if_free, write_atomically
 from quant.header import read_header

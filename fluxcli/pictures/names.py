@@ -11,7 +11,6 @@ import math
 import os
 import re
 import shutil
-import string
 import sys
 import unicodedata
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from pathlib import Path
 from fluxcli.errors import OutputError, UsageError
 from fluxcli.request.fields import Order, Output
 from fluxcli.request.settings import FORMATS
+from fluxcli.request.target import Target, find_fields
 from quant.files import move_if_free, nearest, open_temporary, write_atomically
 
 DEFAULT_TEMPLATE = "{slug}-{seed}"
@@ -33,25 +33,6 @@ MIB = 1 << 20
 
 
 # --- what -o means
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where the pictures of a row go.
-
-    `pattern` is a template without an extension, below `folder`; of an `exact` target it is the
-    one file name that the user gave, which only `force` replaces.
-    """
-
-    folder: Path
-    pattern: str
-    exact: bool = False
-    force: bool = False
-    stdout: bool = False
-
-    def has_field(self, *names: str) -> bool:
-        """Return whether its names are made with one of these template fields."""
-        return not self.exact and not find_fields(self.pattern).isdisjoint(names)
 
 
 @dataclass(frozen=True)
@@ -144,11 +125,6 @@ def check_template(name: str) -> set[str]:
     except (ValueError, IndexError, KeyError, MemoryError) as error:  # the last: {n:99999999999}
         raise UsageError("bad template", which=name, why=str(error)) from error
     return found
-
-
-def find_fields(pattern: str) -> set[str]:
-    """Return the names of a template's fields; raises ValueError for stray braces."""
-    return {name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None}
 
 
 def make_slug(prompt: str) -> str:

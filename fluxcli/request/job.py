@@ -5,13 +5,11 @@ It is JSON on the worker's wire. Knows nothing of models or devices. Stdlib only
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fluxcli.request.fields import Order
+from fluxcli.request.target import Target
 from quant.errors import ExplainedError
-
-if TYPE_CHECKING:
-    from fluxcli.pictures.names import Target
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Row:
     where: str = ""  # for people: FILE:LINE
     error: ExplainedError | None = None
     nth: int = 1
-    target: "Target | None" = None
+    target: Target | None = None
 
 
 @dataclass(frozen=True)

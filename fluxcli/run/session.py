@@ -21,7 +21,7 @@ from fluxcli.errors import DoesNotFit
 from fluxcli.events import Done, Event, GeneratedImage, Notice, Phase, Saved, Skipped, explain
 from fluxcli.models import find, loras
 from fluxcli.pictures.latents import Latents
-from fluxcli.pictures.names import Destination, Target, check_writable, parse_target
+from fluxcli.pictures.names import Destination, check_writable, parse_target
 from fluxcli.plan.costs import DTYPE_BYTES, make_workload
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import MemoryPlan, Placement, weaker
@@ -29,6 +29,7 @@ from fluxcli.plan.planner import make_plan, suggest_options
 from fluxcli.request.fields import Order, Output
 from fluxcli.request.job import Job, Row
 from fluxcli.request.settings import LoraRef
+from fluxcli.request.target import Target
 from fluxcli.run import saving
 from fluxcli.run.lock import DeviceLock
 from fluxcli.run.margin import grow_margin, read_margin
