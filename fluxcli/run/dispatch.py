@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 from fluxcli.engine.check import check_torch
 from fluxcli.errors import UsageError
-from fluxcli.events import Done, Event, Failed, Notice, Saved
+from fluxcli.events import Done, Event, Failed, Notice, Saved, Skipped
 from fluxcli.models import find
 from fluxcli.pictures.names import STDOUT
 from fluxcli.request.job import Job
@@ -59,14 +59,17 @@ class Dispatcher:
         already (see `Session.run`), and what was said once is not said again.
         """
         over: set[int] = set()  # numbers of rows
-        told: set[str] = set()  # paths of pictures
+        saved: set[str] = set()  # paths of pictures
+        skipped: set[str] = set()
         has_begun = False
         was_up = False
         if self._may_use_worker(job, kept=kept):
             try:
                 for event in self._run_in_worker(job):
                     if isinstance(event, Saved):
-                        told.add(event.image.path)
+                        saved.add(event.image.path)
+                    if isinstance(event, Skipped):
+                        skipped.add(event.path)
                     if isinstance(event, Done | Failed):
                         over.add(event.row)
                     if not isinstance(event, Notice):
@@ -86,8 +89,9 @@ class Dispatcher:
             self._session = self._held.enter_context(Session())
         left = tuple(row for row in job.rows if row.number not in over)
         job = replace(job, rows=left)
-        for event in self._session.run(job, kept=kept, after_loss=has_begun):
-            if not (isinstance(event, Saved) and event.image.path in told):
+        after_loss = saved if has_begun else None
+        for event in self._session.run(job, kept=kept, after_loss=after_loss):
+            if not (isinstance(event, Skipped) and event.path in skipped):
                 yield event
 
     def _may_use_worker(self, job: Job, *, kept: "Latents | None") -> bool:

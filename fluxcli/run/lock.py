@@ -1,4 +1,7 @@
-"""A lock for each device in the user's cache folder: one flux computes on it at a time. Knows no torch."""
+"""A lock for each device in the user's cache folder: one flux computes on it at a time.
+
+Knows no torch. Times are in seconds.
+"""
 
 import re
 
@@ -6,7 +9,7 @@ from fluxcli.paths import cache_folder
 
 
 class DeviceLock:
-    """The advisory lock of a device: one flux computes on it at a time. Where it cannot be kept, it is always free."""
+    """The advisory lock of a device. Where it cannot be kept, it is always free."""
 
     def __init__(self, identity: str) -> None:
         from filelock import FileLock

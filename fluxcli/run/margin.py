@@ -14,7 +14,7 @@ from fluxcli.plan.machine import Hardware
 from quant.files import write_atomically
 
 FILE = "margin.json"
-# The least that changes a placement: four blocks of the smallest precision (nf4) hold about so much.
+# The least that changes a placement: about four blocks of the smallest precision (nf4).
 LEAST_GROWTH_BYTES = 256 << 20
 # The most that one occasion may teach, of the card's memory: it may have been another program's.
 MOST_GROWTH_SHARE = 0.125
@@ -28,7 +28,7 @@ def read_margin(hardware: Hardware) -> int:
 def grow_margin(hardware: Hardware, missing_bytes: int) -> None:
     """Remember that `missing_bytes` were missing on this card, for this process and the next.
 
-    They may be zero or less where the plan should have fitted: then the margin grows by a fixed step.
+    They may be zero or less where the plan should have fitted: then it grows by a fixed step.
     """
     most_bytes = int(hardware.total_bytes * MOST_GROWTH_SHARE)
     growth_bytes = min(max(missing_bytes, LEAST_GROWTH_BYTES), most_bytes)

@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,11 @@ def save_pixels(
 
 def describe_file(path: Path, order: Order) -> GeneratedImage:
     """Return what identifies the picture of an order that lies there already."""
-    pixels_sha256 = image.read_metadata(path)["pixels_sha256"]
-    return _identify(str(path), path.read_bytes(), order, pixels_sha256=pixels_sha256)
+    metadata = image.read_metadata(path)
+    request = replace(order.request, seed=metadata["request"]["seed"])  # another if none was given
+    order = replace(order, request=request)
+    data = path.read_bytes()
+    return _identify(str(path), data, order, pixels_sha256=metadata["pixels_sha256"])
 
 
 def _identify(path: str, data: bytes, order: Order, *, pixels_sha256: str) -> GeneratedImage:

@@ -7,7 +7,7 @@ rows as a whole. Sizes are in bytes, times in seconds.
 
 import contextlib
 import gc
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -151,13 +151,18 @@ class Session:
         self.release()
 
     def run(
-        self, job: Job, *, kept: Latents | None = None, after_loss: bool = False
+        self,
+        job: Job,
+        *,
+        kept: Latents | None = None,
+        after_loss: Collection[str] | None = None,
     ) -> Generator[Event, None, None]:
         """Yield the events of every row.
 
-        `kept` is what there is of the only picture. With `after_loss` a worker was lost that may
-        have drawn some of the job: pictures of rows with a seed that are there count as saved.
-        Raises `FluxError` and `QuantError`; in a batch they are events of their rows.
+        `kept` is what there is of the only picture. `after_loss` has the paths of the pictures that
+        a lost worker said it saved, None where none was lost; after a loss, pictures of rows with a
+        seed that are there count as saved. Raises `FluxError` and `QuantError`; in a batch they are
+        events of their rows.
         """
         groups: dict[tuple[object, ...], list[PlannedRow]] = {}
         known = Known()
@@ -228,14 +233,15 @@ class Session:
         return Prepared(checkpoint, plan, hardware, adapters, tuple(checkpoints))
 
     def _plan_row(
-        self, row: Row, job: Job, *, known: Known, after_loss: bool
+        self, row: Row, job: Job, *, known: Known, after_loss: Collection[str] | None
     ) -> Generator[Event, None, PlannedRow]:
         """Plan a row of the job; rows that need the same plan share one."""
         assert row.order
         order = row.order
         target = row.target or parse_target(order.output, force=job.force)
         # What stands at an exact name may be the row's picture: that is looked at first.
-        is_checked = not target.exact or not (job.resume or after_loss)
+        may_be_done = job.resume or after_loss is not None
+        is_checked = not (target.exact and may_be_done)
         if job.batch and is_checked:
             check_writable(target, order, row=row.number)
         alike = _without_content(order)
@@ -318,7 +324,12 @@ class Session:
     # --- drawing
 
     def _draw_rows(
-        self, rows: Sequence[PlannedRow], job: Job, *, kept: Latents | None, after_loss: bool
+        self,
+        rows: Sequence[PlannedRow],
+        job: Job,
+        *,
+        kept: Latents | None,
+        after_loss: Collection[str] | None,
     ) -> Iterator[Event]:
         """Draw rows that one engine can draw: what is missing of them, group by group."""
         prepared = _plan_together(rows)
@@ -379,13 +390,17 @@ def _choose_group_size(rows: Sequence[PlannedRow]) -> int:
 
 
 def _take_stock(
-    engine: Engine, row: PlannedRow, job: Job, *, after_loss: bool
+    engine: Engine, row: PlannedRow, job: Job, *, after_loss: Collection[str] | None
 ) -> Generator[Event, None, list[Pending]]:
-    """Say which pictures of a row are there already, and return the others."""
+    """Say which pictures of a row are there already, and return the others.
+
+    Of what a lost worker said already nothing is said again; see `Session.run`.
+    """
     destinations = row.list_destinations()
     adapters = row.prepared.adapters
     done: list[Path | None] = [None] * len(destinations)
-    may_be_done = job.resume or (after_loss and destinations[0].seeded)
+    is_lost = after_loss is not None
+    may_be_done = job.resume or (is_lost and destinations[0].seeded)
     if may_be_done and row.order.output.metadata:
         done = saving.find_done(engine, destinations, adapters, nth=row.row.nth)
     pending = []
@@ -400,6 +415,8 @@ def _take_stock(
                     picture.tokens = kept.tokens
                     picture.step = kept.step
             pending.append(Pending(picture, destination, row))
+        elif after_loss and str(path) in after_loss:
+            row.add(saving.describe_file(path, destination.order))
         elif job.resume:
             row.missing -= 1
             yield Skipped(row.row.number, str(path))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxcli.events import Done, Event, GeneratedImage, Notice, Phase, Saved
+from fluxcli.events import Done, Event, GeneratedImage, Notice, Phase, Saved, Skipped
 from fluxcli.request.fields import Order
 from fluxcli.request.job import Job, Row
 from fluxcli.run import client, dispatch
@@ -244,11 +244,11 @@ def lose_after(monkeypatch: pytest.MonkeyPatch, *events: Event) -> None:
     monkeypatch.setattr(client, "run", run)
 
 
-def run_lost(*requests: Order, batch: bool = False) -> list[Event]:
+def run_lost(*requests: Order, batch: bool = False, resume: bool = False) -> list[Event]:
     first = 1 if batch else 0
     rows = tuple(Row(number, request) for number, request in enumerate(requests, first))
     with dispatch.Dispatcher(alone=False) as dispatcher:
-        return list(dispatcher.run(Job(rows, batch=batch)))
+        return list(dispatcher.run(Job(rows, batch=batch, resume=resume)))
 
 
 def images(events: list[Event]) -> list[GeneratedImage]:
@@ -289,6 +289,29 @@ def test_of_a_lost_batch_only_what_is_not_there_is_drawn(monkeypatch):
     assert images(events)[:4] == [before[0], before[2], before[3], before[1]]
     done = {event.row: len(event.images) for event in events if isinstance(event, Done)}
     assert done == {1: 3, 2: 1, 3: 1} and len(files(Path("o"))) == 4 and len(files(Path("p"))) == 1
+
+
+def test_a_lost_batch_that_was_resumed_says_everything_once(monkeypatch):
+    rows = [
+        tiny(output="o/", seed=1),
+        tiny(output="p/", seed=-1, count=2),
+        tiny(output="q/", seed=3),
+    ]
+    lose_after(monkeypatch)
+    before = images(run_lost(*rows, batch=True))
+    for image in before[2:]:
+        Path(image.path).unlink()
+    lose_after(monkeypatch, Skipped(1, before[0].path), Saved(before[1], 2))
+    events = run_lost(*rows, batch=True, resume=True)
+    assert [event for event in events if isinstance(event, Skipped)] == [Skipped(1, before[0].path)]
+    drawn = images(events)
+    assert (
+        drawn[0] == before[1]
+        and len(drawn) == 3
+        and drawn[2].pixels_sha256 == before[3].pixels_sha256
+    )
+    done = {event.row: event.images for event in events if isinstance(event, Done)}
+    assert done == {2: (before[1], drawn[1]), 3: (drawn[2],)}
 
 
 def test_another_variable_makes_the_worker_give_way(worker, capsys, monkeypatch):
