@@ -320,4 +320,4 @@ def test_clear_deletes_entries_and_leftovers_and_says_so(capsys):
 
 def test_a_folder_cannot_command_the_terminal(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "\x1b[31m"))
-    assert run(capsys)[0][0] == str(tmp_path / "?[31m" / "flux" / "embeddings")
+    assert run(capsys)[0][0] == str(tmp_path / r"\x1b[31m" / "flux" / "embeddings")
