@@ -70,7 +70,10 @@ def root(
         False, "--version", callback=_print_version, is_eager=True, help="Print the version."
     ),
 ) -> None:
-    """Pictures by FLUX.1, on the card you have. Try: flux generate "a red circle on a blue background" -p tiny"""
+    """Pictures by FLUX.1, on the card you have.
+
+    Try: flux generate "a red circle on a blue background" -p tiny
+    """
 
 
 def main() -> NoReturn:
@@ -113,7 +116,7 @@ def run(arguments: Sequence[str]) -> int:
         if isinstance(stop.__context__, BrokenPipeError):  # typer makes an exit 1 of it
             raise stop.__context__ from None
         raise
-    except Exception as error:  # noqa: BLE001 - the boundary: whatever arrives here ends the process
+    except Exception as error:  # noqa: BLE001 - whatever arrives here ends the process
         signals.check_signals()  # the error may be what a library made of a signal
         if is_debug:
             traceback.print_exc()

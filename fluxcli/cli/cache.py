@@ -13,7 +13,10 @@ def cache_command(
     clear: Annotated[bool, typer.Option("--clear", help="Delete every entry.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Show what is kept of earlier prompts, so that they load no text encoder again; or delete it."""
+    """Show what is kept of earlier prompts, or delete it.
+
+    It saves the load of the text encoders when a prompt comes again.
+    """
     from fluxcli.engine import prompt_cache
 
     deleted = prompt_cache.clear() if clear else []

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 from fluxcli.errors import OutputError
 from fluxcli.events import (
@@ -181,7 +181,7 @@ class Reporter:
             try:
                 event = next(run)
             except StopIteration as finished:
-                return finished.value
+                return cast(Result, finished.value)
             self.show(event)
 
     def show(self, event: Event) -> None:
@@ -211,7 +211,7 @@ class Reporter:
                 say(_describe(event))
 
     def show_bytes(self, done_bytes: int, total_bytes: int, what: str) -> None:
-        """Show how much of something is done, with GB/s and the time left; raises as `show` does."""
+        """Show how much is done, with GB/s and the time left; raises as `show` does."""
         check_signals()
         elapsed_s = max(1e-6, time.perf_counter() - self._started)
         speed = max(1, done_bytes) / elapsed_s

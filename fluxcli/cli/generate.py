@@ -33,7 +33,10 @@ def generate(
     ] = False,
     **options: Any,
 ) -> int:
-    """Draw a prompt, or with --from many. Without weights of your own: -p tiny, the bundled model."""
+    """Draw a prompt, or with --from many.
+
+    Without weights of your own: -p tiny, the bundled model.
+    """
     if source is not None:
         if dry_run:
             why = "rows are planned one by one"

@@ -33,7 +33,10 @@ def inspect_command(
         ),
     ],
 ) -> int:
-    """Say what a file is, as JSON: how a picture was made, or what weights hold and still need (exit 4: unusable)."""
+    """Say as JSON what a file is: how a picture was made, or what weights hold and need.
+
+    Exit 4: the weights are unusable.
+    """
     if path.is_dir():
         described = _describe_folder(path)
     elif path.suffix.lower() in MODEL_FILES:

@@ -18,21 +18,30 @@ from quant.checkpoint import COMPONENTS, is_complete
 models_app = typer.Typer(help="Get, check and remove the weights of models.", no_args_is_help=True)
 ONLY = f"Parts, e.g. tokenizers or transformer,vae: {' '.join(hub.PARTS)}."
 
-Name = Annotated[str, typer.Argument(help="A preset, a hub id ORG/NAME, or a name of flux models list.")]
+Name = Annotated[
+    str, typer.Argument(help="A preset, a hub id ORG/NAME, or a name of flux models list.")
+]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors on stderr.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON array.")]
 
 
 @models_app.command("list")
 def list_command(json_output: Json = False) -> None:
-    """List the models that are here: bundled, in the hub's cache, in FLUX_MIRROR, and made by quantize."""
+    """List the models that are here: bundled, of the hub, in FLUX_MIRROR, made by quantize."""
     rows = []
     described = []
     for each in hub.list_models(also=_list_lora_repositories()):
         size_bytes = hub.count_bytes([each])
-        about = {"name": each.name, "kind": each.kind, "path": str(each.path)}
-        about |= {"commit": each.commit, "state": each.state, "bytes": size_bytes}
-        described.append(about)
+        described.append(
+            {
+                "name": each.name,
+                "kind": each.kind,
+                "path": str(each.path),
+                "commit": each.commit,
+                "state": each.state,
+                "bytes": size_bytes,
+            }
+        )
         size = f"{size_bytes / 1e9:>7.2f} GB"
         rows.append((each.name, each.kind, each.commit[:12], each.state, size))
     console.table(rows, described, as_json=json_output)
@@ -42,14 +51,21 @@ def list_command(json_output: Json = False) -> None:
 def download(
     name: Annotated[
         str,
-        typer.Argument(help="A preset, ORG/NAME, or ORG/NAME:FILE.safetensors.", show_default=False),
+        typer.Argument(
+            help="A preset, ORG/NAME, or ORG/NAME:FILE.safetensors.", show_default=False
+        ),
     ],
     only: Annotated[str, typer.Option(help=ONLY)] = "",
-    mirror: Annotated[Optional[Path], typer.Option(help="Plain files below this folder; see FLUX_MIRROR.")] = None,
+    mirror: Annotated[
+        Optional[Path], typer.Option(help="Plain files below this folder; see FLUX_MIRROR.")
+    ] = None,
     revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
     quiet: Quiet = False,
 ) -> None:
-    """Download a model's weights into the hub's cache (34 GB for dev) and check them; prints the folder or file."""
+    """Download a model's weights into the hub's cache and check them; dev has 34 GB.
+
+    Prints the folder or file.
+    """
     model = presets.model_of(name, config_folder())
     parts = [part.strip() for part in only.split(",") if part.strip()]
     bundled = model.startswith("bundled/")
@@ -62,7 +78,9 @@ def download(
     else:
         say = _say_nothing if quiet else console.say
         with console.Reporter(quiet=quiet, started=time.perf_counter()) as reporter:
-            path = hub.download(model, say, reporter.show_bytes, only=parts, mirror=mirror, revision=revision)
+            path = hub.download(
+                model, say, reporter.show_bytes, only=parts, mirror=mirror, revision=revision
+            )
     console.data(str(path))
 
 
@@ -72,7 +90,10 @@ def _say_nothing(_line: str) -> None:
 
 @models_app.command()
 def verify(name: Name, quiet: Quiet = False) -> None:
-    """Compare every file of a model with the checksum that the hub publishes. Damaged: exit 4, partial: exit 3."""
+    """Compare every file of a model with the checksum that the hub publishes.
+
+    Damaged: exit 4, partial: exit 3.
+    """
     found = _find(name)
     usable = any(each.state == "complete" for each in found)
     for each in found:
@@ -113,7 +134,9 @@ def _refuse_partial(model: hub.LocalModel, checked: str) -> None:
 
 
 @models_app.command()
-def remove(name: Name, yes: Annotated[bool, typer.Option("--yes", help="Without asking.")] = False) -> None:
+def remove(
+    name: Name, yes: Annotated[bool, typer.Option("--yes", help="Without asking.")] = False
+) -> None:
     """Delete a model from the hub's cache, every revision of it, or one that quantize made."""
     found = [each for each in _find(name) if each.kind in ("hub", "baked")]
     if not found:

@@ -59,7 +59,7 @@ def quantize(  # noqa: PLR0917 - typer's options
     target: Annotated[
         Optional[str], typer.Argument(help="Folder, or .safetensors file.", show_default=False)
     ] = None,
-    to: Annotated[str, typer.Option("--to", help=SCHEMES_HELP, show_default=False)] = ...,
+    to: Annotated[str, typer.Option("--to", help=SCHEMES_HELP, show_default=False)] = ...,  # type: ignore[assignment]
     text_encoder: Annotated[
         Optional[str], typer.Option(help="T5: nf4, fp8, keep; nf4 with nf4, else keep.")
     ] = None,
@@ -158,8 +158,9 @@ def _find_source(named: str, *, layout: str) -> Source:
     transformer = inspect_transformer(path)
     if is_gguf(path):
         raise UsageError("GGUF is no source", which=path, hint="quantize the 16-bit model")
-    checkpoint = _add_other_parts(transformer, path) if is_whole else None
-    return Source(name, path, transformer, checkpoint)
+    if not is_whole:
+        return Source(name, path, transformer, None)
+    return Source(name, path, transformer, _add_other_parts(transformer, path))
 
 
 def _add_other_parts(transformer: Component, path: Path) -> Checkpoint:

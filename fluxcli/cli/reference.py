@@ -18,13 +18,14 @@ Row = tuple[str, str, str]  # what is called, its default, its meaning
 
 HEAD = """# Commands and options
 
-This page is made by `python -m fluxcli.cli.reference > docs/commands.md`; `flux COMMAND --help` says
-the same. Defaults are those of the preset dev; [settings.md](settings.md) says where
+This page is made by `python -m fluxcli.cli.reference > docs/commands.md`; `flux COMMAND --help`
+says the same. Defaults are those of the preset dev; [settings.md](settings.md) says where
 values come from, [batch-and-worker.md](batch-and-worker.md) what `--json` and `--events` print of
 several pictures.
 
 `flux --version` prints the version, `flux --install-completion` and `flux --show-completion` set up
-the shell, and `-h` or `--help` explains every command. A prompt that begins with `-` goes after `--`.
+the shell, and `-h` or `--help` explains every command. A prompt that begins with `-` goes after
+`--`.
 """
 SHARED = """## Options of drawing commands
 
@@ -43,7 +44,7 @@ With `--events` it has one object a line while it goes on: `phase`, `step`, `not
 
 def write_reference() -> str:
     """Return the text of docs/commands.md."""
-    program = typer.main.get_command(app)
+    program: Any = typer.main.get_command(app)  # its class is private
     shared = _write_shared_options(program.commands["generate"])
     return "\n".join([HEAD, *_write_commands(program, "flux"), shared, TAIL])
 

@@ -60,7 +60,10 @@ def replay(
     ] = False,
     **options: Any,
 ) -> int:
-    """Make a picture again from its own metadata; any option of generate overrides, e.g. -p quality."""
+    """Make a picture again from its own metadata.
+
+    Any option of generate overrides what it says, e.g. -p quality.
+    """
     from fluxcli.pictures import image
 
     metadata = image.read_metadata(picture)
@@ -79,7 +82,10 @@ def decode(
     path: Annotated[Path, typer.Argument(help="A .latents.safetensors file.", show_default=False)],
     **options: Any,
 ) -> int:
-    """Finish a picture for which memory ran out, from its kept latents. Options say how and where, not what."""
+    """Finish a picture for which memory ran out, from its kept latents.
+
+    Options say how and where, not what.
+    """
     from fluxcli.pictures import latents
 
     given = given_settings(options)
@@ -100,7 +106,7 @@ def decode(
 def restore_order(
     picture: Path, stored: Metadata, *, given: Values, prompt: str | None = None
 ) -> Order:
-    """Return the order that a picture's metadata has stored, with what the command line gives on top.
+    """Return the order in a picture's metadata, with what the command line gives on top.
 
     Raises `BadInputFile` for an order that flux does not write, and `UsageError`.
     """
@@ -194,7 +200,7 @@ def _check(picture: Path, order: Order, *, metadata: Metadata, options: Mapping[
 
 
 def _draw_and_hash(order: Order, *, metadata: Metadata, options: Mapping[str, Any]) -> str:
-    """Draw an order here and return the sha256 of its pixels, saying what differs from `metadata`."""
+    """Draw an order here and return the sha256 of its pixels; say what differs from `metadata`."""
     check_torch()
     from fluxcli.engine.engine import Drawn
     from fluxcli.engine.picture import Picture
@@ -215,6 +221,7 @@ def _draw_and_hash(order: Order, *, metadata: Metadata, options: Mapping[str, An
         for event in draw_pictures(engine, [picture]):
             if not isinstance(event, Drawn):
                 reporter.show(event)
+        assert picture.pixels is not None
         return hash_pixels(picture.pixels)
 
 

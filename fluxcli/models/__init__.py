@@ -1,1 +1,1 @@
-"""Where weights and adapters are: bundled, in folders, in the hub's cache; and how they get there."""
+"""Where weights and adapters are, and how they get there."""

@@ -85,7 +85,7 @@ def locate_file(name: str, environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def find_path(model: str) -> Path | None:
-    """Return the absolute path of the folder or weight file that `model` names, None if it names none.
+    """Return the absolute path of the folder or weight file that `model` names, or None.
 
     Raises `UsageError` for an empty name, a share of another machine, and a file of another kind.
     """
@@ -108,7 +108,7 @@ def find_path(model: str) -> Path | None:
 
 
 def make_absolute(name: str) -> str:
-    """Return the name of a model or part; of a folder or file one that holds in any working folder."""
+    """Return a name of a model or part that holds in any working folder."""
     path = None if name.startswith("bundled/") else find_path(name)
     return str(path) if path else name
 
@@ -246,7 +246,7 @@ def assemble(
 
 
 def check_guidance(request: GenerationRequest, checkpoint: Checkpoint) -> None:
-    """Raise `UsageError` for a guidance to a model without that input, or none for a model with it."""
+    """Raise `UsageError` for a guidance that the model does not take, or one that is missing."""
     if checkpoint.takes_guidance and request.guidance is None:
         hint = "--guidance 3.5"
         raise UsageError("this model needs a guidance", which=request.model, hint=hint)

@@ -1,4 +1,4 @@
-"""Models and the hub: one pinned commit is downloaded and checked; what is here is listed, verified, removed.
+"""Models and the hub: downloads of one pinned commit; what is here is listed, verified, removed.
 
 huggingface_hub does the work, in its own cache and with its own patience. Knows no terminal: what
 it has to tell goes to `say(line)` and `count(bytes_done, bytes_total, what)`. Sizes are in bytes.
@@ -58,7 +58,7 @@ PARTS: dict[str, Sequence[str]] = {
 
 
 class _Place(NamedTuple):
-    """A hub id, and where its files go: `mirror` is its folder below --mirror, None for the cache."""
+    """A hub id and where its files go: the folder of a mirror, or None for the hub's cache."""
 
     model: str
     mirror: Path | None
@@ -86,12 +86,12 @@ def download(
 ) -> Path:
     """Download a model and return its folder, or for ORG/NAME:FILE that file.
 
-    The files lie in the hub's cache, or as plain files in the folder ORG/NAME below `mirror`. All of
-    them are of one commit, to which `revision` is resolved first. `only` names `PARTS`.
+    The files lie in the hub's cache, or as plain files in the folder ORG/NAME below `mirror`. All
+    of them are of one commit, to which `revision` is resolved first. `only` names `PARTS`.
 
-    Raises `UsageError`; `WeightsUnavailable` if the hub does not give the files; `WriteError` before
-    the first byte if the disk is too small; `OutputError` if the files cannot be written; and
-    `BadInputFile`, after it was removed, for a file that is not what the hub publishes.
+    Raises `UsageError`; `WeightsUnavailable` if the hub does not give the files; `WriteError`
+    before the first byte if the disk is too small; `OutputError` if the files cannot be written;
+    and `BadInputFile`, after it was removed, for a file that is not what the hub publishes.
     """
     model, colon, file = name.partition(":")
     is_file_name = not colon or file.endswith(WEIGHTS)
@@ -152,17 +152,21 @@ def _download(
 
 
 def _resolve(place: _Place, revision: str) -> str:
-    """The commit that a branch or tag means now; the cache notes it, so that `main` is found later."""
+    """The commit that a branch or tag means now.
+
+    The cache notes it, so that `find.locate` knows later which of several commits `main` was.
+    """
     from huggingface_hub import HfApi
 
     if place.mirror:
-        return HfApi().model_info(place.model, revision=revision).sha
+        return str(HfApi().model_info(place.model, revision=revision).sha)
     cache = paths.hub_cache_folder()
-    return HfApi().resolve_revision(place.model, revision=revision, cache_dir=cache).resolved
+    resolved = HfApi().resolve_revision(place.model, revision=revision, cache_dir=cache)
+    return str(resolved.resolved)
 
 
 def _list_files(place: _Place, commit: str) -> list[str]:
-    """The names of all files of a repository at a commit: as the library has kept them, or the hub's."""
+    """The names of all files of a repository at a commit: as kept by the library, or the hub's."""
     from huggingface_hub import HfApi, RepoFile, get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
@@ -266,9 +270,9 @@ def _run_apart(wanted: dict[str, Any], folder: Path) -> None:
 def _make_progress_class(
     count: Count, missing: Sequence["DryRunFileInfo"], left: Sequence["DryRunFileInfo"]
 ) -> type:
-    """The class of what the library takes for its progress bars: it shows nothing, and counts bytes.
+    """The class of the library's progress bars for one try: they show nothing, and count bytes.
 
-    `left` are the files of this try; those of `missing` that an earlier one has brought count at once.
+    `left` are the files of this try; those of `missing` that an earlier one brought count at once.
     """
     from huggingface_hub.utils import tqdm
 
@@ -295,7 +299,10 @@ def _make_progress_class(
 
 
 def _check_downloaded(place: _Place, commit: str, files: Sequence["DryRunFileInfo"]) -> None:
-    """Compare what was downloaded with the published checksums; raises `BadInputFile` after removing what differs."""
+    """Compare what was downloaded with the published checksums.
+
+    Raises `BadInputFile` for a file that differs, or whose header cannot be read; it is removed.
+    """
     from huggingface_hub import HfApi
 
     why = {}
@@ -422,7 +429,7 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _is_wrong_size(error: Exception) -> bool:
-    """Whether the library received another number of bytes than announced: a bare OSError without a number."""
+    """Whether the library got another number of bytes than announced: its only bare OSError."""
     return type(error) is OSError and error.errno is None
 
 
@@ -437,7 +444,10 @@ def _name_failure(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class LocalModel:
-    """A model of this machine; `kind` is bundled, hub, mirror or baked, `commit` that of the hub's."""
+    """A model of this machine.
+
+    `kind` is bundled, hub, mirror or baked; `commit` is of those in the hub's cache.
+    """
 
     name: str
     kind: str
@@ -446,7 +456,7 @@ class LocalModel:
 
     @property
     def state(self) -> str:
-        """Complete, partial (a model folder that lacks weights or configs), or files (of no model folder)."""
+        """Return "complete", "partial" for a model folder that lacks something, or "files"."""
         if is_complete(self.path):
             return "complete"
         return "partial" if _read_pipeline(self.path) else "files"
@@ -500,7 +510,7 @@ def count_bytes(found: Sequence[LocalModel]) -> int:
 
 
 class Verification(NamedTuple):
-    """Files that are damaged as `file: why`, and how many were compared with a published checksum."""
+    """Damaged files as `file: why`, and how many were compared with a published checksum."""
 
     damaged: list[str]
     checked: int
@@ -533,7 +543,7 @@ def verify(model: LocalModel) -> Verification:
 
 
 def _read_mirrored_commit(folder: Path) -> str | None:
-    """The commit that the library has noted beside the files of a mirror; None, the newest, if it has not."""
+    """The commit that the library has noted beside the files of a mirror, None if it has not."""
     for note in sorted((folder / ".cache/huggingface/download").rglob("*.metadata")):
         return note.read_text().split()[0]
     return None
@@ -559,7 +569,7 @@ def _verify_sizes(model: LocalModel) -> list[str]:
 
 
 def remove(model: LocalModel) -> None:
-    """Delete a baked folder, or every revision of a model in the hub's cache; raises `OutputError`."""
+    """Delete a baked folder, or all that the hub's cache has of a model; raises `OutputError`."""
     path = find.get_repository(model.name) if model.kind == "hub" else model.path
     try:
         if model.kind == "hub":
@@ -575,7 +585,7 @@ def remove(model: LocalModel) -> None:
 
 
 def _remove_revisions(repository: Path) -> None:
-    """Delete all revisions of one repository of the cache, and no copy's that has the same commits."""
+    """Delete all revisions of a repository of the cache, and no copy's that has the same ones."""
     from huggingface_hub import scan_cache_dir
 
     cache = scan_cache_dir(paths.hub_cache_folder())

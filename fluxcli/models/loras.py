@@ -1,4 +1,4 @@
-"""Where adapters are: a path, the user's folder of LoRAs, or the hub's own cache; and what they are.
+"""Where adapters are: a path, the user's folder of LoRAs, the hub's own cache; and what they are.
 
 Knows nothing of the network: what is not here is an error with the command that gets it. Reads
 headers, no weights. Stdlib only.
@@ -38,7 +38,7 @@ def resolve_loras(
 
 
 def locate(name: str, environment: Mapping[str, str] = os.environ) -> Path:
-    """Return the file of a PATH, a NAME in the user's folder, or ORG/NAME[:FILE] of the hub's cache.
+    """Return the file of a PATH, a NAME in the user's folder, or ORG/NAME[:FILE] of the hub.
 
     Raises `WeightsUnavailable` naming the command that gets it, and `UsageError` for a repository
     with several files if none is named.
@@ -72,7 +72,7 @@ def _locate_only_file(repository: str, environment: Mapping[str, str]) -> Path:
 
 
 def find_path(name: str, environment: Mapping[str, str] = os.environ) -> Path | None:
-    """Return the absolute path of a file that is named by its path, or lies in the user's folder."""
+    """Return the absolute path of a file named by its path or in the user's folder, or None."""
     if name.startswith(find.SHARES):
         return None
     own = lora_folder(environment)

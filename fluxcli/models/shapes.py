@@ -23,7 +23,7 @@ REPEATED = re.compile(r"(?P<start>[^{}]*)\{(?P<count>\d+)\}(?P<end>[^{}]*)")
 
 
 def read_known_shapes(model: str = PUBLISHED) -> Checkpoint | None:
-    """Return a published model as a checkpoint whose weights have no files; None for another model."""
+    """Return a published model as a checkpoint whose weights have no files; else None."""
     if not KNOWN.fullmatch(model):
         return None
     takes_guidance = "schnell" not in model
