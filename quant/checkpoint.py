@@ -1,7 +1,7 @@
-"""What is at this path? Components of a model folder in the published diffusers layout.
+"""Checkpoints and their components, and how those of a model folder in diffusers' layout are read.
 
-Works from headers alone. Knows the folder layout and shard indexes; of the data it reads nothing
-but pages for the fingerprint. Stdlib only; sizes are in bytes.
+Works from headers alone; of the data it reads nothing but pages for the fingerprint. Knows the
+folder layout and shard indexes, but no single files. Sizes are in bytes. Stdlib only.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 from quant.config import read_config, read_json
 from quant.errors import CheckpointError
@@ -24,18 +24,21 @@ TOKENIZERS = ("tokenizer", "tokenizer_2")
 COMPONENTS = (*TEXT_ENCODERS, "transformer", "vae")
 DOWNLOAD_AGAIN = "download the model again"
 PLAIN_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-# Never under a plain name: from_pretrained would load these without their scales and draw noise.
+# Names of their own for weights that diffusers does not know to be quantized: under a plain name,
+# from_pretrained would load them without their scales, and pictures would be noise.
 PACKED_FILES = {name: row.file_name for name, row in SCHEMES.items() if row.file_name}
-# 16-bit originals of what bitsandbytes' skip list could not spare.
+# 16-bit originals of layers that are quantized only for bitsandbytes' readers (see `quant.recipe`).
+# Where a component has this file, they are read from it.
 KEEP_FILE = "flux-keep.safetensors"
 MANIFEST = "flux-manifest.json"
 
 
 @dataclass(frozen=True)
 class Component:
-    """One model part: where it is, its parsed config.json, and its weights by diffusers' names.
+    """A part of a model: where it is, its checked config.json, its weights by diffusers' names.
 
-    `dialect` describes the files for people: who wrote them, in which layout.
+    `folder` is the file where the part came in one. `dialect` describes for people who wrote the
+    files, and in which layout.
     """
 
     name: str
@@ -58,17 +61,23 @@ class Component:
 
     @cached_property
     def precision(self) -> str:
-        """The scheme of most quantized parameters, "" where nothing is quantized."""
+        """The scheme (of `SCHEMES`) of most quantized values, "" where nothing is quantized."""
         counts = dict.fromkeys(SCHEMES, 0)
         for weight in self.weights.values():
             if weight.scheme:
                 counts[FAMILIES[weight.scheme]] += weight.numel
-        most = max(counts, key=counts.__getitem__)
-        return most if counts[most] else ""
+        if not any(counts.values()):
+            return ""
+        return max(counts, key=counts.__getitem__)
 
     def _pieces(self) -> Iterator[Piece]:
         for weight in self.weights.values():
             yield from weight.pieces.values()
+
+
+class _Fingerprints(NamedTuple):
+    whole: str
+    text_encoders: str
 
 
 @dataclass(frozen=True)
@@ -85,23 +94,24 @@ class Checkpoint:
 
     @property
     def takes_guidance(self) -> bool:
+        """Whether the transformer was distilled with guidance, as dev was and schnell was not."""
         return bool(self.components["transformer"].config["guidance_embeds"])
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits for configs, tokenizers and weights.
+        """16 hex digits that change with the configs, the tokenizers and the weights.
 
-        Of each weight file its size and 64 sampled pages count, of configs all values.
+        Configs count with all values, files with their sizes and 64 sampled pages.
         """
-        return self._fingerprints[0]
+        return self._fingerprints.whole
 
     @property
     def text_encoder_fingerprint(self) -> str:
         """As `fingerprint`, of the tokenizers and text encoders alone."""
-        return self._fingerprints[1]
+        return self._fingerprints.text_encoders
 
     @cached_property
-    def _fingerprints(self) -> tuple[str, str]:
+    def _fingerprints(self) -> _Fingerprints:
         """Both fingerprints in one pass, because the pages may come from a slow disk."""
         whole = hashlib.sha256(_to_bytes(self.scheduler))
         text_encoders = hashlib.sha256()
@@ -111,12 +121,14 @@ class Checkpoint:
                 whole.update(part)
                 if name in TEXT_ENCODERS:
                     text_encoders.update(part)
-        tokenizer_files = [path for name in TOKENIZERS for path in (self.folder / name).glob("*")]
+        tokenizer_files: list[Path] = []
+        for name in TOKENIZERS:
+            tokenizer_files += (self.folder / name).glob("*")
         for path in sorted(tokenizer_files):
             part = path.name.encode() + file_identity(path)
             whole.update(part)
             text_encoders.update(part)
-        return whole.hexdigest()[:16], text_encoders.hexdigest()[:16]
+        return _Fingerprints(whole.hexdigest()[:16], text_encoders.hexdigest()[:16])
 
 
 def _to_bytes(config: dict[str, Any]) -> bytes:
@@ -143,9 +155,10 @@ def inspect(folder: Path) -> Checkpoint:
 
 
 def is_complete(folder: Path, components: Collection[str] = COMPONENTS) -> bool:
-    """Whether a model folder has every file by name, but weights only of these components.
+    """Whether a model folder has all its files, as that of an interrupted download has not.
 
-    An interrupted download has not.
+    Weights are looked for of `components` only, configs and tokenizers of all. Names decide; no
+    file is opened but shard indexes.
     """
     files = [f"{name}/config.json" for name in COMPONENTS]
     files += ["model_index.json", "scheduler/scheduler_config.json"]
@@ -160,7 +173,7 @@ def is_complete(folder: Path, components: Collection[str] = COMPONENTS) -> bool:
 
 
 def inspect_component(name: str, folder: Path) -> Component:
-    """Return one part of a model folder; raises `CheckpointError`."""
+    """Return the component `name` that a folder holds; raises `CheckpointError`."""
     config = read_config(name, folder / "config.json")
     weights = group_weights(_read_pieces(_weight_files(folder)))
     kept = folder / KEEP_FILE
@@ -175,7 +188,7 @@ def inspect_component(name: str, folder: Path) -> Component:
 
 
 def _describe_dialect(component: Component) -> str:
-    """Which library quantized a component of a folder, and how, for people."""
+    """Who quantized a component of a folder, and to what, for people."""
     names = []
     for weight in component.weights.values():
         if weight.scheme:
@@ -221,6 +234,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _only_weight_file(folder: Path) -> Path:
+    """The weight file of a folder without shards; raises `CheckpointError` where there is none."""
     for name in (*PLAIN_FILES, *PACKED_FILES.values()):
         path = folder / name
         if path.exists():
@@ -235,13 +249,18 @@ def _only_weight_file(folder: Path) -> Path:
 
 
 def _is_map_of_names(value: object) -> TypeGuard[dict[str, str]]:
+    """Whether a JSON value is an object that is not empty, and whose values are texts."""
     if not isinstance(value, dict) or not value:
         return False
     return all(isinstance(name, str) for name in value.values())
 
 
 def _check_shard(index: Path, shard: str) -> None:
-    """Raise `CheckpointError` unless a shard is a file beside its index, or a link of the hub's."""
+    """Raise `CheckpointError` unless a shard is there and is a file beside its index.
+
+    It may be a link to a file of the same cache of the hub, but to nothing else: an index must not
+    make the program read files elsewhere.
+    """
     folder = index.parent
     is_plain = len(PurePosixPath(shard).parts) == 1 and "\\" not in shard and ".." not in shard
     if not is_plain or not shard.endswith(".safetensors"):

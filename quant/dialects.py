@@ -1,8 +1,9 @@
 """Key names in other layouts than diffusers', and what they become in it.
 
-BFL's (github.com/black-forest-labs/flux, also ComfyUI's) for the transformer and the VAE,
-llama.cpp's for T5. BFL's transformer holds q/k/v and a single block's MLP input as one tensor, and
-the halves of the last modulation in the other order. Knows no files. Stdlib only.
+They are those of BFL (github.com/black-forest-labs/flux), which ComfyUI has too, for the
+transformer and the VAE, and llama.cpp's for T5. BFL stores q, k and v, and in single blocks the
+MLP's input below them, as one tensor, and the halves of the last modulation in the other order.
+Knows no files. Stdlib only.
 """
 
 import re
@@ -14,9 +15,11 @@ from typing import Any
 from quant.errors import CheckpointError
 from quant.weights import RowRanges, Weight
 
-Rules = Sequence[tuple[str, str]]  # regular expressions, and what they are replaced by
+# Regular expressions, and what their matches are replaced by.
+Rules = Sequence[tuple[str, str]]
 
-SWAPPED = "final_layer.adaLN_modulation.1"  # shift, scale there; scale, shift in diffusers
+# BFL's layer whose rows are shift, then scale; diffusers has scale, then shift.
+SWAPPED = "final_layer.adaLN_modulation.1"
 BLOCK_KEY = re.compile(r"(double|single)_blocks\.(\d{1,3})\.")
 
 QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
@@ -73,6 +76,7 @@ T5_GGUF: Rules = (
     (r"token_embd\.", "shared."),
     (r"enc\.output_norm\.", "encoder.final_layer_norm."),
 )
+# BFL stores its VAE with the names of latent diffusion's code (LDM).
 LDM_VAE: Rules = (
     (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
     (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
@@ -86,9 +90,9 @@ LDM_VAE: Rules = (
 )
 LDM_UP_BLOCK = re.compile(r"decoder\.up\.(\d{1,3})\.")
 
-# What is no FLUX.1 transformer though some keys may look like one's.
+# Parts of keys that no FLUX.1 transformer has, though other models' keys may look like its own.
 NOT_FLUX_1 = ("double_stream_modulation", "distilled_guidance_layer", "lora")
-# Parts of keys, and the files that have such keys; the first that is found says the kind.
+# What a file is, by parts of its keys; of several that fit, the first counts.
 OTHER_KINDS = {
     "double_stream_modulation": "FLUX.2",
     "distilled_guidance_layer": "Chroma",
@@ -111,7 +115,7 @@ def map_bfl_layers(config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
 
     The values are the diffusers layers whose rows each of them holds, one after the other.
     """
-    layers = {bfl: (ours,) for bfl, ours in TOP.items()}
+    layers: dict[str, tuple[str, ...]] = {bfl: (ours,) for bfl, ours in TOP.items()}
     for bfl, ours in EMBEDDERS.items():
         if bfl == "guidance_in" and not config["guidance_embeds"]:
             continue
@@ -129,7 +133,7 @@ def map_bfl_layers(config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
 
 
 def bfl_name(layer: str, leaf: str) -> str:
-    """BFL's name of a layer's weight or bias: its norms call the weight a scale."""
+    """BFL's name of a layer's "weight" or "bias" (`leaf`); the weight of a norm is its "scale"."""
     if "_norm" in layer and leaf == "weight":
         return f"{layer}.scale"
     return f"{layer}.{leaf}"
@@ -137,8 +141,9 @@ def bfl_name(layer: str, leaf: str) -> str:
 
 def is_bfl(names: Collection[str]) -> bool:
     """Whether these are the keys of a FLUX.1 transformer as BFL names them."""
-    if any(part in name for part in NOT_FLUX_1 for name in names):
-        return False
+    for part in NOT_FLUX_1:
+        if any(part in name for name in names):
+            return False
     return any(BLOCK_KEY.match(name) for name in names)
 
 
@@ -152,7 +157,7 @@ def guess_kind(names: Collection[str]) -> str:
 
 
 def from_bfl(stored: Mapping[str, Weight]) -> tuple[dict[str, Weight], dict[str, Any]]:
-    """Turn the weights of a BFL file into those of diffusers; return them and their config.
+    """Return the weights of a BFL transformer as diffusers has them, and the config they imply.
 
     Raises `CheckpointError` for keys that FLUX.1 does not have, and for impossible shapes.
     """
@@ -176,21 +181,24 @@ def from_bfl(stored: Mapping[str, Weight]) -> tuple[dict[str, Weight], dict[str,
 def _split_rows(
     layer: str, stored: Weight, *, matrix: Weight | None, parts: int
 ) -> list[RowRanges]:
-    """The rows of each diffusers layer in a tensor of a BFL layer; () for all of them.
+    """Which rows of a BFL layer's tensor belong to each of its `parts`, diffusers' layers.
 
-    `matrix` is the layer's weight, whose width tells where q, k and v end: they are square. Raises
-    `CheckpointError` where the tensor has not as many rows as its parts together.
+    The ranges are as `Weight.take_rows` wants them, () for all rows. `matrix` is the layer's
+    weight, whose width tells where q, k and v end: they are square. Raises `CheckpointError` where
+    the tensor has not as many rows as its parts together.
     """
     count = stored.shape[0] if stored.shape else 1
     if layer == SWAPPED:
-        return [((count // 2, count), (0, count // 2))]
+        first_half = (0, count // 2)
+        second_half = (count // 2, count)
+        return [(second_half, first_half)]
     if parts == 1:
         return [()]
     width = 0
     if matrix and len(matrix.shape) == 2:
         width = matrix.shape[1]
     edges = [0, width, 2 * width, 3 * width]
-    # What is behind q, k and v is the MLP's.
+    # A fourth part has the rows behind q, k and v: the MLP's.
     if parts == 4:
         edges.append(count)
     if not 0 < width * 3 <= count or edges[-1] != count:
@@ -233,7 +241,7 @@ def _infer_config(stored: Mapping[str, Weight]) -> dict[str, Any]:
 
 
 def _shape_of(stored: Mapping[str, Weight], name: str, *, rank: int) -> tuple[int, ...]:
-    """The shape of a weight that must be there with so many dimensions."""
+    """The shape of a weight; raises `CheckpointError` unless it is there with `rank` dimensions."""
     if name not in stored or len(stored[name].shape) != rank:
         file = next(iter(stored.values())).pieces[""].file
         why = f"{name} is missing or misshapen"
@@ -242,9 +250,10 @@ def _shape_of(stored: Mapping[str, Weight], name: str, *, rank: int) -> tuple[in
 
 
 def from_ldm(stored: Mapping[str, Weight]) -> dict[str, Weight]:
-    """Turn the weights of a VAE as BFL stores it into those of diffusers.
+    """Return the weights of a VAE as diffusers has them, from those that BFL stores.
 
-    There, up blocks are counted from the last, and attention has kernels of 1x1.
+    BFL counts the up blocks from the last, and its attention is convolutions with kernels of 1x1
+    (N, K, 1, 1) in place of matrices (N, K).
     """
     matches = {name: LDM_UP_BLOCK.match(name) for name in stored}
     last = max((int(match[1]) for match in matches.values() if match), default=0)

@@ -1,8 +1,8 @@
 """Single weight files as people download them: which components one holds, in which dialect.
 
-BFL's own, ComfyUI's (fp8 as it is, scaled in the old or the new layout, all-in-one), GGUF, Forge's
-bitsandbytes NF4; text encoders and VAEs by themselves. With a folder for what they lack they make a
-checkpoint. Stdlib only.
+Read are BFL's own files, ComfyUI's (fp8 without scales, with scales in the old or the new layout,
+all-in-one), GGUF, Forge's bitsandbytes NF4, and text encoders and VAEs by themselves. Together with
+a model folder, which has what a file lacks, they make a checkpoint. Stdlib only.
 """
 
 import json
@@ -48,25 +48,28 @@ PREFIXES = {
     "text_encoders.clip_l.": "text_encoder",
     "text_encoders.t5xxl.": "text_encoder_2",
 }
-# How some name of a component without prefix begins, in the dialects that are read.
+# A component whose names have no prefix is known by one that begins like this.
 MARKS = {
     "text_encoder": ("text_model.encoder.layers.0.",),
     "text_encoder_2": ("encoder.block.0.layer.0.", "enc.blk.0."),
     "vae": ("decoder.mid.block_1.", "decoder.mid_block."),
 }
-# Scales of activations, markers of a layout, and what FLUX.1 does not use of CLIP.
+# Tensors that are not read: scales of activations, markers of a layout, and what FLUX.1 does not
+# use of CLIP.
 UNUSED = re.compile(
     r"(.*\.)?(scaled_fp8|input_scale|scale_input|comfy_quant|logit_scale|spiece_model|"
     r"text_projection(\.weight)?|position_ids)"
 )
-OLD_SCALE = ".scale_weight"
-SCALE = ".weight_scale"
-SCALED_ENDS = (SCALE, OLD_SCALE, "scaled_fp8", "comfy_quant")
+# How ComfyUI's scales of weights are called in its two layouts; the new one is read.
+OLD_SCALE_END = ".scale_weight"
+SCALE_END = ".weight_scale"
+SCALED_ENDS = (SCALE_END, OLD_SCALE_END, "scaled_fp8", "comfy_quant")
 
 
 def inspect_file(path: Path) -> dict[str, Component]:
-    """The components in a weight file, by name; encoders and VAE have no config.
+    """The components in a weight file, by name.
 
+    Only the transformer has a config, which its tensors imply; those of the others are empty.
     Raises `ForeignFile` for a file that holds none of FLUX.1's, `CheckpointError` for a damaged
     one.
     """
@@ -90,6 +93,7 @@ def inspect_transformer(path: Path) -> Component:
 
 
 def _require_transformer(found: Collection[str], path: Path) -> None:
+    """Raise `CheckpointError` unless the names of a file's components have the transformer."""
     if "transformer" not in found:
         why = f"it has {' and '.join(found)}"
         raise CheckpointError("no transformer in this file", path, why=why)
@@ -98,23 +102,24 @@ def _require_transformer(found: Collection[str], path: Path) -> None:
 def _split_into_components(
     path: Path, tensors: Mapping[str, TensorInfo]
 ) -> dict[str, dict[str, Piece]]:
-    """The tensors of each component by their names without prefix; raises `ForeignFile`."""
+    """The tensors of each component in a file, by their names without prefix.
+
+    Raises `ForeignFile` where they are none of FLUX.1's.
+    """
     parts: dict[str, dict[str, Piece]] = {}
     for name, info in tensors.items():
-        component, rest = _split_prefix(name)
-        parts.setdefault(component, {})[rest] = Piece(path, info)
-    # Markers of a layout alone are no component.
-    parts = {
-        component: pieces
-        for component, pieces in parts.items()
-        if not all(UNUSED.fullmatch(name) for name in pieces)
-    }
-    rest_of_file = parts.pop("", {})
-    if rest_of_file:
-        component = _recognize_component(rest_of_file)
+        component, short_name = _split_prefix(name)
+        parts.setdefault(component, {})[short_name] = Piece(path, info)
+    for component, pieces in list(parts.items()):
+        # Such tensors alone are no component; a marker of a layout often stands without prefix.
+        if all(UNUSED.fullmatch(name) for name in pieces):
+            del parts[component]
+    without_prefix = parts.pop("", {})
+    if without_prefix:
+        component = _recognize_component(without_prefix)
         if not component or component in parts:
             raise ForeignFile(FOREIGN, path, why=guess_kind(tensors))
-        parts[component] = rest_of_file
+        parts[component] = without_prefix
     if "transformer" in parts and not is_bfl(parts["transformer"]):
         raise ForeignFile(FOREIGN, path, why=guess_kind(tensors))
     return parts
@@ -129,7 +134,7 @@ def _split_prefix(name: str) -> tuple[str, str]:
 
 
 def _recognize_component(names: Collection[str]) -> str:
-    """The component with such names, "" for none."""
+    """Which component has tensors of such names, without a prefix; "" for none."""
     if is_bfl(names):
         return "transformer"
     for component, marks in MARKS.items():
@@ -141,9 +146,12 @@ def _recognize_component(names: Collection[str]) -> str:
 def _make_component(
     name: str, path: Path, *, header: Header, stored: Mapping[str, Piece]
 ) -> Component:
-    """A component by its tensors, its weights by diffusers' names; raises `CheckpointError`."""
+    """The component `name`, from its tensors in a file by their names without prefix.
+
+    Raises `CheckpointError`.
+    """
     pieces = {
-        stored_name.replace(OLD_SCALE, SCALE): piece
+        stored_name.replace(OLD_SCALE_END, SCALE_END): piece
         for stored_name, piece in stored.items()
         if not UNUSED.fullmatch(stored_name)
     }
@@ -170,7 +178,10 @@ def _make_component(
 
 
 def _has_scales(header: Header, stored: Mapping[str, Piece]) -> bool:
-    """Whether a component's fp8 weights are scaled, by the names of its tensors or by metadata."""
+    """Whether a component's fp8 weights have scales.
+
+    The names of its tensors say it (`stored`, without prefix), or the header's metadata.
+    """
     if any(name.endswith(SCALED_ENDS) for name in stored):
         return True
     layers = {piece.info.name.removesuffix(".weight") for piece in stored.values()}
@@ -178,7 +189,10 @@ def _has_scales(header: Header, stored: Mapping[str, Piece]) -> bool:
 
 
 def _read_scaled_layers(header: Header) -> set[str]:
-    """The layers that ComfyUI calls scaled in a header, beside or in place of `comfy_quant`."""
+    """The layers that have scales by the header's metadata; set() where that is not ComfyUI's.
+
+    ComfyUI writes it beside `comfy_quant` tensors, or in place of them.
+    """
     try:
         return set(json.loads(header.metadata["_quantization_metadata"])["layers"])
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -196,7 +210,7 @@ def _read_t5(weights: Mapping[str, Weight]) -> dict[str, Weight]:
 def _describe_dialect(
     component: Component, *, header: Header, stored: Mapping[str, Piece], is_scaled: bool
 ) -> str:
-    """Who wrote a component in which form, for people."""
+    """Who wrote a component of a file, and in which form, for people."""
     if component.precision == "nf4":
         return "bitsandbytes nf4 (Forge)"
     if component.precision == "int8":
@@ -211,10 +225,11 @@ def _describe_dialect(
 
 
 def _describe_fp8(stored: Mapping[str, Piece], *, is_scaled: bool) -> str:
-    if any(name.endswith(OLD_SCALE) for name in stored):
+    """Who wrote a component in fp8: flux has a scale for each row, ComfyUI one for the matrix."""
+    if any(name.endswith(OLD_SCALE_END) for name in stored):
         return "ComfyUI scaled fp8, old layout"
-    scales = [piece for name, piece in stored.items() if name.endswith(SCALE)]
-    if any(piece.shape[:1] > (1,) for piece in scales):
+    scales = [piece for name, piece in stored.items() if name.endswith(SCALE_END)]
+    if any(piece.shape and piece.shape[0] > 1 for piece in scales):
         return "fp8 rows"
     if is_scaled:
         return "ComfyUI scaled fp8"
@@ -223,16 +238,17 @@ def _describe_fp8(stored: Mapping[str, Piece], *, is_scaled: bool) -> str:
 
 def assemble_checkpoint(
     model: Path,
-    base: Callable[[list[str]], Path],
+    find_base: Callable[[list[str]], Path],
     *,
     text_encoders: Sequence[Path] = (),
     vae: Path | None = None,
 ) -> Checkpoint:
     """The checkpoint of a model folder or file.
 
-    What a file lacks is in the folder that `base` gives for the names of the components it lacks.
-    Text encoders and VAE, of files or folders, take the place of the model's own. Raises
-    `CheckpointError`, and whatever `base` raises.
+    For a file, `find_base` is called with the names of the components that neither it nor the other
+    arguments have, and returns the model folder that has those, the tokenizers and all configs.
+    Text encoders and VAE, each a file or folder, take the place of the model's own. Raises
+    `CheckpointError`, and whatever `find_base` raises.
     """
     replacements: dict[str, Component] = {}
     for path in text_encoders:
@@ -245,7 +261,7 @@ def assemble_checkpoint(
     else:
         found = inspect_file(model) | replacements
         _require_transformer(found, model)
-        folder = base([name for name in COMPONENTS if name not in found])
+        folder = find_base([name for name in COMPONENTS if name not in found])
     components = {}
     for name in COMPONENTS:
         component = found.get(name) or inspect_component(name, folder / name)
@@ -258,7 +274,10 @@ def assemble_checkpoint(
 
 
 def _inspect_parts(path: Path, wanted: Sequence[str]) -> dict[str, Component]:
-    """Those of the wanted components that a file, a model folder or the folder of one holds."""
+    """Those of the wanted components that are at a path; raises `CheckpointError` for none.
+
+    The path is of a weight file, of a model folder, or of a component's own folder.
+    """
     if path.is_dir():
         folders = {name: path / name for name in wanted if (path / name).is_dir()}
         if not folders:

@@ -1,7 +1,8 @@
-"""Logical weights: one tensor of the model by its diffusers name, and the pieces that store it.
+"""Weights of a model, and where they lie: the tensors of files that store one are put together.
 
-Knows the quantized forms (bitsandbytes' NF4 and int8; fp8 and int8 rows, also optimum-quanto's and
-ComfyUI's; GGUF's blocks), but no folders. Stdlib only; sizes are in bytes.
+Knows the quantized forms (bitsandbytes' NF4 and int8; fp8 and int8 with scales, also as
+optimum-quanto and ComfyUI write them; GGUF's blocks), but no folders, and of the data it reads
+nothing but NF4's states. Sizes are in bytes. Stdlib only.
 """
 
 import json
@@ -17,7 +18,8 @@ from quant.header import read_tensor_bytes
 from quant.spec import BLOCK, NESTED_BLOCK, NF4_ONCE, STATE, layout
 from quant.tensor_info import GGUF_BITS, TensorInfo
 
-RowRanges = tuple[tuple[int, int], ...]  # (first row, row after the last) of each range
+# Of each range its first row and the row after its last.
+RowRanges = tuple[tuple[int, int], ...]
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 EIGHT_BIT = ("I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0")
@@ -30,9 +32,12 @@ QUANTIZED = re.compile(
     r"(.+\.weight)(\.(?:(?:nested_)?absmax|(?:nested_)?quant_map|quant_state\.[a-z0-9_]+)|_scale)"
 )
 SCALE = "_scale"
-SCB = ".SCB"  # of bitsandbytes' int8: the largest absolute value of each row
-SHARED = (".quant_map", ".nested_quant_map", STATE)  # tensors that every row of a weight needs
-QUANTO_SUFFIXES = {"_data": "", "_scale": SCALE}  # optimum-quanto's, and what they are here
+# Of bitsandbytes' int8: the largest absolute value of each row.
+SCB = ".SCB"
+# The tensors that all rows of a weight share; the others are cut with it.
+SHARED = (".quant_map", ".nested_quant_map", STATE)
+# What optimum-quanto's tensors of a weight are here.
+QUANTO_SUFFIXES = {"_data": "", "_scale": SCALE}
 
 UNREADABLE = "an unreadable pack of 4-bit weights"
 READABLE = "read are float8_e4m3fn and int8 with a scale per matrix or row, nf4, and GGUF"
@@ -40,7 +45,10 @@ READABLE = "read are float8_e4m3fn and int8 with a scale per matrix or row, nf4,
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor of a file, or ranges of its rows in the order given; no ranges mean all rows."""
+    """Where data are: a tensor of a file, or ranges of its rows in the order given.
+
+    Without ranges it is the whole tensor.
+    """
 
     file: Path
     info: TensorInfo
@@ -59,10 +67,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor of a model.
+    """One tensor of a model, by the name it has in diffusers.
 
     `shape` is that of its values. `scheme` says how they are quantized, "" for not at all. `pieces`
-    are the tensors that store it, by the suffix of their names; "" is the one with the values.
+    say where the tensors are that store it, by the suffixes of their names; "" has the values or
+    their codes.
     """
 
     name: str
@@ -80,13 +89,16 @@ class Weight:
 
     @property
     def info(self) -> TensorInfo:
-        """The tensor as if it were not quantized, in 16 bit; GGUF's keeps its dtype."""
+        """The tensor as it is before it is quantized, named as the weight.
+
+        A quantized one is taken for bfloat16. One in GGUF's blocks is not: its dtype is their type.
+        """
         if self.scheme and self.scheme not in GGUF_BITS:
             return TensorInfo(self.name, "BF16", self.shape)
         return TensorInfo(self.name, self.pieces[""].info.dtype, self.shape)
 
     def take_rows(self, name: str, ranges: RowRanges) -> "Weight":
-        """Ranges of the rows as a weight of another name; no ranges mean all rows.
+        """Ranges of the rows as a weight of another name; without ranges, all rows.
 
         Raises `CheckpointError` where the quantized form cannot be cut at these rows.
         """
@@ -97,7 +109,11 @@ class Weight:
         return replace(self, name=name, shape=shape, pieces=pieces)
 
     def _cut(self, suffix: str, ranges: RowRanges) -> Piece:
-        """The rows of a piece, of which there may be more or fewer than the weight has."""
+        """What the stored tensor with this suffix has for these rows of the weight.
+
+        A stored tensor may have fewer rows than the weight (NF4's scales, one for 64 values) or
+        more (its codes, one row for two values); it is cut in the same proportions.
+        """
         piece = self.pieces[suffix]
         if suffix in SHARED or math.prod(piece.shape) == 1:
             return piece
@@ -117,9 +133,9 @@ def _count_rows(ranges: RowRanges) -> int:
 
 
 def group_weights(pieces: Mapping[str, Piece], *, unscaled: bool = False) -> dict[str, Weight]:
-    """The logical weights that the tensors of files make, by name.
+    """The weights that tensors of files store, by name; `pieces` are by the tensors' names.
 
-    `unscaled` allows fp8 matrices without any scale: those of a file that has none at all. Raises
+    With `unscaled`, fp8 matrices need no scale, as in a file that has no scale at all. Raises
     `CheckpointError` for a weight some of whose tensors are missing, odd, or of another shape.
     """
     end = ".weight._data"
@@ -127,10 +143,10 @@ def group_weights(pieces: Mapping[str, Piece], *, unscaled: bool = False) -> dic
     groups: dict[str, dict[str, Piece]] = {}
     for stored, piece in pieces.items():
         layer, _, leaf = stored.rpartition(".")
-        # optimum-quanto's scales of activations are 1 where only weights are quantized.
+        # optimum-quanto also stores scales of activations, 1 where only weights are quantized.
         if layer in quanto_layers and leaf in ("input_scale", "output_scale"):
             continue
-        # bitsandbytes says with every int8 weight that it is stored in rows.
+        # bitsandbytes says with every int8 weight in which order it is stored; that is always rows.
         if leaf == "weight_format":
             continue
         name, suffix = _split_name(stored, by_quanto=bool(quanto_layers))
@@ -152,7 +168,7 @@ def _split_name(stored: str, *, by_quanto: bool) -> tuple[str, str]:
 
 
 def _make_weight(name: str, pieces: dict[str, Piece], *, unscaled: bool) -> Weight:
-    """The weight that these pieces store; raises `CheckpointError`."""
+    """The weight that these pieces store, by suffix; raises `CheckpointError`."""
     if "" not in pieces:
         file = next(iter(pieces.values())).file
         why = f"{name} has only its scales"
@@ -163,21 +179,31 @@ def _make_weight(name: str, pieces: dict[str, Piece], *, unscaled: bool) -> Weig
     if len(pieces) > 1:
         return _make_nf4_weight(name, pieces)
     values = pieces[""]
-    dtype = values.info.dtype
-    scheme = ""
-    if dtype in GGUF_BITS:
-        scheme = dtype
-    elif dtype in EIGHT_BIT and len(values.shape) == 2:
-        if unscaled and dtype == "F8_E4M3":
-            scheme = "fp8"
-        elif not (unscaled and dtype == "F8_E5M2"):
-            why = f"{name} is {dtype} and has no scale beside it"
-            raise CheckpointError("quantized weights without scales", values.file, why=why)
+    scheme = _find_scheme(name, values, unscaled=unscaled)
     return Weight(name, values.shape, scheme=scheme, pieces=pieces)
 
 
+def _find_scheme(name: str, values: Piece, *, unscaled: bool) -> str:
+    """The scheme of a weight that one tensor stores alone, "" where it is not quantized.
+
+    Raises `CheckpointError` for a matrix of 8-bit codes, unless it is fp8 and `unscaled`.
+    """
+    dtype = values.info.dtype
+    if dtype in GGUF_BITS:
+        return dtype
+    if dtype not in EIGHT_BIT or len(values.shape) != 2:
+        return ""
+    if unscaled and dtype == "F8_E4M3":
+        return "fp8"
+    # Nothing computes in it: it is read as a dtype like the 16-bit ones.
+    if unscaled and dtype == "F8_E5M2":
+        return ""
+    why = f"{name} is {dtype} and has no scale beside it"
+    raise CheckpointError("quantized weights without scales", values.file, why=why)
+
+
 def _make_scaled_weight(name: str, pieces: dict[str, Piece], scale: Piece) -> Weight:
-    """A matrix in fp8 or int8 with one scale, or one for each row."""
+    """A matrix in fp8 or int8 with one scale, or one for each row; raises `CheckpointError`."""
     values = pieces[""]
     dtype = values.info.dtype
     scheme = {"F8_E4M3": "fp8", "I8": "int8"}.get(dtype)
@@ -192,7 +218,10 @@ def _make_scaled_weight(name: str, pieces: dict[str, Piece], scale: Piece) -> We
 
 
 def _make_nf4_weight(name: str, pieces: dict[str, Piece]) -> Weight:
-    """A matrix in bitsandbytes' NF4: blocks of 64, whose scales may be quantized again."""
+    """A matrix in bitsandbytes' NF4, whose scales may be quantized, too.
+
+    Raises `CheckpointError` unless its tensors are those that its state's shape makes.
+    """
     file = pieces[""].file
     nested = any("nested" in suffix for suffix in pieces)
     scheme = "nf4" if nested else NF4_ONCE
@@ -208,6 +237,7 @@ def _make_nf4_weight(name: str, pieces: dict[str, Piece]) -> Weight:
         raise CheckpointError("hostile or damaged quant state", state.file, why=why) from error
     for info in layout(scheme, TensorInfo("", "BF16", shape)):
         piece = pieces[info.name]
+        # The text of a state may have any length.
         fits = info.name == STATE or math.prod(piece.shape) == info.numel
         if piece.info.dtype != info.dtype or not fits or piece.rows:
             stored = f"{name}{info.name} is {piece.info.dtype} {list(piece.shape)}"
@@ -228,7 +258,7 @@ def _check_nf4_suffixes(name: str, pieces: dict[str, Piece], scheme: str) -> Non
 
 
 def _read_shape_in_state(piece: Piece, *, nested: bool) -> tuple[int, int]:
-    """The weight's shape by bitsandbytes' state, JSON whose values are all checked.
+    """The weight's shape, from bitsandbytes' state: JSON, whose values are all checked.
 
     Raises `ValueError`, `TypeError`, `KeyError`, `AttributeError` or `RecursionError` for a state
     that is none of NF4's, `OSError` for a file that cannot be read.
