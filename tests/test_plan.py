@@ -2,8 +2,11 @@
 each decision.
 """
 
+import builtins
+import io
 import json
 import math
+import os
 from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -222,6 +225,16 @@ def golden(variants: list[Checkpoint]) -> str:
                 f" {how:<34} {peak}".rstrip()
             )
     return "\n".join(rows) + "\n"
+
+
+def test_a_plan_opens_no_file(variants, monkeypatch):
+    here, asked = card("12GiB:sm89"), request(offload="none")
+    with monkeypatch.context() as patch:
+        for owner, name in ((builtins, "open"), (io, "open"), (os, "open"), (os, "stat")):
+            patch.setattr(owner, name, lambda *_, **__: pytest.fail("a file was opened"))
+        found = survey_for(asked, variants, here)
+        suggest_options(asked.request, asked.resources, variants, here)
+    assert chosen(found)
 
 
 # --- the goals

@@ -49,10 +49,15 @@ class Check:
 
 
 def doctor_command(
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda[:n], mps or xpu[:n].")] = "auto",
+    device: Annotated[
+        str, typer.Option("--device", help="auto, cpu, cuda[:n], mps or xpu[:n].")
+    ] = "auto",
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> int:
-    """Check driver, device, memory, disk, hub and libraries, each with a fix (exit 8: one is bad)."""
+    """Check driver, device, memory, disk, hub and libraries: ok, warn or bad, each with a fix.
+
+    Exit code 8 means that one of them is bad.
+    """
     checks = []
     for check in examine(coerce("device", device, where="--device")):
         checks.append(check)
@@ -67,7 +72,7 @@ def doctor_command(
 
 
 def examine(device: str = "auto") -> Iterator[Check]:
-    """Yield every check, cheapest first; those of a device that cannot be asked are one that is bad."""
+    """Yield every check, cheapest first; a device that cannot be asked is one that is bad."""
     for name in LIBRARIES:
         yield _check_library(name)
     try:
@@ -217,7 +222,7 @@ def _check_disk() -> Check:
 
 
 def _check_hub() -> Check:
-    """The token, and whether the licence of the gated model is accepted: only the hub knows that."""
+    """The token, and whether the gated model's licence is accepted: only the hub knows that."""
     try:
         return _ask_hub()
     except Exception as error:  # noqa: BLE001 - its errors, every one of the network, its absence

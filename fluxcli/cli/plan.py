@@ -32,11 +32,18 @@ from quant.lora import Adapter
 
 @with_request_options
 def plan_command(
-    prompt: Annotated[str, typer.Argument(help="As for generate; it costs nothing.", show_default=False)] = "a plan",
-    card: Annotated[Optional[str], typer.Option("--card", help="A card that is not here: SIZE[:smNN].")] = None,
+    prompt: Annotated[
+        str, typer.Argument(help="As for generate; it costs nothing.", show_default=False)
+    ] = "a plan",
+    card: Annotated[
+        Optional[str], typer.Option("--card", help="A card that is not here: SIZE[:smNN].")
+    ] = None,
     **options: object,
 ) -> int:
-    """Say which precision and placement generate would take, and why not another. Needs no weights."""
+    """Say which precision and placement generate would take, and why not another.
+
+    Needs no weights.
+    """
     order = resolve_order(read_prompt(prompt), given_settings(options))
     model = _find_model(order)
     hardware, margin_bytes = _find_hardware(order, card)
@@ -56,7 +63,9 @@ def plan_command(
     else:
         _show(order, model, hardware, candidates)
     if find_chosen(candidates) is None:
-        found = suggest_options(order.request, order.resources, model.checkpoints, hardware, adapters=adapters)
+        found = suggest_options(
+            order.request, order.resources, model.checkpoints, hardware, adapters=adapters
+        )
         hint = found or "a larger card, or -p tiny"
         why = candidates[0].why
         raise DoesNotFit("nothing fits", which=hardware.name, why=why, hint=hint)
@@ -167,7 +176,7 @@ def _format_plan(plan: MemoryPlan) -> str:
     """The cells of a candidate's row between its name and its verdict."""
     peaks = " ".join(f"{plan.peak_bytes[phase] / GIB:>5.2f} GiB" for phase in PHASES)
     host = f"{plan.host_bytes / GIB:>6.2f}"
-    return f"{plan.placement.level('denoise'):<12} {peaks} {host} {plan.total_seconds:>6.0f} s  "
+    return f"{plan.placement.level('denoise'):<12} {peaks} {host} {plan.total_s:>6.0f} s  "
 
 
 def _format_seconds(seconds: Mapping[str, float]) -> str:

@@ -16,7 +16,9 @@ def read_cards() -> CardTable:
     """The table of cards that comes with flux, read once."""
     text = (BUNDLED / "shapes" / "cards.toml").read_text(encoding="utf-8")
     parsed = tomllib.loads(text)
-    return CardTable(rows=parsed["cards"], reached=parsed["efficiency"], disk_bytes=parsed["disk"] * 1e9)
+    return CardTable(
+        rows=parsed["cards"], reached=parsed["efficiency"], disk_bytes=parsed["disk"] * 1e9
+    )
 
 
 def describe_card(text: str) -> Hardware:

@@ -257,7 +257,7 @@ def _kind_of(device: str) -> str:
 
 
 def _find_function(device: str, name: str) -> Any:
-    """A function of torch's module for the device; None for a CPU, and where the module has none."""
+    """A function of torch's module for the device; None for a CPU, or where there is none."""
     kind = _kind_of(device)
     if kind == "cpu":
         return None

@@ -21,7 +21,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 ENCODER_SCORES = 1.63  # live tensors (heads, tokens, tokens) of T5
 ENCODER_WIDE = 4.0  # live tensors (tokens, d_ff) of T5
 T5_DEFAULTS = {"num_heads": 64, "d_ff": 10240, "d_model": 4096}  # where the config says nothing
-UNPACKING_BYTES = 80 << 20  # temporary ones, of unpacking a part of a GGUF weight
+DEQUANTIZING_BYTES = 80 << 20  # temporary ones, of dequantizing a part of a GGUF weight
 PIXEL_ACTIVATIONS = 6  # live tensors (first width of the VAE, height, width) at the peak of decode
 DECODE_BYTES = 12 << 20  # beside these
 TILE_PX = 512  # of a tiled decode
@@ -62,7 +62,9 @@ def make_workload(request: GenerationRequest, adapters: Sequence[Adapter] = ()) 
         height_px=height_px,
         text_tokens=request.text_tokens,
         steps=request.steps,
-        adapter_numel={name: sum(adapter.numel(name) for adapter in adapters) for name in sorted(components)},
+        adapter_numel={
+            name: sum(adapter.numel(name) for adapter in adapters) for name in sorted(components)
+        },
     )
 
 
@@ -94,7 +96,7 @@ class Cost:
     modulation_bytes: int
     largest_modulation_bytes: int  # of one weight
     modulation_numel: int
-    unpacking_bytes: int  # beside a modulation weight that is stored as GGUF
+    dequantizing_bytes: int  # beside a modulation weight that is stored as GGUF
     vae_bytes: int
     stored_bytes: int  # of all files
     width: int  # of the transformer, in channels
@@ -151,7 +153,9 @@ def weight_bytes(weight: Weight, component: str, *, dtype: str, spec: QuantSpec 
     return weight.numel * DTYPE_BYTES[dtype]
 
 
-def component_bytes(component: Component, *, dtype: str, spec: QuantSpec | None, prefix: str = "") -> int:
+def component_bytes(
+    component: Component, *, dtype: str, spec: QuantSpec | None, prefix: str = ""
+) -> int:
     """Bytes in memory of a component's weights, or of those whose names begin with `prefix`."""
     return sum(
         weight_bytes(weight, component.name, dtype=dtype, spec=spec)
@@ -170,20 +174,23 @@ def estimate_cost(
 ) -> Cost:
     """The bytes of every part that is placed by itself, and of what is needed beside them.
 
-    `dtypes` has what each component computes in, `spec` what is packed while loading, and `lines`
-    the activations of the transformer's precision, whose largest counts.
+    `dtypes` has what each component computes in, `spec` what is quantized while loading, and
+    `lines` the activations of the transformer's precision, of which the largest counts.
     """
     parts = checkpoint.components
     t5 = parts["text_encoder_2"]
     transformer = parts["transformer"]
     wide_bytes = DTYPE_BYTES[dtypes["transformer"]]
-    held_bytes = {name: numel * DTYPE_BYTES[dtypes[name]] for name, numel in workload.adapter_numel.items()}
+    held_bytes = {
+        name: numel * DTYPE_BYTES[dtypes[name]] for name, numel in workload.adapter_numel.items()
+    }
     loaded_bytes = {}
     for name in ("text_encoder", "text_encoder_2", "vae"):
         size = component_bytes(parts[name], dtype=dtypes[name], spec=spec)
         loaded_bytes[name] = size + held_bytes.get(name, 0)
     t5_blocks = [
-        component_bytes(t5, dtype=dtypes[t5.name], spec=spec, prefix=f"{block}.") for block in t5_block_names(t5)
+        component_bytes(t5, dtype=dtypes[t5.name], spec=spec, prefix=f"{block}.")
+        for block in t5_block_names(t5)
     ]
     blocks, rest_bytes = _split_transformer(transformer, dtype=dtypes["transformer"], spec=spec)
     modulation = [w for name, w in transformer.weights.items() if is_modulation(name)]
@@ -203,7 +210,7 @@ def estimate_cost(
         modulation_bytes=sum(modulation_numels) * wide_bytes,
         largest_modulation_bytes=max(modulation_numels, default=0) * wide_bytes,
         modulation_numel=sum(modulation_numels),
-        unpacking_bytes=UNPACKING_BYTES if transformer.precision == "gguf" else 0,
+        dequantizing_bytes=DEQUANTIZING_BYTES if transformer.precision == "gguf" else 0,
         vae_bytes=loaded_bytes["vae"],
         stored_bytes=checkpoint.nbytes,
         width=width,
@@ -215,7 +222,9 @@ def estimate_cost(
     )
 
 
-def _split_transformer(transformer: Component, *, dtype: str, spec: QuantSpec | None) -> tuple[tuple[Block, ...], int]:
+def _split_transformer(
+    transformer: Component, *, dtype: str, spec: QuantSpec | None
+) -> tuple[tuple[Block, ...], int]:
     """The blocks without their modulation, and the bytes of what is in no block."""
     inside: dict[str, list[Weight]] = {name: [] for name in block_names(transformer)}
     rest_bytes = 0
@@ -248,19 +257,23 @@ def _is_for_text(name: str) -> bool:
 # --- bytes beside weights
 
 
-def _estimate_encode(workload: Workload, t5: Component, *, dtype: str, spec: QuantSpec | None) -> int:
-    """Bytes beside T5's weights: attention scores, the wide layer, and a weight being unpacked."""
+def _estimate_encode(
+    workload: Workload, t5: Component, *, dtype: str, spec: QuantSpec | None
+) -> int:
+    """Bytes beside T5's weights: attention scores, the wide layer, and a dequantized weight."""
     known = T5_DEFAULTS | t5.config
     tokens = workload.text_tokens
     numel = ENCODER_SCORES * known["num_heads"] * tokens**2
     numel += ENCODER_WIDE * known["d_ff"] * tokens
     if t5.precision or (spec and spec.text_encoder != "keep"):
         numel += known["d_ff"] * known["d_model"]
-    temporary_bytes = UNPACKING_BYTES if t5.precision == "gguf" else 0
+    temporary_bytes = DEQUANTIZING_BYTES if t5.precision == "gguf" else 0
     return int(numel * DTYPE_BYTES[dtype]) + temporary_bytes
 
 
-def _estimate_step(workload: Workload, lines: Sequence[ActivationLine], *, width: int, dtype: str) -> int:
+def _estimate_step(
+    workload: Workload, lines: Sequence[ActivationLine], *, width: int, dtype: str
+) -> int:
     """Bytes beside the transformer's weights at the peak of a step: the largest of the lines."""
     tokens = workload.image_tokens + workload.text_tokens
     numel = max((line.per_token * tokens + line.per_width * width) * width for line in lines)
@@ -301,7 +314,9 @@ def block_seconds(cost: Cost, speeds: Speeds, scheme: str) -> list[float]:
     return found
 
 
-def choose_streamed(cost: Cost, compute_s: Sequence[float], count: int, *, bus_bytes: float) -> tuple[int, ...]:
+def choose_streamed(
+    cost: Cost, compute_s: Sequence[float], count: int, *, bus_bytes: float
+) -> tuple[int, ...]:
     """Which `count` blocks are streamed, by their indexes, so that a step takes the least seconds.
 
     They are spread evenly over the seconds that the blocks compute (`compute_s`), so that the bus
@@ -339,7 +354,9 @@ def _spread_evenly(among: Sequence[int], compute_s: Sequence[float], count: int)
     return tuple(chosen)
 
 
-def step_seconds(cost: Cost, compute_s: Sequence[float], streamed: Sequence[int], *, bus_bytes: float) -> float:
+def step_seconds(
+    cost: Cost, compute_s: Sequence[float], streamed: Sequence[int], *, bus_bytes: float
+) -> float:
     """Seconds of a step when the blocks in `streamed` come over the bus through two slots.
 
     Plays the steps through: a slot is filled again as soon as its block has computed, one copy at

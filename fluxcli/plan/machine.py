@@ -1,4 +1,4 @@
-"""The device that a plan is for: its memory, what it computes natively, and what it does in a second.
+"""The device that a plan is for: its memory, what it computes, and what it does in a second.
 
 Values only: no driver is asked and no file is opened here. `engine.device` describes the devices of
 this machine; `card` describes one that is not here. Sizes are in bytes, speeds in bytes or FLOP a
@@ -15,7 +15,7 @@ from fluxcli.request.settings import parse_bytes
 from quant.spec import SCHEMES
 
 CONTEXT_BYTES = 512 << 20  # the driver's context with the kernels, and cuBLAS' workspace
-UNPACKING_SPEED = 0.88  # of a 16-bit product's, where the weight is unpacked before each
+DEQUANTIZING_SPEED = 0.88  # of a 16-bit product's, where the weight is dequantized before each
 CAPABILITY = re.compile(r"sm(\d+)(\d)")
 BF16_SINCE = (8, 0)  # NVIDIA's first generation that multiplies in bfloat16
 
@@ -33,12 +33,12 @@ class Speeds:
     def of(self, scheme: str) -> float:
         """FLOP/s of a layer whose weight is stored in a scheme ("" for 16 bit).
 
-        Where the device does not multiply in the scheme, the weight is unpacked on top of 16 bit.
+        Where the device does not multiply in the scheme, the weight is dequantized first.
         """
         if scheme in self.eight_bit:
             return self.eight_bit[scheme]
         if scheme:
-            return self.wide * UNPACKING_SPEED
+            return self.wide * DEQUANTIZING_SPEED
         return self.wide
 
 
@@ -67,7 +67,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class CardTable:
-    """What is known of cards: the parsed presets/shapes/cards.toml, whose head explains the rows."""
+    """What is known of cards: presets/shapes/cards.toml, parsed; its head explains the rows."""
 
     rows: Mapping[str, Mapping[str, Any]]  # by a part of the driver's name, by "smNN", "gpu", "cpu"
     reached: Mapping[str, float]  # the share of a data sheet's figure, by wide, fp8, int8

@@ -19,8 +19,8 @@ PHASES = ("encode", "condition", "denoise", "decode")
 RAM_SHARE = 0.6  # of all RAM, that streamed blocks may take
 FREE_RAM_SHARE = 0.8  # of the RAM that is free now, that they may take
 RESIDENT_SHARE = 0.25  # of the budget: a model that takes less stays loaded as a whole
-PACK_BYTES = 1.5e9  # a second, of 16-bit weights that are packed while loading
-CPU_PACK_SHARE = 0.1  # of that speed, on a CPU
+QUANTIZE_BYTES = 1.5e9  # a second, of 16-bit weights that are quantized while loading
+CPU_QUANTIZE_SHARE = 0.1  # of that speed, on a CPU
 # Of a step in 16 bit: beside attention, a fused weight while it is loaded.
 SIXTEEN_BIT_LINES = (ATTENTION, ActivationLine(0.0, 7.2))
 # What stays on the device between phases, by the names of `Placement.keep`.
@@ -57,7 +57,7 @@ class Placement:
 class MemoryPlan:
     """What a run will do: precision, placement, and the bytes and seconds of each phase.
 
-    `precision` is that of the transformer's blocks; `spec` says what is packed while loading.
+    `precision` is that of the transformer's blocks; `spec` says what is quantized while loading.
     """
 
     device: str
@@ -73,7 +73,7 @@ class MemoryPlan:
     reasons: tuple[str, ...]
 
     @property
-    def total_seconds(self) -> float:
+    def total_s(self) -> float:
         """From a cold start to one picture."""
         return sum(self.seconds.values())
 
@@ -95,7 +95,7 @@ class Candidate:
     checkpoint: Checkpoint
     hardware: Hardware
     precision: str
-    scheme: str  # of the packed layers, "" where none is packed
+    scheme: str  # of the quantized layers, "" where there is none
     spec: QuantSpec | None
     dtypes: dict[str, str]
     basis: str  # why it would be computed so
@@ -226,7 +226,7 @@ def _list_denoise_levels(candidate: Candidate, now: Placement, offload: str) -> 
             counts = counts[-1:]
         for count in counts:
             yield _stream(candidate, now, count)
-    # What is packed while loading would be packed again in every step: never worth it.
+    # What is quantized while loading would be quantized again in every step: never worth it.
     if offload != "stream" and candidate.spec is None:
         yield replace(now, denoise="sequential")
 
@@ -295,7 +295,7 @@ def estimate_peaks(candidate: Candidate, placement: Placement) -> dict[str, int]
     else:
         t5_bytes = cost.t5_bytes
         if placement.encode == "sequential":
-            # A block that is packed while loading is there twice.
+            # A block that is quantized while loading is there twice.
             copies = 2 if candidate.spec else 1
             t5_bytes = cost.t5_rest_bytes + cost.t5_block_bytes * copies
         encode_bytes = max(t5_bytes + cost.encode_bytes, cost.clip_bytes)
@@ -303,7 +303,7 @@ def estimate_peaks(candidate: Candidate, placement: Placement) -> dict[str, int]
     # A modulation weight as stored and the one before it; once more where it is converted.
     copies = 2 if candidate.dtypes["transformer"] == "bfloat16" else 3
     # The other half of the tables is in RAM already when the largest weight is there.
-    condition_bytes = encoders_bytes + cost.tables_bytes // 2 + cost.unpacking_bytes
+    condition_bytes = encoders_bytes + cost.tables_bytes // 2 + cost.dequantizing_bytes
     condition_bytes += copies * cost.largest_modulation_bytes
 
     denoise_bytes = encoders_bytes + transformer_bytes + beside_bytes
@@ -345,11 +345,11 @@ def _estimate_seconds(candidate: Candidate, placement: Placement) -> dict[str, f
     modulation_stored_bytes = cost.modulation_numel * 2
     load_s = (cost.stored_bytes - modulation_stored_bytes) / speeds.disk_bytes
     if candidate.spec:
-        pack_bytes = PACK_BYTES
+        quantize_bytes = QUANTIZE_BYTES
         if candidate.hardware.kind == "cpu":
-            pack_bytes *= CPU_PACK_SHARE
-        packed_numel = sum(block.image_numel + block.text_numel for block in cost.blocks)
-        load_s += packed_numel * 2 / pack_bytes
+            quantize_bytes *= CPU_QUANTIZE_SHARE
+        quantized_numel = sum(block.image_numel + block.text_numel for block in cost.blocks)
+        load_s += quantized_numel * 2 / quantize_bytes
 
     encode_s = 2 * cost.t5_numel * cost.workload.text_tokens / speeds.wide
     if placement.encode == "sequential":

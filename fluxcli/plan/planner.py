@@ -67,7 +67,9 @@ def make_plan(
     `margin_bytes`. Raises `DoesNotFit` with the numbers (`suggest_options` says what would fit),
     and `UsageError` for a precision that the checkpoints cannot give.
     """
-    found = survey(workload, resources, checkpoints, hardware, margin_bytes=margin_bytes, model=model)
+    found = survey(
+        workload, resources, checkpoints, hardware, margin_bytes=margin_bytes, model=model
+    )
     chosen = find_chosen(found)
     if chosen and chosen.plan:
         return Planned(chosen.checkpoint, chosen.plan)
@@ -118,7 +120,7 @@ def survey(
         )
         for candidate in candidates
     ]
-    fastest_s = min((found.plan.total_seconds for found in by_total if found.plan), default=0.0)
+    fastest_s = min((found.plan.total_s for found in by_total if found.plan), default=0.0)
     judged: list[Candidate] = []
     for candidate, ever in zip(candidates, by_total, strict=True):
         now = ever
@@ -169,7 +171,9 @@ def _fit_now(
     return Fit(replace(found.plan, reasons=(*found.plan.reasons, reason)))
 
 
-def judge(candidate: Candidate, ever: Fit, now: Fit, *, fastest_s: float, is_taken: bool) -> Candidate:
+def judge(
+    candidate: Candidate, ever: Fit, now: Fit, *, fastest_s: float, is_taken: bool
+) -> Candidate:
     """The candidate with its verdict, and the plan for now.
 
     `ever` is what fits into the total memory, which decides pixels; `now` into what is free, which
@@ -178,7 +182,7 @@ def judge(candidate: Candidate, ever: Fit, now: Fit, *, fastest_s: float, is_tak
     if ever.plan is None:
         return replace(candidate, verdict="does not fit", why=ever.why)
     candidate = replace(candidate, plan=now.plan)
-    ratio = ever.plan.total_seconds / fastest_s
+    ratio = ever.plan.total_s / fastest_s
     if ratio > SLOWER:
         why = f"{ratio:.1f} times the fastest that fits"
         return replace(candidate, verdict="too slow", why=why)
@@ -257,7 +261,7 @@ def _list_candidates(
 
 
 def _list_precisions(checkpoint: Checkpoint, wanted: str) -> Iterator[tuple[str, QuantSpec | None]]:
-    """The precisions that a checkpoint can give, each with what is packed while loading for it.
+    """The precisions that a checkpoint can give, each with what is quantized while loading for it.
 
     The first of a 16-bit checkpoint is the wanted dtype, or "auto" for the device's own.
     """
@@ -291,7 +295,9 @@ def _choose_dtypes(
         # T5 and the VAE overflow in float16.
         why = "the device has no bfloat16 (encoders and VAE compute in float32)"
         return Dtypes(in_float32 | {"transformer": "float16"}, why)
-    cost = costs.estimate_cost(workload, checkpoint, dtypes=in_float32, spec=spec, lines=SIXTEEN_BIT_LINES)
+    cost = costs.estimate_cost(
+        workload, checkpoint, dtypes=in_float32, spec=spec, lines=SIXTEEN_BIT_LINES
+    )
     needed_bytes = max(cost.t5_bytes, cost.transformer_bytes + cost.vae_bytes)
     if needed_bytes <= hardware.total_bytes * CPU_SHARE:
         return Dtypes(in_float32, "this CPU has no fast bfloat16")
@@ -338,7 +344,11 @@ def suggest_options(
         except UsageError:  # a precision that these weights do not have
             continue
         if find_chosen(candidates):
-            options = [f"{flag(name)} {value}" for name, value in changes.items() if value != getattr(resources, name)]
+            options = [
+                f"{flag(name)} {value}"
+                for name, value in changes.items()
+                if value != getattr(resources, name)
+            ]
             if side_px is not None and side_px != request.image_size:
                 options.append(f"{flag('image_size')} {side_px}")
             return " ".join(options)
