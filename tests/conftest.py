@@ -1,10 +1,9 @@
-"""What every test has: a home of its own, no settings of the user, no network, and a way to run
-`flux`.
-"""
+"""What every test has: a home of its own, no settings of the user, no network, a way to run `flux`."""
 
 import functools
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,9 +13,16 @@ import pytest
 
 from tests.support.server import Interpreters, Server, is_available
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # before torch is imported: the models are too small for more threads
-)
+# before torch is imported: the models are too small for more threads
+os.environ["OMP_NUM_THREADS"] = "1"
+
+# Whatever started the tests may ignore signals (nohup, a job in the background); what they start
+# must not.
+for name in ("SIGINT", "SIGHUP"):
+    number = getattr(signal, name, None)
+    if number and signal.getsignal(number) is signal.SIG_IGN:
+        usual = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+        signal.signal(number, usual)
 
 ROOT = Path(__file__).resolve().parents[1]
 

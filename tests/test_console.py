@@ -43,9 +43,8 @@ def terminal(monkeypatch: pytest.MonkeyPatch):
         return text.decode()
 
     def install():
-        monkeypatch.setattr(
-            sys, "stderr", stream
-        )  # not in the set-up: pytest sets it again before the test
+        # not in the set-up: pytest sets it again before the test
+        monkeypatch.setattr(sys, "stderr", stream)
         monkeypatch.setattr(sys, "stdout", io.StringIO())
         return shown
 

@@ -17,9 +17,8 @@ from fluxcli.request.fields import Order
 from quant.checkpoint import Component, inspect
 from tests.support.helpers import ROOT, draw, engine_of, tiny
 
-REAL = (
-    ROOT.parent / "shared" / "flux1-dev"
-)  # the published configs and tokenizers, where a developer has them
+# the published configs and tokenizers, where a developer has them
+REAL = ROOT.parent / "shared" / "flux1-dev"
 
 
 def diffusers_pixels(folder: Path, requests: list[Order]) -> list[np.ndarray]:

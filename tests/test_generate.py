@@ -88,9 +88,8 @@ def test_a_precision_is_the_same_picture_packed_while_loading_baked_or_found(to,
     assert described[1]["model"]["fingerprint"] == described[2]["model"]["fingerprint"]
     same = call(capsys, "replay", "given.png", "--check")
     assert (same.returncode, same.stdout, same.stderr) == (0, "given.png: identical\n", "")
-    other = call(
-        capsys, "replay", str(pictures[0]), "--check"
-    )  # the same pixels of another folder, and it says so
+    # the same pixels of another folder, and it says so
+    other = call(capsys, "replay", str(pictures[0]), "--check")
     assert other.stdout.endswith(": identical\n") and "another model fingerprint" in other.stderr
 
 

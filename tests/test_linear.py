@@ -101,9 +101,8 @@ def test_dequantized_products_are_those_of_the_decoded_weights(scheme, dtype, ca
     layer, x = make(scheme, arithmetic=False), noise(7, K).to(dtype)
     layer.bias = layer.bias.to(dtype)
     exact = x.double() @ values(scheme).T + layer.bias.double()
-    size = (
-        x.double().abs() @ values(scheme).T.abs() + layer.bias.double().abs()
-    )  # of all that is summed
+    # of all that is summed
+    size = x.double().abs() @ values(scheme).T.abs() + layer.bias.double().abs()
     assert (
         (layer(x).double() - exact).abs() <= 2 * torch.finfo(dtype).eps * size + 1e-5 * size
     ).all()
@@ -118,9 +117,8 @@ def test_dequantized_products_are_those_of_the_decoded_weights(scheme, dtype, ca
 @pytest.mark.parametrize("scheme", OPERATORS)
 def test_8_bit_products_run_and_err_by_the_rounding_of_activations(scheme, dtype, shapes, calls):
     layer, w = make(scheme, shapes), values(scheme, shapes)
-    x = (noise(33, K) * 2 ** noise(33, 1, seed=3)).to(
-        dtype
-    )  # rows of very different size: each has its own scale
+    # rows of very different size: each has its own scale
+    x = (noise(33, K) * 2 ** noise(33, 1, seed=3)).to(dtype)
     layer.bias = layer.bias.to(dtype)
     calls.clear()  # of the probe
     y, exact = layer(x).double(), x.double() @ w.T + layer.bias.double()
@@ -174,9 +172,8 @@ def test_every_shape_of_input(scheme, dtype):
     torch.testing.assert_close(layer(x[1, 2]), whole[1, 2], **options)
     torch.testing.assert_close(layer(x[1, 2, :1]), whole[1, 2, :1], **options)  # one row
     torch.testing.assert_close(layer(x[1, 2, 0]), whole[1, 2, 0], **options)  # no row dimension
-    torch.testing.assert_close(
-        layer(x.transpose(1, 2)), whole.transpose(1, 2), **options
-    )  # not contiguous
+    # not contiguous
+    torch.testing.assert_close(layer(x.transpose(1, 2)), whole.transpose(1, 2), **options)
     assert layer(x[:, :, :0]).shape == (2, 3, 0, 288)
 
 

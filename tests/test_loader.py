@@ -147,9 +147,8 @@ def test_packed_components_hold_layers_of_their_scheme(baked):
         module = load(baked(to, **BAKED[to]), "transformer")
         packed = [layer for layer in module.modules() if isinstance(layer, QuantizedLinear)]
         assert {type(layer) for layer in packed} == {kind}
-        assert len(packed) == 2 * (12 - 4) + 5 * (
-            5 - 3
-        )  # of 12 and 5, of which q, k, v (and the MLP) are one
+        # of 12 and 5, of which q, k, v (and the MLP) are one
+        assert len(packed) == 2 * (12 - 4) + 5 * (5 - 3)
         assert (
             {p.dtype for p in module.parameters()}
             == {torch.float32}

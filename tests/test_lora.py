@@ -216,9 +216,8 @@ def test_the_same_adapter_again_computes_nothing_anew_and_another_scale_does(fil
         events, _ = draw(engine, using(files, everything=scale))
         kinds.append({event.name for event in events if isinstance(event, Phase)} - {"load"})
     assert kinds == [{"denoise", "decode"}, {"encode", "condition", "denoise", "decode"}]
-    events, _ = draw(
-        engine, using(files, everything=0.6, blocks=0.1)
-    )  # acts on neither prompt nor modulation
+    # acts on neither prompt nor modulation
+    events, _ = draw(engine, using(files, everything=0.6, blocks=0.1))
     assert {event.name for event in events if isinstance(event, Phase)} - {"load"} == {
         "denoise",
         "decode",

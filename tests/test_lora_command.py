@@ -168,9 +168,8 @@ def test_faults_have_their_exit_codes_before_torch_is_imported(flux, style, tmp_
         run = flux("generate", PROMPT, *QUICK, "--lora", text, "-o", "x.png")
         assert run.returncode == code and words in run.stderr, (text, run.stderr)
         assert "Traceback" not in run.stderr and not (work / "x.png").exists()
-    assert (
-        flux("generate", PROMPT, *QUICK, "--lora", f"{style}:heavy").returncode == 3
-    )  # a file of that name
+    # a file of that name
+    assert flux("generate", PROMPT, *QUICK, "--lora", f"{style}:heavy").returncode == 3
 
 
 # --- flux lora, flux inspect

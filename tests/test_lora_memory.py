@@ -50,9 +50,8 @@ def sparse(name: str, path: Path) -> Path:
 def test_the_plan_is_within_five_percent_of_what_is_counted(
     card, wanted, names, tmp_path, monkeypatch
 ):
-    codecs.import_library(
-        "nf4"
-    )  # now: what it logs when it is imported keeps the frames of its first use alive
+    # now: what it logs when it is imported keeps the frames of its first use alive
+    codecs.import_library("nf4")
     files = tuple(str(sparse(f"lora_{name}", tmp_path / f"{name}.safetensors")) for name in names)
     with full_size(monkeypatch) as dev:
         request = order("x", steps=2, seed=1, lora=files, **wanted)

@@ -56,9 +56,8 @@ def planned_and_counted(
         checkpoint, made = plan_for(request, folders, here)
         counter, engine = Counter(), on_card(checkpoint, made, here)
         follow(engine, request, counter)
-        follow(
-            engine, order("x", steps=2, seed=2, **wanted), counter
-        )  # with the VAE there, or loaded anew
+        # with the VAE there, or loaded anew
+        follow(engine, order("x", steps=2, seed=2, **wanted), counter)
     return made, counter
 
 
@@ -88,9 +87,8 @@ def test_the_plan_is_within_five_percent_of_what_is_counted(card, wanted, monkey
             made.placement.level(phase),
         )
     arena = made.host_bytes
-    assert (
-        arena <= counter.host + MIB and counter.host < arena + 600 * MIB
-    )  # beside it one tensor and its block
+    # beside it one tensor and its block
+    assert arena <= counter.host + MIB and counter.host < arena + 600 * MIB
 
 
 # --- under a budget

@@ -107,9 +107,8 @@ def test_decodes_as_bitsandbytes_does(shape, dtype, search):
     decoded = nf4.dequantize(stored, shape, dtype)
     assert decoded.dtype == dtype
     expected = bnb.dequantize_4bit(*as_bitsandbytes(stored))
-    assert torch.equal(
-        decoded, expected.t() if stored[""].shape[0] == 1 else expected
-    )  # it turns such for old callers
+    # it turns such for old callers
+    assert torch.equal(decoded, expected.t() if stored[""].shape[0] == 1 else expected)
 
 
 @pytest.mark.parametrize("shape", [*ODD, (3, 70)], ids=str)

@@ -184,9 +184,8 @@ def test_the_next_copy_begins_before_a_block_has_computed(component, bus):
         begun = max(n for n, entry in enumerate(bus.log[:at]) if entry == ("copy", slot))
         assert begun < bus.log.index(("computed", bus.log[before][1]), before)
     copies = [slot for what, slot in bus.log if what == "copy"]
-    assert len(copies) == 2 + 12 and copies.count(0) == copies.count(
-        1
-    )  # each once a step, and two ahead
+    # each once a step, and two ahead
+    assert len(copies) == 2 + 12 and copies.count(0) == copies.count(1)
 
 
 def test_a_slot_is_filled_only_after_its_block_has_computed(component, bus):

@@ -244,9 +244,8 @@ def _distances(x: torch.Tensor, y: torch.Tensor, r: torch.Tensor) -> list[torch.
     up = -(y - 0.11 * r)  # a star reaches 1 up but 0.809 down
     angle = torch.atan2(x, up)  # 0 at the top
     wedge = math.pi / 5
-    folded = (
-        torch.remainder(angle, 2 * wedge) - wedge
-    ).abs()  # 0 at an inner corner, wedge at a point
+    # 0 at an inner corner, wedge at a point
+    folded = (torch.remainder(angle, 2 * wedge) - wedge).abs()
     radius = torch.hypot(x, up)
     along = radius * torch.cos(folded)
     across = radius * torch.sin(folded)

@@ -67,9 +67,8 @@ def write_clip(folder: Path) -> None:
     tokenizer.train_from_iterator(corpus(), trainer)
     merges = []
     for pair in json.loads(tokenizer.to_str())["model"]["merges"]:
-        merges.append(
-            pair if isinstance(pair, list) else pair.split(" ")
-        )  # by the library's version
+        # by the library's version
+        merges.append(pair if isinstance(pair, list) else pair.split(" "))
     names = dict.fromkeys(alphabet)  # a dict for its order
     names |= dict.fromkeys(character + "</w>" for character in alphabet)
     names |= dict.fromkeys("".join(pair) for pair in merges)

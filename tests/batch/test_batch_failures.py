@@ -194,16 +194,14 @@ def test_memory_that_ends_for_one_row_is_an_error_of_that_row_and_its_latents_ar
     )
     assert steps.count(False) == 4  # finished pictures are not begun again
     monkeypatch.setattr(denoise, "take_step", real)
-    events = draw(
-        capsys, source, *SMALL, "-o", "out/", "--resume"
-    )  # what is kept is finished, not drawn again
+    # what is kept is finished, not drawn again
+    events = draw(capsys, source, *SMALL, "-o", "out/", "--resume")
     assert [(step["index"], step["total"]) for step in of(events, "step")] == [(2, 2)]
     assert pixels(events) == {2: single(capsys, "a red circle", "--seed", "2", "--size", "128")}
     assert len(of(events, "skipped")) == 2
     Path("out/a-red-circle-2-2.png").unlink()
-    events = draw(
-        capsys, source, *SMALL, "-o", "out/", "--resume", "--guidance", "2"
-    )  # another picture of that name
+    # another picture of that name
+    events = draw(capsys, source, *SMALL, "-o", "out/", "--resume", "--guidance", "2")
     assert len(of(events, "step")) == 6
 
 
@@ -223,9 +221,8 @@ def test_tiles_for_one_picture_leave_its_neighbours_and_resume_alone(capsys, mon
     monkeypatch.setattr(decode, "decode_latents", decode_latents)
     events = draw(capsys, source, "-p", "tiny", "--size", "64", "-o", "out/")
     assert pixels(events)[2] == expected
-    assert (
-        sum("in tiles" in event["message"] for event in of(events, "notice")) == 1
-    )  # the same words for both
+    # the same words for both
+    assert sum("in tiles" in event["message"] for event in of(events, "notice")) == 1
     tiled = {
         read_metadata(Path(e["image"]["path"]))["compute"]["tiled"]: e["row"]
         for e in of(events, "saved")

@@ -45,9 +45,8 @@ def test_rows_that_name_the_same_file_lose_no_picture(options, drawn, capsys):
     assert sorted(files(Path())) == ["p.jsonl", "x.png"]
     assert read_metadata(Path("x.png"))["request"]["seed"] == 1
     result = call(capsys, "generate", "--from", "p.jsonl", *FAKE)
-    assert (
-        set(failed_rows(result)) == {1, 2} and len(drawn) == 1
-    )  # nothing is computed for a name that is taken
+    # nothing is computed for a name that is taken
+    assert set(failed_rows(result)) == {1, 2} and len(drawn) == 1
 
 
 @pytest.mark.parametrize("where", ["variable", "settings"])

@@ -93,9 +93,8 @@ def test_processes_that_do_not_find_each_other_are_an_error(monkeypatch, capsys)
 
     for name in (*VARIABLES, "WORLD_SIZE"):
         monkeypatch.setenv(name, "2")
-    monkeypatch.setattr(
-        accelerate, "PartialState", lambda **_: torch.tensor(1).view(5)
-    )  # a RuntimeError of torch's
+    # a RuntimeError of torch's
+    monkeypatch.setattr(accelerate, "PartialState", lambda **_: torch.tensor(1).view(5))
     result = call(capsys, "generate", "--from", write("a", name="p.txt"), *SMALL)
     assert "do not find each other" in assert_failed(result, ExitCode.DEVICE)
 

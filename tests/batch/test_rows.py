@@ -158,9 +158,8 @@ def test_what_makes_requests_may_refuse_a_row_but_a_bug_is_no_row():
 @pytest.mark.parametrize("name", ["x.txt", "x.csv"])
 def test_a_line_of_just_the_limit_is_taken_and_one_byte_more_swallows_nothing(name):
     head = b"" if name == "x.txt" else b"prompt\n"
-    line = (
-        b" " * (LIMIT_BYTES - 5) + b"over"
-    )  # with its end: just the limit; a CSV cell of that length is refused
+    # with its end: just the limit; a CSV cell of that length is refused
+    line = b" " * (LIMIT_BYTES - 5) + b"over"
     fits, over = read(head + line + b"\nafter", name), read(head + b" " + line + b"\nafter", name)
     assert requests(fits)[1:] == requests(over)[1:] == prompts("after")
     assert "too long" in str(over[0].error)

@@ -58,9 +58,8 @@ def server(
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
         monkeypatch.setattr(hub, "PAUSES_S", (0, 0, 0, 0))
-        monkeypatch.setattr(
-            time, "sleep", lambda seconds: sleep(min(seconds, 0.02))
-        )  # the library's pauses
+        # the library's pauses
+        monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.02)))
         yield running
 
 

@@ -14,9 +14,8 @@ from fluxcli.cli import app
 from fluxcli.engine import device as hardware
 from tests.support.helpers import machine
 
-settings.register_profile(
-    "patient", deadline=None, derandomize="CI" in os.environ
-)  # other work shares the CPU
+# other work shares the CPU
+settings.register_profile("patient", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("patient")
 
 WRITE_CALLS = ("open", "fdopen", "fsync", "link", "replace", "unlink", "mkdir", "close")
