@@ -50,9 +50,9 @@ class Scheme:
     """How a quantized tensor is stored, and what follows from that elsewhere.
 
     The peak of a denoising step is the larger of the two `activation_lines`: attention, and
-    whatever else can be largest (an unpacked weight, sums in float32). `unpacked_lines` hold
-    instead where the device cannot multiply in the scheme and each weight is unpacked before its
-    product.
+    whatever else can be largest (a dequantized weight, sums in float32). `dequantized_lines` hold
+    instead where the device cannot multiply in the scheme, and each weight is dequantized before
+    its product.
     """
 
     name: str
@@ -60,23 +60,23 @@ class Scheme:
     bits: int  # of one weight, without its scales; 0 where they depend on the form
     quality: int  # rank by the pictures' likeness to those of 16 bit: higher is better
     forms: tuple[str, ...]  # the names that `Weight.scheme` has for tensors stored in this scheme
-    library: str  # the package that quantizes to it, or unpacks it where flux never quantizes to it
+    library: str  # the package that quantizes to it; of gguf, that reads it
     activation_lines: tuple[ActivationLine, ActivationLine]
-    unpacked_lines: tuple[ActivationLine, ActivationLine]
+    dequantized_lines: tuple[ActivationLine, ActivationLine]
     can_bake: bool = True  # flux can quantize to it
     can_bake_modulation: bool = False
     can_bake_text_encoder: bool = False
     # T5's scheme beside a transformer in this one, unless asked otherwise.
     text_encoder: str = "keep"
     file_name: str = ""  # of a baked component where its plain name would be misread by others
-    multiply: str = ""  # the operator that multiplies in it; "" where weights are always unpacked
+    multiply: str = ""  # the operator that multiplies in it; "" where weights are dequantized
     capability: tuple[int, int] | None = None  # NVIDIA's least compute capability for `multiply`
     largest: float = 0.0  # the largest value of a code of the 8-bit schemes
 
 
-# A weight is unpacked to the compute dtype directly, or by way of float32.
-_UNPACKED_TO_16_BIT = (ATTENTION, ActivationLine(10.6, 7.2))
-_UNPACKED_THROUGH_32_BIT = (ATTENTION, ActivationLine(6.0, 21.3))
+# A weight is dequantized to the compute dtype directly, or by way of float32.
+_DEQUANTIZED_TO_16_BIT = (ATTENTION, ActivationLine(10.6, 7.2))
+_DEQUANTIZED_THROUGH_32_BIT = (ATTENTION, ActivationLine(6.0, 21.3))
 
 # The planner ranks 16 and 32 bit above all of these, in steps of ten.
 _ROWS = (
@@ -87,8 +87,8 @@ _ROWS = (
         quality=10,
         forms=("nf4", NF4_ONCE),
         library="bitsandbytes",
-        activation_lines=_UNPACKED_TO_16_BIT,
-        unpacked_lines=_UNPACKED_TO_16_BIT,
+        activation_lines=_DEQUANTIZED_TO_16_BIT,
+        dequantized_lines=_DEQUANTIZED_TO_16_BIT,
         can_bake_modulation=True,
         can_bake_text_encoder=True,
         text_encoder="nf4",
@@ -101,7 +101,7 @@ _ROWS = (
         forms=("fp8",),
         library="optimum-quanto",
         activation_lines=(ATTENTION, ActivationLine(7.0, 3.6)),
-        unpacked_lines=_UNPACKED_THROUGH_32_BIT,
+        dequantized_lines=_DEQUANTIZED_THROUGH_32_BIT,
         can_bake_modulation=True,
         can_bake_text_encoder=True,
         file_name="flux-fp8r.safetensors",
@@ -117,7 +117,7 @@ _ROWS = (
         forms=("int8",),
         library="optimum-quanto",
         activation_lines=(ATTENTION, ActivationLine(13.0, 5.0)),
-        unpacked_lines=_UNPACKED_THROUGH_32_BIT,
+        dequantized_lines=_DEQUANTIZED_THROUGH_32_BIT,
         file_name="flux-int8.safetensors",
         multiply="int_mm",
         capability=(7, 5),
@@ -130,8 +130,8 @@ _ROWS = (
         quality=20,
         forms=tuple(GGUF_BITS),
         library="gguf",
-        activation_lines=_UNPACKED_TO_16_BIT,
-        unpacked_lines=_UNPACKED_TO_16_BIT,
+        activation_lines=_DEQUANTIZED_TO_16_BIT,
+        dequantized_lines=_DEQUANTIZED_TO_16_BIT,
         can_bake=False,
     ),
 )
@@ -169,9 +169,8 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         if self.to not in BAKEABLE:
-            raise SpecError(
-                "impossible choice", f"--to {self.to}", why=f"known are {' or '.join(BAKEABLE)}"
-            )
+            why = f"known are {' or '.join(BAKEABLE)}"
+            raise SpecError("impossible choice", f"--to {self.to}", why=why)
         text_encoders = [name for name in BAKEABLE if SCHEMES[name].can_bake_text_encoder]
         self._check_choice("--text-encoder", self.text_encoder, known=["keep", *text_encoders])
         modulations = ["keep"]

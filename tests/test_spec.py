@@ -11,8 +11,8 @@ import tests.support.invariant  # noqa: F401 - hypothesis without deadlines
 from quant import codecs
 from quant.checkpoint import inspect
 from quant.errors import SpecError
-from quant.spec import BAKEABLE, SCHEMES, QuantSpec, is_modulation, layout
-from quant.tensor_info import TensorInfo
+from quant.spec import BAKEABLE, NF4_ONCE, SCHEMES, QuantSpec, is_modulation, layout
+from quant.tensor_info import GGUF_BITS, TensorInfo
 from quant.weights import Piece
 
 BLOCK = {
@@ -169,3 +169,15 @@ def test_the_bundled_model_in_each_scheme_keeps_the_same_layers(tiny_folder):
         all("norm" in layer or "embed" in layer or layer == "proj_out" for layer in wide)
         and len(wide) == 19
     )
+
+
+def test_a_schemes_row_agrees_with_itself():
+    forms = [form for row in SCHEMES.values() for form in row.forms]
+    assert len(forms) == len(set(forms)) and set(forms) == {*BAKEABLE, NF4_ONCE, *GGUF_BITS}
+    assert len({row.quality for row in SCHEMES.values()}) == len(SCHEMES)
+    for name, row in SCHEMES.items():
+        assert row.name == name and row.words and row.library
+        assert bool(row.multiply) == (row.capability is not None) == bool(row.largest)
+        assert row.can_bake or not (row.can_bake_modulation or row.can_bake_text_encoder)
+        stored = layout(row.forms[0], TensorInfo("a.weight", "BF16", (256, 256)))
+        assert not row.can_bake or stored[0].nbytes == 256 * 256 * row.bits // 8

@@ -135,7 +135,7 @@ def make_candidate(
     scheme = SCHEMES.get(precision)
     if scheme:
         is_multiplied = hardware.kind == "cpu" or scheme.name in hardware.speeds.eight_bit
-        lines = scheme.activation_lines if is_multiplied else scheme.unpacked_lines
+        lines = scheme.activation_lines if is_multiplied else scheme.dequantized_lines
     cost = costs.estimate_cost(workload, checkpoint, dtypes=dtypes, spec=spec, lines=lines)
     return Candidate(
         checkpoint=checkpoint,
