@@ -43,7 +43,7 @@ def __dir__() -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what decides the pixels: flux, Python, torch, diffusers, transformers."""
+    """Return the versions of what decides pixels: flux, Python, torch, diffusers, transformers."""
     import platform
     from importlib.metadata import version
 

@@ -5,7 +5,10 @@ from typing import NoReturn
 
 
 def main() -> NoReturn:
-    """Run the command line; a Ctrl-C while it is still imported ends the process at once, without a traceback."""
+    """Run the command line.
+
+    A Ctrl-C while it is still imported ends the process at once, without a traceback.
+    """
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from fluxcli.cli import app

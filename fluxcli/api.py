@@ -196,7 +196,7 @@ class Flux:
         return save_pixels(pixels, destination, metadata).path
 
     def _resolve(self, prompt: str, settings: Mapping[str, Any]) -> Order:
-        """Return the order of a prompt, of what was said at the call, and of the settings of all."""
+        """Return the order of a prompt, with what was said at the call and the settings of all."""
         given = presets.override(self._settings, _name_settings(settings))
         return resolve_order(prompt, given)
 

@@ -1,4 +1,4 @@
-"""What every test has: a home of its own, no settings of the user, no network, a way to run `flux`."""
+"""What every test has: a home of its own, no settings of the user, no network, a `flux` to run."""
 
 import functools
 import os

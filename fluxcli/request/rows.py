@@ -53,7 +53,7 @@ class Line(NamedTuple):
         return text.removeprefix(BOM) if self.number == 1 else text
 
     def text(self) -> str:
-        """Return the line's text with its end; raises `UsageError` if it is too long or no UTF-8."""
+        """Return the line's text with its end; raises `UsageError` if too long or no UTF-8."""
         if self.is_too_long:
             why = f"at most {LIMIT_BYTES:,} bytes are taken"
             raise UsageError("the line is too long", why=why)

@@ -357,7 +357,8 @@ _ROWS = (
     Setting(
         "output",
         Text(r"[^\0\ud800-\udc7f\udd00-\udfff]{1,4000}", "a file, a folder, a template or -"),
-        "File, folder/, - for stdout, or template of {seed} {n} {row} {slug} {preset} {width} {height} {date}.",
+        "File, folder/, - for stdout, or template"
+        " of {seed} {n} {row} {slug} {preset} {width} {height} {date}.",
         ("-o", "--output"),
         optional=True,
     ),

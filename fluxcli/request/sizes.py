@@ -1,4 +1,4 @@
-"""Sizes of pictures: from an aspect ratio and a longest side to pixels, and which sizes are possible.
+"""Sizes of pictures: from an aspect ratio and a longest side to pixels, and which are possible.
 
 Sizes are (width, height) in pixels, both multiples of 16: the VAE divides them by 8, and the
 transformer packs 2x2 patches of that. Stdlib only.
