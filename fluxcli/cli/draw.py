@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from fluxcli.cli import console
 from fluxcli.cli.settings import STARTED, check_stdout, job_options, reporter_of
 from fluxcli.errors import ExitCode
-from fluxcli.pictures.names import Target, check_writable, parse_target
+from fluxcli.pictures.names import check_writable, parse_target
 from fluxcli.plan.placement import GIB, MemoryPlan
 from fluxcli.request.fields import Order
 from fluxcli.request.job import Job, Row
+from fluxcli.request.target import Target
 from fluxcli.run.dispatch import Dispatcher
 
 if TYPE_CHECKING:
