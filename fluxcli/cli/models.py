@@ -9,8 +9,7 @@ import typer
 
 from fluxcli.cli import console
 from fluxcli.errors import BadInputFile, UsageError, WeightsUnavailable
-from fluxcli.models import find as models
-from fluxcli.models import hub, loras
+from fluxcli.models import find, hub, local, loras
 from fluxcli.paths import config_folder
 from fluxcli.request import presets
 from quant.checkpoint import COMPONENTS, is_complete
@@ -30,8 +29,8 @@ def list_command(json_output: Json = False) -> None:
     """List the models that are here: bundled, of the hub, in FLUX_MIRROR, made by quantize."""
     rows = []
     described = []
-    for each in hub.list_models(also=_list_lora_repositories()):
-        size_bytes = hub.count_bytes([each])
+    for each in local.list_models(also=_list_lora_repositories()):
+        size_bytes = local.count_bytes([each])
         described.append(
             {
                 "name": each.name,
@@ -74,7 +73,7 @@ def download(
         raise UsageError("--only does not apply", which=name, why=why)
     if bundled:
         console.say(f"{name} comes with flux, there is nothing to download")
-        path = models.locate(model)
+        path = find.locate(model)
     else:
         say = _say_nothing if quiet else console.say
         with console.Reporter(quiet=quiet, started=time.perf_counter()) as reporter:
@@ -98,7 +97,7 @@ def verify(name: Name, quiet: Quiet = False) -> None:
     usable = any(each.state == "complete" for each in found)
     for each in found:
         if not quiet:
-            console.say(f"{each.name}: reads {hub.count_bytes([each]) / 1e9:.2f} GB")
+            console.say(f"{each.name}: reads {local.count_bytes([each]) / 1e9:.2f} GB")
         damaged, known = hub.verify(each)
         if damaged:
             _refuse_damaged(each, damaged)
@@ -109,7 +108,7 @@ def verify(name: Name, quiet: Quiet = False) -> None:
         console.data(f"{each.name} {each.commit[:12]} {each.state}: {checked}")
 
 
-def _refuse_damaged(model: hub.LocalModel, damaged: list[str]) -> None:
+def _refuse_damaged(model: local.LocalModel, damaged: list[str]) -> None:
     why = "; ".join(damaged[:3])
     if len(damaged) > 3:
         why += f"; and {len(damaged) - 3} more"
@@ -119,7 +118,7 @@ def _refuse_damaged(model: hub.LocalModel, damaged: list[str]) -> None:
     raise BadInputFile("damaged", model.name, why=why, hint=hint)
 
 
-def _refuse_partial(model: hub.LocalModel, checked: str) -> None:
+def _refuse_partial(model: local.LocalModel, checked: str) -> None:
     what = "configs or tokenizers"
     if is_complete(model.path, ()):
         lacking = [part for part in COMPONENTS if not is_complete(model.path, (part,))]
@@ -143,7 +142,7 @@ def remove(
         why = "it comes with flux, or lies in the mirror"
         raise UsageError("not removed", which=name, why=why)
     paths = ", ".join(str(each.path) for each in found)
-    console.say(f"{paths}: {hub.count_bytes(found) / 1e9:.2f} GB will be deleted")
+    console.say(f"{paths}: {local.count_bytes(found) / 1e9:.2f} GB will be deleted")
     if not yes and not (sys.stdin and sys.stdin.isatty()):
         hint = f"flux models remove {name} --yes"
         raise UsageError("not removed", which=name, why="nobody can be asked", hint=hint)
@@ -152,10 +151,10 @@ def remove(
             hub.remove(each)
 
 
-def _find(name: str) -> list[hub.LocalModel]:
+def _find(name: str) -> list[local.LocalModel]:
     """The models that have exactly this name, else those of the preset of this name."""
     for wanted in (name, presets.model_of(name, config_folder())):
-        found = [each for each in hub.list_models(also=[wanted]) if each.name == wanted]
+        found = [each for each in local.list_models(also=[wanted]) if each.name == wanted]
         if found:
             return found
     raise WeightsUnavailable("no such model here", which=name, hint="flux models list")

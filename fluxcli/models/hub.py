@@ -1,4 +1,4 @@
-"""Models and the hub: downloads of one pinned commit; what is here is listed, verified, removed.
+"""What the hub's library does for models: download one pinned commit, verify, remove.
 
 huggingface_hub does the work, in its own cache and with its own patience. Knows no terminal: what
 it has to tell goes to `say(line)` and `count(bytes_done, bytes_total, what)`. Sizes are in bytes.
@@ -10,18 +10,20 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fluxcli import paths
 from fluxcli.errors import BadInputFile, OutputError, UsageError, WeightsUnavailable
 from fluxcli.models import find
-from quant.checkpoint import COMPONENTS, MANIFEST, TOKENIZERS, is_complete
+from fluxcli.models.hub_errors import explain, is_wrong_size, may_pass, name_failure
+from fluxcli.models.local import LocalModel
+from quant.checkpoint import COMPONENTS, MANIFEST, TOKENIZERS
 from quant.config import read_json
-from quant.errors import CheckpointError, ExplainedError
+from quant.errors import CheckpointError
 from quant.files import check_room, nearest
 from quant.header import read_header
 
@@ -107,7 +109,7 @@ def download(
     try:
         return _download(place, file, only=only, revision=revision, say=say, count=count)
     except Exception as error:
-        raise _explain(error, name, place.folder) from error
+        raise explain(error, name, place.folder) from error
 
 
 def _download(
@@ -229,14 +231,14 @@ def _fetch(
             named = ", ".join(names[:3]) or "what has changed"
             if len(names) > 3:
                 named += f" and {len(names) - 3} more"
-            if not pauses_s or not _may_pass(error):
+            if not pauses_s or not may_pass(error):
                 say(f"not downloaded: {named}; the same command goes on from there")
-                if not _is_wrong_size(error):
+                if not is_wrong_size(error):
                     raise
                 why = "its size is not what the hub announced"
                 raise BadInputFile(DAMAGED, which=named, why=why, hint=PROXY) from error
             pause_s = pauses_s.pop(0)
-            say(f"{_name_failure(error)}: goes on with {named}, in {pause_s} s")
+            say(f"{name_failure(error)}: goes on with {named}, in {pause_s} s")
         time.sleep(pause_s)
 
 
@@ -330,183 +332,7 @@ def _describe_mismatch(algorithm: str) -> str:
     return f"its {algorithm.removeprefix('git-')} is not the published one"
 
 
-# --- what went wrong
-
-
-def _explain(error: Exception, name: str, target: Path) -> Exception:
-    """What the user is told of an error; one that nobody can expect is returned as it is.
-
-    The library's own texts are not shown: they hold addresses.
-    """
-    from huggingface_hub.errors import HFValidationError
-
-    if isinstance(error, ExplainedError):
-        return error
-    cause = _find_cause(error)
-    if _get_status(cause) or isinstance(cause, HFValidationError):
-        return _explain_answer(cause, name)
-    return _explain_failure(cause, name, target)
-
-
-def _explain_answer(error: Exception, name: str) -> WeightsUnavailable:
-    """What the hub's refusal means, and what to do about it."""
-    from huggingface_hub import errors, get_token
-
-    page = f"huggingface.co/{name.partition(':')[0]}"
-    if isinstance(error, errors.GatedRepoError):
-        why = "this account or its token has no access" if get_token() else "nobody is logged in"
-        steps = (
-            f"1. accept the licence at {page}; "
-            "2. make a read token at huggingface.co/settings/tokens; "
-            f"3. hf auth login; 4. flux models download {name}"
-        )
-        return WeightsUnavailable("the model is gated", which=name, why=why, hint=steps)
-    if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
-        why = "the hub knows no such model, or this account may not see it"
-        hint = f"look at {page}, then: hf auth login"
-        return WeightsUnavailable("no such model", which=name, why=why, hint=hint)
-    if isinstance(error, errors.RevisionNotFoundError):
-        hint = f"{page}/commits/main has them"
-        return WeightsUnavailable("no such revision", which=name, hint=hint)
-    status = _get_status(error)
-    what = "the hub does not deliver"
-    hint = "try it later"
-    if status in (401, 403):
-        what = "the hub refuses the token"
-        hint = "hf auth login"
-    return WeightsUnavailable(what, which=name, why=f"HTTP {status}", hint=hint)
-
-
-def _explain_failure(error: Exception, name: str, target: Path) -> Exception:
-    """What an error on the way to the hub, or of the disk, means."""
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    kind = type(error).__name__
-    if isinstance(error, OfflineModeIsEnabled):
-        what = "nothing is downloaded"
-        why = "HF_HUB_OFFLINE is set"
-    elif _is_drop(error):
-        what = "the hub is out of reach"
-        why = f"no connection ({kind})"
-    elif isinstance(error, OSError) and error.errno is not None:
-        return OutputError("cannot store the model", which=target, why=error.strerror or kind)
-    elif isinstance(error, ValueError | OSError):
-        what = "the hub is not understood"
-        why = f"{kind}: the page of a proxy?"
-    else:
-        return error
-    here = ", ".join(f"{each.name} ({each.state})" for each in list_models())
-    return WeightsUnavailable(what, which=name, why=why, hint=f"without it there is {here}")
-
-
-def _find_cause(error: Exception) -> Exception:
-    """What made the library give up: it wraps the error of the network or the hub once."""
-    from huggingface_hub import errors
-
-    wrappers = (errors.RevisionResolutionError, errors.DryRunError, errors.LocalEntryNotFoundError)
-    if isinstance(error, wrappers) and isinstance(error.__cause__, Exception):
-        return error.__cause__
-    return error
-
-
-def _get_status(error: Exception) -> int:
-    """The HTTP status that the hub answered, 0 if it did not answer."""
-    response = getattr(error, "response", None)
-    return 0 if response is None else response.status_code
-
-
-def _is_drop(error: Exception) -> bool:
-    """Whether the connection failed; xet raises a RuntimeError of any kind for that."""
-    if isinstance(error, ConnectionError | TimeoutError | RuntimeError):
-        return True
-    return type(error).__module__.startswith(("httpx", "hf_xet"))
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether it makes sense to try at once again."""
-    error = _find_cause(error)
-    return _get_status(error) >= 500 or (_get_status(error) == 0 and _is_drop(error))
-
-
-def _is_wrong_size(error: Exception) -> bool:
-    """Whether the library got another number of bytes than announced: its only bare OSError."""
-    return type(error) is OSError and error.errno is None
-
-
-def _name_failure(error: Exception) -> str:
-    error = _find_cause(error)
-    status = _get_status(error)
-    return f"HTTP {status}" if status else f"connection dropped ({type(error).__name__})"
-
-
-# --- what is here
-
-
-@dataclass(frozen=True)
-class LocalModel:
-    """A model of this machine.
-
-    `kind` is bundled, hub, mirror or baked; `commit` is of those in the hub's cache.
-    """
-
-    name: str
-    kind: str
-    path: Path
-    commit: str = ""
-
-    @property
-    def state(self) -> str:
-        """Return "complete", "partial" for a model folder that lacks something, or "files"."""
-        if is_complete(self.path):
-            return "complete"
-        return "partial" if _read_pipeline(self.path) else "files"
-
-    @property
-    def files(self) -> list[Path]:
-        """All files, links that point nowhere too; not what the library notes in a mirror."""
-        found = [path for path in self.path.rglob("*") if path.is_symlink() or not path.is_dir()]
-        return sorted(path for path in found if ".cache" not in path.relative_to(self.path).parts)
-
-
-def list_models(also: Collection[str] = ()) -> list[LocalModel]:
-    """The FLUX models that are here, sorted by kind and name.
-
-    A folder of the hub's cache or of the mirror is one if its model_index.json names a pipeline of
-    FLUX, if there is none but its own name does, or if `also` holds its name.
-    """
-    found = []
-    for model, commit, folder in find.list_snapshots():
-        found.append(LocalModel(model, "hub", folder, commit))
-    mirror = paths.mirror_folder()
-    if mirror:
-        for path in mirror.glob("*/*/"):
-            found.append(LocalModel(f"{path.parent.name}/{path.name}", "mirror", path))
-    found = [each for each in found if each.name in also or _is_flux(each)]
-    for path in paths.BUNDLED.iterdir():
-        if _read_pipeline(path):
-            found.append(LocalModel(f"bundled/{path.name}", "bundled", path))
-    for manifest in paths.baked_folder().glob(f"*/{MANIFEST}"):
-        path = manifest.parent
-        if find.UNFINISHED not in path.name:
-            found.append(LocalModel(path.name, "baked", path))
-    return sorted(found, key=lambda each: (each.kind, each.name, each.commit))
-
-
-def _is_flux(model: LocalModel) -> bool:
-    return "flux" in (_read_pipeline(model.path) or model.name).lower()
-
-
-def _read_pipeline(folder: Path) -> str:
-    """The class that a model folder's model_index.json names, "" where there is none."""
-    with contextlib.suppress(CheckpointError):
-        return str(read_json(folder / "model_index.json", "").get("_class_name"))
-    return ""
-
-
-def count_bytes(found: Sequence[LocalModel]) -> int:
-    """Bytes on the disk; what several revisions share counts once."""
-    paths = {path.resolve() for each in found for path in each.files}
-    return sum(path.stat().st_size for path in paths if path.exists())
+# --- verify and remove
 
 
 class Verification(NamedTuple):
@@ -531,7 +357,7 @@ def verify(model: LocalModel) -> Verification:
     try:
         found = HfApi().verify_repo_checksums(model.name, revision=commit, **place.arguments)
     except Exception as error:
-        raise _explain(error, model.name, model.path) from error
+        raise explain(error, model.name, model.path) from error
     damaged = [
         f"{path.relative_to(model.path).as_posix()}: its data are gone"
         for path in model.files
