@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from fluxcli.engine.device import probe
 from fluxcli.engine.engine import Drawn, Engine
 from fluxcli.engine.picture import Picture
-from fluxcli.models.loras import adapters_of as resolve_loras
+from fluxcli.models.loras import resolve_loras
 from fluxcli.pictures.image import hash_pixels
 from fluxcli.plan.costs import make_workload
 from fluxcli.plan.placement import Placement
