@@ -11,26 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = {
-    "torch",
-    "diffusers",
-    "transformers",
-    "bitsandbytes",
-    "optimum",
-    "numpy",
-    "PIL",
-    "safetensors",
-    "numba",
-}
+HEAVY = {"torch", "diffusers", "transformers", "bitsandbytes", "optimum", "numpy"}
+HEAVY |= {"PIL", "safetensors", "numba"}
 # The torch line: these may import torch at the top; nothing else does, nor imports one of these
 # there.
 TORCH = ("fluxcli.engine", "fluxcli.run.session", "fluxcli.run.saving")
 TORCH += ("quant.linear", "quant.codecs", "quant.nf4", "quant.bake")
-AT_THE_TOP = {
-    "torch",
-    "numpy",
-    "safetensors",
-}  # of the heavy ones; the others are slow, and not always needed
+# Of the heavy ones; the others are slow, and not always needed.
+AT_THE_TOP = {"torch", "numpy", "safetensors"}
 
 # Packages and lone modules from the ground up; what shares a floor does not import each other.
 FLOORS = [
