@@ -146,7 +146,7 @@ def explain(error: Exception, row: int = 0) -> Failed:
     memory, a full disk, a failed device, a missing dependency, else a bug (exit 1).
     """
     if isinstance(error, ExplainedError):
-        return Failed(int(exit_code_of(error)), str(error), error.hint, row)
+        return Failed(int(exit_code_of(error)), str(error), error.hint, row=row)
     text = type(error).__name__
     if str(error):
         text = f"{text}: {str(error).splitlines()[0][:MAX_TEXT]}"
@@ -169,4 +169,4 @@ def explain(error: Exception, row: int = 0) -> Failed:
         code = ExitCode.DEVICE
         what = "a dependency cannot be imported"
         hint = "pip install --force-reinstall fluxcli"
-    return Failed(int(code), f"{what}: {text}", hint, row)
+    return Failed(int(code), f"{what}: {text}", hint, row=row)

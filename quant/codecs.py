@@ -105,7 +105,8 @@ class Reader(dict[Path, Any]):
 
     def _read_tensor(self, piece: Piece) -> Tensor:
         """The whole tensor that holds the piece."""
-        opened, info = self[piece.file], piece.info
+        opened = self[piece.file]
+        info = piece.info
         if not isinstance(opened, Tensor):
             tensor: Tensor = opened.get_tensor(info.name)
             return tensor
@@ -135,7 +136,8 @@ def import_library(scheme: str) -> ModuleType:
     try:
         return importlib.import_module(name.replace("-", "."))
     except ImportError as error:
-        why, hint = str(error)[:100], f"pip install {name}"
+        why = str(error)[:100]
+        hint = f"pip install {name}"
         raise MissingLibrary(f"{name} is missing", why=why, hint=hint) from error
 
 

@@ -112,7 +112,7 @@ def _quantize_scales(scales: Tensor, *, search: bool) -> _StoredScales:
     levels = create_dynamic_map().to(scales.device)
     write = torch.ops.bitsandbytes.quantize_blockwise.default
     absmax, nested_absmax = write(scales - offset, levels, NESTED_BLOCK)
-    stored = _StoredScales(absmax, nested_absmax, levels, offset)
+    stored = _StoredScales(absmax, nested_absmax, levels, offset=offset)
     if search:
         # Where rounding made a scale negative it is raised by a level.
         absmax += stored.dequantize() < 0

@@ -248,7 +248,8 @@ class OrderMaker:
         _check_target(target)
         if target.exact:
             if output.output == self._common_output or output.output in self._files:
-                why, hint = "one file name for several pictures", "a folder, or {row} in it"
+                why = "one file name for several pictures"
+                hint = "a folder, or {row} in it"
                 raise UsageError(why, which=output.output, hint=hint)
             self._files.add(output.output)
         if self._resume and not output.metadata:

@@ -82,7 +82,7 @@ def examine(device: str = "auto") -> Iterator[Check]:
         hardware = probe(device)
     except Exception as error:  # noqa: BLE001 - a broken torch raises anything
         fix = getattr(error, "hint", "") or "install the driver, and a torch build for it"
-        yield Check("device", "bad", f"{type(error).__name__}: {error}"[:200], fix)
+        yield Check("device", "bad", f"{type(error).__name__}: {error}"[:200], fix=fix)
     else:
         yield _check_device(hardware)
         yield from _check_precisions(hardware)
@@ -98,14 +98,14 @@ def _warn_unless(good: bool, name: str, *, found: str, fix: str) -> Check:
     """The check that is ok, or else a warning with a fix."""
     if good:
         return Check(name, "ok", found)
-    return Check(name, "warn", found, fix)
+    return Check(name, "warn", found, fix=fix)
 
 
 def _check_library(name: str) -> Check:
     try:
         return Check(name, "ok", importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
-        return Check(name, "bad", "not installed", f"pip install {name}")
+        return Check(name, "bad", "not installed", fix=f"pip install {name}")
 
 
 # --- the device
@@ -119,7 +119,7 @@ def _check_device(hardware: Hardware) -> Check:
         fix = "a GPU makes it a hundred times faster"
         if hardware.gpu_unusable:
             fix = "pytorch.org, Get Started: the build for your driver"
-        return Check("device", "warn", f"cpu, {hardware.name}: {hardware.reason}", fix)
+        return Check("device", "warn", f"cpu, {hardware.name}: {hardware.reason}", fix=fix)
     found = f"{hardware.device}, {hardware.name}"
     if hardware.kind == "cuda":
         major, minor = hardware.capability
@@ -154,7 +154,7 @@ def _check_bitsandbytes(hardware: Hardware) -> Check:
         from bitsandbytes.cextension import lib
     except Exception as error:  # noqa: BLE001 - whatever a broken binary raises
         found = f"bitsandbytes: {str(error)[:80]}"
-        return Check("nf4", "bad", found, "pip install --force-reinstall bitsandbytes")
+        return Check("nf4", "bad", found, fix="pip install --force-reinstall bitsandbytes")
     # It says what it has loaded by the class alone: a mock where the binary is missing.
     native = type(lib).__name__
     fits = "Mock" not in native
@@ -229,8 +229,8 @@ def _check_hub() -> Check:
         kind = type(error).__name__
         if kind in ("GatedRepoError", "RepositoryNotFoundError"):
             fix = f"accept its licence at huggingface.co/{GATED}"
-            return Check("hub", "warn", f"a token without access to {GATED}", fix)
-        return Check("hub", "warn", f"the hub was not reached ({kind})", "try again online")
+            return Check("hub", "warn", f"a token without access to {GATED}", fix=fix)
+        return Check("hub", "warn", f"the hub was not reached ({kind})", fix="try again online")
 
 
 def _ask_hub() -> Check:
@@ -240,7 +240,7 @@ def _ask_hub() -> Check:
     token = get_token()
     if not token:
         found = "no token: gated models cannot be downloaded"
-        return Check("hub", "warn", found, "hf auth login")
+        return Check("hub", "warn", found, fix="hf auth login")
     if constants.HF_HUB_OFFLINE:
         found = "a token is there; offline, so whether the licence is accepted cannot be known"
         return Check("hub", "ok", found)

@@ -54,7 +54,7 @@ def plan_command(
         make_workload(order.request, adapters),
         order.resources,
         model.checkpoints,
-        hardware,
+        hardware=hardware,
         margin_bytes=margin_bytes,
         model=order.request.model,
     )
@@ -64,7 +64,7 @@ def plan_command(
         _show(order, model, hardware, candidates)
     if find_chosen(candidates) is None:
         found = suggest_options(
-            order.request, order.resources, model.checkpoints, hardware, adapters=adapters
+            order.request, order.resources, model.checkpoints, hardware=hardware, adapters=adapters
         )
         hint = found or "a larger card, or -p tiny"
         why = candidates[0].why

@@ -150,7 +150,7 @@ def _find_source(named: str, *, layout: str) -> Source:
     if path.is_dir():
         checkpoint = inspect(path)
         transformer = checkpoint.components["transformer"]
-        return Source(name, path, transformer, checkpoint if is_whole else None)
+        return Source(name, path, transformer, checkpoint=checkpoint if is_whole else None)
     if is_whole and len(inspect_file(path)) > 1:
         why = "its own encoders and VAE would be lost"
         hint = "the model's folder"
@@ -159,8 +159,8 @@ def _find_source(named: str, *, layout: str) -> Source:
     if is_gguf(path):
         raise UsageError("GGUF is no source", which=path, hint="quantize the 16-bit model")
     if not is_whole:
-        return Source(name, path, transformer, None)
-    return Source(name, path, transformer, _add_other_parts(transformer, path))
+        return Source(name, path, transformer, checkpoint=None)
+    return Source(name, path, transformer, checkpoint=_add_other_parts(transformer, path))
 
 
 def _add_other_parts(transformer: Component, path: Path) -> Checkpoint:

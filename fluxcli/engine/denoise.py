@@ -57,7 +57,7 @@ def _denoise(components: Components, model: Any, picture: Picture) -> Iterator[E
         tokens = take_step(model, scheduler, tokens, timestep=timestep, inputs=inputs)
         picture.tokens = tokens
         picture.step = index + 1
-        yield Step(picture.step, request.steps, picture.position, picture.total)
+        yield Step(picture.step, request.steps, picture.position, images=picture.total)
     picture.tokens = tokens.cpu()
     picture.table = None
     picture.embeddings = None

@@ -39,7 +39,8 @@ def probe(device: str = "auto") -> Hardware:
         for name, count in counts.items():
             usable += [f"{name}:{k}" for k in range(count)]
         missing = _explain_no_gpu().reason if kind == "cuda" else "none of that kind"
-        why, hint = f"usable are {' '.join(usable)}; {missing}", "--device auto takes what is here"
+        why = f"usable are {' '.join(usable)}; {missing}"
+        hint = "--device auto takes what is here"
         raise NoSuchDevice("no such device", which=device, why=why, hint=hint)
     return _describe(kind, number, reason="--device")
 

@@ -42,11 +42,11 @@ def _read_component(name: str, part: dict[str, Any], *, takes_guidance: bool) ->
             continue
         for tensor in _expand(pattern):
             info = TensorInfo(tensor, "BF16", tuple(shape))
-            weights[tensor] = Weight(tensor, info.shape, "", {"": Piece(Path(), info)})
+            weights[tensor] = Weight(tensor, info.shape, "", pieces={"": Piece(Path(), info)})
     config = dict(part["config"])
     if name == "transformer":
         config["guidance_embeds"] = takes_guidance
-    return Component(name, Path(), config, weights)
+    return Component(name, Path(), config, weights=weights)
 
 
 def _expand(pattern: str) -> Iterator[str]:

@@ -116,7 +116,8 @@ def card(text: str, table: CardTable, *, ram_bytes: int, ram_free_bytes: int) ->
     except ValueError:
         total_bytes = 0
     if match is None or not total_bytes:
-        why, hint = "it is SIZE[:smNN]", "--card 12GiB:sm89"
+        why = "it is SIZE[:smNN]"
+        hint = "--card 12GiB:sm89"
         raise UsageError("no such card", which=f"--card {text}", why=why, hint=hint)
     digits = match[2] or "89"
     capability = (int(digits[:-1]), int(digits[-1]))

@@ -68,13 +68,14 @@ def make_plan(
     and `UsageError` for a precision that the checkpoints cannot give.
     """
     found = survey(
-        workload, resources, checkpoints, hardware, margin_bytes=margin_bytes, model=model
+        workload, resources, checkpoints, hardware=hardware, margin_bytes=margin_bytes, model=model
     )
     chosen = find_chosen(found)
     if chosen and chosen.plan:
         return Planned(chosen.checkpoint, chosen.plan)
     worst = next((each for each in found if each.verdict == "not now"), found[0])
-    why, hint = f"{worst.precision}: {worst.why}", "another device, or -p tiny"
+    why = f"{worst.precision}: {worst.why}"
+    hint = "another device, or -p tiny"
     raise DoesNotFit("the model does not fit", which=model, why=why, hint=hint)
 
 
@@ -109,7 +110,9 @@ def survey(
     if hardware.kind != "cpu":
         free_bytes = min(total_bytes, hardware.free_bytes)
 
-    candidates = list(_list_candidates(workload, resources, checkpoints, hardware, model=model))
+    candidates = list(
+        _list_candidates(workload, resources, checkpoints, hardware=hardware, model=model)
+    )
     candidates.sort(key=lambda candidate: QUALITY.index(candidate.precision))
     by_total = [
         fit(
@@ -340,7 +343,7 @@ def suggest_options(
             continue
         workload = costs.make_workload(tried, adapters)
         try:
-            candidates = survey(workload, with_resources, checkpoints, hardware)
+            candidates = survey(workload, with_resources, checkpoints, hardware=hardware)
         except UsageError:  # a precision that these weights do not have
             continue
         if find_chosen(candidates):

@@ -99,7 +99,7 @@ def load(name: str, config_folder: Path, *, bundled: bool = False) -> Preset:
             why="'preset' is none here",
             hint="use extends = ...",
         )
-    return Preset(path, description, extends, _coerce_table(settings, path))
+    return Preset(path, description, extends, settings=_coerce_table(settings, path))
 
 
 def load_chain(name: str, config_folder: Path) -> list[Preset]:

@@ -85,7 +85,7 @@ def read_rows(
     number = 0
     for record in _read_records(_read_lines(source, label), name, label):
         number += 1
-        yield _make_row(number, record, label, make_order)
+        yield _make_row(number, record, label, make_order=make_order)
     if not number:
         raise UsageError("no prompts", which=label, hint="give one prompt a line")
 

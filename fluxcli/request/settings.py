@@ -43,7 +43,8 @@ class LoraRef:
         name, colon, end = text.rpartition(":")
         scale = _number_or_none(end) if colon else None
         if scale is None:
-            name, scale = text, 1.0
+            name = text
+            scale = 1.0
         if not name.strip() or "\0" in name or not math.isfinite(scale):
             raise UsageError(
                 "no adapter",
@@ -274,102 +275,107 @@ class Setting:
 
 
 _ROWS = (
-    Setting("preset", Text(), "Named settings, see flux presets; default dev.", ("-p", "--preset")),
+    Setting(
+        "preset",
+        Text(),
+        help="Named settings, see flux presets; default dev.",
+        flags=("-p", "--preset"),
+    ),
     Setting(
         "model",
         Text(r"[^\0]{1,1000}", "a folder, a file or a hub id"),
-        "Model folder, file or hub id; default: the preset's.",
-        ("-m", "--model"),
+        help="Model folder, file or hub id; default: the preset's.",
+        flags=("-m", "--model"),
     ),
     Setting(
         "text_encoders",
         Texts(),
-        "Folder or file (CLIP, T5) for a model in one file.",
-        ("--text-encoders",),
+        help="Folder or file (CLIP, T5) for a model in one file.",
+        flags=("--text-encoders",),
     ),
     Setting(
         "vae",
         Text(),
-        "Folder or file of the VAE for a model in one file.",
-        ("--vae",),
+        help="Folder or file of the VAE for a model in one file.",
+        flags=("--vae",),
         optional=True,
     ),
     Setting(
         "lora",
         Loras(),
-        "PATH[:SCALE] or REPO[:FILE][:SCALE]; repeatable; none drops presets'.",
-        ("--lora",),
+        help="PATH[:SCALE] or REPO[:FILE][:SCALE]; repeatable; none drops presets'.",
+        flags=("--lora",),
     ),
     Setting(
         "aspect_ratio",
         Ratio(),
-        f"W:H, e.g. {' '.join(ASPECT_RATIOS)}.",
-        ("--ar",),
+        help=f"W:H, e.g. {' '.join(ASPECT_RATIOS)}.",
+        flags=("--ar",),
         alias="ar",
     ),
     Setting(
         "image_size",
         Side(MIN_SIZE_PX, 4096),
-        "Longest side in pixels, a multiple of 16.",
-        ("--size",),
+        help="Longest side in pixels, a multiple of 16.",
+        flags=("--size",),
         alias="size",
     ),
     Setting(
         "width",
         Side(MULTIPLE_PX, 4096),
-        "Pixels; with --height, instead of --ar and --size.",
-        ("--width",),
+        help="Pixels; with --height, instead of --ar and --size.",
+        flags=("--width",),
         optional=True,
     ),
     Setting(
         "height",
         Side(MULTIPLE_PX, 4096),
-        "Pixels; with --width.",
-        ("--height",),
+        help="Pixels; with --width.",
+        flags=("--height",),
         optional=True,
     ),
-    Setting("steps", Integer(1, 1000), "Denoising steps.", ("--steps",)),
+    Setting("steps", Integer(1, 1000), help="Denoising steps.", flags=("--steps",)),
     Setting(
         "guidance",
         Number(0.0, 100.0),
-        "How closely to follow the prompt; none for schnell.",
-        ("--guidance",),
+        help="How closely to follow the prompt; none for schnell.",
+        flags=("--guidance",),
         optional=True,
     ),
     Setting(
         "seed",
         Integer(-1, MAX_SEED),
-        "-1 picks one; the seed used is always reported.",
-        ("--seed",),
+        help="-1 picks one; the seed used is always reported.",
+        flags=("--seed",),
     ),
     Setting(
         "count",
         Integer(1, 10_000),
-        "Pictures; number k uses seed+k; default 1.",
-        ("-n", "--count"),
+        help="Pictures; number k uses seed+k; default 1.",
+        flags=("-n", "--count"),
     ),
     Setting(
         "text_tokens",
         Integer(1, 512),
-        "T5 length; padding counts: it changes the picture.",
-        ("--text-tokens",),
+        help="T5 length; padding counts: it changes the picture.",
+        flags=("--text-tokens",),
     ),
     Setting(
         "output",
         Text(r"[^\0\ud800-\udc7f\udd00-\udfff]{1,4000}", "a file, a folder, a template or -"),
-        "File, folder/, - for stdout, or template"
+        help="File, folder/, - for stdout, or template"
         " of {seed} {n} {row} {slug} {preset} {width} {height} {date}.",
-        ("-o", "--output"),
+        flags=("-o", "--output"),
         optional=True,
     ),
     Setting(
         "format",
         ImageFormat("jpg|png|webp", "jpg, png or webp", ("jpg", "png", "webp")),
-        "jpg, png or webp.",
-        ("--format",),
+        help="jpg, png or webp.",
+        flags=("--format",),
     ),
-    Setting("quality", Integer(1, 100), "1 to 100, for jpg and webp.", ("--quality",)),
-    Setting("metadata", Switch(), "Write the bare picture.", ("--no-metadata",)),
+    Setting("quality", Integer(1, 100), help="1 to 100, for jpg and webp.", flags=("--quality",)),
+    Setting("metadata", Switch(), help="Write the bare picture.", flags=("--no-metadata",)),
     Setting(
         "precision",
         Text(
@@ -377,14 +383,14 @@ _ROWS = (
             "auto, bf16, fp16, fp32, fp8, int8 or nf4",
             ("auto", "bf16", "fp16", "fp32", "fp8", "int8", "nf4"),
         ),
-        "auto, bf16, fp16, fp32, fp8, int8 or nf4.",
-        ("--precision",),
+        help="auto, bf16, fp16, fp32, fp8, int8 or nf4.",
+        flags=("--precision",),
     ),
     Setting(
         "vram_limit",
         Bytes(1 << 20, 1 << 50),
-        "Plan as if the device had only so much, e.g. 8GiB.",
-        ("--vram-limit",),
+        help="Plan as if the device had only so much, e.g. 8GiB.",
+        flags=("--vram-limit",),
         optional=True,
     ),
     Setting(
@@ -394,14 +400,14 @@ _ROWS = (
             "auto, none, stream or sequential",
             ("auto", "none", "stream", "sequential"),
         ),
-        "auto, none, stream (blocks pass through) or sequential (least memory).",
-        ("--offload",),
+        help="auto, none, stream (blocks pass through) or sequential (least memory).",
+        flags=("--offload",),
     ),
     Setting(
         "device",
         Text(r"auto|cpu|mps|xpu(:\d{1,3})?|cuda(:\d{1,3})?", "auto, cpu, cuda[:n], mps or xpu[:n]"),
-        "auto, cpu, cuda[:n], mps or xpu[:n].",
-        ("--device",),
+        help="auto, cpu, cuda[:n], mps or xpu[:n].",
+        flags=("--device",),
     ),
 )
 

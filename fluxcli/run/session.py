@@ -216,13 +216,13 @@ class Session:
                 make_workload(order.request, adapters),
                 resources,
                 checkpoints,
-                hardware,
+                hardware=hardware,
                 margin_bytes=read_margin(hardware),
                 model=order.request.model,
             )
         except DoesNotFit as error:
             options = suggest_options(
-                order.request, resources, checkpoints, hardware, adapters=adapters
+                order.request, resources, checkpoints, hardware=hardware, adapters=adapters
             )
             error.hint = options or error.hint
             raise
@@ -230,7 +230,9 @@ class Session:
         is_large = most_bytes > hardware.total_bytes * LOCKED_SHARE
         if lock and hardware.kind == "cpu" and is_large:
             yield from self._lock(hardware.identity, no_wait=no_wait)
-        return Prepared(checkpoint, plan, hardware, adapters, tuple(checkpoints))
+        return Prepared(
+            checkpoint, plan, hardware, adapters=adapters, alternatives=tuple(checkpoints)
+        )
 
     def _plan_row(
         self, row: Row, job: Job, *, known: Known, after_loss: Collection[str] | None
@@ -254,7 +256,7 @@ class Session:
             row,
             order.with_seed(),
             target,
-            known.plans[alike],
+            prepared=known.plans[alike],
             missing=order.output.count,
             is_checked=is_checked,
         )
@@ -286,7 +288,8 @@ class Session:
 
     def open_engine(self, prepared: Prepared, *, prompt_cache: bool = False) -> Engine:
         """Return the engine that is there, where it can draw this, else a new one."""
-        plan, hardware = prepared.plan, prepared.hardware
+        plan = prepared.plan
+        hardware = prepared.hardware
         if self.engine and self._engine_key == prepared.engine_key:
             self.engine.adopt(plan, hardware, prompt_cache=prompt_cache)
             return self.engine
@@ -506,7 +509,11 @@ def _advise(error: DoesNotFit, engine: Engine, left: Sequence[Pending]) -> None:
     order = left[0].row.order
     less = replace(order.resources, vram_limit=int(engine.plan.budget_bytes * LESS_SHARE))
     options = suggest_options(
-        order.request, less, prepared.alternatives, prepared.hardware, adapters=prepared.adapters
+        order.request,
+        less,
+        prepared.alternatives,
+        hardware=prepared.hardware,
+        adapters=prepared.adapters,
     )
     hints = [error.hint] if error.hint else []
     if options:
