@@ -36,11 +36,11 @@ AHEAD = 6  # tensors that wait to be quantized, and to be written
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` source bytes are quantized and on their way; `tensor` was the last."""
+    """How many of the source's bytes are quantized and on their way; `tensor` was the last."""
 
     tensor: str
-    done: int
-    total: int
+    done_bytes: int
+    total_bytes: int
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,8 @@ def _write_tensors(
     reader = _SourceReader(gatherer.files)
     search = recipe.spec.scales == "search"
     relative_errors: dict[str, float] = {}
-    done = 0
-    total = sum(path.stat().st_size for path in gatherer.files)
+    done_bytes = 0
+    total_bytes = sum(path.stat().st_size for path in gatherer.files)
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads - 1))  # one core reads, hashes and writes
     try:
@@ -179,8 +179,8 @@ def _write_tensors(
                     written.append(writing.submit(_write, writer, output.name, quantized.stored))
                     if len(written) > AHEAD:
                         written.popleft().result()
-                done += source.tensor.nbytes
-                yield Progress(source.name, done, total)
+                done_bytes += source.tensor.nbytes
+                yield Progress(source.name, done_bytes, total_bytes)
             for future in written:
                 future.result()
     finally:

@@ -48,8 +48,8 @@ def test_every_choice_has_exactly_the_predicted_bytes_and_is_a_model(spec, tiny_
     assert f"transformer/{MAIN[spec.to]}" in written
     assert (f"transformer/{KEEP_FILE}" in written) == (spec.to == "nf4")
     assert {stat.S_IMODE((target / name).stat().st_mode) for name in written} == {0o666 & ~_umask()}
-    done = [each.done for each in progress]
-    assert done == sorted(done) and done[-1] <= progress[-1].total
+    done = [each.done_bytes for each in progress]
+    assert done == sorted(done) and done[-1] <= progress[-1].total_bytes
     _assert_same_model(source, inspect(target), spec)
     assert not list(target.parent.glob("*.tmp-*"))
 

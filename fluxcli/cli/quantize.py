@@ -279,10 +279,10 @@ def _bake(
     with console.Reporter(quiet=quiet, started=time.perf_counter()) as reporter:
         for progress in bake(recipe, path, origin=origin, device=device, verify=verify):
             what = f"quantize {progress.tensor}"
-            reporter.show_bytes(progress.done, progress.total, what)
+            reporter.show_bytes(progress.done_bytes, progress.total_bytes, what)
     seconds = reporter.timings_s["total"]
     if not quiet:
-        size = progress.total / GB
+        size = progress.total_bytes / GB
         console.say(f"{size:.2f} GB in {seconds:.0f} s, {size / seconds:.2f} GB/s")
     return seconds
 
