@@ -119,15 +119,16 @@ class Flux:
 
         Closing the generator stops after the current step. Raises `FluxError` and `QuantError`.
         """
+        said = self._resolve(prompt, settings)
+        order = said.with_seed()
+        total = order.output.count
+        session = self._open_session()
+
         from fluxcli.engine.engine import Drawn
         from fluxcli.engine.picture import Picture
         from fluxcli.run.saving import make_metadata
         from fluxcli.run.session import draw_pictures
 
-        said = self._resolve(prompt, settings)
-        order = said.with_seed()
-        total = order.output.count
-        session = self._open_session()
         try:
             prepared = yield from session.prepare(order)
             engine = session.open_engine(prepared, prompt_cache=True)
@@ -201,9 +202,13 @@ class Flux:
         return resolve_order(prompt, given)
 
     def _open_session(self) -> "Session":
-        from fluxcli.run.session import Session
+        """Return the session of this model; raises `DeviceUnusable` where torch is broken."""
+        from fluxcli.engine.check import check_torch
 
         if self._session is None:
+            check_torch()
+            from fluxcli.run.session import Session
+
             self._session = Session()
         return self._session
 
