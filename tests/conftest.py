@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.support.server import Interpreters, Server, is_available
 
@@ -23,6 +24,10 @@ for name in ("SIGINT", "SIGHUP"):
     if number and signal.getsignal(number) is signal.SIG_IGN:
         usual = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
         signal.signal(number, usual)
+
+# hypothesis: other work shares the CPU
+settings.register_profile("patient", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("patient")
 
 ROOT = Path(__file__).resolve().parents[1]
 

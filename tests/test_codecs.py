@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tests.support.invariant  # noqa: F401 - hypothesis without deadlines
 from quant import codecs
 from quant.errors import CheckpointError
 from quant.spec import BAKEABLE

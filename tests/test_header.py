@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import numpy as reference
 
-import tests.support.invariant  # noqa: F401 - hypothesis without deadlines
 from quant.errors import CheckpointError
 from quant.header import file_identity, read_header
 from quant.tensor_info import DTYPE_BITS

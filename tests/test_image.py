@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import tests.support.invariant  # noqa: F401 - hypothesis without deadlines
 from fluxcli import versions
 from fluxcli.errors import BadInputFile, ExitCode
 from fluxcli.pictures.image import encode, hash_pixels, read_metadata

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tests.support.invariant  # noqa: F401 - hypothesis without deadlines
 from quant import nf4
 from quant.spec import layout
 from quant.tensor_info import TensorInfo

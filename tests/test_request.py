@@ -8,7 +8,6 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-import tests.support.invariant  # noqa: F401 - hypothesis without deadlines
 from fluxcli.errors import ExitCode, UsageError
 from fluxcli.request.fields import DEFAULTS, MAX_PROMPT_BYTES, PART_OF, GenerationRequest, Order
 from fluxcli.request.settings import (

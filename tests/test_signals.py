@@ -3,11 +3,9 @@ rounds.
 """
 
 import os
-import select
 import signal
 import subprocess
 import sys
-import time
 from itertools import count
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from fluxcli.pictures import names as output
 from fluxcli.request.fields import Order
 from tests.support.helpers import ROOT, changed, engine_of, order, run, tiny
 from tests.support.invariant import Fault, files
+from tests.support.terminals import read_until
 
 pytestmark = [pytest.mark.serial, pytest.mark.skipif(os.name == "nt", reason="POSIX signals")]
 LONG = (
@@ -81,17 +80,6 @@ def test_ctrl_c_while_the_command_is_still_imported_leaves_no_traceback(tmp_path
     assert process.stdout.readline() == "running\n"
     process.send_signal(signal.SIGINT)
     assert finished(process, 10) == (-signal.SIGINT, "")
-
-
-def read_until(terminal: int, word: bytes, within_s: float) -> bytes:
-    seen, end = b"", time.monotonic() + within_s
-    while word not in seen and time.monotonic() < end:
-        if select.select([terminal], [], [], 0.2)[0]:
-            try:
-                seen += os.read(terminal, 1 << 16)
-            except OSError:  # the other end is closed
-                break
-    return seen
 
 
 def test_a_shell_loop_stops_at_the_first_ctrl_c():

@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import _TYPES as DTYPES
 
-import tests.support.invariant  # noqa: F401 - hypothesis without deadlines
 from quant import codecs
 from quant.checkpoint import inspect
 from quant.errors import SpecError

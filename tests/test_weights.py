@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-import tests.support.invariant  # noqa: F401 - hypothesis without deadlines
 from quant import codecs
 from quant.codecs import Reader, take_rows
 from quant.errors import CheckpointError

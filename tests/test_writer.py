@@ -14,7 +14,6 @@ from safetensors import safe_open
 from safetensors.torch import _TYPES as TYPES
 from safetensors.torch import load_file
 
-import tests.support.invariant  # noqa: F401 - hypothesis without deadlines
 from quant.header import read_header
 from quant.tensor_info import DTYPE_BITS, TensorInfo
 from quant.writer import SafetensorsWriter

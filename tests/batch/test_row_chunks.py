@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import tests.support.invariant  # noqa: F401 - the profile
 from fluxcli.errors import UsageError
 from fluxcli.request import rows as batch
 from fluxcli.request.job import Row

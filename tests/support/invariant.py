@@ -7,7 +7,6 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
-from hypothesis import settings
 
 from fluxcli import events
 from fluxcli.cli import app
@@ -15,8 +14,6 @@ from fluxcli.engine import device as hardware
 from tests.support.helpers import machine
 
 # other work shares the CPU
-settings.register_profile("patient", deadline=None, derandomize="CI" in os.environ)
-settings.load_profile("patient")
 
 WRITE_CALLS = ("open", "fdopen", "fsync", "link", "replace", "unlink", "mkdir", "close")
 FILE_CALLS = ("write", "flush", "close")

@@ -18,6 +18,7 @@ from fluxcli.run import client, dispatch
 from tests.support.helpers import ROOT, tiny
 from tests.support.invariant import assert_failed, call, files
 from tests.support.server import Interpreters, Server
+from tests.support.terminals import read_until
 from tests.support.workers import eventually
 
 pytestmark = [pytest.mark.serial, pytest.mark.skipif(os.name == "nt", reason="sockets of POSIX")]
@@ -159,8 +160,6 @@ def test_a_batch_and_its_failures_come_through(worker, capsys):
 
 def test_one_ctrl_c_stops_a_shell_loop_and_the_worker_lives(worker):
     import pty
-
-    from tests.test_signals import read_until
 
     before = worker()["pid"]
     command = f"{sys.executable} -m fluxcli {' '.join(map(repr, LONG))}"
