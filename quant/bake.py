@@ -1,8 +1,9 @@
 """Write the checkpoint that a recipe describes: read, quantize and write, then verify, then rename.
 
-The three overlap, one tensor at a time: a thread reads the next tensors and another writes the last
-ones while one is quantized. Everything goes to `DST.tmp-PID-...` first. Killed at any point, a bake
-leaves DST absent or as it was; what it leaves beside it the next bake removes. Sizes are in bytes.
+Reading, quantizing and writing overlap: a thread reads the next tensors and another writes the last
+ones while one is quantized. Everything goes to `DST.tmp-PID-...` first. A bake that is killed, at
+any point, leaves DST absent or as it was, and beside it files that the next bake removes. Sizes are
+in bytes.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,12 +32,16 @@ from quant.lora import BIAS, DOWN, NORM, UP, Adapter, Part
 from quant.recipe import OutputTensor, Recipe, check_disk
 from quant.writer import SafetensorsWriter
 
-AHEAD = 6  # tensors that wait to be quantized, and to be written
+# As many tensors may be read ahead, and as many wait to be written.
+AHEAD = 6
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How many of the source's bytes are quantized and on their way; `tensor` was the last."""
+    """`done_bytes` of `total_bytes` of the source were read and quantized, `tensor` last.
+
+    Done are the bytes of tensors; the total is of whole files, with their headers.
+    """
 
     tensor: str
     done_bytes: int
@@ -53,6 +58,8 @@ class _Report:
 
 @dataclass(frozen=True)
 class _SourceTensor:
+    """A tensor as it is in a file of the source, by its name there."""
+
     path: Path
     name: str
     tensor: Tensor
@@ -68,9 +75,9 @@ def bake(
 ) -> Iterator[Progress]:
     """Write the recipe's checkpoint to `target`, replacing what is there; yields with each tensor.
 
-    Tensors are quantized on `device`, and with `verify` all files are read back. `origin` goes into
-    the manifest. Raises `WriteError`, and `CheckpointError` for a source whose values are not
-    finite.
+    Tensors are quantized on `device`, and with `verify` all weight files are read back. `origin`
+    has more keys for the manifest. Raises `WriteError`, and `CheckpointError` for a source that is
+    damaged, has values that are not finite, or weights that the scheme cannot hold.
     """
     started = time.perf_counter()
     temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
@@ -80,7 +87,7 @@ def bake(
         check_disk(recipe, target)
         _import_libraries(recipe)
         _write_other_files(recipe, temporary)
-        writers = recipe.writers(temporary)
+        writers = recipe.make_writers(temporary)
         report = yield from _write_tensors(recipe, writers, device=device)
         for writer in writers.values():
             writer.finish()
@@ -114,8 +121,8 @@ def bake(
 def remove_remains(target: Path) -> None:
     """Remove what killed bakes of this target left beside it.
 
-    An old checkpoint that was out of the way for a moment comes back. What running processes write
-    is not touched.
+    An old checkpoint that one of them had moved away to replace it gets its name back. Files of
+    processes that still run are not touched.
     """
     import psutil
 
@@ -132,16 +139,16 @@ def remove_remains(target: Path) -> None:
 
 
 def _import_libraries(recipe: Recipe) -> None:
-    """Import what quantizes before anything is written.
+    """Import the libraries that quantize, before anything is written.
 
-    A signal during such an import kills the process at once, and would leave the folder.
+    A signal during such an import kills the process at once, which would leave a folder behind.
     """
     for scheme in {tensor.scheme for tensor in recipe.tensors if tensor.scheme}:
         codecs.import_library(scheme)
 
 
 def _write_other_files(recipe: Recipe, folder: Path) -> None:
-    """Make the folders, write the texts, and link the files that the source has already."""
+    """Make all folders, write the texts, and link the files that stay as they are."""
     for file in (*recipe.texts, *recipe.links, *recipe.sizes):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
     for file, text in recipe.texts.items():
@@ -156,7 +163,7 @@ def _write_other_files(recipe: Recipe, folder: Path) -> None:
 def _write_tensors(
     recipe: Recipe, writers: Mapping[str, SafetensorsWriter], *, device: str
 ) -> Generator[Progress, None, _Report]:
-    """Carry out the recipe for all tensors, in the order in which the files have their sources."""
+    """Read, quantize and write all tensors, in the order in which the files have their sources."""
     gatherer = _Gatherer(recipe)
     reader = _SourceReader(gatherer.files)
     search = recipe.spec.scales == "search"
@@ -164,12 +171,14 @@ def _write_tensors(
     done_bytes = 0
     total_bytes = sum(path.stat().st_size for path in gatherer.files)
     threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads - 1))  # one core reads, hashes and writes
+    # One core is left to read, hash and write.
+    torch.set_num_threads(max(1, threads - 1))
     try:
         with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
             ahead = deque(reading.submit(reader.read_next) for _ in range(AHEAD))
             written: deque[Future[None]] = deque()
-            while (source := ahead.popleft().result()) is not None:
+            source = ahead.popleft().result()
+            while source is not None:
                 ahead.append(reading.submit(reader.read_next))
                 for output, values in gatherer.add(source):
                     quantized = _quantize(output, values.to(device), search=search)
@@ -181,6 +190,7 @@ def _write_tensors(
                         written.popleft().result()
                 done_bytes += source.tensor.nbytes
                 yield Progress(source.name, done_bytes, total_bytes)
+                source = ahead.popleft().result()
             for future in written:
                 future.result()
     finally:
@@ -203,6 +213,7 @@ class _SourceReader:
         return next(self._tensors, None)
 
     def _read_all(self, files: list[Path]) -> Iterator[_SourceTensor]:
+        """Yield the tensors; raises `CheckpointError` for a file that ends early."""
         for path in files:
             digest = hashlib.sha256()
             infos = read_header(path)
@@ -219,7 +230,8 @@ class _SourceReader:
                     start = data_start + info.start
                     _forget_pages(file.fileno(), start, info.nbytes)
                     dtype = codecs.DTYPES.get(info.dtype)
-                    if dtype is not None:  # of others nothing but the bytes matters
+                    # No recipe quantizes a tensor of another dtype; its bytes are only hashed.
+                    if dtype is not None:
                         data = data.view(dtype).view(info.shape)
                     yield _SourceTensor(path, info.name, data)
             name = f"{path.parent.name}/{path.name}"
@@ -227,9 +239,19 @@ class _SourceReader:
 
 
 def _forget_pages(descriptor: int, start: int, length: int) -> None:
-    """Drop what was read from the page cache: it is for what was written, which gets verified."""
+    """Let the system drop what was read from the page cache.
+
+    It is not read again, while what was written is, to be verified.
+    """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
+
+
+class _Use(NamedTuple):
+    """Where a tensor of the source is needed: which output tensor, and which of its sources."""
+
+    output_index: int
+    source_index: int
 
 
 class _Gatherer:
@@ -237,28 +259,31 @@ class _Gatherer:
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
-        # Where a tensor of a file is used: by output tensor and by source of that, as indexes.
-        self._uses: dict[tuple[Path, str], list[tuple[int, int]]] = defaultdict(list)
+        # By file and name of a tensor of the source.
+        self._uses: dict[tuple[Path, str], list[_Use]] = defaultdict(list)
         for n, output in enumerate(recipe.tensors):
             for k, source in enumerate(output.sources):
                 piece = source.pieces[""]
-                self._uses[piece.file, piece.info.name].append((n, k))
+                self._uses[piece.file, piece.info.name].append(_Use(n, k))
+        # By output tensor and source of that, as indexes: values of which others are awaited.
         self._arrived: dict[int, dict[int, Tensor]] = defaultdict(dict)
         self.files = sorted({path for path, _ in self._uses})
 
     def add(self, source: _SourceTensor) -> Iterator[tuple[OutputTensor, Tensor]]:
         """Yield the output tensors that this source completes, with their values in 16 bit."""
         adapters = self._recipe.adapters
-        for n, k in self._uses[source.path, source.name]:
-            output = self._recipe.tensors[n]
-            parts = self._arrived[n]
-            weight = output.sources[k]
+        for use in self._uses[source.path, source.name]:
+            output = self._recipe.tensors[use.output_index]
+            weight = output.sources[use.source_index]
             rows = codecs.take_rows(source.tensor, weight.pieces[""])
+            # A result in one file ("") is a transformer; in a folder, each component has its own.
             component = output.file.partition("/")[0] or "transformer"
-            parts[k] = _merge_adapters(adapters, component, name=weight.name, values=rows)
+            merged = _merge_adapters(adapters, component, name=weight.name, values=rows)
+            parts = self._arrived[use.output_index]
+            parts[use.source_index] = merged
             if len(parts) < len(output.sources):
                 continue
-            del self._arrived[n]
+            del self._arrived[use.output_index]
             values = codecs.stack_rows([parts[k] for k in range(len(parts))])
             if output.swaps_halves:
                 first, second = values.chunk(2)
@@ -269,7 +294,7 @@ class _Gatherer:
 def _merge_adapters(
     adapters: tuple[Adapter, ...], component: str, *, name: str, values: Tensor
 ) -> Tensor:
-    """A tensor's values with what adapters add to them: summed in float32, rounded once."""
+    """A tensor's values with what adapters add to them, summed in float32 and rounded once."""
     layer, _, leaf = name.removeprefix("text_model.").rpartition(".")
     total = values
     for adapter in adapters:
@@ -280,7 +305,10 @@ def _merge_adapters(
 
 
 def _merge_part(values: Tensor, part: Part, layer: str, *, leaf: str, scale: float) -> Tensor:
-    """A weight or bias of a layer in float32 with what a part of an adapter adds to it, or sets."""
+    """The new float32 values of a layer's "weight" or "bias" (`leaf`) after one part of an adapter.
+
+    A LoRA adds to them, a norm's new weight replaces them.
+    """
     stored = codecs.Reader().read_checked(part.stored)
     tensors = {kind: tensor.float() for kind, tensor in stored.items()}
     start, stop = part.layers[layer]
@@ -312,12 +340,14 @@ def _quantize(output: OutputTensor, values: Tensor, *, search: bool) -> codecs.Q
 
 
 def _write(writer: SafetensorsWriter, name: str, stored: Mapping[str, Tensor]) -> None:
+    """Write a weight's stored tensors, which are given by suffix."""
     for suffix, tensor in stored.items():
         data = tensor.cpu().reshape(-1).view(torch.uint8)
         writer.add(name + suffix, data.numpy().data)
 
 
 def _check_files(writers: Mapping[str, SafetensorsWriter], target: Path) -> None:
+    """Read all weight files back; raises `WriteError` unless they are as they were written."""
     for writer in writers.values():
         damaged = writer.find_damage()
         if damaged:
@@ -327,7 +357,11 @@ def _check_files(writers: Mapping[str, SafetensorsWriter], target: Path) -> None
 
 
 def _place_folder(temporary: Path, target: Path, manifest: Mapping[str, Any]) -> None:
-    """Give a finished folder its name. One that it replaces is out of the way for two renames."""
+    """Give a finished folder its name, replacing what is there.
+
+    No system call replaces a folder that has files, so the old one is moved away first, and moved
+    back where the new one cannot get the name.
+    """
     _write_manifest(temporary / MANIFEST, manifest)
     old = Path(f"{temporary}.old")
     try:
@@ -356,6 +390,7 @@ def _write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _remove(path: Path) -> None:
+    """Remove a file or folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

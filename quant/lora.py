@@ -1,10 +1,12 @@
-"""What is in a LoRA file? The format, and what it adds to which layers of FLUX.1, by its header.
+"""Adapters: what a LoRA file adds to which layers of FLUX.1, read from its header.
 
 A layer's output grows by scale x factor x (B (A x) + b) with A (r, K), B (N, r), b (N) (Hu et al.
-2021, "LoRA"). Reads the names of kohya's sd-scripts and OneTrainer, peft and diffusers, XLabs, and
-BFL's control adapters, with ComfyUI's prefixes. With dots or underscores, each means a layer of
-`quant.dialects.map_bfl_layers` or one of diffusers. diffusers' converters are not used: they take
-2 s to import, know one width and lose what they do not know; tests compare with them. Stdlib only.
+2021, "LoRA"). Read are the names of kohya's sd-scripts and OneTrainer, peft and diffusers, XLabs,
+and BFL's control adapters, with ComfyUI's prefixes. They are those of diffusers' layers or of BFL's
+(`quant.dialects.map_bfl_layers`), written with dots or with underscores.
+
+diffusers' converters are not used: they take 2 s to import, know one width of the model, and drop
+layers that they do not know; tests compare with them. Knows nothing of torch. Stdlib only.
 """
 
 import hashlib
@@ -24,19 +26,22 @@ from quant.spec import is_modulation
 from quant.tensor_info import TensorInfo
 from quant.weights import FLOATS, Piece, Weight
 
-Shapes = dict[str, tuple[int, ...]]  # of weights, by the names of their layers
+# Shapes of weights, by the names of their layers.
+Shapes = dict[str, tuple[int, ...]]
 
-# What an adapter's tensors are to their layer.
+# What an adapter's tensors are to their layer: A, B and b, and the number that `factor` is from.
 DOWN = "lora_A.weight"
 UP = "lora_B.weight"
 BIAS = "lora_B.bias"
-NORM = "weight"  # another weight for a norm
 ALPHA = "alpha"
-BFL_NORM = "scale"  # BFL's word for a norm's weight
+# A weight that takes the place of a norm's; BFL calls it a scale.
+NORM = "weight"
+BFL_NORM = "scale"
 NO_ALPHA = "its alpha is no number"
 READABLE_DTYPES = (*FLOATS, "F8_E4M3", "F8_E5M2")
 
-# A layer, which of the two matrices, and whether it is its weight or its bias.
+# The name of a tensor of a LoRA: its layer, which of the two matrices, and whether its weight or
+# its bias.
 KEY = re.compile(
     r"(.+?)\.(?:lora\.|lora_linear_layer\.)?(?:lora_)?(A|B|down|up)(?:\.default)?\.(weight|bias)"
 )
@@ -62,12 +67,12 @@ XLABS = {
     "txt_attn.proj": "processor.proj_lora2",
     "linear2": "processor.proj_lora",
 }
-# The weights of a model that an adapter can change, without the embeddings.
+# The weights of a model that an adapter can change: all but embeddings. The group is the layer.
 LAYER = re.compile(
     r"(?:text_model\.)?(.+)"
     r"(?<!_embedding)(?<!embed_tokens)(?<!shared)(?<!attention_bias)\.weight"
 )
-# Parts of names, and the format that has them.
+# The format of a file, by a part of one of its names; of several that fit, the first counts.
 FORMATS = {"query_norm.scale": "BFL control", ".processor.": "XLabs", "lora_down": "kohya"}
 OTHER_KINDS = re.compile(
     r"dora_scale|lora_magnitude_vector|lokr_|hada_|oft_|lora_mid|(?:lora_A|lora_down)\.bias"
@@ -85,10 +90,11 @@ NOT_FLUX_1 = (
 
 @dataclass(frozen=True)
 class Part:
-    """What is added to layers over the same input.
+    """What one layer of an adapter's file does to the layers of the model that it is for.
 
-    `layers` are names in the module, with the first row of B that is theirs and the row after their
-    last. `stored` has the pieces A, B and perhaps a bias by `DOWN`, `UP`, `BIAS`; or `NORM` alone.
+    They have the same input, so A is the same for all; q, k and v are such. `layers` has their
+    names in the module, each with the first row of B that is its own and the row after its last.
+    `stored` has the pieces A, B and perhaps a bias by `DOWN`, `UP`, `BIAS`; or `NORM` alone.
     """
 
     component: str
@@ -106,7 +112,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter at a scale. Two are equal if they do the same, wherever their files are."""
+    """An adapter at a scale.
+
+    Two are equal if their files' contents and their scales are, wherever the files are.
+    """
 
     identity: str  # 16 hex digits of the file's size and sampled pages
     scale: float
@@ -114,7 +123,7 @@ class Adapter:
     format: str = field(compare=False)
     parts: tuple[Part, ...] = field(compare=False)
     unmatched: tuple[str, ...] = field(compare=False)  # layers of the file that no model layer has
-    about: dict[str, str] = field(compare=False)  # what the file says of itself
+    about: dict[str, str] = field(compare=False)  # the metadata of the file's header
 
     def active_parts(self, component: str) -> list[Part]:
         """The parts that change a component: none at scale 0."""
@@ -123,7 +132,10 @@ class Adapter:
         return [part for part in self.parts if part.component == component]
 
     def numel(self, component: str) -> int:
-        """How many numbers are held while a component computes: not those of its modulation."""
+        """How many values of the adapter are in memory while a component computes.
+
+        Those of modulation layers are not: modulation is computed before the steps.
+        """
         total = 0
         for part in self.active_parts(component):
             if not part.modulates:
@@ -135,8 +147,8 @@ class Adapter:
 class _FileLayer:
     """One layer of an adapter's file, and the layers of the model that it changes.
 
-    `targets` are these layers with the shapes of their weights, one below the other. `tensors` are
-    by what they are: `DOWN`, `UP`, `BIAS`, or one `NORM`.
+    `targets` has these layers with the shapes of their weights, in the order in which the rows of B
+    belong to them. `tensors` has `DOWN`, `UP` and perhaps `BIAS`, or `NORM` alone.
     """
 
     name: str
@@ -147,6 +159,7 @@ class _FileLayer:
 
     @property
     def rows(self) -> int:
+        """N of B (N, r): the rows of all targets together."""
         return sum(shape[0] for shape in self.targets.values())
 
     @property
@@ -157,9 +170,9 @@ class _FileLayer:
     @property
     def rank(self) -> int:
         """r of A (r, K); 0 of a norm."""
-        if NORM in self.tensors:
+        if NORM in self.tensors or not self.tensors[DOWN].shape:
             return 0
-        return max(self.tensors[DOWN].shape[:1], default=0)
+        return self.tensors[DOWN].shape[0]
 
 
 def is_lora(names: Collection[str]) -> bool:
@@ -168,6 +181,7 @@ def is_lora(names: Collection[str]) -> bool:
 
 
 def _is_lora_key(name: str) -> bool:
+    """Whether a tensor's name is that of an adapter's."""
     if OTHER_KINDS.search(name):
         return True
     return "lora" in name and KEY.fullmatch(name) is not None
@@ -178,8 +192,8 @@ def read_adapter(
 ) -> Adapter:
     """The adapter in a file, for a model of these components.
 
-    With `fits` off it may be of another width than the model. Raises `CheckpointError` for a file
-    that is no adapter, one for another model, and kinds that are not supported.
+    With `fits` off its shapes are not compared with the model's. Raises `CheckpointError` for a
+    file that is no adapter, one for another model, and kinds that are not supported.
     """
     header = read_whole_header(path)
     _refuse_other_models(path, header.tensors)
@@ -209,6 +223,7 @@ def read_adapter(
 
 
 def _refuse_other_models(path: Path, names: Collection[str]) -> None:
+    """Raise `CheckpointError` for names that no LoRA for FLUX.1 has."""
     for pattern, what in NOT_FLUX_1:
         for name in names:
             if pattern.search(name):
@@ -217,6 +232,7 @@ def _refuse_other_models(path: Path, names: Collection[str]) -> None:
 
 
 def _name_format(names: Collection[str]) -> str:
+    """The format of an adapter with tensors of these names, for people."""
     for mark, name_of_format in FORMATS.items():
         if any(mark in name for name in names):
             return name_of_format
@@ -224,7 +240,10 @@ def _name_format(names: Collection[str]) -> str:
 
 
 def _read_peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """peft's configuration as diffusers writes it, values by "COMPONENT.KEY"; {} without JSON."""
+    """peft's configuration as diffusers writes it, its values by "COMPONENT.KEY".
+
+    It is {} where the metadata has none, or no JSON. Raises `CheckpointError` for other JSON.
+    """
     try:
         config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     except (ValueError, RecursionError):
@@ -237,47 +256,60 @@ def _read_peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]
 def _match_layers(
     tensors: Mapping[str, TensorInfo], components: Mapping[str, Component]
 ) -> tuple[list[_FileLayer], list[str]]:
-    """The layers of a file that change the model, and the names of those that it does not have."""
+    """The layers of a file that change the model, and the names of those that it does not have.
+
+    A layer that changes nothing which the layers before it have not is left out of both: some files
+    have everything in two spellings.
+    """
     known = _name_model_layers(components)
     layers = []
     unmatched = []
     taken: set[str] = set()
     for name, group in _group_by_layer(tensors).items():
+        # An alpha without matrices says nothing.
+        if group.keys() == {ALPHA}:
+            continue
         component, rest = _split_prefix(name)
         targets = known.get((component, _flatten(rest)), {})
-        alpha = group.pop(ALPHA, None)
-        if not group:
-            continue
-        if not targets:
+        layer = None
+        if targets:
+            layer = _make_layer(name, component, targets=targets, group=group)
+        if layer is None:
             unmatched.append(name)
             continue
-        norm = _find_norm(group, targets)
-        if norm:
-            layer = _FileLayer(name, component, targets=targets, tensors={NORM: norm}, alpha=None)
-        elif group.keys() <= {DOWN, UP, BIAS}:
-            layer = _FileLayer(name, component, targets=targets, tensors=group, alpha=alpha)
-        else:
-            unmatched.append(name)
-            continue
-        # Some files have everything in two spellings.
         if not targets.keys() <= taken:
             layers.append(layer)
         taken |= targets.keys()
     return layers, unmatched
 
 
+def _make_layer(
+    name: str, component: str, *, targets: Shapes, group: Mapping[str, TensorInfo]
+) -> _FileLayer | None:
+    """A layer of the file from its tensors, None where they are those of no LoRA and no norm."""
+    tensors = {kind: info for kind, info in group.items() if kind != ALPHA}
+    alpha = group.get(ALPHA)
+    norm = _find_norm(tensors, targets)
+    if norm:
+        return _FileLayer(name, component, targets=targets, tensors={NORM: norm}, alpha=None)
+    if tensors.keys() <= {DOWN, UP, BIAS}:
+        return _FileLayer(name, component, targets=targets, tensors=tensors, alpha=alpha)
+    return None
+
+
 def _find_norm(tensors: Mapping[str, TensorInfo], targets: Shapes) -> TensorInfo | None:
-    """The only tensor of a layer, where the model's layer is a norm and the tensor its weight."""
+    """The new weight of a norm, None where the layer is no norm or has other tensors."""
     if len(tensors) > 1 or ".norm_" not in next(iter(targets)):
         return None
     return tensors.get(NORM) or tensors.get(BFL_NORM)
 
 
 def _group_by_layer(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
-    """The tensors of each layer by what they are: `DOWN`, `UP`, `BIAS`, or the end of their names.
+    """The tensors of each layer of the file, by what they are.
 
-    Layers in kohya's spelling come last, so that where a file has one in two spellings, the other
-    counts.
+    That is `DOWN`, `UP` or `BIAS` for those of a LoRA, and the end of their names for others, as
+    `ALPHA`. Layers in kohya's spelling come last: where a file has a layer in two spellings, the
+    other counts.
     """
     found: dict[str, dict[str, TensorInfo]] = {}
     for name, info in tensors.items():
@@ -302,9 +334,10 @@ def _split_prefix(layer: str) -> tuple[str, str]:
 
 
 def _name_model_layers(components: Mapping[str, Component]) -> dict[tuple[str, str], Shapes]:
-    """The model's layers by component and flattened name.
+    """What a layer of a file can mean: by component and flattened name, the model's layers.
 
-    The names are diffusers', BFL's and XLabs'; of the last two one may mean several layers.
+    The names are diffusers', which mean one layer each, and BFL's and XLabs', which may mean
+    several: q, k and v.
     """
     known: dict[tuple[str, str], Shapes] = {}
     for component in PREFIXES:
@@ -319,8 +352,9 @@ def _name_model_layers(components: Mapping[str, Component]) -> dict[tuple[str, s
         block = BLOCK_KEY.match(bfl)
         if block and bfl[block.end() :] in XLABS:
             xlabs = block[0] + XLABS[bfl[block.end() :]]
-            # q, k and v at most: XLabs leaves a single block's MLP alone.
-            known["transformer", _flatten(xlabs)] = dict(list(targets.items())[:3])
+            # XLabs leaves a single block's MLP alone, which comes after q, k and v.
+            first_three = list(targets)[:3]
+            known["transformer", _flatten(xlabs)] = {layer: shapes[layer] for layer in first_three}
     return known
 
 
@@ -335,6 +369,7 @@ def _layer_shapes(component: Component) -> Shapes:
 
 
 def _flatten(name: str) -> str:
+    """A layer's name with underscores for dots, as kohya writes it."""
     return name.replace(".", "_")
 
 
@@ -358,8 +393,8 @@ def _check_shapes(path: Path, layer: _FileLayer) -> None:
         BIAS: (layer.rows,),
     }
     for kind, info in layer.tensors.items():
-        if "x_embedder" in layer.targets and kind == DOWN and info.shape[1:] > layer.input_shape:
-            channels = layer.input_shape[0]
+        if kind == DOWN and _takes_more_channels(layer, info):
+            channels = math.prod(layer.input_shape)
             why = f"it takes {info.shape[1]} channels, a picture alone has {channels}"
             raise CheckpointError("an adapter that needs a control image", path, why=why)
         if info.shape != wanted[kind]:
@@ -368,12 +403,20 @@ def _check_shapes(path: Path, layer: _FileLayer) -> None:
             raise CheckpointError("an adapter for another model", path, why=why)
 
 
+def _takes_more_channels(layer: _FileLayer, down: TensorInfo) -> bool:
+    """Whether A is for latents with more channels than a picture has, as for a control image."""
+    if "x_embedder" not in layer.targets or len(down.shape) != 2:
+        return False
+    return down.shape[1] > math.prod(layer.input_shape)
+
+
 def _compute_factor(
     path: Path, layer: _FileLayer, *, alpha: float | None, peft_config: Mapping[str, Any]
 ) -> float:
-    """alpha / r as it was trained: by the file's own tensor, else by diffusers' metadata, else 1.
+    """alpha / r, with which the layer was trained; 1 where the file says no alpha, and for a norm.
 
-    With rsLoRA it is alpha / sqrt(r) (Kalajdzievski 2023). Raises `CheckpointError` for an alpha
+    `alpha` is that of the layer's own tensor; without one, peft's configuration may have it. With
+    rsLoRA the factor is alpha / sqrt(r) (Kalajdzievski 2023). Raises `CheckpointError` for an alpha
     that is no finite number.
     """
     if NORM in layer.tensors:
@@ -403,7 +446,7 @@ def _find_alpha(peft_config: Mapping[str, Any], layer: _FileLayer) -> Any:
     patterns = peft_config.get(f"{layer.component}.alpha_pattern", {})
     if not isinstance(patterns, dict):
         raise TypeError("alpha_pattern is no object")
-    # peft takes regular expressions, trainers write the ends of names.
+    # peft takes the patterns for regular expressions, but trainers write ends of names.
     for pattern, alpha in patterns.items():
         end = f".{pattern.lstrip('^')}"
         if alpha is not None and any(f".{target}".endswith(end) for target in layer.targets):
@@ -419,10 +462,12 @@ def _make_part(path: Path, layer: _FileLayer, *, factor: float) -> Part:
         rows[name] = (first, first + shape[0])
         first += shape[0]
     pieces = {kind: Piece(path, info) for kind, info in layer.tensors.items()}
+    # In BFL's spelling, the rows of this layer's output are in another order than in diffusers.
     if _flatten(layer.name).endswith(_flatten(SWAPPED)):
         half = layer.rows // 2
         for kind in pieces.keys() & {UP, BIAS}:
             swapped = ((half, layer.rows), (0, half))
             pieces[kind] = Piece(path, layer.tensors[kind], swapped)
+    # For errors, which put the suffixes of the pieces behind this name.
     stored = Weight(f"{layer.name}.", (), scheme="", pieces=pieces)
     return Part(layer.component, rows, rank=layer.rank, factor=factor, stored=stored)

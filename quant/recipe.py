@@ -31,17 +31,19 @@ from quant.weights import Weight
 from quant.writer import SafetensorsWriter
 
 LAYOUTS = ("diffusers", "bfl", "comfy")
-MARGIN_BYTES = 64 << 20  # of free disk, beside what is written
-# The kinds of files that a result has in common with its source.
+# Of free disk, beside what is written.
+MARGIN_BYTES = 64 << 20
+# Files of a folder that are linked from the source where nothing changes the component.
 LINKED = (".json", ".safetensors", ".txt", ".model", ".md")
-# The last layer, which bitsandbytes' list of layers to skip cannot spare.
-LAST_LAYER = "proj_out.weight"
-# What diffusers shall not look for quantized weights in. It matches these as parts of dotted names
-# and as the last parts of names: "proj_out" here would spare that of every single block, too.
+# The layers in which programs that load with bitsandbytes shall expect no quantized weights. They
+# match these as parts of dotted names and as the last parts of names.
 SKIPPED_IN_T5 = ["wo"]
 SKIPPED_EMBEDDERS = ["x_embedder", "context_embedder", "time_text_embed", "norm_out"]
 SKIPPED_MODULATION = ["norm1", "norm1_context", "norm"]
-# What a config.json says of NF4 to those who read it by bitsandbytes.
+# The transformer's last layer cannot be listed: "proj_out" would also mean that of every single
+# block.
+LAST_LAYER = "proj_out.weight"
+# What a config.json says of NF4 to those who read the weights by bitsandbytes.
 BITSANDBYTES = {
     "quant_method": "bitsandbytes",
     "load_in_4bit": True,
@@ -55,7 +57,10 @@ BITSANDBYTES = {
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor of the result: the rows of its sources, one below the other, in a scheme."""
+    """One tensor of the result: the rows of its sources, one below the other, in a scheme.
+
+    Quantized, it is several in the file (`stored`).
+    """
 
     file: str  # relative to the destination; "" is the destination itself
     name: str
@@ -88,7 +93,7 @@ class OutputTensor:
 class Recipe:
     """All that a bake makes: tensors in weight files, texts to write and files to link.
 
-    `texts` and `links` are by path relative to the destination.
+    `texts` has contents and `links` files of the source, by path relative to the destination.
     """
 
     spec: QuantSpec
@@ -98,8 +103,11 @@ class Recipe:
     links: dict[str, Path]
     adapters: tuple[Adapter, ...] = ()  # that are merged into the sources
 
-    def writers(self, folder: Path) -> dict[str, SafetensorsWriter]:
-        """A writer for every weight file below `folder`, by relative path; none has written."""
+    def make_writers(self, folder: Path) -> dict[str, SafetensorsWriter]:
+        """Return a writer for every weight file below `folder`, by relative path.
+
+        None of them has opened its file yet.
+        """
         infos: dict[str, list[TensorInfo]] = {}
         for tensor in self.tensors:
             infos.setdefault(tensor.file, []).extend(tensor.stored)
@@ -110,7 +118,7 @@ class Recipe:
         }
 
     def _make_metadata(self) -> dict[str, str]:
-        """The texts in each weight file's header."""
+        """The texts in each weight file's header; ComfyUI reads from them which layers are fp8."""
         spec = json.dumps(self.spec.to_json(), sort_keys=True)
         metadata = {"format": "pt", "flux_quant": spec}
         if self.layout == "comfy":
@@ -126,7 +134,7 @@ class Recipe:
     @cached_property
     def sizes(self) -> dict[str, int]:
         """Bytes of every weight file that will be written."""
-        return {file: writer.nbytes for file, writer in self.writers(Path()).items()}
+        return {file: writer.nbytes for file, writer in self.make_writers(Path()).items()}
 
 
 def make_recipe(
@@ -138,43 +146,43 @@ def make_recipe(
     is quantized already, `SpecError` for a pattern of `keep` without a match.
     """
     spec.check_keep(name for part in source.components.values() for name in part.weights)
-    transformer_file, encoder_file = PLAIN_FILES
-    plans = (
-        ("transformer", spec.to, transformer_file),
-        ("text_encoder_2", spec.text_encoder, encoder_file),
-        ("text_encoder", "keep", encoder_file),
-    )
+    schemes = {
+        "transformer": spec.to,
+        "text_encoder_2": spec.text_encoder,
+        "text_encoder": "keep",
+    }
     tensors: list[OutputTensor] = []
     texts = {}
-    for name, to, plain_file in plans:
+    for name, to in schemes.items():
         has_adapters = any(adapter.numel(name) for adapter in adapters)
         if to == "keep" and not has_adapters:
             continue
         component = source.components[name]
+        transformer_file, encoder_file = PLAIN_FILES
+        plain_file = transformer_file if name == "transformer" else encoder_file
         file_name = PACKED_FILES.get(to, plain_file)
-        made = _quantize_component(component, spec, file=f"{name}/{file_name}")
+        outputs = _quantize_component(component, spec, file=f"{name}/{file_name}")
         if to == "nf4" and name == "transformer":
-            made = _keep_last_layer(component, made)
-        tensors += made
+            outputs = _quantize_last_layer(component, outputs)
+        tensors += outputs
         texts[f"{name}/config.json"] = _make_config(component, spec, to=to)
     links = _find_links(source.folder, made_configs=texts)
     return Recipe(spec, "diffusers", tuple(tensors), texts=texts, links=links, adapters=adapters)
 
 
 def _quantize_component(component: Component, spec: QuantSpec, *, file: str) -> list[OutputTensor]:
-    """A component's tensors, one for each weight, under the names that they have."""
-    return [
-        OutputTensor(
-            file, weight.name, scheme=_choose_scheme(component, spec, weight), sources=(weight,)
-        )
-        for weight in component.weights.values()
-    ]
+    """A component's tensors for one file, one for each weight, by the names that they have."""
+    outputs = []
+    for weight in component.weights.values():
+        scheme = _choose_scheme(component, spec, weight)
+        outputs.append(OutputTensor(file, weight.name, scheme=scheme, sources=(weight,)))
+    return outputs
 
 
-def _keep_last_layer(transformer: Component, tensors: list[OutputTensor]) -> list[OutputTensor]:
-    """Quantize the last layer, too, and put its 16-bit original into a file of its own beside.
+def _quantize_last_layer(transformer: Component, tensors: list[OutputTensor]) -> list[OutputTensor]:
+    """Return the tensors with the last layer quantized, too, and its original in `KEEP_FILE`.
 
-    Other programs find NF4 where their list of layers to skip could not spare it; flux takes the
+    Programs that load with bitsandbytes expect it in NF4 (see `LAST_LAYER`); flux takes the
     original.
     """
     last = transformer.weights.get(LAST_LAYER)
@@ -183,8 +191,8 @@ def _keep_last_layer(transformer: Component, tensors: list[OutputTensor]) -> lis
         raise CheckpointError("not a whole transformer", transformer.folder, why=why)
     quantized = OutputTensor(tensors[0].file, last.name, scheme="nf4", sources=(last,))
     original = OutputTensor(f"transformer/{KEEP_FILE}", last.name, scheme="", sources=(last,))
-    found = [quantized if tensor.name == last.name else tensor for tensor in tensors]
-    return [*found, original]
+    replaced = [quantized if tensor.name == last.name else tensor for tensor in tensors]
+    return [*replaced, original]
 
 
 def _find_links(folder: Path, *, made_configs: Mapping[str, str]) -> dict[str, Path]:
@@ -203,10 +211,11 @@ def _find_links(folder: Path, *, made_configs: Mapping[str, str]) -> dict[str, P
 def make_file_recipe(
     transformer: Component, spec: QuantSpec, *, kind: str, adapters: tuple[Adapter, ...] = ()
 ) -> Recipe:
-    """The recipe of one file with BFL's names: `kind` is "bfl", or "comfy", ComfyUI's scaled fp8.
+    """The recipe of one file with BFL's names, in fp8.
 
-    Raises `SpecError` for another scheme than fp8, and `CheckpointError` for a source that is
-    quantized already or no whole transformer of FLUX.1.
+    `kind` is "bfl", with a scale for each row, or "comfy", ComfyUI's layout with one for each
+    matrix. Raises `SpecError` for another scheme than fp8, and `CheckpointError` for a source that
+    is quantized already or no whole transformer of FLUX.1.
     """
     if spec.to != "fp8":
         why = "that layout is fp8"
@@ -216,16 +225,12 @@ def make_file_recipe(
     tensors = []
     for layer, ours in map_bfl_layers(transformer.config).items():
         for leaf in ("weight", "bias"):
-            names = [f"{part}.{leaf}" for part in ours]
-            sources = tuple(weights[name] for name in names if name in weights)
+            sources = _find_sources(transformer, ours, layer=layer, leaf=leaf)
             if not sources:
                 continue
-            dtypes = {source.info.dtype for source in sources}
-            if len(sources) < len(names) or len(dtypes) > 1:
-                why = f"{layer}.{leaf} is not all there, or of several dtypes"
-                raise CheckpointError("not a whole transformer", transformer.folder, why=why)
-            # Where one of the sources is kept in 16 bit, whose scheme is "", all are.
-            scheme = min(_choose_scheme(transformer, spec, source) for source in sources)
+            schemes = {_choose_scheme(transformer, spec, source) for source in sources}
+            # Where one of the sources is kept in 16 bit, all are.
+            scheme = "" if "" in schemes else spec.to
             tensor = OutputTensor(
                 file="",
                 name=bfl_name(layer, leaf),
@@ -235,17 +240,33 @@ def make_file_recipe(
                 has_one_scale=kind == "comfy" and scheme != "",
             )
             tensors.append(tensor)
-    read = sum(len(tensor.sources) for tensor in tensors)
-    if read != len(weights):
-        why = f"{len(weights)} tensors, of which {read} have a place in that layout"
+    placed = sum(len(tensor.sources) for tensor in tensors)
+    if placed != len(weights):
+        why = f"{len(weights)} tensors, of which {placed} have a place in that layout"
         raise CheckpointError("not a FLUX.1 transformer", transformer.folder, why=why)
     return Recipe(spec, kind, tuple(tensors), texts={}, links={}, adapters=adapters)
+
+
+def _find_sources(
+    transformer: Component, parts: tuple[str, ...], *, layer: str, leaf: str
+) -> tuple[Weight, ...]:
+    """The "weight" or "bias" (`leaf`) of the layers that BFL's `layer` consists of; () for none.
+
+    Raises `CheckpointError` where only some of them are there, or they differ in dtype.
+    """
+    names = [f"{part}.{leaf}" for part in parts]
+    found = tuple(transformer.weights[name] for name in names if name in transformer.weights)
+    dtypes = {weight.info.dtype for weight in found}
+    if found and (len(found) < len(names) or len(dtypes) > 1):
+        why = f"{layer}.{leaf} is not all there, or of several dtypes"
+        raise CheckpointError("not a whole transformer", transformer.folder, why=why)
+    return found
 
 
 def check_disk(recipe: Recipe, target: Path) -> None:
     """Raise `WriteError` where what the recipe makes has no room at `target`.
 
-    Files that are linked count where they lie on another disk: there they become copies.
+    A file to link takes room where it is on another disk, as it becomes a copy there.
     """
     disk = nearest(target.parent).stat().st_dev
     need_bytes = sum(recipe.sizes.values()) + MARGIN_BYTES
@@ -257,7 +278,10 @@ def check_disk(recipe: Recipe, target: Path) -> None:
 
 
 def _choose_scheme(component: Component, spec: QuantSpec, weight: Weight) -> str:
-    """The scheme of a weight of the source, "" where it stays; it must be in 16 bit."""
+    """The scheme that a weight of the source gets, "" where it stays in 16 bit.
+
+    Raises `CheckpointError` where it is quantized already.
+    """
     if weight.scheme:
         why = f"{weight.name} is {weight.scheme}"
         hint = "quantize the 16-bit model that it was made from"
@@ -266,7 +290,10 @@ def _choose_scheme(component: Component, spec: QuantSpec, weight: Weight) -> str
 
 
 def _make_config(component: Component, spec: QuantSpec, *, to: str) -> str:
-    """config.json of a quantized component; of NF4 it says what bitsandbytes' readers need."""
+    """config.json of a quantized component.
+
+    With NF4 it tells programs that load with bitsandbytes what is quantized, and how.
+    """
     config: dict[str, Any] = dict(component.config)
     if to == "nf4":
         config["quantization_config"] = BITSANDBYTES | {
@@ -276,7 +303,7 @@ def _make_config(component: Component, spec: QuantSpec, *, to: str) -> str:
 
 
 def _list_skipped_layers(component: Component, spec: QuantSpec) -> list[str]:
-    """The layers that bitsandbytes' readers must leave in 16 bit; never the last layer."""
+    """The layers that bitsandbytes must expect in 16 bit, those of `keep` among them."""
     if component.name == "text_encoder_2":
         skipped = list(SKIPPED_IN_T5)
     else:
