@@ -1,8 +1,8 @@
 """Read, quantize and dequantize one weight.
 
-NF4 is `quant.nf4`'s; fp8 and int8 are optimum-quanto's row-wise types, whose import takes seconds
-and happens only where something is quantized; GGUF's blocks are dequantized by diffusers'
-functions.
+`quant.nf4` does so for NF4. fp8 and int8 are quantized by optimum-quanto with a scale for each row;
+its import takes seconds, and happens only where something is quantized. GGUF's blocks are
+dequantized by diffusers' functions. Knows nothing of layers, models or folders.
 
 A weight's stored tensors are a dict by what follows the weight's name in a file, as in
 `quant.spec.layout`: "" for the codes, "_scale" for the scales of fp8 and int8. A weight that is not
@@ -51,26 +51,33 @@ GGUF_SCALES = {
     "Q3_K": slice(-2, None),
     "Q6_K": slice(-2, None),
 }
-CHUNK = 1 << 19  # values that are quantized at a time
-SMALLEST_SCALE = 1e-12  # of a row of zeros
-SLACK = 1.001  # of a bound on the error, for its own rounding
+# Values that are quantized at a time.
+CHUNK = 1 << 19
+# The scale of a row of zeros.
+SMALLEST_SCALE = 1e-12
+# The factor by which a bound on the error is raised, as it is computed with rounding, too.
+SLACK = 1.001
 # The largest error of NF4, relative to the weight's norm; Gaussian weights have 0.085 to 0.092.
 NF4_BOUND = 0.15
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized weight, and how far its values are from the weight's, as a share of the norm."""
+    """A quantized weight as its stored tensors.
+
+    `relative_error` is the norm of the difference of its values to the weight's, divided by the
+    norm of the weight.
+    """
 
     stored: dict[str, Tensor]
     relative_error: float
 
 
 class Reader(dict[Path, Any]):
-    """Opened files by path.
+    """Opened files by path, which are opened when they are first asked for.
 
-    Each is mapped when it is first read, for as long as a tensor of it lives. A safetensors file is
-    safetensors' object, a GGUF file one tensor of bytes.
+    They are mapped into memory, and stay so as long as the reader or a tensor of theirs lives. A
+    safetensors file is safetensors' object, a GGUF file one tensor of bytes.
     """
 
     def __missing__(self, path: Path) -> Any:
@@ -117,21 +124,24 @@ class Reader(dict[Path, Any]):
 
 
 def take_rows(tensor: Tensor, piece: Piece) -> Tensor:
-    """The piece's rows of the tensor that holds it, where it is not the whole."""
+    """The rows that a piece has of the tensor that holds it; all of them without ranges."""
     if not piece.rows:
         return tensor
     return stack_rows([tensor[start:stop] for start, stop in piece.rows])
 
 
 def stack_rows(tensors: Sequence[Tensor]) -> Tensor:
-    """One tensor of the rows of all; a single tensor stays where it is, mapped perhaps."""
+    """One tensor of the rows of all; a single tensor is returned as it is, without a copy."""
     if len(tensors) == 1:
         return tensors[0]
     return torch.cat(tuple(tensors))
 
 
 def import_library(scheme: str) -> ModuleType:
-    """Import what quantizes to a scheme, seconds the first time; raises `MissingLibrary`."""
+    """Import and return the library that quantizes to a scheme; raises `MissingLibrary`.
+
+    The first time may take seconds.
+    """
     name = SCHEMES[scheme].library
     try:
         return importlib.import_module(name.replace("-", "."))
@@ -150,11 +160,11 @@ def quantize(
     search: bool = True,
     scalar: bool = False,
 ) -> Quantized:
-    """Quantize a (N, K) weight; `name` and `where` it is from are for errors.
+    """Quantize a (N, K) weight; `name` and `where`, the piece it is from, are for errors.
 
-    `search` is for NF4's scales; `scalar` gives fp8 one scale for all rows. Raises
-    `CheckpointError` for values that are not finite, and for a weight that the scheme cannot hold:
-    its error is larger than rounding explains.
+    `search` looks for NF4's best scales, see `quant.nf4`; `scalar` gives fp8 one scale for all
+    rows. Raises `CheckpointError` for values that are not finite, and for a weight that the scheme
+    cannot hold: its error is larger than rounding explains.
     """
     check_values(name, {"": weight}, where)
     if scheme == "nf4":
@@ -169,7 +179,9 @@ def quantize(
     relative_error = 0.0
     if measured.squared_norm:
         relative_error = math.sqrt(measured.squared_error / measured.squared_norm)
-    if not math.isfinite(measured.squared_norm) or not measured.squared_error <= measured.bound**2:
+    # The comparison is false for NaN, too.
+    is_within_bound = measured.squared_error <= measured.bound**2
+    if not math.isfinite(measured.squared_norm) or not is_within_bound:
         why = f"{name} would differ by {relative_error:.3f} of its norm"
         hint = f"--keep {name}"
         raise CheckpointError(f"weights that {scheme} cannot hold", where.file, why=why, hint=hint)
@@ -186,7 +198,9 @@ class _Measured:
 
 
 def _measure_nf4(weight: Tensor, stored: dict[str, Tensor]) -> _Measured:
-    squared_norm = squared_error = 0.0
+    """Compare a weight with the values of its stored tensors."""
+    squared_norm = 0.0
+    squared_error = 0.0
     dequantized = nf4.dequantize(stored, tuple(weight.shape), torch.float32)
     # In parts of some rows, so that no copy of the whole is made.
     parts = zip(torch.split(weight, 256), torch.split(dequantized, 256), strict=True)
@@ -200,13 +214,17 @@ def _measure_nf4(weight: Tensor, stored: dict[str, Tensor]) -> _Measured:
 def _quantize_rows(
     weight: Tensor, scheme: str, *, one_scale: Tensor | None
 ) -> tuple[dict[str, Tensor], _Measured]:
-    """Quantize to fp8 or int8, in parts of whole rows, with a scale for each row or one for all."""
+    """Quantize to fp8 or int8, with `one_scale` for all rows or, where it is None, one for each.
+
+    It is done in parts of whole rows, so that little memory is taken beside the result.
+    """
     quanto = import_library(scheme)
     kind = quanto.qfloat8_e4m3fn if scheme == "fp8" else quanto.qint8
     codes = []
     scales = []
-    squared_norm = squared_error = 0.0
-    # optimum-quanto quantizes a matrix of one row by one scale: no part has only one, if it can be.
+    squared_norm = 0.0
+    squared_error = 0.0
+    # Parts have two rows or more, unless the weight has one only.
     part_count = max(1, min(weight.shape[0] // 2, weight.numel() // CHUNK))
     for part in weight.tensor_split(part_count):
         values = part.float()
@@ -214,6 +232,7 @@ def _quantize_rows(
         scale = largest.div_(SCHEMES[scheme].largest).clamp_(min=SMALLEST_SCALE)
         if one_scale is not None:
             scale = one_scale.expand_as(scale).contiguous()
+        # optimum-quanto wants the scale of a matrix of one row without dimensions.
         given = scale if len(values) > 1 else scale.view(())
         quantized = quanto.quantize_weight(values, kind, 0, given, optimized=False)._data
         codes.append(quantized)
@@ -231,7 +250,9 @@ def _quantize_rows(
 def _compute_bound(weight: Tensor, scales: Tensor, *, scheme: str, squared_norm: float) -> float:
     """The largest norm of the error that rounding explains.
 
-    int8 errs by half a step, float8_e4m3 by 1/16 of the value or half a step of its subnormals.
+    In int8 a step is the row's scale, and a value is wrong by at most half of it. In float8_e4m3,
+    whose mantissa has 3 bits, it is wrong by at most 1/16 of itself, or among the subnormals
+    by half of their steps, which is 2^-10 of the scale. `scales` are those of the rows (N,).
     """
     steps = float(scales.norm()) * math.sqrt(weight.shape[1])
     if scheme == "int8":
@@ -240,6 +261,7 @@ def _compute_bound(weight: Tensor, scales: Tensor, *, scheme: str, squared_norm:
 
 
 def _compute_squared_norm(values: Tensor) -> float:
+    """The sum of the squares, without a tensor of them."""
     flat = values.view(-1)
     return float(flat.dot(flat))
 
@@ -247,13 +269,16 @@ def _compute_squared_norm(values: Tensor) -> float:
 def _widen(codes: Tensor) -> Tensor:
     """8-bit codes as float32.
 
-    The bits of e4m3 are those of float16, shifted, of 2^-8 of the value: much faster than torch's
-    cast.
+    Those of float8_e4m3 go by way of float16, whose exponent has one bit more and a bias larger by
+    8: with the sign kept in front and the other 7 bits moved up by 7, they are the float16 of 2^-8
+    times the value. That is much faster than torch's cast.
     """
     if codes.dtype != torch.float8_e4m3fn:
         return codes.float()
     bits = codes.view(torch.int8).to(torch.int16)
-    return (bits & -(1 << 15) | (bits & 127) << 7).view(torch.float16).float().mul_(256)
+    sign = bits & -(1 << 15)
+    magnitude = (bits & 127) << 7
+    return (sign | magnitude).view(torch.float16).float().mul_(256)
 
 
 def dequantize(
@@ -276,7 +301,8 @@ def dequantize(
 def dequantize_gguf(rows: Tensor, scheme: str, dtype: torch.dtype) -> Tensor:
     """The values (N, K) of GGUF's blocks, which are given as rows of bytes (N, B).
 
-    They are computed in float32, part by part, so that little memory is taken beside the result.
+    They are computed in float32, in parts of whole rows, so that little memory is taken beside the
+    result.
     """
     from diffusers.quantizers.gguf.utils import dequantize_functions
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -296,24 +322,28 @@ def dequantize_gguf(rows: Tensor, scheme: str, dtype: torch.dtype) -> Tensor:
 
 
 def check_values(name: str, stored: Mapping[str, Tensor], where: Piece) -> None:
-    """Raise `CheckpointError` for NaN or Inf in a tensor or its scales, and a scale of 0 or less.
+    """Raise `CheckpointError` for NaN or Inf in the stored tensors, and for a scale of 0 or less.
 
-    Of GGUF's blocks the scales are looked at, of integers nothing.
+    `name` and `where`, the piece that they are from, are for errors; its dtype tells GGUF's blocks,
+    of which the scales are checked. Integers may have any value.
     """
     if where.info.dtype in GGUF_SCALES:
         stored = {"": _gguf_scales(stored[""], where.info.dtype)}
     for suffix, tensor in stored.items():
         if tensor.dtype == torch.float8_e4m3fn:
-            # It has no Inf; NaN is all ones but for the sign.
+            # It has no Inf; NaN has all bits set, the sign either way.
             if bool((tensor.view(torch.uint8) & 127 == 127).any()):
                 why = f"NaN in {name}"
                 raise CheckpointError("weights that are not finite", where.file, why=why)
             continue
         if not tensor.is_floating_point() or not tensor.numel():
             continue
-        # NaN wins both ends, and this is far faster than isfinite. It is not made for float8_e5m2.
+        # aminmax is far faster than isfinite, and gives NaN where there is one. torch has none for
+        # float8_e5m2.
         wide = tensor.half() if tensor.dtype == torch.float8_e5m2 else tensor
-        low, high = (float(end.float()) for end in wide.aminmax())
+        lowest, highest = wide.aminmax()
+        low = float(lowest.float())
+        high = float(highest.float())
         if not math.isfinite(low) or not math.isfinite(high):
             why = f"NaN or Inf in {name}{suffix}"
             raise CheckpointError("weights that are not finite", where.file, why=why)

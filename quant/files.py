@@ -1,4 +1,4 @@
-"""Write files that are whole or absent, and know before whether they have room.
+"""Write files so that they are whole or absent, and check before whether the disk has room.
 
 A file is written to a temporary one beside it, brought to the disk and moved into place. Knows
 nothing of what is in the files. Sizes are in bytes. Stdlib only.
@@ -20,7 +20,7 @@ NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EM
 
 
 def nearest(folder: Path) -> Path:
-    """The folder, or the first above it that exists."""
+    """The folder where it exists, otherwise the nearest folder above it that does."""
     for path in (folder, *folder.absolute().parents):
         if path.exists():
             return path

@@ -1,8 +1,8 @@
 """Linear layers over quantized weights: NF4Linear, FP8Linear, Int8Linear, GGUFLinear.
 
-A layer may be several weights, one below the other: q, k and v. fp8 and int8 multiply in their own
-arithmetic where the device can, with activations quantized row by row; elsewhere, and for NF4 and
-GGUF always, the weight is dequantized before each product. Knows nothing of files or models.
+A layer may have several weights, one below the other, as q, k and v. fp8 and int8 multiply in their
+own arithmetic where the device can, with activations quantized row by row; elsewhere, and for NF4
+and GGUF always, the weight is dequantized before each product. Knows nothing of files or models.
 Shapes: weight (N, K), input (..., K), output (..., N).
 """
 
@@ -16,17 +16,17 @@ from quant.codecs import SMALLEST_SCALE, dequantize_gguf, stack_rows
 from quant.nf4 import dequantize_codes, dequantize_scales, read_offset
 from quant.spec import BLOCK, FAMILIES, SCHEMES
 
-# The stored tensors by suffix, and the shape, of each of a layer's weights.
+# For each of a layer's weights, its stored tensors by suffix, and its shape (N, K).
 Parts = Sequence[Mapping[str, Tensor]]
 Shapes = Sequence[tuple[int, ...]]
 
-# Rows that are multiplied in int8 at a time: the sums take four bytes, twice.
+# Rows that are multiplied in int8 at a time: their sums are in memory in int32 and in float32.
 INT8_ROWS = 1024
 # CUDA's _int_mm wants more than 16 rows, and both 8-bit products widths that 16 divides.
 MIN_ROWS = 32
 ALIGNED = 16
-# Whether a device multiplies in a scheme, by (scheme, device). A dict, since torch.compile looks
-# through functools.cache and would trace the probe.
+# Whether a device multiplies in a scheme, by (scheme, device). It is a dict, because torch.compile
+# ignores functools.cache and would trace the probe.
 PROBED: dict[tuple[str, str], bool] = {}
 
 
@@ -45,15 +45,15 @@ class QuantizedLinear(nn.Module):
         return functional.linear(x, self.dequantize(x.dtype), self.bias)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight (N, K)."""
+        """The weight (N, K) in `dtype`, all parts of it."""
         raise NotImplementedError
 
 
 class NF4Linear(QuantizedLinear):
     """4-bit NormalFloat weights, dequantized by bitsandbytes' own operators.
 
-    Mostly the scales are quantized, too; the mean that was taken off them differs from weight to
-    weight, so each weight's scales are read by themselves.
+    Mostly the scales are quantized, too. Then those of each weight are dequantized by themselves,
+    because the mean that was taken off them is another for each.
     """
 
     weight: Tensor
@@ -77,6 +77,7 @@ class NF4Linear(QuantizedLinear):
         self.nested_counts = [part[".nested_absmax"].numel() for part in parts]
 
     def _stack(self, name: str, tensors: list[Tensor]) -> None:
+        """Register a buffer of these tensors, flat and one behind the other."""
         self.register_buffer(name, stack_rows([tensor.view(-1) for tensor in tensors]))
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -87,6 +88,7 @@ class NF4Linear(QuantizedLinear):
         return dequantize_codes(self.weight, scales, shape=shape, dtype=dtype)
 
     def _dequantize_scales(self) -> Tensor:
+        """The scales (blocks,) float32 of all parts."""
         parts = zip(
             torch.split(self.absmax, self.scale_counts),
             torch.split(self.nested_absmax, self.nested_counts),
@@ -118,8 +120,9 @@ class GGUFLinear(QuantizedLinear):
 class RowLinear(QuantizedLinear):
     """8-bit weights with a float32 scale for each row.
 
-    A subclass says by `multiply` how 8-bit activations are multiplied with the weight.
-    `arithmetic` allows that; it happens where the device can, too.
+    A subclass multiplies 8-bit activations with the weight in `multiply`. That is used where
+    `arithmetic` allows it, the sizes are multiples of 16, and the device can; elsewhere the weight
+    is dequantized.
     """
 
     scheme: str
@@ -141,10 +144,11 @@ class RowLinear(QuantizedLinear):
         is_aligned = self.in_features % ALIGNED == 0 and self.out_features % ALIGNED == 0
         self.arithmetic = arithmetic and is_aligned
         if self.arithmetic:
-            _multiplies(self.scheme, str(self.weight.device))  # probed before anything is compiled
+            # The device is probed now, before anything is compiled.
+            _can_multiply(self.scheme, str(self.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.arithmetic or not _multiplies(self.scheme, str(x.device)):
+        if not self.arithmetic or not _can_multiply(self.scheme, str(x.device)):
             return super().forward(x)
         largest = SCHEMES[self.scheme].largest
         rows = x.reshape(-1, self.in_features)  # (M, K)
@@ -161,9 +165,9 @@ class RowLinear(QuantizedLinear):
         return product.view(*x.shape[:-1], self.out_features)
 
     def multiply(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """The product (M, N) in `dtype` of activations with the weight.
+        """The product (M, N) in `dtype` of activations with the weight, without the bias.
 
-        They come as 8-bit `values` (M, K) and float32 `scale` (M, 1).
+        The activations are 8-bit `values` (M, K) times float32 `scale` (M, 1).
         """
         raise NotImplementedError
 
@@ -236,21 +240,23 @@ def fits_together(scheme: str, shapes: Shapes) -> bool:
 def find_multiply(scheme: str, device: str) -> str:
     """How a scheme's layers multiply on a device: "scaled_mm", "int_mm" or "dequantize"."""
     row = SCHEMES.get(scheme)
-    if row is not None and row.multiply and _multiplies(scheme, device):
+    if row is not None and row.multiply and _can_multiply(scheme, device):
         return row.multiply
     return "dequantize"
 
 
-def _multiplies(scheme: str, device: str) -> bool:
+def _can_multiply(scheme: str, device: str) -> bool:
+    """Whether a device has the arithmetic of fp8 or int8; it is probed once."""
     if (scheme, device) not in PROBED:
         PROBED[scheme, device] = _probe(scheme, device)
     return PROBED[scheme, device]
 
 
 def _probe(scheme: str, device: str) -> bool:
-    """Whether the device has the scheme's arithmetic.
+    """Whether a device has the arithmetic of fp8 or int8, by multiplying two small matrices.
 
-    Its capability must be enough, and then a product must be right.
+    A card's compute capability must be enough, and the product must be right. Raises torch's error
+    where memory runs out, which says nothing of the arithmetic.
     """
     kind = torch.device(device).type
     if kind not in ("cpu", "cuda"):
@@ -261,12 +267,12 @@ def _probe(scheme: str, device: str) -> bool:
     ones = torch.ones(MIN_ROWS, MIN_ROWS, device=device)
     dtype = torch.int8 if scheme == "int8" else torch.float8_e4m3fn
     stored = {"": ones.to(dtype), "_scale": ones[0]}
-    make = FP8Linear if scheme == "fp8" else Int8Linear
-    layer = make([stored], [(MIN_ROWS, MIN_ROWS)], bias=None, arithmetic=False)
+    make_layer = FP8Linear if scheme == "fp8" else Int8Linear
+    layer = make_layer([stored], [(MIN_ROWS, MIN_ROWS)], bias=None, arithmetic=False)
     try:
         product = layer.multiply(stored[""], ones[:, :1].contiguous(), torch.float32)
         return bool((product == MIN_ROWS).all())
-    except (RuntimeError, NotImplementedError, ValueError) as error:
-        if "OutOfMemory" in type(error).__name__:  # that says nothing of the arithmetic
-            raise
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError, ValueError):
         return False

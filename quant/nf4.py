@@ -48,10 +48,11 @@ CPU_BLOCKS = 1 << 13
 
 
 def quantize(weight: Tensor, *, search: bool) -> dict[str, Tensor]:
-    """Return the stored tensors of `weight` (N, K).
+    """Return the stored tensors of `weight` (N, K), quantized.
 
-    Without `search` they equal what `bitsandbytes.functional.quantize_4bit` with nested statistics
-    makes, on the CPU bit by bit. Raises ValueError unless the weights are finite.
+    With `search`, scales of less squared error than their absmax are looked for. Without it the
+    tensors equal what `bitsandbytes.functional.quantize_4bit` with nested statistics makes, on the
+    CPU bit by bit. Raises ValueError unless the weights are finite.
     """
     flat = weight.detach().reshape(-1)
     missing = -weight.numel() % BLOCK  # of the last block
@@ -90,7 +91,7 @@ def quantize(weight: Tensor, *, search: bool) -> dict[str, Tensor]:
 
 
 class _StoredScales(NamedTuple):
-    """A weight's scales as the format has them; see `dequantize_scales`."""
+    """A weight's scales as the format has them, named as the parameters of `dequantize_scales`."""
 
     absmax: Tensor
     nested_absmax: Tensor
@@ -98,8 +99,8 @@ class _StoredScales(NamedTuple):
     offset: Tensor
 
     def dequantize(self) -> Tensor:
-        absmax, nested_absmax, levels, offset = self
-        return dequantize_scales(absmax, nested_absmax, levels, offset=offset)
+        """The scales (blocks,) float32 that readers will see."""
+        return dequantize_scales(self.absmax, self.nested_absmax, self.levels, offset=self.offset)
 
 
 def _quantize_scales(scales: Tensor, *, search: bool) -> _StoredScales:
@@ -114,7 +115,7 @@ def _quantize_scales(scales: Tensor, *, search: bool) -> _StoredScales:
     absmax, nested_absmax = write(scales - offset, levels, NESTED_BLOCK)
     stored = _StoredScales(absmax, nested_absmax, levels, offset=offset)
     if search:
-        # Where rounding made a scale negative it is raised by a level.
+        # A scale that rounding made negative gets the next higher level, in place.
         absmax += stored.dequantize() < 0
     return stored
 
@@ -155,7 +156,7 @@ def _choose_scales(parts: Sequence[Tensor], *, search: bool) -> Tensor:
 
 
 def _search_scales(part: Tensor, table: Tensor) -> Tensor:
-    """The scales (b,) of least squared error that the fractions lead to, of blocks (b, 64) float32.
+    """The scales (b,) for blocks (b, 64) float32: of those that the fractions give, the best.
 
     Each fraction of the absmax gives codes c to the weights w. The best scale for these codes is
     <w,c> / <c,c>, and it lowers the squared error by <w,c>^2 / <c,c>; the fraction with the largest
@@ -205,9 +206,10 @@ def _find_codes(scaled: Tensor, midpoints: list[float]) -> Tensor:
 
 
 def dequantize(stored: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return the weight (N, K) that stored tensors hold, whose scales may be float32, too.
+    """Return the weight (N, K) of this shape, in `dtype`, that stored tensors hold.
 
-    Raises ValueError where they are not of this size, and for a dtype that is not READABLE.
+    Their scales may also be float32, without nested ones. Raises ValueError where the tensors are
+    not of the shape's size, and for a dtype that is not READABLE.
     """
     blocks = ceil(prod(shape) / BLOCK)
     sizes = {"": ceil(prod(shape) / 2), ".absmax": blocks}
@@ -232,7 +234,7 @@ def dequantize(stored: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.
 
 
 def read_offset(stored: Mapping[str, Tensor]) -> float:
-    """The mean that was taken off the scales; it is added to each of them that is read."""
+    """The mean that was taken off the scales, from the state; readers add it to each of them."""
     state = json.loads(bytes(stored[STATE].tolist()))
     return float(state["nested_offset"])
 
@@ -242,8 +244,9 @@ def dequantize_scales(
 ) -> Tensor:
     """Return the scales (blocks,) float32 that every reader sees.
 
-    `absmax` has their indexes (blocks,) uint8 into `levels` (256,) float32, `nested_absmax` the
-    second scales (blocks / 256,) float32, and `offset` () float32 is what their mean was.
+    Each is `levels[absmax]` times the second scale of its 256, plus `offset`. `absmax` (blocks,)
+    uint8 are indexes into `levels` (256,) float32, `nested_absmax` (blocks / 256, rounded up)
+    float32 are the second scales, and `offset` () float32 is the mean that was taken off.
     """
     import bitsandbytes  # noqa: F401, for its operators
 

@@ -1,7 +1,7 @@
 """Write safetensors files tensor by tensor, in any order.
 
-The header is known before the first byte is written. Knows the file format only; tensors come as
-buffers. Offsets and sizes are in bytes. Stdlib only.
+The header is made from names, dtypes and shapes, before any data is known. Knows the file format
+only; tensors come as buffers. Offsets and sizes are in bytes. Stdlib only.
 """
 
 import json
@@ -12,25 +12,25 @@ from pathlib import Path
 from typing import BinaryIO
 
 from quant.files import flush_to_disk
-from quant.header import read_header
+from quant.header import LENGTH_BYTES, read_header
 from quant.tensor_info import DTYPE_BITS, TensorInfo
 
-# The length of the header, as eight bytes, comes first; the header ends where data are aligned.
-LENGTH_BYTES = 8
+# The data begin at a multiple of 8 bytes, as do those that safetensors' own library writes.
 ALIGNED = 8
 
 
 class SafetensorsWriter:
-    """One file with exactly the tensors it was told of.
+    """Writes one file, with exactly the tensors that it was told of.
 
-    `nbytes` is its size, which is known at once. The file is made when the first tensor is added,
-    and must not be there before; `close` it whatever happens.
+    `nbytes` is the file's size, known from the beginning. The file is opened when the first tensor
+    is added, and must not exist before. Call `finish` when all are added, and `close` also where
+    that does not happen.
     """
 
     def __init__(
         self, path: Path, tensors: Iterable[TensorInfo], metadata: Mapping[str, str]
     ) -> None:
-        """Lay the file out, wide dtypes first so that all are aligned; nothing is written."""
+        """Give each tensor its place, wide dtypes first so that all are aligned; writes nothing."""
         self.path = path
         self.infos: dict[str, TensorInfo] = {}
         header: dict[str, object] = {"__metadata__": dict(metadata)}
@@ -53,7 +53,7 @@ class SafetensorsWriter:
         self._file: BinaryIO | None = None
 
     def add(self, name: str, data: memoryview) -> None:
-        """Write one tensor's bytes; its size must be the one laid out."""
+        """Write one tensor's bytes, of which there must be as many as its dtype and shape say."""
         info = self.infos[name]
         assert data.nbytes == info.nbytes and name not in self._checksums, name
         if self._file is None:
@@ -64,7 +64,7 @@ class SafetensorsWriter:
         self._checksums[name] = zlib.crc32(data)
 
     def _write(self, data: bytes | memoryview, *, at: int) -> None:
-        """Write all of the data: an unbuffered file may take less at once."""
+        """Write all of the data from byte `at`; an unbuffered file may take less at once."""
         assert self._file is not None
         view = memoryview(data)
         while view.nbytes:
@@ -81,13 +81,15 @@ class SafetensorsWriter:
         self.close()
 
     def close(self) -> None:
+        """Close the file, whole or not; does nothing where it is closed or was never opened."""
         if self._file is not None:
             self._file.close()
 
     def find_damage(self) -> str:
-        """The first tensor whose bytes in the reopened file are not those that were written.
+        """The name of the first tensor whose bytes in the file are not those that were written.
 
-        It is "the header" where that is another one, and "" where nothing is damaged.
+        It is "the header" where that has changed, and "" where nothing is damaged. All of the file
+        is read; raises `CheckpointError` for a header that cannot be.
         """
         if read_header(self.path) != self.infos:
             return "the header"
