@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from quant.checkpoint import Checkpoint, Component
-from quant.spec import QuantSpec, layout
+from quant.spec import QuantSpec, lay_out
 from quant.weights import Piece, Weight
 
 CARD = "cpu:0"
@@ -102,7 +102,7 @@ def pretend_baked(checkpoint: Checkpoint, spec: QuantSpec) -> Checkpoint:
             scheme = spec.scheme(name, key, weight.shape)
             file = weight.pieces[""].file
             pieces = {}
-            for info in layout(scheme, weight.info):
+            for info in lay_out(scheme, weight.info):
                 pieces[info.name.removeprefix(key)] = Piece(file, info)
             weights[key] = Weight(key, weight.shape, scheme, pieces)
         components[name] = Component(name, part.folder, part.config, weights)

@@ -5,8 +5,8 @@ its import takes seconds, and happens only where something is quantized. GGUF's 
 dequantized by diffusers' functions. Knows nothing of layers, models or folders.
 
 A weight's stored tensors are a dict by what follows the weight's name in a file, as in
-`quant.spec.layout`: "" for the codes, "_scale" for the scales of fp8 and int8. A weight that is not
-quantized is its values under "". The headers of the files were validated before.
+`quant.spec.lay_out`: "" for the codes, "_scale" for the scales of fp8 and int8. A weight that is
+not quantized is its values under "". The headers of the files were validated before.
 """
 
 import importlib

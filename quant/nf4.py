@@ -6,7 +6,7 @@ levels, after their mean was taken off. The search moves the scales to where the
 least.
 
 A weight's stored tensors are a dict by what follows the weight's name in a file: "" for the codes,
-".absmax" for the scales and so on, as in `quant.spec.layout`. Knows nothing of files, layers or
+".absmax" for the scales and so on, as in `quant.spec.lay_out`. Knows nothing of files, layers or
 models; computes on the device of the tensors it is given.
 """
 

@@ -25,7 +25,7 @@ from quant.dialects import SWAPPED, bfl_name, map_bfl_layers
 from quant.errors import CheckpointError, SpecError
 from quant.files import check_room, nearest
 from quant.lora import Adapter
-from quant.spec import QuantSpec, layout
+from quant.spec import QuantSpec, lay_out
 from quant.tensor_info import TensorInfo
 from quant.weights import Weight
 from quant.writer import SafetensorsWriter
@@ -82,7 +82,7 @@ class OutputTensor:
     @property
     def stored(self) -> tuple[TensorInfo, ...]:
         """The tensors that the file will have for it."""
-        stored = layout(self.scheme, self.info)
+        stored = lay_out(self.scheme, self.info)
         if self.has_one_scale:
             weight, scale = stored
             return weight, replace(scale, shape=())

@@ -1,9 +1,9 @@
 """The quantization schemes, which tensors of a model get one, and what then lies in a file.
 
 `SCHEMES` has one row for each scheme: its bits, file names, library and memory stand only there.
-`layout` gives the tensors that store a weight. By it files are written and checked, and the planner
-knows what a precision takes before any quantized file exists. This module knows names, shapes and
-numbers, and no data. Sizes are in bytes. Stdlib only.
+`lay_out` gives the tensors that store a weight. By it files are written and checked, and the
+planner knows what a precision takes before any quantized file exists. This module knows names,
+shapes and numbers, and no data. Sizes are in bytes. Stdlib only.
 """
 
 import re
@@ -246,7 +246,7 @@ def is_modulation(name: str) -> bool:
     return MODULATION.fullmatch(name) is not None
 
 
-def layout(scheme: str, tensor: TensorInfo) -> tuple[TensorInfo, ...]:
+def lay_out(scheme: str, tensor: TensorInfo) -> tuple[TensorInfo, ...]:
     """The tensors that store one (N, K) weight in a scheme, with the names and dtypes of the file.
 
     The first has the weight's own name, the others that and a suffix. "" and GGUF's forms store the

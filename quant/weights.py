@@ -15,7 +15,7 @@ from typing import Any
 
 from quant.errors import CheckpointError
 from quant.header import read_tensor_bytes
-from quant.spec import BLOCK, NESTED_BLOCK, NF4_ONCE, STATE, layout
+from quant.spec import BLOCK, NESTED_BLOCK, NF4_ONCE, STATE, lay_out
 from quant.tensor_info import GGUF_BITS, TensorInfo
 
 # Of each range its first row and the row after its last.
@@ -235,7 +235,7 @@ def _make_nf4_weight(name: str, pieces: dict[str, Piece]) -> Weight:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         why = f"{name[:60]}: {str(error)[:80]}"
         raise CheckpointError("hostile or damaged quant state", state.file, why=why) from error
-    for info in layout(scheme, TensorInfo("", "BF16", shape)):
+    for info in lay_out(scheme, TensorInfo("", "BF16", shape)):
         piece = pieces[info.name]
         # The text of a state may have any length.
         fits = info.name == STATE or math.prod(piece.shape) == info.numel
@@ -248,7 +248,7 @@ def _make_nf4_weight(name: str, pieces: dict[str, Piece]) -> Weight:
 
 def _check_nf4_suffixes(name: str, pieces: dict[str, Piece], scheme: str) -> None:
     """Raise `CheckpointError` unless a weight has the tensors of its scheme and no other."""
-    wanted = {info.name for info in layout(scheme, TensorInfo("", "BF16", (2, BLOCK)))}
+    wanted = {info.name for info in lay_out(scheme, TensorInfo("", "BF16", (2, BLOCK)))}
     odd = sorted(wanted ^ set(pieces))
     if odd:
         says = "has no" if odd[0] in wanted else "also has"

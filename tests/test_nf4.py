@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quant import nf4
-from quant.spec import layout
+from quant.spec import lay_out
 from quant.tensor_info import TensorInfo
 
 bnb = pytest.importorskip("bitsandbytes.functional")
@@ -131,7 +131,7 @@ def test_pieces_are_as_laid_out(shape):
     }
     assert found == {
         info.name: (names[info.dtype], info.shape)
-        for info in layout("nf4", TensorInfo("", "F32", shape))
+        for info in lay_out("nf4", TensorInfo("", "F32", shape))
     }
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import _TYPES as DTYPES
 from quant import codecs
 from quant.checkpoint import inspect
 from quant.errors import SpecError
-from quant.spec import BAKEABLE, NF4_ONCE, SCHEMES, QuantSpec, is_modulation, layout
+from quant.spec import BAKEABLE, NF4_ONCE, SCHEMES, QuantSpec, is_modulation, lay_out
 from quant.tensor_info import GGUF_BITS, TensorInfo
 from quant.weights import Piece
 
@@ -144,7 +144,7 @@ def test_layout_is_what_the_codec_stores(scheme, dtype, rows, columns):
     weight = torch.randn(rows, columns).to(DTYPES[dtype])
     stored = codecs.quantize(weight, scheme, name=info.name, where=Piece(Path(), info)).stored
     predicted = {
-        part.name: (DTYPES[part.dtype], part.shape, part.nbytes) for part in layout(scheme, info)
+        part.name: (DTYPES[part.dtype], part.shape, part.nbytes) for part in lay_out(scheme, info)
     }
     assert predicted == {
         f"a.weight{suffix}": (t.dtype, tuple(t.shape), t.nbytes) for suffix, t in stored.items()
@@ -178,5 +178,5 @@ def test_a_schemes_row_agrees_with_itself():
         assert row.name == name and row.words and row.library
         assert bool(row.multiply) == (row.capability is not None) == bool(row.largest)
         assert row.can_bake or not (row.can_bake_modulation or row.can_bake_text_encoder)
-        stored = layout(row.forms[0], TensorInfo("a.weight", "BF16", (256, 256)))
+        stored = lay_out(row.forms[0], TensorInfo("a.weight", "BF16", (256, 256)))
         assert not row.can_bake or stored[0].nbytes == 256 * 256 * row.bits // 8

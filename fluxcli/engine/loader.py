@@ -24,7 +24,7 @@ from quant.dialects import ADDED_QKV, QKV, T5_SHARED, T5_TIED
 from quant.errors import CheckpointError
 from quant.linear import fits_together, make_linear
 from quant.lora import Adapter
-from quant.spec import QuantSpec, is_modulation, layout, scheme_in_memory
+from quant.spec import QuantSpec, is_modulation, lay_out, scheme_in_memory
 from quant.weights import Weight
 
 CLIP_PREFIX = "text_model."
@@ -146,7 +146,7 @@ class Filler:
         for name, weight in self._weights.items():
             if name.startswith(f"{block}.") and not skip(name):
                 if scheme := self._schemes[name]:
-                    total += sum(info.nbytes for info in layout(scheme, weight.info))
+                    total += sum(info.nbytes for info in lay_out(scheme, weight.info))
                 else:
                     total += weight.numel * self._dtype.itemsize
         return total

@@ -13,7 +13,7 @@ from fluxcli.plan.machine import Speeds
 from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import Checkpoint, Component
 from quant.lora import Adapter
-from quant.spec import ActivationLine, QuantSpec, is_modulation, layout, scheme_in_memory
+from quant.spec import ActivationLine, QuantSpec, is_modulation, lay_out, scheme_in_memory
 from quant.weights import Weight
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -149,7 +149,7 @@ def weight_bytes(weight: Weight, component: str, *, dtype: str, spec: QuantSpec 
     if spec and not weight.scheme:
         scheme = spec.scheme(component, weight.name, weight.shape)
     if scheme:
-        return sum(info.nbytes for info in layout(scheme, weight.info))
+        return sum(info.nbytes for info in lay_out(scheme, weight.info))
     return weight.numel * DTYPE_BYTES[dtype]
 
 
