@@ -39,7 +39,7 @@ def time_copy(part: Component, target: Path) -> dict:
     spec = QuantSpec("fp8")
     saved_bytes = 0
     for weight in part.weights.values():
-        if spec.scheme("transformer", weight.name, weight.shape):
+        if spec.choose_scheme("transformer", weight.name, weight.shape):
             saved_bytes += weight.nbytes // 2
     share = (part.nbytes - saved_bytes) / sum(path.stat().st_size for path in part.files)
     forget(part.files)
@@ -78,7 +78,7 @@ def time_bitsandbytes(part: Component) -> dict:
     started = time.perf_counter()
     reader = Reader()
     for weight in part.weights.values():
-        if spec.scheme("transformer", weight.name, weight.shape):
+        if spec.choose_scheme("transformer", weight.name, weight.shape):
             quantize_4bit(reader.read(weight)[""], compress_statistics=True, quant_type="nf4")
     return {"seconds": time.perf_counter() - started}
 

@@ -99,7 +99,7 @@ def pretend_baked(checkpoint: Checkpoint, spec: QuantSpec) -> Checkpoint:
     for name, part in checkpoint.components.items():
         weights = {}
         for key, weight in part.weights.items():
-            scheme = spec.scheme(name, key, weight.shape)
+            scheme = spec.choose_scheme(name, key, weight.shape)
             file = weight.pieces[""].file
             pieces = {}
             for info in lay_out(scheme, weight.info):

@@ -36,7 +36,7 @@ options = {"subfolder": "transformer", "torch_dtype": torch.bfloat16}
 model = FluxTransformer2DModel.from_pretrained(sys.argv[1], **options)
 quantized = {}
 for name, parameter in model.named_parameters():
-    if QuantSpec("nf4").scheme("transformer", name, tuple(parameter.shape)):
+    if QuantSpec("nf4").choose_scheme("transformer", name, tuple(parameter.shape)):
         quantized[name] = quantize_4bit(
             parameter.data, compress_statistics=True, quant_type="nf4"
         )

@@ -286,7 +286,7 @@ def _choose_scheme(component: Component, spec: QuantSpec, weight: Weight) -> str
         why = f"{weight.name} is {weight.scheme}"
         hint = "quantize the 16-bit model that it was made from"
         raise CheckpointError("quantized already", component.folder, why=why, hint=hint)
-    return spec.scheme(component.name, weight.name, weight.shape)
+    return spec.choose_scheme(component.name, weight.name, weight.shape)
 
 
 def _make_config(component: Component, spec: QuantSpec, *, to: str) -> str:
@@ -312,7 +312,7 @@ def _list_skipped_layers(component: Component, spec: QuantSpec) -> list[str]:
             skipped += SKIPPED_MODULATION
     without_exceptions = replace(spec, keep=())
     for name, weight in component.weights.items():
-        is_quantizable = without_exceptions.scheme(component.name, name, weight.shape)
+        is_quantizable = without_exceptions.choose_scheme(component.name, name, weight.shape)
         if is_quantizable and spec.is_kept(name):
             skipped.append(name.rpartition(".")[0])
     return skipped

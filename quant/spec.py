@@ -191,7 +191,7 @@ class QuantSpec:
         """The spec and the policy's version, as a checkpoint's manifest has them."""
         return asdict(self) | {"policy": POLICY}
 
-    def scheme(self, component: str, name: str, shape: tuple[int, ...]) -> str:
+    def choose_scheme(self, component: str, name: str, shape: tuple[int, ...]) -> str:
         """The scheme of a 16-bit tensor by its diffusers name, "" where it stays as it is."""
         quantizable = QUANTIZABLE.get(component)
         is_matrix = len(shape) == 2 and all(shape)

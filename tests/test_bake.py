@@ -70,7 +70,7 @@ def _assert_same_model(source: Checkpoint, found: Checkpoint, spec: QuantSpec) -
             stored = weights[weight.name]
             scheme = ""
             if weight.name != "proj_out.weight":
-                scheme = spec.scheme(name, weight.name, weight.shape)
+                scheme = spec.choose_scheme(name, weight.name, weight.shape)
             assert (stored.scheme, stored.shape) == (scheme, weight.shape)
             ours = reader.read(weight)[""].float()
             read = codecs.dequantize(reader.read(stored), scheme, stored.shape, torch.float32)

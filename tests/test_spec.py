@@ -50,7 +50,7 @@ T5_16_BIT = {
 def schemes(
     spec: QuantSpec, component: str, layers: set[str], leaf: str = "weight", shape=(128, 128)
 ) -> set[str]:
-    return {spec.scheme(component, f"{layer}.{leaf}", shape) for layer in layers}
+    return {spec.choose_scheme(component, f"{layer}.{leaf}", shape) for layer in layers}
 
 
 @pytest.mark.parametrize("to", BAKEABLE)
@@ -92,7 +92,7 @@ def test_modulation_is_quantized_when_asked_for_and_alone_changes(to):
 def test_a_pattern_keeps_what_it_names(pattern, kept):
     spec = QuantSpec("fp8", keep=(pattern,))
     assert {
-        layer for layer in BLOCK if not spec.scheme("transformer", f"{layer}.weight", (8, 8))
+        layer for layer in BLOCK if not spec.choose_scheme("transformer", f"{layer}.weight", (8, 8))
     } == kept
     spec.check_keep(f"{layer}.weight" for layer in BLOCK)
 
@@ -155,7 +155,7 @@ def test_the_bundled_model_in_each_scheme_keeps_the_same_layers(tiny_folder):
     weights = inspect(tiny_folder).components["transformer"].weights.values()
     specs = {to: QuantSpec(to) for to in BAKEABLE}
     kept = {
-        to: {w.name for w in weights if not spec.scheme("transformer", w.name, w.shape)}
+        to: {w.name for w in weights if not spec.choose_scheme("transformer", w.name, w.shape)}
         for to, spec in specs.items()
     }
     assert kept["nf4"] == kept["fp8"] == kept["int8"]

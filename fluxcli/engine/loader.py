@@ -174,7 +174,7 @@ class Filler:
         if weight.scheme:
             return scheme_in_memory(self._component.name, weight.name, weight.scheme)
         if self._spec:
-            return self._spec.scheme(self._component.name, weight.name, weight.shape)
+            return self._spec.choose_scheme(self._component.name, weight.name, weight.shape)
         return ""
 
     def _read_values(self, layers: Sequence[str], leaf: str, device: str) -> Tensor:

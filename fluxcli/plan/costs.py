@@ -147,7 +147,7 @@ def weight_bytes(weight: Weight, component: str, *, dtype: str, spec: QuantSpec 
     """Bytes of a weight in memory: as it is stored, or as `spec` will store it, else in `dtype`."""
     scheme = scheme_in_memory(component, weight.name, weight.scheme)
     if spec and not weight.scheme:
-        scheme = spec.scheme(component, weight.name, weight.shape)
+        scheme = spec.choose_scheme(component, weight.name, weight.shape)
     if scheme:
         return sum(info.nbytes for info in lay_out(scheme, weight.info))
     return weight.numel * DTYPE_BYTES[dtype]
