@@ -194,6 +194,7 @@ def _write_tensors(
             for future in written:
                 future.result()
     finally:
+        reader.close()
         torch.set_num_threads(threads)
     return _Report(reader.described, relative_errors)
 
@@ -212,7 +213,11 @@ class _SourceReader:
         """The next tensor, None when all are read."""
         return next(self._tensors, None)
 
-    def _read_all(self, files: list[Path]) -> Iterator[_SourceTensor]:
+    def close(self) -> None:
+        """Close the file that is being read; to be called when no thread reads any more."""
+        self._tensors.close()
+
+    def _read_all(self, files: list[Path]) -> Generator[_SourceTensor, None, None]:
         """Yield the tensors; raises `CheckpointError` for a file that ends early."""
         for path in files:
             digest = hashlib.sha256()
