@@ -22,7 +22,7 @@ def read_cards() -> CardTable:
 
 
 def describe_card(text: str) -> Hardware:
-    """The card that `SIZE[:smNN]` describes, in a machine with the RAM of this one.
+    """The hardware with the card that `SIZE[:smNN]` describes, and with this computer's RAM.
 
     Raises `UsageError` for a text that describes none.
     """

@@ -178,9 +178,8 @@ class Conveyor:
         self._held[slot] = index
 
     def _enter(self, index: int) -> None:
-        if (
-            self._held[index % SLOTS] != index
-        ):  # blocks were skipped, or the last forward was broken
+        # Another block is there if blocks were skipped, or if the last forward was broken off.
+        if self._held[index % SLOTS] != index:
             self._copy(index)
         self._bus.wait(index % SLOTS)
 
@@ -280,9 +279,7 @@ def _pin(arena: Tensor, size_bytes: int, device: str) -> bool:
 
 
 def _unpin(address: int, device: str) -> None:
-    with (
-        contextlib.suppress(RuntimeError),
-        torch.cuda.device(device),
-    ):  # a device that failed stays so
+    # On a device that has failed every call raises; there is nothing left to give back then.
+    with contextlib.suppress(RuntimeError), torch.cuda.device(device):
         torch.cuda.synchronize()
         torch.cuda.cudart().cudaHostUnregister(address)

@@ -166,9 +166,8 @@ def start(idle_s: float) -> dict[str, Any]:
             if time.monotonic() >= until:
                 why = f"the worker does not answer after {START_S:g} s"
                 raise RemoteError(why, hint=f"see {log}", exit_code=ExitCode.DEVICE)
-            if (
-                process is None or process.poll() == 0
-            ):  # 0: it met another one, that was about to end
+            # A worker that exits with 0 met another one, which was about to end.
+            if process is None or process.poll() == 0:
                 process = _spawn(log, idle_s=idle_s, said=said)
             if process.poll():
                 raise _explain_death(process.returncode, said=said, log=log)
@@ -183,14 +182,13 @@ def _spawn(log: Path, *, idle_s: float, said: IO[bytes]) -> "subprocess.Popen[by
         with log.open("ab") as stderr:
             if stderr.tell() > LOG_BYTES:
                 stderr.truncate(0)
+            # In the package's parent folder -m finds fluxcli, and nothing of the caller's folder.
             return subprocess.Popen(
                 _command(idle_s),
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=stderr,
-                cwd=Path(
-                    fluxcli.__file__
-                ).parent.parent,  # -m finds fluxcli there, and nothing of the caller's
+                cwd=Path(fluxcli.__file__).parent.parent,
                 start_new_session=True,
             )
     except OSError as error:

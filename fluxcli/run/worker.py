@@ -54,9 +54,8 @@ def serve(idle_s: float, *, session: "Session | None" = None, explain: Explain =
         from fluxcli.run.session import Session
 
         session = Session()
-    sys.path[:] = [
-        os.path.abspath(each) for each in sys.path
-    ]  # nothing is imported from a caller's folder
+    # Absolute, so that nothing is imported from the folder of a caller.
+    sys.path[:] = [os.path.abspath(each) for each in sys.path]
     os.umask(0o077)
     path = client.locate_socket()
     with contextlib.suppress(FileExistsError):
@@ -87,9 +86,8 @@ def _listen(path: Path) -> "Iterator[Listener]":
     try:
         yield listener
     finally:
-        with contextlib.suppress(
-            FileNotFoundError
-        ):  # it removes the socket: somebody may have done so
+        # Closing removes the socket's file, which somebody may have removed before.
+        with contextlib.suppress(FileNotFoundError):
             listener.close()
 
 
@@ -134,9 +132,8 @@ class Worker:
         self._idle_s = idle_s
         self._path = path
         self._explain = explain
-        self._installation = (
-            client.describe_installation()
-        )  # before a library changes the environment
+        # Described now, before a library changes the environment.
+        self._installation = client.describe_installation()
         self._changed = threading.Condition()  # guards the next three
         self._waiting: list[Call] = []
         self._running: Call | None = None
