@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from fluxcli.engine import device as hardware
-from fluxcli.engine.engine import Drawn, Engine, Phase
+from fluxcli.engine.engine import Drawn, Engine, EnginePhase
 from fluxcli.engine.picture import Picture
 from fluxcli.engine.recent import Recent
 from fluxcli.errors import NotFinite
-from fluxcli.events import Notice, Saved, Step
-from fluxcli.events import Phase as PhaseEvent
+from fluxcli.events import Notice, Phase, Saved, Step
 from fluxcli.pictures import names as output
 from fluxcli.pictures.image import hash_pixels, read_metadata
 from fluxcli.plan.placement import Placement
@@ -33,7 +32,7 @@ def engine(checkpoint: Checkpoint):
 
 
 def phases(events: list) -> list[str]:
-    names = [event.name for event in events if isinstance(event, PhaseEvent)]
+    names = [event.name for event in events if isinstance(event, Phase)]
     return [name for k, name in enumerate(names) if k == 0 or names[k - 1] != name]
 
 
@@ -41,9 +40,7 @@ def test_phases_come_in_order_and_each_component_loads_once(checkpoint):
     events, _ = draw(engine_of(checkpoint), tiny())
     named = [name for name in phases(events) if name != "load"]
     assert list(dict.fromkeys(named)) == ["encode", "condition", "denoise", "decode"]
-    loads = [
-        event.detail for event in events if isinstance(event, PhaseEvent) and event.name == "load"
-    ]
+    loads = [event.detail for event in events if isinstance(event, Phase) and event.name == "load"]
     assert loads == ["tokenizers", "text_encoder", "text_encoder_2", "transformer", "vae"]
     assert [event.index for event in events if isinstance(event, Step)] == [1, 2, 3]
 
@@ -177,7 +174,7 @@ def test_an_engine_of_other_phases_hands_each_picture_over_as_it_has_its_pixels(
             for picture in pictures:
                 picture.pixels = np.zeros((4, 4, 3), np.uint8) if name == "paint" else None
 
-        return Phase(name, run)
+        return EnginePhase(name, run)
 
     plan, here = engine_of(checkpoint).plan, hardware.probe("cpu")
     engine = Engine(checkpoint, plan, here, phases=[note("think"), note("paint")])

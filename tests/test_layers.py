@@ -104,8 +104,12 @@ def test_nothing_heavy_at_module_level_above_the_torch_line(module, path):
 
 
 def loaded_by(code: str) -> set[str]:
-    """The top-level names of the modules that a new interpreter has loaded after this code."""
-    code += "\nimport sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    """The top-level names of the modules that this code loads in a new interpreter.
+
+    What the interpreter itself loads at its start, for editable installs say, does not count.
+    """
+    code = f"import sys; before = set(sys.modules)\n{code}\n"
+    code += "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
     command = [sys.executable, "-c", code]
     run = subprocess.run(
         command,

@@ -13,7 +13,7 @@ import torch
 from benchmarks.counting import CARD, Counter
 from fluxcli.engine import denoise
 from fluxcli.engine import device as hardware
-from fluxcli.engine.engine import PHASES, Engine, Phase
+from fluxcli.engine.engine import PHASES, Engine, EnginePhase
 from fluxcli.errors import DoesNotFit, ExitCode
 from fluxcli.events import Notice
 from fluxcli.pictures import latents
@@ -119,14 +119,14 @@ def test_steps_go_down_one_by_one_by_name_and_end(checkpoint):
     ]
 
 
-def failing(name: str) -> list[Phase]:
+def failing(name: str) -> list[EnginePhase]:
     """The engine's phases, of which one never has enough memory."""
 
     def run(*_: object) -> Iterator[None]:
         raise MemoryError("as if")
         yield
 
-    return [Phase(name, run) if phase.name == name else phase for phase in PHASES]
+    return [EnginePhase(name, run) if phase.name == name else phase for phase in PHASES]
 
 
 def test_an_error_that_is_none_of_memory_is_not_tried_again(checkpoint, monkeypatch):

@@ -147,6 +147,7 @@ class Components:
         return self.loaded[name].module
 
     def _load(self, name: str) -> Iterator[Event]:
+        """Load a component where the plan wants it, and say what the user should know of that."""
         component = self.checkpoint.components[name]
         placed = self.plan.placement
         is_transformer = name == "transformer"

@@ -37,6 +37,7 @@ def run(components: Components, pictures: Sequence[Picture]) -> Iterator[Event]:
 
 
 def _denoise(components: Components, model: Any, picture: Picture) -> Iterator[Event]:
+    """Take one picture's steps; its latents are set after each, so that they outlive an error."""
     request = picture.request
     device = components.plan.device
     dtype = components.dtype("transformer")

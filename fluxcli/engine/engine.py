@@ -33,7 +33,7 @@ from quant.spec import SCHEMES
 
 
 @dataclass(frozen=True)
-class Phase:
+class EnginePhase:
     """A phase by its name in plans and messages, and what it does.
 
     `run` yields events while it gives each picture what the phase makes; pictures that have it are
@@ -45,10 +45,10 @@ class Phase:
 
 
 PHASES = (
-    Phase("encode", encode.run),
-    Phase("condition", condition.run),
-    Phase("denoise", denoise.run),
-    Phase("decode", decode.run),
+    EnginePhase("encode", encode.run),
+    EnginePhase("condition", condition.run),
+    EnginePhase("denoise", denoise.run),
+    EnginePhase("decode", decode.run),
 )
 
 
@@ -80,7 +80,7 @@ class Engine:
         plan: MemoryPlan,
         hardware: Hardware,
         *,
-        phases: Sequence[Phase] = PHASES,
+        phases: Sequence[EnginePhase] = PHASES,
         prompt_cache: bool = False,
     ) -> None:
         """With `prompt_cache` embeddings are kept on disk. The last of `phases` makes pixels."""
@@ -135,7 +135,9 @@ class Engine:
             if was_whole and self.plan.placement.decode == "tiled":
                 self.components.decode_whole()
 
-    def _run(self, phase: Phase, pictures: Sequence[Picture], *, isolate: bool) -> Iterator[Event]:
+    def _run(
+        self, phase: EnginePhase, pictures: Sequence[Picture], *, isolate: bool
+    ) -> Iterator[Event]:
         """A phase for all pictures; to `isolate` an error, for each of them alone."""
         try:
             yield from self._survive(phase, pictures)
@@ -148,7 +150,7 @@ class Engine:
             for picture in pictures:
                 yield from self._run(phase, [picture], isolate=True)
 
-    def _survive(self, phase: Phase, pictures: Sequence[Picture]) -> Iterator[Event]:
+    def _survive(self, phase: EnginePhase, pictures: Sequence[Picture]) -> Iterator[Event]:
         """The phase; where memory runs out, again with less of it, until `DoesNotFit`."""
         while pictures:
             level = self.plan.placement.level(phase.name) or "as planned"

@@ -187,6 +187,7 @@ class Filler:
         return codecs.stack_rows(values)
 
     def _make_quantized(self, layers: Sequence[str], scheme: str, device: str) -> nn.Module:
+        """Return one layer over the quantized weights of these layers, one below the other."""
         weights = [self._weights[f"{layer}.weight"] for layer in layers]
         stored = [self._read_quantized(weight, scheme, device) for weight in weights]
         shapes = [weight.shape for weight in weights]
@@ -237,6 +238,7 @@ class Filler:
         return len(schemes) == 1 and fits_together(schemes.pop(), shapes)
 
     def _fuse_layers(self, block: Any, fusion: Fusion, *, prefix: str) -> None:
+        """Replace a block's layers over the same input by one on meta, and note their rows in it."""
         layers = {name: block.get_submodule(name) for name in fusion.old}
         first = layers[fusion.old[0]]
         rows = sum(layer.out_features for layer in layers.values())

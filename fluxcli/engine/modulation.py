@@ -4,8 +4,8 @@ The modulation linears (27 % of FLUX.1's parameters) see only the embedding of t
 and pooled prompt, never the picture (Peebles & Xie 2022, "Scalable Diffusion Models with
 Transformers", adaLN). So one pass over their weights, read from the file one by one and dropped,
 gives the whole run's values. In the loop each norm holds a view of one static row; `select` copies
-a step's row into it before a forward. No forward is ever counted: one that is repeated or left out
-changes nothing.
+a step's row into it before a forward. The loop names the row of each step; nothing counts the
+forwards, so one that is repeated or skipped (by a step cache, say) does not shift the rows.
 """
 
 import hashlib

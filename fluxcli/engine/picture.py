@@ -15,7 +15,8 @@ from quant.errors import ExplainedError
 from quant.lora import Adapter
 
 
-@dataclass(eq=False)  # a picture is itself, whatever another one holds
+# Compared by identity: two pictures of equal requests are two, and tensors have no truth value.
+@dataclass(eq=False)
 class Picture:
     """One picture from its request to its pixels.
 

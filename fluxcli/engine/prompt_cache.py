@@ -2,7 +2,8 @@
 
 Knows nothing of prompts or encoders: what an entry depends on is in its key, and no prompt is in
 its file, except the part of it that was lost. The folder is the user's own, within `LIMIT_BYTES`;
-the entries that were used longest ago go first. Whatever is wrong with an entry, there is none.
+the entries that were used longest ago are deleted first. An entry that cannot be read, or whose
+digest is wrong, is deleted and counts as absent.
 torch is imported inside functions, so that `flux cache` lists and deletes without it.
 """
 

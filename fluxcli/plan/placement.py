@@ -373,6 +373,7 @@ def _estimate_seconds(candidate: Candidate, placement: Placement) -> dict[str, f
 
 
 def _make_plan(candidate: Candidate, placement: Placement, budget_bytes: int) -> MemoryPlan:
+    """Return the plan of a placement: its bytes and seconds by phase, and its reasons."""
     hardware = candidate.hardware
     peak_bytes = estimate_peaks(candidate, placement)
     host_bytes = _streamed_bytes(candidate, placement)

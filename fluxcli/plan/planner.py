@@ -161,7 +161,8 @@ def _fit_now(
     )
     if not margin_bytes:
         return found
-    if found.plan is None:  # what ran out in another moment forbids nothing
+    # The margin was learned in another moment: where nothing fits beside it, plan without it.
+    if found.plan is None:
         return fit(
             candidate,
             offload=resources.offload,
@@ -180,7 +181,9 @@ def judge(
     """The candidate with its verdict, and the plan for now.
 
     `ever` is what fits into the total memory, which decides pixels; `now` into what is free, which
-    decides the placement; `is_taken`: a better precision is taken already.
+    decides the placement; `is_taken`: a better precision is taken already. The first that holds is
+    the verdict: it does not fit, it is more than `SLOWER` times as slow as `fastest_s`, a better
+    one is taken, it does not fit now; else it is chosen.
     """
     if ever.plan is None:
         return replace(candidate, verdict="does not fit", why=ever.why)

@@ -113,6 +113,7 @@ def run(job: Job) -> Iterator[Event]:
 
 
 def _read_event(frame: dict[str, Any]) -> Event:
+    """Return the event of a frame; raises `Lost` for one that this version does not know."""
     try:
         return from_json(frame)
     except BROKEN as error:
@@ -313,6 +314,7 @@ def _say_hello(kind: str, **more: object) -> "Iterator[Connection]":
 
 
 def _receive(connection: "Connection", *, within_s: float) -> dict[str, Any]:
+    """Return the worker's next frame; raises `Lost` for silence, `Ended` if it has closed."""
     try:
         return receive(connection, within_s=within_s)
     except TimeoutError as error:

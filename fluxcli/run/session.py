@@ -426,7 +426,8 @@ def _take_stock(
         else:
             row.add(saving.describe_file(path, destination.order))
             yield Saved(row.images[-1], row.row.number)
-    if row.images and not row.missing:  # all that was lost with a worker is the word of it
+    # A lost worker had saved all pictures of the row, but not said that the row is done.
+    if row.images and not row.missing:
         yield _finish(engine, row)
     if pending and not row.is_checked:
         try:
@@ -496,7 +497,7 @@ def _finish(engine: Engine, row: PlannedRow) -> Done:
         images=tuple(row.images),
         request=row.order.to_json(),
         plan=plan.to_json() | {"multiply": engine.multiply},
-        timings_s={},  # who shows the events knows them
+        timings_s={},  # filled in by the reporter, which sees when each phase begins
         peak_memory=device.peak_memory(now.device),
         versions=fluxcli.versions(),
         row=row.row.number,
@@ -521,7 +522,8 @@ def _advise(error: DoesNotFit, engine: Engine, left: Sequence[Pending]) -> None:
     error.hint = " or ".join(hints)
     for pending in left:
         if pending.picture.step:
-            with contextlib.suppress(OSError):  # what went wrong first is what must be said
+            # Where the latents cannot be written, the error that came first stays as it is.
+            with contextlib.suppress(OSError):
                 path = saving.keep_latents(engine, pending.picture, pending.destination)
                 error.why = f"{error.why}; the latents are kept in {path}"
                 error.hint = f"flux decode {path}"

@@ -322,6 +322,7 @@ class Worker:
 
 
 def _enter(folder: str) -> None:
+    """Make a client's folder the current one; raises `OutputError`."""
     try:
         os.chdir(folder)
     except (OSError, ValueError) as error:

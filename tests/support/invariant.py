@@ -58,7 +58,7 @@ def paint_instead(monkeypatch: pytest.MonkeyPatch, drawn: list | None = None) ->
     """Pictures come from their seed alone, without weights; `drawn` collects the orders."""
     import numpy as np
 
-    from fluxcli.engine.engine import Engine, Phase
+    from fluxcli.engine.engine import Engine, EnginePhase
     from fluxcli.run import saving, session
 
     def paint(_: object, pictures: list) -> Iterator[events.Event]:
@@ -81,7 +81,7 @@ def paint_instead(monkeypatch: pytest.MonkeyPatch, drawn: list | None = None) ->
         return real(picture, destination, engine)
 
     here = machine(64, "cpu", bf16=False)
-    phases = (Phase("denoise", paint), Phase("decode", hand_over))
+    phases = (EnginePhase("denoise", paint), EnginePhase("decode", hand_over))
     monkeypatch.setattr(session, "Engine", partial(Engine, phases=phases))
     monkeypatch.setattr(saving, "save_picture", save)
     monkeypatch.setattr(hardware, "probe", lambda device="auto", **_: here)
