@@ -238,7 +238,7 @@ class Filler:
         return len(schemes) == 1 and fits_together(schemes.pop(), shapes)
 
     def _fuse_layers(self, block: Any, fusion: Fusion, *, prefix: str) -> None:
-        """Replace a block's layers over the same input by one on meta, and note their rows in it."""
+        """Replace a block's layers over the same input by one on meta; note their rows."""
         layers = {name: block.get_submodule(name) for name in fusion.old}
         first = layers[fusion.old[0]]
         rows = sum(layer.out_features for layer in layers.values())
