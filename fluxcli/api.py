@@ -1,8 +1,8 @@
 """What a notebook or a program imports: pictures as PIL images, and a model that stays loaded.
 
 The command line's own path: `resolve` makes orders, `run.session` plans them and drives the engine,
-`run.saving` writes files. Here are only the words in front of it, so that the same words give the
-same pixels. docs/python.md shows it. Knows no terminal.
+`run.saving` writes files. This module adds only classes and functions in front of that, so that the
+same settings give the same pixels. docs/python.md shows it. Knows no terminal.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -76,7 +76,8 @@ class Flux:
             said["preset" if is_preset else "model"] = model
         self._settings = presets.overlay({}, _name_settings(said))
         self._session: Session | None = None
-        resolve_order(UNPLANNED_PROMPT, self._settings)  # raises
+        # Wrong settings are refused here, and not at the first picture.
+        resolve_order(UNPLANNED_PROMPT, self._settings)
 
     def __enter__(self) -> Self:
         return self

@@ -83,7 +83,7 @@ class NotFinite(FluxError):
 
 
 class Terminated(BaseException):
-    """The signal of that number arrived.
+    """A signal arrived; its number is the only argument.
 
     It unwinds the stack as KeyboardInterrupt does, so that temporary files are deleted.
     """
@@ -92,8 +92,9 @@ class Terminated(BaseException):
 def exit_code_of(error: ExplainedError) -> ExitCode:
     """Return the exit code that an error ends the process with.
 
-    The errors of `quant` have none of their own: a wrong wish is exit 2, a write that fails 6, a
-    library that is missing 8, and everything else is about an input file.
+    An error may have an `exit_code` of its own. Those of `quant` have none: a spec that cannot be
+    is exit 2, a write that fails 6, a library that is missing 8, and everything else is about an
+    input file.
     """
     if isinstance(error, FluxError):
         return error.exit_code

@@ -80,7 +80,7 @@ class Done:
     """The run, or a row of a batch, is over.
 
     It names the pictures, what made them, seconds by phase and memory peaks in bytes. The seconds
-    are those since the command began, of all rows so far.
+    are summed since the command began: those of a row hold the rows before it, too.
     """
 
     images: tuple[GeneratedImage, ...]

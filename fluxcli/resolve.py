@@ -1,4 +1,4 @@
-"""What was said becomes an order: merged settings, file names that decide the format, whole paths.
+"""From a prompt and settings to an order: layers are merged, formats and paths are decided.
 
 The command line and the Python face both go through here, so that the same words mean the same
 picture. Knows nothing of options or how text reaches it.

@@ -248,9 +248,11 @@ class OrderMaker:
         _check_target(target)
         if target.exact:
             if output.output == self._common_output or output.output in self._files:
-                why = "one file name for several pictures"
-                hint = "a folder, or {row} in it"
-                raise UsageError(why, which=output.output, hint=hint)
+                raise UsageError(
+                    "one file name for several pictures",
+                    which=output.output,
+                    hint="a folder, or {row} in it",
+                )
             self._files.add(output.output)
         if self._resume and not output.metadata:
             why = "a picture without metadata does not say what made it"

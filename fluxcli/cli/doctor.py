@@ -1,4 +1,4 @@
-"""`flux doctor`: checks of all that a run stands on: libraries, device, memory, disk, hub.
+"""`flux doctor`: checks of what a run needs: libraries, device, memory, disk, hub.
 
 Each is ok, warn or bad, and says what to do where it is not ok. Asks without changing anything;
 opens no connection unless the hub's token is there to be checked. Sizes are in bytes.

@@ -15,8 +15,7 @@ from fluxcli.cli.settings import given_settings, read_prompt
 from fluxcli.engine.cards import describe_card
 from fluxcli.engine.check import check_torch
 from fluxcli.errors import DoesNotFit, ExitCode, WeightsUnavailable
-from fluxcli.models import find as models
-from fluxcli.models import loras
+from fluxcli.models import find, loras
 from fluxcli.models.shapes import read_known_shapes
 from fluxcli.paths import config_folder
 from fluxcli.plan.costs import make_workload
@@ -59,9 +58,9 @@ def plan_command(
         model=order.request.model,
     )
     if options["json_output"]:
-        console.data_json(_describe(order, model, hardware, candidates))
+        console.data_json(_describe(order, model, hardware=hardware, candidates=candidates))
     else:
-        _show(order, model, hardware, candidates)
+        _show(order, model, hardware=hardware, candidates=candidates)
     if find_chosen(candidates) is None:
         found = suggest_options(
             order.request, order.resources, model.checkpoints, hardware=hardware, adapters=adapters
@@ -82,12 +81,12 @@ class Model(NamedTuple):
 def _find_model(order: Order) -> Model:
     """Raises `WeightsUnavailable` for a model that is not here and whose shapes are not known."""
     try:
-        return Model(models.list_checkpoints(order, config_folder(), console.say), 0)
+        return Model(find.list_checkpoints(order, config_folder(), console.say), 0)
     except WeightsUnavailable:
         shapes = read_known_shapes(order.request.model)
         if shapes is None:
             raise
-        models.check_guidance(order.request, shapes)
+        find.check_guidance(order.request, shapes)
         return Model([shapes], shapes.nbytes)
 
 
@@ -114,6 +113,7 @@ def _find_adapters(order: Order, checkpoints: Sequence[Checkpoint]) -> tuple[Ada
 def _describe(
     order: Order,
     model: Model,
+    *,
     hardware: Hardware,
     candidates: Sequence[Candidate],
 ) -> dict[str, Any]:
@@ -144,6 +144,7 @@ def _describe(
 def _show(
     order: Order,
     model: Model,
+    *,
     hardware: Hardware,
     candidates: Sequence[Candidate],
 ) -> None:

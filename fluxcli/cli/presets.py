@@ -49,7 +49,7 @@ def _show(name: str, *, as_json: bool) -> None:
         value = to_json_value(setting)
         origin = merged.origins[key]
         described[key] = {"value": value, "origin": origin}
-        # Without a guidance is a value of its own; other settings that are not given say nothing.
+        # Guidance "none" says something (of schnell, say); other settings are shown only if given.
         if value is not None or key == "guidance":
             rows.append((key, "none" if value is None else str(value), origin))
     console.table(rows, described, as_json=as_json)

@@ -217,8 +217,7 @@ def _choose_target(given: str | None, name: str, *, recipe: Recipe, source: Path
     real = path.resolve()
     places = {"the source": source.resolve(), "the hub's cache": paths.hub_cache_folder().resolve()}
     for what, place in places.items():
-        holds_source = real in places["the source"].parents
-        if real == place or place in real.parents or holds_source:
+        if real == place or place in real.parents or real in place.parents:
             why = f"it is, or lies inside, or holds {what}"
             hint = "another DST, or none"
             raise UsageError("DST cannot be there", which=path, why=why, hint=hint)

@@ -128,25 +128,33 @@ def _read_order(picture: Path, stored: Metadata) -> Order:
 
 
 def _override(made: Order, given: Values) -> Values:
-    """The settings of a picture, with those that the command line gives on top.
+    """Return the settings of a picture, with those that the command line gives on top.
 
-    Under another preset only those stay that the picture's own preset did not say: they were said
-    when it was made. Where it goes, and how many there are, is never taken from the picture.
+    Where it goes, and how many there are, is never taken from the picture.
     """
-    folder = config_folder()
     values = made.settings()
     del values["output"], values["count"]
-    if "preset" not in given:
-        here = presets.read_config(folder) | presets.read_environment()
-        values["output"] = here.get("output")
-        return presets.overlay(values, given)
+    if "preset" in given:
+        return _override_preset(values, made, given)
+    folder = config_folder()
+    here = presets.read_config(folder) | presets.read_environment()
+    values["output"] = here.get("output")
+    return presets.overlay(values, given)
+
+
+def _override_preset(values: dict[str, Any], made: Order, given: Values) -> Values:
+    """Return a picture's settings under another preset.
+
+    What the picture's own preset says goes with it; what was said beside that preset, when the
+    picture was made, stays.
+    """
     own = _read_preset(made.preset)
     values["lora"] = _find_said_loras(values["lora"], loras.make_absolute(own.get("lora", ())))
     del values["preset"]
     if made.request.width:  # the size was said in pixels, so that by ratio is a default
         del values["aspect_ratio"], values["image_size"]
     said = {name: value for name, value in values.items() if name not in own or own[name] != value}
-    base = presets.merge({"preset": given["preset"]}, folder).values
+    base = presets.merge({"preset": given["preset"]}, config_folder()).values
     return presets.overlay(presets.overlay(base, said), given)
 
 

@@ -51,7 +51,7 @@ def status_command(
 def _describe(name: str, value: object) -> str:
     """Return a value of the worker's status for people."""
     if name.endswith("_bytes") and isinstance(value, int):
-        return f"{value / 2**30:.2f} GiB"
+        return f"{value / GIB:.2f} GiB"
     if isinstance(value, dict):
         return ", ".join(f"{key} {each}" for key, each in value.items())
     return str(value)
@@ -82,7 +82,7 @@ def run(
         bool, typer.Option("--events", help="What ends it is a JSON object on stdout.")
     ] = False,
 ) -> None:
-    """Be the worker."""
+    """Serve jobs in this process until it is idle; `flux worker start` calls it."""
     from fluxcli.run import worker
 
     worker.serve(parse_duration(idle))

@@ -411,7 +411,11 @@ def remove(model: LocalModel) -> None:
 
 
 def _remove_revisions(repository: Path) -> None:
-    """Delete all revisions of a repository of the cache, and no copy's that has the same ones."""
+    """Delete all revisions of a repository of the cache.
+
+    The library deletes by commit; a copy of the repository under another name may have the same
+    commits, so the library is shown this repository alone.
+    """
     from huggingface_hub import scan_cache_dir
 
     cache = scan_cache_dir(paths.hub_cache_folder())

@@ -11,7 +11,7 @@ from quant.errors import ExplainedError
 
 
 def explain(error: Exception, name: str, target: Path) -> Exception:
-    """Return what the user is told of an error; one that nobody can expect as it is.
+    """Return the error that the user is told instead; an unknown one is returned unchanged.
 
     `name` is what was asked of the hub, and `target` where it should go.
     """

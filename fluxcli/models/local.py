@@ -36,7 +36,10 @@ class LocalModel:
 
     @property
     def files(self) -> list[Path]:
-        """All files, links that point nowhere too; not what the library notes in a mirror."""
+        """All files, sorted, with links that point nowhere.
+
+        What the hub's library notes below `.cache` in a mirror is left out.
+        """
         found = [path for path in self.path.rglob("*") if path.is_symlink() or not path.is_dir()]
         return sorted(path for path in found if ".cache" not in path.relative_to(self.path).parts)
 
@@ -49,7 +52,7 @@ def list_models(also: Collection[str] = ()) -> list[LocalModel]:
     """
     found = []
     for model, commit, folder in find.list_snapshots():
-        found.append(LocalModel(model, "hub", folder, commit))
+        found.append(LocalModel(model, "hub", folder, commit=commit))
     mirror = paths.mirror_folder()
     if mirror:
         for path in mirror.glob("*/*/"):
@@ -78,5 +81,5 @@ def _read_pipeline(folder: Path) -> str:
 
 def count_bytes(found: Sequence[LocalModel]) -> int:
     """Bytes on the disk; what several revisions share counts once."""
-    paths = {path.resolve() for each in found for path in each.files}
-    return sum(path.stat().st_size for path in paths if path.exists())
+    distinct = {path.resolve() for each in found for path in each.files}
+    return sum(path.stat().st_size for path in distinct if path.exists())

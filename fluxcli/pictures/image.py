@@ -13,7 +13,7 @@ import json
 from collections.abc import Collection, Mapping
 from html import escape, unescape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fluxcli.errors import BadInputFile
 
@@ -27,7 +27,7 @@ MAX_PIXELS = 64 * 1024 * 1024
 FULL_CHROMA_QUALITY = 90  # from here on a jpg keeps the colours of every pixel
 KNOWN_HASHES = 65_536  # of files that were read, remembered by a process
 
-# Settings that say what was wished; what came of them stands under "compute".
+# Settings that were asked for, such as device "auto"; what was taken stands under "compute".
 RESOURCES = ("device", "precision", "vram_limit", "offload")
 
 XMP = (
@@ -127,8 +127,9 @@ def hash_pixels(pixels: "np.ndarray") -> str:
 def hash_request(metadata: Metadata, *, seeded: bool = True) -> str:
     """Return the sha256 of what decides a picture, from its metadata.
 
-    That is the request, the model, the adapters and what it was computed with; not the wishes that
-    led there. Without `seeded` any seed does that was not asked for.
+    That is the request, the model, the adapters and what it was computed with, but not `RESOURCES`.
+    For an order that gives no seed (`seeded` is False) the seed is left out, and whether it was
+    asked for is put in: so pictures of such an order have equal hashes, whatever seeds they got.
     """
     request = {name: value for name, value in metadata["request"].items() if name not in RESOURCES}
     parts = {name: metadata.get(name) for name in ("size", "model", "compute", "lora")}
@@ -146,17 +147,27 @@ def carries_hash(path: Path, wanted: Collection[str], *, seeded: bool) -> bool:
         hashes = _read_hashes(path.absolute(), status.st_mtime_ns, status.st_size)
     except (BadInputFile, OSError):
         return False
-    return hashes[seeded] in wanted
+    return (hashes.with_seed if seeded else hashes.without_seed) in wanted
+
+
+class RequestHashes(NamedTuple):
+    """The hashes of a picture's request, as `hash_request` makes them."""
+
+    with_seed: str
+    without_seed: str
 
 
 @functools.lru_cache(KNOWN_HASHES)
-def _read_hashes(path: Path, *_state: int) -> dict[bool, str]:
-    """Return the hashes of a picture's request with (True) and without (False) its seed.
+def _read_hashes(path: Path, *_state: int) -> RequestHashes:
+    """Return the hashes of the request that a picture's metadata tell.
 
     They are read once for each state of the file.
     """
     metadata = read_metadata(path)
-    return {seeded: hash_request(metadata, seeded=seeded) for seeded in (True, False)}
+    return RequestHashes(
+        with_seed=hash_request(metadata, seeded=True),
+        without_seed=hash_request(metadata, seeded=False),
+    )
 
 
 # --- from a file

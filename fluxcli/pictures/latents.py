@@ -73,7 +73,7 @@ def save(latents: Latents, target: Target, *, n: int = 1, row: int = 0) -> Path:
         with suppress(FileExistsError):  # another process was quicker
             write_atomically(path, data, place=move_if_free)
             return path
-    raise AssertionError("names never end")
+    raise AssertionError("the candidates are endless")
 
 
 def find_kept(destination: Destination) -> list[Path]:
@@ -83,7 +83,7 @@ def find_kept(destination: Destination) -> list[Path]:
         if not path.exists():
             return found
         found.append(path)
-    raise AssertionError("names never end")
+    raise AssertionError("the candidates are endless")
 
 
 def _list_places(destination: Destination) -> Iterator[Path]:

@@ -154,9 +154,10 @@ def list_candidates(destination: Destination) -> Iterator[Path]:
 def list_names(destination: Destination) -> Iterator[Path]:
     """Yield the names that a picture has or could have got in another run, best first.
 
-    Mostly these are its candidates. Where a name tells what the order leaves open (the day; without
-    a seed also the seed, and the number, since such pictures are equal but for it), these are the
-    files that are there under any value of it.
+    Mostly these are its candidates. But a name may hold what the order leaves open: {date} is
+    another one tomorrow, and without a seed {seed} and {n} differ from run to run. Then these are
+    the files that are there with any value in its place: of x-{date} for one, x-2026-11-28.png and
+    x-2026-11-29.png.
     """
     target = destination.target
     if target.exact:

@@ -191,10 +191,11 @@ def merge(
 
 
 def override(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what two sayings come to together, where the second one was said later.
+    """Return the settings of two layers as one layer, which `merge` takes.
 
-    As `overlay`, for settings that are still to be merged with presets: pixels of the stronger
-    saying take the place of a ratio in the weaker one, instead of standing beside it.
+    For a batch, the command line and a row; in Python, `Flux(...)` and a call. `overlay` alone
+    would leave a ratio of the weaker layer beside pixels of the stronger one, which `merge` refuses
+    in one layer: here the pixels take its place.
     """
     left = dict(weaker)
     if stronger.get("width") or stronger.get("height"):

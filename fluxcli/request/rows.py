@@ -303,7 +303,7 @@ def _plainly(rows: Iterator[Row]) -> Generator[Row | None, None, None]:
 
 
 class _End(NamedTuple):
-    """The end of the rows that a thread reads: by what it was ended, None for the source's end."""
+    """The last item of a thread that reads rows: the error that ended it, if one did."""
 
     error: BaseException | None
 
