@@ -4,7 +4,6 @@ Each is ok, warn or bad, and says what to do where it is not ok. Asks without ch
 opens no connection unless the hub's token is there to be checked. Sizes are in bytes.
 """
 
-import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -102,6 +101,8 @@ def _warn_unless(good: bool, name: str, *, found: str, fix: str) -> Check:
 
 
 def _check_library(name: str) -> Check:
+    import importlib.metadata  # here, since `flux --help` imports this module
+
     try:
         return Check(name, "ok", importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
