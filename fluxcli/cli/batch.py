@@ -31,7 +31,7 @@ from fluxcli.request.job import Job, Row
 from fluxcli.request.rows import is_streaming, make_chunks, read_rows
 from fluxcli.request.settings import ALIASES, coerce
 from fluxcli.request.target import Target
-from fluxcli.resolve import build_order
+from fluxcli.resolve import resolve_order
 from fluxcli.run import processes
 from fluxcli.run.dispatch import Dispatcher
 from quant.errors import ExplainedError
@@ -215,12 +215,7 @@ class OrderMaker:
         if not isinstance(prompt, str):
             raise UsageError("wrong value", which="prompt", why="it is no text")
         said = _coerce_fields(row)
-        given = dict(self._given)
-        if said.get("width") or said.get("height"):  # they replace those of weaker layers
-            given.pop("aspect_ratio", None)
-            given.pop("image_size", None)
-        merged = presets.overlay(given, said)
-        return build_order(prompt, presets.merge(merged, config_folder()).values, merged)
+        return resolve_order(prompt, presets.override(self._given, said))
 
     def complete(self, rows: Iterator[Row]) -> Iterator[Row]:
         """Yield the rows with their targets, and with which of equal pictures they ask for.

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from fluxcli.errors import UsageError
 from fluxcli.request.sizes import (
     ASPECT_RATIOS,
+    MAX_SIZE_PX,
     MIN_SIZE_PX,
     MULTIPLE_PX,
     check_side,
@@ -121,7 +122,6 @@ class Text(Kind):
 
     pattern: str = r"(?s:.*)"
     described: str = ""
-    choices: tuple[str, ...] = ()
 
     def convert(self, value: Any) -> str:
         if not isinstance(value, str):
@@ -315,21 +315,21 @@ _ROWS = (
     ),
     Setting(
         "image_size",
-        Side(MIN_SIZE_PX, 4096),
+        Side(MIN_SIZE_PX, MAX_SIZE_PX),
         help="Longest side in pixels, a multiple of 16.",
         flags=("--size",),
         alias="size",
     ),
     Setting(
         "width",
-        Side(MULTIPLE_PX, 4096),
+        Side(MULTIPLE_PX, MAX_SIZE_PX),
         help="Pixels; with --height, instead of --ar and --size.",
         flags=("--width",),
         optional=True,
     ),
     Setting(
         "height",
-        Side(MULTIPLE_PX, 4096),
+        Side(MULTIPLE_PX, MAX_SIZE_PX),
         help="Pixels; with --width.",
         flags=("--height",),
         optional=True,
@@ -370,7 +370,7 @@ _ROWS = (
     ),
     Setting(
         "format",
-        ImageFormat("jpg|png|webp", "jpg, png or webp", ("jpg", "png", "webp")),
+        ImageFormat("jpg|png|webp", "jpg, png or webp"),
         help="jpg, png or webp.",
         flags=("--format",),
     ),
@@ -378,11 +378,7 @@ _ROWS = (
     Setting("metadata", Switch(), help="Write the bare picture.", flags=("--no-metadata",)),
     Setting(
         "precision",
-        Text(
-            "auto|bf16|fp16|fp32|fp8|int8|nf4",
-            "auto, bf16, fp16, fp32, fp8, int8 or nf4",
-            ("auto", "bf16", "fp16", "fp32", "fp8", "int8", "nf4"),
-        ),
+        Text("auto|bf16|fp16|fp32|fp8|int8|nf4", "auto, bf16, fp16, fp32, fp8, int8 or nf4"),
         help="auto, bf16, fp16, fp32, fp8, int8 or nf4.",
         flags=("--precision",),
     ),
@@ -395,11 +391,7 @@ _ROWS = (
     ),
     Setting(
         "offload",
-        Text(
-            "auto|none|stream|sequential",
-            "auto, none, stream or sequential",
-            ("auto", "none", "stream", "sequential"),
-        ),
+        Text("auto|none|stream|sequential", "auto, none, stream or sequential"),
         help="auto, none, stream (blocks pass through) or sequential (least memory).",
         flags=("--offload",),
     ),
