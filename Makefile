@@ -12,10 +12,12 @@ WORKERS ?= 2
 PARALLEL := -n $(WORKERS) --dist loadfile
 
 test: .venv/ready
+	$(BIN)/python -m tests.faults --workers $(WORKERS)
 	$(BIN)/python -m pytest -m "serial and not exhaustive"
 	$(BIN)/python -m pytest $(PARALLEL) -m "not serial and not exhaustive"
 
 test-all: .venv/ready
+	$(BIN)/python -m tests.faults --workers $(WORKERS) --exhaustive
 	$(BIN)/python -m pytest -m serial
 	$(BIN)/python -m pytest $(PARALLEL) -m "not serial"
 

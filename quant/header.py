@@ -78,7 +78,7 @@ def _header_length(path: Path, start: bytes, file_bytes: int) -> int:
     """
     if len(start) < LENGTH_BYTES:
         why = f"it has only {file_bytes} bytes"
-        raise CheckpointError("not a safetensors file", path, why=why)
+        raise CheckpointError("not a safetensors file", path, why=why, hint="download it again")
     length = int.from_bytes(start, "little")
     if 2 <= length <= min(MAX_HEADER_BYTES, file_bytes - LENGTH_BYTES):
         return length

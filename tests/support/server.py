@@ -60,6 +60,7 @@ class Server:
 
     def __init__(self) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._starting = threading.Lock()  # the umask is the whole process's
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.support.server", str(theirs.fileno())],
@@ -101,8 +102,9 @@ class Server:
                 theirs.append(os.dup(stream if isinstance(stream, int) else stream.fileno()))
         status, reported = os.pipe()
         theirs.append(reported)
-        umask = os.umask(0)
-        os.umask(umask)
+        with self._starting:
+            umask = os.umask(0)
+            os.umask(umask)
         message = {"command": command, "folder": str(cwd or Path.cwd()), "umask": umask}
         message |= {"environment": {**os.environ, **check(environment or {})}}
         data = json.dumps(message).encode()
