@@ -108,11 +108,78 @@ def test_the_extension_decides_the_format(text, format):
         ("{seed:q}.png", {}, "bad template"),
         ("{seed.real}.png", {}, "{seed}"),
         ("{colour}/x.png", {}, "{seed}"),
+        ("{seed:c}.png", {}, "only a width"),
+        ("{seed:{n}}.png", {}, "only a width"),
+        ("{seed!r}.png", {}, "only a width"),
+        ("{slug:>30}.png", {}, "only a width"),
+        ("{n:100}.png", {}, "only a width"),
+        ("{n:99999999999}.png", {}, "only a width"),
+        ("{slug:05d}.png", {}, "bad template"),
+        ("{seed[0]}.png", {}, "{seed}"),
+        ("{model}.png", {}, "{seed}"),
+        ("{seed}/../../x.png", {}, "leads out"),
+        ("out/{slug}/..", {}, "leads out"),
+        ("{n}/../", {}, "leads out"),
     ],
 )
 def test_contradictions_and_impossible_names_are_usage_errors(text, changes, word):
     assert word in refused(text, **changes)
     assert files(Path()) == {}
+
+
+@pytest.mark.parametrize(
+    "text, name",
+    [
+        ("pics/../x.png", "x.png"),
+        ("missing/../new/x.png", "new/x.png"),
+        ("missing/../{seed}", "7.png"),
+        ("link/../x.png", "far/x.png"),
+        ("link/../{seed}/", "far/7/a-fox-running-7.png"),
+        ("pics/../../{n}", "../1.png"),
+    ],
+)
+def test_a_path_with_parents_is_written_where_it_says(text, name):
+    Path("pics").mkdir()
+    Path("far/away").mkdir(parents=True)
+    Path("link").symlink_to("far/away")
+    path = save(text)
+    assert path == os.path.realpath(name) and Path(path).read_bytes() == b"new"
+    assert not Path("missing").exists()
+    Path(path).unlink()
+
+
+def test_parents_before_a_field_are_the_folder_that_was_named():
+    Path("inner").mkdir()
+    os.chdir("inner")
+    assert save("../pics/{seed}") == "../pics/7.png" and Path("../pics/7.png").exists()
+    assert save("{{a}}/{seed}") == "{a}/7.png"
+
+
+def test_a_link_never_leads_a_field_out_of_its_folder():
+    Path("far").mkdir()
+    Path("out").mkdir()
+    Path("out/a-fox-running").symlink_to("../far")
+    with pytest.raises(OutputError, match="leaves its folder"):
+        save("out/{slug}/{seed}")
+    assert files(Path("far")) == {}
+    assert save("out/a-fox-running/{seed}") == "out/a-fox-running/7.png"  # it was said
+
+
+def test_a_name_with_a_number_is_as_long_as_the_file_system_takes():
+    text = "{seed:099}{n:099}{row:053}"
+    assert len(save(text)) == 255
+    second = save(text)
+    assert len(second) == 255 and second.endswith("-2.png")
+
+
+@pytest.mark.parametrize("text", ["a\nb.png", "a\x1bb.png", "a\x9bb.png", "a\0b.png"])
+def test_control_characters_are_no_part_of_a_name(text):
+    assert "unknown output" in refused(text)
+
+
+@pytest.mark.parametrize("prompt", ["con", "NUL", "com1", "LPT9"])
+def test_a_slug_is_no_device_of_windows(prompt):
+    assert output.make_slug(prompt) == f"image-{prompt.lower()}"
 
 
 @given(st.text(max_size=200))
@@ -231,7 +298,7 @@ def test_a_full_disk_is_found_before_the_compute(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text", ["file/x.png", "file/", f"{'a' * 300}.png", f"{'a' * 300}/", "{slug:>300}"]
+    "text", ["file/x.png", "file/", f"{'a' * 300}.png", f"{'a' * 300}/", "{n:090}" * 3]
 )
 def test_a_name_that_cannot_be_is_found_before_the_compute(text):
     Path("file").write_bytes(b"old")

@@ -95,7 +95,7 @@ def _list_places(destination: Destination) -> Iterator[Path]:
         beside = Target(Path(), names.DEFAULT_TEMPLATE)
         destination = replace(destination, target=beside)
     for path in names.list_candidates(destination):
-        yield path.with_name(path.stem + SUFFIX)
+        yield path.with_name(names.join_name(path.stem, SUFFIX))
 
 
 def load(path: Path) -> Latents:

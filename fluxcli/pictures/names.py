@@ -11,12 +11,13 @@ import math
 import os
 import re
 import shutil
+import string
 import sys
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
-from itertools import count
+from itertools import count, dropwhile, takewhile
 from pathlib import Path
 
 from fluxcli.errors import OutputError, UsageError
@@ -27,7 +28,10 @@ from quant.files import move_if_free, nearest, open_temporary, write_atomically
 
 DEFAULT_TEMPLATE = "{slug}-{seed}"
 TEMPLATE_FIELDS = ("seed", "n", "row", "slug", "preset", "width", "height", "date")
+WIDTH = re.compile(r"(0?[1-9]\d?d?)?")  # what a field's format may say: {seed:05}, {n:3}
 MAX_SLUG = 48  # characters
+MAX_NAME_BYTES = 255  # of a file name, on the file systems in use
+DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)")  # Windows makes no file of these names
 STDOUT = "-"
 MIB = 1 << 20
 
@@ -76,18 +80,41 @@ def parse_target(output: Output, *, force: bool = False) -> Target:
         return Target(Path(), STDOUT, stdout=True)
     path = Path(os.path.expanduser(text or "."))
     if os.path.isdir(path):
-        return Target(path, DEFAULT_TEMPLATE)
+        return Target(_resolve_parents(path), DEFAULT_TEMPLATE)
     is_template = bool(check_template(str(path)))
-    if text and text.endswith(("/", os.sep)):
-        if is_template:
-            return Target(Path(), str(path / DEFAULT_TEMPLATE))
-        return Target(path, DEFAULT_TEMPLATE)
+    is_folder = bool(text) and text.endswith(("/", os.sep))
     if is_template:
-        return Target(Path(), str(path.with_suffix("")))
+        return _split_template(path / DEFAULT_TEMPLATE if is_folder else path.with_suffix(""))
+    if is_folder:
+        return Target(_resolve_parents(path), DEFAULT_TEMPLATE)
     if output.count > 1:
         hint = f"-o {path.stem}-{{seed}}{path.suffix}, or a folder"
         raise UsageError("one file name for several pictures", which=text, hint=hint)
-    return Target(path.parent, path.name, exact=True, force=force)
+    _check_device_name(path)
+    return Target(_resolve_parents(path.parent), path.name, exact=True, force=force)
+
+
+def _split_template(path: Path) -> Target:
+    """Return the target of a template: its folder is what stands before the first field."""
+    fixed = list(takewhile(lambda part: not find_fields(part), path.parts))
+    folder = Path(*[part.format() for part in fixed])  # {{ becomes {
+    pattern = os.path.join(*path.parts[len(fixed) :])
+    return Target(_resolve_parents(folder), pattern)
+
+
+def _resolve_parents(folder: Path) -> Path:
+    """Return the folder; without its links where a name is followed by `..`.
+
+    Of new/../x the system would make the folder new, and after a link `..` is where that leads.
+    """
+    names = list(dropwhile(lambda part: part == os.pardir, folder.parts))
+    return Path(os.path.realpath(folder)) if os.pardir in names else folder
+
+
+def _check_device_name(path: Path) -> None:
+    """Raise `UsageError` on Windows for a name that stands for a device there, such as con.png."""
+    if os.name == "nt" and DEVICES.fullmatch(path.name.partition(".")[0].rstrip().lower()):
+        raise UsageError("the name of a device", which=path, hint="another name for the picture")
 
 
 def read_format(text: str | None, *, given: str | None = None) -> str | None:
@@ -115,16 +142,37 @@ def read_format(text: str | None, *, given: str | None = None) -> str | None:
 def check_template(name: str) -> set[str]:
     """Return the template fields of a name, of which there may be none.
 
-    Raises `UsageError` for fields that there are not, and for braces and formats that cannot be.
+    Raises `UsageError` for fields that there are not, for braces and formats that cannot be, and
+    for `..` behind a field.
     """
     try:
-        found = find_fields(name)
-        if not found.issubset(TEMPLATE_FIELDS):
-            raise ValueError("fields are " + " ".join(f"{{{each}}}" for each in TEMPLATE_FIELDS))
+        for _, field, width, conversion in string.Formatter().parse(name):
+            if field is not None:
+                _check_field(field, width or "", conversion)
         name.format(seed=1, n=1, row=1, slug="", preset="", width=1, height=1, date="")
-    except (ValueError, IndexError, KeyError, MemoryError) as error:  # the last: {n:99999999999}
-        raise UsageError("bad template", which=name, why=str(error)) from error
-    return found
+    except ValueError as error:
+        hint = '-o "pics/{slug}-{seed:05}.png"'
+        raise UsageError("bad template", which=name[:200], why=str(error), hint=hint) from error
+    behind = list(dropwhile(lambda part: not find_fields(part), Path(name).parts))
+    if os.pardir in behind:
+        raise UsageError(
+            "bad template",
+            which=name[:200],
+            why=".. behind a field leads out of the folder",
+            hint="begin with the folder: -o FOLDER/{seed}",
+        )
+    return find_fields(name)
+
+
+def _check_field(field: str, width: str, conversion: str | None) -> None:
+    """Raise ValueError for a field that there is not, and for a format that is more than a width.
+
+    Python's formats could reach into objects, and fill the memory: {seed.real}, {n:99999999999}.
+    """
+    if field not in TEMPLATE_FIELDS:
+        raise ValueError("fields are " + " ".join(f"{{{each}}}" for each in TEMPLATE_FIELDS))
+    if conversion or not WIDTH.fullmatch(width):
+        raise ValueError(f"of {{{field}}} only a width up to 99 may be said, as in {{{field}:05}}")
 
 
 def make_slug(prompt: str) -> str:
@@ -134,6 +182,8 @@ def make_slug(prompt: str) -> str:
     if len(slug) > MAX_SLUG:
         whole_words = slug[: MAX_SLUG + 1].rpartition("-")[0]
         slug = whole_words or slug[:MAX_SLUG]
+    if DEVICES.fullmatch(slug):
+        slug = f"image-{slug}"
     return slug or "image"
 
 
@@ -143,12 +193,20 @@ def make_slug(prompt: str) -> str:
 def list_candidates(destination: Destination) -> Iterator[Path]:
     """Yield the names to try for a picture, best first: without a number, then with -2, -3 ...
 
-    They never end.
+    They never end. Where a number would make the name too long, the name is cut before it.
     """
     first = destination.target.folder / destination.make_name()
     yield first
     for k in count(2):
-        yield first.with_name(f"{first.stem}-{k}{first.suffix}")
+        yield first.with_name(join_name(first.stem, f"-{k}{first.suffix}"))
+
+
+def join_name(stem: str, end: str) -> str:
+    """Return a file name of two parts, the first cut so that file systems take the whole."""
+    room_bytes = MAX_NAME_BYTES - len(os.fsencode(end))
+    if len(os.fsencode(stem)) > room_bytes:
+        stem = stem.encode(errors="ignore")[:room_bytes].decode(errors="ignore")
+    return stem + end
 
 
 def list_names(destination: Destination) -> Iterator[Path]:
@@ -201,7 +259,12 @@ def check_writable(target: Target, order: Order, *, row: int = 0) -> None:
         _check_stdout()
         return
     path = next(list_candidates(Destination(target, order, row=row)))
+    k = order.output.count - 1
+    last = next(list_candidates(Destination(target, order.picture(k), n=k + 1, row=row)))
     try:
+        _check_inside(path, target)
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(last)  # its numbers may be longer: too long a name is known before it is drawn
         with contextlib.suppress(FileNotFoundError):
             os.lstat(path)  # not `exists`: a dangling link takes a name, too
             if target.exact and not target.force:
@@ -217,6 +280,18 @@ def check_writable(target: Target, order: Order, *, row: int = 0) -> None:
     if free_bytes < need_bytes:
         why = f"needs about {need_bytes // MIB + 1} MiB, {free_bytes // MIB} MiB are free"
         raise OutputError("the disk is full", which=folder, why=why)
+
+
+def _check_inside(path: Path, target: Target) -> None:
+    """Raise `OutputError` where links lead a name that is made of fields out of its folder."""
+    if target.exact:
+        return
+    folder = Path(os.path.realpath(target.folder))
+    found = Path(os.path.realpath(path.parent))
+    if not found.is_relative_to(folder):
+        why = f"a link leads to {found}"
+        hint = "begin with that folder: -o FOLDER/{slug}"
+        raise OutputError("the name leaves its folder", which=path, why=why, hint=hint)
 
 
 def _check_stdout() -> None:
@@ -240,6 +315,7 @@ def save(data: bytes, destination: Destination) -> str:
         return STDOUT
     for path in list_candidates(destination):
         try:
+            _check_inside(path, target)
             if _write(data, path, force=target.force):
                 break
         except OSError as error:

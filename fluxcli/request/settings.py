@@ -362,7 +362,10 @@ _ROWS = (
     ),
     Setting(
         "output",
-        Text(r"[^\0\ud800-\udc7f\udd00-\udfff]{1,4000}", "a file, a folder, a template or -"),
+        Text(
+            r"[^\x00-\x1f\x7f-\x9f\ud800-\udc7f\udd00-\udfff]{1,4000}",
+            "a file, a folder, a template or -",
+        ),
         help="File, folder/, - for stdout, or template"
         " of {seed} {n} {row} {slug} {preset} {width} {height} {date}.",
         flags=("-o", "--output"),

@@ -12,8 +12,8 @@ from pathlib import Path
 class Target:
     """Where the pictures of a row go.
 
-    `pattern` is a template without an extension, below `folder`; of an `exact` target it is the
-    one file name that the user gave, which only `force` replaces.
+    `pattern` is a template without an extension, and its names never lead out of `folder`; of an
+    `exact` target it is the one file name that the user gave, which only `force` replaces.
     """
 
     folder: Path
