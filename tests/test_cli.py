@@ -47,7 +47,6 @@ REFUSED = {
     "blank": (["generate", " \n\t"], "prompt is empty"),
     "words without quotes": (["generate", "a", "fox"], "quote"),
     "no UTF-8": (["generate", "ab\udcffc"], "byte 2"),
-    "no command": ([], "flux --help"),
     "unknown command": (["generat", "x"], "did you mean 'generate'"),
     "unknown subcommand": (["models", "downlaod", "dev"], "did you mean 'download'"),
     "near-miss option": (["generate", "x", "--stps", "4"], "did you mean --steps"),

@@ -32,7 +32,7 @@ TINY = (
 
 def test_a_prompt_that_begins_with_a_dash_is_told_about_the_double_dash(capsys):
     message = assert_failed(call(capsys, "generate", "-5 degrees", "-p", "tiny"), ExitCode.USAGE)
-    assert "generate -- PROMPT" in message
+    assert "generate -- '-5 degrees'" in message
 
 
 def test_options_without_effect_are_said(capsys, monkeypatch):

@@ -9,12 +9,16 @@ import contextlib
 import io
 import logging
 import os
+import shlex
 import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, NamedTuple, NoReturn, Optional
 
 import typer
 
@@ -25,6 +29,7 @@ from fluxcli.cli import (
     console,
     doctor,
     generate,
+    hints,
     inspect,
     lora,
     models,
@@ -34,28 +39,64 @@ from fluxcli.cli import (
     replay,
     worker,
 )
+from fluxcli.cli.help import App, write_examples
 from fluxcli.errors import ExitCode, OutputError, Terminated
 from fluxcli.events import Failed, explain, to_json
 
-app = typer.Typer(
-    name="flux",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+app = App(name="flux")
+DRAWING = "Pictures"
+WEIGHTS = "Weights"
+HERE = "This computer"
+GENERATE_EXAMPLES = write_examples(
+    'flux generate "a red circle on a blue background" -p tiny -o circle.png',
+    'flux generate "a fox in the snow" --ar 16:9 -n 4 -o foxes/',
+    "flux generate --from prompts.txt -o 'out/{row}-{seed}.png' --resume",
 )
-app.command("generate")(generate.generate)
-app.command("replay")(replay.replay)
-app.command("plan")(plan.plan_command)
-app.command("decode")(replay.decode)
-app.command("quantize")(quantize.quantize)
-app.command("doctor")(doctor.doctor_command)
-app.command("presets")(presets.presets_command)
-app.command("inspect")(inspect.inspect_command)
-app.command("cache")(cache.cache_command)
-app.add_typer(worker.worker_app, name="worker")
-app.add_typer(models.models_app, name="models")
-app.add_typer(lora.lora_app, name="lora")
+REPLAY_EXAMPLES = write_examples(
+    "flux replay circle.png --seed 2",
+    "flux replay draft.jpg -p quality -o final.png",
+    "flux replay circle.png --check",
+)
+PLAN_EXAMPLES = write_examples(
+    "flux plan",
+    "flux plan --ar 16:9 --size 1536 --vram-limit 8GiB",
+    "flux plan -p schnell --card 12GiB --json",
+)
+QUANTIZE_EXAMPLES = write_examples(
+    "flux quantize dev --to fp8",
+    "flux quantize dev models/dev-nf4 --to nf4 --lora ink.safetensors:0.8",
+    "flux quantize flux1-dev.safetensors --to fp8 --layout comfy",
+)
+
+_draws = partial(app.command, rich_help_panel=DRAWING)
+_weighs = partial(app.command, rich_help_panel=WEIGHTS)
+_looks = partial(app.command, rich_help_panel=HERE)
+_draws("generate", epilog=GENERATE_EXAMPLES)(generate.generate)
+_draws("replay", epilog=REPLAY_EXAMPLES)(replay.replay)
+_draws("decode")(replay.decode)
+_draws("plan", epilog=PLAN_EXAMPLES)(plan.plan_command)
+_draws("presets")(presets.presets_command)
+_draws("inspect")(inspect.inspect_command)
+app.add_typer(models.models_app, name="models", rich_help_panel=WEIGHTS)
+app.add_typer(lora.lora_app, name="lora", rich_help_panel=WEIGHTS)
+_weighs("quantize", epilog=QUANTIZE_EXAMPLES)(quantize.quantize)
+_looks("doctor")(doctor.doctor_command)
+app.add_typer(worker.worker_app, name="worker", rich_help_panel=HERE)
+_looks("cache")(cache.cache_command)
+
+
+@app.command("help", hidden=True)
+def help_command(
+    words: Annotated[Optional[list[str]], typer.Argument(help="A command.")] = None,
+) -> int:
+    """Show the page of a command, or of all."""
+    return _call([*(words or []), "--help"])
+
+
+@app.command("version", hidden=True)
+def version_command() -> None:
+    """Print the version."""
+    _print_version(True)
 
 
 def _print_version(wanted: bool) -> None:
@@ -73,6 +114,8 @@ def root(
     """Pictures by FLUX.1, on the card you have.
 
     Try: flux generate "a red circle on a blue background" -p tiny
+
+    "flux COMMAND --help" has the options of a command, and examples.
     """
 
 
@@ -110,8 +153,7 @@ def run(arguments: Sequence[str]) -> int:
     is_debug = "--debug" in options
     quieten_libraries(is_debug=is_debug)
     try:
-        code = app(args=list(arguments), standalone_mode=False, prog_name="flux")
-        return int(code or ExitCode.OK)
+        return _call(arguments)
     except SystemExit as stop:
         if isinstance(stop.__context__, BrokenPipeError):  # typer makes an exit 1 of it
             raise stop.__context__ from None
@@ -120,7 +162,7 @@ def run(arguments: Sequence[str]) -> int:
         signals.check_signals()  # the error may be what a library made of a signal
         if is_debug:
             traceback.print_exc()
-        failed = explain_end(error)
+        failed = explain_end(error, arguments)
     if "--events" in options:
         with contextlib.suppress(OutputError, OSError):  # stdout itself may be what failed
             console.data_json(to_json(failed))
@@ -128,12 +170,33 @@ def run(arguments: Sequence[str]) -> int:
     return failed.exit_code
 
 
-def explain_end(error: Exception) -> Failed:
+def _call(arguments: Sequence[str]) -> int:
+    """Run one command; whatever ends it is raised."""
+    code = app(args=list(arguments), standalone_mode=False, prog_name=_name_program())
+    return int(code or ExitCode.OK)
+
+
+def _name_program() -> str:
+    """The name under which this runs: flux, or fluxcli where that is what was typed.
+
+    The variable by which a shell asks for completions has the program's name in it, too.
+    """
+    name = Path(sys.argv[0]).stem
+    if name == "fluxcli" and "_FLUX_COMPLETE" not in os.environ:
+        return name
+    return "flux"
+
+
+def explain_end(error: Exception, arguments: Sequence[str] = ()) -> Failed:
     """Return the exit code, the message and the hint of whatever ended a command."""
     if isinstance(error, typer.TyperException):
-        said = _explain_usage(error)
-        return Failed(int(ExitCode.USAGE), said.message, said.hint)
-    return explain(error)
+        said = _explain_usage(error, arguments)
+        failed = Failed(int(ExitCode.USAGE), said.message, said.hint)
+    else:
+        failed = explain(error)
+    if failed.exit_code == ExitCode.USAGE and "--count" in failed.message:
+        return replace(failed, hint=hints.find_for_count(arguments) or failed.hint)
+    return failed
 
 
 class _Said(NamedTuple):
@@ -141,30 +204,46 @@ class _Said(NamedTuple):
     hint: str
 
 
-def _explain_usage(error: typer.TyperException) -> _Said:
+def _explain_usage(error: typer.TyperException, arguments: Sequence[str]) -> _Said:
     """What typer says of a wrong command line, and what to do about it.
 
     Its classes of errors are private, so they are told apart by their attributes and names.
     """
     context = getattr(error, "ctx", None)
-    command = context.command_path if context else "flux"
-    if type(error).__name__ == "NoArgsIsHelpError":
-        return _Said("no command given", f"{command} --help")
+    path = context.command_path if context else "flux"
     option = getattr(error, "option_name", None) or ""
     possible = getattr(error, "possibilities", None) or []
     message = error.message if possible else error.format_message()
     message, _, near = message.partition(" Did you mean ")  # of a command that is near
     if possible:
         near = f"{' or '.join(possible[:2])}?"
-    if option.startswith("-") and not option.startswith("--"):
-        hint = f"a prompt that begins with - goes after --: {command} -- PROMPT"
+    hint = f"{path} --help"
+    if option:
+        hint = _explain_option(option, path, arguments) or hint
+    elif "No such command" in message:
+        hint = _explain_command(arguments) or hint
     elif "unexpected extra argument" in message:
-        hint = 'quote a prompt of several words: flux generate "a red circle"'
-    elif near:
+        hint = hints.find_for_words(message.rpartition("(")[2].rstrip(").").split())
+    if near and hint == f"{path} --help":
         hint = f"did you mean {near}"
-    else:
-        hint = f"{command} --help"
     return _Said(message, hint)
+
+
+def _explain_option(option: str, path: str, arguments: Sequence[str]) -> str:
+    """What to type instead of an option that a command has not, "" if nobody knows."""
+    words = [word for word in arguments if word.startswith(option) and " " in word.strip()]
+    if words:
+        return f"a prompt that begins with - goes after --: {path} -- {shlex.quote(words[0])}"
+    found = hints.find_hint(path.rpartition(" ")[2], option)
+    if not found and path in ("flux", "fluxcli"):
+        return f'options follow a command: {path} generate "a red circle" {option} ...'
+    return found
+
+
+def _explain_command(arguments: Sequence[str]) -> str:
+    """The hint for words that are no command: several words are a prompt."""
+    prompts = [word for word in arguments if " " in word.strip()]
+    return f"flux generate {shlex.quote(prompts[0])}" if prompts else ""
 
 
 def quieten_libraries(*, is_debug: bool) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from fluxcli import paths
-from fluxcli.cli import console
+from fluxcli.cli import complete, console
 from fluxcli.engine.check import check_torch
 from fluxcli.errors import ExitCode
 from fluxcli.plan.machine import Hardware
@@ -49,7 +49,13 @@ class Check:
 
 def doctor_command(
     device: Annotated[
-        str, typer.Option("--device", help="auto, cpu, cuda[:n], mps or xpu[:n].")
+        str,
+        typer.Option(
+            "--device",
+            help="auto, cpu, cuda[:n], mps or xpu[:n].",
+            metavar="NAME",
+            autocompletion=complete.offer_devices,
+        ),
     ] = "auto",
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> int:

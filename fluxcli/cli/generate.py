@@ -1,11 +1,13 @@
 """`flux generate`: settings become an order, the order pictures; here or in a warm worker."""
 
+import sys
 from typing import Annotated, Any, Optional
 
 import typer
 
 from fluxcli.cli import batch
 from fluxcli.cli.draw import draw
+from fluxcli.cli.help import MANY, PICTURE
 from fluxcli.cli.options import with_request_options
 from fluxcli.cli.settings import given_settings, read_prompt
 from fluxcli.errors import UsageError
@@ -13,20 +15,42 @@ from fluxcli.resolve import resolve_order
 
 
 @with_request_options
-def generate(
+def generate(  # noqa: PLR0917 - typer's options
     prompt: Annotated[
         Optional[str],
         typer.Argument(help="What to draw; - reads it from stdin.", show_default=False),
     ] = None,
+    named_prompt: Annotated[
+        Optional[str],
+        typer.Option(
+            "--prompt",
+            help="The prompt, where other tools have it.",
+            metavar="TEXT",
+            rich_help_panel=PICTURE,
+        ),
+    ] = None,
     source: Annotated[
         Optional[str],
-        typer.Option("--from", help="Text, JSONL or CSV, a picture a row; - is stdin."),
+        typer.Option(
+            "--from",
+            help="Text, JSONL or CSV, a picture a row; - is stdin.",
+            metavar="FILE",
+            rich_help_panel=MANY,
+        ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="With --from: skip rows whose picture is there.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="With --from: skip rows whose picture is there.",
+            rich_help_panel=MANY,
+        ),
     ] = False,
     fail_fast: Annotated[
-        bool, typer.Option("--fail-fast", help="With --from: stop at a row that fails.")
+        bool,
+        typer.Option(
+            "--fail-fast", help="With --from: stop at a row that fails.", rich_help_panel=MANY
+        ),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and stop.")
@@ -37,6 +61,10 @@ def generate(
 
     Without weights of your own: -p tiny, the bundled model.
     """
+    if named_prompt is not None:
+        if prompt is not None:
+            raise UsageError("two prompts", which="--prompt", why="and one without an option")
+        prompt = named_prompt
     if source is not None:
         if dry_run:
             why = "rows are planned one by one"
@@ -47,6 +75,8 @@ def generate(
         raise UsageError(f"{flag} needs --from", why="it is for many pictures")
     if prompt is None:
         hint = 'flux generate "a red circle on a blue background" -p tiny'
+        if sys.stdin is not None and not sys.stdin.isatty():
+            hint = f"{hint}; a prompt from stdin is read by: flux generate -"
         raise UsageError("no prompt", hint=hint)
     given = given_settings(options)
     order = resolve_order(read_prompt(prompt), given)

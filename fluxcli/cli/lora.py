@@ -5,13 +5,14 @@ from typing import Annotated, Any
 
 import typer
 
-from fluxcli.cli import console
+from fluxcli.cli import complete, console
+from fluxcli.cli.help import App
 from fluxcli.errors import ExitCode
 from fluxcli.models import loras
 from fluxcli.paths import lora_folder
 from fluxcli.request.settings import LoraRef
 
-lora_app = typer.Typer(help="List LoRA files, and say what one is.", no_args_is_help=True)
+lora_app = App(help="List LoRA files, and say what one is.")
 
 
 @lora_app.command("list")
@@ -40,7 +41,14 @@ def _summarize(about: Mapping[str, Any]) -> str:
 
 @lora_app.command()
 def info(
-    name: Annotated[str, typer.Argument(help="What --lora takes.", show_default=False)],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="What --lora takes.",
+            show_default=False,
+            autocompletion=complete.offer_loras,
+        ),
+    ],
 ) -> int:
     """Say as JSON what a LoRA is: format, rank, alpha, layers, base model (exit 4: unusable)."""
     described = loras.describe(loras.locate(LoraRef.parse(name).name))

@@ -7,18 +7,24 @@ from typing import Annotated, Optional
 
 import typer
 
-from fluxcli.cli import console
+from fluxcli.cli import complete, console
+from fluxcli.cli.help import App
 from fluxcli.errors import BadInputFile, UsageError, WeightsUnavailable
 from fluxcli.models import find, hub, local, loras
 from fluxcli.paths import config_folder
 from fluxcli.request import presets
 from quant.checkpoint import COMPONENTS, is_complete
 
-models_app = typer.Typer(help="Get, check and remove the weights of models.", no_args_is_help=True)
+models_app = App(help="Get, check and remove the weights of models.")
 ONLY = f"Parts, e.g. tokenizers or transformer,vae: {' '.join(hub.PARTS)}."
 
 Name = Annotated[
-    str, typer.Argument(help="A preset, a hub id ORG/NAME, or a name of flux models list.")
+    str,
+    typer.Argument(
+        help="A preset, a hub id ORG/NAME, or a name of flux models list.",
+        show_default=False,
+        autocompletion=complete.offer_local_models,
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors on stderr.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON array.")]
@@ -51,14 +57,19 @@ def download(
     name: Annotated[
         str,
         typer.Argument(
-            help="A preset, ORG/NAME, or ORG/NAME:FILE.safetensors.", show_default=False
+            help="A preset, ORG/NAME, or ORG/NAME:FILE.safetensors.",
+            show_default=False,
+            autocompletion=complete.offer_downloads,
         ),
     ],
-    only: Annotated[str, typer.Option(help=ONLY)] = "",
+    only: Annotated[
+        str, typer.Option(help=ONLY, metavar="PARTS", autocompletion=complete.offer(*hub.PARTS))
+    ] = "",
     mirror: Annotated[
-        Optional[Path], typer.Option(help="Plain files below this folder; see FLUX_MIRROR.")
+        Optional[Path],
+        typer.Option(metavar="FOLDER", help="Plain files below this folder; see FLUX_MIRROR."),
     ] = None,
-    revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
+    revision: Annotated[str, typer.Option(metavar="NAME", help="Branch, tag or commit.")] = "main",
     quiet: Quiet = False,
 ) -> None:
     """Download a model's weights into the hub's cache and check them; dev has 34 GB.

@@ -35,7 +35,8 @@ def plan_command(
         str, typer.Argument(help="As for generate; it costs nothing.", show_default=False)
     ] = "a plan",
     card: Annotated[
-        Optional[str], typer.Option("--card", help="A card that is not here: SIZE[:smNN].")
+        Optional[str],
+        typer.Option("--card", metavar="CARD", help="A card that is not here: SIZE[:smNN]."),
     ] = None,
     **options: object,
 ) -> int:

@@ -4,7 +4,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from fluxcli.cli import console
+from fluxcli.cli import complete, console
 from fluxcli.errors import UsageError
 from fluxcli.paths import config_folder
 from fluxcli.request import presets
@@ -13,7 +13,11 @@ from fluxcli.request.settings import to_json_value
 
 def presets_command(
     name: Annotated[
-        Optional[str], typer.Argument(help="Show this one, merged, with each value's origin.")
+        Optional[str],
+        typer.Argument(
+            help="Show this one, merged, with each value's origin.",
+            autocompletion=complete.offer_presets,
+        ),
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:

@@ -16,7 +16,7 @@ import typer
 
 import fluxcli
 from fluxcli import paths
-from fluxcli.cli import console
+from fluxcli.cli import complete, console
 from fluxcli.engine.check import check_torch
 from fluxcli.errors import ExitCode, UsageError, WeightsUnavailable
 from fluxcli.models import find, loras
@@ -54,29 +54,80 @@ class Source:
 
 def quantize(  # noqa: PLR0917 - typer's options
     source: Annotated[
-        str, typer.Argument(help="Preset, model folder, hub id or BFL file.", show_default=False)
+        str,
+        typer.Argument(
+            help="Preset, model folder, hub id or BFL file.",
+            show_default=False,
+            autocompletion=complete.offer_sources,
+        ),
     ],
     target: Annotated[
         Optional[str], typer.Argument(help="Folder, or .safetensors file.", show_default=False)
     ] = None,
-    to: Annotated[str, typer.Option("--to", help=SCHEMES_HELP, show_default=False)] = ...,  # type: ignore[assignment]
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            help=SCHEMES_HELP,
+            show_default=False,
+            metavar="SCHEME",
+            autocompletion=complete.offer(*BAKEABLE),
+        ),
+    ] = ...,  # type: ignore[assignment]
     text_encoder: Annotated[
-        Optional[str], typer.Option(help="T5: nf4, fp8, keep; nf4 with nf4, else keep.")
+        Optional[str],
+        typer.Option(
+            help="T5: nf4, fp8, keep; nf4 with nf4, else keep.",
+            metavar="SCHEME",
+            autocompletion=complete.offer("nf4", "fp8", "keep"),
+        ),
     ] = None,
     modulation: Annotated[
-        str, typer.Option(help="keep, nf4 (with nf4) or fp8 (with fp8).")
+        str,
+        typer.Option(
+            help="keep, nf4 (with nf4) or fp8 (with fp8).",
+            metavar="SCHEME",
+            autocompletion=complete.offer("keep", "nf4", "fp8"),
+        ),
     ] = "keep",
-    scales: Annotated[str, typer.Option(help="nf4's: search (least error) or absmax.")] = "search",
+    scales: Annotated[
+        str,
+        typer.Option(
+            help="nf4's: search (least error) or absmax.",
+            metavar="NAME",
+            autocompletion=complete.offer("search", "absmax"),
+        ),
+    ] = "search",
     keep: Annotated[
-        Optional[list[str]], typer.Option(help="Tensors or layers left in 16 bit; repeatable.")
+        Optional[list[str]],
+        typer.Option(metavar="NAME", help="Tensors or layers left in 16 bit; repeatable."),
     ] = None,
     lora: Annotated[
-        Optional[list[str]], typer.Option("--lora", help="PATH[:SCALE] to merge; repeatable.")
+        Optional[list[str]],
+        typer.Option(
+            "--lora",
+            help="PATH[:SCALE] to merge; repeatable.",
+            metavar="FILE[:SCALE]",
+            autocompletion=complete.offer_loras,
+        ),
     ] = None,
     layout: Annotated[
-        str, typer.Option("--layout", help="diffusers, or for fp8 bfl or comfy: one file.")
+        str,
+        typer.Option(
+            "--layout",
+            help="diffusers, or for fp8 bfl or comfy: one file.",
+            metavar="NAME",
+            autocompletion=complete.offer(*LAYOUTS),
+        ),
     ] = FOLDER_LAYOUT,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda[:n].")] = "cpu",
+    device: Annotated[
+        str,
+        typer.Option(
+            help="Where to compute: cpu or cuda[:n].",
+            metavar="NAME",
+            autocompletion=complete.offer("cpu", "cuda"),
+        ),
+    ] = "cpu",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be written, in bytes, and stop.")
     ] = False,

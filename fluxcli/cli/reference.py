@@ -10,8 +10,8 @@ import typer
 
 from fluxcli.cli import console
 from fluxcli.cli.app import app
-from fluxcli.cli.options import REQUEST_OPTIONS
-from fluxcli.request.fields import DEFAULTS
+from fluxcli.cli.help import name_argument
+from fluxcli.cli.options import REQUEST_OPTIONS, describe_default
 from fluxcli.request.settings import SETTINGS
 
 Row = tuple[str, str, str]  # what is called, its default, its meaning
@@ -19,7 +19,8 @@ Row = tuple[str, str, str]  # what is called, its default, its meaning
 HEAD = """# Commands and options
 
 This page is made by `python -m fluxcli.cli.reference > docs/commands.md`; `flux COMMAND --help`
-says the same. Defaults are those of the preset dev; [settings.md](settings.md) says where
+says the same, and so does `flux help COMMAND`. `flux` alone, and a group such as `flux models`
+alone, show their help and end with exit code 0. [settings.md](settings.md) says where
 values come from, [batch-and-worker.md](batch-and-worker.md) what `--json` and `--events` print of
 several pictures.
 
@@ -30,7 +31,8 @@ the shell, and `-h` or `--help` explains every command. A prompt that begins wit
 SHARED = """## Options of drawing commands
 
 `flux generate`, `flux replay`, `flux plan` and `flux decode` take these beside their own.
-`flux decode` takes of the settings only those that say how and where, not what is drawn.
+`flux decode` takes of the settings only those that say how and where, not what is drawn, and for
+`flux plan` those that say how a picture is written change nothing: `--help` shows what matters.
 """
 TAIL = """## What is printed
 
@@ -65,9 +67,9 @@ def _write_command(command: Any, path: str) -> str:
     options = [each for each in command.params if each.param_type_name == "option"]
     draws = "preset" in {each.name for each in options}
     own = [each for each in options if not draws or each.name not in REQUEST_OPTIONS]
-    words = [path, *(_name_argument(each) for each in arguments)]
+    words = [path, *(name_argument(each) for each in arguments)]
     lines = [f"## `{path}`", "", f"`{' '.join(words)}`", "", " ".join(command.help.split()), ""]
-    rows = [(f"`{_name_argument(each)}`", "", each.help) for each in arguments]
+    rows = [(f"`{name_argument(each)}`", "", each.help) for each in arguments]
     rows += [_describe_option(each) for each in own]
     if rows:
         lines += _write_table(rows)
@@ -75,11 +77,6 @@ def _write_command(command: Any, path: str) -> str:
         link = "[options of drawing commands](#options-of-drawing-commands)"
         lines += [f"And the {link}.", ""]
     return "\n".join(lines)
-
-
-def _name_argument(argument: Any) -> str:
-    name = argument.name.upper()
-    return name if argument.required else f"[{name}]"
 
 
 def _write_shared_options(generate: Any) -> str:
@@ -91,9 +88,11 @@ def _write_shared_options(generate: Any) -> str:
 def _describe_option(option: Any) -> Row:
     """An option's flags, default and help; a switch is off unless it is given."""
     flags = ", ".join(f"`{flag}`" for flag in option.opts)
+    if option.metavar:
+        flags += f" {option.metavar}"
+    if option.name in SETTINGS:
+        return flags, describe_default(option.name), SETTINGS[option.name].help
     default = option.default
-    if default is None and option.name in SETTINGS:
-        default = DEFAULTS.get(option.name)  # it is merged later, from files, presets and variables
     shown = "" if default in (None, False, "", ()) else f"`{default}`"
     return flags, shown, option.help
 

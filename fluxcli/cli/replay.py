@@ -13,6 +13,7 @@ import typer
 
 from fluxcli.cli import console
 from fluxcli.cli.draw import draw
+from fluxcli.cli.help import PICTURE
 from fluxcli.cli.options import with_request_options
 from fluxcli.cli.settings import STARTED, given_settings, read_prompt
 from fluxcli.engine.check import check_torch
@@ -47,7 +48,10 @@ GROUPS = ("model", "compute", "lora", "versions")
 @with_request_options
 def replay(
     picture: Annotated[Path, typer.Argument(help="A picture made by flux.", show_default=False)],
-    prompt: Annotated[Optional[str], typer.Option("--prompt", help="Another prompt.")] = None,
+    prompt: Annotated[
+        Optional[str],
+        typer.Option("--prompt", help="Another prompt.", metavar="TEXT", rich_help_panel=PICTURE),
+    ] = None,
     check: Annotated[
         bool,
         typer.Option(

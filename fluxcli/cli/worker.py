@@ -6,14 +6,17 @@ from typing import Annotated
 import typer
 
 from fluxcli.cli import console
+from fluxcli.cli.help import App
 from fluxcli.errors import UsageError
 from fluxcli.run import client
 
-worker_app = typer.Typer(help="Keep models in memory between commands.", no_args_is_help=True)
+worker_app = App(help="Keep models in memory between commands.")
 UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600}
 LONGEST_S = 30 * 24 * 3600
 GIB = 1 << 30
-Idle = Annotated[str, typer.Option(help="End after so long without a job: 30s, 10m, 2h.")]
+Idle = Annotated[
+    str, typer.Option(metavar="TIME", help="End after so long without a job: 30s, 10m, 2h.")
+]
 
 
 @worker_app.callback()

@@ -278,13 +278,13 @@ _ROWS = (
     Setting(
         "preset",
         Text(),
-        help="Named settings, see flux presets; default dev.",
+        help="Named settings: flux presets lists them.",
         flags=("-p", "--preset"),
     ),
     Setting(
         "model",
         Text(r"[^\0]{1,1000}", "a folder, a file or a hub id"),
-        help="Model folder, file or hub id; default: the preset's.",
+        help="Model folder, file or hub id.",
         flags=("-m", "--model"),
     ),
     Setting(
@@ -351,7 +351,7 @@ _ROWS = (
     Setting(
         "count",
         Integer(1, 10_000),
-        help="Pictures; number k uses seed+k; default 1.",
+        help="How many pictures; number k uses seed+k.",
         flags=("-n", "--count"),
     ),
     Setting(
