@@ -11,18 +11,20 @@ not quantized is its values under "". The headers of the files were validated be
 
 import importlib
 import math
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from quant import nf4
 from quant.errors import CheckpointError, MissingLibrary
-from quant.gguf_header import is_gguf
+from quant.gguf_header import MAGIC
+from quant.header import LENGTH_BYTES
 from quant.spec import FAMILIES, SCHEMES
 from quant.tensor_info import GGUF_BITS, gguf_block_values
 from quant.weights import SCB, Piece, Weight
@@ -37,6 +39,9 @@ DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 # Where the float16 scales are in a block of each of GGUF's types, in bytes.
 GGUF_SCALES = {
@@ -45,6 +50,8 @@ GGUF_SCALES = {
     "Q8_0": slice(0, 2),
     "Q4_1": slice(0, 4),
     "Q5_1": slice(0, 4),
+    "IQ4_NL": slice(0, 2),
+    "IQ4_XS": slice(0, 2),
     "Q4_K": slice(0, 4),
     "Q5_K": slice(0, 4),
     "Q2_K": slice(-4, None),
@@ -73,32 +80,23 @@ class Quantized:
     relative_error: float
 
 
-class Reader(dict[Path, Any]):
-    """Opened files by path, which are opened when they are first asked for.
+class Reader:
+    """Reads the tensors of files, each of which is opened when it is first asked for.
 
-    They are mapped into memory, and stay so as long as the reader or a tensor of theirs lives. A
-    safetensors file is safetensors' object, a GGUF file one tensor of bytes.
+    They are copied, never mapped: a mapped file that becomes shorter, or whose disk fails, ends the
+    process with SIGBUS. Files stay open as long as the reader lives.
     """
 
-    def __missing__(self, path: Path) -> Any:
-        from safetensors import safe_open
-
-        opened: Any
-        if is_gguf(path):
-            opened = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
-        else:
-            opened = safe_open(path, framework="pt", device="cpu")
-        self[path] = opened
-        return opened
+    def __init__(self) -> None:
+        self._sources: dict[Path, _Source] = {}
 
     def read(self, weight: Weight) -> dict[str, Tensor]:
         """The stored tensors of a weight, GGUF's blocks as rows of bytes.
 
-        Row scales are under "_scale", whatever they are called in the file.
+        Row scales are under "_scale", whatever they are called in the file. Raises
+        `CheckpointError` where a file cannot be read, or has become shorter.
         """
-        stored = {}
-        for suffix, piece in weight.pieces.items():
-            stored[suffix] = take_rows(self._read_tensor(piece), piece)
+        stored = {suffix: self._read_piece(piece) for suffix, piece in weight.pieces.items()}
         if SCB in stored:
             stored["_scale"] = stored.pop(SCB).float() / SCHEMES["int8"].largest
         return stored
@@ -110,17 +108,53 @@ class Reader(dict[Path, Any]):
         check_values(weight.name, stored, where)
         return stored
 
-    def _read_tensor(self, piece: Piece) -> Tensor:
-        """The whole tensor that holds the piece."""
-        opened = self[piece.file]
+    def _read_piece(self, piece: Piece) -> Tensor:
+        """The rows that the piece has of the tensor that holds it."""
         info = piece.info
-        if not isinstance(opened, Tensor):
-            tensor: Tensor = opened.get_tensor(info.name)
-            return tensor
-        data = opened[info.start : info.stop]
+        data = torch.empty(piece.nbytes, dtype=torch.uint8)
+        buffer = memoryview(data.numpy().data)
+        ranges = [(0, info.nbytes)]
+        if piece.rows:
+            row_bytes = info.nbytes // info.shape[0]
+            ranges = [(start * row_bytes, stop * row_bytes) for start, stop in piece.rows]
+        try:
+            if piece.file not in self._sources:
+                self._sources[piece.file] = _Source(piece.file)
+            for start, stop in ranges:
+                self._sources[piece.file].read_into(buffer[: stop - start], info.start + start)
+                buffer = buffer[stop - start :]
+        except OSError as error:
+            why = error.strerror or "read error"
+            raise CheckpointError("cannot read weights", piece.file, why=why) from error
         if info.dtype in GGUF_BITS:
-            return data.view(*info.shape[:-1], -1)
-        return data.view(DTYPES[info.dtype]).view(info.shape)
+            return data.view(*piece.shape[:-1], -1)
+        return data.view(DTYPES[info.dtype]).view(piece.shape)
+
+
+class _Source:
+    """An open weight file. Its methods and its making raise `OSError`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("rb", buffering=0)
+        weakref.finalize(self, self._file.close)
+        self._lock = threading.Lock()
+        # Where the data begin, from which offsets count.
+        self._data_start = 0
+        start = self._file.read(LENGTH_BYTES)
+        if not start.startswith(MAGIC):
+            self._data_start = LENGTH_BYTES + int.from_bytes(start, "little")
+
+    def read_into(self, buffer: memoryview, start: int) -> None:
+        """Fill the buffer with the data from `start`; raises `CheckpointError` where it ends."""
+        with self._lock:
+            self._file.seek(self._data_start + start)
+            while buffer:
+                count = self._file.readinto(buffer)
+                if not count:
+                    why = "it has become shorter since its header was read"
+                    raise CheckpointError("weight file is truncated", self._path, why=why)
+                buffer = buffer[count:]
 
 
 def take_rows(tensor: Tensor, piece: Piece) -> Tensor:

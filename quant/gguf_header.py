@@ -26,6 +26,8 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_ENTRIES = 1 << 14  # as many tensors, and as many values
 MAX_TEXT_BYTES = 4 << 20
+# So much of a file is looked at for its header; T5's vocabulary takes 1 MB.
+MAX_HEADER_BYTES = 8 << 20
 DEFAULT_ALIGNMENT = 32
 ARCHITECTURES = ("flux", "t5", "t5encoder", "pig")
 
@@ -59,11 +61,29 @@ DTYPES = {
     12: "Q4_K",
     13: "Q5_K",
     14: "Q6_K",
+    20: "IQ4_NL",
+    23: "IQ4_XS",
     24: "I8",
     25: "I16",
     26: "I32",
+    27: "I64",
     28: "F64",
     30: "BF16",
+}
+# ggml's other types, for the error.
+UNREADABLE_TYPES = {
+    9: "Q8_1",
+    15: "Q8_K",
+    16: "IQ2_XXS",
+    17: "IQ2_XS",
+    18: "IQ3_XXS",
+    19: "IQ1_S",
+    21: "IQ3_S",
+    22: "IQ2_S",
+    29: "IQ1_M",
+    34: "TQ1_0",
+    35: "TQ2_0",
+    39: "MXFP4",
 }
 
 
@@ -83,11 +103,17 @@ def parse_gguf_header(path: Path, header: bytes, file_bytes: int) -> dict[str, T
     try:
         data = BytesIO(header)
         tensor_count, value_count = _read_counts(data)
-        values = {}
+        values: dict[str, object] = {}
         for _ in range(value_count):
             name = _read_text(data)
+            if name in values:
+                raise ValueError(f"the value {name!r:.60} stands twice")
             values[name] = _read_value(data, kind=_read_number(data, "I"))
-        tensors = [_read_tensor(data) for _ in range(tensor_count)]
+            # At once, since the vocabularies of other models are longer than what is looked at.
+            if name == "general.architecture" and values[name] not in ARCHITECTURES:
+                why = f"its architecture is {values[name]!r:.40}"
+                raise CheckpointError("a GGUF of another model", path, why=why)
+        tensors = [_read_tensor(path, data) for _ in range(tensor_count)]
         alignment = _check_alignment(values.get("general.alignment", DEFAULT_ALIGNMENT))
         data_start = -(-data.tell() // alignment) * alignment
         placed = [replace(tensor, start=data_start + tensor.start) for tensor in tensors]
@@ -101,10 +127,6 @@ def parse_gguf_header(path: Path, header: bytes, file_bytes: int) -> dict[str, T
         raise CheckpointError(
             "corrupt GGUF file", path, why=why, hint="download it again"
         ) from error
-    architecture = str(values.get("general.architecture", "flux"))
-    if architecture not in ARCHITECTURES:
-        why = f"its architecture is {architecture!r:.40}"
-        raise CheckpointError("a GGUF of another model", path, why=why)
     return by_name
 
 
@@ -116,8 +138,11 @@ def _read_counts(data: BytesIO) -> tuple[int, int]:
     return tensors, values
 
 
-def _read_tensor(data: BytesIO) -> TensorInfo:
-    """The next tensor; its `start` counts from the beginning of the data."""
+def _read_tensor(path: Path, data: BytesIO) -> TensorInfo:
+    """The next tensor; its `start` counts from the beginning of the data.
+
+    Raises `CheckpointError` for a type that is not read.
+    """
     name = _read_text(data)
     rank = _read_number(data, "I")
     if rank > MAX_RANK:
@@ -125,7 +150,10 @@ def _read_tensor(data: BytesIO) -> TensorInfo:
     *shape, kind, start = _unpack(data, f"{rank}QIQ")
     dtype = DTYPES.get(kind)
     if dtype is None:
-        raise ValueError(f"{name!r:.60} has type {kind}, which is not read")
+        why = f"{name:.60} is {UNREADABLE_TYPES.get(kind, f'of type {kind}')}"
+        hint = "of GGUF's types are read Q4_0 to Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS, and 16 bit"
+        what = "weights packed in a way that is not read"
+        raise CheckpointError(what, path, why=why, hint=hint)
     # A row must consist of whole blocks; its length comes first in GGUF's shapes.
     row_values = shape[0] if shape else 1
     if dtype in GGUF_BITS and row_values % gguf_block_values(dtype):

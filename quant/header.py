@@ -4,7 +4,6 @@ https://github.com/huggingface/safetensors#format: 8 bytes little-endian length 
 data without gaps. Sizes are in bytes.
 """
 
-import json
 import os
 import stat
 import struct
@@ -15,14 +14,31 @@ from typing import Any, TypeGuard
 
 from quant import gguf_header
 from quant.errors import CheckpointError
+from quant.header_json import HeaderJson
 from quant.tensor_info import DTYPE_BITS, MAX_DIMENSION, MAX_RANK, TensorInfo
 
-# Enough for 40,000 tensors. The reference allows 100 MB, which take minutes and gigabytes to parse.
-MAX_HEADER_BYTES = 4 << 20
+# The reference's own bound.
+MAX_HEADER_BYTES = 100_000_000
 LENGTH_BYTES = 8
 # How pickles begin: torch.save's zip, then the protocols 2 to 5.
 PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-LFS_POINTER = b"version https://git-lfs"
+# How else a file may begin that was saved under the name of weights, and what it is then.
+OTHER_FILES = {
+    b"<": "it is a web page, as sites answer that want a log-in",
+    b"{": "it is JSON text, as sites answer that want a log-in",
+    b"[": "it is JSON text, as sites answer that want a log-in",
+    b"version https://git-lfs": "it is a git-lfs pointer, which stands for the file",
+    b"\x1f\x8b": "it is an archive (gzip)",
+    b"7z\xbc\xaf": "it is an archive (7z)",
+    b"Rar!": "it is an archive (rar)",
+    b"\x89PNG": "it is a picture",
+    b"\xff\xd8\xff": "it is a picture",
+    b"\0\0\0\0\0\0\0\0": "it begins with zeros, as a download that did not end",
+}
+# So much of a file is looked at to say what it is; of a text, so many characters are shown.
+SAMPLE_BYTES = 256
+SHOWN_CHARACTERS = 60
+UTF8_MARK = b"\xef\xbb\xbf"
 # Letters of `struct` for the dtypes of single numbers; BF16 is read as the float32 it begins.
 NUMBER_CODES = {"F64": "d", "F32": "f", "F16": "e", "BF16": "f", "I64": "q", "I32": "i"}
 # A file is identified by so many pages of this size, evenly spread.
@@ -34,7 +50,8 @@ PAGE_BYTES = 4096
 class Header:
     """What the header of a weight file says: tensors by name, in the order of their data.
 
-    `metadata` has the texts of a safetensors file's `__metadata__`; it is empty for a GGUF.
+    `metadata` has the texts of a safetensors file's `__metadata__`, but for very long ones; it is
+    empty for a GGUF.
     """
 
     tensors: dict[str, TensorInfo]
@@ -60,10 +77,14 @@ def read_whole_header(path: Path) -> Header:
         with path.open("rb") as file:
             start = file.read(LENGTH_BYTES)
             if start.startswith(gguf_header.MAGIC):
-                header = start + file.read(MAX_HEADER_BYTES)
+                header = start + file.read(gguf_header.MAX_HEADER_BYTES)
                 tensors = gguf_header.parse_gguf_header(path, header, status.st_size)
                 return Header(tensors, metadata={}, is_gguf=True)
-            header_bytes = _header_length(path, start, status.st_size)
+            header_bytes = int.from_bytes(start, "little")
+            room_bytes = status.st_size - LENGTH_BYTES
+            # This comes before a look at the magic: a JSON of 640 bytes begins like a pickle.
+            if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, room_bytes):
+                raise _refuse_other_file(path, start + file.read(SAMPLE_BYTES), status.st_size)
             text = file.read(header_bytes)
     except OSError as error:
         why = error.strerror or "read error"
@@ -71,58 +92,53 @@ def read_whole_header(path: Path) -> Header:
     return _parse(path, text, status.st_size - LENGTH_BYTES - header_bytes)
 
 
-def _header_length(path: Path, start: bytes, file_bytes: int) -> int:
-    """The length of a safetensors file's JSON, from `start`, the file's first 8 bytes.
-
-    Raises `CheckpointError` where it is impossible, and says what the file seems to be instead.
-    """
-    if len(start) < LENGTH_BYTES:
-        why = f"it has only {file_bytes} bytes"
-        raise CheckpointError("not a safetensors file", path, why=why, hint="download it again")
-    length = int.from_bytes(start, "little")
-    if 2 <= length <= min(MAX_HEADER_BYTES, file_bytes - LENGTH_BYTES):
-        return length
-    # This comes after the length, because that of a JSON of 640 bytes begins like a pickle.
-    if start[:2] in PICKLES:
+def _refuse_other_file(path: Path, sample: bytes, file_bytes: int) -> CheckpointError:
+    """The error for a file whose first bytes, the `sample`, are no length of a header."""
+    if sample[:2] in PICKLES:
         why = "loading it could run any code"
         hint = "convert it with safetensors.torch.save_file in an environment you trust"
-        raise CheckpointError("refusing a pickle", path, why=why, hint=hint)
-    if start.lstrip().startswith(b"<"):
-        why = "it is a web page"
-    elif start == LFS_POINTER[:LENGTH_BYTES]:
-        why = "it is a git-lfs pointer"
-    else:
+        return CheckpointError("refusing a pickle", path, why=why, hint=hint)
+    why = _name_other_file(sample)
+    if not why and len(sample) < LENGTH_BYTES:
+        why = f"it has only {file_bytes} bytes"
+    if not why:
+        length = int.from_bytes(sample[:LENGTH_BYTES], "little")
         why = f"its header claims {length} bytes, the file has {file_bytes}"
-    raise CheckpointError("not a safetensors file", path, why=why, hint="download it again")
+    return CheckpointError("not a safetensors file", path, why=why, hint="download it again")
+
+
+def _name_other_file(sample: bytes) -> str:
+    """What a file is by its beginning, as the reason of a refusal; "" where that is not known."""
+    text = sample.removeprefix(UTF8_MARK).lstrip()
+    for start, kind in OTHER_FILES.items():
+        if text.startswith(start):
+            return kind
+    shown = text.partition(b"\n")[0][:SHOWN_CHARACTERS].decode("ascii", errors="replace").strip()
+    if len(shown) >= LENGTH_BYTES and shown.isprintable() and "\ufffd" not in shown:
+        return f"it is a text: {shown}"
+    return ""
 
 
 def _parse(path: Path, text: bytes, data_bytes: int) -> Header:
     """The header from its JSON; the file has `data_bytes` behind it, which it must describe."""
+    tensors = []
+    metadata: dict[str, str] = {}
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_dict_without_duplicates)
+        header = HeaderJson(text)
+        for name in header.members():
+            if name == "__metadata__":
+                metadata = header.read_metadata()
+            else:
+                tensors.append(_make_tensor(path, name, header.read_entry()))
+        header.read_end()
     except (ValueError, RecursionError) as error:
         why = str(error)[:80]
         raise CheckpointError("corrupt safetensors header", path, why=why) from error
-    if not isinstance(entries, dict):
-        raise CheckpointError("corrupt safetensors header", path, why="it is no JSON object")
-    metadata = entries.pop("__metadata__", None)
-    if not entries:
+    if not tensors:
         raise CheckpointError("empty safetensors file", path, why="it holds no tensors")
-    tensors = [_make_tensor(path, name, entry) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
     _check_tiling(path, tensors, data_bytes)
-    texts = {}
-    if isinstance(metadata, dict):
-        texts = {key: value for key, value in metadata.items() if isinstance(value, str)}
-    return Header({tensor.name: tensor for tensor in tensors}, metadata=texts, is_gguf=False)
-
-
-def _dict_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object's dict; raises `ValueError` where a name stands twice, which json allows."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name stands twice")
-    return result
+    return Header({tensor.name: tensor for tensor in tensors}, metadata=metadata, is_gguf=False)
 
 
 def _make_tensor(path: Path, name: str, entry: object) -> TensorInfo:

@@ -41,12 +41,14 @@ GGUF_BITS = {
     "Q4_K": 4.5,
     "Q5_K": 5.5,
     "Q6_K": 6.5625,
+    "IQ4_NL": 4.5,
+    "IQ4_XS": 4.25,
 }
 
 
 def gguf_block_values(dtype: str) -> int:
-    """How many values one block of a GGUF type holds: 256 in the K types, 32 in the others."""
-    return 256 if dtype.endswith("_K") else 32
+    """How many values one block of a GGUF type holds: 256 in most, 32 in the older ones."""
+    return 256 if dtype.endswith(("_K", "_XS")) else 32
 
 
 @dataclass(frozen=True)

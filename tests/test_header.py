@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import numpy as reference
 
 from quant.errors import CheckpointError
-from quant.header import file_identity, read_header
+from quant.header import file_identity, read_header, read_whole_header
 from quant.tensor_info import DTYPE_BITS
 
 patient = settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -113,11 +113,17 @@ OTHER_FILES = {
     b"\x80\x02}q\0." + b"x" * 40: "pickle",
     b"<!DOCTYPE html><html>": "web page",
     b"\n  <html><body>404</body>": "web page",
+    b'{"error":"Unauthorized","message":"log in first"}': "JSON text",
+    b"\xef\xbb\xbf<!DOCTYPE html>": "web page",
+    b"Entry not found": "a text: Entry not found",
+    b"\x1f\x8b\x08\0" + b"x" * 40: "archive",
+    bytes(64): "begins with zeros",
     b"version https://git-lfs.github.com/spec/v1\noid sha256:0": "git-lfs pointer",
     b"\xff" * 64: "claims",
     (100_000_001).to_bytes(8, "little") + b"{}": "claims",
     (1).to_bytes(8, "little") + b"{": "claims",
     (99).to_bytes(8, "little") + b"{}": "claims",
+    b"8 bytes\x01\x02\x03": "claims",
 }
 
 
@@ -142,6 +148,12 @@ DEFECTS = {
     "a dtype of GGUF": file_of({"a": tensor("Q8_0", (32,), stop=34)}, b"x" * 34),
     "dtype a list": file_of({"a": tensor(["F32"])}, b"x" * 8),
     "negative shape": file_of({"a": tensor(shape=[-2])}, b"x" * 8),
+    "half a surrogate pair": file_of(b'{"\\ud800":%b}' % json.dumps(tensor()).encode(), b"x" * 8),
+    "a name of 100 KB": file_of({"a" * 100_000: tensor()}, b"x" * 8),
+    "a list in the metadata": file_of({"__metadata__": {"a": []}, "a": tensor()}, b"x" * 8),
+    "text behind the end": file_of(b'{"a":%b} x' % json.dumps(tensor()).encode(), b"x" * 8),
+    "no comma": file_of(b'{"a":%b "b":3}' % json.dumps(tensor()).encode(), b"x" * 8),
+    "objects in an entry": file_of({"a": tensor() | {"b": {}}}, b"x" * 8),
     "two negatives": file_of({"a": tensor(shape=[-2, -1])}, b"x" * 8),
     "overflowing shape": file_of({"a": tensor(shape=[2**32, 2**32])}, b"x" * 8),
     "huge shape": file_of({"a": tensor(shape=[2**62, 4])}, b"x" * 8),
@@ -164,6 +176,37 @@ def test_a_defect_is_refused_in_bounded_time_and_memory(data, tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(data)
     refusal(path)
+
+
+def test_a_header_of_the_formats_own_size_is_read_in_bounded_memory(tmp_path):
+    tags = json.dumps({"fox": 1} | {f"tag {n}": n for n in range(2000)})
+    texts = {"ss_tag_frequency": tags * 800, "ss_epoch": 3, "note": None, "format": "pt"}
+    header = file_of({"__metadata__": texts, "a": tensor()}, b"x" * 8)
+    assert 20 << 20 < len(header) < 100_000_000
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(header)
+    tracemalloc.start()
+    try:
+        found = read_whole_header(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.metadata == {"format": "pt"} and list(found.tensors) == ["a"]
+    assert peak < 2 * len(header)
+
+
+@pytest.mark.parametrize("part", [b"[],", b'"a":{},', b"[", b'"",', b'{"a":' * 9])
+def test_a_hostile_header_of_the_formats_own_size_is_refused_at_once(part, tmp_path):
+    text = b"{" + part * (90_000_000 // len(part)) + b"}"
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(file_of(text, b"x" * 8))
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match="corrupt safetensors header"):
+            read_header(path)
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(text)
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_huge_file_with_a_huge_header_is_refused_unread(tmp_path):

@@ -20,14 +20,14 @@ from quant import codecs
 from quant.errors import CheckpointError
 from quant.header import read_header
 from quant.single_file import inspect_file, inspect_transformer
-from quant.tensor_info import TensorInfo
+from quant.tensor_info import TensorInfo, gguf_block_values
 from quant.weights import Piece
 from tests.support import exports
 from tests.support.exports import COMFY, DIALECTS, STATE
 from tests.support.fuzz_inputs import GGUF_TENSORS, gguf_fields, pack_gguf
 from tests.support.helpers import read_pixels
 from tests.support.invariant import assert_failed, call
-from tests.test_single_file import K_QUANTS, apart
+from tests.test_single_file import ONLY_READ, apart
 
 LAYER = "double_blocks.0.img_attn.qkv"
 WEIGHT, SCALE, NF4 = f"{LAYER}.weight", f"{LAYER}.weight_scale", f"{COMFY[0]}{LAYER}.weight"
@@ -233,17 +233,17 @@ def test_a_scale_of_nothing_is_exit_4(exported, capsys):
 # --- GGUF
 
 
-@pytest.mark.parametrize("kind", [*K_QUANTS, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+@pytest.mark.parametrize("kind", [*ONLY_READ, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 @pytest.mark.parametrize("bits", [0x7E00, 0x7C00, 0xFC00], ids=["NaN", "Inf", "-Inf"])
 def test_a_block_is_refused_exactly_where_the_gguf_package_reads_what_is_not_finite(kind, bits):
     chosen = GGMLQuantizationType[kind]
-    if kind in K_QUANTS:
+    if kind in ONLY_READ:
         whole = exports.random_blocks(chosen, 512, seed=5)
     else:
         whole = gguf.quantize(
             np.random.default_rng(5).standard_normal((1, 64), np.float32), chosen
         ).reshape(2, -1)
-    where = Piece(Path("x.gguf"), TensorInfo("x", kind, (2, 256 if kind in K_QUANTS else 32)))
+    where = Piece(Path("x.gguf"), TensorInfo("x", kind, (2, gguf_block_values(kind))))
     codecs.check_values("x", {"": torch.from_numpy(whole)}, where)
     refused_at = []
     for at in range(0, whole.shape[1] - 1, 2):
@@ -280,7 +280,10 @@ HEADERS = {  # fields of the header, and what is said of them
     "overflowing dims": ({f"{IMG} dim 0": 1 << 62, f"{IMG} dim 1": 4}, "impossible shape or place"),
     "2^64 - 1 rows": ({f"{IMG} dim 1": (1 << 64) - 1}, "impossible shape or place"),
     "broken blocks": ({f"{QKV} dim 0": 33}, "no whole blocks of Q8_0"),
-    "a new type": ({f"{QKV} type": 39}, "type 39"),
+    "a new type": ({f"{QKV} type": 99}, "weight is of type 99"),
+    "a type of ggml's": ({f"{QKV} type": 17}, "weights packed in a way that is not read"),
+    "a type by its name": ({f"{QKV} type": 39}, "weight is MXFP4"),
+    "a value twice": ({"list key": "general.alignment"}, "stands twice"),
     "an offset past the end": ({f"{QKV} start": 1 << 40}, "impossible shape or place"),
     "an overflowing offset": ({f"{QKV} start": (1 << 64) - 32}, "impossible shape or place"),
     "an odd offset": ({f"{IMG} start": 8, f"{IMG} dim 1": 31}, "not aligned"),
@@ -342,6 +345,7 @@ def test_a_gguf_cut_anywhere_or_with_any_bytes_changed_is_read_or_refused_in_bou
         "corrupt GGUF file",
         "a GGUF of another model",
         "not a safetensors file",
+        "weights packed in a way that is not read",
     } <= outcomes
 
 

@@ -1,4 +1,4 @@
-"""From mapped checkpoint files to modules: built without storage, then filled tensor by tensor.
+"""From checkpoint files to modules: built without storage, then filled tensor by tensor.
 
 Knows the model classes and the key dialects of their files; nothing of requests or plans. A missing
 or unknown key or another shape is an error that names it: no layer is ever left randomly

@@ -69,7 +69,7 @@ class MemoryPlan:
     seconds: dict[str, float]  # by phase, and "load"
     speeds: str  # where the seconds' speeds are from
     budget_bytes: int
-    host_bytes: int  # RAM that is held, mapped files not counted
+    host_bytes: int  # RAM that is held
     reasons: tuple[str, ...]
 
     @property
@@ -377,8 +377,8 @@ def _make_plan(candidate: Candidate, placement: Placement, budget_bytes: int) ->
     hardware = candidate.hardware
     peak_bytes = estimate_peaks(candidate, placement)
     host_bytes = _streamed_bytes(candidate, placement)
-    if hardware.kind == "cpu" and candidate.dtypes["transformer"] == "float32":
-        host_bytes += max(peak_bytes.values())  # converted, not mapped
+    if hardware.kind == "cpu":
+        host_bytes += max(peak_bytes.values())  # RAM is the device's memory there
     return MemoryPlan(
         device=hardware.device,
         precision=candidate.precision,

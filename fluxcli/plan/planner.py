@@ -100,7 +100,7 @@ def survey(
     --offload on a CPU, and for a precision that the checkpoints cannot give.
     """
     if hardware.kind == "cpu" and resources.offload != "auto":
-        why = "on the CPU weights are in RAM already, or in their mapped files"
+        why = "on the CPU weights are in RAM already"
         what = f"--offload {resources.offload} without effect"
         raise UsageError(what, which="cpu", why=why, hint="leave it out")
     total_bytes = int(hardware.total_bytes * USABLE_SHARE)

@@ -301,7 +301,7 @@ def in_gguf(
 
 
 def random_blocks(kind: GGMLQuantizationType, count: int, seed: int) -> np.ndarray:
-    """Blocks of a K-quant with any bits, but float16 scales of sane size.
+    """Blocks of a K-quant or an IQ4 with any bits, but float16 scales of sane size.
 
     Returns (blocks, bytes a block) as uint8. The gguf package makes none itself.
     """
@@ -314,6 +314,8 @@ def random_blocks(kind: GGMLQuantizationType, count: int, seed: int) -> np.ndarr
         "Q4_K": (0, 4),
         "Q5_K": (0, 4),
         "Q6_K": (-2, None),
+        "IQ4_NL": (0, 2),
+        "IQ4_XS": (0, 2),
     }[kind.name]
     places = blocks[:, slice(*scales)]
     places[:] = (
