@@ -125,7 +125,7 @@ class Flux:
         total = order.output.count
         session = self._open_session()
 
-        from fluxcli.engine.engine import Drawn
+        from fluxcli.engine.engine import Denoised, Drawn
         from fluxcli.engine.picture import Picture
         from fluxcli.run.saving import make_metadata
         from fluxcli.run.session import draw_pictures
@@ -142,6 +142,8 @@ class Flux:
                 orders[picture] = one
             with closing(draw_pictures(engine, list(orders))) as drawing:
                 for event in drawing:
+                    if isinstance(event, Denoised):
+                        continue
                     if not isinstance(event, Drawn):
                         yield event
                         continue

@@ -61,9 +61,22 @@ class GeneratedImage:
 
 @dataclass(frozen=True)
 class Saved:
-    """A picture was written, for a row of a batch (from 1; 0 outside one)."""
+    """A picture was written, for a row of a batch (from 1; 0 outside one), in so many seconds.
+
+    The seconds are its own, and its share of those that pictures take together.
+    """
 
     image: GeneratedImage
+    row: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The latents of a picture lie in a file, until the picture does."""
+
+    path: str
+    seed: int
     row: int = 0
 
 
@@ -118,7 +131,7 @@ class Summary:
     seconds: float
 
 
-Event = Phase | Step | Notice | Saved | Skipped | Done | Failed | Summary
+Event = Phase | Step | Notice | Saved | Kept | Skipped | Done | Failed | Summary
 KINDS = {kind.__name__.lower(): kind for kind in get_args(Event)}
 
 
@@ -170,3 +183,11 @@ def explain(error: Exception, row: int = 0) -> Failed:
         what = "a dependency cannot be imported"
         hint = "pip install --force-reinstall fluxcli"
     return Failed(int(code), f"{what}: {text}", hint, row=row)
+
+
+def is_of_one_row(error: Exception) -> bool:
+    """Return whether other rows of a batch can be drawn after an error.
+
+    Not where it is unforeseen and of the device or a library: every row would end in it.
+    """
+    return isinstance(error, ExplainedError) or explain(error).exit_code != ExitCode.DEVICE

@@ -56,6 +56,11 @@ def lora_folder(environment: Mapping[str, str] = os.environ) -> Path:
     return user_folder("data", environment) / "flux" / "loras"
 
 
+def latents_folder(environment: Mapping[str, str] = os.environ) -> Path:
+    """Return where latents are kept that cannot lie beside their picture; it may not exist."""
+    return user_folder("data", environment) / "flux" / "latents"
+
+
 def hub_cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
     """Return the hub's cache folder, by the rules of huggingface_hub; it may not exist.
 

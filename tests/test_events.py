@@ -12,6 +12,7 @@ from fluxcli.events import (
     Event,
     Failed,
     GeneratedImage,
+    Kept,
     Notice,
     Phase,
     Saved,
@@ -28,7 +29,8 @@ SAMPLES = [
     Step(3, 28, 2, 4),
     Notice('lost: "…" 🦊'),
     Saved(IMAGE),
-    Saved(IMAGE, 7),
+    Saved(IMAGE, 7, 2.5),
+    Kept("ein Bär-7.latents.safetensors", 2**64 - 1, 7),
     Skipped(7, "ein Bär-7.png"),
     Summary(20, 18, 1, 1, 36, 12.5),
     Done(

@@ -249,7 +249,10 @@ def _explain_command(arguments: Sequence[str]) -> str:
 def quieten_libraries(*, is_debug: bool) -> None:
     """Send the chatter of libraries nowhere, and let none of them run a model's own code."""
     settings = {"DIFFUSERS_DISABLE_REMOTE_CODE": "true", "TOKENIZERS_PARALLELISM": "false"}
-    if not is_debug:
+    if is_debug:
+        logging.basicConfig()
+        logging.getLogger("fluxcli").setLevel(logging.DEBUG)  # tracebacks of rows that failed
+    else:
         for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB"):
             settings[f"{library}_VERBOSITY"] = "error"
         warnings.simplefilter("ignore")

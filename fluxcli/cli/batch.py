@@ -10,9 +10,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fluxcli.cli.ending import count_written, explain_early_end
 from fluxcli.cli.settings import (
     STARTED,
     check_stdout,
@@ -22,7 +24,7 @@ from fluxcli.cli.settings import (
     reporter_of,
 )
 from fluxcli.errors import BatchFailed, ExitCode, UsageError
-from fluxcli.events import Done, Event, Failed, Saved, Skipped, Summary, explain
+from fluxcli.events import Done, Event, Failed, Kept, Saved, Skipped, Summary, explain
 from fluxcli.paths import config_folder
 from fluxcli.pictures import names
 from fluxcli.request import presets
@@ -37,6 +39,9 @@ from fluxcli.run.dispatch import Dispatcher
 from quant.errors import ExplainedError
 
 CHUNK_ROWS = 16  # rows that are handed on together, where so many are there
+COUNTED_CHUNKS = (
+    64  # that are read on, where a batch ends early, to say how much it would have been
+)
 
 
 def draw_rows(
@@ -53,8 +58,12 @@ def draw_rows(
         raise UsageError("stdin cannot be read twice", which="--from -", hint="give a file")
     common = {} if prompt is None else {"prompt": read_prompt(prompt)}
     orders = OrderMaker(common, given, force=options["force"], resume=resume)
-    tally = Tally()
-    with _open(source) as file, reporter_of(options) as reporter:
+    tally = Tally(resumed_by="" if resume else " with --resume")
+    with (
+        _open(source) as file,
+        explain_early_end(tally, quiet=options["quiet"]),
+        reporter_of(options) as reporter,
+    ):
         streaming = is_streaming(file)
         if processes.count() > 1 and (streaming or source == "-"):
             raise UsageError(
@@ -68,7 +77,7 @@ def draw_rows(
         chunks = make_chunks(share.take(rows), CHUNK_ROWS, streaming=streaming)
         job = Job((), batch=True, resume=resume, **job_options(options))
         with Dispatcher(alone=options["no_worker"] or options["debug"]) as dispatcher:
-            for chunk in chunks:
+            for chunk in tally.watch(chunks, is_endless=streaming):
                 for event in _draw_chunk(dispatcher, chunk, job):
                     tally.add(event)
                     reporter.show(event)
@@ -141,7 +150,14 @@ def _draw_chunk(dispatcher: Dispatcher, chunk: list[Row], job: Job) -> Iterator[
 class Tally:
     """What became of the rows, by their numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, resumed_by: str = "") -> None:
+        """`resumed_by` is what the same command lacks to draw what this one has left."""
+        self._resumed_by = resumed_by
+        self._asked = 0  # pictures of the rows so far
+        self._found = 0  # pictures that were there before
+        self._rest: Iterator[list[Row]] = iter(())  # of the chunks
+        self._is_endless = False
+        self.has_begun = False
         self.rows = 0
         self.pictures = 0
         self.done: set[int] = set()
@@ -153,12 +169,40 @@ class Tally:
         match event:
             case Saved():
                 self.pictures += 1
+                self.has_begun = True
+            case Kept():
+                self.has_begun = True
             case Done():
                 self.done.add(event.row)
             case Failed():
                 self.failed.add(event.row)
             case Skipped():
+                self._found += 1
                 self.skipped.add(event.row)
+
+    def watch(self, chunks: Iterator[list[Row]], *, is_endless: bool) -> Iterator[list[Row]]:
+        """Yield the chunks, and count the pictures that they ask for."""
+        self._rest = chunks
+        self._is_endless = is_endless
+        for chunk in chunks:
+            self._asked += _count_pictures(chunk)
+            yield chunk
+
+    def describe(self) -> str:
+        """Return how many pictures are written, and what draws the others."""
+        written = self.pictures + self._found
+        text = f"{written} of the pictures are written"
+        if not self._is_endless:
+            rest = islice(self._rest, COUNTED_CHUNKS)
+            total = self._asked + sum(_count_pictures(chunk) for chunk in rest)
+            if next(self._rest, None) is None:
+                text = count_written(written, total)
+        return f"{text}; the others: the same command{self._resumed_by}"
+
+
+def _count_pictures(chunk: list[Row]) -> int:
+    """Return how many pictures the rows of a chunk ask for."""
+    return sum(row.order.output.count for row in chunk if row.order)
 
 
 def _sum_up(tally: Tally, share: processes.Share) -> Summary:

@@ -113,6 +113,11 @@ def error(message: str, hint: str) -> None:
     sys.stderr.write(lines)
 
 
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun, which takes an s but for one."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def confirm(question: str) -> bool:
     """Ask on the terminal; whether the answer is yes."""
     sys.stderr.write(f"{question} [y/N] ")
@@ -205,6 +210,9 @@ class Reporter:
                 self._show_step(event)
             case Saved():
                 self._show_saved(event)
+            case Done() if len(event.images) > 1 and not event.row and not self._quiet:
+                text = f"{count(len(event.images), 'picture')} in {self.timings_s['total']:.1f} s"
+                self._print(lambda: say(text))
             case Failed():
                 self._show_failed(event)
             case Notice() | Skipped() | Summary() if not self._quiet:
@@ -240,11 +248,13 @@ class Reporter:
 
     def _show_saved(self, saved: Saved) -> None:
         image = saved.image
-        if not (self._json or self._events) and image.path != "-":
+        shows_path = not (self._json or self._events) and image.path != "-"
+        if shows_path:
             self._print(lambda: data(image.path))
         if not self._quiet:
-            taken_s = time.perf_counter() - self._started
-            text = f"{image.path}: {image.width}x{image.height}, seed {image.seed}, {taken_s:.1f} s"
+            text = f"{image.width}x{image.height}, seed {image.seed}, {saved.seconds:.1f} s"
+            if not (shows_path and sys.stdout.isatty()):  # there it stands already
+                text = f"{image.path}: {text}"
             if saved.row:
                 text = f"row {saved.row}: {text}"
             self._print(lambda: say(text))
@@ -287,6 +297,5 @@ def _describe(event: Notice | Skipped | Summary) -> str:
             return f"row {row}: {path} is there"
         case Summary():
             outcome = f"{event.done} done, {event.failed} failed, {event.skipped} skipped"
-            return (
-                f"{event.rows} rows: {outcome}; {event.pictures} pictures in {event.seconds:.1f} s"
-            )
+            pictures = f"{count(event.pictures, 'picture')} in {event.seconds:.1f} s"
+            return f"{count(event.rows, 'row')}: {outcome}; {pictures}"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fluxcli.cli import console
+from fluxcli.cli.ending import Written, explain_early_end
 from fluxcli.cli.settings import STARTED, check_stdout, job_options, reporter_of
 from fluxcli.errors import ExitCode
 from fluxcli.pictures.names import check_writable, parse_target
@@ -27,30 +28,55 @@ def draw(
     given: Mapping[str, Any],
     dry_run: bool = False,
     expected_model: str | None = None,
-    kept: "Latents | None" = None,
 ) -> int:
     """Draw an order's pictures, in a live worker or here, or with `dry_run` say what would be done.
 
+    See `draw_by` for the rest. Returns the exit code.
+    """
+    if dry_run:
+        target = parse_target(order.output, force=options["force"])
+        check_stdout(options, picture=target.stdout)
+        _show_plan(order.with_seed(), options)
+        return ExitCode.OK
+    with Dispatcher(alone=options["no_worker"] or options["debug"]) as dispatcher:
+        draw_by(dispatcher, order, options, given=given, expected_model=expected_model)
+    return ExitCode.OK
+
+
+def draw_by(
+    dispatcher: Dispatcher,
+    order: Order,
+    options: Mapping[str, Any],
+    *,
+    given: Mapping[str, Any],
+    expected_model: str | None = None,
+    kept: "Latents | None" = None,
+    target: Target | None = None,
+) -> None:
+    """Draw an order's pictures by a dispatcher, which keeps what it has loaded for the next order.
+
     `options` are those of the command line, `given` the settings among them. A picture that is made
     again was made by the model with the fingerprint `expected_model`; `kept` are the latents that
-    there are of it. Returns the exit code.
+    there are of it. They go where the order says, unless there is a `target`.
     """
-    target = parse_target(order.output, force=options["force"])
+    if target is None:
+        target = parse_target(order.output, force=options["force"])
     check_stdout(options, picture=target.stdout)
     order = order.with_seed()
-    if dry_run:
-        _show_plan(order, options)
-        return ExitCode.OK
     check_writable(target, order)
     if not options["quiet"]:
         _say_what_is_inert(order, target, given=given, force=options["force"])
     row = Row(0, order, target=target)
     job = Job((row,), expected_model=expected_model, **job_options(options))
-    alone = options["no_worker"] or options["debug"]
-    with reporter_of(options) as reporter, Dispatcher(alone=alone) as dispatcher:
+    seed = order.request.seed
+    written = Written(range(seed, seed + order.output.count))
+    with (
+        explain_early_end(written, quiet=options["quiet"]),
+        reporter_of(options) as reporter,
+    ):
         for event in dispatcher.run(job, kept=kept):
+            written.add(event)
             reporter.show(event)
-    return ExitCode.OK
 
 
 def _say_what_is_inert(

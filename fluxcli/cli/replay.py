@@ -1,7 +1,7 @@
 """`flux replay` and `flux decode`: pictures from what an earlier run has left.
 
-`replay` makes a picture again from its own metadata, `decode` finishes one from the latents that
-were kept when memory ran out.
+`replay` makes a picture again from its own metadata, `decode` finishes pictures from the latents
+that a run has kept.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from fluxcli.cli import console
-from fluxcli.cli.draw import draw
+from fluxcli.cli.draw import draw, draw_by
 from fluxcli.cli.help import PICTURE
 from fluxcli.cli.options import with_request_options
 from fluxcli.cli.settings import STARTED, given_settings, read_prompt
@@ -25,6 +25,7 @@ from fluxcli.request import presets
 from fluxcli.request.fields import Order
 from fluxcli.request.settings import LORA_NONE, LoraRef, flag
 from fluxcli.resolve import build_order
+from fluxcli.run.dispatch import Dispatcher
 
 Metadata = Mapping[str, Any]
 Values = Mapping[str, Any]  # settings by their field names
@@ -83,12 +84,14 @@ def replay(
 
 @with_request_options
 def decode(
-    path: Annotated[Path, typer.Argument(help="A .latents.safetensors file.", show_default=False)],
+    paths: Annotated[
+        list[Path], typer.Argument(help=".latents.safetensors files.", show_default=False)
+    ],
     **options: Any,
 ) -> int:
-    """Finish a picture for which memory ran out, from its kept latents.
+    """Finish pictures of a run that ended early, from their kept latents.
 
-    Options say how and where, not what.
+    Each goes beside its latents, which stay. Options say how and where, not what.
     """
     from fluxcli.pictures import latents
 
@@ -97,11 +100,24 @@ def decode(
     if refused:
         hint = "flux generate draws another"
         raise UsageError("the latents say what is drawn", which=flag(refused[0]), hint=hint)
-    kept = latents.load(path)
-    stored = kept.order.settings() | {"output": None, "count": 1}
-    order = build_order(kept.order.request.prompt, presets.overlay(stored, given), given)
-    kept = replace(kept, order=order)
-    return draw(order, options, given=given, expected_model=kept.model, kept=kept)
+    found = []
+    for path in paths:
+        kept = latents.load(path)
+        stored = kept.order.settings() | {"output": None, "count": 1}
+        order = build_order(kept.order.request.prompt, presets.overlay(stored, given), given)
+        found.append(replace(kept, order=order))
+    with Dispatcher(alone=True) as dispatcher:
+        for path, kept in zip(paths, found, strict=True):
+            draw_by(
+                dispatcher,
+                kept.order,
+                options,
+                given=given,
+                expected_model=kept.model,
+                kept=kept,
+                target=None if "output" in given else latents.aim_beside(path),
+            )
+    return ExitCode.OK
 
 
 # --- what is drawn again
@@ -214,7 +230,7 @@ def _check(picture: Path, order: Order, *, metadata: Metadata, options: Mapping[
 def _draw_and_hash(order: Order, *, metadata: Metadata, options: Mapping[str, Any]) -> str:
     """Draw an order here and return the sha256 of its pixels; say what differs from `metadata`."""
     check_torch()
-    from fluxcli.engine.engine import Drawn
+    from fluxcli.engine.engine import Denoised, Drawn
     from fluxcli.engine.picture import Picture
     from fluxcli.pictures.image import hash_pixels
     from fluxcli.run.saving import make_metadata
@@ -231,7 +247,7 @@ def _draw_and_hash(order: Order, *, metadata: Metadata, options: Mapping[str, An
             reporter.show(Notice(line))
         picture = Picture(order.request, prepared.adapters)
         for event in draw_pictures(engine, [picture]):
-            if not isinstance(event, Drawn):
+            if not isinstance(event, Denoised | Drawn):
                 reporter.show(event)
         assert picture.pixels is not None
         return hash_pixels(picture.pixels)

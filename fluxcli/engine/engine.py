@@ -5,8 +5,11 @@ the pictures what the phase makes. A phase can be begun again: it goes on with w
 lack. That is how the engine survives where memory runs out: it lets `Components` step down to a
 placement that takes less memory, and runs the phase again with the same latents.
 
-A group of pictures goes through each phase together, so that every component is loaded once for
-all of them; each is computed by itself, so that its pixels are those of a run of its own.
+A group of pictures is encoded and conditioned together, so that every component is loaded once for
+all of them; each is computed by itself, so that its pixels are those of a run of its own. Then one
+picture after the other is denoised, and decoded at once where the VAE may stay beside the
+transformer or where loading both again takes little of a picture's time; else all are decoded at
+the end, and a `Denoised` says that there are latents to keep meanwhile.
 
 The engine neither prints nor names or writes files, and owns neither progress nor cancellation:
 `draw` is a generator, and closing it stops after the current step. Model, scheduler and tokenizer
@@ -14,7 +17,9 @@ classes are diffusers' and transformers' own; the loop equals diffusers' FluxPip
 folder and seed.
 """
 
+import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,14 +27,15 @@ from fluxcli.engine import condition, decode, denoise, device, encode
 from fluxcli.engine.components import Components
 from fluxcli.engine.picture import Picture
 from fluxcli.errors import is_out_of_memory
-from fluxcli.events import Event, Notice
+from fluxcli.events import Event, Notice, is_of_one_row
 from fluxcli.plan.costs import make_workload
 from fluxcli.plan.machine import CONTEXT_BYTES, Hardware
 from fluxcli.plan.placement import MemoryPlan
 from quant.checkpoint import Checkpoint
-from quant.errors import ExplainedError
 from quant.linear import find_multiply
 from quant.spec import SCHEMES
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,14 +48,24 @@ class EnginePhase:
 
     name: str
     run: Callable[[Components, Sequence[Picture]], Iterator[Event]]
+    one_by_one: bool = False  # takes picture by picture, as the last phase always does
 
 
 PHASES = (
     EnginePhase("encode", encode.run),
     EnginePhase("condition", condition.run),
-    EnginePhase("denoise", denoise.run),
-    EnginePhase("decode", decode.run),
+    EnginePhase("denoise", denoise.run, one_by_one=True),
+    EnginePhase("decode", decode.run, one_by_one=True),
 )
+RELOAD_SHARE = 0.1  # of a picture's denoising: what loading again may take of it
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """A picture has its last latents; unless it is `decoded_next`, others are denoised before."""
+
+    picture: Picture
+    decoded_next: bool
 
 
 @dataclass(frozen=True)
@@ -87,7 +103,8 @@ class Engine:
         self.checkpoint = checkpoint
         self.components = Components(checkpoint, plan, hardware, prompt_cache=prompt_cache)
         self.out_of_memory: list[OutOfMemory] = []  # what has happened so far, for who remembers it
-        self._phases = tuple(phases)
+        *self._before, self._last = phases
+        self._under_way: Sequence[Picture] = ()
 
     @property
     def plan(self) -> MemoryPlan:
@@ -117,23 +134,63 @@ class Engine:
 
     def draw(
         self, pictures: Sequence[Picture], *, isolate: bool = False
-    ) -> Iterator[Event | Drawn]:
-        """Yield the events of all phases, and a `Drawn` as soon as a picture has its pixels.
+    ) -> Iterator[Event | Denoised | Drawn]:
+        """Yield the events of all phases, a `Denoised` and a `Drawn` as soon as a picture is so.
 
-        The last phase takes picture by picture, the others take all together. With `isolate` an
-        error ends only the picture that has it, as its `error`; else raises `FluxError` and
-        `QuantError`.
+        With `isolate` an error ends only the picture that has it, as its `error`, unless no picture
+        could be drawn after it (see `is_of_one_row`); else raises whatever a phase raises.
         """
-        *together, last = self._phases
-        for phase in together:
-            yield from self._run(phase, _without_errors(pictures), isolate=isolate)
+        self._under_way = pictures
+        for phase in self._before:
+            if not phase.one_by_one:
+                started_s = time.perf_counter()
+                yield from self._run(phase, _without_errors(pictures), isolate=isolate)
+                for picture in pictures:
+                    picture.taken_s += (time.perf_counter() - started_s) / len(pictures)
+        waiting = []
         for picture in _without_errors(pictures):
-            was_whole = self.plan.placement.decode != "tiled"
-            yield from self._run(last, [picture], isolate=isolate)
-            if not picture.error:
-                yield Drawn(picture)  # while the plan still tells how it was decoded
-            if was_whole and self.plan.placement.decode == "tiled":
-                self.components.decode_whole()
+            was_denoised = picture.denoised
+            yield from self._denoise(picture, isolate=isolate)
+            if picture.error:
+                continue
+            is_next = self._decodes_at_once()
+            if not was_denoised:
+                yield Denoised(picture, is_next)
+            if is_next:
+                yield from self._decode(picture, isolate=isolate)
+            else:
+                waiting.append(picture)
+        for picture in waiting:
+            yield from self._decode(picture, isolate=isolate)
+
+    def _decodes_at_once(self) -> bool:
+        """Return whether a picture is decoded before the next one is denoised.
+
+        The plan's seconds of loading are of all components: to load two of them again takes less.
+        """
+        plan = self.plan
+        if {"transformer", "vae"}.issubset(plan.placement.keep):
+            return True
+        return plan.seconds["load"] < RELOAD_SHARE * plan.seconds["denoise"]
+
+    def _denoise(self, picture: Picture, *, isolate: bool) -> Iterator[Event]:
+        """The phases that take picture by picture, but for the last."""
+        started_s = time.perf_counter()
+        for phase in self._before:
+            if phase.one_by_one:
+                yield from self._run(phase, _without_errors([picture]), isolate=isolate)
+        picture.taken_s += time.perf_counter() - started_s
+
+    def _decode(self, picture: Picture, *, isolate: bool) -> Iterator[Event | Drawn]:
+        """The last phase; tiles are for the picture alone that they were needed for."""
+        started_s = time.perf_counter()
+        was_whole = self.plan.placement.decode != "tiled"
+        yield from self._run(self._last, [picture], isolate=isolate)
+        picture.taken_s += time.perf_counter() - started_s
+        if not picture.error:
+            yield Drawn(picture)  # while the plan still tells how it was decoded
+        if was_whole and self.plan.placement.decode == "tiled":
+            self.components.decode_whole()
 
     def _run(
         self, phase: EnginePhase, pictures: Sequence[Picture], *, isolate: bool
@@ -141,11 +198,12 @@ class Engine:
         """A phase for all pictures; to `isolate` an error, for each of them alone."""
         try:
             yield from self._survive(phase, pictures)
-        except ExplainedError as error:
-            if not isolate:
+        except Exception as error:
+            if not isolate or not is_of_one_row(error):
                 raise
             if len(pictures) == 1:
-                pictures[0].error = error
+                logger.debug("what ended a picture", exc_info=error)
+                pictures[0].error = error.with_traceback(None)  # whose frames hold tensors
                 return
             for picture in pictures:
                 yield from self._run(phase, [picture], isolate=True)
@@ -164,7 +222,7 @@ class Engine:
             # Only here has the error gone, and with its frames the tensors that they hold.
             missing_bytes = self.plan.peak_bytes[phase.name] - self._available_bytes()
             self.out_of_memory.append(OutOfMemory(phase.name, missing_bytes))
-            largest = max(pictures, key=lambda picture: math.prod(picture.request.size))
+            largest = max(self._under_way, key=lambda picture: math.prod(picture.request.size))
             workload = make_workload(largest.request, largest.adapters)
             change = self.components.step_down(phase.name, workload, failed=failed)
             yield Notice(f"out of memory in {phase.name} ({level}): once more, {change}")

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fluxcli.engine.prompt_cache import Embeddings
 from fluxcli.request.fields import GenerationRequest
-from quant.errors import ExplainedError
 from quant.lora import Adapter
 
 
@@ -33,7 +32,8 @@ class Picture:
     embeddings: Embeddings | None = None
     table: Tensor | None = None  # (steps, sum of outputs), see `engine.modulation`
     pixels: np.ndarray | None = None  # (H, W, 3) uint8
-    error: ExplainedError | None = None  # what ended it
+    error: Exception | None = None  # what ended it
+    taken_s: float = 0.0  # its seconds so far, and its share of those that a group takes together
 
     @property
     def denoised(self) -> bool:

@@ -41,7 +41,8 @@ class Latents:
     """Packed latents after `step` of the order's steps.
 
     `model` is the fingerprint of the checkpoint, `request_hash` what the finished picture will
-    carry (see `image.hash_request`); both are empty where nobody knows.
+    carry (see `image.hash_request`); both are empty where nobody knows. `seeded` tells whether the
+    seed was asked for.
     """
 
     order: Order
@@ -49,6 +50,8 @@ class Latents:
     step: int = 0
     model: str = ""
     request_hash: str = ""
+    seeded: bool = True
+    path: Path | None = None  # where they were read from
 
 
 def save(latents: Latents, target: Target, *, n: int = 1, row: int = 0) -> Path:
@@ -63,6 +66,7 @@ def save(latents: Latents, target: Target, *, n: int = 1, row: int = 0) -> Path:
         "step": latents.step,
         "model": latents.model,
         "request_hash": latents.request_hash,
+        "seeded": latents.seeded,
     }
     tensors = {TENSOR: latents.tokens.cpu().contiguous()}
     data: bytes = to_bytes(tensors, {KEY: json.dumps(described)})
@@ -76,8 +80,16 @@ def save(latents: Latents, target: Target, *, n: int = 1, row: int = 0) -> Path:
     raise AssertionError("the candidates are endless")
 
 
+def place(destination: Destination) -> Path:
+    """Return the best name of a picture's latents."""
+    return next(_list_places(destination))
+
+
 def find_kept(destination: Destination) -> list[Path]:
     """Return the files of latents that lie beside a picture's names, best first."""
+    destination = _move_from_stdout(destination)
+    if names.list_open_fields(destination):
+        return list(names.list_there(destination, SUFFIX))
     found: list[Path] = []
     for path in _list_places(destination):
         if not path.exists():
@@ -86,16 +98,23 @@ def find_kept(destination: Destination) -> list[Path]:
     raise AssertionError("the candidates are endless")
 
 
-def _list_places(destination: Destination) -> Iterator[Path]:
-    """Yield the names that latents of a picture can have, without end.
+def aim_beside(path: Path) -> Target:
+    """Return where a picture goes that belongs beside its latents: it has their name, if it can."""
+    stem = path.name.removesuffix(SUFFIX)
+    return Target(path.parent, stem.replace("{", "{{").replace("}", "}}"))
 
-    Those of one for stdout are in the current folder.
-    """
-    if destination.target.stdout:
-        beside = Target(Path(), names.DEFAULT_TEMPLATE)
-        destination = replace(destination, target=beside)
-    for path in names.list_candidates(destination):
+
+def _list_places(destination: Destination) -> Iterator[Path]:
+    """Yield the names that latents of a picture can have, without end."""
+    for path in names.list_candidates(_move_from_stdout(destination)):
         yield path.with_name(names.join_name(path.stem, SUFFIX))
+
+
+def _move_from_stdout(destination: Destination) -> Destination:
+    """Return the place of latents: of a picture for stdout it is the current folder."""
+    if not destination.target.stdout:
+        return destination
+    return replace(destination, target=Target(Path(), names.DEFAULT_TEMPLATE))
 
 
 def load(path: Path) -> Latents:
@@ -115,6 +134,8 @@ def load(path: Path) -> Latents:
                 step=step,
                 model=described["model"],
                 request_hash=described.get("request_hash", ""),
+                seeded=described.get("seeded", True) is True,
+                path=path,
             )
     except (*FOREIGN, SafetensorError) as error:
         why = f"it holds no picture of flux: {str(error)[:80]}"

@@ -220,18 +220,31 @@ def list_names(destination: Destination) -> Iterator[Path]:
     target = destination.target
     if target.exact:
         yield target.folder / target.pattern
-        return
-    open_fields = ["date"] if destination.seeded else ["date", "seed", "n"]
-    if not target.has_field(*open_fields):
+    elif list_open_fields(destination):
+        yield from list_there(destination, f".{destination.order.output.format}")
+    else:
         yield from list_candidates(destination)
-        return
-    name = destination.make_name(**dict.fromkeys(open_fields, AnyValue()))
-    stem, dot, suffix = name.rpartition(".")
-    pattern = glob.escape(stem).replace(ANY, "*") + "*" + glob.escape(dot + suffix)
-    expression = re.escape(stem).replace(ANY, ".*") + r"(-\d+)?" + re.escape(dot + suffix)
-    for found in sorted(glob.glob(pattern, root_dir=target.folder)):
+
+
+def list_open_fields(destination: Destination) -> list[str]:
+    """Return the template fields of a picture's name whose values its order leaves open."""
+    fields = ["date"] if destination.seeded else ["date", "seed", "n"]
+    return fields if destination.target.has_field(*fields) else []
+
+
+def list_there(destination: Destination, ending: str) -> Iterator[Path]:
+    """Yield the files that are there with any value in the place of what the order leaves open.
+
+    Their names have this `ending` in the place of the picture's extension.
+    """
+    fields = list_open_fields(destination)
+    name = destination.make_name(**dict.fromkeys(fields, AnyValue()))
+    stem = name.rpartition(".")[0]
+    pattern = glob.escape(stem).replace(ANY, "*") + "*" + glob.escape(ending)
+    expression = re.escape(stem).replace(ANY, ".*") + r"(-\d+)?" + re.escape(ending)
+    for found in sorted(glob.glob(pattern, root_dir=destination.target.folder)):
         if re.fullmatch(expression, found, re.DOTALL):
-            yield target.folder / found
+            yield destination.target.folder / found
 
 
 ANY = "\0"  # no file name holds it

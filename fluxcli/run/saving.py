@@ -1,12 +1,13 @@
 """Pictures that were drawn become files: their metadata, their encoding, their names.
 
-And back: whether a file is what a row asks for, and what is kept of a picture for which memory ran
-out. What a picture was computed with is asked of the engine; nothing here computes.
+And back: whether a file is what a row asks for, and what is kept of a picture that is not written
+yet. What a picture was computed with is asked of the engine; nothing here computes.
 """
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice, repeat
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 import fluxcli
+from fluxcli import paths
 from fluxcli.engine.engine import Engine
 from fluxcli.engine.picture import Picture
 from fluxcli.events import GeneratedImage
@@ -24,6 +26,7 @@ from fluxcli.pictures import image, latents, names
 from fluxcli.pictures.latents import Latents
 from fluxcli.pictures.names import Destination
 from fluxcli.request.fields import Order
+from fluxcli.request.target import Target
 from quant.errors import ExplainedError
 from quant.lora import Adapter
 
@@ -152,27 +155,57 @@ def _make_hashes(engine: Engine, destination: Destination, adapters: Sequence[Ad
 
 
 def keep_latents(engine: Engine, picture: Picture, destination: Destination) -> Path:
-    """Write what there is of a picture beside where it would be; raises OSError."""
+    """Write what there is of a picture beside where it would be, or where else it can be written.
+
+    Raises OSError where that is nowhere.
+    """
     assert picture.tokens is not None
-    metadata = make_metadata(engine, destination.order, picture.adapters)
+    seeded = destination.seeded
+    metadata = make_metadata(engine, destination.order, picture.adapters, seeded=seeded)
     kept = Latents(
         destination.order,
         picture.tokens,
         step=picture.step,
         model=engine.checkpoint.fingerprint,
-        request_hash=image.hash_request(metadata),
+        request_hash=image.hash_request(metadata, seeded=seeded),
+        seeded=seeded,
     )
-    return latents.save(kept, destination.target, n=destination.n, row=destination.row)
+    *better, last = _list_targets(destination)
+    for target in better:
+        with suppress(OSError):
+            return latents.save(kept, target, n=destination.n, row=destination.row)
+    return latents.save(kept, last, n=destination.n, row=destination.row)
+
+
+def is_beside(path: Path, destination: Destination) -> bool:
+    """Return whether latents lie where their picture would, so that it can be written there."""
+    return path.parent == latents.place(destination).parent
+
+
+def _list_targets(destination: Destination) -> list[Target]:
+    """Return where latents of a picture may lie: beside it, else in folders of the user's own."""
+    elsewhere = (paths.latents_folder(), Path(tempfile.gettempdir()))
+    targets = [Target(folder, names.DEFAULT_TEMPLATE) for folder in elsewhere]
+    return [destination.target, *targets]
 
 
 def find_latents(
-    engine: Engine, destination: Destination, adapters: Sequence[Adapter]
+    engine: Engine,
+    destination: Destination,
+    adapters: Sequence[Adapter],
+    *,
+    taken: Collection[Path | None],
 ) -> Latents | None:
-    """Return what a run before has kept of a picture with a seed; None where there is nothing."""
+    """Return what a run before has kept of a picture, None where there is nothing.
+
+    Of an order without a seed it may be any picture, but for the files that are `taken`.
+    """
     wanted = _make_hashes(engine, destination, adapters)
-    for path in latents.find_kept(destination):
-        with suppress(ExplainedError):  # damaged, or somebody else's
-            kept = latents.load(path)
-            if kept.request_hash in wanted:
-                return kept
+    for target in _list_targets(destination):
+        found = latents.find_kept(replace(destination, target=target))
+        for path in (path for path in found if path.is_file() and path not in taken):
+            with suppress(ExplainedError):  # damaged, or somebody else's
+                kept = latents.load(path)
+                if kept.request_hash in wanted:
+                    return kept
     return None

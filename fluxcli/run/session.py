@@ -7,6 +7,8 @@ rows as a whole. Sizes are in bytes, times in seconds.
 
 import contextlib
 import gc
+import logging
+import shlex
 from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,10 +17,21 @@ from typing import Any, Self
 import fluxcli
 from fluxcli import paths
 from fluxcli.engine import device, modulation
-from fluxcli.engine.engine import Drawn, Engine
+from fluxcli.engine.engine import Denoised, Drawn, Engine
 from fluxcli.engine.picture import Picture
-from fluxcli.errors import DoesNotFit
-from fluxcli.events import Done, Event, GeneratedImage, Notice, Phase, Saved, Skipped, explain
+from fluxcli.errors import DoesNotFit, NotFinite
+from fluxcli.events import (
+    Done,
+    Event,
+    GeneratedImage,
+    Kept,
+    Notice,
+    Phase,
+    Saved,
+    Skipped,
+    explain,
+    is_of_one_row,
+)
 from fluxcli.models import find, loras
 from fluxcli.pictures.latents import Latents
 from fluxcli.pictures.names import Destination, check_writable, parse_target
@@ -37,9 +50,11 @@ from quant.checkpoint import Checkpoint
 from quant.errors import ExplainedError
 from quant.lora import Adapter
 
+logger = logging.getLogger(__name__)
+
 LOCK_S = 1.0  # between two looks at whether the run is still wanted, while another has the device
 LOCKED_SHARE = 0.25  # of the RAM: a run on the CPU that takes less disturbs nobody
-MAX_GROUP = 16  # pictures that go through a phase together: what is lost when a run is killed
+MAX_GROUP = 16  # pictures that are encoded together, and decoded together where they have to be
 TABLES_SHARE = 0.1  # of the free RAM, for the modulation tables of a group
 LESS_SHARE = 0.8  # of the budget: what is suggested after memory ran out fits into so much
 
@@ -123,13 +138,29 @@ class PlannedRow:
         self.missing -= 1
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pending:
-    """A picture that is to be drawn, where it goes, and the row that it is of."""
+    """A picture that is to be drawn, where it goes, and the row that it is of.
+
+    `latents` is the file in which what there is of it is kept; where that is `ours`, it is deleted
+    when the picture is written.
+    """
 
     picture: Picture
     destination: Destination
     row: PlannedRow
+    latents: Path | None = None
+    ours: bool = True
+
+    def begin_with(self, kept: Latents) -> None:
+        """Go on from kept latents; a picture without a seed gets theirs."""
+        order = self.destination.order
+        request = replace(order.request, seed=kept.order.request.seed)
+        self.destination = replace(self.destination, order=replace(order, request=request))
+        self.picture.request = request
+        self.picture.tokens = kept.tokens
+        self.picture.step = kept.step
+        self.latents = kept.path
 
 
 class Session:
@@ -169,9 +200,10 @@ class Session:
         for row in job.rows:
             try:
                 planned = yield from self._plan_row(row, job, known=known, after_loss=after_loss)
-            except ExplainedError as error:
-                if not job.batch:
+            except Exception as error:
+                if not job.batch or not is_of_one_row(error):
                     raise
+                logger.debug("what ended row %d", row.number, exc_info=error)
                 yield explain(error, row.number)
                 continue
             fingerprint = planned.prepared.checkpoint.fingerprint
@@ -342,10 +374,18 @@ class Session:
         engine = self.open_engine(prepared, prompt_cache=job.prompt_cache)
         pending: list[Pending] = []
         for row in rows:
-            pending += yield from _take_stock(engine, row, job, after_loss=after_loss)
+            try:
+                pending += yield from _take_stock(
+                    engine, row, job, after_loss=after_loss, begun=pending
+                )
+            except Exception as error:
+                if not job.batch or not is_of_one_row(error):
+                    raise
+                logger.debug("what ended row %d", row.row.number, exc_info=error)
+                yield explain(error, row.row.number)
         if kept:
-            pending[0].picture.tokens = kept.tokens
-            pending[0].picture.step = kept.step
+            pending[0].begin_with(kept)
+            pending[0].ours = False  # the user named it
         # Adapters change as rarely as can be.
         pending.sort(key=lambda each: [str(ref) for ref in each.picture.request.lora])
         if job.batch:
@@ -393,11 +433,17 @@ def _choose_group_size(rows: Sequence[PlannedRow]) -> int:
 
 
 def _take_stock(
-    engine: Engine, row: PlannedRow, job: Job, *, after_loss: Collection[str] | None
+    engine: Engine,
+    row: PlannedRow,
+    job: Job,
+    *,
+    after_loss: Collection[str] | None,
+    begun: Sequence[Pending],
 ) -> Generator[Event, None, list[Pending]]:
     """Say which pictures of a row are there already, and return the others.
 
-    Of what a lost worker said already nothing is said again; see `Session.run`.
+    Of what a lost worker said already nothing is said again; see `Session.run`. Latents that
+    `begun` pictures go on from are no other's.
     """
     destinations = row.list_destinations()
     adapters = row.prepared.adapters
@@ -406,18 +452,20 @@ def _take_stock(
     may_be_done = job.resume or (is_lost and destinations[0].seeded)
     if may_be_done and row.order.output.metadata:
         done = saving.find_done(engine, destinations, adapters, nth=row.row.nth)
+    taken = {each.latents for each in begun}
     pending = []
     for destination, path in zip(destinations, done, strict=True):
         if path is None:
             picture = Picture(destination.order.request, adapters)
             picture.position = destination.n
             picture.total = len(destinations)
-            if job.resume and destination.seeded:
-                kept = saving.find_latents(engine, destination, adapters)
-                if kept:
-                    picture.tokens = kept.tokens
-                    picture.step = kept.step
-            pending.append(Pending(picture, destination, row))
+            waiting = Pending(picture, destination, row)
+            if may_be_done:
+                found = saving.find_latents(engine, destination, adapters, taken=taken)
+                if found:
+                    waiting.begin_with(found)
+                    taken.add(found.path)
+            pending.append(waiting)
         elif after_loss and str(path) in after_loss:
             row.add(saving.describe_file(path, destination.order))
         elif job.resume:
@@ -430,19 +478,13 @@ def _take_stock(
     if row.images and not row.missing:
         yield _finish(engine, row)
     if pending and not row.is_checked:
-        try:
-            check_writable(row.target, row.order, row=row.row.number)
-        except ExplainedError as error:
-            if not job.batch:
-                raise
-            yield explain(error, row.row.number)
-            return []
+        check_writable(row.target, row.order, row=row.row.number)
     return pending
 
 
 def draw_pictures(
     engine: Engine, pictures: Sequence[Picture], *, isolate: bool = False
-) -> Generator[Event | Drawn, None, None]:
+) -> Generator[Event | Denoised | Drawn, None, None]:
     """Draw pictures as `Engine.draw` does; memory that ran out is remembered for later plans."""
     known = len(engine.out_of_memory)
     try:
@@ -453,40 +495,93 @@ def draw_pictures(
 
 
 def _draw_group(engine: Engine, group: Sequence[Pending], *, isolate: bool) -> Iterator[Event]:
-    """Draw and save the pictures of a group; yields the end of each row, too.
+    """Draw the pictures of a group, each a file as soon as it can be; yields the ends of rows, too.
 
-    With `isolate` an error ends only the pictures that have it.
+    Where a picture has to wait for its decoder, or cannot be written, its latents are kept in a
+    file. With `isolate` an error ends only the pictures that have it.
     """
     left = {each.picture: each for each in group}  # that are not saved
     try:
         for event in draw_pictures(engine, list(left), isolate=isolate):
-            if not isinstance(event, Drawn):
+            if isinstance(event, Denoised):
+                if not event.decoded_next:
+                    yield from _keep(engine, left[event.picture])
+            elif isinstance(event, Drawn):
+                yield from _save(engine, left[event.picture], isolate=isolate)
+                if not event.picture.error:
+                    del left[event.picture]
+            else:
                 yield event
-                continue
-            pending = left[event.picture]
-            yield Phase("save")
-            try:
-                image = saving.save_picture(event.picture, pending.destination, engine)
-            except ExplainedError as error:
-                if not isolate:
-                    raise
-                event.picture.error = error
-                continue
-            finally:
-                event.picture.pixels = None
-            del left[event.picture]
-            pending.row.add(image)
-            yield Saved(image, pending.destination.row)
-            if not pending.row.missing:
-                yield _finish(engine, pending.row)
-    except DoesNotFit as error:
-        _advise(error, engine, list(left.values()))
+    except GeneratorExit:
+        raise
+    except BaseException as error:
+        yield from _keep_what_is_left(error, engine, list(left.values()))
         raise
     for pending in left.values():
-        if isinstance(pending.picture.error, DoesNotFit):
-            _advise(pending.picture.error, engine, [pending])
-        if pending.picture.error:
-            yield explain(pending.picture.error, pending.destination.row)
+        ended_by = pending.picture.error
+        if ended_by:
+            yield from _keep_what_is_left(ended_by, engine, [pending])
+            yield explain(ended_by, pending.destination.row)
+
+
+def _save(engine: Engine, pending: Pending, *, isolate: bool) -> Iterator[Event]:
+    """Write a picture to its file, and say so, and whether its row is over."""
+    picture = pending.picture
+    yield Phase("save")
+    try:
+        image = saving.save_picture(picture, pending.destination, engine)
+    except Exception as error:
+        if not isolate or not is_of_one_row(error):
+            raise
+        logger.debug("what ended a picture", exc_info=error)
+        picture.error = error
+        return
+    finally:
+        picture.pixels = None
+    if pending.latents and pending.ours:
+        with contextlib.suppress(OSError):
+            pending.latents.unlink()
+    picture.tokens = None  # from here on there is nothing of it to keep
+    pending.row.add(image)
+    yield Saved(image, pending.destination.row, round(picture.taken_s, 3))
+    if not pending.row.missing:
+        yield _finish(engine, pending.row)
+
+
+def _keep(engine: Engine, pending: Pending) -> Iterator[Event]:
+    """Write the latents of a picture to a file, where that is possible and they are in none yet."""
+    if pending.latents or pending.picture.tokens is None:
+        return
+    with contextlib.suppress(OSError):
+        pending.latents = saving.keep_latents(engine, pending.picture, pending.destination)
+        seed = pending.destination.order.request.seed
+        yield Kept(str(pending.latents), seed, pending.destination.row)
+
+
+def _keep_what_is_left(
+    error: BaseException, engine: Engine, left: Sequence[Pending]
+) -> Iterator[Event]:
+    """Keep what there is of pictures that an error has ended; the error says where, if it can.
+
+    That is the latents after the last step; where memory ran out, after any.
+    """
+    if isinstance(error, DoesNotFit):
+        _advise(error, engine, left[0])
+    for pending in left:
+        is_worth_it = pending.picture.denoised and not isinstance(error, NotFinite)
+        if is_worth_it or (pending.picture.step and isinstance(error, DoesNotFit)):
+            yield from _keep(engine, pending)
+    kept = {
+        each.latents: each.destination
+        for each in left
+        if each.latents and each.picture.tokens is not None
+    }
+    if kept and isinstance(error, ExplainedError) and not isinstance(error, NotFinite):
+        files = [str(path) for path in kept]
+        error.why = f"{error.why}; the latents are kept in {', '.join(files)}".removeprefix("; ")
+        error.hint = shlex.join(["flux", "decode", *files])
+        if not all(saving.is_beside(path, destination) for path, destination in kept.items()):
+            error.hint += " -o FOLDER/"
 
 
 def _finish(engine: Engine, row: PlannedRow) -> Done:
@@ -504,10 +599,10 @@ def _finish(engine: Engine, row: PlannedRow) -> Done:
     )
 
 
-def _advise(error: DoesNotFit, engine: Engine, left: Sequence[Pending]) -> None:
-    """Add to an error what would fit, and where what there is of the pictures is kept."""
-    prepared = left[0].row.prepared
-    order = left[0].row.order
+def _advise(error: DoesNotFit, engine: Engine, pending: Pending) -> None:
+    """Add to an error of a picture what would fit."""
+    prepared = pending.row.prepared
+    order = pending.row.order
     less = replace(order.resources, vram_limit=int(engine.plan.budget_bytes * LESS_SHARE))
     options = suggest_options(
         order.request,
@@ -520,10 +615,3 @@ def _advise(error: DoesNotFit, engine: Engine, left: Sequence[Pending]) -> None:
     if options:
         hints.append(f"again with {options}")
     error.hint = " or ".join(hints)
-    for pending in left:
-        if pending.picture.step:
-            # Where the latents cannot be written, the error that came first stays as it is.
-            with contextlib.suppress(OSError):
-                path = saving.keep_latents(engine, pending.picture, pending.destination)
-                error.why = f"{error.why}; the latents are kept in {path}"
-                error.hint = f"flux decode {path}"
