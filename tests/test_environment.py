@@ -4,9 +4,11 @@ dependencies.
 
 import io
 import os
+import re
 import select
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from fluxcli.errors import ExitCode
 from fluxcli.events import GeneratedImage, Notice, Phase, Saved, Step
 from tests.support.helpers import ROOT
 from tests.support.invariant import assert_failed, call, paint_instead
+from tests.support.terminals import read_until
 
 HEAVY = (
     "torch",
@@ -180,14 +183,14 @@ def test_a_terminal_shows_phase_step_speed_and_time_left(monkeypatch):
     shown = _on_a_terminal(monkeypatch, TERM="xterm-256color")
     assert all(
         word in shown
-        for word in ("\x1b[", "step 2/2", "s/it", "s left", "flux: x.png: 64x64, seed 5")
+        for word in ("\x1b[", "step 2 of 2", "s/it", "s left", "flux: x.png: 64x64, seed 5")
     )
 
 
 @posix
 @pytest.mark.parametrize(
     "environment",
-    [{"TERM": "dumb"}, {"TERM": "unknown"}, {"TERM": "xterm", "NO_COLOR": "1"}],
+    [{"TERM": "dumb"}, {"TERM": "unknown"}, {"TERM": "dumb", "FORCE_COLOR": "1"}],
     ids=str,
 )
 def test_a_plain_terminal_gets_plain_text(environment, monkeypatch):
@@ -195,6 +198,63 @@ def test_a_plain_terminal_gets_plain_text(environment, monkeypatch):
     assert (
         "\x1b" not in shown and "flux: x.png: 64x64, seed 5" in shown and "flux: lost: x" in shown
     )
+
+
+@posix
+def test_no_color_is_a_bar_without_colours(monkeypatch):
+    coloured = re.compile(r"\x1b\[[0-9;]*(3[0-7]|38;5;[0-9]+|9[0-7])m")
+    assert coloured.search(_on_a_terminal(monkeypatch, TERM="xterm-256color"))
+    shown = _on_a_terminal(monkeypatch, TERM="xterm-256color", NO_COLOR="1")
+    assert "step 2 of 2" in shown and "\x1b[" in shown and not coloured.search(shown)
+
+
+def test_off_a_terminal_a_line_now_and_then_says_how_far_it_is(capsys, monkeypatch):
+    events = [Phase("load", "transformer"), Phase("denoise"), Step(1, 2), Step(2, 2, 2, 4)]
+    with console.Reporter(started=time.perf_counter()) as reporter:
+        for event in events:
+            reporter.show(event)
+    assert capsys.readouterr().err == ""  # it was quick
+    monkeypatch.setattr(console, "LINE_EVERY_S", 0)
+    for quiet in (False, True):
+        with console.Reporter(started=time.perf_counter(), quiet=quiet) as reporter:
+            for event in events:
+                reporter.show(event)
+            reporter.show_bytes(0, 3_000_000_000, "quantize")
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == (0 if quiet else 5)
+        if lines:
+            assert lines[0] == "flux: load transformer"
+            assert re.fullmatch(r"flux: picture 2 of 4, step 2 of 2, \d+ s left", lines[3])
+            assert lines[4].startswith("flux: quantize: 0.0/3.0 GB, ")
+
+
+@pytest.mark.parametrize(
+    "seconds, text", [(0.4, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7501, "2 h 5 min")]
+)
+def test_times_are_said_as_people_say_them(seconds, text):
+    assert console.describe_seconds(seconds) == text
+
+
+@posix
+@pytest.mark.parametrize(
+    "environment, code", [({"TERM": "xterm"}, "\x1b[1;31merror:\x1b[0m"), ({"NO_COLOR": "1"}, "")]
+)
+def test_errors_and_verdicts_are_coloured_on_a_terminal_alone(environment, code, monkeypatch):
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLORTERM", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"TERM": "xterm"} | environment).items():
+        monkeypatch.setenv(name, value)
+    terminal, ours = os.openpty()
+    with open(ours, "w", encoding="utf-8") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stream)
+        patch.setattr(sys, "stdout", stream)
+        console.error("no such model", "flux models list")
+        console.table([("ok", "bad news"), ("broken", "x")], None, as_json=False)
+        stream.flush()
+        shown = read_until(terminal, b"broken", 10).decode()
+    os.close(terminal)
+    assert ("\x1b" in shown) == bool(code) and code in shown
+    assert ("\x1b[32mok\x1b[0m      bad news" in shown) == bool(code)
 
 
 def test_off_a_terminal_there_is_text_only_even_when_colour_is_forced(capsys, monkeypatch):

@@ -1,17 +1,17 @@
 """The only printer: data on stdout, everything else on stderr. Knows nothing of models.
 
-Where stderr is a terminal a run is shown by a bar; elsewhere by lines without escape sequences.
+Where stderr is a terminal that can move its cursor a run is shown by a bar; elsewhere by a line
+every ten seconds, without escape sequences. Colours are for terminals, and not with NO_COLOR.
 """
 
 import errno
 import json
-import os
 import re
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, TextIO, TypeVar, cast
 
 from fluxcli.errors import OutputError
 from fluxcli.events import (
@@ -32,6 +32,13 @@ from fluxcli.signals import LAST_WORDS, check_signals
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 # Wipes the line with the bar and brings the cursor back.
 WIPE_BAR = b"\r\x1b[2K\x1b[?25h"
+# Seconds between two lines of progress where there is no bar.
+LINE_EVERY_S = 10.0
+RED = "1;31"
+YELLOW = "33"
+GREEN = "32"
+# Verdicts in tables.
+COLOURS = {"ok": GREEN, "complete": GREEN, "warn": YELLOW, "partial": YELLOW, "bad": RED}
 
 Result = TypeVar("Result")
 
@@ -92,8 +99,31 @@ def table(rows: Iterable[Sequence[str]], value: object, *, as_json: bool) -> Non
         for column, cell in enumerate(line[:-1]):  # the last cell is as long as it is
             widths[column] = max(widths[column], len(cell))
     for line in lines:
-        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
+        cells = [_pad(cell, width) for cell, width in zip(line, widths, strict=False)]
         data("  ".join(cells).rstrip())
+
+
+def _pad(cell: str, width: int) -> str:
+    """The cell of a table on stdout as wide as its column, a verdict in its colour."""
+    padding = " " * (width - len(cell))
+    if cell in COLOURS:
+        cell = paint(cell, COLOURS[cell], sys.stdout)
+    return cell + padding
+
+
+def paint(text: str, colour: str, stream: TextIO | None) -> str:
+    """Return the text in a colour, if the stream is a terminal with colours and they are wanted.
+
+    rich knows terminals, and the variables NO_COLOR and TERM.
+    """
+    if stream is None or not stream.isatty():
+        return text
+    from rich.console import Console
+
+    terminal = Console(file=stream)
+    if terminal.no_color or terminal.legacy_windows or not terminal.color_system:
+        return text
+    return f"\x1b[{colour}m{text}\x1b[0m"
 
 
 # --- words: stderr
@@ -107,7 +137,7 @@ def say(text: str) -> None:
 def error(message: str, hint: str) -> None:
     """Print the error line, and below it the hint if there is one; never anything else."""
     text = _escape(" ".join(message.split())).rstrip(".")
-    lines = f"flux: error: {text}.\n"
+    lines = f"flux: {paint('error:', RED, sys.stderr)} {text}.\n"
     if hint:
         lines += f"hint: {_escape(' '.join(hint.split()))}\n"
     sys.stderr.write(lines)
@@ -128,6 +158,18 @@ def confirm(question: str) -> bool:
 def _escape(text: str) -> str:
     """The text with its control characters spelled out, as a Python string has them."""
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def describe_seconds(seconds: float) -> str:
+    """Return a time as people say it: 40 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    minutes, rest_s = divmod(whole, 60)
+    hours, rest_min = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {rest_min} min"
+    if minutes:
+        return f"{minutes} min {rest_s} s"
+    return f"{whole} s"
 
 
 class Reporter:
@@ -154,11 +196,12 @@ class Reporter:
         self._phase = "load"
         self._phase_started = started
         self._noticed: set[Notice] = set()
+        self._said = started  # when the last line of progress was
         self._bar: Any = None  # a rich Progress with one task
         self._task: Any = None
 
     def __enter__(self) -> Self:
-        if not self._quiet and sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
+        if not self._quiet and sys.stderr.isatty():
             self._start_bar()
         return self
 
@@ -172,13 +215,15 @@ class Reporter:
         from rich.console import Console
         from rich.progress import BarColumn, Progress
 
-        columns = ("{task.description}", BarColumn(bar_width=30), "{task.fields[speed]}")
         stderr = Console(stderr=True)
+        if stderr.is_dumb_terminal:
+            return
+        bar = BarColumn(bar_width=30, complete_style="green", pulse_style="green")
+        columns = ("{task.description}", bar, "{task.fields[speed]}")
         self._bar = Progress(*columns, console=stderr, transient=True, redirect_stdout=False)
         self._task = self._bar.add_task("", total=None, visible=False, speed="")
         self._bar.start()
-        if not stderr.is_dumb_terminal:
-            LAST_WORDS.append(WIPE_BAR)
+        LAST_WORDS.append(WIPE_BAR)
 
     def result(self, run: Generator[Event, None, Result]) -> Result:
         """Show the events of a generator; returns what it returns."""
@@ -225,25 +270,31 @@ class Reporter:
         speed = max(1, done_bytes) / elapsed_s
         left_s = (total_bytes - done_bytes) / speed
         amount = f"{done_bytes / 1e9:.1f}/{total_bytes / 1e9:.1f} GB"
-        text = f"{amount}, {speed / 1e9:.2f} GB/s, {left_s:.0f} s left"
+        text = f"{amount}, {speed / 1e9:.2f} GB/s, {describe_seconds(left_s)} left"
+        self._say_sometimes(f"{what}: {text}")
         self._update_bar(completed=done_bytes, total=total_bytes, description=what, speed=text)
 
     def _begin_phase(self, phase: Phase) -> None:
         self._end_phase()
         self._phase = phase.name
-        self._update_bar(description=f"{phase.name} {phase.detail}".strip(), speed="")
+        text = f"{phase.name} {phase.detail}".strip()
+        self._say_sometimes(text)
+        # An empty bar: how much of a phase is done is known of denoising alone.
+        self._update_bar(description=text, completed=0, total=1, speed="")
 
     def _show_step(self, step: Step) -> None:
         step_s = (time.perf_counter() - self._phase_started) / step.index
         steps_left = step.total - step.index + (step.images - step.image) * step.total
-        where = f"step {step.index}/{step.total}"
+        where = f"step {step.index} of {step.total}"
         if step.images > 1:
-            where = f"picture {step.image}/{step.images}, {where}"
+            where = f"picture {step.image} of {step.images}, {where}"
+        left = f"{describe_seconds(step_s * steps_left)} left"
+        self._say_sometimes(f"{where}, {left}")
         self._update_bar(
-            description=f"denoise {where}",
+            description=where,
             completed=step.index,
             total=step.total,
-            speed=f"{step_s:.2f} s/it, {step_s * steps_left:.0f} s left",
+            speed=f"{step_s:.2f} s/it, {left}",
         )
 
     def _show_saved(self, saved: Saved) -> None:
@@ -272,6 +323,13 @@ class Reporter:
         printing()
         if self._bar:
             self._bar.start()
+
+    def _say_sometimes(self, text: str) -> None:
+        """Say how far it is where there is no bar, at most every ten seconds."""
+        now = time.perf_counter()
+        if not self._bar and not self._quiet and now - self._said >= LINE_EVERY_S:
+            self._said = now
+            say(text)
 
     def _update_bar(self, **fields: object) -> None:
         if self._bar:
