@@ -1,17 +1,13 @@
 """Write the checkpoint that a recipe describes: read, quantize and write, then verify, then rename.
 
 Reading, quantizing and writing overlap: a thread reads the next tensors and another writes the last
-ones while one is quantized. Everything goes to `DST.tmp-PID-...` first. A bake that is killed, at
-any point, leaves DST absent or as it was, and beside it files that the next bake removes. Sizes are
-in bytes.
+ones while one is quantized. Everything goes to a staging folder first (`quant.placing`). A bake
+that is killed, at any point, leaves DST absent or as it was. Sizes are in bytes.
 """
 
 import hashlib
 import json
 import os
-import re
-import secrets
-import shutil
 import time
 from collections import defaultdict, deque
 from collections.abc import Generator, Iterator, Mapping
@@ -26,10 +22,19 @@ from torch import Tensor
 from quant import codecs
 from quant.checkpoint import MANIFEST
 from quant.errors import CheckpointError, WriteError
-from quant.files import flush_to_disk
+from quant.files import Unchanged, changed, copy_file, explain_reading, flush_to_disk
 from quant.header import read_header
 from quant.lora import BIAS, DOWN, NORM, UP, Adapter, Part
+from quant.placing import (
+    FOLDER_LAYOUT,
+    FORMAT,
+    NEW,
+    describe_path,
+    open_staging,
+    place,
+)
 from quant.recipe import OutputTensor, Recipe, check_disk
+from quant.tensor_info import TensorInfo
 from quant.writer import SafetensorsWriter
 
 # As many tensors may be read ahead, and as many wait to be written.
@@ -72,70 +77,69 @@ def bake(
     origin: Mapping[str, Any],
     device: str = "cpu",
     verify: bool = True,
+    force: bool = False,
 ) -> Iterator[Progress]:
-    """Write the recipe's checkpoint to `target`, replacing what is there; yields with each tensor.
+    """Write the recipe's checkpoint to `target`; yields with each tensor.
 
-    Tensors are quantized on `device`, and with `verify` all weight files are read back. `origin`
-    has more keys for the manifest. Raises `WriteError`, and `CheckpointError` for a source that is
-    damaged, has values that are not finite, or weights that the scheme cannot hold.
+    With `force` it replaces a checkpoint that a bake has made, otherwise nothing. Tensors are
+    quantized on `device`, and with `verify` all weight files are read back. `origin` has more keys
+    for the manifest. Raises `WriteError`, and `CheckpointError` for a source that is damaged,
+    changes meanwhile, has values that are not finite, or weights that the scheme cannot hold.
     """
     started = time.perf_counter()
-    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-    writers: dict[str, SafetensorsWriter] = {}
     try:
-        remove_remains(target)
         check_disk(recipe, target)
         _import_libraries(recipe)
-        _write_other_files(recipe, temporary)
-        writers = recipe.make_writers(temporary)
+        with open_staging(target) as staging:
+            new = staging / NEW
+            report = yield from _make(recipe, new, target, device=device, verify=verify)
+            manifest = {
+                "format": FORMAT,
+                **origin,
+                "source": report.sources,
+                "recipe": recipe.spec.to_json(),
+                "layout": recipe.layout,
+                "verified": verify,
+                "bytes": recipe.sizes,
+                "seconds": round(time.perf_counter() - started, 1),
+                "relative_errors": report.relative_errors,
+            }
+            if recipe.layout == FOLDER_LAYOUT:
+                manifest["files"] = _list_files(new)
+                _write_manifest(new / MANIFEST, manifest)
+            else:
+                _write_manifest(describe_path(new), manifest)
+            place(new, target, recipe.layout, force=force)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise WriteError("cannot write the checkpoint", target, why=why) from error
+
+
+def _make(
+    recipe: Recipe, new: Path, target: Path, *, device: str, verify: bool
+) -> Generator[Progress, None, _Report]:
+    """Write all files but the manifest to `new`; with `verify` weights are read back."""
+    _write_other_files(recipe, new)
+    writers = recipe.make_writers(new)
+    try:
         report = yield from _write_tensors(recipe, writers, device=device)
         for writer in writers.values():
             writer.finish()
         if verify:
             _check_files(writers, target)
-        manifest = {
-            "format": 1,
-            **origin,
-            "source": report.sources,
-            "recipe": recipe.spec.to_json(),
-            "layout": recipe.layout,
-            "verified": verify,
-            "bytes": recipe.sizes,
-            "seconds": round(time.perf_counter() - started, 1),
-            "relative_errors": report.relative_errors,
-        }
-        if recipe.layout == "diffusers":
-            _place_folder(temporary, target, manifest)
-        else:
-            _place_file(temporary, target, manifest)
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise WriteError("cannot write the checkpoint", target, why=why) from error
     finally:
         for writer in writers.values():
             writer.close()
-        _remove(temporary)
-        _remove(Path(f"{temporary}.json"))
+    return report
 
 
-def remove_remains(target: Path) -> None:
-    """Remove what killed bakes of this target left beside it.
-
-    An old checkpoint that one of them had moved away to replace it gets its name back. Files of
-    processes that still run are not touched.
-    """
-    import psutil
-
-    if not target.parent.is_dir():
-        return
-    name = re.compile(re.escape(target.name) + r"\.tmp-(\d+)-[0-9a-f]{8}(\.json|\.old)?")
-    for path in list(target.parent.iterdir()):
-        match = name.fullmatch(path.name)
-        if match is None or psutil.pid_exists(int(match[1])):
-            continue
-        if match[2] == ".old" and not target.exists():
-            os.rename(path, target)
-        _remove(path)
+def _list_files(folder: Path) -> dict[str, int]:
+    """The size of every file in a folder by its path there."""
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def _import_libraries(recipe: Recipe) -> None:
@@ -148,16 +152,13 @@ def _import_libraries(recipe: Recipe) -> None:
 
 
 def _write_other_files(recipe: Recipe, folder: Path) -> None:
-    """Make all folders, write the texts, and link the files that stay as they are."""
-    for file in (*recipe.texts, *recipe.links, *recipe.sizes):
+    """Make all folders, write the texts, and copy the files that stay as they are."""
+    for file in (*recipe.texts, *recipe.copies, *recipe.sizes):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
     for file, text in recipe.texts.items():
         (folder / file).write_text(text, encoding="utf-8")
-    for file, path in recipe.links.items():
-        try:
-            os.link(os.path.realpath(path), folder / file)
-        except OSError:  # another file system, or one without hard links
-            shutil.copyfile(path, folder / file)
+    for file, path in recipe.copies.items():
+        copy_file(path, folder / file)
 
 
 def _write_tensors(
@@ -169,7 +170,10 @@ def _write_tensors(
     search = recipe.spec.scales == "search"
     relative_errors: dict[str, float] = {}
     done_bytes = 0
-    total_bytes = sum(path.stat().st_size for path in gatherer.files)
+    total_bytes = 0
+    for path in gatherer.files:
+        with explain_reading(path):
+            total_bytes += path.stat().st_size
     threads = torch.get_num_threads()
     # One core is left to read, hash and write.
     torch.set_num_threads(max(1, threads - 1))
@@ -205,7 +209,8 @@ class _SourceReader:
     `described` has the size and sha256 of each file that was read to its end.
     """
 
-    def __init__(self, files: list[Path]) -> None:
+    def __init__(self, files: Mapping[Path, Mapping[str, TensorInfo]]) -> None:
+        """Take the files, each with the tensors that it had when the recipe was made."""
         self.described: dict[str, dict[str, Any]] = {}
         self._tensors = self._read_all(files)
 
@@ -217,18 +222,31 @@ class _SourceReader:
         """Close the file that is being read; to be called when no thread reads any more."""
         self._tensors.close()
 
-    def _read_all(self, files: list[Path]) -> Generator[_SourceTensor, None, None]:
-        """Yield the tensors; raises `CheckpointError` for a file that ends early."""
-        for path in files:
+    def _read_all(
+        self, files: Mapping[Path, Mapping[str, TensorInfo]]
+    ) -> Generator[_SourceTensor, None, None]:
+        """Yield the tensors.
+
+        Raises `CheckpointError` for a file that ends early, cannot be read, or changes meanwhile.
+        """
+        for path, expected in files.items():
+            unchanged = Unchanged(path)
             digest = hashlib.sha256()
             infos = read_header(path)
-            size = path.stat().st_size
+            if any(infos.get(name) != info for name, info in expected.items()):
+                raise changed(path)
+            with explain_reading(path):
+                size = path.stat().st_size
+                file = path.open("rb")
             data_start = size - sum(info.nbytes for info in infos.values())
-            with path.open("rb") as file:
-                digest.update(file.read(data_start))
+            with file:
+                with explain_reading(path):
+                    digest.update(file.read(data_start))
                 for info in infos.values():
                     data = torch.empty(info.nbytes, dtype=torch.uint8)
-                    if file.readinto(data.numpy().data) < info.nbytes:
+                    with explain_reading(path):
+                        read_bytes = file.readinto(data.numpy().data)
+                    if read_bytes < info.nbytes:
                         why = f"it ends in {info.name[:60]}"
                         raise CheckpointError("weight file is truncated", path, why=why)
                     digest.update(data.numpy().data)
@@ -239,6 +257,7 @@ class _SourceReader:
                     if dtype is not None:
                         data = data.view(dtype).view(info.shape)
                     yield _SourceTensor(path, info.name, data)
+            unchanged.check()
             name = f"{path.parent.name}/{path.name}"
             self.described[name] = {"bytes": size, "sha256": digest.hexdigest()}
 
@@ -266,13 +285,15 @@ class _Gatherer:
         self._recipe = recipe
         # By file and name of a tensor of the source.
         self._uses: dict[tuple[Path, str], list[_Use]] = defaultdict(list)
+        needed: dict[Path, dict[str, TensorInfo]] = defaultdict(dict)
         for n, output in enumerate(recipe.tensors):
             for k, source in enumerate(output.sources):
                 piece = source.pieces[""]
                 self._uses[piece.file, piece.info.name].append(_Use(n, k))
+                needed[piece.file][piece.info.name] = piece.info
         # By output tensor and source of that, as indexes: values of which others are awaited.
         self._arrived: dict[int, dict[int, Tensor]] = defaultdict(dict)
-        self.files = sorted({path for path, _ in self._uses})
+        self.files = dict(sorted(needed.items()))
 
     def add(self, source: _SourceTensor) -> Iterator[tuple[OutputTensor, Tensor]]:
         """Yield the output tensors that this source completes, with their values in 16 bit."""
@@ -314,7 +335,8 @@ def _merge_part(values: Tensor, part: Part, layer: str, *, leaf: str, scale: flo
 
     A LoRA adds to them, a norm's new weight replaces them.
     """
-    stored = codecs.Reader().read_checked(part.stored)
+    with explain_reading(next(iter(part.stored.pieces.values())).file):
+        stored = codecs.Reader().read_checked(part.stored)
     tensors = {kind: tensor.float() for kind, tensor in stored.items()}
     start, stop = part.layers[layer]
     factor = scale * part.factor
@@ -361,42 +383,7 @@ def _check_files(writers: Mapping[str, SafetensorsWriter], target: Path) -> None
             raise WriteError("the file is damaged", target, why=why, hint=hint)
 
 
-def _place_folder(temporary: Path, target: Path, manifest: Mapping[str, Any]) -> None:
-    """Give a finished folder its name, replacing what is there.
-
-    No system call replaces a folder that has files, so the old one is moved away first, and moved
-    back where the new one cannot get the name.
-    """
-    _write_manifest(temporary / MANIFEST, manifest)
-    old = Path(f"{temporary}.old")
-    try:
-        if target.exists():
-            os.rename(target, old)
-        os.replace(temporary, target)
-    except BaseException:
-        if old.exists() and not target.exists():
-            os.rename(old, target)
-        raise
-    _remove(old)
-
-
-def _place_file(temporary: Path, target: Path, manifest: Mapping[str, Any]) -> None:
-    """Give a finished file its name, then its manifest beside it."""
-    described = Path(f"{temporary}.json")
-    _write_manifest(described, manifest)
-    os.replace(temporary, target)
-    os.replace(described, f"{target}.json")
-
-
 def _write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.write(json.dumps(manifest, indent=1) + "\n")
         flush_to_disk(file)
-
-
-def _remove(path: Path) -> None:
-    """Remove a file or folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

@@ -9,12 +9,17 @@ import errno
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from quant.errors import WriteError
+from quant.errors import CheckpointError, WriteError
 
+COPY_BYTES = 8 << 20
+# Linux' ioctl that makes a file share the blocks of another until one of them is written
+# (linux/fs.h: FICLONE).
+FICLONE = 0x40049409
 # What file systems without hard links answer to the attempt.
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
@@ -43,6 +48,74 @@ def flush_to_disk(file: IO[Any]) -> None:
     """Bring what was written to an open file to the disk; raises OSError."""
     file.flush()
     os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def explain_reading(path: Path) -> Iterator[None]:
+    """Turn an OSError into the `CheckpointError` that a source cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or "read error"
+        raise CheckpointError("cannot read the source", path, why=why) from error
+
+
+class Unchanged:
+    """The size and time of a file that is read; `check` tells whether somebody has written it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._status = self._read_status()
+
+    def check(self) -> None:
+        """Raise `CheckpointError` where the file is another than it was."""
+        if self._read_status() != self._status:
+            raise changed(self._path)
+
+    def _read_status(self) -> tuple[int, int, int]:
+        with explain_reading(self._path):
+            status = self._path.stat()
+        return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def changed(path: Path) -> CheckpointError:
+    """The error of a file that somebody writes while it is read."""
+    why = "somebody wrote to it meanwhile"
+    return CheckpointError("the source has changed", path, why=why, hint="run it again")
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's bytes, which the disk then has; it shares blocks where the file system can.
+
+    Raises `CheckpointError` for a source that cannot be read or changes, and OSError for a target
+    that cannot be written.
+    """
+    unchanged = Unchanged(source)
+    with explain_reading(source):
+        reading = source.open("rb")
+    with reading, target.open("xb") as writing:
+        if not _clone(reading, writing):
+            while True:
+                with explain_reading(source):
+                    data = reading.read(COPY_BYTES)
+                if not data:
+                    break
+                writing.write(data)
+        flush_to_disk(writing)
+    unchanged.check()
+
+
+def _clone(reading: BinaryIO, writing: BinaryIO) -> bool:
+    """Make an empty file share the blocks of another; returns whether the file system can."""
+    if sys.platform != "linux":
+        return False
+    import fcntl
+
+    try:
+        fcntl.ioctl(writing.fileno(), FICLONE, reading.fileno())
+    except OSError:
+        return False
+    return True
 
 
 def write_atomically(path: Path, data: bytes, *, place: Callable[[Path, Path], None]) -> None:

@@ -23,18 +23,19 @@ from quant.checkpoint import (
 )
 from quant.dialects import SWAPPED, bfl_name, map_bfl_layers
 from quant.errors import CheckpointError, SpecError
-from quant.files import check_room, nearest
+from quant.files import check_room
 from quant.lora import Adapter
+from quant.placing import DESCRIPTION, FOLDER_LAYOUT
 from quant.spec import QuantSpec, lay_out
 from quant.tensor_info import TensorInfo
 from quant.weights import Weight
 from quant.writer import SafetensorsWriter
 
-LAYOUTS = ("diffusers", "bfl", "comfy")
+LAYOUTS = (FOLDER_LAYOUT, "bfl", "comfy")
 # Of free disk, beside what is written.
 MARGIN_BYTES = 64 << 20
-# Files of a folder that are linked from the source where nothing changes the component.
-LINKED = (".json", ".safetensors", ".txt", ".model", ".md")
+# Files of a folder that are copied from the source where nothing changes the component.
+COPIED = (".json", ".safetensors", ".txt", ".model", ".md")
 # The layers in which programs that load with bitsandbytes shall expect no quantized weights. They
 # match these as parts of dotted names and as the last parts of names.
 SKIPPED_IN_T5 = ["wo"]
@@ -91,16 +92,16 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a bake makes: tensors in weight files, texts to write and files to link.
+    """All that a bake makes: tensors in weight files, texts to write and files to copy.
 
-    `texts` has contents and `links` files of the source, by path relative to the destination.
+    `texts` has contents and `copies` files of the source, by path relative to the destination.
     """
 
     spec: QuantSpec
     layout: str  # one of LAYOUTS
     tensors: tuple[OutputTensor, ...]
     texts: dict[str, str]
-    links: dict[str, Path]
+    copies: dict[str, Path]
     adapters: tuple[Adapter, ...] = ()  # that are merged into the sources
 
     def make_writers(self, folder: Path) -> dict[str, SafetensorsWriter]:
@@ -120,7 +121,7 @@ class Recipe:
     def _make_metadata(self) -> dict[str, str]:
         """The texts in each weight file's header; ComfyUI reads from them which layers are fp8."""
         spec = json.dumps(self.spec.to_json(), sort_keys=True)
-        metadata = {"format": "pt", "flux_quant": spec}
+        metadata = {"format": "pt", DESCRIPTION: spec}
         if self.layout == "comfy":
             layers = {}
             for tensor in self.tensors:
@@ -130,6 +131,11 @@ class Recipe:
             described = {"format_version": "1.0", "layers": layers}
             metadata["_quantization_metadata"] = json.dumps(described)
         return metadata
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of the files that are copied."""
+        return sum(path.stat().st_size for path in self.copies.values())
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -142,7 +148,7 @@ def make_recipe(
 ) -> Recipe:
     """The recipe of a diffusers folder, into which adapters may be merged.
 
-    A component that nothing changes is linked as it is. Raises `CheckpointError` for a source that
+    A component that nothing changes is copied as it is. Raises `CheckpointError` for a source that
     is quantized already, `SpecError` for a pattern of `keep` without a match.
     """
     spec.check_keep(name for part in source.components.values() for name in part.weights)
@@ -166,8 +172,10 @@ def make_recipe(
             outputs = _quantize_last_layer(component, outputs)
         tensors += outputs
         texts[f"{name}/config.json"] = _make_config(component, spec, to=to)
-    links = _find_links(source.folder, made_configs=texts)
-    return Recipe(spec, "diffusers", tuple(tensors), texts=texts, links=links, adapters=adapters)
+    copies = _find_copies(source.folder, made_configs=texts)
+    return Recipe(
+        spec, FOLDER_LAYOUT, tuple(tensors), texts=texts, copies=copies, adapters=adapters
+    )
 
 
 def _quantize_component(component: Component, spec: QuantSpec, *, file: str) -> list[OutputTensor]:
@@ -195,13 +203,13 @@ def _quantize_last_layer(transformer: Component, tensors: list[OutputTensor]) ->
     return [*replaced, original]
 
 
-def _find_links(folder: Path, *, made_configs: Mapping[str, str]) -> dict[str, Path]:
+def _find_copies(folder: Path, *, made_configs: Mapping[str, str]) -> dict[str, Path]:
     """The files of the source that the result has as they are, by their path in the folder."""
     found = []
     for name in (*COMPONENTS, *TOKENIZERS, "scheduler"):
         if f"{name}/config.json" not in made_configs:
             files = sorted((folder / name).iterdir())
-            found += [path for path in files if path.suffix in LINKED]
+            found += [path for path in files if path.suffix in COPIED]
     for path in folder.iterdir():
         if path.name.startswith(("model_index.json", "LICENSE")):
             found.append(path)
@@ -244,7 +252,7 @@ def make_file_recipe(
     if placed != len(weights):
         why = f"{len(weights)} tensors, of which {placed} have a place in that layout"
         raise CheckpointError("not a FLUX.1 transformer", transformer.folder, why=why)
-    return Recipe(spec, kind, tuple(tensors), texts={}, links={}, adapters=adapters)
+    return Recipe(spec, kind, tuple(tensors), texts={}, copies={}, adapters=adapters)
 
 
 def _find_sources(
@@ -266,14 +274,9 @@ def _find_sources(
 def check_disk(recipe: Recipe, target: Path) -> None:
     """Raise `WriteError` where what the recipe makes has no room at `target`.
 
-    A file to link takes room where it is on another disk, as it becomes a copy there.
+    Copies count in full: which file systems share blocks is known only when they are made.
     """
-    disk = nearest(target.parent).stat().st_dev
-    need_bytes = sum(recipe.sizes.values()) + MARGIN_BYTES
-    for path in recipe.links.values():
-        status = path.stat()
-        if status.st_dev != disk:
-            need_bytes += status.st_size
+    need_bytes = sum(recipe.sizes.values()) + recipe.copied_bytes + MARGIN_BYTES
     check_room(target.parent, need_bytes, hint="another DST, or --modulation nf4")
 
 

@@ -43,7 +43,7 @@ def test_every_choice_has_exactly_the_predicted_bytes_and_is_a_model(spec, tiny_
     source, target = inspect(tiny_folder), tmp_path / "deep" / "er" / "model"
     recipe = make_recipe(source, spec)
     progress = bake_all(recipe, target)
-    written = {name for name in files(target) if name.endswith(".safetensors")} - set(recipe.links)
+    written = {name for name in files(target) if name.endswith(".safetensors")} - set(recipe.copies)
     assert recipe.sizes == {name: (target / name).stat().st_size for name in written}
     assert f"transformer/{MAIN[spec.to]}" in written
     assert (f"transformer/{KEEP_FILE}" in written) == (spec.to == "nf4")
@@ -196,7 +196,7 @@ def test_the_top_proj_out_is_never_a_pattern_that_spares_every_single_block(micr
 def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(micro, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     recipe = recipe_of(micro)
-    need = sum(recipe.sizes.values()) + MARGIN_BYTES
+    need = sum(recipe.sizes.values()) + recipe.copied_bytes + MARGIN_BYTES
     hook = Hook(0, lambda _: None).install(monkeypatch.setattr)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(need, 0, need - 1))
     with pytest.raises(WriteError, match=r"disk is too small.*needs 0\.07 GB, 0\.07 GB are free"):

@@ -4,6 +4,7 @@ Nothing else is left beside it.
 """
 
 import errno
+import io
 import os
 import shutil
 import signal
@@ -17,27 +18,26 @@ import psutil
 import pytest
 import torch
 
-from quant.bake import bake, remove_remains
+from quant.bake import bake
 from quant.errors import CheckpointError, WriteError
+from quant.files import COPY_BYTES
+from quant.placing import LOCK, NEW, OLD, STALE_S, remove_remains
 from quant.recipe import Recipe
-from tests.support.bakes import ORIGIN, Hook, bake_all, change, content, recipe_of
+from tests.support.bakes import (
+    ORIGIN,
+    Hook,
+    age,
+    bake_all,
+    change,
+    content,
+    put_old,
+    recipe_of,
+)
 from tests.support.helpers import ROOT
 from tests.support.invariant import files
 
 # Kinds of result, and whether an old one is there.
 CASES = [("diffusers", False), ("diffusers", True), ("bfl", False), ("bfl", True)]
-
-
-def put_old(target: Path, kind: str) -> dict[str, bytes]:
-    """An old checkpoint at the target."""
-    if kind == "diffusers":
-        paths = [target / "flux-manifest.json", target / "transformer" / "x.safetensors"]
-    else:
-        paths = [target, Path(f"{target}.json")]
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"old")
-    return content(target)
 
 
 @pytest.mark.parametrize("kind, replaces", CASES)
@@ -68,7 +68,7 @@ def test_a_disk_that_is_full_at_any_call_leaves_a_whole_checkpoint_or_none(kind,
             break
         shutil.rmtree(target.parent)
     assert failed > len(recipe.tensors) and content(target) != old
-    assert hook.names.count("fsync") == len(recipe.sizes) + 1
+    assert hook.names.count("fsync") == len(recipe.sizes) + len(recipe.copies) + 1
 
 
 @pytest.mark.parametrize("stop", ["close", "interrupt"])
@@ -110,27 +110,194 @@ def test_rounds_leave_no_descriptors_threads_or_files(micro, copy, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["x"]
 
 
+def leave(folder: Path, name: str, *, seconds: float) -> Path:
+    """The staging folder of a bake that was killed so many seconds ago."""
+    left = folder / name
+    (left / NEW).mkdir(parents=True)
+    (left / LOCK).write_bytes(b"")
+    (left / NEW / "a.safetensors").write_bytes(b"a")
+    age(left, seconds)
+    return left
+
+
 @pytest.mark.parametrize("name", ["x", "x[1]", "*", "a.b"])
-def test_the_remains_of_dead_bakes_are_removed_and_no_others(name, tmp_path):
+def test_the_remains_of_dead_bakes_are_removed_after_a_day_and_no_others(name, tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    target = tmp_path / name
-    mine = [f"{name}.tmp-{dead.pid}-01234567", f"{name}.tmp-{dead.pid}-89abcdef.json"]
+    folder = tmp_path / "out"
+    target = folder / name
+    mine = leave(folder, f"{name}.tmp-{dead.pid}-01234567", seconds=STALE_S + 60)
+    # A process of another container is not to be seen, and may have any number.
+    young = leave(folder, f"{name}.tmp-{dead.pid}-89abcdef", seconds=STALE_S - 60)
     others = [
-        f"{name}.tmp-{os.getpid()}-01234567",
-        f"{name}.tmp-x",
-        f"y.tmp-{dead.pid}-01234567",
-        name,
+        leave(folder, other, seconds=10 * STALE_S)
+        for other in (f"{name}.tmp-x", f"y.tmp-{dead.pid}-01234567", f"{name}.tmp-1-0123", name)
     ]
-    for file in (*mine, *others):
-        (tmp_path / file).write_bytes(b"")
-    remove_remains(target)
-    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == set(others)
-    # As if it was killed between the two renames.
-    target.rename(tmp_path / f"{name}.tmp-{dead.pid}-01234567.old")
-    remove_remains(target)
-    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == set(others)
-    remove_remains(tmp_path / "absent" / "x")
+    assert remove_remains(target) == [young]
+    assert set(folder.iterdir()) == {young, *others} and not mine.exists()
+    assert remove_remains(tmp_path / "absent" / "x") == []
+
+
+def test_remains_that_a_process_locks_are_not_removed_whatever_their_age(tmp_path):
+    left = leave(tmp_path, "x.tmp-1-01234567", seconds=10 * STALE_S)
+    code = """
+import sys, filelock
+with filelock.FileLock(sys.argv[1]):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+    command = [sys.executable, "-c", code, str(left / LOCK)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"locked\n"
+        age(left, 10 * STALE_S)
+        assert remove_remains(tmp_path / "x") == [left]
+    assert (left / NEW / "a.safetensors").exists()
+    # Who looked whether it is locked has not made it younger.
+    assert remove_remains(tmp_path / "x") == [] and not left.exists()
+
+
+def test_a_link_that_is_called_as_remains_are_is_not_followed(tmp_path):
+    theirs = leave(tmp_path, "theirs", seconds=10 * STALE_S)
+    (tmp_path / "x.tmp-1-01234567").symlink_to(theirs)
+    remove_remains(tmp_path / "x")
+    assert (theirs / NEW / "a.safetensors").exists() and (
+        tmp_path / "x.tmp-1-01234567"
+    ).is_symlink()
+
+
+def test_an_old_checkpoint_that_was_moved_away_gets_its_name_back_at_once(tmp_path):
+    old = put_old(tmp_path / "x", "diffusers")
+    left = leave(tmp_path, "x.tmp-1-01234567", seconds=0)
+    (tmp_path / "x").rename(left / OLD)
+    assert remove_remains(tmp_path / "x") == [left] and content(tmp_path / "x") == old
+
+
+def test_foreign_files_in_an_old_checkpoint_that_was_moved_away_stay(tmp_path):
+    put_old(tmp_path / "x", "diffusers")
+    left = leave(tmp_path, "x.tmp-1-01234567", seconds=0)
+    (tmp_path / "x").rename(left / OLD)
+    (left / OLD / "mine.txt").write_text("mine")
+    put_old(tmp_path / "x", "diffusers")
+    age(left)
+    remove_remains(tmp_path / "x")
+    assert (left / OLD / "mine.txt").read_text() == "mine"
+
+
+# --- what appears while it runs
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("kind", ["diffusers", "bfl"])
+@pytest.mark.parametrize("what", ["folder", "empty folder", "file", "link", "beside"])
+def test_what_appears_meanwhile_is_left_alone_and_the_bake_kept(what, kind, force, micro, tmp_path):
+    target = tmp_path / "out" / "x.safetensors"
+    run = bake(recipe_of(micro, kind), target, origin=ORIGIN, force=force)
+    next(run)
+    put = {
+        "folder": lambda: (target.mkdir(), (target / "a").write_bytes(b"mine")),
+        "empty folder": target.mkdir,
+        "file": lambda: target.write_bytes(b"mine"),
+        "link": lambda: target.symlink_to("elsewhere"),
+        "beside": lambda: Path(f"{target}.json").write_bytes(b"mine"),
+    }
+    put[what]()
+    before = files(target.parent)
+    before = {name: data for name, data in before.items() if ".tmp-" not in name}
+    is_free = kind == "diffusers" and (what == "beside" or (force and what == "empty folder"))
+    if is_free:
+        list(run)
+        kept = target
+    else:
+        with pytest.raises(WriteError, match="not replaced") as caught:
+            list(run)
+        kept = target.with_name("x.safetensors-2" if kind == "diffusers" else "x-2.safetensors")
+        assert f"the new checkpoint is {kept}" in str(caught.value)
+    after = files(target.parent)
+    assert {name: after[name] for name in before} == before
+    assert (what == "beside" or os.path.lexists(target)) and not list(target.parent.glob("*.tmp-*"))
+    bake_all(recipe_of(micro, kind), tmp_path / "same")
+    assert list(content(kept).values()) == list(content(tmp_path / "same").values())
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "bfl"])
+def test_a_file_that_is_put_into_the_old_checkpoint_meanwhile_stays(kind, micro, tmp_path):
+    target = tmp_path / "x.safetensors"
+    put_old(target, kind)
+    run = bake(recipe_of(micro, kind), target, origin=ORIGIN, force=True)
+    next(run)
+    mine = target / "mine.txt" if kind == "diffusers" else target
+    mine.write_text("mine")
+    with pytest.raises(WriteError, match=f"flux quantize did not make {mine.name}"):
+        list(run)
+    assert mine.read_text() == "mine" and len(list(tmp_path.glob("*-2*"))) > 0
+
+
+# --- the source
+
+
+def test_a_source_that_changed_since_its_headers_were_read_is_named(copy, tmp_path):
+    recipe = recipe_of(copy)
+    change(copy, "proj_out.weight", torch.zeros(64, 64, dtype=torch.bfloat16))
+    with pytest.raises(CheckpointError, match="source has changed"):
+        bake_all(recipe, tmp_path / "out" / "x")
+    assert files(tmp_path / "out") == {}
+
+
+def test_a_source_that_is_written_while_it_is_read_is_named(copy, tmp_path):
+    (path,) = (copy / "transformer").glob("*.safetensors")
+    run = bake(recipe_of(copy), tmp_path / "out" / "x", origin=ORIGIN)
+    next(run)
+    os.utime(path)
+    with pytest.raises(CheckpointError, match="source has changed"):
+        list(run)
+    assert files(tmp_path / "out") == {}
+
+
+def test_a_file_that_is_written_while_it_is_copied_is_named(copy, tmp_path, monkeypatch):
+    def touch(reading: io.BufferedReader, _: object) -> bool:
+        os.utime(reading.name)
+        return False
+
+    monkeypatch.setattr("quant.files._clone", touch)
+    with pytest.raises(CheckpointError, match="source has changed"):
+        bake_all(recipe_of(copy), tmp_path / "out" / "x")
+    assert files(tmp_path / "out") == {}
+
+
+class Broken(io.FileIO):
+    """A file whose header can be read, and no more."""
+
+    def readinto(self, _: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    def read(self, size: int = -1) -> bytes:
+        if size == COPY_BYTES:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().read(size)
+
+
+@pytest.mark.parametrize("name", ["transformer", "vae"])
+def test_a_source_that_cannot_be_read_is_no_write_error(name, micro, tmp_path, monkeypatch):
+    real = Path.open
+
+    def opened(path: Path, mode: str = "r", **options: object) -> object:
+        if path.is_relative_to(micro / name) and mode == "rb":
+            return Broken(path)
+        return real(path, mode, **options)
+
+    recipe = recipe_of(micro)
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(CheckpointError, match=r"cannot read the source.*Input/output error"):
+        bake_all(recipe, tmp_path / "out" / "x")
+    assert files(tmp_path / "out") == {}
+
+
+def test_kept_files_are_copies(micro, tmp_path):
+    recipe = recipe_of(micro)
+    bake_all(recipe, tmp_path / "x")
+    for name, source in recipe.copies.items():
+        assert not os.path.samefile(source, tmp_path / "x" / name)
+        assert source.read_bytes() == (tmp_path / "x" / name).read_bytes()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
@@ -182,13 +349,16 @@ def sweep(micro: Path, folder: Path) -> None:
                 states.append("")
             # Every fourth is often enough: these are most of the seconds.
             if k % 4 == 0 or len(names) < k:
+                for left in target.parent.glob("*.tmp-*"):
+                    age(left)
                 bake_all(recipe, target)
                 assert content(target) == new and not list(target.parent.glob("*.tmp-*"))
             if len(names) < k:
                 break
         must = sum(len(tensor.stored) for tensor in recipe.tensors)
         must += sum(names.count(name) for name in ("fsync", "rename", "replace"))
-        assert k - 1 >= must and names.count("fsync") == len(recipe.sizes) + 1
+        flushed = len(recipe.sizes) + len(recipe.copies) + 1
+        assert k - 1 >= must and names.count("fsync") == flushed
         assert states[-1] == "new"
         assert states == sorted(states, key=["old", "absent", "", "new"].index)
         out_of_the_way = 1 if kind == "diffusers" and replaces else 0

@@ -19,6 +19,10 @@ def cache_command(
     """
     from fluxcli.engine import prompt_cache
 
+    if prompt_cache.is_linked():
+        console.say(
+            "its folder is a link: nothing is kept or deleted there; XDG_CACHE_HOME moves it"
+        )
     deleted = prompt_cache.clear() if clear else []
     deleted_bytes = sum(entry.size_bytes for entry in deleted)
     entries = prompt_cache.list_entries()

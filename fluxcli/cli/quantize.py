@@ -4,7 +4,6 @@ It is a folder in diffusers' layout, or one file in that of BFL or ComfyUI. Size
 """
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,17 +21,16 @@ from fluxcli.errors import ExitCode, UsageError, WeightsUnavailable
 from fluxcli.models import find, loras
 from fluxcli.request import presets
 from fluxcli.request.settings import LoraRef, coerce
-from quant.checkpoint import MANIFEST, Checkpoint, Component, inspect
-from quant.errors import WriteError
+from quant.checkpoint import Checkpoint, Component, inspect
 from quant.gguf_header import is_gguf
 from quant.lora import Adapter
+from quant.placing import FOLDER_LAYOUT, check_place, remove_remains
 from quant.recipe import LAYOUTS, Recipe, check_disk, make_file_recipe, make_recipe
 from quant.single_file import assemble_checkpoint, inspect_file, inspect_transformer
 from quant.spec import BAKEABLE, SCHEMES, QuantSpec, is_modulation
 
 GB = 1e9
 SCHEMES_HELP = "; ".join(f"{name}: {SCHEMES[name].words}" for name in BAKEABLE) + "."
-FOLDER_LAYOUT = "diffusers"  # the only layout that is a folder, with text encoders and VAE
 
 
 @dataclass(frozen=True)
@@ -155,7 +153,10 @@ def quantize(  # noqa: PLR0917 - typer's options
     recipe = make(spec)
     name = _name_result(found, adapters)
     path = _choose_target(target, name, recipe=recipe, source=found.path)
-    _check_target(path, recipe=recipe, force=force)
+    if not dry_run:
+        for folder in remove_remains(path):
+            console.say(f"left beside it: {folder}; delete it if no other flux quantize runs")
+    check_place(path, layout, force=force)
     if not quiet:
         _say_choices(recipe, make)
     if dry_run:
@@ -164,7 +165,9 @@ def quantize(  # noqa: PLR0917 - typer's options
         return ExitCode.OK
     origin = _describe_origin(name, adapters)
     verify = not no_verify
-    seconds = _bake(recipe, path, origin=origin, device=device, verify=verify, quiet=quiet)
+    seconds = _bake(
+        recipe, path, origin=origin, device=device, verify=verify, force=force, quiet=quiet
+    )
     if json_output:
         about = {"seconds": round(seconds, 2), "verified": verify}
         console.data_json(_describe(recipe, path) | about)
@@ -275,23 +278,6 @@ def _choose_target(given: str | None, name: str, *, recipe: Recipe, source: Path
     return path
 
 
-def _check_target(path: Path, *, recipe: Recipe, force: bool) -> None:
-    """Raise `WriteError` for something that is there already, and must not be replaced."""
-    if not os.path.lexists(path):
-        return
-    if recipe.layout == FOLDER_LAYOUT:
-        is_ours = (path / MANIFEST).is_file()
-        is_empty = path.is_dir() and not any(path.iterdir())
-    else:
-        is_ours = Path(f"{path}.json").is_file()
-        is_empty = False
-    if not is_ours and not is_empty:
-        why = "flux quantize did not make it"
-        raise WriteError("not replaced", which=path, why=why, hint="another DST, or none")
-    if not force:
-        raise WriteError("the destination exists", which=path, hint="--force replaces it")
-
-
 def _describe_origin(name: str, adapters: Sequence[Adapter]) -> dict[str, Any]:
     """What the manifest says of where the checkpoint comes from."""
     origin: dict[str, Any] = {"model": name, "flux": fluxcli.__version__}
@@ -317,6 +303,7 @@ def _bake(
     origin: Mapping[str, Any],
     device: str,
     verify: bool,
+    force: bool,
     quiet: bool,
 ) -> float:
     """Write the checkpoint; returns the seconds it took."""
@@ -327,7 +314,8 @@ def _bake(
     # Raises for one that is not there.
     device = devices.probe(coerce("device", device, where="--device")).device
     with console.Reporter(quiet=quiet, started=time.perf_counter()) as reporter:
-        for progress in bake(recipe, path, origin=origin, device=device, verify=verify):
+        steps = bake(recipe, path, origin=origin, device=device, verify=verify, force=force)
+        for progress in steps:
             what = f"quantize {progress.tensor}"
             reporter.show_bytes(progress.done_bytes, progress.total_bytes, what)
     seconds = reporter.timings_s["total"]
@@ -371,8 +359,8 @@ def _show_plan(recipe: Recipe, path: Path, *, as_json: bool) -> None:
         return
     for file, size_bytes in about["bytes"].items():
         console.data(f"{size_bytes:>14,} {file}")
-    linked = f"{len(recipe.links)} files linked or copied"
-    console.data(f"{about['total_bytes']:>14,} bytes to write to {path}; {linked}")
+    copied = f"{len(recipe.copies)} files of {recipe.copied_bytes:,} bytes are copied"
+    console.data(f"{about['total_bytes']:>14,} bytes to write to {path}; {copied}")
 
 
 def _describe(recipe: Recipe, path: Path) -> dict[str, Any]:

@@ -54,6 +54,14 @@ def folder() -> Path:
     return paths.cache_folder() / "embeddings"
 
 
+def is_linked() -> bool:
+    """Whether the folder, or flux' own above it, is a link: what it leads to is somebody else's.
+
+    Nothing is kept, read or deleted there.
+    """
+    return folder().is_symlink() or folder().parent.is_symlink()
+
+
 def key_of(**parts: object) -> str:
     """The key of the entry that depends on these parts, which JSON can hold, and on no other."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -66,6 +74,8 @@ def read(key: str) -> Embeddings | None:
     """
     from safetensors.torch import load
 
+    if is_linked():
+        return None
     path = folder() / f"{key}{SUFFIX}"
     try:
         data = path.read_bytes()
@@ -89,6 +99,8 @@ def write(key: str, embeddings: Embeddings) -> None:
     """Keep an entry, and delete the oldest beyond the limit. Failing to is no error."""
     from safetensors.torch import save
 
+    if is_linked():
+        return
     pooled = embeddings.pooled.detach().cpu().contiguous()
     sequence = embeddings.sequence.detach().cpu().contiguous()
     described = _describe(key, Embeddings(pooled, sequence, embeddings.lost))
@@ -101,7 +113,9 @@ def write(key: str, embeddings: Embeddings) -> None:
 
 def list_entries() -> list[Entry]:
     """The entries, and what killed writers left, by when they were used: the oldest first."""
-    found = []
+    found: list[Entry] = []
+    if is_linked():
+        return found
     with contextlib.suppress(OSError), os.scandir(folder()) as files:
         for file in files:
             if OURS.fullmatch(file.name):

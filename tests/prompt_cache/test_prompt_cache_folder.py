@@ -114,6 +114,23 @@ def test_a_link_counts_as_itself_and_only_itself_is_deleted(tmp_path):
     assert len(list(embeddings.folder().iterdir())) == 3
 
 
+@posix
+@pytest.mark.parametrize("level", ["embeddings", "flux"])
+def test_nothing_is_kept_or_deleted_where_the_folder_is_a_link(level, tmp_path, capsys):
+    theirs = tmp_path / "theirs"
+    place = theirs if level == "embeddings" else theirs / "embeddings"
+    place.mkdir(parents=True)
+    for name in (path_of(KEY).name, ".flux-0123.tmp", "mine.txt"):
+        (place / name).write_bytes(b"mine")
+    link = embeddings.folder() if level == "embeddings" else embeddings.folder().parent
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(theirs)
+    before = files(theirs)
+    write(KEY, made())
+    assert read(KEY) is None and embeddings.list_entries() == embeddings.clear() == []
+    assert "is a link" in run(capsys, "--clear")[1] and files(theirs) == before
+
+
 # --- others at the same time, and failures
 
 

@@ -4,12 +4,14 @@ import builtins
 import io
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quant.bake import Progress, bake
 from quant.checkpoint import MANIFEST, inspect
+from quant.placing import STALE_S, remove_remains
 from quant.recipe import Recipe, make_file_recipe, make_recipe
 from quant.spec import QuantSpec
 from tests.support.invariant import Fault, files
@@ -38,7 +40,37 @@ MICRO = {
 
 
 def bake_all(recipe: Recipe, target: Path, **options: object) -> list[Progress]:
-    return list(bake(recipe, target, origin=ORIGIN, **options))
+    """Bake as `flux quantize --force` does."""
+    remove_remains(target)
+    return list(bake(recipe, target, origin=ORIGIN, force=True, **options))
+
+
+def put_old(target: Path, kind: str) -> dict[str, bytes]:
+    """Put an old checkpoint of ours, cut down to one file and its manifest, at the target."""
+    manifest: dict[str, object] = {"format": 1, "recipe": {}, "layout": kind}
+    if kind == "diffusers":
+        weights, described = target / "transformer" / "x.safetensors", target / MANIFEST
+        manifest["files"] = {"transformer/x.safetensors": 3}
+        old = b"old"
+    else:
+        weights, described = target, Path(f"{target}.json")
+        header = {
+            "__metadata__": {"flux_quant": "{}"},
+            "x": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+        }
+        text = json.dumps(header).encode()
+        old = len(text).to_bytes(8, "little") + text + b"o"
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    weights.write_bytes(old)
+    described.write_text(json.dumps(manifest))
+    return content(target)
+
+
+def age(folder: Path, seconds: float = STALE_S + 60) -> None:
+    """Let everything in a folder, and the folder, be written so long ago."""
+    then_s = time.time() - seconds
+    for path in (*folder.rglob("*"), folder):
+        os.utime(path, (then_s, then_s))
 
 
 def make_micro(tiny: Path, folder: Path) -> Path:
@@ -80,7 +112,7 @@ def content(target: Path) -> dict[str, bytes]:
     beside = [path for path in (target, Path(f"{target}.json")) if path.is_file()]
     found = files(target) if target.is_dir() else {path.name: path.read_bytes() for path in beside}
     for name in (MANIFEST, f"{target.name}.json"):
-        if found.get(name, b"old") != b"old":
+        if name in found:
             found[name] = json.dumps(json.loads(found[name]) | {"seconds": 0}).encode()
     return found
 
@@ -101,7 +133,8 @@ class Hook(Fault):
             if not set(mode) & set("wxa+"):
                 return real(file, mode, *arguments, **options)
             self._tick("open")
-            return _File(real(file, mode, *arguments, **options), self._tick)
+            opened = real(file, mode, *arguments, **options)
+            return _File(opened, self._tick, is_raw=isinstance(opened, io.RawIOBase))
 
         return hooked
 
@@ -109,11 +142,11 @@ class Hook(Fault):
 class _File:
     """A file whose writes stop half way.
 
-    Binary ones return what they wrote, text is written in two halves.
+    Unbuffered ones return what they wrote, all others write two halves.
     """
 
-    def __init__(self, file: object, tick: Callable[[str], None]) -> None:
-        self._file, self._tick = file, tick
+    def __init__(self, file: object, tick: Callable[[str], None], *, is_raw: bool) -> None:
+        self._file, self._tick, self._is_raw = file, tick, is_raw
 
     def __enter__(self) -> "_File":
         return self
@@ -126,7 +159,7 @@ class _File:
 
     def write(self, data: object) -> int:
         self._tick("write")
-        if not isinstance(data, str):
+        if self._is_raw:
             return self._file.write(data[: max(1, len(data) // 2)] if len(data) > 64 else data)
         self._file.write(data[: len(data) // 2])
         self._file.flush()
