@@ -4,9 +4,11 @@ Importing this package loads nothing heavy: the names of its face are found when
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # typing would be the current folder's typing.py with python -m fluxcli
 if TYPE_CHECKING:
+    from typing import Any
+
     from fluxcli import errors as errors
     from fluxcli import events as events
     from fluxcli.api import Flux as Flux
@@ -29,7 +31,7 @@ MODULES = ("errors", "events")  # whose contents are part of the face
 __all__ = ["ExplainedError", "Flux", "FluxError", "ImageReady", "errors", "events", "generate"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     """Import a name of the face when it is first used."""
     if name in MODULES:
         return importlib.import_module(f"fluxcli.{name}")

@@ -1,7 +1,27 @@
 """`python -m fluxcli`, and what the console scripts call."""
 
-import signal
-from typing import NoReturn
+import os
+import sys
+
+
+def leave_current_folder() -> None:
+    """Let no file of the current folder be imported, which `python -m` puts first on the path.
+
+    Where the package itself was found there, the folder comes last instead.
+    """
+    if sys.flags.safe_path or not sys.path:
+        return
+    first = sys.path.pop(0)
+    package = os.path.dirname(os.path.abspath(__file__))
+    if os.path.abspath(first) == os.path.dirname(package):
+        sys.path.append(first)
+
+
+if __name__ == "__main__":  # before anything that a folder could hold a namesake of
+    leave_current_folder()
+
+import signal  # noqa: E402
+from typing import NoReturn  # noqa: E402
 
 
 def main() -> NoReturn:

@@ -11,6 +11,7 @@ FluxError
 └── NotFinite             9   NaN or Inf in the result
 """
 
+import errno
 import re
 from enum import IntEnum
 
@@ -20,9 +21,18 @@ OUT_OF_MEMORY = re.compile(
     r"out of memory|not enough memory|(can't|cannot) allocate memory"
     r"|alloc(ation)? failed|ALLOC_FAILED|insufficient (memory|resources)"
     r"|Invalid buffer size|hipErrorMemoryAllocation|OUT_OF_(DEVICE|HOST|RESOURCES)"
-    r"|(BLAS|DNN)_STATUS_NOT_INITIALIZED|unable to find an engine",
+    r"|(BLAS|DNN)_STATUS_NOT_INITIALIZED|unable to find an engine"
+    r"|failed to map segment|cannot allocate memory in static TLS",
     re.IGNORECASE,
 )
+
+# Why a write fails, where the system's own words leave it open.
+WRITE_ERRORS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EFBIG: "the file would be larger than is allowed (ulimit -f)",
+}
 
 
 class ExitCode(IntEnum):
@@ -110,8 +120,24 @@ def exit_code_of(error: ExplainedError) -> ExitCode:
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that memory ran out.
 
-    Some back ends (ROCm, MPS, cuDNN) report that as a mere RuntimeError, so its words decide.
+    Some back ends (ROCm, MPS, cuDNN) report that as a mere RuntimeError, and a library that does
+    not fit into the address space is an ImportError or an OSError, so the words decide.
     """
     if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
         return True
-    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    by_words = isinstance(error, RuntimeError | ImportError | OSError | SystemError)
+    return by_words and OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def explain_write(error: OSError) -> str:
+    """Return in a few words why something could not be written."""
+    own = WRITE_ERRORS.get(error.errno or 0)
+    return own or (error.strerror or str(error)).lower()
+
+
+def explain_stdout(error: OSError) -> OutputError:
+    """Return the error of a stdout that takes no more."""
+    hint = "send stdout elsewhere: > FILE"
+    return OutputError("cannot write to stdout", why=explain_write(error), hint=hint)

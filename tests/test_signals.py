@@ -116,7 +116,18 @@ app.main()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+        signal.SIGQUIT,
+        signal.SIGXCPU,
+        signal.SIGUSR1,
+        signal.SIGUSR2,
+    ],
+)
 @pytest.mark.parametrize("times, cleanup", [(1, 0), (2, 30)])
 def test_the_first_signal_cleans_up_and_the_second_ends_at_once(number, times, cleanup):
     process = start("-c", SLOW_CLEANUP.format(cleanup=cleanup))
@@ -124,6 +135,21 @@ def test_the_first_signal_cleans_up_and_the_second_ends_at_once(number, times, c
         assert process.stdout.readline().strip() == word
         process.send_signal(number)
     assert finished(process, 10) == (-number, "")
+    assert files(Path()) == {}  # no core either
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_two_signals_in_a_row_leave_the_cleaning_its_time(second):
+    code = SLOW_CLEANUP.replace(
+        "time.sleep({cleanup})", "time.sleep(0.3); print('cleaned', flush=True)"
+    )
+    process = start("-c", code)
+    assert process.stdout.readline() == "running\n"
+    process.send_signal(signal.SIGINT)
+    process.send_signal(second)
+    stdout, stderr = process.communicate(timeout=10)
+    assert stdout == "cleaning\n" + "cleaned\n"
+    assert (process.returncode, stderr) == (-signal.SIGINT, "")
 
 
 SWALLOWED = """
@@ -174,6 +200,21 @@ def test_a_signal_during_a_librarys_import_is_no_exception_in_it(tmp_path):
     assert process.stdout.readline() == "running\n"
     process.send_signal(signal.SIGINT)
     assert finished(process, 10) == (-signal.SIGINT, "")
+
+
+def test_a_signal_during_a_short_import_cleans_up_after_it(tmp_path):
+    lines = "import time\ntry:\n    print('running', flush=True); time.sleep(0.3)\n"
+    lines += "except BaseException:\n    print('broken')"
+    (tmp_path / "library.py").write_text(lines)
+    code = SLOW_CLEANUP.replace(
+        "    try:", f"    sys.path.append({str(tmp_path)!r})\n    try:\n        import library"
+    )
+    process = start("-c", code.format(cleanup=0))
+    assert process.stdout.readline() == "running\n"
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=10)
+    assert stdout.splitlines()[-1] == "cleaning" and "broken" not in stdout
+    assert (process.returncode, stderr) == (-signal.SIGINT, "")
 
 
 def test_a_signal_that_the_parent_ignores_stays_ignored():

@@ -6,7 +6,6 @@ imported by the functions that need them.
 """
 
 import contextlib
-import io
 import logging
 import os
 import shlex
@@ -37,10 +36,11 @@ from fluxcli.cli import (
     presets,
     quantize,
     replay,
+    streams,
     worker,
 )
 from fluxcli.cli.help import App, write_examples
-from fluxcli.errors import ExitCode, OutputError, Terminated
+from fluxcli.errors import ExitCode, OutputError, Terminated, UsageError
 from fluxcli.events import Failed, explain, to_json
 
 app = App(name="flux")
@@ -117,28 +117,29 @@ def root(
 
     "flux COMMAND --help" has the options of a command, and examples.
     """
+    try:
+        os.getcwd()
+    except OSError as error:  # MKL would end the process with words of its own
+        why = "somebody deleted it"
+        raise UsageError("the current folder is gone", why=why, hint="cd to another one") from error
 
 
 def main() -> NoReturn:
     """Run the command line and end the process: by an exit code, or by the signal that ended it."""
     signals.install_signals()
-    if sys.stderr is None:  # started with 2>&-
-        sys.stderr = io.StringIO()
+    streams.open_streams()
     try:
         code = run(sys.argv[1:])
         signals.check_signals()
-        if sys.stdout is not None:
-            sys.stdout.flush()
     except Terminated as stop:
         signals.die_by(*stop.args)
     except BrokenPipeError:
         # Nobody reads stdout any more: no message, and the death that a shell expects.
         if hasattr(signal, "SIGPIPE"):
             signals.die_by(signal.SIGPIPE)
-        os._exit(ExitCode.OUTPUT)
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.flush()
-    # Everything is written and closed; to take torch down would last a second.
+        code = ExitCode.OUTPUT
+    # Everything is written and closed; to take torch down would last a second, and what an
+    # interpreter writes at its end may fail.
     os._exit(int(code))
 
 
@@ -153,10 +154,14 @@ def run(arguments: Sequence[str]) -> int:
     is_debug = "--debug" in options
     quieten_libraries(is_debug=is_debug)
     try:
-        return _call(arguments)
+        code = _call(arguments)
+        streams.flush_streams()
+        return code
     except SystemExit as stop:
         if isinstance(stop.__context__, BrokenPipeError):  # typer makes an exit 1 of it
             raise stop.__context__ from None
+        return stop.code if isinstance(stop.code, int) else ExitCode.OK  # a shell's completion
+    except BrokenPipeError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever arrives here ends the process
         signals.check_signals()  # the error may be what a library made of a signal

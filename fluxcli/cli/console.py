@@ -4,7 +4,6 @@ Where stderr is a terminal that can move its cursor a run is shown by a bar; els
 every ten seconds, without escape sequences. Colours are for terminals, and not with NO_COLOR.
 """
 
-import errno
 import json
 import re
 import sys
@@ -13,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Self, TextIO, TypeVar, cast
 
-from fluxcli.errors import OutputError
+from fluxcli.errors import OutputError, explain_stdout
 from fluxcli.events import (
     Done,
     Event,
@@ -52,7 +51,7 @@ def data(text: str) -> None:
     Raises `OutputError` where that fails, and BrokenPipeError if nobody reads any more.
     """
     if sys.stdout is None:
-        raise OutputError("cannot write to stdout", why="it is closed")
+        raise OutputError("cannot write to stdout", why="it is closed", hint="> FILE opens it")
     line = text + "\n"
     try:
         try:
@@ -64,10 +63,7 @@ def data(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        why = error.strerror or str(error)
-        if error.errno == errno.ENOSPC:
-            why = "the disk is full"
-        raise OutputError("cannot write to stdout", why=why) from error
+        raise explain_stdout(error) from error
 
 
 def data_json(value: object, *, indent: int | None = None) -> None:

@@ -5,7 +5,6 @@ when two processes race for it; a file that the user named is replaced only wher
 """
 
 import contextlib
-import errno
 import glob
 import math
 import os
@@ -20,7 +19,7 @@ from datetime import date
 from itertools import count, dropwhile, takewhile
 from pathlib import Path
 
-from fluxcli.errors import OutputError, UsageError
+from fluxcli.errors import OutputError, UsageError, explain_stdout, explain_write
 from fluxcli.request.fields import Order, Output
 from fluxcli.request.settings import FORMATS
 from fluxcli.request.target import Target, find_fields
@@ -309,7 +308,9 @@ def _check_inside(path: Path, target: Target) -> None:
 
 def _check_stdout() -> None:
     if sys.stdout is None:
-        raise OutputError("cannot write to stdout", which="-o -", why="it is closed")
+        raise OutputError(
+            "cannot write to stdout", which="-o -", why="it is closed", hint="> FILE opens it"
+        )
     if sys.stdout.isatty():
         hint = "flux generate ... -o - > x.jpg"
         raise UsageError("a picture would garble the terminal", which="-o -", hint=hint)
@@ -323,8 +324,13 @@ def save(data: bytes, destination: Destination) -> str:
     """
     target = destination.target
     if target.stdout:
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
+        try:
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise explain_stdout(error) from error
         return STDOUT
     for path in list_candidates(destination):
         try:
@@ -360,11 +366,6 @@ def _write(data: bytes, path: Path, *, force: bool) -> bool:
 
 
 def _explain_os_error(path: Path, error: OSError) -> OutputError:
-    if error.errno == errno.ENOSPC:
-        why = "the disk is full"
-    elif error.errno == errno.EROFS:
-        why = "the file system is read-only"
-    else:
-        why = (error.strerror or str(error)).lower()
     hint = "-o FOLDER/ writes elsewhere"
+    why = explain_write(error)
     return OutputError("cannot write the picture", which=path, why=why, hint=hint)
