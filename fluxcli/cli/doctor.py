@@ -5,14 +5,17 @@ opens no connection unless the hub's token is there to be checked. Sizes are in 
 """
 
 import os
+import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import typer
 
+import fluxcli
 from fluxcli import paths
 from fluxcli.cli import complete, console
 from fluxcli.engine.check import check_torch
@@ -20,6 +23,7 @@ from fluxcli.errors import ExitCode
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB
 from fluxcli.request.settings import coerce
+from fluxcli.run import client
 from quant.files import nearest
 
 LIBRARIES = (
@@ -34,6 +38,14 @@ LIBRARIES = (
 ROOM_BYTES = 60e9  # a model with a baked variant
 RAM_BYTES = 16 * GIB  # what loading is comfortable with
 FREE_SHARE = 0.8  # of a card's memory: with less, somebody else holds much of it
+# Above which check each group of them begins.
+HEADS = {
+    "flux": "flux",
+    "torch": "Libraries",
+    "device": "Device",
+    "RAM": "Memory and disk",
+    "hub": "Hub",
+}
 GATED = "black-forest-labs/FLUX.1-dev"
 
 
@@ -59,7 +71,9 @@ def doctor_command(
     ] = "auto",
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> int:
-    """Check driver, device, memory, disk, hub and libraries: ok, warn or bad, each with a fix.
+    """Check libraries, device, memory, disk and hub: ok, warn or bad, each with a fix.
+
+    It begins with the versions and folders that a report of a bug needs.
 
     Exit code 8 means that one of them is bad.
     """
@@ -67,9 +81,7 @@ def doctor_command(
     for check in examine(coerce("device", device, where="--device")):
         checks.append(check)
         if not json_output:  # at once: the hub may take its time
-            console.data(f"{check.verdict:<4}  {check.name:<15} {check.found}")
-            if check.fix:
-                console.data(f"{'':<22}{check.fix}")
+            _show(check)
     if json_output:
         console.data_json({"checks": [asdict(check) for check in checks]})
     is_bad = any(check.verdict == "bad" for check in checks)
@@ -78,6 +90,7 @@ def doctor_command(
 
 def examine(device: str = "auto") -> Iterator[Check]:
     """Yield every check, cheapest first; a device that cannot be asked is one that is bad."""
+    yield from _describe_installation()
     for name in LIBRARIES:
         yield _check_library(name)
     try:
@@ -93,10 +106,37 @@ def examine(device: str = "auto") -> Iterator[Check]:
         yield from _check_precisions(hardware)
         if hardware.kind != "cpu":
             yield _check_vram(hardware)
-        yield _check_ram()
         yield _check_bitsandbytes(hardware)
+    yield _check_ram()
     yield _check_disk()
     yield _check_hub()
+
+
+def _show(check: Check) -> None:
+    """Print one check; above the first of a group its head."""
+    if check.name in HEADS:
+        console.data(f"{HEADS[check.name]}:")
+    verdict = console.paint(check.verdict, console.COLOURS[check.verdict], sys.stdout)
+    padding = " " * (4 - len(check.verdict))
+    lines = [f"  {verdict}{padding}  {check.name:<16} {check.found}"]
+    if check.fix:
+        lines.append(f"{'':<25}{check.fix}")
+    for line in lines:
+        console.data(line)
+
+
+def _describe_installation() -> Iterator[Check]:
+    """What is installed, and which folders it uses: what a report of a bug begins with."""
+    yield Check("flux", "ok", f"{fluxcli.__version__} in {paths.HERE}")
+    yield Check("Python", "ok", f"{platform.python_version()}, {platform.platform()}")
+    settings = paths.config_folder() / "config.toml"
+    found = str(settings) if settings.is_file() else f"{settings}, which is not there"
+    yield Check("settings", "ok", found)
+    yield Check("cache", "ok", str(paths.cache_folder()))
+    if client.AVAILABLE:
+        socket = client.locate_socket()
+        found = f"one is up: {socket}" if os.path.exists(socket) else "none is running"
+        yield Check("worker", "ok", found)
 
 
 def _warn_unless(good: bool, name: str, *, found: str, fix: str) -> Check:
@@ -141,17 +181,13 @@ def _check_precisions(hardware: Hardware) -> Iterator[Check]:
     """What each precision does on the device: computed in it, or only stored in it."""
     from quant.linear import find_multiply
 
-    yield _warn_unless(
-        hardware.bf16,
-        "bf16",
-        found="computed" if hardware.bf16 else "slow here: another dtype is taken",
-        fix="none needed; cards since sm80 have it",
-    )
+    found = "computed" if hardware.bf16 else "slow here, so fp16 or fp32 is taken in its place"
+    yield Check("bf16", "ok", found)
     for scheme in ("fp8", "int8"):
         multiply = find_multiply(scheme, hardware.device)
         found = f"computed ({multiply})"
         if hardware.kind == "cpu" or multiply == "dequantize":
-            found = "a smaller form of the weights, not a faster one"
+            found = "saves memory, not time: weights are unpacked for each product"
         yield Check(scheme, "ok", found)
 
 
@@ -171,7 +207,7 @@ def _check_bitsandbytes(hardware: Hardware) -> Check:
     return _warn_unless(
         fits,
         "nf4",
-        found=f"bitsandbytes' library for {hardware.device} is {what}",
+        found=f"saves memory, not time; bitsandbytes' library for {hardware.device}: {what}",
         fix="python -m bitsandbytes explains",
     )
 

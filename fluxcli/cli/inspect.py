@@ -1,4 +1,4 @@
-"""`flux inspect`: what a picture, a weight file or a model folder is, as JSON.
+"""`flux inspect`: what a picture, a weight file or a model folder is.
 
 Of weights it reads headers alone, and says what is wrong with them under `problems`.
 """
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fluxcli.cli import console
+from fluxcli.cli import show
 from fluxcli.errors import ExitCode
 from fluxcli.models import loras
 from fluxcli.models.find import MODEL_FILES
@@ -32,10 +32,13 @@ def inspect_command(
             help="A picture, a .safetensors file or a model folder.", show_default=False
         ),
     ],
+    json_output: Annotated[
+        bool, typer.Option("--json", help="JSON on a terminal, too; elsewhere it always is.")
+    ] = False,
 ) -> int:
-    """Say as JSON what a file is: how a picture was made, or what weights hold and need.
+    """Say what a file is: how a picture was made, or what weights hold and need.
 
-    Exit 4: the weights are unusable.
+    A short table on a terminal, JSON for programs. Exit 4: the weights are unusable.
     """
     if path.is_dir():
         described = _describe_folder(path)
@@ -44,9 +47,9 @@ def inspect_command(
     else:
         from fluxcli.pictures import image
 
-        console.data_json(image.read_metadata(path), indent=2)
+        show.show_picture(image.read_metadata(path), as_json=json_output)
         return ExitCode.OK
-    console.data_json(described, indent=2)
+    show.show_weights(described, as_json=json_output)
     return ExitCode.INPUT_FILE if described["problems"] else ExitCode.OK
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fluxcli.cli import complete, console
+from fluxcli.cli import complete, console, show
 from fluxcli.cli.help import App
 from fluxcli.errors import ExitCode
 from fluxcli.models import loras
@@ -49,8 +49,14 @@ def info(
             autocompletion=complete.offer_loras,
         ),
     ],
+    json_output: Annotated[
+        bool, typer.Option("--json", help="JSON on a terminal, too; elsewhere it always is.")
+    ] = False,
 ) -> int:
-    """Say as JSON what a LoRA is: format, rank, alpha, layers, base model (exit 4: unusable)."""
+    """Say what a LoRA is: format, rank, alpha, layers, base model (exit 4: unusable).
+
+    A short table on a terminal, JSON for programs.
+    """
     described = loras.describe(loras.locate(LoraRef.parse(name).name))
-    console.data_json(described, indent=2)
+    show.show_weights(described, as_json=json_output)
     return ExitCode.INPUT_FILE if described["problems"] else ExitCode.OK

@@ -9,6 +9,7 @@ import typer
 
 from fluxcli.cli import complete, console
 from fluxcli.cli.help import App
+from fluxcli.cli.show import describe_bytes
 from fluxcli.errors import BadInputFile, UsageError, WeightsUnavailable
 from fluxcli.models import find, hub, local, loras
 from fluxcli.paths import config_folder
@@ -16,6 +17,8 @@ from fluxcli.request import presets
 from quant.checkpoint import COMPONENTS, is_complete
 
 models_app = App(help="Get, check and remove the weights of models.")
+# Where models are from, in words.
+KINDS = {"hub": "hub", "mirror": "mirror", "bundled": "flux itself", "baked": "quantize"}
 ONLY = f"Parts, e.g. tokenizers or transformer,vae: {' '.join(hub.PARTS)}."
 
 Name = Annotated[
@@ -47,8 +50,10 @@ def list_command(json_output: Json = False) -> None:
                 "bytes": size_bytes,
             }
         )
-        size = f"{size_bytes / 1e9:>7.2f} GB"
-        rows.append((each.name, each.kind, each.commit[:12], each.state, size))
+        size = describe_bytes(size_bytes)
+        rows.append((each.name, KINDS[each.kind], each.commit[:12] or "-", each.state, size))
+    if sys.stdout is not None and sys.stdout.isatty():
+        rows.insert(0, ("model", "from", "commit", "state", "size"))
     console.table(rows, described, as_json=json_output)
 
 

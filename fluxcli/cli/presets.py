@@ -5,10 +5,11 @@ from typing import Annotated, Optional
 import typer
 
 from fluxcli.cli import complete, console
+from fluxcli.cli.show import SHORT_NAMES, describe_value
 from fluxcli.errors import UsageError
 from fluxcli.paths import config_folder
 from fluxcli.request import presets
-from fluxcli.request.settings import to_json_value
+from fluxcli.request.settings import SETTINGS, to_json_value
 
 
 def presets_command(
@@ -38,10 +39,19 @@ def _list(*, as_json: bool) -> None:
         except UsageError as error:
             console.say(f"{name}: {error}")
             continue
-        rows.append((name, preset.description))
+        rows.append((name, preset.description or "-"))
         settings = {key: to_json_value(value) for key, value in preset.settings.items()}
         described[name] = {"description": preset.description, **settings}
     console.table(rows, described, as_json=as_json)
+
+
+def _describe(key: str, value: object) -> str:
+    """A setting's value in words."""
+    if key == "seed" and value == -1:
+        return "a new one"
+    if key == "guidance" and value is None:
+        return "none"
+    return describe_value(value)
 
 
 def _show(name: str, *, as_json: bool) -> None:
@@ -49,11 +59,9 @@ def _show(name: str, *, as_json: bool) -> None:
     merged = presets.merge({"preset": name}, config_folder())
     rows = []
     described = {}
-    for key, setting in merged.values.items():
-        value = to_json_value(setting)
+    for key in (name for name in SETTINGS if name in merged.values):
+        value = to_json_value(merged.values[key])
         origin = merged.origins[key]
         described[key] = {"value": value, "origin": origin}
-        # Guidance "none" says something (of schnell, say); other settings are shown only if given.
-        if value is not None or key == "guidance":
-            rows.append((key, "none" if value is None else str(value), origin))
+        rows.append((SHORT_NAMES.get(key, key), _describe(key, value), origin))
     console.table(rows, described, as_json=as_json)

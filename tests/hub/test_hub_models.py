@@ -40,7 +40,7 @@ def test_the_list_says_what_is_here_and_how_much_of_it(server, run, baked, tmp_p
         rows[2]["commit"] == COMMIT and rows[2]["path"] == str(snapshot()) and rows[3]["bytes"] > 50
     )
     text = run("list").stdout
-    assert len(text.splitlines()) == 4 and COMMIT[:12] in text and "GB" in text
+    assert len(text.splitlines()) == 4 and COMMIT[:12] in text and "MB" in text
 
 
 @pytest.mark.parametrize("name", ["vae/diffusion_pytorch_model.safetensors", "vae/config.json"])
