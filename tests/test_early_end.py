@@ -15,6 +15,7 @@ from fluxcli.engine import denoise
 from fluxcli.engine.engine import Engine
 from fluxcli.errors import ExitCode, OutputError, Terminated
 from fluxcli.pictures import names
+from fluxcli.run import saving
 from tests.support.batches import SMALL, draw, of, pixels, single, write
 from tests.support.helpers import read_pixels
 from tests.support.invariant import assert_failed, call, files
@@ -172,3 +173,13 @@ def test_a_device_that_breaks_ends_the_batch(capsys):
         result = call(capsys, "generate", "--from", source, *SMALL, "-o", "out/")
     assert result.returncode == ExitCode.DEVICE and "1 of 3 pictures are written" in result.stderr
     assert stems("out", ".png") == ["a-red-circle-1"]
+
+
+def test_metadata_that_the_format_does_not_hold_are_refused_before_the_compute(capsys, monkeypatch):
+    monkeypatch.setattr(saving.loras, "name_identities", lambda *_: ["x" * 70_000])
+    one = ("generate", "a red circle", *SMALL, "-q")
+    with ending_at_step(1, AssertionError("computed")):
+        message = assert_failed(call(capsys, *one, "-o", "x.jpg"), ExitCode.OUTPUT)
+    assert "into a jpg" in message and "--format png" in message and not list(Path().iterdir())
+    assert call(capsys, *one, "-o", "x.png").returncode == 0
+    assert call(capsys, *one, "-o", "x.jpg", "--no-metadata").returncode == 0

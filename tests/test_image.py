@@ -210,3 +210,14 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     for path in (tmp_path / "none.png", tmp_path):
         with pytest.raises(BadInputFile, match=r"cannot read the picture"):
             read_metadata(path)
+
+
+@pytest.mark.parametrize("format", ["png", "jpg", "webp"])
+def test_a_path_that_is_no_text_survives(format, tmp_path):
+    metadata = metadata_of(order("a fox"))
+    model = metadata["model"] | {"name": "caf\udce9"}
+    made = metadata | {"lora": ["/mnt/caf\udce9.safetensors"], "model": model}
+    data = encode(np.zeros((16, 16, 3), np.uint8), format, quality=80, metadata=made)
+    path = tmp_path / f"x.{format}"
+    path.write_bytes(data)
+    assert read_metadata(path) == made

@@ -300,3 +300,17 @@ def test_a_run_on_a_busy_device_waits_or_is_refused_and_a_plan_does_neither(
     )
     assert call(capsys, *command).returncode == 0 and len(drawn) == 1
     assert len(probed) == 4  # and asks what is free once more after waiting
+
+
+def test_many_moments_teach_no_more_than_a_quarter_of_the_card_and_a_week_forgets_them():
+    for _ in range(9):
+        grow_margin(card(), GIB)
+    assert read_margin(card()) == 2 * GIB
+    path = paths.cache_folder() / "margin.json"
+    then = path.stat().st_mtime - margin.FORGOTTEN_AFTER_S - 60
+    os.utime(path, (then, then))
+    assert read_margin(card()) == 0
+    grow_margin(card("another"), GIB)  # what is forgotten does not come back
+    assert read_margin(card()) == 0
+    path.write_text(json.dumps({CARD: 10**12}))  # as a version before wrote it
+    assert read_margin(card()) == 2 * GIB

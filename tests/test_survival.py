@@ -226,6 +226,25 @@ def test_what_was_missing_is_left_alone_by_the_next_run_of_this_card(card, capsy
     assert shas[0] == shas[1]
 
 
+def test_a_margin_is_used_before_a_run_ends_for_want_of_it(card, capsys, monkeypatch, expected):
+    """Under a cap that leaves the margin out no placement fits; with the margin one does."""
+    margin.grow_margin(machine(8), 1 << 30)
+    caps = []
+    monkeypatch.setattr(hardware, "cap", lambda _, budget_bytes: caps.append(budget_bytes))
+    real = denoise.take_step
+
+    def step(*arguments: object, **inputs: object) -> torch.Tensor:
+        if caps[-1] < caps[0] + (1 << 30):
+            raise torch.OutOfMemoryError("as if")
+        return real(*arguments, **inputs)
+
+    monkeypatch.setattr(denoise, "take_step", step)
+    result = call(capsys, *ARGUMENTS, "-o", "a.png")
+    assert result.returncode == 0
+    assert "once more, with the 1.0 GiB that were left free" in result.stderr
+    assert np.array_equal(read_pixels(Path("a.png")), expected)
+
+
 def test_a_device_that_breaks_is_exit_8(card, capsys, monkeypatch):
     def step(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

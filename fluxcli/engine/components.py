@@ -80,7 +80,8 @@ class Components:
         """Go to the next placement that takes less memory in a phase, and say in words which.
 
         `workload` is the largest one under way, `failed` what the allocator said. Everything is
-        dropped. Raises `DoesNotFit` if no placement takes less.
+        dropped. Where no placement takes less, the plan's margin is used, too; after that raises
+        `DoesNotFit`.
         """
         self.clear()
         now = self.plan
@@ -93,6 +94,11 @@ class Components:
             dtypes=now.dtypes,
         )
         following = step_down(now, phase, candidate)
+        if following is None and now.margin_bytes:
+            budget_bytes = now.budget_bytes + now.margin_bytes
+            self.plan = replace(now, budget_bytes=budget_bytes, margin_bytes=0)
+            device.cap(now.device, budget_bytes)
+            return f"with the {now.margin_bytes / GIB:.1f} GiB that were left free"
         if following is None:
             needs = now.peak_bytes[phase] / GIB
             free = device.free_memory(now.device) / GIB

@@ -10,12 +10,13 @@ import functools
 import hashlib
 import io
 import json
+import re
 from collections.abc import Collection, Mapping
 from html import escape, unescape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fluxcli.errors import BadInputFile
+from fluxcli.errors import BadInputFile, OutputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,6 +43,7 @@ XMP = (
 )
 XMP_BEGIN = "<flux:metadata>"
 XMP_END = "</flux:metadata>"
+SURROGATE = re.compile("[\ud800-\udfff]")  # of a path that is no text
 
 
 # --- to a file
@@ -50,7 +52,8 @@ XMP_END = "</flux:metadata>"
 def encode(pixels: "np.ndarray", format: str, *, quality: int, metadata: Metadata | None) -> bytes:
     """Return the bytes of a jpg, png or webp file; without `metadata` it is a bare picture.
 
-    `quality` is from 1 to 100 and means nothing for a png.
+    `quality` is from 1 to 100 and means nothing for a png. Raises `OutputError` for metadata that
+    the format does not hold: a jpg takes 64 KB.
     """
     from PIL import Image
 
@@ -66,8 +69,22 @@ def encode(pixels: "np.ndarray", format: str, *, quality: int, metadata: Metadat
     if format == "jpg":
         options["subsampling"] = "4:4:4" if quality >= FULL_CHROMA_QUALITY else "4:2:0"
     buffer = io.BytesIO()
-    image.save(buffer, "jpeg" if format == "jpg" else format, **options)
+    try:
+        image.save(buffer, "jpeg" if format == "jpg" else format, **options)
+    except ValueError as error:
+        raise OutputError(
+            f"the metadata do not fit into a {format}",
+            why=str(error),
+            hint="--format png, or --no-metadata",
+        ) from error
     return buffer.getvalue()
+
+
+def check_metadata(metadata: Metadata, format: str) -> None:
+    """Raise `OutputError` for metadata that no picture of the format could hold."""
+    import numpy as np
+
+    encode(np.zeros((8, 8, 3), np.uint8), format, quality=1, metadata=metadata)
 
 
 def _make_png_texts(metadata: Metadata) -> Any:
@@ -83,18 +100,22 @@ def _make_exif(metadata: Metadata) -> bytes:
     from PIL import ExifTags, Image
 
     exif = Image.Exif()
-    text = format_parameters(metadata).encode("utf-16-be", "surrogatepass")
+    text = format_parameters(metadata).encode("utf-16-be")
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + text
     return exif.tobytes()
 
 
 def _make_xmp(metadata: Metadata) -> str:
     text = json.dumps(metadata, ensure_ascii=False, sort_keys=True)
+    text = SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
     return XMP.format(json=escape(text, quote=False))
 
 
 def format_parameters(metadata: Metadata) -> str:
-    """Return the text that A1111 and its readers know: the prompt, then a line of settings."""
+    """Return the text that A1111 and its readers know: the prompt, then a line of settings.
+
+    What is no text, in the name of a model, becomes a question mark.
+    """
     request = metadata["request"]
     width, height = metadata["size"]
     settings = [
@@ -112,7 +133,7 @@ def format_parameters(metadata: Metadata) -> str:
         f"Model hash: {metadata['model']['fingerprint'][:10]}",
         f"Version: flux {metadata['versions']['flux']}",
     ]
-    return f"{request['prompt']}\n{', '.join(settings)}"
+    return SURROGATE.sub("?", f"{request['prompt']}\n{', '.join(settings)}")
 
 
 # --- what identifies a picture

@@ -71,6 +71,7 @@ class MemoryPlan:
     budget_bytes: int
     host_bytes: int  # RAM that is held
     reasons: tuple[str, ...]
+    margin_bytes: int = 0  # that are free beyond the budget, and left alone as long as it goes
 
     @property
     def total_s(self) -> float:
@@ -475,7 +476,7 @@ def step_down(plan: MemoryPlan, phase: str, candidate: Candidate) -> StepDown | 
     if following is None:
         return None
     made = _make_plan(candidate, following, plan.budget_bytes)
-    return StepDown(replace(made, device=plan.device), change)
+    return StepDown(replace(made, device=plan.device, margin_bytes=plan.margin_bytes), change)
 
 
 def _stream_more(candidate: Candidate, now: Placement) -> Placement | None:

@@ -172,7 +172,8 @@ def _fit_now(
         )
     size = f"{margin_bytes / GIB:.1f} GiB"
     reason = f"{size} are left free: memory ran out on this card before"
-    return Fit(replace(found.plan, reasons=(*found.plan.reasons, reason)))
+    reasons = (*found.plan.reasons, reason)
+    return Fit(replace(found.plan, reasons=reasons, margin_bytes=margin_bytes))
 
 
 def judge(

@@ -1,13 +1,16 @@
 """The margin of a card: how much of its memory a plan leaves alone because runs have run out of it.
 
 One number of bytes for each card, by `Hardware.identity`, in margin.json in the user's cache
-folder. It grows when memory runs out and never shrinks by itself; deleting the file forgets it.
+folder. It grows when memory runs out, up to a share of the card, and is forgotten a week after
+that has happened last: what took the memory then may be gone. Deleting the file forgets it, too.
 Where the file cannot be read or written nothing is remembered, and nothing is said. No torch.
 """
 
 import contextlib
 import json
 import os
+import stat
+import time
 
 from fluxcli.paths import cache_folder
 from fluxcli.plan.machine import Hardware
@@ -18,11 +21,14 @@ FILE = "margin.json"
 LEAST_GROWTH_BYTES = 256 << 20
 # The most that one occasion may teach, of the card's memory: it may have been another program's.
 MOST_GROWTH_SHARE = 0.125
+MOST_SHARE = 0.25  # the most that all occasions together teach
+FORGOTTEN_AFTER_S = 7 * 24 * 3600.0
 
 
 def read_margin(hardware: Hardware) -> int:
     """The bytes that plans for this card leave alone; 0 where memory never ran out."""
-    return _read_all().get(hardware.identity, 0)
+    learned_bytes = _read_all().get(hardware.identity, 0)
+    return min(learned_bytes, int(hardware.total_bytes * MOST_SHARE))
 
 
 def grow_margin(hardware: Hardware, missing_bytes: int) -> None:
@@ -33,7 +39,8 @@ def grow_margin(hardware: Hardware, missing_bytes: int) -> None:
     most_bytes = int(hardware.total_bytes * MOST_GROWTH_SHARE)
     growth_bytes = min(max(missing_bytes, LEAST_GROWTH_BYTES), most_bytes)
     margins = _read_all()
-    margins[hardware.identity] = margins.get(hardware.identity, 0) + growth_bytes
+    grown_bytes = margins.get(hardware.identity, 0) + growth_bytes
+    margins[hardware.identity] = min(grown_bytes, int(hardware.total_bytes * MOST_SHARE))
     path = cache_folder() / FILE
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,9 +48,14 @@ def grow_margin(hardware: Hardware, missing_bytes: int) -> None:
 
 
 def _read_all() -> dict[str, int]:
-    """The margins of all cards; what is no number of bytes is left out."""
+    """The margins of all cards that are not forgotten; what is no number of bytes is left out."""
+    path = cache_folder() / FILE
     try:
-        found = json.loads((cache_folder() / FILE).read_text(encoding="utf-8"))
+        status = path.stat()
+        is_forgotten = time.time() - status.st_mtime > FORGOTTEN_AFTER_S
+        if is_forgotten or not stat.S_ISREG(status.st_mode):  # a FIFO would be waited for
+            return {}
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(found, dict):

@@ -41,6 +41,15 @@ def save_picture(picture: Picture, destination: Destination, engine: Engine) -> 
     return save_pixels(picture.pixels, destination, metadata)
 
 
+def check_metadata(engine: Engine, destination: Destination, adapters: Sequence[Adapter]) -> None:
+    """Raise `OutputError` for a picture whose metadata its format could not hold."""
+    order = destination.order
+    if order.output.metadata:
+        metadata = make_metadata(engine, order, adapters, seeded=destination.seeded)
+        written = metadata | {"pixels_sha256": "0" * 64}
+        image.check_metadata(written, order.output.format)
+
+
 def save_pixels(
     pixels: np.ndarray, destination: Destination, metadata: dict[str, Any]
 ) -> GeneratedImage:

@@ -477,6 +477,8 @@ def _take_stock(
     # A lost worker had saved all pictures of the row, but not said that the row is done.
     if row.images and not row.missing:
         yield _finish(engine, row)
+    if pending:
+        saving.check_metadata(engine, pending[-1].destination, adapters)
     if pending and not row.is_checked:
         check_writable(row.target, row.order, row=row.row.number)
     return pending
