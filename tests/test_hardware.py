@@ -31,7 +31,9 @@ def two_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         torch.cuda,
         "get_device_properties",
-        lambda number: SimpleNamespace(name=f"card {number}", uuid=f"id{number}"),
+        lambda number: SimpleNamespace(
+            name=f"card {number}", uuid=f"id{number}", total_memory=8 * GIB
+        ),
     )
 
 
@@ -94,6 +96,31 @@ def test_a_card_is_described_by_its_number_name_and_memory(two_cards, monkeypatc
         hardware.probe("cuda:2")
 
 
+def test_auto_takes_the_best_of_several_cards_and_says_so(two_cards, monkeypatch):
+    cards = [("NVIDIA GeForce RTX 3060", 12), ("NVIDIA GeForce RTX 4090", 24)]
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda number: SimpleNamespace(
+            name=cards[number][0], uuid="", total_memory=cards[number][1] * GIB
+        ),
+    )
+    found = hardware.probe()
+    assert (found.device, found.name) == ("cuda:1", "NVIDIA GeForce RTX 4090")
+    assert "the best of 2" in found.reason and "cuda:0 NVIDIA GeForce RTX 3060" in found.reason
+    cards[0] = ("NVIDIA GeForce RTX 5090", 24)  # as much memory, and faster
+    assert hardware.probe().device == "cuda:0"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert hardware.probe().device == "cuda:1"
+
+
+def test_a_number_of_amd_is_no_capability_of_nvidia(two_cards, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (11, 0))
+    found = hardware.probe()
+    assert found.capability == (0, 0) and found.bf16 and not found.speeds.eight_bit
+
+
 def test_free_memory_is_never_more_than_all_of_it(two_cards, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (8 * GIB - 1, 8 * GIB))
     found = hardware.probe()
@@ -133,6 +160,14 @@ def test_the_memory_peak_is_of_this_process():
         ("24G", 24 * GIB, (8, 9), True),
         ("16GiB:sm120", 16 * GIB, (12, 0), True),
         ("0.5TiB:sm100", 512 * GIB, (10, 0), True),
+        ("12", 12 * GIB, (8, 9), True),
+        ("512", 512 * GIB, (8, 9), True),
+        ("4090", 24 * GIB, (8, 9), True),
+        ("rtx-3090", 24 * GIB, (8, 6), True),
+        ("NVIDIA GeForce RTX 2080 Ti", 11 * GIB, (7, 5), False),
+        ("4070 ti super", 16 * GIB, (8, 9), True),
+        ("RTX 4060 Ti 16GB", 16 * GIB, (8, 9), True),
+        ("4060ti:8GiB", 8 * GIB, (8, 9), True),
     ],
 )
 def test_a_card_is_its_size_and_capability(text, total, capability, bf16):
@@ -160,7 +195,11 @@ def test_a_card_is_its_size_and_capability(text, total, capability, bf16):
         "12GiB:sm8999",
         "-1GiB",
         "12GiB:sm89:sm89",
-        "RTX 4090",
+        "RTX 9999",
+        "513",
+        "12:sm89",
+        "16GiB:tpu",
+        "4090:sm89",
         "1e3GiB",
         "nan",
         "12 parsecs",
@@ -172,6 +211,40 @@ def test_what_describes_no_card_is_exit_2_with_an_example(text, capsys):
     if text:
         message = assert_failed(call(capsys, "plan", f"--card={text}"), ExitCode.USAGE)
         assert "--card 12GiB:sm89" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "device", "gib"),
+    [
+        ("RX 7900 XTX", "cuda:0", 24),
+        ("20GiB:rocm", "cuda:0", 20),
+        ("Intel Arc B580", "xpu:0", 12),
+        ("16GiB:xpu", "xpu:0", 16),
+        ("M4 Max 64GB", "mps", 48),
+        ("24GiB:mps", "mps", 16),
+    ],
+)
+def test_cards_of_other_makers_multiply_in_16_bit(text, device, gib, capsys):
+    found = describe_card(text)
+    assert (found.device, found.total_bytes, found.bf16) == (device, gib * GIB, True)
+    assert not found.speeds.eight_bit and found.capability == (0, 0)
+    assert call(capsys, "plan", f"--card={text}").returncode == 0
+
+
+@pytest.mark.parametrize("text", ["4060 Ti", "RTX 3060", "A770", "m3 max", "4090 8GB"])
+def test_a_name_with_several_sizes_lists_them(text, capsys):
+    message = assert_failed(call(capsys, "plan", f"--card={text}"), ExitCode.USAGE)
+    (hint,) = [line for line in message.splitlines() if line.startswith("hint: ")]
+    for offered in hint.removeprefix("hint: ").split(" or "):
+        assert describe_card(offered.removeprefix("--card ").strip('"'))
+
+
+def test_every_name_of_the_table_describes_its_card():
+    for key, row in table().items():
+        for gib in row.get("gib", ()):
+            found = describe_card(f"{key} {gib}GiB")
+            assert found.name == key and found.speeds.source == f"a table's {key}"
+            assert found.ram_bytes == gib * GIB or found.total_bytes == gib * GIB
 
 
 @given(st.text(max_size=12))

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import typer
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from fluxcli import paths
 from fluxcli.cli.app import app
+from fluxcli.cli.plan import format_duration
 from fluxcli.cli.replay import restore_order
 from fluxcli.engine import device as hardware
 from fluxcli.errors import ExitCode
@@ -118,20 +121,56 @@ def test_json_has_every_placement_with_its_peaks_seconds_verdict_and_why(text, c
     ]
 
 
-def test_text_and_json_name_the_same_rungs(capsys):
+def test_text_and_json_say_the_same(capsys):
     found, text = planned(capsys, *CARD), call(capsys, *CARD).stdout
+    lines, words = text.splitlines(), " ".join(text.split())
     for row in found["candidates"]:
-        (line,) = [line for line in text.splitlines() if line.startswith(f"{row['precision']:<6} ")]
-        assert line.endswith(f"{row['verdict']}: {row['why']}")
-        if row["plan"]:
-            assert all(
-                f"{peak / GIB:.2f} GiB" in line for peak in row["plan"]["peak_bytes"].values()
-            )
-    chosen = next(row["plan"] for row in found["candidates"] if row["verdict"] == "chosen")
-    assert [line[10:] for line in text.splitlines() if line.startswith("because   ")] == chosen[
-        "reasons"
-    ]
+        mark = "*" if row["verdict"] == "chosen" else " "
+        cells, verdict = [line for line in lines if line.startswith(f"{mark} {row['precision']} ")]
+        assert verdict.endswith(f"{row['verdict']}: {row['why']}")
+        peaks = [f"{peak / GIB:.2f}" for peak in row["plan"]["peak_bytes"].values()]
+        assert [cell for cell in cells.split() if cell in peaks] == peaks
+    chosen = next(row for row in found["candidates"] if row["verdict"] == "chosen")
+    for reason in chosen["plan"]["reasons"]:
+        assert reason in words
+    assert words.count(chosen["why"]) == 1
     assert "not downloaded" in text and "12.0 GiB" in text
+
+
+@pytest.mark.parametrize("card", ["4GiB", "12GiB:sm86", "RTX 4090", "96GiB:sm120", "M4 Max 64GB"])
+@pytest.mark.parametrize("size", ["512", "1024"])
+def test_no_line_is_longer_than_80_columns(card, size, capsys):
+    text = call(capsys, "plan", "--card", card, "--size", size, "-p", "dev").stdout
+    assert text and max(map(len, text.splitlines())) <= 80
+
+
+def test_the_table_has_units_and_times_for_people(capsys):
+    text = call(capsys, "plan", "--device", "cpu", "-p", "dev", "--ram", "64GiB").stdout
+    assert "peak RAM in GiB" in text and re.search(r"\d+ h \d+ min\n", text)
+    assert "peak memory in GiB" in call(capsys, *CARD).stdout
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (9.4, "9.4 s"), (59.2, "59 s"), (59.9, "1 min 0 s"), (90, "1 min 30 s"),
+     (3599.7, "1 h 0 min"), (29987, "8 h 20 min")],
+)  # fmt: skip
+def test_seconds_are_minutes_and_hours_where_they_are_many(seconds, text):
+    assert format_duration(seconds) == text
+
+
+def test_the_ram_of_another_machine(capsys):
+    def ram(*arguments: str) -> tuple[int, int]:
+        found = planned(capsys, *CARD, *arguments)["hardware"]
+        return found["ram_bytes"], found["ram_free_bytes"]
+
+    assert ram("--ram", "16GiB") == ram("--ram", "16") == (16 * GIB, 14 * GIB)
+    assert ram()[0] == psutil.virtual_memory().total
+    on_cpu = planned(capsys, "plan", "--device", "cpu", "-p", "dev", "--ram", "64GiB")["hardware"]
+    assert (on_cpu["total_bytes"], on_cpu["free_bytes"]) == (64 * GIB, 56 * GIB)
+    for nonsense in ("x", "0", "99999TiB", "1KiB", "-1"):
+        message = assert_failed(call(capsys, *CARD, f"--ram={nonsense}"), ExitCode.USAGE)
+        assert "--ram" in message
 
 
 TOO_LARGE = ("--card", "8GiB", "--offload", "none", "--precision", "bf16")
@@ -242,7 +281,7 @@ def test_it_takes_every_option_of_generate():
     assert {
         name: shown for name, shown in generate.items() if name not in own
     }.items() <= plan.items()
-    assert set(plan) - set(generate) == {"--card"} and own <= set(generate)
+    assert set(plan) - set(generate) == {"--card", "--ram"} and own <= set(generate)
     assert {"--vram-limit", "--offload", "--no-wait", "--precision"} <= set(options_of("decode"))
 
 
@@ -275,7 +314,7 @@ def test_what_generate_would_refuse_the_plan_refuses(limit, put, capsys, drawn):
 
 
 @pytest.mark.parametrize(
-    "text, size", [("8GiB", 8 * GIB), ("8 GB", 8 * 10**9), ("8g", 8 * GIB), ("9000000000", 9e9)]
+    "text, size", [("8GiB", 8 * GIB), ("8 GB", 8 * 10**9), ("8g", 8 * GIB), ("9000000000", 9e9), ("8", 8 * GIB)]
 )
 def test_a_limit_counts_from_flag_variable_and_settings_file(
     text, size, capsys, monkeypatch, config_folder

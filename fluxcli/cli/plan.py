@@ -3,6 +3,7 @@
 Needs no weights, and with --card no torch.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Annotated, Any, NamedTuple, Optional
@@ -14,19 +15,26 @@ from fluxcli.cli.options import with_request_options
 from fluxcli.cli.settings import given_settings, read_prompt
 from fluxcli.engine.cards import describe_card
 from fluxcli.engine.check import check_torch
-from fluxcli.errors import DoesNotFit, ExitCode, WeightsUnavailable
+from fluxcli.errors import DoesNotFit, ExitCode, UsageError, WeightsUnavailable
 from fluxcli.models import find, loras
 from fluxcli.models.shapes import read_known_shapes
 from fluxcli.paths import config_folder
+from fluxcli.plan.card import Ram
 from fluxcli.plan.costs import make_workload
 from fluxcli.plan.machine import Hardware
-from fluxcli.plan.placement import GIB, PHASES, Candidate, MemoryPlan
+from fluxcli.plan.placement import GIB, PHASES, Candidate
 from fluxcli.plan.planner import find_chosen, suggest_options, survey
 from fluxcli.request.fields import Order
+from fluxcli.request.settings import parse_bytes
 from fluxcli.resolve import resolve_order
 from fluxcli.run.margin import read_margin
 from quant.checkpoint import Checkpoint
 from quant.lora import Adapter
+
+MIN_RAM_BYTES = 1 << 30
+MAX_RAM_BYTES = 1 << 44
+COLUMNS = 79
+FREE_SHARE = 7 / 8  # of a RAM that is only described: the rest is the system's
 
 
 @with_request_options
@@ -36,7 +44,18 @@ def plan_command(
     ] = "a plan",
     card: Annotated[
         Optional[str],
-        typer.Option("--card", metavar="CARD", help="A card that is not here: SIZE[:smNN]."),
+        typer.Option(
+            "--card",
+            metavar="CARD",
+            help='A card that is not here: its name ("4090", "RX 7900 XTX"), or SIZE[:smNN|:rocm|'
+            ":xpu|:mps]; a bare number is GiB.",
+        ),
+    ] = None,
+    ram: Annotated[
+        Optional[str],
+        typer.Option(
+            "--ram", metavar="SIZE", help="Plan for so much RAM instead of this machine's."
+        ),
     ] = None,
     **options: object,
 ) -> int:
@@ -46,7 +65,7 @@ def plan_command(
     """
     order = resolve_order(read_prompt(prompt), given_settings(options))
     model = _find_model(order)
-    hardware, margin_bytes = _find_hardware(order, card)
+    hardware, margin_bytes = _find_hardware(order, card, ram=_read_ram(ram))
     adapters = _find_adapters(order, model.checkpoints)
     if not adapters:
         order = replace(order, request=replace(order.request, lora=()))
@@ -91,15 +110,35 @@ def _find_model(order: Order) -> Model:
         return Model([shapes], shapes.nbytes)
 
 
-def _find_hardware(order: Order, card: str | None) -> tuple[Hardware, int]:
+def _find_hardware(order: Order, card: str | None, *, ram: Ram | None) -> tuple[Hardware, int]:
     """The card of --card, or the device that is here; and what plans for it leave alone."""
     if card:
-        return describe_card(card), 0
+        return describe_card(card, ram), 0
     check_torch()
     from fluxcli.engine import device
 
     hardware = device.probe(order.resources.device)
-    return hardware, read_margin(hardware)
+    margin_bytes = read_margin(hardware)
+    if ram is None:
+        return hardware, margin_bytes
+    hardware = replace(hardware, ram_bytes=ram.total_bytes, ram_free_bytes=ram.free_bytes)
+    if hardware.kind == "cpu":  # whose memory the RAM is
+        hardware = replace(hardware, total_bytes=ram.total_bytes, free_bytes=ram.free_bytes)
+    return hardware, margin_bytes
+
+
+def _read_ram(text: str | None) -> Ram | None:
+    """The RAM of --ram, of which the system and other programs take a share."""
+    if text is None:
+        return None
+    try:
+        total_bytes = parse_bytes(text)
+    except ValueError:
+        total_bytes = 0
+    if not MIN_RAM_BYTES <= total_bytes <= MAX_RAM_BYTES:
+        why = "it is no size from 1GiB to 16TiB"
+        raise UsageError("no such memory", which=f"--ram {text}", why=why, hint="--ram 16GiB")
+    return Ram(total_bytes, int(total_bytes * FREE_SHARE))
 
 
 def _find_adapters(order: Order, checkpoints: Sequence[Checkpoint]) -> tuple[Adapter, ...]:
@@ -149,37 +188,88 @@ def _show(
     hardware: Hardware,
     candidates: Sequence[Candidate],
 ) -> None:
-    """The table of candidates, then seconds and reasons of the one that is chosen."""
+    """Print what is planned for what, the table of candidates, and the reasons below it."""
     request = order.request
     width_px, height_px = request.size
-    what = f"{request.model}, {width_px}x{height_px}, {request.steps} steps"
-    memory = f"{_gib(hardware.total_bytes)} GiB, {_gib(hardware.free_bytes)} free"
-    console.data(f"{what}, on {hardware.name} ({memory})")
+    console.data(f"{request.model} at {width_px}x{height_px}, {request.steps} steps")
+    console.data(_describe_machine(hardware))
     if model.missing_bytes:
         size = f"{model.missing_bytes / 1e9:.1f} GB"
-        console.data(f"not downloaded: {size}, planned by its known shapes")
-    phases = " ".join(f"{phase:>9}" for phase in PHASES)
-    console.data(f"{'':<6} {'blocks':<12} {phases} {'RAM':>6} {'total':>8}")
+        console.data(f"not downloaded: {size}; planned by the model's published shapes")
+    console.data("")
+    for line in _format_table(candidates, has_ram_column=hardware.kind != "cpu"):
+        console.data(line)
+    console.data("")
     for candidate in candidates:
-        cells = _format_plan(candidate.plan) if candidate.plan else ""
-        console.data(f"{candidate.precision:<6} {cells}{candidate.verdict}: {candidate.why}")
+        name = f"{_mark(candidate)} {candidate.precision}"
+        _show_wrapped(f"{name:<8}{candidate.verdict}: {candidate.why}")
     chosen = find_chosen(candidates)
     if chosen and chosen.plan:
-        console.data(f"seconds   {_format_seconds(chosen.plan.seconds)}")
+        console.data("")
+        _show_wrapped(f"time of {chosen.precision}: {_format_seconds(chosen.plan.seconds)}")
         for reason in chosen.plan.reasons:
-            console.data(f"because   {reason}")
+            if reason != f"{chosen.precision}: {chosen.why}":  # which stands above
+                _show_wrapped(f"because {reason}")
+
+
+def _show_wrapped(text: str) -> None:
+    """Print a line, its words after the 79th column below it and eight columns in."""
+    for line in textwrap.wrap(text, COLUMNS, subsequent_indent=" " * 8, break_long_words=False):
+        console.data(line)
+
+
+def _describe_machine(hardware: Hardware) -> str:
+    """The device and what memory it has."""
+    memory = f"{_gib(hardware.total_bytes)} GiB, {_gib(hardware.free_bytes)} free"
+    if hardware.kind == "cpu":
+        return f"on the CPU, {hardware.name} (RAM {memory})"
+    ram = f"{_gib(hardware.ram_bytes)} GiB, {_gib(hardware.ram_free_bytes)} free"
+    return f"on {hardware.name} ({memory}; RAM {ram})"
+
+
+# Under 80 columns: mark and precision, blocks, a column a phase, RAM, time.
+PLAN_ROW = "{:<8}{:<12} {:>8} {:>9} {:>8} {:>8} {:>7} {:>12}"
+
+
+def _format_table(candidates: Sequence[Candidate], *, has_ram_column: bool) -> list[str]:
+    """The lines of the table: a head, and a row for each candidate that has a plan."""
+    heads = [*PHASES, "RAM" if has_ram_column else "", "time"]
+    what = "peak memory in GiB while it does" if has_ram_column else "peak RAM in GiB while it does"
+    lines = [PLAN_ROW.format("", "", what, "", "", "", "", "").rstrip()]
+    lines.append(PLAN_ROW.format("", "blocks", *heads).rstrip())
+    for candidate in candidates:
+        name = f"{_mark(candidate)} {candidate.precision}"
+        plan = candidate.plan
+        if plan is None:
+            lines.append(f"{name:<8}-")
+            continue
+        peaks = [f"{plan.peak_bytes[phase] / GIB:.2f}" for phase in PHASES]
+        ram = f"{plan.host_bytes / GIB:.2f}" if has_ram_column else ""
+        blocks = plan.placement.level("denoise")
+        lines.append(PLAN_ROW.format(name, blocks, *peaks, ram, format_duration(plan.total_s)))
+    return lines
+
+
+def _mark(candidate: Candidate) -> str:
+    """A star before the chosen one, so that it is found without colours."""
+    return "*" if candidate.verdict == "chosen" else " "
 
 
 def _gib(size_bytes: int) -> str:
     return f"{size_bytes / GIB:.1f}"
 
 
-def _format_plan(plan: MemoryPlan) -> str:
-    """The cells of a candidate's row between its name and its verdict."""
-    peaks = " ".join(f"{plan.peak_bytes[phase] / GIB:>5.2f} GiB" for phase in PHASES)
-    host = f"{plan.host_bytes / GIB:>6.2f}"
-    return f"{plan.placement.level('denoise'):<12} {peaks} {host} {plan.total_s:>6.0f} s  "
-
-
 def _format_seconds(seconds: Mapping[str, float]) -> str:
-    return ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items())
+    return ", ".join(f"{phase} {format_duration(value)}" for phase, value in seconds.items())
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds for people: 0.4 s, 12 s, 1 min 30 s, 8 h 20 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest_s = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest_s} s"
+    return f"{minutes // 60} h {minutes % 60} min"

@@ -1,4 +1,4 @@
-"""What is known of cards by their names: reads presets/shapes/cards.toml for `plan.machine`.
+"""What is known of cards by their names: reads presets/shapes/cards.toml for `plan`.
 
 Imports no torch: `flux plan --card` describes a card that is not here without loading it.
 """
@@ -7,7 +7,7 @@ import functools
 import tomllib
 
 from fluxcli.paths import BUNDLED
-from fluxcli.plan import machine
+from fluxcli.plan.card import Ram, card
 from fluxcli.plan.machine import CardTable, Hardware
 
 
@@ -21,12 +21,17 @@ def read_cards() -> CardTable:
     )
 
 
-def describe_card(text: str) -> Hardware:
-    """The hardware with the card that `SIZE[:smNN]` describes, and with this computer's RAM.
+def describe_card(text: str, ram: Ram | None = None) -> Hardware:
+    """The hardware with the card that `text` describes, beside this computer's RAM or another.
 
-    Raises `UsageError` for a text that describes none.
+    Raises `UsageError` for a text that describes none, see `plan.card`.
     """
+    return card(text, read_cards(), ram or read_ram())
+
+
+def read_ram() -> Ram:
+    """The RAM of this computer."""
     import psutil
 
-    ram = psutil.virtual_memory()
-    return machine.card(text, read_cards(), ram_bytes=ram.total, ram_free_bytes=ram.available)
+    memory = psutil.virtual_memory()
+    return Ram(memory.total, memory.available)

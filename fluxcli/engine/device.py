@@ -27,9 +27,8 @@ def probe(device: str = "auto") -> Hardware:
         kind = next((name for name, count in counts.items() if count), "cpu")
         if kind == "cpu":
             return _describe_cpu(_explain_no_gpu())
-        # One card for each of the processes that share a batch.
-        number = int(os.environ.get("LOCAL_RANK") or 0) % counts[kind]
-        return _describe(kind, number, reason="the first accelerator found")
+        number, reason = _choose(kind, counts[kind])
+        return _describe(kind, number, reason=reason)
     kind, _, index = device.partition(":")
     if kind == "cpu":
         return _describe_cpu(NoGpu("--device"))
@@ -43,6 +42,44 @@ def probe(device: str = "auto") -> Hardware:
         hint = "--device auto takes what is here"
         raise NoSuchDevice("no such device", which=device, why=why, hint=hint)
     return _describe(kind, number, reason="--device")
+
+
+class Choice(NamedTuple):
+    """One of several devices by its number, and why it."""
+
+    number: int
+    reason: str
+
+
+def _choose(kind: str, count: int) -> Choice:
+    """Take the best of a kind's devices: the one with the most memory, then the fastest.
+
+    Total memory, not what is free: the choice decides pixels and must not depend on what else is
+    open. Processes that share a batch take one card each.
+    """
+    rank = os.environ.get("LOCAL_RANK")
+    if count == 1:
+        return Choice(0, "the first accelerator found")
+    if rank:
+        return Choice(int(rank) % count, f"process {rank} of several, one card each")
+    found = []
+    for number in range(count):
+        # Properties, unlike free memory, are known without a context on the device.
+        properties = getattr(torch, kind).get_device_properties(number)
+        wide = read_cards().find_speeds(kind, properties.name, _capability(kind, number)).wide
+        found.append((properties.total_memory, wide, -number, properties.name))
+    best = max(found)
+    others = [f"{kind}:{-number} {name}" for _, _, number, name in found if number != best[2]]
+    reason = f"the best of {count}; also here: {', '.join(others)} (--device takes another)"
+    return Choice(-best[2], reason)
+
+
+def _capability(kind: str, number: int) -> tuple[int, int]:
+    """NVIDIA's capability; (0, 0) for others, AMD's cards included, whose numbers mean another."""
+    if kind != "cuda" or torch.version.hip:
+        return (0, 0)
+    capability: tuple[int, int] = torch.cuda.get_device_capability(number)
+    return capability
 
 
 def _hardware(
@@ -116,12 +153,10 @@ def _describe(kind: str, number: int, *, reason: str) -> Hardware:
         )
     device = f"{kind}:{number}"
     module = getattr(torch, kind)
-    capability = (0, 0)
     try:
         free_bytes, total_bytes = module.mem_get_info(number)
         properties = module.get_device_properties(number)
-        if kind == "cuda":
-            capability = torch.cuda.get_device_capability(number)
+        capability = _capability(kind, number)
     except RuntimeError as error:
         why = str(error)[:120]
         raise DeviceUnusable("the device does not answer", which=device, why=why) from error
@@ -132,7 +167,7 @@ def _describe(kind: str, number: int, *, reason: str) -> Hardware:
         properties.name,
         total_bytes=total_bytes,
         free_bytes=min(total_bytes, free_bytes + own_bytes),
-        bf16=kind != "cuda" or capability >= BF16_SINCE,
+        bf16=capability >= BF16_SINCE or capability == (0, 0),
         reason=reason,
         identity=f"{kind} {getattr(properties, 'uuid', number)}",
         capability=capability,

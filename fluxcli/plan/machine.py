@@ -1,8 +1,8 @@
 """The device that a plan is for: its memory, what it computes, and what it does in a second.
 
 Values only: no driver is asked and no file is opened here. `engine.device` describes the devices of
-this machine; `card` describes one that is not here. Sizes are in bytes, speeds in bytes or FLOP a
-second. Stdlib only.
+this machine; `plan.card` describes one that is not here. Sizes are in bytes, speeds in bytes or
+FLOP a second. Stdlib only.
 """
 
 import re
@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fluxcli.errors import UsageError
-from fluxcli.request.settings import parse_bytes
 from quant.spec import SCHEMES
 
 CONTEXT_BYTES = 512 << 20  # the driver's context with the kernels, and cuBLAS' workspace
@@ -103,35 +101,3 @@ class CardTable:
             disk_bytes=self.disk_bytes,
             source=source,
         )
-
-
-def card(text: str, table: CardTable, *, ram_bytes: int, ram_free_bytes: int) -> Hardware:
-    """The hardware that `SIZE[:smNN]` describes, e.g. 12GiB:sm89, beside so much RAM.
-
-    Raises `UsageError` for any other text.
-    """
-    match = re.fullmatch(r"([^:]+)(?::sm(\d{2,3}))?", text)
-    try:
-        total_bytes = parse_bytes(match[1]) if match else 0
-    except ValueError:
-        total_bytes = 0
-    if match is None or not total_bytes:
-        why = "it is SIZE[:smNN]"
-        hint = "--card 12GiB:sm89"
-        raise UsageError("no such card", which=f"--card {text}", why=why, hint=hint)
-    digits = match[2] or "89"
-    capability = (int(digits[:-1]), int(digits[-1]))
-    name = f"a card of {match[1]}, sm{digits}"
-    return Hardware(
-        device="cuda:0",
-        name=name,
-        total_bytes=total_bytes,
-        free_bytes=total_bytes,
-        ram_bytes=ram_bytes,
-        ram_free_bytes=ram_free_bytes,
-        bf16=capability >= BF16_SINCE,
-        reason="--card",
-        speeds=table.find_speeds("cuda:0", name, capability),
-        identity=text,
-        capability=capability,
-    )

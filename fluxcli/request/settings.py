@@ -87,14 +87,20 @@ def merge_loras(weaker: Sequence[LoraRef], stronger: Sequence[LoraRef]) -> tuple
     return tuple(found.values())
 
 
-def parse_bytes(text: str) -> int:
-    """Return the bytes of a size like 8GiB, 8 GB, 8G (binary) or a plain number.
+MAX_BARE_GIB = 512  # a size without a unit up to here is in GiB
 
-    Raises ValueError for anything else.
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes of a size like 8GiB, 8 GB or 8G (binary).
+
+    A plain number counts GiB up to `MAX_BARE_GIB`, and bytes above it: nobody means 8 bytes of
+    memory. Raises ValueError for anything else.
     """
     match = re.fullmatch(r"(\d{1,16}(?:\.\d{1,6})?)\s*([kmgt]?)(i?b)?", text.strip().lower())
     if not match:
         raise ValueError(text)
+    if not match[2] and not match[3] and float(match[1]) <= MAX_BARE_GIB:
+        return int(float(match[1]) * (1 << 30))
     base = 1000 if match[3] == "b" else 1024
     power = "kmgt".index(match[2]) + 1 if match[2] else 0
     return int(float(match[1]) * base**power)
