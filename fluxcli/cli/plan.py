@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple, Optional
 import typer
 
 from fluxcli.cli import console
-from fluxcli.cli.options import with_request_options
+from fluxcli.cli.options import MACHINE, with_request_options
 from fluxcli.cli.settings import given_settings, read_prompt
 from fluxcli.engine.cards import describe_card
 from fluxcli.engine.check import check_torch
@@ -47,6 +47,7 @@ def plan_command(
         typer.Option(
             "--card",
             metavar="CARD",
+            rich_help_panel=MACHINE,
             help='A card that is not here: its name ("4090", "RX 7900 XTX"), or SIZE[:smNN|:rocm|'
             ":xpu|:mps]; a bare number is GiB.",
         ),
@@ -54,7 +55,10 @@ def plan_command(
     ram: Annotated[
         Optional[str],
         typer.Option(
-            "--ram", metavar="SIZE", help="Plan for so much RAM instead of this machine's."
+            "--ram",
+            metavar="SIZE",
+            rich_help_panel=MACHINE,
+            help="Plan for so much RAM instead of this machine's.",
         ),
     ] = None,
     **options: object,
@@ -267,7 +271,7 @@ def format_duration(seconds: float) -> str:
     """Seconds for people: 0.4 s, 12 s, 1 min 30 s, 8 h 20 min."""
     if seconds < 10:
         return f"{seconds:.1f} s"
-    if seconds < 60:
+    if round(seconds) < 60:
         return f"{seconds:.0f} s"
     minutes, rest_s = divmod(round(seconds), 60)
     if minutes < 60:

@@ -112,7 +112,8 @@ def _wrong_size(text: str, name: str, sizes: Sequence[int]) -> UsageError:
 
 def _read_capability(row: Mapping[str, Any]) -> tuple[int, int]:
     """NVIDIA's capability of a row, whose `sm` is a number like 89; (0, 0) for other makers."""
-    return divmod(row.get("sm", 0), 10)
+    number: int = row.get("sm", 0)
+    return divmod(number, 10)
 
 
 def _simplify(name: str) -> str:
