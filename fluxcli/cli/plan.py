@@ -116,7 +116,7 @@ def _find_model(order: Order) -> Model:
 
 def _find_hardware(order: Order, card: str | None, *, ram: Ram | None) -> tuple[Hardware, int]:
     """The card of --card, or the device that is here; and what plans for it leave alone."""
-    if card:
+    if card is not None:
         return describe_card(card, ram), 0
     check_torch()
     from fluxcli.engine import device
@@ -276,4 +276,5 @@ def format_duration(seconds: float) -> str:
     minutes, rest_s = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest_s} s"
-    return f"{minutes // 60} h {minutes % 60} min"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min"

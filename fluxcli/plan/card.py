@@ -16,6 +16,7 @@ from fluxcli.request.settings import parse_bytes
 
 GIB = 1 << 30
 MIN_BYTES = 1 << 28  # less is no card, and a number beyond the bare ones
+MAX_BYTES = 1 << 44
 DEFAULT_CAPABILITY = (8, 9)
 EXAMPLES = "--card 4090 or --card 12GiB:sm89"
 
@@ -157,7 +158,7 @@ def _parse_size(size: str, *, is_alone: bool) -> int:
         total_bytes = parse_bytes(size)
     except ValueError:
         return 0
-    return total_bytes if total_bytes >= MIN_BYTES else 0
+    return total_bytes if MIN_BYTES <= total_bytes <= MAX_BYTES else 0
 
 
 def _no_such_card(text: str, table: CardTable) -> UsageError:
