@@ -30,8 +30,14 @@ from fluxcli.pictures import names
 from fluxcli.request import presets
 from fluxcli.request.fields import Order, Output
 from fluxcli.request.job import Job, Row
-from fluxcli.request.rows import is_streaming, make_chunks, read_rows
-from fluxcli.request.settings import ALIASES, coerce
+from fluxcli.request.rows import (
+    check_file_size,
+    is_streaming,
+    make_chunks,
+    read_rows,
+    read_stream,
+)
+from fluxcli.request.settings import coerce, find_name
 from fluxcli.request.target import Target
 from fluxcli.resolve import resolve_order
 from fluxcli.run import processes
@@ -45,7 +51,13 @@ COUNTED_CHUNKS = (
 
 
 def draw_rows(
-    source: str, prompt: str | None, options: dict[str, Any], *, resume: bool, fail_fast: bool
+    source: str,
+    prompt: str | None,
+    options: dict[str, Any],
+    *,
+    resume: bool,
+    fail_fast: bool,
+    comments: bool = False,
 ) -> int:
     """Draw every row of the source, with `prompt` for rows without one.
 
@@ -73,7 +85,9 @@ def draw_rows(
                 hint="give a file",
             )
         share = processes.Share()
-        rows = orders.complete(read_rows(file, source, orders.make))
+        bounded = read_stream(file, source) if streaming else file
+        read = read_rows(bounded, source, orders.make, comments=comments)
+        rows = orders.complete(read)
         chunks = make_chunks(share.take(rows), CHUNK_ROWS, streaming=streaming)
         job = Job((), batch=True, resume=resume, **job_options(options))
         with Dispatcher(alone=options["no_worker"] or options["debug"]) as dispatcher:
@@ -116,6 +130,7 @@ def _open(source: str) -> Iterator[BinaryIO]:
         yield file  # not closed: a thread may wait on it for ever
         return
     with file:
+        check_file_size(file, source)
         yield file
 
 
@@ -240,7 +255,7 @@ class OrderMaker:
 
         `common` has the prompt of rows without one, `given` the settings of the command line.
         """
-        self._common = common
+        self._common = dict(common)
         self._given = given
         self._force = force
         self._resume = resume
@@ -254,8 +269,9 @@ class OrderMaker:
 
     def make(self, row: Mapping[str, Any]) -> Order:
         """Return the order of a row's fields; raises `UsageError`."""
-        row = {**self._common, **row}
-        prompt = row.get("prompt", "")
+        # null says no more than an empty cell does
+        row = self._common | {key: value for key, value in row.items() if value is not None}
+        prompt = row.get("prompt") or ""
         if not isinstance(prompt, str):
             raise UsageError("wrong value", which="prompt", why="it is no text")
         said = _coerce_fields(row)
@@ -315,10 +331,11 @@ def _coerce_fields(row: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in row.items():
         if key == "prompt":
             continue
-        name = ALIASES.get(key, key)
-        if name != key and name in row:
-            raise UsageError("the same field twice", which=key, why=f"beside {name}")
-        said[name] = coerce(name, value, where=f"column {name!r}")
+        where = f"column {key[:60]!r}"
+        name = find_name(key, where=where, also=("prompt",))
+        if name in said:
+            raise UsageError("the same field twice", which=key, why="under two names")
+        said[name] = coerce(name, value, where=where)
     return said
 
 

@@ -15,7 +15,7 @@ from fluxcli.resolve import resolve_order
 
 
 @with_request_options
-def generate(  # noqa: PLR0917 - typer's options
+def generate(
     prompt: Annotated[
         Optional[str],
         typer.Argument(help="What to draw; - reads it from stdin.", show_default=False),
@@ -33,11 +33,12 @@ def generate(  # noqa: PLR0917 - typer's options
         Optional[str],
         typer.Option(
             "--from",
-            help="Text, JSONL or CSV, a picture a row; - is stdin.",
+            help="Text, JSON or CSV, a picture a row; - is stdin.",
             metavar="FILE",
             rich_help_panel=MANY,
         ),
     ] = None,
+    *,
     resume: Annotated[
         bool,
         typer.Option(
@@ -50,6 +51,14 @@ def generate(  # noqa: PLR0917 - typer's options
         bool,
         typer.Option(
             "--fail-fast", help="With --from: stop at a row that fails.", rich_help_panel=MANY
+        ),
+    ] = False,
+    comments: Annotated[
+        bool,
+        typer.Option(
+            "--comments",
+            help="With --from: lines that begin with # are notes.",
+            rich_help_panel=MANY,
         ),
     ] = False,
     dry_run: Annotated[
@@ -69,10 +78,21 @@ def generate(  # noqa: PLR0917 - typer's options
         if dry_run:
             why = "rows are planned one by one"
             raise UsageError("--dry-run excludes --from", why=why, hint="flux plan")
-        return batch.draw_rows(source, prompt, options, resume=resume, fail_fast=fail_fast)
-    if resume or fail_fast:
-        flag = "--resume" if resume else "--fail-fast"
-        raise UsageError(f"{flag} needs --from", why="it is for many pictures")
+        return batch.draw_rows(
+            source,
+            prompt,
+            options,
+            resume=resume,
+            fail_fast=fail_fast,
+            comments=comments,
+        )
+    for flag, is_on in (
+        ("--resume", resume),
+        ("--fail-fast", fail_fast),
+        ("--comments", comments),
+    ):
+        if is_on:
+            raise UsageError(f"{flag} needs --from", why="it is for many pictures")
     if prompt is None:
         hint = 'flux generate "a red circle on a blue background" -p tiny'
         if sys.stdin is not None and not sys.stdin.isatty():

@@ -9,6 +9,7 @@ from fluxcli.cli import console
 from fluxcli.errors import UsageError
 from fluxcli.request.settings import SETTINGS
 
+MAX_STDIN_BYTES = 1 << 16  # of a prompt with the blanks around it
 STARTED = time.perf_counter()  # about when the command did
 
 
@@ -42,7 +43,15 @@ def _read_stdin() -> bytes:
             why="it is a terminal" if sys.stdin else "it is closed",
             hint="echo 'a red circle' | flux generate - -p tiny",
         )
-    return sys.stdin.buffer.read()
+    data: bytes = sys.stdin.buffer.read(MAX_STDIN_BYTES + 1)
+    if len(data) > MAX_STDIN_BYTES:
+        raise UsageError(
+            "the prompt is too long",
+            which="-",
+            why=f"more than {MAX_STDIN_BYTES:,} bytes are on stdin",
+            hint="many prompts, one a line: flux generate --from -",
+        )
+    return data
 
 
 def _decode(raw: bytes) -> str:

@@ -81,7 +81,7 @@ def parse_target(output: Output, *, force: bool = False) -> Target:
     if os.path.isdir(path):
         return Target(_resolve_parents(path), DEFAULT_TEMPLATE)
     is_template = bool(check_template(str(path)))
-    is_folder = bool(text) and text.endswith(("/", os.sep))
+    is_folder = (text or "").endswith(("/", os.sep))
     if is_template:
         return _split_template(path / DEFAULT_TEMPLATE if is_folder else path.with_suffix(""))
     if is_folder:

@@ -1,11 +1,15 @@
-"""Rows of a batch: a file or a stream of prompts as text, JSONL or CSV, and chunks of these rows.
+"""Rows of a batch: a file or a stream of prompts as text, JSON or CSV, and chunks of these rows.
 
-Knows nothing of settings, models or the command line: its caller makes the orders. Stdlib only.
+Knows the names of settings, but nothing of their values, of models or of the command line: its
+caller makes the orders. All is read in bounded memory. Stdlib only.
 """
 
+import codecs
 import csv
+import io
 import json
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -19,13 +23,28 @@ from typing import Any, BinaryIO, NamedTuple
 from fluxcli.errors import UsageError
 from fluxcli.request.fields import Order
 from fluxcli.request.job import Row
+from fluxcli.request.settings import find_name
 from quant.errors import ExplainedError
 
 LIMIT_BYTES = 1 << 20  # of a line with its end, and of a CSV record
+MAX_LINE_BYTES = 1 << 24  # what is longer is no line: the source ends there
+MAX_JSON_BYTES = 1 << 24  # of a list of rows, which is read as a whole
+MAX_AHEAD_BYTES = 1 << 24  # that a stream may be ahead of what is drawn
+MAX_FILE_BYTES = 1 << 28
+BLOCK_BYTES = 1 << 16  # that are read of a stream at once
 PAUSE_S = 0.1  # a stream without a new row for so long has paused
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+SEPARATORS = (",", ";", "\t")
+SEPARATOR_LINE = re.compile(r"sep=([,;\t])\s*")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+LIST_BEGINS = re.compile(r"\s*\[\s*(\{|$)")
 BOM = "\ufeff"
+OTHER_ENCODINGS = {  # by the mark that a file begins with; UTF-32's begins with UTF-16's
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 Settings = dict[str, Any]  # what a row says: the prompt and settings by their keys
 
@@ -65,25 +84,26 @@ class Line(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What one row says, or what is wrong with it, and the number of its first line."""
+    """What one row says, or what is wrong with it, and its place: the number of its first line."""
 
-    line: int
+    place: int | str
     settings: Settings | ExplainedError
 
 
 def read_rows(
-    source: BinaryIO, name: str, make_order: Callable[[Settings], Order]
+    source: BinaryIO, name: str, make_order: Callable[[Settings], Order], *, comments: bool = False
 ) -> Iterator[Row]:
     """Yield a row for each prompt of `source`, as soon as it is there.
 
     A row that `make_order` refuses, or that cannot be read, has the error instead of an order. The
-    format goes by the extension of `name`; without a known one it is JSONL if the first line begins
-    with {, else text. Raises `UsageError` for a source that is unreadable, has no rows, or has no
-    usable CSV header.
+    format goes by the extension of `name`; without a known one it is JSON if the first line begins
+    with { or with a list of these, else text. With `comments` lines that begin with # are left out.
+    Raises `UsageError` for a source that is unreadable, no UTF-8 by its mark or too big, has no
+    rows, or has no usable CSV header.
     """
     label = "stdin" if name == "-" else name
     number = 0
-    for record in _read_records(_read_lines(source, label), name, label):
+    for record in _read_records(_read_lines(source, label), name, label, comments=comments):
         number += 1
         yield _make_row(number, record, label, make_order=make_order)
     if not number:
@@ -93,7 +113,7 @@ def read_rows(
 def _make_row(
     number: int, record: Record, label: str, make_order: Callable[[Settings], Order]
 ) -> Row:
-    where = f"{label}:{record.line}"
+    where = f"{label}:{record.place}"
     if isinstance(record.settings, ExplainedError):
         return Row(number, None, where=where, error=record.settings)
     try:
@@ -104,41 +124,98 @@ def _make_row(
 
 
 def _read_lines(source: BinaryIO, label: str) -> Iterator[Line]:
-    """Yield the lines of a source in bounded memory; raises `UsageError` where a read fails."""
+    """Yield the lines of a source in bounded memory.
+
+    Raises `UsageError` where a read fails, and for what are no lines: other encodings, and lines of
+    more than `MAX_LINE_BYTES`.
+    """
     number = 0
     try:
-        while data := source.readline(LIMIT_BYTES + 1):
+        data = source.readline(LIMIT_BYTES + 1)
+        _check_encoding(data, label)
+        if b"\r" in data.rstrip() and not data.endswith(b"\n"):
+            yield from _split_at_returns(data, source)
+            return
+        while data:
             number += 1
             line = Line(number, data)
             yield line
-            while line.is_too_long and data and not data.endswith(b"\n"):
-                data = source.readline(LIMIT_BYTES)  # the rest of it is of no use
+            if line.is_too_long:
+                _skip_rest(data, source, f"{label}:{number}")
+            data = source.readline(LIMIT_BYTES + 1)
     except OSError as error:
         why = error.strerror or str(error)
         raise UsageError("unreadable prompts", which=label, why=why) from error
 
 
-def _read_records(lines: Iterator[Line], name: str, label: str) -> Iterator[Record]:
+def _check_encoding(data: bytes, label: str) -> None:
+    """Raise `UsageError` for a source that begins with the mark of UTF-16 or UTF-32."""
+    for mark, name in OTHER_ENCODINGS.items():
+        if data.startswith(mark):
+            raise UsageError(
+                "the rows are not UTF-8", which=label, why=f"it is {name}", hint="save it as UTF-8"
+            )
+
+
+def _split_at_returns(data: bytes, source: BinaryIO) -> Iterator[Line]:
+    """Yield the lines of a source whose lines end in carriage returns alone, as on old Macs."""
+    number = 0
+    while data:
+        *whole, rest = data.split(b"\r")
+        for each in whole:
+            number += 1
+            yield Line(number, each + b"\n")
+        more = source.readline(LIMIT_BYTES)
+        if not more or len(rest) > LIMIT_BYTES:
+            yield Line(number + 1, rest)
+            return
+        data = rest + more
+
+
+def _skip_rest(data: bytes, source: BinaryIO, where: str) -> None:
+    """Read what remains of a line that is too long; raises `UsageError` if that is endless."""
+    size_bytes = len(data)
+    while data and not data.endswith(b"\n"):
+        if size_bytes > MAX_LINE_BYTES:
+            why = f"more than {MAX_LINE_BYTES >> 20} MiB without a line end"
+            raise UsageError("these are no rows", which=where, why=why, hint="one prompt a line")
+        data = source.readline(LIMIT_BYTES)
+        size_bytes += len(data)
+
+
+def _read_records(
+    lines: Iterator[Line], name: str, label: str, *, comments: bool
+) -> Iterator[Record]:
     """Yield what every row says, by the format that the extension or the first line tells."""
     suffix = PurePath(name).suffix.lower()
     if suffix in DELIMITERS:
-        yield from _read_csv(lines, DELIMITERS[suffix], label)
+        yield from _read_csv(lines, DELIMITERS[suffix], label, comments=comments)
         return
     parse: Callable[[Line], Settings] | None = None
     if suffix in JSON_SUFFIXES:
         parse = _parse_json
     elif suffix == ".txt":
         parse = _parse_text
+    may_be_list = suffix == ".json" or parse is None
     for line in lines:
-        if line.is_blank:
+        if _says_nothing(line, comments=comments):
             continue
+        begins = line.decode("replace")
+        if may_be_list and (suffix == ".json" or LIST_BEGINS.match(begins)):
+            yield from _read_json(chain([line], lines), label, comments=comments)
+            return
+        may_be_list = False
         if parse is None:
-            is_json = line.decode("replace").lstrip().startswith("{")
-            parse = _parse_json if is_json else _parse_text
+            parse = _parse_json if begins.lstrip().startswith("{") else _parse_text
         try:
             yield Record(line.number, parse(line))
         except ExplainedError as error:
             yield Record(line.number, error)
+
+
+def _says_nothing(line: Line, *, comments: bool) -> bool:
+    """Return whether a line is blank, or with `comments` a note."""
+    return line.is_blank or (comments and line.data.lstrip().startswith(b"#"))
 
 
 # --- text and JSON
@@ -148,21 +225,68 @@ def _parse_text(line: Line) -> Settings:
     return {"prompt": line.text().removesuffix("\n").removesuffix("\r")}
 
 
+def _read_json(lines: Iterator[Line], label: str, *, comments: bool) -> Iterator[Record]:
+    """Yield the rows of a JSON document: those of a list, one object, or an object a line.
+
+    Raises `UsageError` for a list that is too long, and for one that is no JSON as a whole.
+    """
+    kept: list[Line] = []
+    size_bytes = 0
+    for line in lines:
+        size_bytes += len(line.data)
+        if line.is_too_long or size_bytes > MAX_JSON_BYTES:
+            hint = "a .jsonl file has an object a line, without an end"
+            why = (
+                f"more than {MAX_JSON_BYTES >> 20} MiB, or a line of more than {LIMIT_BYTES >> 20}"
+            )
+            raise UsageError("the list is too long", which=label, why=why, hint=hint)
+        if not _says_nothing(line, comments=comments):
+            kept.append(line)
+    try:
+        value = _load_json("".join(line.text() for line in kept))
+    except ExplainedError as error:
+        if LIST_BEGINS.match(kept[0].decode("replace")):
+            raise UsageError("the list is not JSON", which=label, why=error.why) from error
+        value = None
+    if isinstance(value, list):
+        for k, each in enumerate(value, start=1):
+            yield Record(f"item {k}", _check_object(each, "item"))
+    elif isinstance(value, dict):
+        yield Record(kept[0].number, value)
+    else:
+        for line in kept:
+            try:
+                yield Record(line.number, _parse_json(line))
+            except ExplainedError as error:
+                yield Record(line.number, error)
+
+
 def _parse_json(line: Line) -> Settings:
     """Return the object of a line; raises `UsageError` for anything else, and for repeated keys."""
+    found = _check_object(_load_json(line.text().rstrip()), "line")
+    if isinstance(found, ExplainedError):
+        raise found
+    return found
+
+
+def _load_json(text: str) -> Any:
+    """Return the value of a JSON text; raises `UsageError`."""
     try:
-        value = json.loads(
-            line.text().rstrip(), object_pairs_hook=_make_object, parse_constant=_refuse_constant
-        )
+        return json.loads(text, object_pairs_hook=_make_object, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
-        why = f"{error.msg} at column {error.colno}"
-        raise UsageError("the line is not JSON", why=why) from error
+        place = f"column {error.colno}"
+        if error.lineno > 1:
+            place = f"line {error.lineno}, {place}"
+        raise UsageError("the line is not JSON", why=f"{error.msg} at {place}") from error
     except (ValueError, RecursionError) as error:  # a number of too many digits; too deep
         raise UsageError("the line is not usable JSON", why=str(error)) from error
-    if not isinstance(value, dict):
-        hint = '{"prompt": "a red circle", "seed": 1}'
-        raise UsageError("the line is no JSON object", hint=hint)
-    return value
+
+
+def _check_object(value: Any, what: str) -> Settings | UsageError:
+    """Return the value if it is an object, else the error that says so."""
+    if isinstance(value, dict):
+        return value
+    return UsageError(f"the {what} is no JSON object", hint='{"prompt": "a red circle", "seed": 1}')
 
 
 def _make_object(pairs: list[tuple[str, Any]]) -> Settings:
@@ -185,22 +309,37 @@ def _check_unique(names: list[str], what: str) -> None:
 # --- CSV
 
 
-def _read_csv(lines: Iterator[Line], delimiter: str, label: str) -> Iterator[Record]:
-    """Yield the records below the header; raises `UsageError` where that is not usable."""
+def _read_csv(
+    lines: Iterator[Line], delimiter: str, label: str, *, comments: bool
+) -> Iterator[Record]:
+    """Yield the records below the header; raises `UsageError` where that is not usable.
+
+    What the header has most of separates the columns: commas, semicolons or tabs; `delimiter` does
+    if it has none. Excel may say it in a line before, such as sep=;
+    """
     header: list[str] | None = None
     for line in lines:
-        if line.is_blank:
+        if _says_nothing(line, comments=comments):
             continue
         try:
-            cells = _read_cells(line, lines, delimiter)
             if header is None:
-                header = _parse_header(cells)
+                text = line.decode("replace")
+                if match := SEPARATOR_LINE.fullmatch(text):
+                    delimiter = match[1]
+                    continue
+                delimiter = max((delimiter, *SEPARATORS), key=text.count)
+                header = _parse_header(_read_cells(line, lines, delimiter))
                 continue
-            yield Record(line.number, _name_cells(header, cells))
+            cells = _read_cells(line, lines, delimiter)
+            if any(cell.strip() for cell in cells):  # spreadsheets write empty rows as ,,
+                yield Record(line.number, _name_cells(header, cells))
         except ExplainedError as error:
             if header is None:
                 which = f"{label}:{line.number}"
-                raise UsageError("no usable header", which=which, why=str(error)) from error
+                why = str(error)
+                raise UsageError(
+                    "no usable header", which=which, why=why, hint=error.hint
+                ) from error
             yield Record(line.number, error)
 
 
@@ -246,12 +385,15 @@ def _parse_header(cells: list[str]) -> list[str]:
         why = f"column {names.index('') + 1}"
         raise UsageError("a column without a name", why=why)
     _check_unique(names, "column")
+    for name in names:
+        if name != "prompt":
+            find_name(name, where="header", also=("prompt",))
     return names
 
 
 def _name_cells(header: list[str], cells: list[str]) -> Settings:
     """Return the cells that are not empty by their columns; raises `UsageError` for too many."""
-    if len(cells) > len(header):
+    if any(cell.strip() for cell in cells[len(header) :]):
         why = f"{len(cells)} cells, {len(header)} columns"
         raise UsageError("more cells than columns", why=why)
     return {name: cell for name, cell in zip(header, cells, strict=False) if cell.strip()}
@@ -269,6 +411,71 @@ def is_streaming(source: BinaryIO) -> bool:
         return not stat.S_ISREG(os.fstat(source.fileno()).st_mode)
     except OSError:  # io.UnsupportedOperation, of bytes in memory, is one
         return False
+
+
+def check_file_size(source: BinaryIO, name: str) -> None:
+    """Raise `UsageError` for a file of more than `MAX_FILE_BYTES`."""
+    size_bytes = os.fstat(source.fileno()).st_size
+    if size_bytes > MAX_FILE_BYTES:
+        why = f"{size_bytes >> 20} MiB, at most {MAX_FILE_BYTES >> 20} are taken"
+        raise UsageError("the rows are too many", which=name, why=why, hint="split the file")
+
+
+class _Ahead(io.RawIOBase):
+    """A stream that a thread reads ahead, so that what is endless is told from what is slow.
+
+    Where more than `MAX_AHEAD_BYTES` wait to be drawn (of /dev/zero, or of `yes`), reading it
+    raises `UsageError`.
+    """
+
+    def __init__(self, source: BinaryIO, label: str) -> None:
+        super().__init__()
+        self._source = source
+        self._label = label
+        self._blocks: Queue[bytes | OSError] = Queue()
+        self._rest = b""
+        self._arrived_bytes = 0
+        self._taken_bytes = 0
+        Thread(target=self._fill, name="stream", daemon=True).start()
+
+    @property
+    def _is_endless(self) -> bool:
+        return self._arrived_bytes - self._taken_bytes > MAX_AHEAD_BYTES
+
+    def _fill(self) -> None:
+        """Read blocks until the stream ends or is too far ahead; an empty one is its end."""
+        block = b"?"
+        try:
+            while block and not self._is_endless:
+                block = self._source.read1(BLOCK_BYTES)  # type: ignore[attr-defined]
+                self._arrived_bytes += len(block)
+                self._blocks.put(block)
+        except (OSError, ValueError) as error:  # the latter: it is closed
+            self._blocks.put(OSError(str(error)))
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Take bytes that are there, or wait for some; raises `UsageError` and OSError."""
+        if self._is_endless:
+            why = f"more than {MAX_AHEAD_BYTES >> 20} MiB wait to be drawn"
+            raise UsageError("the rows have no end", which=self._label, why=why, hint="give a file")
+        if not self._rest:
+            found = self._blocks.get()
+            if isinstance(found, OSError):
+                raise found
+            self._rest = found
+        taken = self._rest[: len(buffer)]
+        buffer[: len(taken)] = taken
+        self._rest = self._rest[len(taken) :]
+        self._taken_bytes += len(taken)
+        return len(taken)
+
+
+def read_stream(source: BinaryIO, name: str) -> BinaryIO:
+    """Return a stream that has the bytes of another one, and an end where that has none."""
+    return io.BufferedReader(_Ahead(source, name), BLOCK_BYTES)
 
 
 def make_chunks(rows: Iterator[Row], size: int, *, streaming: bool) -> Iterator[list[Row]]:

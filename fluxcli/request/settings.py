@@ -154,13 +154,14 @@ class Integer(Kind):
     low: int
     high: int
     words: ClassVar[str] = "a whole number"
-    option_type: ClassVar[Any] = int
 
     def convert(self, value: Any) -> int:
         if isinstance(value, bool):
             raise TypeError(value)
         if isinstance(value, float) and not value.is_integer():
             raise ValueError(value)
+        if isinstance(value, str):  # spreadsheets and pandas write 4.0 beside empty cells
+            value = re.sub(r"\.0+$", "", value.strip())
         return int(value)
 
     def check(self, name: str, value: int, *, where: str) -> None:
@@ -414,6 +415,7 @@ _ROWS = (
 
 SETTINGS: dict[str, Setting] = {row.name: row for row in _ROWS}
 ALIASES: dict[str, str] = {row.alias: row.name for row in _ROWS if row.alias}
+KEYS = tuple(row.alias or row.name for row in _ROWS)  # as they are shown
 FORMATS = ("jpg", "png", "webp")
 
 
@@ -437,7 +439,8 @@ def check(name: str, value: object, *, where: str) -> None:
     The value must be of the field's type; None is always taken.
     """
     if value is not None:
-        SETTINGS[name].kind.check(name, value, where=where)
+        setting = SETTINGS[name]
+        setting.kind.check(setting.alias or name, value, where=where)
 
 
 def coerce(name: str, value: object, *, where: str) -> Any:
@@ -446,24 +449,31 @@ def coerce(name: str, value: object, *, where: str) -> Any:
     Raises `UsageError`, naming `where` it stood, for an unknown setting, a value of another type,
     and a value out of range.
     """
-    setting = SETTINGS.get(name)
-    if setting is None:
-        raise _unknown_setting(name, where=where)
+    setting = SETTINGS[find_name(name, where=where)]
+    shown = setting.alias or setting.name
     if value is None and setting.optional:
         return None
     try:
         converted = setting.kind.convert(value)
     except (ValueError, TypeError, KeyError, OverflowError) as error:
-        why = f"{name} is {str(value)[:60]!r}, not {setting.kind.words}"
+        why = f"{shown} is {str(value)[:60]!r}, not {setting.kind.words}"
         raise UsageError("wrong value", which=where, why=why) from error
-    check(name, converted, where=where)
+    check(setting.name, converted, where=where)
     return converted
 
 
-def _unknown_setting(name: str, *, where: str) -> UsageError:
-    """Return the error for a name that is no setting, with the nearest one or all of them."""
-    near = get_close_matches(name, SETTINGS, n=1, cutoff=0.5)
-    hint = "known keys: " + " ".join(SETTINGS)
+def find_name(key: str, *, where: str, also: Sequence[str] = ()) -> str:
+    """Return the name of the setting that a key stands for.
+
+    Raises `UsageError`, naming `where` it stood, for another one: with the nearest key, or all.
+    `also` are keys that may stand there beside the settings'.
+    """
+    name = ALIASES.get(key, key)
+    if name in SETTINGS:
+        return name
+    known = (*also, *KEYS)
+    near = get_close_matches(key, (*known, *ALIASES.values()), n=1, cutoff=0.5)
+    hint = "known keys: " + " ".join(known)
     if near:
         hint = f"did you mean {near[0]!r}?"
-    return UsageError("unknown setting", which=where, why=f"{name!r} is no setting", hint=hint)
+    raise UsageError("unknown setting", which=where, why=f"{key[:60]!r} is no setting", hint=hint)

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import time
 from collections.abc import Callable
 
 import pytest
@@ -245,7 +246,12 @@ def test_many_lines_under_an_open_quote_are_bounded_and_rows_come_after_them(lin
             ],
         ),
         ('prompt\n"a"\n\n"b"\n', prompts("a", "b")),
-        ("prompt,seed\n,\nb,\n", [{}, {"prompt": "b"}]),
+        ("prompt,seed\r\n,\r\nb,\r\n ,\r\n", prompts("b")),
+        ("prompt;seed\na, b;1\n", [{"prompt": "a, b", "seed": "1"}]),
+        ("sep=;\r\nprompt;seed\r\na;1\r\n", [{"prompt": "a", "seed": "1"}]),
+        ("prompt\tseed\na\t1\n", [{"prompt": "a", "seed": "1"}]),
+        ("prompt,seed\na,1,,\n", [{"prompt": "a", "seed": "1"}]),
+        ("prompt,seed\ra,1\rb,2", [{"prompt": "a", "seed": "1"}, {"prompt": "b", "seed": "2"}]),
     ],
 )
 def test_cells_of_csv(data, expected):
@@ -273,6 +279,8 @@ def test_bad_bytes_in_a_records_later_line_name_that_line():
         ('"prompt', "unexpected end"),
         ('"prompt"x', "expected after"),
         (b"\xff", "byte offset 0"),
+        ("promt,seed", "'promt' is no setting"),
+        ("a red circle", "'a red circle' is no setting"),
     ],
 )
 def test_a_bad_header_ends_the_batch_with_its_place(header, why):
@@ -297,6 +305,87 @@ def test_a_header_alone_has_no_rows():
 
 def test_only_wrong_rows_are_rows():
     assert len(read("[]\n[]\n", "x.jsonl")) == 2
+
+
+LIST = '[{"prompt": "a", "seed": 1},\n {"prompt": "b"}, 5]'
+
+
+@pytest.mark.parametrize("name", ["x.json", "-", "x"])
+@pytest.mark.parametrize("mark", ["", BOM, "\n "])
+def test_a_json_list_is_its_items(name, mark):
+    rows = read(mark + LIST, name)
+    label = "stdin" if name == "-" else name
+    assert requests(rows) == [*AS_JSON, "the item is no JSON object"]
+    assert [row.where for row in rows] == [f"{label}:item {k}" for k in (1, 2, 3)]
+
+
+def test_a_json_file_may_be_one_object_or_an_object_a_line():
+    assert requests(read('{\n "prompt": "a",\n "seed": 1\n}\n', "x.json")) == AS_JSON[:1]
+    assert requests(read(JSONL, "x.json")) == AS_JSON
+    assert requests(read(f"{JSONL}[]\n", "x.json")) == [*AS_JSON, "the line is no JSON object"]
+
+
+@pytest.mark.parametrize(
+    "data, why",
+    [(LIST[:-1], "not JSON"), ("[{}," + " " * batch.MAX_JSON_BYTES, "too long")],
+    ids=["cut", "long"],
+)
+def test_a_list_that_is_none_ends_the_batch(data, why):
+    with pytest.raises(UsageError, match=why):
+        read(data.replace("     ", "    \n"), "x.json")
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.csv", "x.json", "-"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-32-be"])
+def test_other_encodings_end_the_batch_by_their_mark(name, encoding):
+    data = (BOM * encoding.endswith("be") + "prompt,seed\na,1\n").encode(encoding)
+    with pytest.raises(UsageError, match=encoding[:6].upper()) as caught:
+        read(data, name)
+    assert caught.value.hint == "save it as UTF-8"
+
+
+@pytest.mark.parametrize(
+    "name, data, expected",
+    [
+        ("x.txt", "# a\na # b\n  # c\nd", prompts("a # b", "d")),
+        ("x.csv", "# a\nprompt\n# b\nc\n", prompts("c")),
+        ("x.json", "# a\n" + LIST[:-4] + "]", AS_JSON),
+        ("-", "# a\n" + JSONL + "# b", AS_JSON),
+    ],
+)
+def test_notes_are_left_out_where_that_is_asked_for(name, data, expected):
+    source = io.BytesIO(data.encode())
+    assert requests(list(batch.read_rows(source, name, dict, comments=True))) == expected
+
+
+def test_old_line_ends_separate_prompts():
+    assert requests(read("a\rb\r\rc")) == prompts("a", "b", "c")
+    assert requests(read("a\r" * 600_000)) == prompts("a") * 600_000
+
+
+class Zeros(io.RawIOBase):
+    """Bytes without an end."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__()
+        self.data = data
+
+    def read1(self, size: int) -> bytes:
+        return (self.data * size)[:size]
+
+
+@pytest.mark.parametrize("data", [b"\0", b"\n", b"y\n", b"{", b"\xff\n", b"prompt\n\n"])
+@pytest.mark.parametrize("name", ["x.txt", "x.csv", "x.json", "-"])
+def test_a_stream_without_an_end_is_refused(name, data):
+    found = batch.read_rows(batch.read_stream(Zeros(data), name), name, dict)
+    with pytest.raises(UsageError, match=r"have no end|are no rows|no usable header|too long"):
+        for _ in found:
+            time.sleep(0.001)  # to draw takes longer than to read
+
+
+def test_a_stream_has_the_bytes_of_its_source():
+    data = bytes(range(256)) * 4096
+    assert batch.read_stream(io.BytesIO(data), "-").read() == data
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), OSError("gone")])
@@ -329,7 +418,8 @@ def test_rows_are_read_one_at_a_time():
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).filter(str.strip)
-LINE = TEXT.map(lambda text: text.replace("\n", "").rstrip("\r")).filter(str.strip)
+# A text of one line with a return in it is a file of an old Mac.
+LINE = TEXT.map(lambda text: text.replace("\n", "").replace("\r", "")).filter(str.strip)
 
 
 @given(texts=st.lists(LINE, min_size=1, max_size=5), end=st.sampled_from(["\n", "\r\n"]))
