@@ -424,8 +424,8 @@ def check_file_size(source: BinaryIO, name: str) -> None:
 class _Ahead(io.RawIOBase):
     """A stream that a thread reads ahead, so that what is endless is told from what is slow.
 
-    Where more than `MAX_AHEAD_BYTES` wait to be drawn (of /dev/zero, or of `yes`), reading it
-    raises `UsageError`.
+    Where more than `MAX_AHEAD_BYTES` wait to be drawn (of /dev/zero, or of `yes`), `check` raises
+    `UsageError`.
     """
 
     def __init__(self, source: BinaryIO, label: str) -> None:
@@ -456,11 +456,14 @@ class _Ahead(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
-        """Take bytes that are there, or wait for some; raises `UsageError` and OSError."""
+    def check(self) -> None:
+        """Raise `UsageError` where the stream is too far ahead."""
         if self._is_endless:
             why = f"more than {MAX_AHEAD_BYTES >> 20} MiB wait to be drawn"
             raise UsageError("the rows have no end", which=self._label, why=why, hint="give a file")
+
+    def readinto(self, buffer: Any) -> int:
+        """Take bytes that are there, or wait for some; raises OSError."""
         if not self._rest:
             found = self._blocks.get()
             if isinstance(found, OSError):
@@ -473,9 +476,20 @@ class _Ahead(io.RawIOBase):
         return len(taken)
 
 
+class _Stream(io.BufferedReader):
+    """The lines of a stream that is read ahead."""
+
+    raw: _Ahead
+
+    def readline(self, size: int | None = -1) -> bytes:
+        """Return a line; raises `UsageError` where the stream is too far ahead, and OSError."""
+        self.raw.check()
+        return super().readline(size)
+
+
 def read_stream(source: BinaryIO, name: str) -> BinaryIO:
     """Return a stream that has the bytes of another one, and an end where that has none."""
-    return io.BufferedReader(_Ahead(source, name), BLOCK_BYTES)
+    return _Stream(_Ahead(source, name), BLOCK_BYTES)
 
 
 def make_chunks(rows: Iterator[Row], size: int, *, streaming: bool) -> Iterator[list[Row]]:
