@@ -1,6 +1,8 @@
 # Two commands do all set-up in .venv: `make demo` draws a picture, `make test` runs the tests.
+# TORCH=cpu, or cu130 and the like, takes that build of torch instead of the plain index's.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP = $(BIN)/pip install --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test test-all lint types wheel clean
 
@@ -34,7 +36,11 @@ wheel: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@echo "Installing: 1.4 GB with a torch for the CPU, about 5 GB with one for CUDA; some minutes."
+ifdef TORCH
+	$(PIP) torch --index-url https://download.pytorch.org/whl/$(TORCH)
+endif
+	$(PIP) -e ".[test]"
 	touch $@
 
 clean:
