@@ -112,7 +112,8 @@ def bake(
             place(new, target, recipe.layout, force=force)
     except OSError as error:
         why = error.strerror or str(error)
-        raise WriteError("cannot write the checkpoint", target, why=why) from error
+        hint = "another DST, or --dry-run for the bytes that it takes"
+        raise WriteError("cannot write the checkpoint", target, why=why, hint=hint) from error
 
 
 def _make(

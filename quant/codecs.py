@@ -66,6 +66,8 @@ SMALLEST_SCALE = 1e-12
 SLACK = 1.001
 # The largest error of NF4, relative to the weight's norm; Gaussian weights have 0.085 to 0.092.
 NF4_BOUND = 0.15
+NOT_FINITE = "weights that are not finite"
+DAMAGED = "the file is damaged: make or download it again"
 
 
 @dataclass(frozen=True)
@@ -368,7 +370,7 @@ def check_values(name: str, stored: Mapping[str, Tensor], where: Piece) -> None:
             # It has no Inf; NaN has all bits set, the sign either way.
             if bool((tensor.view(torch.uint8) & 127 == 127).any()):
                 why = f"NaN in {name}"
-                raise CheckpointError("weights that are not finite", where.file, why=why)
+                raise CheckpointError(NOT_FINITE, where.file, why=why, hint=DAMAGED)
             continue
         if not tensor.is_floating_point() or not tensor.numel():
             continue
@@ -380,7 +382,7 @@ def check_values(name: str, stored: Mapping[str, Tensor], where: Piece) -> None:
         high = float(highest.float())
         if not math.isfinite(low) or not math.isfinite(high):
             why = f"NaN or Inf in {name}{suffix}"
-            raise CheckpointError("weights that are not finite", where.file, why=why)
+            raise CheckpointError(NOT_FINITE, where.file, why=why, hint=DAMAGED)
         if suffix == "_scale" and low <= 0:
             why = f"one of {name} is 0 or negative"
             raise CheckpointError("impossible scales", where.file, why=why)

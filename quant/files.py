@@ -57,7 +57,8 @@ def explain_reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         why = error.strerror or "read error"
-        raise CheckpointError("cannot read the source", path, why=why) from error
+        hint = "check its disk and its permissions"
+        raise CheckpointError("cannot read the source", path, why=why, hint=hint) from error
 
 
 class Unchanged:

@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Annotated, NamedTuple, NoReturn, Optional
 
 import typer
@@ -36,6 +35,7 @@ from fluxcli.cli import (
     presets,
     quantize,
     replay,
+    shells,
     streams,
     worker,
 )
@@ -43,6 +43,7 @@ from fluxcli.cli.help import App, write_examples
 from fluxcli.errors import ExitCode, OutputError, Terminated, UsageError
 from fluxcli.events import Failed, explain, to_json
 
+shells.use_own_installer()
 app = App(name="flux")
 DRAWING = "Pictures"
 WEIGHTS = "Weights"
@@ -177,19 +178,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def _call(arguments: Sequence[str]) -> int:
     """Run one command; whatever ends it is raised."""
-    code = app(args=list(arguments), standalone_mode=False, prog_name=_name_program())
+    code = app(args=list(arguments), standalone_mode=False, prog_name=shells.name_program())
     return int(code or ExitCode.OK)
-
-
-def _name_program() -> str:
-    """The name under which this runs: flux, or fluxcli where that is what was typed.
-
-    The variable by which a shell asks for completions has the program's name in it, too.
-    """
-    name = Path(sys.argv[0]).stem
-    if name == "fluxcli" and "_FLUX_COMPLETE" not in os.environ:
-        return name
-    return "flux"
 
 
 def explain_end(error: Exception, arguments: Sequence[str] = ()) -> Failed:
