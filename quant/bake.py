@@ -21,10 +21,12 @@ from torch import Tensor
 
 from quant import codecs
 from quant.checkpoint import MANIFEST
+from quant.deltas import merge_weight, place_rows, read_part
 from quant.errors import CheckpointError, WriteError
 from quant.files import Unchanged, changed, copy_file, explain_reading, flush_to_disk
 from quant.header import read_header
-from quant.lora import BIAS, DOWN, NORM, UP, Adapter, Part
+from quant.lora import Adapter, Part
+from quant.lora_names import DIFF, NORM
 from quant.placing import (
     FOLDER_LAYOUT,
     FORMAT,
@@ -334,20 +336,21 @@ def _merge_adapters(
 def _merge_part(values: Tensor, part: Part, layer: str, *, leaf: str, scale: float) -> Tensor:
     """The new float32 values of a layer's "weight" or "bias" (`leaf`) after one part of an adapter.
 
-    A LoRA adds to them, a norm's new weight replaces them.
+    A norm's new weight replaces them, everything else is added.
     """
     with explain_reading(next(iter(part.stored.pieces.values())).file):
-        stored = codecs.Reader().read_checked(part.stored)
-    tensors = {kind: tensor.float() for kind, tensor in stored.items()}
-    start, stop = part.layers[layer]
-    factor = scale * part.factor
-    if leaf == "weight":
-        if NORM in tensors:
-            return tensors[NORM]
-        return values.addmm(tensors[UP][start:stop], tensors[DOWN], alpha=factor)
-    if BIAS in tensors:
-        return values + factor * tensors[BIAS][start:stop]
-    return values
+        read = read_part(part, codecs.Reader(), device="cpu", dtype=torch.float32)
+    spans = place_rows(part.layers[layer], 0)
+    if leaf == "bias":
+        biases = read.sum_biases(scale)
+        if biases is None:
+            return values
+        return values + codecs.stack_rows([biases[span.rows] for span in spans])
+    if NORM in read.tensors:
+        return read.tensors[NORM]
+    if len(part.shape) == 1:
+        return values + scale * read.tensors[DIFF] if DIFF in read.tensors else values
+    return merge_weight(values, read, spans, scale=scale)
 
 
 def _quantize(output: OutputTensor, values: Tensor, *, search: bool) -> codecs.Quantized:

@@ -48,6 +48,10 @@ class QuantizedLinear(nn.Module):
         """The weight (N, K) in `dtype`, all parts of it."""
         raise NotImplementedError
 
+    def dequantize_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Some rows of the weight in `dtype`."""
+        raise NotImplementedError
+
 
 class NF4Linear(QuantizedLinear):
     """4-bit NormalFloat weights, dequantized by bitsandbytes' own operators.
@@ -87,6 +91,22 @@ class NF4Linear(QuantizedLinear):
         shape = (self.out_features, self.in_features)
         return dequantize_codes(self.weight, scales, shape=shape, dtype=dtype)
 
+    def dequantize_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        if self.in_features % BLOCK:
+            # Blocks cross from one row to the next.
+            return self.dequantize(dtype)[rows]
+        scales = self.absmax
+        if self.has_nested_scales:
+            scales = self._dequantize_scales()
+        first = rows.start * self.in_features
+        stop = rows.stop * self.in_features
+        return dequantize_codes(
+            self.weight[first // 2 : stop // 2],
+            scales[first // BLOCK : stop // BLOCK],
+            shape=(rows.stop - rows.start, self.in_features),
+            dtype=dtype,
+        )
+
     def _dequantize_scales(self) -> Tensor:
         """The scales (blocks,) float32 of all parts."""
         parts = zip(
@@ -115,6 +135,9 @@ class GGUFLinear(QuantizedLinear):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         return dequantize_gguf(self.weight, self.scheme, dtype)
+
+    def dequantize_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        return dequantize_gguf(self.weight[rows], self.scheme, dtype)
 
 
 class RowLinear(QuantizedLinear):
@@ -173,6 +196,9 @@ class RowLinear(QuantizedLinear):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         return self.weight.float().mul_(self.weight_scale[:, None]).to(dtype)
+
+    def dequantize_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        return self.weight[rows].float().mul_(self.weight_scale[rows, None]).to(dtype)
 
 
 class FP8Linear(RowLinear):

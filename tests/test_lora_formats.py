@@ -65,13 +65,14 @@ def effects(adapter: lora.Adapter) -> dict[str, torch.Tensor]:
         tensors = {
             kind: tensor.float() for kind, tensor in reader.read_checked(part.stored).items()
         }
-        for layer, (start, stop) in part.layers.items():
+        for layer, ranges in part.layers.items():
             key = f"{part.component}.{layer}"
             if part.rank:
-                down, up = tensors[lora.DOWN], tensors[lora.UP][start:stop]
+                rows = [row for start, stop in ranges for row in range(start, stop)]
+                down, up = tensors[lora.DOWN], tensors[lora.UP][rows]
                 found[key] = part.factor * (up @ (down @ ramp(down.shape[1])))
                 if lora.BIAS in tensors:
-                    found[key] += part.factor * tensors[lora.BIAS][start:stop]
+                    found[key] += part.factor * tensors[lora.BIAS][rows]
             else:
                 found[key] = tensors[lora.NORM]
     return found
@@ -276,9 +277,8 @@ def test_every_spelling_makes_the_same_picture(tiny_folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("sdxl", "of Stable Diffusion or SDXL"),
-        ("flux2", "another model.*6144"),
-        ("lokr", "lokr.*DoRA or LyCORIS"),
+        ("sdxl", "of SDXL"),
+        ("flux2", "another model.*6144 is that of FLUX.2"),
         ("bfl_control", "needs a control image.*128"),
     ],
 )
@@ -311,8 +311,15 @@ REFUSED = {
     ),
     "SD3": (pair("transformer.joint_blocks.0.attn.to_q"), "Stable Diffusion 3"),
     "SD": (pair("unet.down_blocks.0.attentions.0.to_q"), "Stable Diffusion"),
-    "DoRA": (pair(GOOD) | {f"{GOOD}.dora_scale": torch.ones(128)}, "dora_scale"),
-    "LoHa": ({"lora_unet_x.hada_w1_a": torch.ones(2, 2)}, "hada"),
+    "half a LoKr": ({f"{GOOD}.lokr_w1": torch.ones(4, 4)}, "not a whole LoRA"),
+    "LoKr of another width": (
+        {f"{GOOD}.lokr_w1": torch.ones(4, 4), f"{GOOD}.lokr_w2": torch.ones(32, 33)},
+        "another model.*lokr_w2 .32, 33",
+    ),
+    "LoKr by tucker": ({f"{GOOD}.lokr_t2": torch.ones(4, 4, 1, 1)}, "another kind.*lokr_t2"),
+    "LoHa by tucker": ({f"{GOOD}.hada_t1": torch.ones(4, 4, 1, 1)}, "another kind.*hada_t1"),
+    "half a LoHa": ({f"{GOOD}.hada_w1_a": torch.ones(128, 2)}, "not a whole LoRA"),
+    "a magnitude alone": ({f"{GOOD}.dora_scale": torch.ones(128)}, "not a whole LoRA"),
     "strange": (
         pair("some.layer"),
         "not a LoRA for FLUX.1.*first keys are some.layer.lora_A.weight",

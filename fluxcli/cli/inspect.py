@@ -18,7 +18,7 @@ from fluxcli.models.shapes import read_known_shapes
 from quant.checkpoint import COMPONENTS, TOKENIZERS, Component, inspect, inspect_component
 from quant.errors import CheckpointError, ForeignFile
 from quant.header import read_header
-from quant.lora import is_lora
+from quant.lora_names import is_lora
 from quant.single_file import inspect_file, name_component
 from quant.tensor_info import TensorInfo
 

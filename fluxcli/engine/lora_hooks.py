@@ -1,28 +1,25 @@
-"""Low-rank adapters on layers of whatever class, quantized, fused or streamed: they add to outputs.
+"""Adapters on layers of whatever class, quantized, fused or streamed: they add to outputs.
 
 The layers' own tensors are neither changed nor copied: the adapter's lie in forward hooks, on the
-device that computes. Knows modules and `quant.lora`, nothing of requests or plans.
+device that computes. Knows modules and `quant.deltas`, nothing of requests or plans.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from fluxcli.engine.loader import Place
 from quant.codecs import Reader
-from quant.lora import BIAS, DOWN, NORM, UP, Adapter, Part
+from quant.deltas import ReadPart, Span, measure_norms, place_rows, read_part
+from quant.linear import QuantizedLinear
+from quant.lora import Adapter, Part
+from quant.lora_names import DIFF, NORM
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]
-
-
-class Span(NamedTuple):
-    """Which columns of a layer's output grow by which rows of the adapter's B."""
-
-    columns: slice
-    rows: slice
 
 
 def attach(
@@ -40,70 +37,192 @@ def attach(
     alone. Returns handles whose `remove` undoes it. Raises `CheckpointError` for values that are
     not finite; then nothing is attached.
     """
-    hooks: list[tuple[str, Hook]] = []
+    first: dict[str, list[Hook]] = {}  # what looks at a layer's own output comes before the others
+    then: dict[str, list[Hook]] = {}
+    magnitudes: dict[str, list[_Magnitude]] = {}
     for adapter in adapters:
         reader = Reader()
         for part in adapter.active_parts(component):
-            spans = _find_spans(part, places)
-            if spans:
-                stored = reader.read_checked(part.stored)
-                tensors = {kind: tensor.to(device, dtype) for kind, tensor in stored.items()}
-                for layer, here in spans.items():
-                    hook = _make_hook(tensors, here, scale=adapter.scale * part.factor)
-                    hooks.append((layer, hook))
+            found = _find_spans(part, places)
+            if not found:
+                continue
+            read = read_part(part, reader, device=device, dtype=dtype)
+            for layer, spans in found.items():
+                if NORM in read.tensors:
+                    first.setdefault(layer, []).append(_make_norm_hook(read.tensors[NORM]))
+                    continue
+                if len(part.shape) == 1:
+                    hook = _make_norm_diff_hook(read, adapter.scale)
+                    then.setdefault(layer, []).append(hook)
+                    continue
+                magnitude = None
+                if read.magnitude is not None:
+                    read.check_columns(spans)
+                    magnitude = _Magnitude(read, spans, scale=adapter.scale)
+                    magnitudes.setdefault(layer, []).append(magnitude)
+                hook = _make_linear_hook(read, spans, scale=adapter.scale, magnitude=magnitude)
+                then.setdefault(layer, []).append(hook)
+    for layer, of_layer in magnitudes.items():
+        first.setdefault(layer, []).append(_MagnitudeHook(of_layer))
     # Every tensor has been read: from here on nothing fails.
-    return [module.get_submodule(layer).register_forward_hook(hook) for layer, hook in hooks]
+    handles = []
+    for hooks in (first, then):
+        for layer, of_this in hooks.items():
+            owner = module.get_submodule(layer)
+            handles += [owner.register_forward_hook(hook) for hook in of_this]
+    return handles
 
 
 def _find_spans(part: Part, places: Mapping[str, Place]) -> dict[str, list[Span]]:
-    """By the module's layers: what of their outputs grows by which rows of the part's B."""
+    """By the module's layers: what of their outputs grows by which rows of the part's dW."""
     spans: dict[str, list[Span]] = {}
-    for name, (start, stop) in part.layers.items():
+    for name, ranges in part.layers.items():
         if name in places:
-            layer, first = places[name]
-            columns = slice(first, first + stop - start)
-            spans.setdefault(layer, []).append(Span(columns, slice(start, stop)))
+            layer, first_row = places[name]
+            spans.setdefault(layer, []).extend(place_rows(ranges, first_row))
     return spans
 
 
-def _make_hook(tensors: Mapping[str, Tensor], spans: Sequence[Span], *, scale: float) -> Hook:
-    """The forward hook of a part for one layer."""
-    if NORM in tensors:
-        return _make_norm_hook(tensors[NORM])
-    return _make_low_rank_hook(
-        down=tensors[DOWN],
-        up=tensors[UP],
-        bias=tensors.get(BIAS),
-        spans=spans,
-        scale=scale,
-    )
+# --- norms
 
 
 def _make_norm_hook(weight: Tensor) -> Hook:
     """A hook that gives the output of a norm with another weight."""
 
     def compute_norm(module: Any, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
-        return nn.functional.rms_norm(inputs[0], weight.shape, weight, module.eps)
+        return functional.rms_norm(inputs[0], weight.shape, weight, module.eps)
 
     return compute_norm
 
 
-def _make_low_rank_hook(
-    *, down: Tensor, up: Tensor, bias: Tensor | None, spans: Sequence[Span], scale: float
-) -> Hook:
-    """A hook that adds `scale` x (B (A x) + b) to columns of the output, in place.
+def _make_norm_diff_hook(read: ReadPart, scale: float) -> Hook:
+    """A hook that adds what a norm gives with a difference for its weight, and one to its bias."""
+    weight = read.tensors.get(DIFF)
+    if weight is not None:
+        weight = weight * scale
+    bias = read.sum_biases(scale)
 
-    `down` is A (r, K), `up` is B (N, r), `bias` is b (N).
-    """
+    def add_norm(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        total = output
+        if weight is not None and isinstance(module, nn.LayerNorm):
+            total = total + functional.layer_norm(
+                inputs[0], weight.shape, weight, eps=module.eps
+            ).to(output)
+        elif weight is not None:
+            # transformers' norm of T5 has another name for it.
+            eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
+            total = total + functional.rms_norm(inputs[0], weight.shape, weight, eps).to(output)
+        if bias is not None:
+            total = total + bias
+        return total
+
+    return add_norm
+
+
+# --- linear layers
+
+
+def _make_linear_hook(
+    read: ReadPart, spans: Sequence[Span], *, scale: float, magnitude: "_Magnitude | None"
+) -> Hook:
+    """A hook that adds x dW^T and the biases to columns of the output, in place."""
+    columns = read.part.shape[1]
+    bias = read.sum_biases(scale)
+    factor = scale * read.part.factor
 
     def add_product(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        rows_of_input = inputs[0].reshape(-1, down.shape[1])  # (M, K)
-        low = rows_of_input @ down.T  # (M, r)
+        x = inputs[0].reshape(-1, columns)  # (M, K)
         rows_of_output = output.view(-1, output.shape[-1])  # (M, N or more)
-        for span in spans:
-            target = rows_of_output[:, span.columns]
-            target.addmm_(low, up[span.rows].T, alpha=scale)
-            if bias is not None:
-                target.add_(bias[span.rows], alpha=scale)
+        gain = None
+        if magnitude is not None and magnitude.is_of_columns:
+            x = x * magnitude.gain
+        elif magnitude is not None:
+            gain = magnitude.gain
+        if read.delta is not None:
+            read.delta.add_product(x, rows_of_output, spans, scale=factor, gain=gain)
+        if bias is not None:
+            for span in spans:
+                rows_of_output[:, span.columns].add_(bias[span.rows])
 
     return add_product
+
+
+class _Magnitude:
+    """The magnitude of a DoRA on one layer.
+
+    `gain` is the magnitude divided by the norms of W + dW: (N,) for rows, (K,) for columns. It is
+    computed in the first forward, when the layer has its tensors wherever they are kept.
+    """
+
+    def __init__(self, read: ReadPart, spans: Sequence[Span], *, scale: float) -> None:
+        magnitude = read.magnitude
+        assert magnitude is not None
+        self.read = read
+        self.spans = spans
+        self.is_of_columns = magnitude.ndim == 2
+        self.inside, self.blend = read.split_scale(scale)
+        self._magnitude = magnitude.flatten()
+        self._gain: Tensor | None = None
+
+    @property
+    def gain(self) -> Tensor:
+        """The factors, once they are measured."""
+        assert self._gain is not None, "the hook that measures comes first"
+        return self._gain
+
+    def measure(self, module: nn.Module, dtype: torch.dtype) -> None:
+        """Compute the gain of the layer, unless it is there."""
+        if self._gain is not None:
+            return
+        norms = measure_norms(
+            self.read,
+            self.spans,
+            read_rows=lambda rows: _read_rows(module, rows),
+            inside=self.inside,
+        )
+        self._gain = (self._magnitude / norms).to(dtype)
+
+
+def _read_rows(module: nn.Module, rows: slice) -> Tensor:
+    """Rows of a linear layer's weight in float32."""
+    if isinstance(module, QuantizedLinear):
+        return module.dequantize_rows(rows, torch.float32)
+    weight: Any = module.weight
+    return weight[rows].float()
+
+
+class _MagnitudeHook:
+    """Scales what a layer gives alone, for all its DoRAs together; the bias is left as it is."""
+
+    def __init__(self, magnitudes: Sequence[_Magnitude]) -> None:
+        self._magnitudes = magnitudes
+        self._multiplier: Tensor | None = None  # (N,) of the layer's output
+
+    def __call__(self, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if self._multiplier is None:
+            self._multiplier = self._prepare(module, output)
+        rows_of_output = output.view(-1, output.shape[-1])
+        rows_of_output.mul_(self._multiplier)
+        if module.bias is not None:
+            rows_of_output.add_(module.bias.to(output) * (1 - self._multiplier))
+        for magnitude in self._magnitudes:
+            if magnitude.is_of_columns:
+                # W (gain x) - W x, without the bias that forward adds.
+                x = inputs[0] * (magnitude.gain - 1)
+                more = module.forward(x).view(rows_of_output.shape)
+                if module.bias is not None:
+                    more = more - module.bias.to(output)
+                for span in magnitude.spans:
+                    target = rows_of_output[:, span.columns]
+                    target.add_(more[:, span.columns], alpha=magnitude.blend)
+
+    def _prepare(self, module: nn.Module, output: Tensor) -> Tensor:
+        """By what each column of the output is multiplied."""
+        multiplier = torch.ones(output.shape[-1], dtype=output.dtype, device=output.device)
+        for magnitude in self._magnitudes:
+            magnitude.measure(module, output.dtype)
+            if not magnitude.is_of_columns:
+                for span in magnitude.spans:
+                    more = magnitude.blend * (magnitude.gain[span.rows] - 1)
+                    multiplier[span.columns] += more
+        return multiplier

@@ -11,7 +11,6 @@ forwards, so one that is repeated or skipped (by a step cache, say) does not shi
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -119,8 +118,10 @@ def make_tables(
         weight = tensors[names[0]]
         bias = tensors[names[1]]
         for condition in conditions:
-            layer = nn.Module()
-            layer.forward = partial(functional.linear, weight=weight, bias=bias)
+            outputs_count, inputs_count = weight.shape
+            layer = nn.Linear(inputs_count, outputs_count, device="meta")
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+            layer.bias = nn.Parameter(bias, requires_grad=False)
             attach(
                 layer,
                 condition.adapters,

@@ -20,7 +20,8 @@ from fluxcli.request.settings import LoraRef, merge_loras
 from quant.checkpoint import Component
 from quant.errors import CheckpointError
 from quant.header import read_header
-from quant.lora import Adapter, is_lora, read_adapter
+from quant.lora import Adapter, read_adapter
+from quant.lora_names import is_lora
 
 # What files call the model that they were trained on.
 BASE_MODEL_KEYS = ("modelspec.architecture", "ss_base_model_version", "base_model")
@@ -97,8 +98,9 @@ def make_absolute(refs: Iterable[LoraRef]) -> tuple[LoraRef, ...]:
 
 
 def describe_unmatched(adapters: Sequence[Adapter]) -> Iterator[str]:
-    """Yield a line for the user about each adapter of which some layers have no effect."""
+    """Yield lines for the user: layers of an adapter without effect, what was taken for granted."""
     for adapter in adapters:
+        yield from adapter.notices
         lost = len(adapter.unmatched)
         if lost:
             first = adapter.unmatched[0][:60]
