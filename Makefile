@@ -1,10 +1,11 @@
-# Two commands do all set-up in .venv: `make demo` draws a picture, `make test` runs the tests.
+# Two commands do all set-up in .venv: `make demo` draws a picture, `make test` runs the tests;
+# `make check` takes a minute, the tests some more.
 # TORCH=cpu, or cu130 and the like, takes that build of torch instead of the plain index's.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP = $(BIN)/pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all lint types wheel clean
+.PHONY: demo check test test-all lint types wheel clean
 
 demo: .venv/ready
 	$(BIN)/flux generate "a red circle on a blue background" -p tiny --seed 1 --force -o demo.png
@@ -12,6 +13,13 @@ demo: .venv/ready
 # First what must have the machine to itself, then the rest on as many cores as WORKERS says.
 WORKERS ?= 2
 PARALLEL := -n $(WORKERS) --dist loadfile
+
+# A minute: lint, types, and the tests of what most changes touch. It is no replacement of `test`.
+QUICK := $(addprefix tests/test_,$(addsuffix .py,cli console errors events header \
+	help layers output presets show)) tests/batch/test_rows.py
+
+check: lint types
+	$(BIN)/python -m pytest $(PARALLEL) -m "not serial and not exhaustive" $(QUICK)
 
 test: .venv/ready
 	$(BIN)/python -m tests.faults --workers $(WORKERS)
