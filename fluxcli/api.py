@@ -15,7 +15,7 @@ from fluxcli.events import Event
 from fluxcli.paths import config_folder
 from fluxcli.request import presets
 from fluxcli.request.fields import Order
-from fluxcli.request.settings import ALIASES, coerce
+from fluxcli.request.settings import coerce_all, find_name
 from fluxcli.resolve import build_order, resolve_order
 
 if TYPE_CHECKING:
@@ -218,11 +218,9 @@ class Flux:
 
 def _name_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings by their field names; raises `UsageError` for unknown or wrong ones."""
-    found = {}
-    for key, value in settings.items():
-        name = ALIASES.get(key, key)
-        found[name] = coerce(name, value, where=key)
-    return found
+    keys = {find_name(key, where=key): key for key in settings}
+    said = {name: settings[key] for name, key in keys.items()}
+    return coerce_all(said, lambda name: keys.get(name, "size"))
 
 
 def _make_image(pixels: Any, metadata: dict[str, Any]) -> "Image":

@@ -13,6 +13,7 @@ from fluxcli.paths import config_folder
 from fluxcli.pictures import names
 from fluxcli.request import presets
 from fluxcli.request.fields import Order
+from fluxcli.request.sizes import add_other_side
 
 
 def resolve_order(prompt: str, given: Mapping[str, Any]) -> Order:
@@ -27,8 +28,9 @@ def resolve_order(prompt: str, given: Mapping[str, Any]) -> Order:
 def build_order(prompt: str, values: Mapping[str, Any], given: Mapping[str, Any]) -> Order:
     """Return the order of settings that are merged already; `given` are those that were said.
 
-    A file name decides the format. Folders and files are stored with absolute paths, so that the
-    order means the same in a worker, which has another working folder. Raises `UsageError`.
+    A file name decides the format, and the ratio a side of which the other is given. Folders and
+    files are stored with absolute paths, so that the order means the same in a worker, which has
+    another working folder. Raises `UsageError`.
     """
     if "\0" in prompt:
         raise UsageError(
@@ -44,4 +46,8 @@ def build_order(prompt: str, values: Mapping[str, Any], given: Mapping[str, Any]
         resolved["vae"] = find.make_absolute(values["vae"])
     resolved["text_encoders"] = tuple(find.make_absolute(each) for each in values["text_encoders"])
     resolved["lora"] = loras.make_absolute(values["lora"])
+    width, height = values["width"], values["height"]
+    if (width is None) != (height is None):
+        sides = add_other_side(values["aspect_ratio"], width=width, height=height)
+        resolved["width"], resolved["height"] = sides
     return Order.from_settings(prompt, resolved)

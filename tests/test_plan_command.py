@@ -277,7 +277,7 @@ def test_an_offload_on_the_cpu_does_nothing_and_is_refused(capsys, drawn):
 
 def test_it_takes_every_option_of_generate():
     generate, plan = options_of("generate"), options_of("plan")
-    own = {"--dry-run", "--from", "--resume", "--fail-fast", "--prompt"}
+    own = {"--dry-run", "--from", "--resume", "--fail-fast", "--comments", "--prompt"}
     assert {
         name: shown for name, shown in generate.items() if name not in own
     }.items() <= plan.items()

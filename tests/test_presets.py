@@ -290,3 +290,31 @@ def test_toml_nested_without_end_is_a_usage_error(config_folder):
     (config_folder / "config.toml").write_text("a = " + "[" * 100_000)
     with pytest.raises(UsageError):
         presets.merge({}, config_folder, {})
+
+
+def test_a_bundled_preset_is_stronger_than_config_only_where_it_was_asked_for(config_folder):
+    write(config_folder / "config.toml", "steps = 3\nquality = 90\n")
+    assert merge(config_folder).values["steps"] == 3
+    assert merge(config_folder, {"preset": "tiny"}).values["steps"] == 10
+    assert merge(config_folder, FLUX_PRESET="quality").values["steps"] == 50
+    assert presets.find_hidden({"preset": "tiny"}, config_folder) == ["steps"]
+    assert presets.find_hidden({}, config_folder) == []
+
+
+def test_of_a_preset_of_ones_own_what_it_extends_is_weaker_than_config(config_folder):
+    write(config_folder / "config.toml", 'preset = "mine"\nsteps = 3\nguidance = 2.0\n')
+    write(config_folder / "presets" / "mine.toml", 'extends = "dev"\nguidance = 5.0\n')
+    values = merge(config_folder).values
+    assert (values["steps"], values["guidance"]) == (3, 5.0)
+
+
+def test_errors_call_a_setting_as_options_do(config_folder):
+    write(config_folder / "config.toml", "image_size = 1000\n")
+    assert "unknown" not in (text := refusal(config_folder)) and "992" in text
+    write(config_folder / "config.toml", 'size = "big"\n')
+    assert "size is 'big'" in (text := refusal(config_folder)) and "image_size" not in text
+    write(config_folder / "config.toml", "zzz = 1\n")
+    assert " ar size " in (text := refusal(config_folder)) and "aspect_ratio" not in text
+    write(config_folder / "config.toml", "steps = 1\n")
+    write(config_folder / "presets" / "mine.toml", "zzz = 1\n")
+    assert "description extends" in refusal(config_folder, {"preset": "mine"})

@@ -13,6 +13,7 @@ from fluxcli.errors import BadInputFile, ExitCode
 from fluxcli.pictures.image import encode, read_metadata
 from fluxcli.request import presets
 from fluxcli.request.fields import Order
+from fluxcli.request.settings import coerce
 from tests.support.helpers import read_pixels
 from tests.support.invariant import assert_failed, call, files
 
@@ -70,9 +71,7 @@ def test_under_another_preset_what_was_said_stays_and_what_the_preset_said_chang
 ):
     draft = presets.merge({"preset": "draft"}, config_folder, {}).values
     changed = {
-        key: value
-        for key, value in said.items()
-        if presets.coerce(key, value, where="") != draft[key]
+        key: value for key, value in said.items() if coerce(key, value, where="") != draft[key]
     }
     expected = stored(config_folder, preset, changed | override)
     replayed = restore_order(

@@ -9,6 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fluxcli.errors import ExitCode, UsageError
+from fluxcli.request import presets
 from fluxcli.request.fields import DEFAULTS, MAX_PROMPT_BYTES, PART_OF, GenerationRequest, Order
 from fluxcli.request.settings import (
     MAX_SEED,
@@ -22,6 +23,7 @@ from fluxcli.request.settings import (
     flag,
 )
 from fluxcli.request.sizes import ASPECT_RATIOS, MAX_AREA_PX, size_of
+from fluxcli.resolve import resolve_order
 
 SIDES = st.integers(4, 256).map(lambda k: k * 16)
 RATIOS = st.tuples(st.integers(1, 99999), st.integers(1, 99999)).filter(
@@ -274,3 +276,32 @@ def test_an_unknown_setting_comes_with_the_nearest(typo, meant):
     with pytest.raises(UsageError, match=typo) as caught:
         coerce(typo, 1, where="here.toml")
     assert meant in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "given, size",
+    [
+        ({"image_size": "1024x768"}, (1024, 768)),
+        ({"image_size": " 1024 X 768 "}, (1024, 768)),
+        ({"image_size": "1024*768"}, (1024, 768)),
+        ({"image_size": "1024\u00d7768"}, (1024, 768)),
+        ({"width": "1024"}, (1024, 1024)),
+        ({"height": 512}, (512, 512)),
+        ({"width": 1024, "aspect_ratio": "16:9"}, (1024, 576)),
+        ({"height": 1024, "aspect_ratio": "2:3"}, (688, 1024)),
+    ],
+)
+def test_a_size_is_said_in_many_ways(given, size):
+    assert resolve_order("a fox", {"preset": "tiny", **given}).request.size == size
+
+
+def test_a_rows_size_goes_before_the_command_lines():
+    for common, row, size in [
+        ({"aspect_ratio": "16:9"}, {"width": 1024}, (1024, 576)),
+        ({"image_size": "1024x768"}, {"aspect_ratio": "1:1", "image_size": 512}, (512, 512)),
+        ({"image_size": 512}, {"width": 256, "height": 128}, (256, 128)),
+        ({"width": 512}, {"height": 256}, (512, 256)),
+        ({"aspect_ratio": "16:9", "width": 512}, {"height": 256}, (512, 256)),
+    ]:
+        given = presets.override(common, row)
+        assert resolve_order("a fox", {"preset": "tiny", **given}).request.size == size

@@ -22,6 +22,7 @@ from fluxcli.cli.settings import (
     job_options,
     read_prompt,
     reporter_of,
+    say_what_is_hidden,
 )
 from fluxcli.errors import BatchFailed, ExitCode, UsageError
 from fluxcli.events import Done, Event, Failed, Kept, Saved, Skipped, Summary, explain
@@ -37,7 +38,7 @@ from fluxcli.request.rows import (
     read_rows,
     read_stream,
 )
-from fluxcli.request.settings import coerce, find_name
+from fluxcli.request.settings import coerce_all, find_name
 from fluxcli.request.target import Target
 from fluxcli.resolve import resolve_order
 from fluxcli.run import processes
@@ -69,6 +70,8 @@ def draw_rows(
     if source == prompt == "-":
         raise UsageError("stdin cannot be read twice", which="--from -", hint="give a file")
     common = {} if prompt is None else {"prompt": read_prompt(prompt)}
+    if not options["quiet"]:
+        say_what_is_hidden(given)
     orders = OrderMaker(common, given, force=options["force"], resume=resume)
     tally = Tally(resumed_by="" if resume else " with --resume")
     with (
@@ -328,15 +331,16 @@ class OrderMaker:
 def _coerce_fields(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a row's fields by their full names; raises `UsageError`."""
     said = {}
+    keys = {}
     for key, value in row.items():
         if key == "prompt":
             continue
-        where = f"column {key[:60]!r}"
-        name = find_name(key, where=where, also=("prompt",))
+        name = find_name(key, where=f"column {key[:60]!r}", also=("prompt",))
         if name in said:
             raise UsageError("the same field twice", which=key, why="under two names")
-        said[name] = coerce(name, value, where=where)
-    return said
+        said[name] = value
+        keys[name] = key[:60]
+    return coerce_all(said, lambda name: f"column {keys.get(name, 'size')!r}")
 
 
 def _check_target(target: Target) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 from fluxcli.cli import console
 from fluxcli.errors import UsageError
+from fluxcli.paths import config_folder
+from fluxcli.request import presets
 from fluxcli.request.settings import SETTINGS
 
 MAX_STDIN_BYTES = 1 << 16  # of a prompt with the blanks around it
@@ -23,6 +25,16 @@ def given_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     if options["no_metadata"]:
         given["metadata"] = False
     return given
+
+
+def say_what_is_hidden(given: Mapping[str, Any]) -> None:
+    """Say which settings of config.toml a preset that was asked for takes the place of."""
+    hidden = presets.find_hidden(given, config_folder())
+    if hidden:
+        console.say(
+            f"config.toml's {', '.join(hidden)}: the preset that was asked for says another value;"
+            " what shall hold with it belongs in a preset of your own, or in an option"
+        )
 
 
 def read_prompt(text: str) -> str:

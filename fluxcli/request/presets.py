@@ -1,14 +1,15 @@
 """Presets and settings: TOML deltas, merged weakest first, each value with its origin.
 
-The layers are defaults < config.toml < preset (and what it extends) < FLUX_* variables < flags. A
-size in a later layer (`width`/`height`, or `aspect_ratio`/`image_size`) replaces the other kind of
-an earlier one. Stdlib only.
+The layers are defaults < config.toml < preset (and what it extends) < FLUX_* variables < flags; but
+a bundled preset that no flag or variable asked for is weaker than config.toml. A size in a later
+layer (`width`/`height`, or `aspect_ratio`/`image_size`) replaces the other kind of an earlier one.
+Stdlib only.
 """
 
 import contextlib
 import os
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,10 +18,18 @@ from typing import Any
 from fluxcli.errors import UsageError
 from fluxcli.paths import BUNDLED
 from fluxcli.request.fields import DEFAULTS
-from fluxcli.request.settings import ALIASES, SETTINGS, coerce, flag, merge_loras
+from fluxcli.request.settings import (
+    ALIASES,
+    SETTINGS,
+    coerce_all,
+    find_name,
+    flag,
+    merge_loras,
+)
 
 BY_RATIO = {"aspect_ratio", "image_size"}
 BY_PIXELS = {"width", "height"}
+PRESET_KEYS = ("description", "extends")  # of presets alone
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,11 @@ class Preset:
     description: str
     extends: str
     settings: dict[str, Any]
+
+    @property
+    def is_bundled(self) -> bool:
+        """Whether it comes with flux."""
+        return self.path.parent == BUNDLED
 
 
 @dataclass(frozen=True)
@@ -47,9 +61,14 @@ class Settings:
         that gives a size in both ways.
         """
         said = {name for name, value in layer.items() if value is not None}
-        if said & BY_RATIO and said & BY_PIXELS:
+        # A ratio may stand beside one side: the other follows from it.
+        if said & BY_PIXELS and ("image_size" in said or said >= {"aspect_ratio", *BY_PIXELS}):
             which = origin(max(said & BY_PIXELS))
-            raise UsageError("--width/--height exclude --ar/--size", which=which)
+            raise UsageError(
+                "--width/--height exclude --ar/--size",
+                which=which,
+                hint="--width and --height, or --ar and --size",
+            )
         if said & BY_RATIO:
             self.values.update(width=None, height=None)
         for name, value in layer.items():
@@ -99,7 +118,9 @@ def load(name: str, config_folder: Path, *, bundled: bool = False) -> Preset:
             why="'preset' is none here",
             hint="use extends = ...",
         )
-    return Preset(path, description, extends, settings=_coerce_table(settings, path))
+    return Preset(
+        path, description, extends, settings=_coerce_table(settings, path, also=PRESET_KEYS)
+    )
 
 
 def load_chain(name: str, config_folder: Path) -> list[Preset]:
@@ -157,17 +178,18 @@ def read_environment(environment: Mapping[str, str] = os.environ) -> dict[str, A
     names = {f"FLUX_{name.upper()}": name for name in SETTINGS}
     names |= {f"FLUX_{alias.upper()}": name for alias, name in ALIASES.items()}
     given = {}
+    variables = {}
     for variable, value in environment.items():
         if variable in names:
             if value:
-                name = names[variable]
-                given[name] = coerce(name, value, where=variable)
+                given[names[variable]] = value
+                variables[names[variable]] = variable
         elif variable.startswith("FLUX_"):
             near = get_close_matches(variable, names, n=1, cutoff=0.85)
             if near:
                 hint = f"did you mean {near[0]}?"
                 raise UsageError("unknown variable", which=variable, hint=hint)
-    return given
+    return coerce_all(given, lambda name: variables.get(name, "FLUX_SIZE"))
 
 
 def merge(
@@ -178,16 +200,33 @@ def merge(
     """Merge every layer of settings. `flags` holds only what the command line gave, by name."""
     config = read_config(config_folder)
     variables = read_environment(environment)
-    given = {name: coerce(name, value, where=flag(name)) for name, value in flags.items()}
+    given = coerce_all(flags, flag)
     preset_name = {**DEFAULTS, **config, **variables, **given}["preset"]
     merged = Settings()
     merged.apply(DEFAULTS, lambda _: "default")
+    chain = load_chain(preset_name, config_folder)
+    is_asked_for = "preset" in variables or "preset" in given
+    weaker = [preset for preset in chain if preset.is_bundled and not is_asked_for]
+    stronger = [preset for preset in chain if preset not in weaker]
+    for preset in weaker:
+        merged.apply(preset.settings, _always(f"preset {preset.path.stem}"))
     merged.apply(config, lambda _: "config.toml")
-    for preset in load_chain(preset_name, config_folder):
+    for preset in stronger:
         merged.apply(preset.settings, _always(f"preset {preset.path.stem}"))
     merged.apply(variables, lambda name: f"FLUX_{name.upper()}")
     merged.apply(given, flag)
     return merged
+
+
+def find_hidden(flags: Mapping[str, Any], config_folder: Path) -> list[str]:
+    """Return the keys of config.toml that do nothing here, since a preset says another value."""
+    config = read_config(config_folder)
+    merged = merge(flags, config_folder)
+    return [
+        SETTINGS[name].key
+        for name, value in config.items()
+        if merged.origins[name].startswith("preset ") and merged.values[name] != value
+    ]
 
 
 def override(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,11 +236,13 @@ def override(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[str
     would leave a ratio of the weaker layer beside pixels of the stronger one, which `merge` refuses
     in one layer: here the pixels take its place.
     """
-    left = dict(weaker)
-    if stronger.get("width") or stronger.get("height"):
-        for name in BY_RATIO:
-            left.pop(name, None)
-    return overlay(left, stronger)
+    merged = overlay(overlay({}, weaker), stronger)
+    sides = [name for name in BY_PIXELS if merged.get(name)]
+    if sides:
+        merged.pop("image_size", None)
+    if len(sides) == len(BY_PIXELS):
+        merged.pop("aspect_ratio", None)
+    return merged
 
 
 def _always(text: str) -> Callable[[str], str]:
@@ -215,18 +256,20 @@ def overlay(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     Both are by field name; the values of `changes` may be texts.
     """
     merged = Settings(dict(base))
-    converted = {name: coerce(name, value, where=flag(name)) for name, value in changes.items()}
-    merged.apply(converted, flag)
+    merged.apply(coerce_all(changes, flag), flag)
     return merged.values
 
 
-def _coerce_table(table: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Return a file's settings by field name; raises `UsageError` naming the file."""
-    found = {}
-    for key, value in table.items():
-        name = ALIASES.get(key, key)
-        found[name] = coerce(name, value, where=str(path))
-    return found
+def _coerce_table(
+    table: Mapping[str, Any], path: Path, *, also: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return a file's settings by field name; raises `UsageError` naming the file.
+
+    `also` are keys that may stand there beside the settings'.
+    """
+    where = str(path)
+    named = {find_name(key, where=where, also=also): value for key, value in table.items()}
+    return coerce_all(named, lambda _: where)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ rows, its FLUX_* variable, and its line in docs/commands.md. Stdlib only.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, ClassVar
@@ -21,6 +21,7 @@ from fluxcli.request.sizes import (
     MULTIPLE_PX,
     check_side,
     parse_ratio,
+    parse_size,
 )
 
 MAX_SEED = 2**64 - 1
@@ -110,6 +111,7 @@ class Kind:
     """What values a setting takes. `convert` makes one of text or TOML, `check` refuses others."""
 
     words: ClassVar[str] = "a text"  # for "... is 'x', not a text"
+    example: ClassVar[str] = "TEXT"
     option_type: ClassVar[Any] = str  # what the command line parser makes of the option
 
     def convert(self, value: Any) -> Any:
@@ -120,6 +122,10 @@ class Kind:
 
     def check(self, name: str, value: Any, *, where: str) -> None:
         """Raise `UsageError`, naming `where` it stood, for a value of the type that cannot be."""
+
+    def hint(self, flag: str) -> str:
+        """Return what to type instead of a value of another type."""
+        return f"{flag} {self.example}, or {flag[2:].replace('-', '_')} = {self.example} in a file"
 
 
 @dataclass(frozen=True)
@@ -154,6 +160,7 @@ class Integer(Kind):
     low: int
     high: int
     words: ClassVar[str] = "a whole number"
+    example: ClassVar[str] = "20"
 
     def convert(self, value: Any) -> int:
         if isinstance(value, bool):
@@ -172,6 +179,9 @@ class Integer(Kind):
 class Side(Integer):
     """A side of a picture in pixels: a multiple of 16 from `low` on."""
 
+    words: ClassVar[str] = "a number of pixels"
+    example: ClassVar[str] = "1024"
+
     def check(self, name: str, value: int, *, where: str) -> None:
         check_side(value, least_px=self.low, where=where)
 
@@ -183,6 +193,7 @@ class Number(Kind):
     low: float
     high: float
     words: ClassVar[str] = "a number"
+    example: ClassVar[str] = "3.5"
 
     def convert(self, value: Any) -> float | None:
         if isinstance(value, bool):
@@ -202,6 +213,7 @@ class Bytes(Kind):
     low: int
     high: int
     words: ClassVar[str] = "a size like 8GiB"
+    example: ClassVar[str] = "8GiB"
 
     def convert(self, value: Any) -> int:
         if isinstance(value, bool):
@@ -216,6 +228,7 @@ class Switch(Kind):
     """True or false."""
 
     words: ClassVar[str] = "true or false"
+    example: ClassVar[str] = "true"
     option_type: ClassVar[Any] = bool
 
     def convert(self, value: Any) -> bool:
@@ -276,6 +289,11 @@ class Setting:
     optional: bool = False  # None is a value of it
 
     @property
+    def key(self) -> str:
+        """The name under which it is shown, and that a file takes."""
+        return self.alias or self.name
+
+    @property
     def flag(self) -> str:
         """The long flag on the command line."""
         return self.flags[-1]
@@ -323,21 +341,21 @@ _ROWS = (
     Setting(
         "image_size",
         Side(MIN_SIZE_PX, MAX_SIZE_PX),
-        help="Longest side in pixels, a multiple of 16.",
+        help="Longest side in pixels, a multiple of 16; or both, as 1024x768.",
         flags=("--size",),
         alias="size",
     ),
     Setting(
         "width",
         Side(MULTIPLE_PX, MAX_SIZE_PX),
-        help="Pixels; with --height, instead of --ar and --size.",
+        help="Pixels, instead of --size; the height follows from --ar where it is not given.",
         flags=("--width",),
         optional=True,
     ),
     Setting(
         "height",
         Side(MULTIPLE_PX, MAX_SIZE_PX),
-        help="Pixels; with --width.",
+        help="Pixels; the width follows from --ar where it is not given.",
         flags=("--height",),
         optional=True,
     ),
@@ -415,7 +433,7 @@ _ROWS = (
 
 SETTINGS: dict[str, Setting] = {row.name: row for row in _ROWS}
 ALIASES: dict[str, str] = {row.alias: row.name for row in _ROWS if row.alias}
-KEYS = tuple(row.alias or row.name for row in _ROWS)  # as they are shown
+KEYS = tuple(row.key for row in _ROWS)  # as they are shown
 FORMATS = ("jpg", "png", "webp")
 
 
@@ -440,7 +458,7 @@ def check(name: str, value: object, *, where: str) -> None:
     """
     if value is not None:
         setting = SETTINGS[name]
-        setting.kind.check(setting.alias or name, value, where=where)
+        setting.kind.check(setting.key, value, where=where)
 
 
 def coerce(name: str, value: object, *, where: str) -> Any:
@@ -450,16 +468,34 @@ def coerce(name: str, value: object, *, where: str) -> Any:
     and a value out of range.
     """
     setting = SETTINGS[find_name(name, where=where)]
-    shown = setting.alias or setting.name
     if value is None and setting.optional:
         return None
     try:
         converted = setting.kind.convert(value)
     except (ValueError, TypeError, KeyError, OverflowError) as error:
-        why = f"{shown} is {str(value)[:60]!r}, not {setting.kind.words}"
-        raise UsageError("wrong value", which=where, why=why) from error
+        why = f"{setting.key} is {str(value)[:60]!r}, not {setting.kind.words}"
+        hint = setting.kind.hint(setting.flag)
+        raise UsageError("wrong value", which=where, why=why, hint=hint) from error
     check(setting.name, converted, where=where)
     return converted
+
+
+def coerce_all(values: Mapping[str, Any], where: Callable[[str], str]) -> dict[str, Any]:
+    """Return settings by name, of the fields' types; `where` says where a name stood.
+
+    A size like 1024x768 becomes a width and a height. Raises what `coerce` does, and `UsageError`
+    where these are given beside it.
+    """
+    found = {name: value for name, value in values.items() if name != "image_size"}
+    size = values.get("image_size")
+    sides = parse_size(size) if isinstance(size, str) else None
+    if sides is None:
+        found = dict(values)
+    elif found.get("width") or found.get("height"):
+        raise UsageError("--width/--height exclude --ar/--size", which=where("image_size"))
+    else:
+        found["width"], found["height"] = sides
+    return {name: coerce(name, value, where=where(name)) for name, value in found.items()}
 
 
 def find_name(key: str, *, where: str, also: Sequence[str] = ()) -> str:

@@ -18,6 +18,8 @@ MAX_AREA_PX = 8 * 1024 * 1024
 MAX_RATIO = 4
 RATIO = re.compile(r"(\d{1,5}(?:\.\d{1,4})?):(\d{1,5}(?:\.\d{1,4})?)")
 
+PIXELS = re.compile(r"(\d{1,5})\s*[xX*\u00d7]\s*(\d{1,5})")  # the last is a multiplication sign
+
 
 def parse_ratio(text: str, *, where: str = "--ar") -> tuple[float, float]:
     """Parse W:H, such as 16:9 or 2.39:1, into (W, H).
@@ -48,10 +50,32 @@ def size_of(aspect_ratio: str, image_size_px: int) -> tuple[int, int]:
     """
     wide, high = parse_ratio(aspect_ratio)
     exact = image_size_px * min(wide, high) / max(wide, high)
-    other = max(MULTIPLE_PX, int(exact / MULTIPLE_PX + 0.5) * MULTIPLE_PX)
+    other = _round_side(exact)
     if wide >= high:
         return image_size_px, other
     return other, image_size_px
+
+
+def parse_size(text: str) -> tuple[int, int] | None:
+    """Return (width, height) of a text like 1024x768; None for any other."""
+    match = PIXELS.fullmatch(text.strip())
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def add_other_side(aspect_ratio: str, *, width: int | None, height: int | None) -> tuple[int, int]:
+    """Return (width, height) of a ratio of which one side is given.
+
+    The other one is the multiple of 16 that is nearest to the ratio, at least 16.
+    """
+    wide, high = parse_ratio(aspect_ratio)
+    if width is not None:
+        return width, _round_side(width * high / wide)
+    assert height is not None
+    return _round_side(height * wide / high), height
+
+
+def _round_side(exact_px: float) -> int:
+    return max(MULTIPLE_PX, int(exact_px / MULTIPLE_PX + 0.5) * MULTIPLE_PX)
 
 
 def check_side(value: int, *, least_px: int, where: str) -> None:
