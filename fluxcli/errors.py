@@ -12,6 +12,7 @@ FluxError
 """
 
 import errno
+import os
 import re
 from enum import IntEnum
 
@@ -25,6 +26,10 @@ OUT_OF_MEMORY = re.compile(
     r"|failed to map segment|cannot allocate memory in static TLS",
     re.IGNORECASE,
 )
+
+# What ran out beside memory and disks, and what gives more of it.
+NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
+NO_THREADS = re.compile(r"can't start new thread|thread creation failed", re.IGNORECASE)
 
 # Why a write fails, where the system's own words leave it open.
 WRITE_ERRORS = {
@@ -118,7 +123,7 @@ def exit_code_of(error: ExplainedError) -> ExitCode:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that memory ran out.
+    """Return whether an error, or one that it was made of, means that memory ran out.
 
     Some back ends (ROCm, MPS, cuDNN) report that as a mere RuntimeError, and a library that does
     not fit into the address space is an ImportError or an OSError, so the words decide.
@@ -127,8 +132,11 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
-    by_words = isinstance(error, RuntimeError | ImportError | OSError | SystemError)
-    return by_words and OUT_OF_MEMORY.search(str(error)) is not None
+    if isinstance(error, RuntimeError | ImportError | OSError | SystemError):
+        if OUT_OF_MEMORY.search(str(error)):
+            return True
+        return error.__cause__ is not None and is_out_of_memory(error.__cause__)
+    return False
 
 
 def explain_write(error: OSError) -> str:
@@ -141,3 +149,14 @@ def explain_stdout(error: OSError) -> OutputError:
     """Return the error of a stdout that takes no more."""
     hint = "send stdout elsewhere: > FILE"
     return OutputError("cannot write to stdout", why=explain_write(error), hint=hint)
+
+
+def hint_for_memory() -> str:
+    """Return what to try where memory ran out: it may be a limit of the shell."""
+    if os.name != "nt":
+        import resource  # only POSIX has it
+
+        for flag, number in (("-v", resource.RLIMIT_AS), ("-d", resource.RLIMIT_DATA)):
+            if resource.getrlimit(number)[0] != resource.RLIM_INFINITY:
+                return f"ulimit {flag} unlimited, or a smaller --size"
+    return "a smaller --size, or --device cpu"

@@ -3,12 +3,19 @@
 Knows nothing of who listens. Stdlib only. Sizes are in pixels or bytes as named, times in seconds.
 """
 
-import errno
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
-from fluxcli.errors import ExitCode, exit_code_of, is_out_of_memory
+from fluxcli.errors import (
+    NO_DESCRIPTORS,
+    NO_THREADS,
+    WRITE_ERRORS,
+    ExitCode,
+    exit_code_of,
+    hint_for_memory,
+    is_out_of_memory,
+)
 from quant.errors import ExplainedError
 
 MAX_TEXT = 160  # characters of a library's message that are passed on
@@ -155,25 +162,34 @@ def from_json(value: Mapping[str, Any]) -> Event:
 def explain(error: Exception, row: int = 0) -> Failed:
     """Return the exit code, the one line and the hint that an exception is for the user.
 
-    An error of ours says them itself. What libraries raise is told apart by its kind: out of
-    memory, a full disk, a failed device, a missing dependency, else a bug (exit 1).
+    An error of ours says them itself. What libraries raise is told apart by its kind, and what is
+    of none is a bug (exit 1).
     """
     if isinstance(error, ExplainedError):
         return Failed(int(exit_code_of(error)), str(error), error.hint, row=row)
     text = type(error).__name__
     if str(error):
         text = f"{text}: {str(error).splitlines()[0][:MAX_TEXT]}"
+    number = error.errno if isinstance(error, OSError) else None
     code = ExitCode.BUG
     what = "this is a bug"
     hint = "run it again with --debug and report what it prints"
     if is_out_of_memory(error):
         code = ExitCode.DOES_NOT_FIT
         what = "out of memory"
-        hint = "a smaller --size, or --device cpu"
-    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        hint = hint_for_memory()
+    elif number in WRITE_ERRORS:
         code = ExitCode.OUTPUT
-        what = "the disk is full"
-        hint = "free some space and run the command again"
+        what = WRITE_ERRORS[number]
+        hint = "free some space, or write elsewhere, and run the command again"
+    elif number in NO_DESCRIPTORS:
+        code = ExitCode.DEVICE
+        what = "no more files can be opened"
+        hint = "ulimit -n 1024"
+    elif NO_THREADS.search(text):
+        code = ExitCode.DEVICE
+        what = "no more threads can be started"
+        hint = "ulimit -u unlimited"
     elif "CUDA error" in text:
         code = ExitCode.DEVICE
         what = "the device failed"
@@ -182,6 +198,14 @@ def explain(error: Exception, row: int = 0) -> Failed:
         code = ExitCode.DEVICE
         what = "a dependency cannot be imported"
         hint = "pip install --force-reinstall fluxcli"
+    elif isinstance(error, RecursionError):
+        code = ExitCode.INPUT_FILE
+        what = "something is nested too deep"
+        hint = "look for a file whose values lie in each other hundreds deep"
+    elif number is not None:
+        code = ExitCode.INPUT_FILE
+        what = "the operating system refuses"
+        hint = "see that what it names is there and can be read"
     return Failed(int(code), f"{what}: {text}", hint, row=row)
 
 

@@ -240,12 +240,16 @@ def _check_vram(hardware: Hardware) -> Check:
 def _check_ram() -> Check:
     import psutil
 
-    ram = psutil.virtual_memory()
+    from fluxcli.engine.ram import read_ram
+
+    ram = read_ram()
     swap = psutil.swap_memory()
-    found = f"{ram.available / GIB:.1f} of {ram.total / GIB:.1f} GiB free"
+    found = f"{ram.free_bytes / GIB:.1f} of {ram.total_bytes / GIB:.1f} GiB free"
+    if ram.limited_by:
+        found += f" (limited by {ram.limited_by})"
     found += f", swap or page file {swap.total / GIB:.1f} GiB"
     fix = "--offload sequential, or nf4 baked: both hold little"
-    return _warn_unless(ram.total >= RAM_BYTES, "RAM", found=found, fix=fix)
+    return _warn_unless(ram.total_bytes >= RAM_BYTES, "RAM", found=found, fix=fix)
 
 
 def _check_disk() -> Check:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from fluxcli.cli import show
+from fluxcli.engine.check import check_limits
 from fluxcli.errors import ExitCode
 from fluxcli.models import loras
 from fluxcli.models.find import MODEL_FILES
@@ -144,6 +145,7 @@ def _describe_foreign(infos: Mapping[str, TensorInfo]) -> Description:
 
 def _describe_component(part: Component, problems: list[str]) -> Description:
     """What a component is; adds to `problems` where it lacks tensors."""
+    check_limits()
     from fluxcli.engine.loader import count_matching
 
     matched, expected = count_matching(part)

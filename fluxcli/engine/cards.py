@@ -26,12 +26,6 @@ def describe_card(text: str, ram: Ram | None = None) -> Hardware:
 
     Raises `UsageError` for a text that describes none, see `plan.card`.
     """
+    from fluxcli.engine.ram import read_ram
+
     return card(text, read_cards(), ram or read_ram())
-
-
-def read_ram() -> Ram:
-    """The RAM of this computer."""
-    import psutil
-
-    memory = psutil.virtual_memory()
-    return Ram(memory.total, memory.available)

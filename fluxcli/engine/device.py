@@ -13,8 +13,13 @@ import psutil
 import torch
 
 from fluxcli.engine.cards import read_cards
+from fluxcli.engine.ram import read_ram
 from fluxcli.errors import DeviceUnusable, NoSuchDevice
 from fluxcli.plan.machine import BF16_SINCE, CONTEXT_BYTES, Hardware
+
+# What Python and the libraries take of a limit before any weight is loaded. Where the machine alone
+# is the limit, the planner's share for others has room for it.
+LIBRARIES_BYTES = 512 << 20
 
 
 def probe(device: str = "auto") -> Hardware:
@@ -95,14 +100,15 @@ def _hardware(
     gpu_unusable: bool = False,
 ) -> Hardware:
     """A device of this machine, with the RAM beside it and the speeds that the table has for it."""
-    ram = psutil.virtual_memory()
+    ram = read_ram()
     return Hardware(
         device=device,
         name=name,
         total_bytes=total_bytes,
         free_bytes=free_bytes,
-        ram_bytes=ram.total,
-        ram_free_bytes=ram.available,
+        ram_bytes=ram.total_bytes,
+        ram_free_bytes=ram.free_bytes,
+        ram_limit=ram.limited_by,
         bf16=bf16,
         reason=reason,
         speeds=read_cards().find_speeds(device, name, capability),
@@ -123,14 +129,17 @@ def _count_accelerators() -> dict[str, int]:
 
 def _describe_cpu(why: "NoGpu") -> Hardware:
     """The CPU; its memory is the RAM."""
-    ram = psutil.virtual_memory()
+    ram = read_ram()
+    total_bytes = ram.total_bytes
+    if ram.limited_by:
+        total_bytes = max(0, total_bytes - LIBRARIES_BYTES)
     # Without matrix units bfloat16 runs at a quarter of float32's speed.
     has_matrix_units = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
     return _hardware(
         "cpu",
         platform.processor() or platform.machine(),
-        total_bytes=ram.total,
-        free_bytes=ram.available,
+        total_bytes=total_bytes,
+        free_bytes=min(total_bytes, ram.free_bytes),
         bf16=has_matrix_units,
         reason=why.reason,
         identity="cpu",
@@ -219,8 +228,7 @@ def free_memory(device: str) -> int:
     """Bytes that are free on the device now (of RAM, where it is the same)."""
     ask = _find_function(device, "mem_get_info")
     if ask is None:
-        available: int = psutil.virtual_memory().available
-        return available
+        return read_ram().free_bytes
     free_bytes: int = ask(device)[0]
     return free_bytes
 

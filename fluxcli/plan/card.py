@@ -32,10 +32,11 @@ KIND_NAMES = {"rocm": "AMD", "xpu": "Intel", "mps": "Apple"}
 
 @dataclass(frozen=True)
 class Ram:
-    """This computer's memory, or the one that is planned for."""
+    """The memory that a process may take of this computer's, or the one that is planned for."""
 
     total_bytes: int
     free_bytes: int
+    limited_by: str = ""  # what leaves less than the machine has
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def card(text: str, table: CardTable, ram: Ram) -> Hardware:
         free_bytes=total_bytes,
         ram_bytes=ram.total_bytes,
         ram_free_bytes=ram.free_bytes,
+        ram_limit=ram.limited_by,
         bf16=found.kind != "cuda" or found.capability >= BF16_SINCE,
         reason="--card",
         speeds=table.find_speeds(device, found.name, found.capability),

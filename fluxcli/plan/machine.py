@@ -56,6 +56,7 @@ class Hardware:
     identity: str = ""  # of the physical device, whatever number it has today
     capability: tuple[int, int] = (0, 0)  # of NVIDIA's cards: (8, 9) is sm89
     gpu_unusable: bool = False  # a GPU's driver is there, and this torch cannot use it
+    ram_limit: str = ""  # what leaves this process less RAM than the machine has
 
     @property
     def kind(self) -> str:

@@ -403,6 +403,8 @@ def _explain(candidate: Candidate, placement: Placement) -> tuple[str, ...]:
         f"{hardware.device}: {hardware.reason}",
         f"seconds by {hardware.speeds.source} speeds",
     ]
+    if hardware.ram_limit:
+        reasons.append(f"RAM is {hardware.ram_bytes / GIB:.1f} GiB by {hardware.ram_limit}")
     if placement.encode == "sequential":
         size = f"{cost.t5_bytes / GIB:.1f} GiB"
         reasons.append(f"T5 passes block by block: {size} are too much for it at once")
