@@ -229,7 +229,8 @@ def test_off_a_terminal_a_line_now_and_then_says_how_far_it_is(capsys, monkeypat
 
 
 @pytest.mark.parametrize(
-    "seconds, text", [(0.4, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7501, "2 h 5 min")]
+    "seconds, text",
+    [(0.4, "0 s"), (59.6, "1 min"), (200, "3 min 20 s"), (7501, "2 h 5 min"), (7200, "2 h")],
 )
 def test_times_are_said_as_people_say_them(seconds, text):
     assert console.describe_seconds(seconds) == text

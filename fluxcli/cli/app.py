@@ -178,6 +178,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _call(arguments: Sequence[str]) -> int:
     """Run one command; whatever ends it is raised."""
+    shells.check_request()
     code = app(args=list(arguments), standalone_mode=False, prog_name=shells.name_program())
     return int(code or ExitCode.OK)
 

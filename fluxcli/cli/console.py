@@ -162,9 +162,9 @@ def describe_seconds(seconds: float) -> str:
     minutes, rest_s = divmod(whole, 60)
     hours, rest_min = divmod(minutes, 60)
     if hours:
-        return f"{hours} h {rest_min} min"
+        return f"{hours} h {rest_min} min" if rest_min else f"{hours} h"
     if minutes:
-        return f"{minutes} min {rest_s} s"
+        return f"{minutes} min {rest_s} s" if rest_s else f"{minutes} min"
     return f"{whole} s"
 
 
@@ -192,7 +192,7 @@ class Reporter:
         self._phase = "load"
         self._phase_started = started
         self._noticed: set[Notice] = set()
-        self._said = started  # when the last line of progress was
+        self._said = time.perf_counter()  # when the last line of progress was
         self._bar: Any = None  # a rich Progress with one task
         self._task: Any = None
 

@@ -72,7 +72,12 @@ def generate(
     """
     if named_prompt is not None:
         if prompt is not None:
-            raise UsageError("two prompts", which="--prompt", why="and one without an option")
+            raise UsageError(
+                "two prompts",
+                which="--prompt",
+                why="and one without an option",
+                hint=f'flux generate "{named_prompt[:40]}"',
+            )
         prompt = named_prompt
     if source is not None:
         if dry_run:

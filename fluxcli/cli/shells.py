@@ -66,6 +66,15 @@ def name_program() -> str:
     return "flux"
 
 
+def check_request() -> None:
+    """Raise `UsageError` where a shell asks for completions whose script is none of ours."""
+    asked = os.environ.get(f"_{name_program().upper()}_COMPLETE", "")
+    what, _, shell = asked.partition("_")
+    if asked and (what not in ("complete", "source") or shell not in (*SHELLS, *POWERSHELL)):
+        hint = "flux --show-completion prints the script of a shell"
+        raise UsageError("no completion", which=asked[:40], why="no such shell", hint=hint)
+
+
 def install(shell: str | None = None) -> tuple[str, Path]:
     """Install completion for a shell, by default the one that called; returns it and the script.
 

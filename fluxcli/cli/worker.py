@@ -29,9 +29,10 @@ def check_system() -> None:
 def start(idle: Idle = "10m") -> None:
     """Start the worker, unless there is one; generate then uses it without being told."""
     status = client.start(parse_duration(idle))
-    what = "is up" if status["started"] else "was up already (flux worker stop ends it)"
-    limit = f"it ends after {status['idle_limit_s']:g} s without a job"
-    console.say(f"worker {status['pid']} {what}; {limit}")
+    what = "is up" if status["started"] else "was up already"
+    limit = console.describe_seconds(status["idle_limit_s"])
+    end = f"it ends after {limit} without a job, or by: flux worker stop"
+    console.say(f"worker {status['pid']} {what}; {end}")
 
 
 @worker_app.command("status")
@@ -102,5 +103,5 @@ def parse_duration(text: str) -> float:
     seconds = float(match[1]) * UNITS_S[match[2]] if match else 0.0
     if not 0 < seconds <= LONGEST_S:
         why = "it takes 30s, 10m or 2h, up to 30 days"
-        raise UsageError("no such time", which=f"--idle {text[:20]}", why=why)
+        raise UsageError("no such time", which=f"--idle {text[:20]}", why=why, hint="--idle 10m")
     return seconds

@@ -32,7 +32,8 @@ def check_prompt(text: str) -> None:
         raise UsageError("the prompt is not valid text", why=f"character {error.start}") from error
     if size_bytes > MAX_PROMPT_BYTES:
         why = f"{size_bytes} bytes, at most {MAX_PROMPT_BYTES} are taken"
-        raise UsageError("the prompt is too long", why=why)
+        hint = "shorten it: FLUX.1 reads 512 tokens, about 2000 letters"
+        raise UsageError("the prompt is too long", why=why, hint=hint)
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,8 @@ def load_chain(name: str, config_folder: Path) -> list[Preset]:
         preset = load(following, config_folder, bundled=own_name)
         if preset.path in [each.path for each in presets]:
             why = f"{following} comes round again"
-            raise UsageError("presets extend each other", which=name, why=why)
+            hint = f"leave extends out of {preset.path}"
+            raise UsageError("presets extend each other", which=name, why=why, hint=hint)
         presets.append(preset)
     return presets[::-1]
 
@@ -276,6 +277,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except tomllib.TOMLDecodeError as error:
-        raise UsageError("malformed TOML", which=path, why=str(error)) from error
+        hint = 'lines such as: steps = 20, or output = "pictures/"'
+        raise UsageError("malformed TOML", which=path, why=str(error), hint=hint) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError("unreadable settings", which=path, why=str(error)) from error
+        why = str(error)[:80]
+        hint = "mend the file, or delete it"
+        raise UsageError("unreadable settings", which=path, why=why, hint=hint) from error

@@ -406,7 +406,8 @@ def _announce(order: Order, plan: MemoryPlan) -> Notice:
     """Return what is said of a single order before it is drawn."""
     request = order.request
     width, height = request.size
-    parts = [f"{width}x{height}", f"{request.steps} steps"]
+    steps = "1 step" if request.steps == 1 else f"{request.steps} steps"
+    parts = [f"{width}x{height}", steps]
     if request.seed >= 0:
         parts.append(f"seed {request.seed}")
     parts.append(f"{request.model} on {plan.device} in {plan.precision}")
