@@ -23,6 +23,7 @@ OUT_OF_MEMORY = re.compile(
     r"|alloc(ation)? failed|ALLOC_FAILED|insufficient (memory|resources)"
     r"|Invalid buffer size|hipErrorMemoryAllocation|OUT_OF_(DEVICE|HOST|RESOURCES)"
     r"|(BLAS|DNN)_STATUS_NOT_INITIALIZED|unable to find an engine"
+    r"|could not create a (primitive|memory)$"
     r"|failed to map segment|cannot allocate memory in static TLS",
     re.IGNORECASE,
 )

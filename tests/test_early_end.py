@@ -80,8 +80,8 @@ def test_where_pictures_wait_for_their_decoder_their_latents_are_files(apart, ca
         said = interrupted(capsys, *FOUR)
     kept = ["a-red-circle-1", "a-red-circle-2"]
     assert stems("out", ".png") == [] and stems("out", ".latents.safetensors") == kept
-    words = said[-1].removeprefix("flux: 0 of 4 pictures are written; latents are kept; the others")
-    command, _, rest = words.removeprefix(": ").partition(", and ")
+    words = said[-1].removeprefix("flux: 0 of 4 pictures are written, the latents of 2 are kept")
+    command, _, rest = words.removeprefix("; the others: ").partition(", and ")
     assert rest == "the same command with --seed 3 -n 2"
     finished = call(capsys, *shlex.split(command)[1:], "--json", "-q")
     images = [json.loads(line)["images"][0] for line in finished.stdout.splitlines()]

@@ -74,6 +74,7 @@ def test_wherever_an_allocation_fails_the_picture_is_the_same(checkpoint, expect
             "you tried"
         ),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("could not create a primitive"),
         MemoryError(),
     ],
     ids=lambda error: str(error)[:20],

@@ -75,16 +75,15 @@ class Written:
 
         That is nothing for one picture of which nothing is left.
         """
-        if len(self._seeds) == 1:
-            text = "the picture is not written" if self._kept else ""
-        else:
-            text = count_written(len(self._saved), len(self._seeds))
+        if len(self._seeds) == 1 and not self._kept:
+            return ""
+        text = count_written(len(self._saved), len(self._seeds))
         ways = []
         if self._kept:
-            text += "; its latents are kept" if len(self._kept) == 1 else "; latents are kept"
+            text += f", the latents of {len(self._kept)} are kept"
             ways.append(shlex.join(["flux", "decode", *self._kept.values()]))
         missing = [seed for seed in self._seeds if seed not in {*self._saved, *self._kept}]
-        if missing and len(self._seeds) > 1:
+        if missing:
             ways.append(f"the same command with --seed {missing[0]} -n {len(missing)}")
         if ways:
             text += f"; the others: {', and '.join(ways)}"

@@ -218,7 +218,8 @@ class Engine:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                failed = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+                said = str(error).strip() or type(error).__name__
+                failed = said.splitlines()[0][:100].strip()
             # Only here has the error gone, and with its frames the tensors that they hold.
             missing_bytes = self.plan.peak_bytes[phase.name] - self._available_bytes()
             self.out_of_memory.append(OutOfMemory(phase.name, missing_bytes))
