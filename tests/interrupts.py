@@ -152,6 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--moments", type=int, default=20)
     count = parser.parse_args().moments
+    os.environ["OMP_NUM_THREADS"] = "1"  # a process of several threads cannot be forked
     server = Server()
     for name in COMMANDS:
         print_table(name, [interrupt(server, name, (k + 0.5) / count) for k in range(count)])

@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fluxcli.cli import console
 from fluxcli.engine import denoise
 from fluxcli.engine.engine import Engine
 from fluxcli.errors import ExitCode, OutputError, Terminated
+from fluxcli.events import Event, Phase
 from fluxcli.pictures import names
 from fluxcli.run import saving
 from tests.support.batches import SMALL, draw, of, pixels, single, write
@@ -92,6 +94,25 @@ def test_where_pictures_wait_for_their_decoder_their_latents_are_files(apart, ca
 def test_latents_leave_when_their_picture_is_written(apart, capsys):
     assert call(capsys, *FOUR, "-q").returncode == 0
     assert len(files(Path("out"))) == 4 and stems("out", ".latents.safetensors") == []
+
+
+def test_a_denoised_picture_is_kept_when_the_signal_arrives_between_two_events(capsys, monkeypatch):
+    """The run is closed then, instead of being thrown at."""
+    real = console.Reporter.show
+
+    def show(reporter: console.Reporter, event: Event) -> None:
+        real(reporter, event)
+        if event == Phase("save"):
+            raise Terminated(2)
+
+    monkeypatch.setattr(console.Reporter, "show", show)
+    said = interrupted(capsys, *FOUR)
+    kept = "out/a-red-circle-1.latents.safetensors"
+    assert (
+        f"0 of 4 pictures are written, the latents of 1 are kept; the others: flux decode {kept}"
+        in said[-1]
+    )
+    assert Path(kept).exists()
 
 
 @pytest.mark.parametrize("seeded", [True, False])

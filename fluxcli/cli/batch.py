@@ -215,6 +215,8 @@ class Tally:
             total = self._asked + sum(_count_pictures(chunk) for chunk in rest)
             if next(self._rest, None) is None:
                 text = count_written(written, total)
+                if written == total:
+                    return text
         return f"{text}; the others: the same command{self._resumed_by}"
 
 

@@ -4,6 +4,7 @@ Knows nothing of where the order comes from. Loads the engine only where the pic
 """
 
 from collections.abc import Mapping
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from fluxcli.cli import console
@@ -70,13 +71,18 @@ def draw_by(
     job = Job((row,), expected_model=expected_model, **job_options(options))
     seed = order.request.seed
     written = Written(range(seed, seed + order.output.count))
-    with (
-        explain_early_end(written, quiet=options["quiet"]),
-        reporter_of(options) as reporter,
-    ):
-        for event in dispatcher.run(job, kept=kept):
-            written.add(event)
-            reporter.show(event)
+    with explain_early_end(written, quiet=options["quiet"]):
+        try:
+            with (
+                reporter_of(options) as reporter,
+                closing(dispatcher.run(job, kept=kept)) as events,
+            ):
+                for event in events:
+                    written.add(event)
+                    reporter.show(event)
+        finally:
+            for event in dispatcher.take_untold():
+                written.add(event)
 
 
 def _say_what_is_inert(

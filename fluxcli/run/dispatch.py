@@ -4,7 +4,7 @@ Imports neither torch nor the engine unless the job runs here.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
@@ -51,7 +51,15 @@ class Dispatcher:
         if self._session:
             self._session.release()
 
-    def run(self, job: Job, *, kept: "Latents | None" = None) -> Iterator[Event]:
+    def take_untold(self) -> list[Event]:
+        """Return what happened in this process after the events of a job were closed."""
+        if not self._session:
+            return []
+        untold = self._session.untold
+        self._session.untold = []
+        return untold
+
+    def run(self, job: Job, *, kept: "Latents | None" = None) -> Generator[Event, None, None]:
         """Yield the job's events; raises what ended it.
 
         `kept` is what there is of its only picture. A job that the worker leaves half done is

@@ -174,6 +174,7 @@ class Session:
         self._engine_key: tuple[object, ...] = ()
         self._held = contextlib.ExitStack()
         self._locked: set[str] = set()  # identities of devices
+        self.untold: list[Event] = []  # latents that were kept when nobody listened any more
 
     def __enter__(self) -> Self:
         return self
@@ -394,7 +395,8 @@ class Session:
                 each.picture.total = len(pending)
         size = _choose_group_size(rows)
         for at in range(0, len(pending), size):
-            yield from _draw_group(engine, pending[at : at + size], isolate=job.batch)
+            group = pending[at : at + size]
+            yield from _draw_group(engine, group, isolate=job.batch, untold=self.untold)
 
 
 def _without_content(order: Order) -> Order:
@@ -497,11 +499,14 @@ def draw_pictures(
             grow_margin(engine.hardware, happened.missing_bytes)
 
 
-def _draw_group(engine: Engine, group: Sequence[Pending], *, isolate: bool) -> Iterator[Event]:
+def _draw_group(
+    engine: Engine, group: Sequence[Pending], *, isolate: bool, untold: list[Event]
+) -> Iterator[Event]:
     """Draw the pictures of a group, each a file as soon as it can be; yields the ends of rows, too.
 
     Where a picture has to wait for its decoder, or cannot be written, its latents are kept in a
-    file. With `isolate` an error ends only the pictures that have it.
+    file; `untold` gets the events of that after nobody listens any more. With `isolate` an error
+    ends only the pictures that have it.
     """
     left = {each.picture: each for each in group}  # that are not saved
     try:
@@ -515,7 +520,8 @@ def _draw_group(engine: Engine, group: Sequence[Pending], *, isolate: bool) -> I
                     del left[event.picture]
             else:
                 yield event
-    except GeneratorExit:
+    except GeneratorExit as end:
+        untold += _keep_what_is_left(end, engine, list(left.values()))
         raise
     except BaseException as error:
         yield from _keep_what_is_left(error, engine, list(left.values()))
