@@ -78,11 +78,11 @@ def read_alpha_source(path: Path, header: Header, *, ranks: Collection[int]) -> 
     beside = path.with_name(CONFIG)
     config = _read_config(beside)
     if config and not _describes(config, ranks):
-        why = f"its ranks are not those of {path.name}"
-        return AlphaSource(path, {}, notices=(f"{path.name}: {beside} is not used: {why}",))
+        notice = f"the {CONFIG} beside it is not used: it says other ranks"
+        return AlphaSource(path, {}, notices=(notice,))
     if config is None and ranks and any(name.startswith(PEFT_PREFIX) for name in header.tensors):
-        said = f"nothing says its alpha, which peft writes into {CONFIG} beside it: scaled by 1"
-        return AlphaSource(path, {}, notices=(f"{path.name}: {said}",))
+        notice = f"nothing says its alpha, which peft writes into {CONFIG} beside it: scaled by 1"
+        return AlphaSource(path, {}, notices=(notice,))
     return AlphaSource(path, config or {})
 
 

@@ -51,7 +51,9 @@ def inspect_command(
         show.show_picture(image.read_metadata(path), as_json=json_output)
         return ExitCode.OK
     show.show_weights(described, as_json=json_output)
-    return ExitCode.INPUT_FILE if described["problems"] else ExitCode.OK
+    # An adapter of which a part is used is still one.
+    is_usable = described.get("usable", not described["problems"])
+    return ExitCode.OK if is_usable else ExitCode.INPUT_FILE
 
 
 def _describe_folder(path: Path) -> Description:

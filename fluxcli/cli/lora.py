@@ -34,7 +34,7 @@ def list_command(
 
 def _summarize(about: Mapping[str, Any]) -> str:
     """The format and rank of an adapter, or why it cannot be used."""
-    if about["problems"]:
+    if not about["usable"]:
         return about["problems"][0]
     return f"{about['format']}, rank {about['rank']}"
 
@@ -59,4 +59,4 @@ def info(
     """
     described = loras.describe(loras.locate(LoraRef.parse(name).name))
     show.show_weights(described, as_json=json_output)
-    return ExitCode.INPUT_FILE if described["problems"] else ExitCode.OK
+    return ExitCode.OK if described["usable"] else ExitCode.INPUT_FILE

@@ -17,15 +17,16 @@ from fluxcli.cli.help import PICTURE
 from fluxcli.cli.options import with_request_options
 from fluxcli.cli.settings import STARTED, given_settings, read_prompt
 from fluxcli.engine.check import check_torch
-from fluxcli.errors import BadInputFile, ExitCode, UsageError
+from fluxcli.errors import BadInputFile, ExitCode, FluxError, UsageError, WeightsUnavailable
 from fluxcli.events import Notice
 from fluxcli.models import loras
-from fluxcli.paths import config_folder
+from fluxcli.paths import config_folder, lora_folder
 from fluxcli.request import presets
 from fluxcli.request.fields import Order
 from fluxcli.request.settings import LORA_NONE, LoraRef, flag
 from fluxcli.resolve import build_order
 from fluxcli.run.dispatch import Dispatcher
+from quant.lora import compute_identity
 
 Metadata = Mapping[str, Any]
 Values = Mapping[str, Any]  # settings by their field names
@@ -75,6 +76,7 @@ def replay(
     given = given_settings(options)
     text = None if prompt is None else read_prompt(prompt)
     order = restore_order(picture, metadata["request"], given=given, prompt=text)
+    order = _find_adapters(order, picture, metadata=metadata, says_changed=not check)
     if check:
         _refuse_inert(given, options, dry_run=dry_run)
         return _check(picture, order, metadata=metadata, options=options)
@@ -197,6 +199,50 @@ def _find_said_loras(stored: Sequence[LoraRef], own: Sequence[LoraRef]) -> tuple
     return (LoraRef(LORA_NONE), *said)
 
 
+def _find_adapters(order: Order, picture: Path, *, metadata: Metadata, says_changed: bool) -> Order:
+    """Return the order with the adapters of the picture where they are now.
+
+    One that is not where it was, or has other bytes there, is looked for by its identity: beside
+    the picture, here, and in the user's folder. Raises `WeightsUnavailable` for one that is
+    nowhere; with `says_changed`, says where another file took its place.
+    """
+    made = _get_group(metadata, "lora")
+    refs = []
+    for ref in order.request.lora:
+        identity = str(made.get(ref.name, "")).partition(" ")[0]
+        found = _find_adapter(ref, identity, picture) if identity else ref
+        if found.name != ref.name:
+            console.say(f"{Path(ref.name).name} is now {found.name}")
+        elif says_changed and identity and not _is_same(ref.name, identity):
+            console.say(f"{ref.name} is another file than the picture was made with")
+        refs.append(found)
+    return replace(order, request=replace(order.request, lora=tuple(refs)))
+
+
+def _find_adapter(ref: LoraRef, identity: str, picture: Path) -> LoraRef:
+    """Return an adapter of a picture, by the path that the same bytes have now."""
+    if _is_same(ref.name, identity):
+        return ref
+    # Not `Path.cwd`: it may have been deleted.
+    moved = loras.find_moved(ref.name, identity, [picture.parent, Path(), lora_folder()])
+    if moved:
+        return LoraRef(str(moved), ref.scale)
+    # Of the hub's files the error that follows says how to get them.
+    if loras.find_path(ref.name) or not Path(ref.name).is_absolute():
+        return ref
+    why = "it is neither there, nor beside the picture, here or among the user's adapters"
+    hint = "--lora none --lora PATH"
+    raise WeightsUnavailable("an adapter of the picture has moved", ref.name, why=why, hint=hint)
+
+
+def _is_same(name: str, identity: str) -> bool:
+    """Whether an adapter's file is there with these bytes."""
+    try:
+        return compute_identity(loras.locate(name)) == identity
+    except (FluxError, OSError):
+        return False
+
+
 # --- --check
 
 
@@ -258,7 +304,9 @@ def _list_differences(made: Metadata, here: Metadata) -> Iterator[str]:
     for group in GROUPS:
         then = _get_group(made, group)
         for key, value in here[group].items():
-            if key != "name" and then.get(key) != value:
+            # An adapter is the same wherever it is.
+            is_moved = group == "lora" and value in then.values()
+            if key != "name" and then.get(key) != value and not is_moved:
                 before = f"{then.get(key)!s:.60}"
                 yield f"made with another {group} {key}: {before} there, {value} here"
 

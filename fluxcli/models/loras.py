@@ -20,9 +20,12 @@ from fluxcli.request.settings import LoraRef, merge_loras
 from quant.checkpoint import Component
 from quant.errors import CheckpointError
 from quant.header import read_header
-from quant.lora import Adapter, read_adapter
+from quant.lora import Adapter, compute_identity, read_adapter
 from quant.lora_names import is_lora
 
+# How far an adapter that moved is looked for.
+MOVED_ENTRIES = 20_000
+MOVED_DEPTH = 3
 # What files call the model that they were trained on.
 BASE_MODEL_KEYS = ("modelspec.architecture", "ss_base_model_version", "base_model")
 
@@ -41,12 +44,13 @@ def resolve_loras(
 def locate(name: str, environment: Mapping[str, str] = os.environ) -> Path:
     """Return the file of a PATH, a NAME in the user's folder, or ORG/NAME[:FILE] of the hub.
 
-    Raises `WeightsUnavailable` naming the command that gets it, and `UsageError` for a repository
-    with several files if none is named.
+    Raises `WeightsUnavailable` naming the command that gets it, and `UsageError` for a folder or a
+    repository with several files if none is named.
     """
     path = find_path(name, environment)
     if path:
         return path
+    _refuse_folder(name, environment)
     repository, _, file = name.partition(":")
     if not file and name.endswith((".safetensors", ".gguf")):
         raise WeightsUnavailable("no such LoRA file", which=name[:100], hint="flux lora list")
@@ -73,7 +77,10 @@ def _locate_only_file(repository: str, environment: Mapping[str, str]) -> Path:
 
 
 def find_path(name: str, environment: Mapping[str, str] = os.environ) -> Path | None:
-    """Return the absolute path of a file named by its path or in the user's folder, or None."""
+    """Return the absolute path of a file named by its path or in the user's folder, or None.
+
+    A folder stands for the only adapter in it.
+    """
     if name.startswith(find.SHARES):
         return None
     own = lora_folder(environment)
@@ -82,7 +89,79 @@ def find_path(name: str, environment: Mapping[str, str] = os.environ) -> Path | 
         for path in (Path(name).expanduser(), own / name, own / f"{name}.safetensors"):
             if path.is_file():
                 return path.absolute()
+            if path.is_dir():
+                inside = _list_adapters(path)
+                if len(inside) == 1:
+                    return inside[0].absolute()
     return None
+
+
+def _list_adapters(folder: Path) -> list[Path]:
+    """Return the adapters in a folder; of an only file it is not asked whether it is one."""
+    files = [path for path in sorted(folder.glob("*.safetensors")) if path.is_file()]
+    if len(files) == 1:
+        return files
+    adapters = []
+    for path in files:
+        with contextlib.suppress(CheckpointError):
+            if is_lora(read_header(path)):
+                adapters.append(path)
+    return adapters
+
+
+def _refuse_folder(name: str, environment: Mapping[str, str]) -> None:
+    """Raise `UsageError` where a name is that of a folder which has not exactly one adapter."""
+    if name.startswith(find.SHARES):
+        return
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        for folder in (Path(name).expanduser(), lora_folder(environment) / name):
+            if not folder.is_dir():
+                continue
+            inside = _list_adapters(folder)
+            if inside:
+                why = f"it has {len(inside)}: {', '.join(path.name for path in inside[:5])}"
+                hint = f"--lora {inside[0]}"
+                raise UsageError("which adapter of a folder?", which=name[:100], why=why, hint=hint)
+            # It may still be the name of a repository.
+            if not find.HUB_ID.fullmatch(name):
+                why = "it holds no .safetensors file of an adapter"
+                hint = "flux lora list"
+                raise WeightsUnavailable(
+                    "no LoRA in a folder", which=name[:100], why=why, hint=hint
+                )
+
+
+def find_moved(name: str, identity: str, folders: Iterable[Path]) -> Path | None:
+    """Return the file of this identity (`Adapter.identity`) in one of these folders or below.
+
+    Files of the name that it had come first. At most `MOVED_ENTRIES` files and folders are looked
+    at, and `MOVED_DEPTH` folders deep.
+    """
+    old_name = Path(name).name
+    found = [path for folder in folders for path in _walk(folder)]
+    found.sort(key=lambda path: path.name != old_name)
+    for path in dict.fromkeys(found):
+        with contextlib.suppress(OSError):
+            if compute_identity(path) == identity:
+                return path.absolute()
+    return None
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield the .safetensors files in a folder and in those below it; links are not followed."""
+    seen = 0
+    depth = len(folder.parts)
+    for here, folders, files in os.walk(folder):
+        seen += len(folders) + len(files)
+        if seen > MOVED_ENTRIES:
+            return
+        if len(Path(here).parts) - depth >= MOVED_DEPTH:
+            folders.clear()
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            path = Path(here, name)
+            if name.endswith(".safetensors") and path.is_file():
+                yield path
 
 
 def make_absolute(refs: Iterable[LoraRef]) -> tuple[LoraRef, ...]:
@@ -100,12 +179,19 @@ def make_absolute(refs: Iterable[LoraRef]) -> tuple[LoraRef, ...]:
 def describe_unmatched(adapters: Sequence[Adapter]) -> Iterator[str]:
     """Yield lines for the user: layers of an adapter without effect, what was taken for granted."""
     for adapter in adapters:
-        yield from adapter.notices
-        lost = len(adapter.unmatched)
-        if lost:
-            first = adapter.unmatched[0][:60]
-            share = f"{lost} of {lost + len(adapter.parts)} layers"
-            yield f"{adapter.path.name}: {share} have no place in this model, the first is {first}"
+        for line in _list_doubts(adapter):
+            yield f"{adapter.path.name}: {line}"
+
+
+def _list_doubts(adapter: Adapter) -> list[str]:
+    """Return what of an adapter is not used, and what was taken for granted."""
+    doubts = list(adapter.notices)
+    lost = len(adapter.unmatched)
+    if lost:
+        first = adapter.unmatched[0][:60]
+        share = f"{lost} of {lost + len(adapter.parts)} layers"
+        doubts.append(f"{share} have no place in this model, the first is {first}")
+    return doubts
 
 
 def name_identities(refs: Sequence[LoraRef], adapters: Sequence[Adapter]) -> dict[str, str]:
@@ -133,8 +219,8 @@ def list_loras(environment: Mapping[str, str] = os.environ) -> dict[str, Path]:
 def describe(path: Path) -> dict[str, Any]:
     """Return what an adapter is, as JSON has it, whatever its width.
 
-    These are its format, ranks, alphas and layers by component; or why it cannot be used, under
-    `problems`.
+    These are its format, ranks, alphas and layers by component; what of it is not used and what was
+    taken for granted, or why it cannot be used at all, under `problems`.
     """
     described: dict[str, Any] = {
         "path": str(path),
@@ -146,20 +232,21 @@ def describe(path: Path) -> dict[str, Any]:
     try:
         adapter = read_adapter(path, published.components, fits=False)
     except CheckpointError as error:
-        return described | {"needs": [], "problems": [str(error)]}
-    low_rank = [part for part in adapter.parts if part.rank]
+        return described | {"usable": False, "needs": [], "problems": [str(error)]}
+    products = [part for part in adapter.parts if part.rank]
     layers = [(part.component, layer) for part in adapter.parts for layer in part.layers]
     bases = [adapter.about[key] for key in BASE_MODEL_KEYS if key in adapter.about]
     return described | {
+        "usable": True,
         "format": adapter.format,
-        "rank": sorted({part.rank for part in low_rank}),
-        "alpha": sorted({round(part.factor * part.rank, 4) for part in low_rank}),
+        "rank": sorted({part.rank for part in products}),
+        "alpha": sorted({round(part.factor * part.rank, 4) for part in products}),
         "targets": dict(Counter(component for component, _ in layers)),
         "layers": sorted({_number_blocks_n(layer) for _, layer in layers}),
         "unmatched": list(adapter.unmatched),
         "base_model": bases[0] if bases else None,
         "needs": ["a model of the same width: --lora"],
-        "problems": [],
+        "problems": _list_doubts(adapter),
     }
 
 
