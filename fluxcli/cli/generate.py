@@ -24,7 +24,7 @@ def generate(
         Optional[str],
         typer.Option(
             "--prompt",
-            help="The prompt, where other tools have it.",
+            help="The same as PROMPT, as an option.",
             metavar="TEXT",
             rich_help_panel=PICTURE,
         ),

@@ -27,6 +27,8 @@ def write_examples(*lines: str) -> str:
 def name_argument(argument: Any) -> str:
     """Return an argument as usage lines have it, in brackets if it may be left out."""
     name = argument.name.upper()
+    if argument.nargs != 1:
+        name += "..."
     return name if argument.required else f"[{name}]"
 
 
@@ -65,7 +67,8 @@ class Group(TyperGroup):
             if not command.hidden:
                 panel = command.rich_help_panel or "Commands"
                 groups.setdefault(panel, []).append((name, summarize(command)))
-        _write_sections(groups | _group_parameters(self, ctx), formatter)
+        _write_sections(groups, formatter)
+        _write_sections(_group_parameters(self, ctx), formatter)
 
 
 def summarize(command: Any) -> str:

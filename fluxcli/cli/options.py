@@ -65,10 +65,10 @@ def describe_default(setting: str) -> str:
     value = DEFAULTS.get(setting)
     if setting in _DEFAULT_WORDS:
         return _DEFAULT_WORDS[setting]
-    if value in (None, (), True):
+    if value is None or value is True or value == ():
         return ""
     if setting in PRESET_SETTINGS:
-        return f"the preset's; of dev {value}"
+        return f"the preset's; {value} in dev"
     return str(value)
 
 
@@ -141,20 +141,23 @@ IDLE_IN_DECODE = (
     "height", "steps", "guidance", "seed", "count", "text_tokens", "precision", "no_cache",
 )  # fmt: skip
 _IDLE = {"plan_command": IDLE_IN_PLAN, "decode": IDLE_IN_DECODE}
+# Commands where what is not given is as it was in the picture: no default is shown.
+_AS_BEFORE = ("replay", "decode")
 
 
 def with_request_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command whose last parameter is `**options` every shared option as a real parameter.
 
     typer reads signatures, so the options are written into the command's own. Those that mean
-    nothing to it are hidden from its help.
+    nothing to it are hidden from its help, and so are defaults that do not hold there.
     """
     own = [
         parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
         for parameter in inspect.signature(command).parameters.values()
         if parameter.kind is not inspect.Parameter.VAR_KEYWORD
     ]
-    annotations = _hide(_IDLE.get(command.__name__, ()))
+    idle = _IDLE.get(command.__name__, ())
+    annotations = _adapt(idle, shows_defaults=command.__name__ not in _AS_BEFORE)
     shared = []
     for name, annotation in annotations.items():
         is_switch = annotation.__origin__ is bool
@@ -172,13 +175,14 @@ def with_request_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def _hide(idle: Collection[str]) -> dict[str, Any]:
-    """The shared options, with those of these names hidden."""
-    annotations = dict(REQUEST_OPTIONS)
-    for name in idle:
-        kind = annotations[name].__origin__
-        (option,) = annotations[name].__metadata__
-        hidden = copy(option)
-        hidden.hidden = True
-        annotations[name] = Annotated[kind, hidden]
+def _adapt(idle: Collection[str], *, shows_defaults: bool) -> dict[str, Any]:
+    """The shared options as one command has them: with those of the names in `idle` hidden."""
+    annotations = {}
+    for name, annotation in REQUEST_OPTIONS.items():
+        (shared,) = annotation.__metadata__
+        option = copy(shared)
+        option.hidden = name in idle
+        if name in SETTINGS and not shows_defaults:
+            option.help = SETTINGS[name].help
+        annotations[name] = Annotated[annotation.__origin__, option]
     return annotations

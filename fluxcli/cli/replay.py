@@ -68,7 +68,7 @@ def replay(
 ) -> int:
     """Make a picture again from its own metadata.
 
-    Any option of generate overrides what it says, e.g. -p quality.
+    What is not given is as it was then; any option overrides it, e.g. -p quality.
     """
     from fluxcli.pictures import image
 
