@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fluxcli.engine import device as hardware
-from fluxcli.engine.engine import Drawn, Engine, EnginePhase
+from fluxcli.engine.engine import Denoised, Drawn, Engine, EnginePhase
 from fluxcli.engine.picture import Picture
 from fluxcli.engine.recent import Recent
 from fluxcli.errors import NotFinite
@@ -190,6 +190,37 @@ def test_an_engine_of_other_phases_hands_each_picture_over_as_it_has_its_pixels(
         ("paint", [2]),
         ("drawn", [2]),
     ]
+
+
+@pytest.mark.parametrize(
+    "keep, load_s, denoise_s, expected",
+    [
+        (("transformer", "vae"), 60.0, 6.0, True),  # the VAE stays beside the transformer
+        ((), 60.0, 601.0, True),  # loading again takes less than a tenth of a picture
+        ((), 60.0, 599.0, False),
+        (("vae",), 60.0, 6.0, False),
+    ],
+)
+def test_a_picture_is_decoded_before_the_next_one_where_that_is_cheap(
+    keep, load_s, denoise_s, expected, checkpoint
+):
+    engine = engine_of(checkpoint)
+    apart = replace(
+        engine.plan,
+        placement=Placement(keep=keep, decode="alone"),
+        seconds=engine.plan.seconds | {"load": load_s, "denoise": denoise_s},
+    )
+    engine.adopt(apart, engine.hardware)
+    said = []
+    for event in engine.draw([picture_of(engine, tiny(seed=seed)) for seed in (1, 2)]):
+        if isinstance(event, Denoised):
+            said.append((event.picture.request.seed, event.decoded_next))
+        if isinstance(event, Drawn):
+            said.append(event.picture.request.seed)
+    if expected:
+        assert said == [(1, True), 1, (2, True), 2]
+    else:
+        assert said == [(1, False), (2, False), 1, 2]
 
 
 def test_recent_values_stay_and_the_last_one_always_does():

@@ -16,6 +16,8 @@ from fluxcli.errors import NotFinite
 from fluxcli.events import Event, Notice, Phase
 from fluxcli.plan import costs
 
+NOT_FINITE_HINT = "generate with another --precision or --seed; flux models verify checks weights"
+
 
 def run(components: Components, pictures: Sequence[Picture]) -> Iterator[Event]:
     """Give each picture its `pixels`. Raises `NotFinite`."""
@@ -31,7 +33,7 @@ def _decode(components: Components, picture: Picture) -> Generator[Event, None, 
     seed = f"seed {picture.request.seed}"
     if not is_finite(tokens):
         why = "NaN or Inf in the latents"
-        raise NotFinite("the picture is not finite", which=seed, why=why)
+        raise NotFinite("the picture is not finite", which=seed, why=why, hint=NOT_FINITE_HINT)
     vae = yield from components.load("vae", picture.adapters)
     yield Phase("decode")
     _set_tiles(vae, tiled=components.plan.placement.decode == "tiled")
@@ -44,7 +46,7 @@ def _decode(components: Components, picture: Picture) -> Generator[Event, None, 
         vae.to(dtype)  # the next picture starts as this one did
     if not is_finite(decoded):
         why = "NaN or Inf in the pixels, decoded in float32"
-        raise NotFinite("the picture is not finite", which=seed, why=why)
+        raise NotFinite("the picture is not finite", which=seed, why=why, hint=NOT_FINITE_HINT)
     return to_pixels(decoded).numpy()
 
 

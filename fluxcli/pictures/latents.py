@@ -17,7 +17,7 @@ from fluxcli.pictures import names
 from fluxcli.pictures.names import Destination
 from fluxcli.request.fields import Order
 from fluxcli.request.target import Target
-from quant.errors import CheckpointError
+from quant.errors import CheckpointError, ExplainedError
 from quant.files import move_if_free, write_atomically
 from quant.header import read_header
 from quant.tensor_info import TensorInfo
@@ -29,6 +29,7 @@ SUFFIX = ".latents.safetensors"
 KEY = "flux_latents"  # of the JSON in the file's metadata
 TENSOR = "latents"
 DTYPES = ("F32", "F16", "BF16")  # as safetensors spells them
+HINT = f"flux decode NAME{SUFFIX} takes what a run that ended early has kept"
 PIXELS_PER_TOKEN = 256  # 16x16
 CHANNELS = 64
 
@@ -121,7 +122,11 @@ def load(path: Path) -> Latents:
     """Read what `save` wrote; raises `CheckpointError` or `BadInputFile` for anything else."""
     from safetensors import SafetensorError, safe_open
 
-    header = read_header(path)
+    try:
+        header = read_header(path)
+    except ExplainedError as error:
+        error.hint = error.hint or HINT
+        raise
     try:
         with safe_open(path, framework="pt") as file:
             described = json.loads((file.metadata() or {})[KEY])
@@ -139,7 +144,7 @@ def load(path: Path) -> Latents:
             )
     except (*FOREIGN, SafetensorError) as error:
         why = f"it holds no picture of flux: {str(error)[:80]}"
-        raise BadInputFile("no latents to finish", which=path, why=why) from error
+        raise BadInputFile("no latents to finish", which=path, why=why, hint=HINT) from error
 
 
 def _check(info: TensorInfo, order: Order, *, step: object, path: Path) -> None:
@@ -149,4 +154,4 @@ def _check(info: TensorInfo, order: Order, *, step: object, path: Path) -> None:
     is_shaped = info.shape == shape and info.dtype in DTYPES
     if not is_shaped or not isinstance(step, int) or not 0 <= step <= order.request.steps:
         why = "they are not of the request's size or steps"
-        raise CheckpointError("damaged latents", which=path, why=why)
+        raise CheckpointError("damaged latents", which=path, why=why, hint=HINT)
