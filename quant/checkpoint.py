@@ -13,16 +13,33 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeGuard
 
-from quant.config import read_config, read_json
+from quant.config import DOWNLOAD_AGAIN, read_config, read_json
 from quant.errors import CheckpointError
+from quant.files import open_regular
 from quant.header import file_identity, read_header
 from quant.spec import FAMILIES, SCHEMES
 from quant.weights import SCB, Piece, Weight, group_weights
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
+# What a tokenizer is made from: all the files of one of these rows.
+VOCABULARIES = {
+    "tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
+    "tokenizer_2": (("tokenizer.json",), ("spiece.model",)),
+}
+# What transformers looks for in the folder of a tokenizer of either kind.
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
 COMPONENTS = (*TEXT_ENCODERS, "transformer", "vae")
-DOWNLOAD_AGAIN = "download the model again"
 PLAIN_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 # Names of their own for weights that diffusers does not know to be quantized: under a plain name,
 # from_pretrained would load them without their scales, and pictures would be noise.
@@ -123,9 +140,15 @@ class Checkpoint:
                     text_encoders.update(part)
         tokenizer_files: list[Path] = []
         for name in TOKENIZERS:
-            tokenizer_files += (self.folder / name).glob("*")
+            tokenizer_files += list_tokenizer_files(self.folder / name)
         for path in sorted(tokenizer_files):
-            part = path.name.encode() + file_identity(path)
+            try:
+                part = path.name.encode() + file_identity(path)
+            except OSError as error:
+                why = error.strerror or "not readable"
+                raise CheckpointError(
+                    "cannot read the tokenizer", path, why=why, hint=DOWNLOAD_AGAIN
+                ) from error
             whole.update(part)
             text_encoders.update(part)
         return _Fingerprints(whole.hexdigest()[:16], text_encoders.hexdigest()[:16])
@@ -147,9 +170,7 @@ def inspect(folder: Path) -> Checkpoint:
         raise CheckpointError("not a FLUX.1 model", folder, why=why)
     components = {name: inspect_component(name, folder / name) for name in COMPONENTS}
     for name in TOKENIZERS:
-        if not (folder / name).is_dir():
-            what = f"no {name} in the model folder"
-            raise CheckpointError(what, folder, hint=DOWNLOAD_AGAIN)
+        check_tokenizer(folder / name)
     scheduler = read_config("scheduler", folder / "scheduler" / "scheduler_config.json")
     return Checkpoint(folder, components, scheduler)
 
@@ -164,12 +185,62 @@ def is_complete(folder: Path, components: Collection[str] = COMPONENTS) -> bool:
     files += ["model_index.json", "scheduler/scheduler_config.json"]
     if not all((folder / name).is_file() for name in files):
         return False
-    if not all((folder / name).is_dir() for name in TOKENIZERS):
+    if not all(_has_vocabulary(folder / name) for name in TOKENIZERS):
         return False
     try:
         return all(_weight_files(folder / name) for name in components)
     except CheckpointError:
         return False
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise `CheckpointError` unless a tokenizer's folder has every file that it is made from.
+
+    Without them the library makes one that knows no word, and says nothing. Each file that it looks
+    for must be readable and, where it is JSON, an object; others may be there and are not touched.
+    """
+    name = folder.name
+    if not folder.is_dir():
+        what = f"no {name} in the model folder"
+        raise CheckpointError(what, folder.parent, hint=DOWNLOAD_AGAIN)
+    if not _has_vocabulary(folder):
+        choices = [" and ".join(files) for files in VOCABULARIES[name]]
+        why = f"there is no {', nor '.join(choices)}"
+        raise CheckpointError(f"{name} has no vocabulary", folder, why=why, hint=DOWNLOAD_AGAIN)
+    what = f"cannot read {name}"
+    paths = [folder / file for file in TOKENIZER_FILES]
+    for path in (*paths, *folder.glob("chat_templates/*.jinja")):
+        if not os.path.lexists(path):
+            continue
+        if path.suffix == ".json":
+            config = read_json(path, what)
+            if "fast_tokenizer_files" in config:  # which would name others
+                raise CheckpointError(what, path, why="it names other files", hint=DOWNLOAD_AGAIN)
+        elif not _is_readable(path):
+            why = "it is no readable file, or empty"
+            raise CheckpointError(what, path, why=why, hint=DOWNLOAD_AGAIN)
+
+
+def _has_vocabulary(folder: Path) -> bool:
+    """Whether the folder of a tokenizer has its vocabulary, in one of the forms that are known."""
+    return any(
+        all(os.path.lexists(folder / file) for file in files)
+        for files in VOCABULARIES.get(folder.name, ())
+    )
+
+
+def _is_readable(path: Path) -> bool:
+    """Whether there is a regular file with something in it, which may be read."""
+    try:
+        with open_regular(path) as file:
+            return bool(file.read(1))
+    except OSError:
+        return False
+
+
+def list_tokenizer_files(folder: Path) -> list[Path]:
+    """The regular files of a tokenizer's folder; what else may lie there does not make it."""
+    return [path for path in folder.glob("*") if path.is_file()]
 
 
 def inspect_component(name: str, folder: Path) -> Component:

@@ -6,11 +6,11 @@ Stdlib only.
 """
 
 import json
-import stat
 from pathlib import Path
 from typing import Any
 
 from quant.errors import CheckpointError
+from quant.files import read_small_file
 
 CLASSES = {
     "text_encoder": "CLIPTextModel",
@@ -19,6 +19,7 @@ CLASSES = {
     "transformer": "FluxTransformer2DModel",
     "scheduler": "FlowMatchEulerDiscreteScheduler",
 }
+DOWNLOAD_AGAIN = "download the model again"
 MAX_JSON_BYTES = 32 << 20
 MAX_LAYERS = 256
 MAX_NUMBER = 1_000_000
@@ -64,18 +65,15 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     in the model folder".
     """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(what, path, why="it is no regular file")
-        if status.st_size > MAX_JSON_BYTES:
-            raise CheckpointError(what, path, why="the file is too large")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_small_file(path, MAX_JSON_BYTES).decode("utf-8"))
     except OSError as error:
-        raise CheckpointError(what, path, why=error.strerror or "not readable") from error
+        why = error.strerror or "not readable"
+        raise CheckpointError(what, path, why=why, hint=DOWNLOAD_AGAIN) from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(what, path, why=f"not valid JSON: {str(error)[:80]}") from error
+        why = f"not valid JSON: {str(error)[:80]}"
+        raise CheckpointError(what, path, why=why, hint=DOWNLOAD_AGAIN) from error
     if not isinstance(value, dict):
-        raise CheckpointError(what, path, why="it is no JSON object")
+        raise CheckpointError(what, path, why="it is no JSON object", hint=DOWNLOAD_AGAIN)
     return value
 
 

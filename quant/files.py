@@ -1,7 +1,8 @@
-"""Write files so that they are whole or absent, and check before whether the disk has room.
+"""Read files that a stranger may have prepared; write files so that they are whole or absent.
 
-A file is written to a temporary one beside it, brought to the disk and moved into place. Knows
-nothing of what is in the files. Sizes are in bytes. Stdlib only.
+What is read must be a regular file, for a FIFO would hang and a device never ends. A file is
+written to a temporary one beside it, brought to the disk and moved into place. Knows nothing of
+what is in the files. Sizes are in bytes. Stdlib only.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +24,59 @@ COPY_BYTES = 8 << 20
 FICLONE = 0x40049409
 # What file systems without hard links answer to the attempt.
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+CHUNK_BYTES = 64 << 10
+# No open waits for a FIFO's writer, and no terminal becomes this process's own.
+WITHOUT_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading that a stranger may have prepared.
+
+    Raises OSError where it cannot be read, and for what is no regular file: a folder, a FIFO, a
+    socket, a device. Its `strerror` says which.
+    """
+    _check_regular(os.stat(path), path)  # before it is opened, which has effects on some devices
+    descriptor = os.open(path, os.O_RDONLY | WITHOUT_WAITING | getattr(os, "O_BINARY", 0))
+    try:
+        _check_regular(os.fstat(descriptor), path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
+
+
+def open_appending(path: Path) -> BinaryIO:
+    """Open a file to write at its end, which is made if need be; raises as `open_regular` does."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | WITHOUT_WAITING | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        _check_regular(os.fstat(descriptor), path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "ab")
+
+
+def _check_regular(status: os.stat_result, path: Path) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+
+
+def read_small_file(path: Path, limit_bytes: int) -> bytes:
+    """Return what is in a file that a stranger may have prepared.
+
+    Raises OSError as `open_regular` does, and where the file has more than `limit_bytes`.
+    """
+    data = bytearray()
+    with open_regular(path) as file:
+        # In pieces: one call would take memory for all of the limit.
+        for chunk in iter(lambda: file.read(CHUNK_BYTES), b""):
+            data += chunk
+            if len(data) > limit_bytes:
+                why = f"the file is too large: more than {limit_bytes / 1e6:.1f} MB"
+                raise OSError(errno.EFBIG, why, str(path))
+    return bytes(data)
 
 
 def nearest(folder: Path) -> Path:

@@ -73,7 +73,9 @@ def read_whole_header(path: Path) -> Header:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError("not a weight file", path, why="it is no regular file")
+            raise CheckpointError(
+                "not a weight file", path, why="it is no regular file", hint="download it again"
+            )
         with path.open("rb") as file:
             start = file.read(LENGTH_BYTES)
             if start.startswith(gguf_header.MAGIC):

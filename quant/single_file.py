@@ -15,8 +15,10 @@ from typing import Any
 from quant.checkpoint import (
     COMPONENTS,
     TEXT_ENCODERS,
+    TOKENIZERS,
     Checkpoint,
     Component,
+    check_tokenizer,
     inspect,
     inspect_component,
 )
@@ -262,6 +264,8 @@ def assemble_checkpoint(
         found = inspect_file(model) | replacements
         _require_transformer(found, model)
         folder = find_base([name for name in COMPONENTS if name not in found])
+        for name in TOKENIZERS:
+            check_tokenizer(folder / name)
     components = {}
     for name in COMPONENTS:
         component = found.get(name) or inspect_component(name, folder / name)

@@ -55,7 +55,7 @@ def folder(tmp_path: Path) -> Path:
     (root / "scheduler" / "scheduler_config.json").write_text('{"shift": 3.0}')
     for name in ("tokenizer", "tokenizer_2"):
         (root / name).mkdir()
-        (root / name / "vocab.json").write_text("{}")
+        (root / name / "tokenizer.json").write_text("{}")
     (root / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     return root
 

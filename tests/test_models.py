@@ -25,6 +25,7 @@ WHOLE = (
     ),
     "scheduler/scheduler_config.json",
     "tokenizer/vocab.json",
+    "tokenizer/merges.txt",
     "tokenizer_2/spiece.model",
     "model_index.json",
 )

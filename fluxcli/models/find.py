@@ -5,7 +5,6 @@ manifests and headers, no weights. Stdlib only.
 """
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -17,13 +16,16 @@ from fluxcli.paths import BUNDLED, baked_folder, hub_cache_folder, mirror_folder
 from fluxcli.request.fields import GenerationRequest, Order
 from fluxcli.request.presets import base_models
 from quant.checkpoint import COMPONENTS, MANIFEST, Checkpoint, is_complete
+from quant.config import read_json
 from quant.errors import CheckpointError
+from quant.files import read_small_file
 from quant.single_file import assemble_checkpoint
 from quant.spec import BAKEABLE
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILE = re.compile(HUB_ID.pattern + r":(?!/)[^\x00-\x1f]+\.(?:safetensors|gguf)")
 MODEL_FILES = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
+MAX_REF_BYTES = 1024  # of a file that names a commit
 # Folders that other machines share: Windows would send them a password hash if they were opened.
 SHARES = ("\\\\", "//")
 # A bake that goes on, or was killed, writes to a folder with this in its name.
@@ -146,7 +148,8 @@ def list_copies(model: str, environment: Mapping[str, str] = os.environ) -> list
     repository = get_repository(model, environment)
     main = ""
     with contextlib.suppress(OSError):
-        main = (repository / "refs" / "main").read_text(errors="replace").strip()
+        data = read_small_file(repository / "refs" / "main", MAX_REF_BYTES)
+        main = data.decode(errors="replace").strip()
     copies = [folder for folder in (repository / "snapshots").glob("*") if folder.is_dir()]
     copies.sort(key=lambda folder: (folder.name == main, folder.stat().st_mtime), reverse=True)
     mirror = mirror_folder(environment)
@@ -202,8 +205,8 @@ def list_baked(model: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in sorted(baked_folder().glob(f"*/{MANIFEST}"), reverse=True):
         # A manifest that is damaged, or was written by somebody else.
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+        with contextlib.suppress(CheckpointError, TypeError, KeyError):
+            manifest = read_json(path, "no manifest")
             precision = manifest["recipe"]["to"]
             if manifest["model"] != model or precision not in BAKEABLE:
                 continue

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fluxcli import paths
@@ -24,7 +24,7 @@ from fluxcli.models.local import LocalModel
 from quant.checkpoint import COMPONENTS, MANIFEST, TOKENIZERS
 from quant.config import read_json
 from quant.errors import CheckpointError
-from quant.files import check_room, nearest
+from quant.files import check_room, nearest, read_small_file
 from quant.header import read_header
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ WANTED = re.compile(
 )
 # Files of every part that come with whichever part is asked for.
 SMALL = re.compile(r"model_index\.json|scheduler/.*|.*/config\.json")
+MAX_NAME = 256  # characters of a file of a manifest
+MAX_NOTE_BYTES = 4096  # of what the library notes of a file
 DAMAGED = "the hub delivers a damaged file"
 PROXY = "is a proxy in between? try it later"
 WEIGHTS = (".safetensors", ".gguf")
@@ -371,16 +373,20 @@ def verify(model: LocalModel) -> Verification:
 def _read_mirrored_commit(folder: Path) -> str | None:
     """The commit that the library has noted beside the files of a mirror, None if it has not."""
     for note in sorted((folder / ".cache/huggingface/download").rglob("*.metadata")):
-        return note.read_text().split()[0]
+        words = read_small_file(note, MAX_NOTE_BYTES).decode(errors="replace").split()
+        return words[0] if words else None
     return None
 
 
 def _verify_sizes(model: LocalModel) -> list[str]:
     """What of a bundled or baked model is damaged."""
     sizes: dict[str, int] = {}
-    if model.kind == "baked":
-        sizes = read_json(model.path / MANIFEST, "no manifest").get("bytes", {})
     damaged = []
+    if model.kind == "baked":
+        manifest = read_json(model.path / MANIFEST, "no manifest")
+        sizes = _keep_own_names(manifest.get("bytes"))
+        if sizes != manifest.get("bytes"):
+            damaged.append(f"{MANIFEST}: it names files elsewhere, or no sizes")
     for path in sorted({*model.files, *(model.path / name for name in sizes)}):
         name = path.relative_to(model.path).as_posix()
         size = path.stat().st_size if path.exists() else 0
@@ -392,6 +398,19 @@ def _verify_sizes(model: LocalModel) -> list[str]:
         except CheckpointError as error:
             damaged.append(f"{name}: {error.why or 'unreadable'}")
     return damaged
+
+
+def _keep_own_names(sizes: object) -> dict[str, int]:
+    """What of a manifest's sizes is of files in its own folder."""
+    if not isinstance(sizes, dict):
+        return {}
+    own = {}
+    for name, size in sizes.items():
+        parts = PurePosixPath(name).parts
+        is_own = parts and ".." not in parts and parts[0] != "/" and "\\" not in name
+        if is_own and name.isprintable() and len(name) < MAX_NAME and type(size) is int:
+            own[name] = size
+    return own
 
 
 def remove(model: LocalModel) -> None:

@@ -26,7 +26,11 @@ from fluxcli.request.settings import (
     flag,
     merge_loras,
 )
+from quant.files import read_small_file
 
+MAX_SETTINGS_BYTES = 256 << 10
+MAX_DOTS = 100
+MAX_WHY = 100  # characters of an error of a library
 BY_RATIO = {"aspect_ratio", "image_size"}
 BY_PIXELS = {"width", "height"}
 PRESET_KEYS = ("description", "extends")  # of presets alone
@@ -162,12 +166,16 @@ def base_models(name: str, config_folder: Path) -> list[str]:
 
 
 def read_config(config_folder: Path) -> dict[str, Any]:
-    """Read the user's config.toml; an absent or unreadable folder counts as an empty file."""
+    """Read the user's config.toml; an absent or unreadable folder counts as an empty file.
+
+    Raises `UsageError` for a file that is there and cannot be read.
+    """
     path = config_folder / "config.toml"
-    with contextlib.suppress(OSError):
-        if path.is_file():
-            return _coerce_table(_read_toml(path), path)
-    return {}
+    try:
+        path.lstat()
+    except OSError:
+        return {}
+    return _coerce_table(_read_toml(path), path)
 
 
 def read_environment(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
@@ -274,12 +282,17 @@ def _coerce_table(
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
+    """Read a file of settings; raises `UsageError` for what is no such file."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        text = read_small_file(path, MAX_SETTINGS_BYTES).decode("utf-8-sig")
+        # The parser takes minutes for a key of many parts.
+        if any(line.count(".") > MAX_DOTS for line in text.splitlines()):
+            raise ValueError(f"a line has more than {MAX_DOTS} dots")
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         hint = 'lines such as: steps = 20, or output = "pictures/"'
         raise UsageError("malformed TOML", which=path, why=str(error), hint=hint) from error
     except (OSError, ValueError, RecursionError) as error:
-        why = str(error)[:80]
+        why = getattr(error, "strerror", None) or str(error)[:MAX_WHY]
         hint = "mend the file, or delete it"
         raise UsageError("unreadable settings", which=path, why=why, hint=hint) from error

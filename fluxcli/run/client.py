@@ -30,6 +30,7 @@ from fluxcli.errors import DeviceUnusable, ExitCode
 from fluxcli.events import Event, Failed, from_json
 from fluxcli.request.job import Job
 from quant.errors import ExplainedError
+from quant.files import open_appending
 
 if TYPE_CHECKING:
     import socket
@@ -180,7 +181,7 @@ def _spawn(log: Path, *, idle_s: float, said: IO[bytes]) -> "subprocess.Popen[by
     """Start a worker in a session of its own, which writes what ends it to `said` as an event."""
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as stderr:
+        with open_appending(log) as stderr:
             if stderr.tell() > LOG_BYTES:
                 stderr.truncate(0)
             # In the package's parent folder -m finds fluxcli, and nothing of the caller's folder.

@@ -9,14 +9,14 @@ Where the file cannot be read or written nothing is remembered, and nothing is s
 import contextlib
 import json
 import os
-import stat
 import time
 
 from fluxcli.paths import cache_folder
 from fluxcli.plan.machine import Hardware
-from quant.files import write_atomically
+from quant.files import read_small_file, write_atomically
 
 FILE = "margin.json"
+MAX_BYTES = 1 << 20
 # The least that changes a placement: about four blocks of the smallest precision (nf4).
 LEAST_GROWTH_BYTES = 256 << 20
 # The most that one occasion may teach, of the card's memory: it may have been another program's.
@@ -51,11 +51,9 @@ def _read_all() -> dict[str, int]:
     """The margins of all cards that are not forgotten; what is no number of bytes is left out."""
     path = cache_folder() / FILE
     try:
-        status = path.stat()
-        is_forgotten = time.time() - status.st_mtime > FORGOTTEN_AFTER_S
-        if is_forgotten or not stat.S_ISREG(status.st_mode):  # a FIFO would be waited for
+        if time.time() - path.stat().st_mtime > FORGOTTEN_AFTER_S:
             return {}
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_small_file(path, MAX_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(found, dict):

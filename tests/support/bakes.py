@@ -77,7 +77,7 @@ def make_micro(tiny: Path, folder: Path) -> Path:
     """The bundled model cut down to a few tensors."""
     from safetensors.torch import load_file, save_file
 
-    for path in tiny.rglob("*config.json"):
+    for path in (*tiny.rglob("*config.json"), *tiny.glob("tokenizer*/*")):
         (folder / path.relative_to(tiny)).parent.mkdir(parents=True, exist_ok=True)
         (folder / path.relative_to(tiny)).write_bytes(path.read_bytes())
     (folder / "model_index.json").write_bytes((tiny / "model_index.json").read_bytes())

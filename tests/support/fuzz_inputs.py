@@ -157,7 +157,7 @@ def folders() -> dict[str, dict[str, bytes]]:
         for path in TINY.rglob("*.json")
         if "tok" not in str(path)
     }
-    plain |= {"tokenizer/vocab.json": b"{}", "tokenizer_2/tokenizer.json": b"{}"}
+    plain |= {"tokenizer/tokenizer.json": b"{}", "tokenizer_2/tokenizer.json": b"{}"}
     for path in TINY.rglob("*.safetensors"):
         entries, _ = parse(path.read_bytes())
         some = {name: entries[name] for name in [*entries][:: len(entries) // 5]}
