@@ -81,6 +81,7 @@ def nowhere(request, monkeypatch, tmp_path) -> None:
     """A cache folder that cannot be made."""
     if request.param == "no home":
         monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.delenv("HOME")
         monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     else:
         (tmp_path / "file").write_text("kept")

@@ -21,7 +21,7 @@ from typing import Annotated, NamedTuple, NoReturn, Optional
 import typer
 
 import fluxcli
-from fluxcli import signals
+from fluxcli import paths, signals
 from fluxcli.cli import (
     cache,
     console,
@@ -129,6 +129,7 @@ def main() -> NoReturn:
     """Run the command line and end the process: by an exit code, or by the signal that ended it."""
     signals.install_signals()
     streams.open_streams()
+    paths.forget_relative_folders(os.environ)
     try:
         code = run(sys.argv[1:])
         signals.check_signals()

@@ -243,6 +243,7 @@ def test_without_a_place_there_is_no_cache_and_nothing_is_said(place, monkeypatc
     (tmp_path / "file").write_text("kept")
     if place == "no home":
         monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.delenv("HOME")
         monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     else:
         monkeypatch.setenv("XDG_CACHE_HOME", place.replace("a file", str(tmp_path / "file")))
