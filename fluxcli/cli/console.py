@@ -27,8 +27,12 @@ from fluxcli.events import (
 )
 from fluxcli.signals import LAST_WORDS, check_signals
 
-# What would control a terminal, or is no text at all.
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+# What would control a terminal or change how a line reads, and what is no text at all: control
+# characters, those without width or that turn the direction of writing, ends of lines, surrogates.
+HIDDEN = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    r"\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
+)
 # Wipes the line with the bar and brings the cursor back.
 WIPE_BAR = b"\r\x1b[2K\x1b[?25h"
 # Seconds between two lines of progress where there is no bar.
@@ -46,10 +50,25 @@ Result = TypeVar("Result")
 
 
 def data(text: str) -> None:
-    """Print one line of data on stdout at once, unchanged: it may be a path for another program.
+    """Print one line of data on stdout at once: it may be a path for another program.
 
-    Raises `OutputError` where that fails, and BrokenPipeError if nobody reads any more.
+    It is unchanged but on a terminal, where hidden characters are spelled out. Raises `OutputError`
+    where that fails, and BrokenPipeError if nobody reads any more.
     """
+    write_line(spell_out(text) if _is_terminal(sys.stdout) else text)
+
+
+def line(text: str) -> None:
+    """Print one line for people on stdout; raises as `data` does."""
+    write_line(spell_out(text))
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()
+
+
+def write_line(text: str) -> None:
+    """Print one line on stdout as it is, colours too: for what is clean; raises as `data` does."""
     if sys.stdout is None:
         raise OutputError("cannot write to stdout", why="it is closed", hint="> FILE opens it")
     line = text + "\n"
@@ -75,8 +94,14 @@ def data_json(value: object, *, indent: int | None = None) -> None:
     encoding = getattr(sys.stdout, "encoding", None) or ""
     shows_all = encoding.lower().replace("-", "") == "utf8"
     text = json.dumps(value, ensure_ascii=indent is None or not shows_all, indent=indent)
-    # The json module leaves these as they are.
-    data(re.sub(r"[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text))
+    # The json module leaves some of these as they are. The ends of its own lines stay.
+    lines = [HIDDEN.sub(_to_json_escape, each) for each in text.split("\n")]
+    write_line("\n".join(lines))
+
+
+def _to_json_escape(match: re.Match[str]) -> str:
+    """A character as JSON spells it."""
+    return json.dumps(match[0])[1:-1].replace("\x7f", "\\u007f")
 
 
 def table(rows: Iterable[Sequence[str]], value: object, *, as_json: bool) -> None:
@@ -88,7 +113,7 @@ def table(rows: Iterable[Sequence[str]], value: object, *, as_json: bool) -> Non
     if as_json:
         data_json(value)
         return
-    lines = [[_escape(cell) for cell in row] for row in rows]
+    lines = [[spell_out(cell) for cell in row] for row in rows]
     widths: list[int] = []
     for line in lines:
         widths += [0] * (len(line) - len(widths))
@@ -96,7 +121,7 @@ def table(rows: Iterable[Sequence[str]], value: object, *, as_json: bool) -> Non
             widths[column] = max(widths[column], len(cell))
     for line in lines:
         cells = [_pad(cell, width) for cell, width in zip(line, widths, strict=False)]
-        data("  ".join(cells).rstrip())
+        write_line("  ".join(cells).rstrip())
 
 
 def _pad(cell: str, width: int) -> str:
@@ -127,15 +152,15 @@ def paint(text: str, colour: str, stream: TextIO | None) -> str:
 
 def say(text: str) -> None:
     """Print one line for people on stderr."""
-    sys.stderr.write(f"flux: {_escape(' '.join(text.split()))}\n")  # a line is flushed at once
+    sys.stderr.write(f"flux: {spell_out(' '.join(text.split()))}\n")  # a line is flushed at once
 
 
 def error(message: str, hint: str) -> None:
     """Print the error line, and below it the hint if there is one; never anything else."""
-    text = _escape(" ".join(message.split())).rstrip(".")
+    text = spell_out(" ".join(message.split())).rstrip(".")
     lines = f"flux: {paint('error:', RED, sys.stderr)} {text}.\n"
     if hint:
-        lines += f"hint: {_escape(' '.join(hint.split()))}\n"
+        lines += f"hint: {spell_out(' '.join(hint.split()))}\n"
     sys.stderr.write(lines)
 
 
@@ -146,14 +171,14 @@ def count(number: int, noun: str) -> str:
 
 def confirm(question: str) -> bool:
     """Ask on the terminal; whether the answer is yes."""
-    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.write(f"{spell_out(question)} [y/N] ")
     sys.stderr.flush()
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def _escape(text: str) -> str:
-    """The text with its control characters spelled out, as a Python string has them."""
-    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+def spell_out(text: str) -> str:
+    """Return the text with its hidden characters spelled out, as a Python string has them."""
+    return HIDDEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def describe_seconds(seconds: float) -> str:
@@ -328,8 +353,14 @@ class Reporter:
             say(text)
 
     def _update_bar(self, **fields: object) -> None:
-        if self._bar:
-            self._bar.update(self._task, visible=True, **fields)
+        if not self._bar:
+            return
+        from rich.markup import escape
+
+        for name, value in fields.items():
+            if isinstance(value, str):
+                fields[name] = escape(spell_out(value))
+        self._bar.update(self._task, visible=True, **fields)
 
     def _end_run(self) -> None:
         self._end_phase()

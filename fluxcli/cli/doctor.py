@@ -118,11 +118,11 @@ def _show(check: Check) -> None:
         console.data(f"{HEADS[check.name]}:")
     verdict = console.paint(check.verdict, console.COLOURS[check.verdict], sys.stdout)
     padding = " " * (4 - len(check.verdict))
-    lines = [f"  {verdict}{padding}  {check.name:<16} {check.found}"]
+    lines = [f"  {verdict}{padding}  {check.name:<16} {console.spell_out(check.found)}"]
     if check.fix:
-        lines.append(f"{'':<25}{check.fix}")
+        lines.append(f"{'':<25}{console.spell_out(check.fix)}")
     for line in lines:
-        console.data(line)
+        console.write_line(line)
 
 
 def _describe_installation() -> Iterator[Check]:

@@ -121,7 +121,7 @@ def verify(name: Name, quiet: Quiet = False) -> None:
         checked = f"{len(each.files)} files, {by_checksum}"
         if each.state == "partial" and not usable:
             _refuse_partial(each, checked)
-        console.data(f"{each.name} {each.commit[:12]} {each.state}: {checked}")
+        console.line(f"{each.name} {each.commit[:12]} {each.state}: {checked}")
 
 
 def _refuse_damaged(model: local.LocalModel, damaged: list[str]) -> None:

@@ -195,23 +195,23 @@ def _show(
     """Print what is planned for what, the table of candidates, and the reasons below it."""
     request = order.request
     width_px, height_px = request.size
-    console.data(
+    console.line(
         f"{request.model} at {width_px}x{height_px}, {console.count(request.steps, 'step')}"
     )
-    console.data(_describe_machine(hardware))
+    console.line(_describe_machine(hardware))
     if model.missing_bytes:
         size = f"{model.missing_bytes / 1e9:.1f} GB"
-        console.data(f"not downloaded: {size}; planned by the model's published shapes")
-    console.data("")
+        console.line(f"not downloaded: {size}; planned by the model's published shapes")
+    console.line("")
     for line in _format_table(candidates, has_ram_column=hardware.kind != "cpu"):
-        console.data(line)
-    console.data("")
+        console.line(line)
+    console.line("")
     for candidate in candidates:
         name = f"{_mark(candidate)} {candidate.precision}"
         _show_wrapped(f"{name:<8}{candidate.verdict}: {candidate.why}")
     chosen = find_chosen(candidates)
     if chosen and chosen.plan:
-        console.data("")
+        console.line("")
         _show_wrapped(f"time of {chosen.precision}: {_format_seconds(chosen.plan.seconds)}")
         for reason in chosen.plan.reasons:
             if reason != f"{chosen.precision}: {chosen.why}":  # which stands above
@@ -221,7 +221,7 @@ def _show(
 def _show_wrapped(text: str) -> None:
     """Print a line, its words after the 79th column below it and eight columns in."""
     for line in textwrap.wrap(text, COLUMNS, subsequent_indent=" " * 8, break_long_words=False):
-        console.data(line)
+        console.line(line)
 
 
 def _describe_machine(hardware: Hardware) -> str:

@@ -358,9 +358,9 @@ def _show_plan(recipe: Recipe, path: Path, *, as_json: bool) -> None:
         console.data_json(about)
         return
     for file, size_bytes in about["bytes"].items():
-        console.data(f"{size_bytes:>14,} {file}")
+        console.line(f"{size_bytes:>14,} {file}")
     copied = f"{len(recipe.copies)} files of {recipe.copied_bytes:,} bytes are copied"
-    console.data(f"{about['total_bytes']:>14,} bytes to write to {path}; {copied}")
+    console.line(f"{about['total_bytes']:>14,} bytes to write to {path}; {copied}")
 
 
 def _describe(recipe: Recipe, path: Path) -> dict[str, Any]:

@@ -104,4 +104,5 @@ def _write_table(rows: Sequence[Row]) -> list[str]:
 
 
 if __name__ == "__main__":
-    console.data(write_reference().rstrip("\n"))
+    for line in write_reference().rstrip("\n").split("\n"):
+        console.data(line)

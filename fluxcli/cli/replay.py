@@ -269,7 +269,7 @@ def _check(picture: Path, order: Order, *, metadata: Metadata, options: Mapping[
         raise BadInputFile("damaged metadata", which=picture, why=why)
     found = _draw_and_hash(order, metadata=metadata, options=options)
     is_identical = found == expected
-    console.data(f"{picture}: {'identical' if is_identical else 'different'}")
+    console.line(f"{picture}: {'identical' if is_identical else 'different'}")
     return ExitCode.OK if is_identical else ExitCode.BUG
 
 
