@@ -14,6 +14,7 @@ FluxError
 import errno
 import os
 import re
+import traceback
 from enum import IntEnum
 
 from quant.errors import ExplainedError, MissingLibrary, SpecError, WriteError
@@ -39,6 +40,7 @@ WRITE_ERRORS = {
     errno.EROFS: "the file system is read-only",
     errno.EFBIG: "the file would be larger than is allowed (ulimit -f)",
 }
+OUR_PACKAGES = ("fluxcli", "quant", "__main__", "")
 
 
 class ExitCode(IntEnum):
@@ -121,6 +123,38 @@ def exit_code_of(error: ExplainedError) -> ExitCode:
     }
     own = getattr(error, "exit_code", None)
     return own or codes.get(type(error), ExitCode.INPUT_FILE)
+
+
+def find_broken_library(error: BaseException) -> str:
+    """Return the library whose import failed with this error, "" where it was no import.
+
+    A broken installation raises anything: an ImportError, an OSError of the loader, a RuntimeError
+    for a build against another torch. That a module was being imported is in the traceback of the
+    error, or of one behind it.
+    """
+    seen: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in seen:
+        seen.append(current)
+        frames = [frame for frame, _ in traceback.walk_tb(current.__traceback__)]
+        modules = [
+            str(frame.f_globals.get("__name__"))
+            for frame in frames
+            if frame.f_code.co_name == "<module>"  # the code at the top of one
+        ]
+        name = modules[-1] if modules else ""
+        if isinstance(current, ImportError) and current.name:
+            name = current.name
+        library = name.partition(".")[0]
+        if library not in OUR_PACKAGES:
+            return library
+        current = current.__cause__ or current.__context__
+    return ""
+
+
+def name_package(library: str) -> str:
+    """Return what pip calls a library."""
+    return {"PIL": "pillow"}.get(library, library)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -13,8 +13,10 @@ from fluxcli.errors import (
     WRITE_ERRORS,
     ExitCode,
     exit_code_of,
+    find_broken_library,
     hint_for_memory,
     is_out_of_memory,
+    name_package,
 )
 from quant.errors import ExplainedError
 
@@ -194,6 +196,10 @@ def explain(error: Exception, row: int = 0) -> Failed:
         code = ExitCode.DEVICE
         what = "the device failed"
         hint = "run it again; if it stays: flux doctor"
+    elif library := find_broken_library(error):
+        code = ExitCode.DEVICE
+        what = f"{library} cannot be imported"
+        hint = f"pip install --force-reinstall {name_package(library)}"
     elif isinstance(error, ImportError):
         code = ExitCode.DEVICE
         what = "a dependency cannot be imported"

@@ -2,7 +2,13 @@
 
 import os
 
-from fluxcli.errors import DeviceUnusable, DoesNotFit, is_out_of_memory
+from fluxcli.errors import (
+    DeviceUnusable,
+    DoesNotFit,
+    find_broken_library,
+    is_out_of_memory,
+    name_package,
+)
 
 # What torch, diffusers and transformers take of a limit, without their threads. Measured with torch
 # 2.13 for the CPU: 0.85 GB of addresses and 0.34 GB of data for a picture of the bundled model.
@@ -24,7 +30,8 @@ def check_torch() -> None:
         if is_out_of_memory(error):
             hint = "close other programs, or: ulimit -v unlimited"
             raise DoesNotFit("torch does not fit into memory", why=why, hint=hint) from error
-        hint = "pip install --force-reinstall torch"
+        library = name_package(find_broken_library(error) or "torch")
+        hint = f"pip install --force-reinstall {library}"
         raise DeviceUnusable("torch cannot be imported", why=why, hint=hint) from error
 
 

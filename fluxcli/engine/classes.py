@@ -15,8 +15,32 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Installed or not, no picture uses them. diffusers and transformers look for them at import.
-UNUSED_LIBRARIES = ("bitsandbytes", "accelerate", "optimum", "peft")
+from fluxcli.errors import find_broken_library, is_out_of_memory, name_package
+from quant.errors import MissingLibrary
+
+MAX_WHY = 120  # characters of a library's error
+# Installed or not, no picture uses them. diffusers and transformers look for them at import, and
+# one that was built for another torch would break theirs.
+UNUSED_LIBRARIES = (
+    "accelerate",
+    "bitsandbytes",
+    "flash_attn",
+    "flash_attn_3",
+    "flax",
+    "jax",
+    "k_diffusion",
+    "librosa",
+    "onnxruntime",
+    "optimum",
+    "peft",
+    "sageattention",
+    "tensorflow",
+    "timm",
+    "torchaudio",
+    "torchao",
+    "torchvision",
+    "xformers",
+)
 
 
 def transformer() -> type[Any]:
@@ -65,12 +89,35 @@ def t5_tokenizer() -> type[Any]:
 
 
 def _import_class(module: str, name: str) -> type[Any]:
-    """Import a class frugally; in the plain way where a library's version cannot do without."""
+    """Import a class frugally; in the plain way where a library's version cannot do without.
+
+    Raises `MissingLibrary` where neither succeeds, whatever a broken library raises.
+    """
     try:
         with _frugal_imports():
+            if sys.flags.optimize >= 2 and module.startswith("transformers."):
+                # Its decorator reads the docstrings, and Python has left them out.
+                utils: Any = importlib.import_module("transformers.utils")
+                utils.auto_docstring = _decorate_with_nothing
             return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, RuntimeError):
+    except (ImportError, AttributeError, RuntimeError) as error:
+        frugal_error = error
+    except Exception as error:
+        raise _explain_import(error, module) from error
+    try:
         return getattr(importlib.import_module(module), name)
+    except Exception as error:
+        raise _explain_import(frugal_error, module) from error
+
+
+def _explain_import(error: Exception, module: str) -> Exception:
+    """What to raise for an error at the import of a library's module."""
+    if is_out_of_memory(error):
+        return error
+    library = find_broken_library(error) or module.partition(".")[0]
+    why = f"{type(error).__name__}: {str(error)[:MAX_WHY]}"
+    hint = f"pip install --force-reinstall {name_package(library)}"
+    return MissingLibrary(f"{library} cannot be imported", why=why, hint=hint)
 
 
 @contextlib.contextmanager

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fluxcli.engine import classes
+from fluxcli.errors import find_broken_library, is_out_of_memory
 from quant import codecs
 from quant.checkpoint import Component
 from quant.codecs import Reader
+from quant.config import DOWNLOAD_AGAIN
 from quant.dialects import ADDED_QKV, QKV, T5_SHARED, T5_TIED
-from quant.errors import CheckpointError
+from quant.errors import CheckpointError, ExplainedError
 from quant.linear import fits_together, make_linear
 from quant.lora import Adapter
 from quant.spec import QuantSpec, is_modulation, lay_out, scheme_in_memory
@@ -330,13 +332,20 @@ def build(component: Component) -> Any:
 
 @contextlib.contextmanager
 def refusing(what: str, which: object) -> Iterator[None]:
-    """Turn whatever a library raises about a file's values into a `CheckpointError`."""
+    """Turn whatever a library raises about a file's values into a `CheckpointError`.
+
+    Memory that ran out, and a library that cannot be imported, are no fault of the file's.
+    """
     try:
         yield
+    except ExplainedError:
+        raise
     except Exception as error:
+        if is_out_of_memory(error) or find_broken_library(error):
+            raise
         first = str(error).partition("\n")[0]
         why = f"its values make no model: {type(error).__name__}: {first[:100]}"
-        raise CheckpointError(what, which=which, why=why) from error
+        raise CheckpointError(what, which=which, why=why, hint=DOWNLOAD_AGAIN) from error
 
 
 @contextlib.contextmanager
