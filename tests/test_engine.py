@@ -110,7 +110,7 @@ def test_the_random_seed_is_reported(engine, tmp_path):
 
 
 def test_a_prompt_beyond_the_text_tokens_names_what_is_lost(engine):
-    prompt = "a red circle on a blue background and then a yellow star on a black background"
+    prompt = "a red circle on a blue background with a yellow star on a black background"
     events, _ = draw(engine, tiny(prompt=prompt, text_tokens=8))
     (notice,) = [event.message for event in events if isinstance(event, Notice)]
     assert "8 T5 tokens" in notice

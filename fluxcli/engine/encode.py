@@ -45,6 +45,11 @@ def run(components: Components, pictures: Sequence[Picture]) -> Iterator[Event]:
         if lost := found[key].lost:
             limit = same[0].request.text_tokens
             yield Notice(f"the prompt is longer than {limit} T5 tokens; lost: {lost!r}")
+        unknown = found[key].unknown
+        if unknown and not prompts.is_bundled:  # whose words are known, see `list_remarks`
+            yield Notice(f"T5 has no tokens for these, and reads <unk> in their place: {unknown}")
+    for remark in prompts.list_remarks([same[0].request for same in by_key.values()]):
+        yield Notice(remark)
 
 
 def _tokenize(
@@ -87,6 +92,6 @@ def _run_t5(
         t5 = yield from components.load("text_encoder_2", picture.adapters)
         yield Phase("encode")
         sequence = t5(token_ids[key].t5.to(t5.device))[0].cpu()  # (1, T, C)
-        found[key] = Embeddings(pooled[key], sequence, token_ids[key].lost)
+        found[key] = Embeddings(pooled[key], sequence, token_ids[key].lost, token_ids[key].unknown)
         components.prompts.keep(key, found[key])
     return found

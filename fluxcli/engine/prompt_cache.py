@@ -1,9 +1,9 @@
 """Prompt embeddings on disk: a prompt that was encoded before needs neither T5 nor CLIP.
 
 Knows nothing of prompts or encoders: what an entry depends on is in its key, and no prompt is in
-its file, except the part of it that was lost. The folder is the user's own, within `LIMIT_BYTES`;
-the entries that were used longest ago are deleted first. An entry that cannot be read, or whose
-digest is wrong, is deleted and counts as absent.
+its file, except the parts of it that T5 did not read. The folder is the user's own, within
+`LIMIT_BYTES`; the entries that were used longest ago are deleted first. An entry that cannot be
+read, or whose digest is wrong, is deleted and counts as absent.
 torch is imported inside functions, so that `flux cache` lists and deletes without it.
 """
 
@@ -12,17 +12,18 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fluxcli import paths
-from quant.files import write_atomically
+from quant.files import read_small_file, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LIMIT_BYTES = 1 << 30  # 256 prompts of 512 tokens in bf16
+MAX_ENTRY_BYTES = 64 << 20  # 512 tokens of T5 in float32 take 8 MiB
 SUFFIX = ".safetensors"
 DESCRIPTION = "flux_embeddings"  # of a file, in its metadata
 OURS = re.compile(r"[0-9a-f]{64}\.safetensors|\.flux-[0-9a-f]+\.tmp")  # entries; killed writers'
@@ -30,11 +31,15 @@ OURS = re.compile(r"[0-9a-f]{64}\.safetensors|\.flux-[0-9a-f]+\.tmp")  # entries
 
 @dataclass(frozen=True)
 class Embeddings:
-    """What the text encoders made of one prompt; `lost` is the end of it that T5 did not see."""
+    """What the text encoders made of one prompt.
+
+    `lost` is the end of it that T5 did not see, `unknown` what T5 had no token for.
+    """
 
     pooled: "Tensor"  # (1, P)
     sequence: "Tensor"  # (1, T, C)
     lost: str = ""
+    unknown: str = ""
 
     def are_finite(self) -> bool:
         """Whether no element is NaN or infinite."""
@@ -78,11 +83,12 @@ def read(key: str) -> Embeddings | None:
         return None
     path = folder() / f"{key}{SUFFIX}"
     try:
-        data = path.read_bytes()
+        data = read_small_file(path, MAX_ENTRY_BYTES)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         description = header["__metadata__"][DESCRIPTION]
         tensors = load(data)
-        found = Embeddings(**tensors, lost=json.loads(description)["lost"])
+        said = json.loads(description)
+        found = Embeddings(**tensors, lost=said["lost"], unknown=said.get("unknown", ""))
         if description != _describe(key, found):
             raise ValueError("damaged")
     except FileNotFoundError:
@@ -103,7 +109,7 @@ def write(key: str, embeddings: Embeddings) -> None:
         return
     pooled = embeddings.pooled.detach().cpu().contiguous()
     sequence = embeddings.sequence.detach().cpu().contiguous()
-    described = _describe(key, Embeddings(pooled, sequence, embeddings.lost))
+    described = _describe(key, replace(embeddings, pooled=pooled, sequence=sequence))
     data = save({"pooled": pooled, "sequence": sequence}, {DESCRIPTION: described})
     with contextlib.suppress(OSError):
         folder().mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -131,14 +137,17 @@ def clear() -> list[Entry]:
 
 
 def _describe(key: str, embeddings: Embeddings) -> str:
-    """What stands in the file beside the tensors: the lost text, and a digest of everything."""
+    """What stands in the file beside the tensors: the texts, and a digest of everything."""
     import torch
 
-    digest = hashlib.sha256(json.dumps([key, embeddings.lost]).encode())
+    texts = {"lost": embeddings.lost}
+    if embeddings.unknown:
+        texts["unknown"] = embeddings.unknown
+    digest = hashlib.sha256(json.dumps([key, *texts.values()]).encode())
     for tensor in (embeddings.pooled, embeddings.sequence):
         digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return json.dumps({"lost": embeddings.lost, "sha256": digest.hexdigest()})
+    return json.dumps(texts | {"sha256": digest.hexdigest()})
 
 
 def _prune() -> None:

@@ -4,7 +4,7 @@ Knows the tokenizers and everything that embeddings depend on; loads no text enc
 Shapes: pooled embeddings (1, P), sequence embeddings (1, T, C), both in RAM.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,18 +12,23 @@ import torch
 from torch import Tensor
 
 import fluxcli
-from fluxcli.engine import classes, prompt_cache
+from fluxcli.engine import bundled, classes, prompt_cache
 from fluxcli.engine.loader import refusing
 from fluxcli.engine.prompt_cache import Embeddings
 from fluxcli.engine.recent import Recent
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import MemoryPlan
+from fluxcli.request import syntax
 from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import TEXT_ENCODERS, Checkpoint
+from quant.config import DOWNLOAD_AGAIN
+from quant.errors import CheckpointError
 from quant.lora import Adapter
 
 KEPT_PROMPTS = 64  # in RAM, 4 MiB each at the published size
 CLIP_TOKENS = 77
+# Rows of the embeddings, where a config does not say how many: the published ones.
+VOCABULARY_SIZES = {"text_encoder": 49408, "text_encoder_2": 32128}
 
 
 class Tokenizers(NamedTuple):
@@ -34,11 +39,15 @@ class Tokenizers(NamedTuple):
 
 
 class TokenIds(NamedTuple):
-    """A prompt for both text encoders, and the end of it that T5 will not see."""
+    """A prompt for both text encoders.
+
+    `lost` is the end of it that T5 will not see, `unknown` what T5 has no token for.
+    """
 
     clip: Tensor  # (1, 77)
     t5: Tensor  # (1, text_tokens)
     lost: str
+    unknown: str
 
 
 def load_tokenizers(folder: Path) -> Tokenizers:
@@ -59,11 +68,26 @@ def tokenize(tokenizers: Tokenizers, prompt: str, text_tokens: int) -> TokenIds:
     options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     clip_ids = clip(prompt, max_length=CLIP_TOKENS, **options).input_ids
     t5_ids = t5(prompt, max_length=text_tokens, **options).input_ids
-    every_id = t5(prompt, truncation=False).input_ids
+    every = t5(prompt, truncation=False, return_offsets_mapping=True)
+    every_id = every.input_ids
+    unknown = [
+        prompt[start:stop]
+        for token_id, (start, stop) in zip(every_id, every.offset_mapping, strict=True)
+        if token_id == t5.unk_token_id
+    ]
     lost = ""
     if len(every_id) > text_tokens:  # the last id that fits is the end token
         lost = t5.decode(every_id[text_tokens - 1 :], skip_special_tokens=True)
-    return TokenIds(clip_ids, t5_ids, lost)
+    return TokenIds(clip_ids, t5_ids, lost, " ".join(dict.fromkeys(unknown)))
+
+
+def _check_ids(ids: Tensor, size: int, folder: Path) -> None:
+    """Raise `CheckpointError` where a tokenizer gives an id beyond the encoder's embedding."""
+    largest = int(ids.max())
+    if largest >= size:
+        why = f"it gives the token {largest}, and the text encoder knows {size}"
+        what = "the tokenizer is of another model"
+        raise CheckpointError(what, folder, why=why, hint=DOWNLOAD_AGAIN)
 
 
 class PromptEncoder:
@@ -78,6 +102,7 @@ class PromptEncoder:
     ) -> None:
         """With `on_disk` embeddings are read from the prompt cache and written to it, too."""
         self.on_disk = on_disk
+        self.is_bundled = bundled.is_bundled(checkpoint.folder)
         self._folder = checkpoint.folder
         self._depends_on = {
             "weights": checkpoint.text_encoder_fingerprint,
@@ -88,6 +113,10 @@ class PromptEncoder:
         }
         if hardware.kind == "cpu":
             self._depends_on["cpu"] = torch.backends.cpu.get_cpu_capability()
+        self._vocabulary = {
+            name: checkpoint.components[name].config.get("vocab_size", size)
+            for name, size in VOCABULARY_SIZES.items()
+        }
         self._known: Recent[str, Embeddings] = Recent(KEPT_PROMPTS)
         self._tokenizers: Tokenizers | None = None
 
@@ -124,7 +153,18 @@ class PromptEncoder:
         """The token ids of the request's prompt; `CheckpointError` for bad tokenizer files."""
         if self._tokenizers is None:
             self._tokenizers = load_tokenizers(self._folder)
-        return tokenize(self._tokenizers, request.prompt, request.text_tokens)
+        with refusing("cannot use the tokenizers", self._folder):
+            ids = tokenize(self._tokenizers, request.prompt, request.text_tokens)
+        _check_ids(ids.clip, self._vocabulary["text_encoder"], self._folder / "tokenizer")
+        _check_ids(ids.t5, self._vocabulary["text_encoder_2"], self._folder / "tokenizer_2")
+        return ids
+
+    def list_remarks(self, requests: Sequence[GenerationRequest]) -> Iterator[str]:
+        """Yield what the authors of requests should know of their prompts and sizes, each once."""
+        for request in requests:
+            yield from syntax.list_notices(request.prompt)
+        if self.is_bundled:
+            yield from bundled.list_remarks(requests)
 
     def keep(self, key: str, embeddings: Embeddings) -> None:
         """Keep what the encoders made; on disk only if it is finite, so that no fault stays."""
