@@ -4,6 +4,7 @@ Each is ok, warn or bad, and says what to do where it is not ok. Asks without ch
 opens no connection unless the hub's token is there to be checked. Sizes are in bytes.
 """
 
+import contextlib
 import os
 import platform
 import shutil
@@ -19,11 +20,12 @@ import fluxcli
 from fluxcli import paths
 from fluxcli.cli import complete, console
 from fluxcli.engine.check import check_torch
-from fluxcli.errors import ExitCode
+from fluxcli.errors import BadInputFile, ExitCode
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB
 from fluxcli.request.settings import coerce
 from fluxcli.run import client
+from quant.errors import MissingLibrary
 from quant.files import nearest
 
 LIBRARIES = (
@@ -35,6 +37,8 @@ LIBRARIES = (
     "safetensors",
     "huggingface-hub",
 )
+# Not needed, but often there, and built for one version of torch alone.
+BUILT_FOR_TORCH = ("torchvision", "torchaudio", "xformers")
 ROOM_BYTES = 60e9  # a model with a baked variant
 RAM_BYTES = 16 * GIB  # what loading is comfortable with
 FREE_SHARE = 0.8  # of a card's memory: with less, somebody else holds much of it
@@ -93,6 +97,8 @@ def examine(device: str = "auto") -> Iterator[Check]:
     yield from _describe_installation()
     for name in LIBRARIES:
         yield _check_library(name)
+    for name in BUILT_FOR_TORCH:
+        yield from _check_unused(name)
     try:
         check_torch()
         from fluxcli.engine.device import probe
@@ -102,6 +108,7 @@ def examine(device: str = "auto") -> Iterator[Check]:
         fix = getattr(error, "hint", "") or "install the driver, and a torch build for it"
         yield Check("device", "bad", f"{type(error).__name__}: {error}"[:200], fix=fix)
     else:
+        yield from _check_imports()
         yield _check_device(hardware)
         yield from _check_precisions(hardware)
         if hardware.kind != "cpu":
@@ -153,6 +160,35 @@ def _check_library(name: str) -> Check:
         return Check(name, "ok", importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
         return Check(name, "bad", "not installed", fix=f"pip install {name}")
+
+
+def _check_unused(name: str) -> Iterator[Check]:
+    """A library that no picture uses, where it is installed and cannot be imported.
+
+    It is imported in a process of its own, for one that was built for another torch may crash.
+    """
+    import importlib.util
+
+    if importlib.util.find_spec(name) is None:
+        return
+    command = [sys.executable, "-c", f"import {name}"]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        if run.returncode:
+            why = (run.stderr.strip().splitlines() or ["it crashes"])[-1][:120]
+            fix = f"pip uninstall {name}, if nothing else needs it"
+            yield Check(name, "warn", f"cannot be imported, flux does without: {why}", fix=fix)
+
+
+def _check_imports() -> Iterator[Check]:
+    """What the classes of models are imported from, where that fails."""
+    from fluxcli.engine import classes
+
+    try:
+        classes.transformer()
+        classes.t5()
+    except MissingLibrary as error:
+        yield Check("imports", "bad", str(error), fix=error.hint)
 
 
 # --- the device
@@ -272,6 +308,8 @@ def _check_hub() -> Check:
     """The token, and whether the gated model's licence is accepted: only the hub knows that."""
     try:
         return _ask_hub()
+    except BadInputFile as error:
+        return Check("hub", "warn", str(error), fix=error.hint)
     except Exception as error:  # noqa: BLE001 - its errors, every one of the network, its absence
         kind = type(error).__name__
         if kind in ("GatedRepoError", "RepositoryNotFoundError"):
@@ -284,6 +322,9 @@ def _ask_hub() -> Check:
     """Raises the hub's own errors, for a token without access among others."""
     from huggingface_hub import HfApi, constants, get_token
 
+    from fluxcli.models.hub import check_hub_files
+
+    check_hub_files(paths.hub_cache_folder())
     token = get_token()
     if not token:
         found = "no token: gated models cannot be downloaded"

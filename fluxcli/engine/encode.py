@@ -45,9 +45,9 @@ def run(components: Components, pictures: Sequence[Picture]) -> Iterator[Event]:
         if lost := found[key].lost:
             limit = same[0].request.text_tokens
             yield Notice(f"the prompt is longer than {limit} T5 tokens; lost: {lost!r}")
-        unknown = found[key].unknown
-        if unknown and not prompts.is_bundled:  # whose words are known, see `list_remarks`
-            yield Notice(f"T5 has no tokens for these, and reads <unk> in their place: {unknown}")
+        unread = found[key].unknown
+        if unread and not prompts.is_bundled:  # whose words are known, see `list_remarks`
+            yield Notice(f"T5 has no tokens for these, and reads <unk> in their place: {unread}")
     for remark in prompts.list_remarks([same[0].request for same in by_key.values()]):
         yield Notice(remark)
 

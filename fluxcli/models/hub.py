@@ -108,10 +108,27 @@ def download(
     if NON_COMMERCIAL.fullmatch(model):
         say(f"{model} comes under a non-commercial licence: read it at huggingface.co/{model}")
     place = _Place(model, mirror.expanduser().absolute() / model if mirror else None)
+    check_hub_files(find.get_repository(model))
     try:
         return _download(place, file, only=only, revision=revision, say=say, count=count)
     except Exception as error:
         raise explain(error, name, place.folder) from error
+
+
+def check_hub_files(folder: Path) -> None:
+    """Raise `BadInputFile` for a FIFO below a folder, or in place of the token.
+
+    The hub's library would wait for it.
+    """
+    from huggingface_hub import constants
+
+    for path in (Path(constants.HF_TOKEN_PATH), *folder.rglob("*")):
+        is_fifo = False
+        with contextlib.suppress(OSError):
+            is_fifo = path.is_fifo()
+        if is_fifo:
+            why = "it is a FIFO"
+            raise BadInputFile("cannot use the hub's files", path, why=why, hint=f"delete {path}")
 
 
 def _download(
@@ -354,6 +371,7 @@ def verify(model: LocalModel) -> Verification:
         return Verification(_verify_sizes(model), 0)
     from huggingface_hub import HfApi
 
+    check_hub_files(model.path)
     place = _Place(model.name, model.path if model.kind == "mirror" else None)
     commit = model.commit or _read_mirrored_commit(model.path)
     try:
@@ -416,6 +434,8 @@ def _keep_own_names(sizes: object) -> dict[str, int]:
 def remove(model: LocalModel) -> None:
     """Delete a baked folder, or all that the hub's cache has of a model; raises `OutputError`."""
     path = find.get_repository(model.name) if model.kind == "hub" else model.path
+    if model.kind == "hub":  # whose library reads all of the cache
+        check_hub_files(paths.hub_cache_folder())
     try:
         if model.kind == "hub":
             _remove_revisions(path)

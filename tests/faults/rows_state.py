@@ -92,6 +92,18 @@ for kind, make in MAKERS.items():
         case.draw("-m", "a/b", environment={"HF_HOME": ""})
 
 
+@fault("state-hub-remove", "models remove: a FIFO in the hub's cache", codes=[4], says="FIFO")
+def fifo_beside(case: Case) -> None:
+    cache = case.home / "XDG_CACHE_HOME/huggingface/hub"
+    for name in ("a--flux", "c--d"):
+        folder = cache / f"models--{name}/snapshots/c0ffee"
+        folder.mkdir(parents=True)
+        (folder / "README.md").write_text("x")
+        (cache / f"models--{name}/refs").mkdir()
+    os.mkfifo(cache / "models--c--d/refs/main")
+    case.flux("models", "remove", "a/flux", "--yes", environment={"HF_HOME": ""})
+
+
 for name in ("../../../work/kept", "/etc/passwd", "a\0b", "..\\x", "", "a" * 5000):
 
     @fault(f"state-names-{name[:12]!r}", f"a manifest names {name[:12]!r}", codes=[4])
