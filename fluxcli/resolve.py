@@ -41,7 +41,9 @@ def build_order(prompt: str, values: Mapping[str, Any], given: Mapping[str, Any]
     resolved = dict(values)
     if format_of_name:
         resolved["format"] = format_of_name
-    resolved["model"] = find.make_absolute(values["model"])
+    # A preset's name stands for its model, as in `flux models download`, unless it is a folder's.
+    named = find.make_absolute(values["model"])
+    resolved["model"] = presets.model_of(named, config_folder())
     if values["vae"]:
         resolved["vae"] = find.make_absolute(values["vae"])
     resolved["text_encoders"] = tuple(find.make_absolute(each) for each in values["text_encoders"])

@@ -12,6 +12,7 @@ from fluxcli.cli.help import App
 from fluxcli.cli.show import describe_bytes
 from fluxcli.errors import BadInputFile, UsageError, WeightsUnavailable
 from fluxcli.models import find, hub, local, loras
+from fluxcli.models.address import read_address
 from fluxcli.paths import config_folder
 from fluxcli.request import presets
 from quant.checkpoint import COMPONENTS, is_complete
@@ -62,7 +63,7 @@ def download(
     name: Annotated[
         str,
         typer.Argument(
-            help="A preset, ORG/NAME, or ORG/NAME:FILE.safetensors.",
+            help="A preset, ORG/NAME, ORG/NAME:FILE.safetensors, or an address of the hub.",
             show_default=False,
             autocompletion=complete.offer_downloads,
         ),
@@ -74,14 +75,20 @@ def download(
         Optional[Path],
         typer.Option(metavar="FOLDER", help="Plain files below this folder; see FLUX_MIRROR."),
     ] = None,
-    revision: Annotated[str, typer.Option(metavar="NAME", help="Branch, tag or commit.")] = "main",
+    revision: Annotated[
+        str, typer.Option(metavar="NAME", help="Branch, tag or commit, by default main.")
+    ] = "",
     quiet: Quiet = False,
 ) -> None:
     """Download a model's weights into the hub's cache and check them; dev has 34 GB.
 
+    dev is gated: first accept the licence at huggingface.co/black-forest-labs/FLUX.1-dev, make a
+    read token at huggingface.co/settings/tokens, and give it to: hf auth login
+
+    What was downloaded stays when it is interrupted; the file that was under way begins anew.
     Prints the folder or file.
     """
-    model = presets.model_of(name, config_folder())
+    model = presets.model_of(read_address(name), config_folder())
     parts = [part.strip() for part in only.split(",") if part.strip()]
     bundled = model.startswith("bundled/")
     if parts and (bundled or ":" in model):
@@ -169,6 +176,7 @@ def remove(
 
 def _find(name: str) -> list[local.LocalModel]:
     """The models that have exactly this name, else those of the preset of this name."""
+    name = read_address(name).partition("@")[0]
     for wanted in (name, presets.model_of(name, config_folder())):
         found = [each for each in local.list_models(also=[wanted]) if each.name == wanted]
         if found:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fluxcli.errors import UsageError, WeightsUnavailable
+from fluxcli.models.address import read_address
 from fluxcli.paths import BUNDLED, baked_folder, hub_cache_folder, mirror_folder
 from fluxcli.request.fields import GenerationRequest, Order
 from fluxcli.request.presets import base_models
@@ -22,7 +23,8 @@ from quant.files import read_small_file
 from quant.single_file import assemble_checkpoint
 from quant.spec import BAKEABLE
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# ORG/NAME, and perhaps the branch, tag or commit of it that is meant.
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@\w[\w./-]*)?")
 HUB_FILE = re.compile(HUB_ID.pattern + r":(?!/)[^\x00-\x1f]+\.(?:safetensors|gguf)")
 MODEL_FILES = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 MAX_REF_BYTES = 1024  # of a file that names a commit
@@ -30,6 +32,14 @@ MAX_REF_BYTES = 1024  # of a file that names a commit
 SHARES = ("\\\\", "//")
 # A bake that goes on, or was killed, writes to a folder with this in its name.
 UNFINISHED = ".tmp-"
+# How presets call the published models, and what getting them takes.
+LICENCE = "huggingface.co/black-forest-labs/FLUX.1-dev"
+PUBLISHED = {
+    "black-forest-labs/FLUX.1-dev": (
+        f"dev (34 GB, gated: first accept the licence at {LICENCE}, then hf auth login)"
+    ),
+    "black-forest-labs/FLUX.1-schnell": "schnell (34 GB)",
+}
 TRY_TINY = 'or try at once: flux generate "a red circle on a blue background" -p tiny'
 
 
@@ -59,6 +69,7 @@ def locate(
     named = find_path(model)
     if named:
         return named
+    model = read_address(model)
     if HUB_FILE.fullmatch(model):
         return locate_file(model, environment)
     if not HUB_ID.fullmatch(model) or ".." in model or model.lower().endswith(MODEL_FILES):
@@ -71,7 +82,7 @@ def locate(
     what = f"the weights of {model.rpartition('/')[2]} are not here"
     if copies:
         what = "the download is incomplete"
-    hint = f"flux models download {model}  ({TRY_TINY})"
+    hint = f"flux models download {PUBLISHED.get(model, model)}; {TRY_TINY}"
     raise WeightsUnavailable(what, which=model, hint=hint)
 
 
@@ -110,9 +121,12 @@ def find_path(model: str) -> Path | None:
 
 
 def make_absolute(name: str) -> str:
-    """Return a name of a model or part that holds in any working folder."""
+    """Return a name of a model or part that holds in any working folder.
+
+    An address of the hub becomes ORG/NAME:FILE.
+    """
     path = None if name.startswith("bundled/") else find_path(name)
-    return str(path) if path else name
+    return str(path) if path else read_address(name)
 
 
 # --- the hub's cache
@@ -136,6 +150,7 @@ def list_snapshots(environment: Mapping[str, str] = os.environ) -> Iterator[Snap
 
 def get_repository(model: str, environment: Mapping[str, str] = os.environ) -> Path:
     """Return the folder of a hub id in the hub's cache, whether it is there or not."""
+    model = model.partition("@")[0]
     return hub_cache_folder(environment) / f"models--{model.replace('/', '--')}"
 
 
@@ -143,15 +158,18 @@ def list_copies(model: str, environment: Mapping[str, str] = os.environ) -> list
     """Return the folders that have files of a hub id, the best first.
 
     These are its snapshots in the hub's cache, first the one that `main` means, then the newest;
-    and the folder ORG/NAME of the mirror.
+    and the folder ORG/NAME of the mirror. Of ORG/NAME@REVISION it is that snapshot alone.
     """
     repository = get_repository(model, environment)
-    main = ""
+    model, _, revision = model.partition("@")
+    wanted = ""
     with contextlib.suppress(OSError):
-        data = read_small_file(repository / "refs" / "main", MAX_REF_BYTES)
-        main = data.decode(errors="replace").strip()
+        reference = repository / "refs" / (revision or "main")
+        wanted = read_small_file(reference, MAX_REF_BYTES).decode(errors="replace").strip()
     copies = [folder for folder in (repository / "snapshots").glob("*") if folder.is_dir()]
-    copies.sort(key=lambda folder: (folder.name == main, folder.stat().st_mtime), reverse=True)
+    if revision:
+        return [each for each in copies if each.name in (wanted, revision)]
+    copies.sort(key=lambda folder: (folder.name == wanted, folder.stat().st_mtime), reverse=True)
     mirror = mirror_folder(environment)
     if mirror and (mirror / model).is_dir():
         copies.append(mirror / model)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fluxcli import paths
@@ -21,11 +21,13 @@ from fluxcli.errors import BadInputFile, OutputError, UsageError, WeightsUnavail
 from fluxcli.models import find
 from fluxcli.models.hub_errors import explain, is_wrong_size, may_pass, name_failure
 from fluxcli.models.local import LocalModel
+from fluxcli.models.network import check_network
 from quant.checkpoint import COMPONENTS, MANIFEST, TOKENIZERS
 from quant.config import read_json
 from quant.errors import CheckpointError
 from quant.files import check_room, nearest, read_small_file
 from quant.header import read_header
+from quant.placing import FOLDER_LAYOUT, find_foreign, remove_checkpoint
 
 if TYPE_CHECKING:
     from huggingface_hub import DryRunFileInfo
@@ -47,7 +49,6 @@ WANTED = re.compile(
 )
 # Files of every part that come with whichever part is asked for.
 SMALL = re.compile(r"model_index\.json|scheduler/.*|.*/config\.json")
-MAX_NAME = 256  # characters of a file of a manifest
 MAX_NOTE_BYTES = 4096  # of what the library notes of a file
 DAMAGED = "the hub delivers a damaged file"
 PROXY = "is a proxy in between? try it later"
@@ -86,30 +87,35 @@ def download(
     *,
     only: Sequence[str] = (),
     mirror: Path | None = None,
-    revision: str = "main",
+    revision: str = "",
 ) -> Path:
-    """Download a model and return its folder, or for ORG/NAME:FILE that file.
+    """Download a model and return its folder, or for ORG/NAME[@REVISION]:FILE that file.
 
     The files lie in the hub's cache, or as plain files in the folder ORG/NAME below `mirror`. All
-    of them are of one commit, to which `revision` is resolved first. `only` names `PARTS`.
+    of them are of one commit, to which `revision` is resolved first; without it that of the name
+    counts, else main. `only` names `PARTS`.
 
     Raises `UsageError`; `WeightsUnavailable` if the hub does not give the files; `WriteError`
     before the first byte if the disk is too small; `OutputError` if the files cannot be written;
     and `BadInputFile`, after it was removed, for a file that is not what the hub publishes.
     """
     model, colon, file = name.partition(":")
-    is_file_name = not colon or file.endswith(WEIGHTS)
+    model, _, named_revision = model.partition("@")
+    is_file_name = not colon or (file.endswith(WEIGHTS) and file.isprintable())
     if not find.HUB_ID.fullmatch(model) or ".." in name or not is_file_name:
         why = "it is no ORG/NAME or ORG/NAME:FILE.safetensors"
-        raise UsageError("nothing to download", which=name, why=why)
+        hint = "flux models download ORG/NAME:FILE, with a FILE in .safetensors or .gguf"
+        raise UsageError("nothing to download", which=name, why=why, hint=hint)
     unknown = sorted(set(only) - set(PARTS))
     if unknown:
         raise UsageError("unknown part", which=unknown[0], why=f"known are {', '.join(PARTS)}")
+    check_network()
     if NON_COMMERCIAL.fullmatch(model):
         say(f"{model} comes under a non-commercial licence: read it at huggingface.co/{model}")
     place = _Place(model, mirror.expanduser().absolute() / model if mirror else None)
     check_hub_files(find.get_repository(model))
     try:
+        revision = revision or named_revision or "main"
         return _download(place, file, only=only, revision=revision, say=say, count=count)
     except Exception as error:
         raise explain(error, name, place.folder) from error
@@ -236,7 +242,9 @@ def _fetch(
 ) -> None:
     """Download the missing files; a connection that drops, or a server's error, is tried again.
 
-    The library itself waits for a hub that is busy. A file that was interrupted begins anew.
+    The library itself waits for a hub that is busy, and takes up a file that was cut off while the
+    process lives. It keeps no part of a file for a later one (huggingface_hub 2.4 writes to a name
+    of its own for each try, and removes it), so a file that was interrupted begins anew there.
     """
     pauses_s = list(PAUSES_S)
     while True:
@@ -251,7 +259,7 @@ def _fetch(
             if len(names) > 3:
                 named += f" and {len(names) - 3} more"
             if not pauses_s or not may_pass(error):
-                say(f"not downloaded: {named}; the same command goes on from there")
+                say(f"not downloaded: {named}; the same command gets what is missing")
                 if not is_wrong_size(error):
                     raise
                 why = "its size is not what the hub announced"
@@ -372,6 +380,7 @@ def verify(model: LocalModel) -> Verification:
     from huggingface_hub import HfApi
 
     check_hub_files(model.path)
+    check_network()
     place = _Place(model.name, model.path if model.kind == "mirror" else None)
     commit = model.commit or _read_mirrored_commit(model.path)
     try:
@@ -397,42 +406,64 @@ def _read_mirrored_commit(folder: Path) -> str | None:
 
 
 def _verify_sizes(model: LocalModel) -> list[str]:
-    """What of a bundled or baked model is damaged."""
-    sizes: dict[str, int] = {}
+    """What of a bundled or baked model is damaged; nothing outside of its folder is looked at."""
+    sizes: dict[str, Any] = {}
     damaged = []
     if model.kind == "baked":
-        manifest = read_json(model.path / MANIFEST, "no manifest")
-        sizes = _keep_own_names(manifest.get("bytes"))
-        if sizes != manifest.get("bytes"):
-            damaged.append(f"{MANIFEST}: it names files elsewhere, or no sizes")
-    for path in sorted({*model.files, *(model.path / name for name in sizes)}):
-        name = path.relative_to(model.path).as_posix()
-        size = path.stat().st_size if path.exists() else 0
         try:
-            if path.suffix == ".safetensors":
-                read_header(path)
-            if size != sizes.get(name, size):
-                damaged.append(f"{name}: it has {size} bytes")
+            manifest = read_json(model.path / MANIFEST, "no manifest")
         except CheckpointError as error:
-            damaged.append(f"{name}: {error.why or 'unreadable'}")
+            return [f"{MANIFEST}: {error.why}"]
+        for key in ("bytes", "files"):
+            named = manifest.get(key, {})
+            if isinstance(named, dict):
+                sizes |= named
+            else:
+                damaged.append(f"{MANIFEST}: its {key} are no list of files")
+    here = {path.relative_to(model.path).as_posix() for path in model.files}
+    for name in sorted(here | set(sizes)):
+        why = "it leads out of the folder"
+        if _is_inside(name, model.path):
+            why = _find_damage(model.path / name, sizes.get(name))
+        if why:
+            damaged.append(f"{name[:100]}: {why}")
     return damaged
 
 
-def _keep_own_names(sizes: object) -> dict[str, int]:
-    """What of a manifest's sizes is of files in its own folder."""
-    if not isinstance(sizes, dict):
-        return {}
-    own = {}
-    for name, size in sizes.items():
-        parts = PurePosixPath(name).parts
-        is_own = parts and ".." not in parts and parts[0] != "/" and "\\" not in name
-        if is_own and name.isprintable() and len(name) < MAX_NAME and type(size) is int:
-            own[name] = size
-    return own
+def _is_inside(name: str, folder: Path) -> bool:
+    """Whether a manifest's name is of a file in the folder, on every system and behind links."""
+    parts = name.split("/")
+    if any(part in ("", ".", "..") for part in parts) or re.search(r"[\\\0]|^\w:", name):
+        return False
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        return (folder / name).resolve().is_relative_to(folder.resolve())
+    return False
+
+
+def _find_damage(path: Path, expected_bytes: object) -> str:
+    """What is wrong with a file, "" where nothing is; `expected_bytes` is None where unknown."""
+    try:
+        if not path.exists():
+            return "it is missing"
+        if not path.is_file():
+            return "it is no regular file"
+        size = path.stat().st_size
+        if path.suffix == ".safetensors":
+            read_header(path)
+    except CheckpointError as error:
+        return error.why or "unreadable"
+    except OSError as error:
+        return error.strerror or "unreadable"
+    if expected_bytes is not None and size != expected_bytes:
+        return f"it has {size} bytes"
+    return ""
 
 
 def remove(model: LocalModel) -> None:
-    """Delete a baked folder, or all that the hub's cache has of a model; raises `OutputError`."""
+    """Delete a baked folder, or all that the hub's cache has of a model.
+
+    Raises `OutputError`, also for a baked folder with files that `flux quantize` has not made.
+    """
     path = find.get_repository(model.name) if model.kind == "hub" else model.path
     if model.kind == "hub":  # whose library reads all of the cache
         check_hub_files(paths.hub_cache_folder())
@@ -441,12 +472,23 @@ def remove(model: LocalModel) -> None:
             _remove_revisions(path)
         if path.is_symlink():
             path.unlink()
+        elif model.kind == "baked":
+            _remove_baked(path)
         elif path.exists():  # also what the library leaves out as corrupted
             shutil.rmtree(path)
     except OSError as error:
         raise OutputError(
             "cannot remove the model", path, why=error.strerror or str(error)
         ) from error
+
+
+def _remove_baked(folder: Path) -> None:
+    foreign = find_foreign(folder, FOLDER_LAYOUT)
+    if foreign:
+        why = f"flux quantize did not make {', '.join(foreign[:3])}"
+        hint = "move them, or delete the folder yourself"
+        raise OutputError("not removed", folder, why=why, hint=hint)
+    remove_checkpoint(folder)
 
 
 def _remove_revisions(repository: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fluxcli.errors import OutputError, WeightsUnavailable
 from fluxcli.models.local import list_models
+from fluxcli.models.network import describe_network
 from quant.errors import ExplainedError
 
 
@@ -65,6 +66,13 @@ def _explain_failure(error: Exception, name: str, target: Path) -> Exception:
     elif _is_drop(error):
         what = "the hub is out of reach"
         why = f"no connection ({kind})"
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            why = (
+                "its certificate is not trusted; SSL_CERT_FILE names the file of another authority"
+            )
+        named = describe_network()
+        if named:
+            why += f"; set are {named}"
     elif isinstance(error, OSError) and error.errno is not None:
         return OutputError("cannot store the model", which=target, why=error.strerror or kind)
     elif isinstance(error, ValueError | OSError):

@@ -14,6 +14,7 @@ from typing import Any
 
 from fluxcli.errors import UsageError, WeightsUnavailable
 from fluxcli.models import find
+from fluxcli.models.address import read_address
 from fluxcli.models.shapes import read_known_shapes
 from fluxcli.paths import lora_folder
 from fluxcli.request.settings import LoraRef, merge_loras
@@ -51,6 +52,7 @@ def locate(name: str, environment: Mapping[str, str] = os.environ) -> Path:
     if path:
         return path
     _refuse_folder(name, environment)
+    name = read_address(name)
     repository, _, file = name.partition(":")
     if not file and name.endswith((".safetensors", ".gguf")):
         raise WeightsUnavailable("no such LoRA file", which=name[:100], hint="flux lora list")
@@ -172,7 +174,7 @@ def make_absolute(refs: Iterable[LoraRef]) -> tuple[LoraRef, ...]:
     found = []
     for ref in refs:
         path = None if ref.drops_weaker else find_path(ref.name)
-        found.append(LoraRef(str(path), ref.scale) if path else ref)
+        found.append(LoraRef(str(path) if path else read_address(ref.name), ref.scale))
     return merge_loras((), found)
 
 

@@ -102,6 +102,28 @@ def test_one_file_of_any_repository(server, run):
     assert models.locate("x/flux-lora:a.safetensors") == Path(result.stdout.strip())
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://huggingface.co/x/flux-lora/resolve/main/a.safetensors?download=true",
+        "https://huggingface.co/x/flux-lora/blob/main/a.safetensors",
+        "hf.co/x/flux-lora/raw/main/a.safetensors",
+        "hf:x/flux-lora:a.safetensors",
+        f"https://huggingface.co/x/flux-lora/resolve/{COMMIT}/a.safetensors",
+        f"x/flux-lora@{COMMIT}:a.safetensors",
+    ],
+)
+def test_an_address_of_the_hub_is_downloaded_and_found(address, server, run):
+    result = run("download", address, "-q")
+    assert result.stdout == f"{snapshot('x/flux-lora') / 'a.safetensors'}\n"
+    assert models.locate(address) == Path(result.stdout.strip())
+
+
+def test_a_revision_of_an_address_that_is_not_there_is_said(server, run):
+    address = "https://huggingface.co/x/flux-lora/resolve/v9/a.safetensors"
+    assert "no such revision" in error_of(run("download", address), ExitCode.WEIGHTS)
+
+
 def test_a_file_that_was_downloaded_is_found_whatever_its_name(server, run):
     name = "x/flux-lora:Ink + line (v1, [fp8]).safetensors"
     server.repositories["x/flux-lora"][name.partition(":")[2]] = server.repositories["x/flux-lora"][

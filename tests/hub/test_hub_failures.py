@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 
 import pytest
 
@@ -89,6 +90,28 @@ def test_a_file_that_ends_early_or_stalls_is_taken_up_by_the_library_while_the_p
     server.fail(f"cdn.*{T5}", kind)
     assert run("download", "dev").returncode == 0 and inspect(snapshot())
     assert len(server.asked(f"GET .*cdn.*{T5}")) == 2
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("SSL_CERT_FILE", "/nonexistent/cacert.pem"),
+        ("ALL_PROXY", "socks5://127.0.0.1:9"),
+        ("ALL_PROXY", "socks://127.0.0.1:9/"),
+        ("HTTPS_PROXY", "http://[::1"),
+    ],
+)
+def test_a_variable_that_bars_the_way_is_named(name, value, server, run, monkeypatch):
+    monkeypatch.setenv(name, value)
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    code = ExitCode.DEVICE if value.startswith("socks5") else ExitCode.WEIGHTS
+    for command in ("download", "verify"):
+        if command == "verify":
+            snapshot().mkdir(parents=True)
+            (snapshot() / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+        result = run(command, "dev", "-q")
+        assert name in error_of(result, code) and name in result.stderr.splitlines()[-1]
+    assert not server.requests
 
 
 # --- what is not what was published

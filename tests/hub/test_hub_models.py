@@ -43,6 +43,63 @@ def test_the_list_says_what_is_here_and_how_much_of_it(server, run, baked, tmp_p
     assert len(text.splitlines()) == 4 and COMMIT[:12] in text and "MB" in text
 
 
+def put_bake(baked, name: str = "x") -> Path:
+    """A bake of one's own in the user's model folder, to damage."""
+    paths.baked_folder().mkdir(parents=True)
+    return Path(shutil.copytree(baked("nf4", modulation="nf4"), paths.baked_folder() / name))
+
+
+OUTSIDE = [
+    "../theirs.safetensors",
+    "vae/../../theirs.safetensors",
+    "{folder}",
+    "a\\b",
+    "c:/x",
+    "\0",
+]
+OUTSIDE += ["", ".", "linked/theirs.safetensors", "\ud800"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize("key", ["bytes", "files"])
+def test_verify_looks_at_nothing_outside_of_a_bakes_folder(key, name, run, baked, tmp_path):
+    theirs = tmp_path / "theirs.safetensors"
+    theirs.write_bytes(b"mine")
+    folder = put_bake(baked)
+    (folder / "linked").symlink_to(tmp_path)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest[key] = {name.format(folder=tmp_path / theirs.name): 4}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    stderr = error_of(run("verify", "x"), ExitCode.INPUT_FILE)
+    assert "leads out of the folder" in stderr
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "[" * 100_000, '{"bytes": []}', '{"bytes": {"x": {}}, "files": 3}', "\ud83d"]
+)
+def test_verify_survives_any_manifest(text, run, baked):
+    folder = put_bake(baked)
+    (folder / MANIFEST).write_bytes(text.encode(errors="surrogatepass"))
+    error_of(run("verify", "x"), ExitCode.INPUT_FILE)
+
+
+def test_verify_reads_no_fifo(run, baked):
+    folder = put_bake(baked)
+    (folder / "vae/config.json").unlink()
+    os.mkfifo(folder / "vae/config.json")
+    assert "no regular file" in error_of(run("verify", "x"), ExitCode.INPUT_FILE)
+
+
+def test_remove_deletes_only_what_a_manifest_names(run, baked):
+    folder = put_bake(baked)
+    (folder / "vae" / "mine.txt").write_text("mine")
+    before = files(folder)
+    stderr = error_of(run("remove", "x", "--yes"), ExitCode.OUTPUT)
+    assert "vae/mine.txt" in stderr and files(folder) == before
+    (folder / "vae" / "mine.txt").unlink()
+    assert run("remove", "x", "--yes").returncode == 0 and not folder.exists()
+
+
 @pytest.mark.parametrize("name", ["vae/diffusion_pytorch_model.safetensors", "vae/config.json"])
 def test_verify_names_what_is_damaged_and_a_new_download_repairs_it(name, server, run):
     run("download", "dev", "-q")
