@@ -7,16 +7,19 @@ folder layout and shard indexes, but no single files. Sizes are in bytes. Stdlib
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeGuard
 
-from quant.config import DOWNLOAD_AGAIN, read_config, read_json
+from quant.config import DOWNLOAD_AGAIN, complete, name_class, read_config, read_json
+from quant.dialects import T5_TIED, UNUSED, guess_kind
 from quant.errors import CheckpointError
+from quant.expected import check_tensors
 from quant.files import open_regular
-from quant.header import file_identity, read_header
+from quant.header import file_identity, read_header, read_whole_header
 from quant.spec import FAMILIES, SCHEMES
 from quant.weights import SCB, Piece, Weight, group_weights
 
@@ -41,6 +44,14 @@ TOKENIZER_FILES = (
 )
 COMPONENTS = (*TEXT_ENCODERS, "transformer", "vae")
 PLAIN_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+# Pipelines whose transformer is that of text alone, by a regular expression.
+PIPELINES = re.compile(r"Flux(Img2Img|Inpaint|DifferentialImg2Img|CFG)?Pipeline(With\w+)?")
+# Files that diffusers writes with `variant="bf16"`, and their index of shards.
+VARIANT_FILE = re.compile(r"(?:diffusion_pytorch_model|model)\.(\w+)\.safetensors")
+VARIANT_INDEX = re.compile(r".+\.safetensors\.index\.(\w+)\.json")
+SHARD = re.compile(r".+-\d+-of-\d+(\.\w+)?\.safetensors")
+# Of several variants the first of these counts, then the first by name.
+VARIANTS = ("bf16", "fp16")
 # Names of their own for weights that diffusers does not know to be quantized: under a plain name,
 # from_pretrained would load them without their scales, and pictures would be noise.
 PACKED_FILES = {name: row.file_name for name, row in SCHEMES.items() if row.file_name}
@@ -55,7 +66,8 @@ class Component:
     """A part of a model: where it is, its checked config.json, its weights by diffusers' names.
 
     `folder` is the file where the part came in one. `dialect` describes for people who wrote the
-    files, and in which layout.
+    files, and in which layout. `unused` has the names of tensors that FLUX.1 does not use, as those
+    of CLIP's vision half.
     """
 
     name: str
@@ -63,6 +75,7 @@ class Component:
     config: dict[str, Any]
     weights: dict[str, Weight]
     dialect: str = "diffusers"
+    unused: tuple[str, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -144,11 +157,9 @@ class Checkpoint:
         for path in sorted(tokenizer_files):
             try:
                 part = path.name.encode() + file_identity(path)
-            except OSError as error:
-                why = error.strerror or "not readable"
-                raise CheckpointError(
-                    "cannot read the tokenizer", path, why=why, hint=DOWNLOAD_AGAIN
-                ) from error
+            except CheckpointError as error:
+                what = "cannot read the tokenizer"
+                raise CheckpointError(what, path, why=error.why, hint=DOWNLOAD_AGAIN) from error
             whole.update(part)
             text_encoders.update(part)
         return _Fingerprints(whole.hexdigest()[:16], text_encoders.hexdigest()[:16])
@@ -165,14 +176,35 @@ def inspect(folder: Path) -> Checkpoint:
     """
     index = read_json(folder / "model_index.json", "not a FLUX model folder")
     pipeline = index.get("_class_name")
-    if pipeline != "FluxPipeline":
+    if not isinstance(pipeline, str) or not PIPELINES.fullmatch(pipeline):
         why = f"its model_index.json names {str(pipeline)[:60]!r}, not FluxPipeline"
+        kind = name_class(pipeline)
+        if kind:
+            why += f"; it is {kind}"
         raise CheckpointError("not a FLUX.1 model", folder, why=why)
     components = {name: inspect_component(name, folder / name) for name in COMPONENTS}
     for name in TOKENIZERS:
         check_tokenizer(folder / name)
     scheduler = read_config("scheduler", folder / "scheduler" / "scheduler_config.json")
     return Checkpoint(folder, components, scheduler)
+
+
+def check_components(components: Mapping[str, Component]) -> None:
+    """Raise `CheckpointError` unless each has the tensors that it needs, and they fit together."""
+    for part in components.values():
+        check_tensors(part.name, part.folder, config=part.config, weights=part.weights)
+    transformer = complete("transformer", components["transformer"].config)
+    clip = complete("text_encoder", components["text_encoder"].config)
+    t5 = complete("text_encoder_2", components["text_encoder_2"].config)
+    widths = {
+        "text_encoder": (transformer["pooled_projection_dim"], clip["hidden_size"]),
+        "text_encoder_2": (transformer["joint_attention_dim"], t5["d_model"]),
+    }
+    for name, (wanted, given) in widths.items():
+        if wanted != given:
+            why = f"it gives {given} values, the transformer takes {wanted}"
+            folder = components[name].folder
+            raise CheckpointError(f"{name} of another model", folder, why=why)
 
 
 def is_complete(folder: Path, components: Collection[str] = COMPONENTS) -> bool:
@@ -188,7 +220,7 @@ def is_complete(folder: Path, components: Collection[str] = COMPONENTS) -> bool:
     if not all(_has_vocabulary(folder / name) for name in TOKENIZERS):
         return False
     try:
-        return all(_weight_files(folder / name) for name in components)
+        return all(_find_files(folder / name) for name in components)
     except CheckpointError:
         return False
 
@@ -246,7 +278,8 @@ def list_tokenizer_files(folder: Path) -> list[Path]:
 def inspect_component(name: str, folder: Path) -> Component:
     """Return the component `name` that a folder holds; raises `CheckpointError`."""
     config = read_config(name, folder / "config.json")
-    weights = group_weights(_read_pieces(_weight_files(folder)))
+    pieces, unused = split_unused(name, _read_folder(folder))
+    weights = group_weights(pieces)
     kept = folder / KEEP_FILE
     if kept.is_file():
         originals = group_weights(_read_pieces([kept]))
@@ -254,8 +287,22 @@ def inspect_component(name: str, folder: Path) -> Component:
             if key not in weights or weights[key].shape != original.shape:
                 raise CheckpointError("originals of other weights", kept, why=key)
         weights |= originals
-    component = Component(name, folder, config=config, weights=weights)
+    component = Component(name, folder, config=config, weights=weights, unused=unused)
     return replace(component, dialect=_describe_dialect(component))
+
+
+def split_unused(
+    name: str, pieces: Mapping[str, Piece]
+) -> tuple[dict[str, Piece], tuple[str, ...]]:
+    """The tensors that FLUX.1 uses of a component, by name; and the names of the others."""
+    used = {}
+    unused = []
+    for stored, piece in pieces.items():
+        if name in UNUSED and UNUSED[name].fullmatch(stored):
+            unused.append(stored)
+        else:
+            used[stored] = piece
+    return used, tuple(sorted(unused))
 
 
 def _describe_dialect(component: Component) -> str:
@@ -286,37 +333,98 @@ def _read_pieces(files: list[Path]) -> dict[str, Piece]:
     return pieces
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _read_folder(folder: Path) -> dict[str, Piece]:
+    """The tensors of a component's folder by name.
+
+    Raises `CheckpointError` where one stands in two files, or not where the index says.
+    """
+    files = _find_files(folder)
+    pieces = _read_pieces(files.weights)
+    for name, shard in files.shards.items():
+        is_there = name in pieces and pieces[name].file.name == shard
+        # Some indexes have T5's embedding under both of its names.
+        if not is_there and name != T5_TIED:
+            why = f"{name[:60]} is not in {shard[:60]}"
+            raise CheckpointError("corrupt shard index", folder, why=why, hint=DOWNLOAD_AGAIN)
+    return pieces
+
+
+class _Files(NamedTuple):
+    """The weight files of a folder, and by its index the names of their tensors, if it has one."""
+
+    weights: list[Path]
+    shards: dict[str, str]
+
+
+def _find_files(folder: Path) -> _Files:
     """The safetensors files of a component: those of its shard index, or its only file.
 
-    Raises `CheckpointError` where there is none, or a shard is missing or lies elsewhere.
+    A file without a variant in its name comes before one with. Raises `CheckpointError` where there
+    is none, or a shard is missing or lies elsewhere.
     """
     indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if not indexes:
-        return [_only_weight_file(folder)]
-    index = indexes[0]
+    plain = [folder / name for name in (*PLAIN_FILES, *PACKED_FILES.values())]
+    files = [path for path in plain if os.path.exists(path)]
+    if not indexes and not files:
+        indexes, files = _find_variants(folder)
+    if indexes:
+        return _read_index(indexes[0])
+    if files:
+        return _Files(files[:1], {})
+    raise CheckpointError("no weights", folder, why=_explain_no_weights(folder))
+
+
+def _find_variants(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The indexes and the files of the best variant in a folder."""
+    indexes: dict[str, list[Path]] = {}
+    files: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*")):
+        for pattern, found in ((VARIANT_INDEX, indexes), (VARIANT_FILE, files)):
+            match = pattern.fullmatch(path.name)
+            if match and os.path.exists(path):
+                found.setdefault(match[1], []).append(path)
+    for variant in (*VARIANTS, *sorted(indexes.keys() | files.keys())):
+        if variant in indexes or variant in files:
+            return indexes.get(variant, []), files.get(variant, [])
+    return [], []
+
+
+def _read_index(index: Path) -> _Files:
+    """The shards that an index names; raises `CheckpointError`."""
     weight_map = read_json(index, "unreadable shard index").get("weight_map")
     if not _is_map_of_names(weight_map):
         raise CheckpointError("corrupt shard index", index, why="weight_map is no map of names")
     shards = sorted(set(weight_map.values()))
     for shard in shards:
         _check_shard(index, shard)
-    return [folder / shard for shard in shards]
+    return _Files([index.parent / shard for shard in shards], weight_map)
 
 
-def _only_weight_file(folder: Path) -> Path:
-    """The weight file of a folder without shards; raises `CheckpointError` where there is none."""
-    for name in (*PLAIN_FILES, *PACKED_FILES.values()):
-        path = folder / name
-        if path.exists():
-            return path
-    why = "no .safetensors file is there"
+def _explain_no_weights(folder: Path) -> str:
+    """Why a folder has no weights, by what is there instead."""
     for pattern in ("*.bin", "*.pt", "*.ckpt"):
         pickle = next(folder.glob(pattern), None)
         if pickle:
-            why = f"only pickles are there ({pickle.name})"
-            break
-    raise CheckpointError("no weights", folder, why=why)
+            return f"only pickles are there ({pickle.name})"
+    for path in sorted(folder.glob("*.safetensors")):
+        if not os.path.exists(path):
+            return f"{path.name} is a link to nothing"
+        if SHARD.fullmatch(path.name):
+            return f"their index is missing, which says what {path.name} is a part of"
+        return f"{path.name} is called in another way than diffusers' files"
+    return "no .safetensors file is there"
+
+
+def name_folder(folder: Path) -> str:
+    """What a folder without configs is, by the first weight file in it; "" for nothing known."""
+    for pattern in ("*.safetensors", "transformer/*.safetensors"):
+        for path in sorted(folder.glob(pattern)):
+            try:
+                header = read_whole_header(path)
+            except CheckpointError as error:
+                return str(error)
+            return f"it seems to be {guess_kind(header.tensors, header.metadata)}"
+    return ""
 
 
 def _is_map_of_names(value: object) -> TypeGuard[dict[str, str]]:

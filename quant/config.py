@@ -6,6 +6,8 @@ Stdlib only.
 """
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,30 @@ CLASSES = {
     "scheduler": "FlowMatchEulerDiscreteScheduler",
 }
 DOWNLOAD_AGAIN = "download the model again"
-MAX_JSON_BYTES = 32 << 20
+# Classes whose configs and weights have all that the class above needs, by regular expressions:
+# trainers' own, and those with a second half that FLUX.1 does not use.
+ALSO_READ = {
+    "text_encoder": "CLIPModel|CLIPTextModelWithProjection",
+    "text_encoder_2": "T5ForConditionalGeneration|T5Model|T5WithLMHeadModel",
+    "transformer": r"FluxTransformer2DModelWith\w+",
+}
+# What other classes are, for errors, by regular expressions; the first that fits counts.
+OTHER_CLASSES = {
+    "ControlNet": "a ControlNet",
+    "Nunchaku": "a nunchaku (SVDQuant) checkpoint",
+    "Redux": "a Redux adapter",
+    "Kontext": "FLUX.1 Kontext, which edits a given picture",
+    "Fill": "FLUX.1 Fill, which needs a picture",
+    "FluxControl": "a control model, which needs a picture",
+    "Flux2": "FLUX.2",
+    "Chroma": "Chroma",
+    "UMT5": "UMT5, FLUX.1 takes T5 1.1 XXL",
+    "SD3|StableDiffusion3": "Stable Diffusion 3",
+    "UNet2D|StableDiffusion": "Stable Diffusion or SDXL",
+    "CLIPVision": "a CLIP of pictures alone",
+}
+# The index of a model's shards takes 0.2 MB; of what is larger Python would make a gigabyte.
+MAX_JSON_BYTES = 4 << 20
 MAX_LAYERS = 256
 MAX_NUMBER = 1_000_000
 FLUX_CHANNELS = 64
@@ -47,6 +72,50 @@ READ: dict[str, dict[str, Any]] = {
         "num_train_timesteps": 1000,
     },
 }
+# What else the shapes of tensors depend on, with the libraries' defaults. Unlike those above they
+# are not added to a config, of which the fingerprint is made.
+ASSUMED: dict[str, dict[str, Any]] = {
+    "transformer": {
+        "patch_size": 1,
+        "joint_attention_dim": 4096,
+        "axes_dims_rope": [16, 56, 56],
+    },
+    "text_encoder": {
+        "vocab_size": 49408,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu",
+    },
+    "text_encoder_2": {
+        "vocab_size": 32128,
+        "d_model": 512,
+        "d_kv": 64,
+        "d_ff": 2048,
+        "num_layers": 6,
+        "num_heads": 8,
+        "relative_attention_num_buckets": 32,
+        "relative_attention_max_distance": 128,
+        "feed_forward_proj": "relu",
+    },
+    "vae": {
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 4,
+        "layers_per_block": 1,
+        "norm_num_groups": 32,
+        "down_block_types": ["DownEncoderBlock2D"],
+        "up_block_types": ["UpDecoderBlock2D"],
+        "use_quant_conv": True,
+        "use_post_quant_conv": True,
+        "mid_block_add_attention": True,
+    },
+}
+LATENT_CHANNELS = FLUX_CHANNELS // 4
+PROMPT_TOKENS = 77  # that CLIP's tokenizer makes
+LONG_CLIP_TOKENS = 248
 # Switches of the scheduler that would make another schedule than FLUX.1's.
 OTHER_SCHEDULES = (
     "stochastic_sampling",
@@ -90,7 +159,13 @@ def check_config(name: str, path: Path, config: dict[str, Any]) -> dict[str, Any
     values.
     """
     _check_class(name, path, config)
+    text_config = config.get("text_config")
+    if name == "text_encoder" and isinstance(text_config, dict):
+        # The half of a whole CLIP that FLUX.1 uses.
+        config = {"quantization_config": config.get("quantization_config")} | text_config
     checked = READ.get(name, {}) | config
+    if "_class_name" in checked:
+        checked["_class_name"] = CLASSES[name]
     _check_values(name, path, checked)
     _check_quantization(path, checked.pop("quantization_config", {}))
     if name == "vae" and not checked["scaling_factor"]:
@@ -111,15 +186,104 @@ def _check_class(name: str, path: Path, config: dict[str, Any]) -> None:
     architectures = config.get("architectures")
     if found is None and isinstance(architectures, list) and architectures:
         found = architectures[0]
-    wanted = CLASSES[name]
-    if found not in (wanted, None):
-        why = f"{str(found)[:60]!r} instead of {wanted!r}"
+    if found is not None and not is_class_of(name, found):
+        why = f"{str(found)[:60]!r} instead of {CLASSES[name]!r}"
+        kind = name_class(found)
+        if kind:
+            why += f"; it is {kind}"
         raise CheckpointError(f"wrong class of {name}", path, why=why)
+
+
+def is_class_of(name: str, found: object) -> bool:
+    """Whether this is a class of a component as FLUX.1 has it."""
+    pattern = ALSO_READ.get(name, "")
+    return isinstance(found, str) and (
+        found == CLASSES[name] or re.fullmatch(pattern, found) is not None
+    )
+
+
+def name_class(found: object) -> str:
+    """What a class that FLUX.1 does not have is, for people; "" where that is not known."""
+    for pattern, kind in OTHER_CLASSES.items():
+        if re.search(pattern, str(found)):
+            return kind
+    return ""
+
+
+def complete(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A component's config with all defaults that the shapes of its tensors depend on."""
+    return READ.get(name, {}) | ASSUMED.get(name, {}) | dict(config)
+
+
+def is_gated(values: Mapping[str, Any]) -> bool:
+    """Whether T5's MLPs have a gate, a layer more: its configs say it in two ways."""
+    by_name = str(values["feed_forward_proj"]).startswith("gated")
+    return bool(values.get("is_gated_act", by_name))
+
+
+def find_contradiction(name: str, config: Mapping[str, Any]) -> str:
+    """Why the values of a checked config make no FLUX.1 together; "" where they do."""
+    finders = {
+        "transformer": _find_contradiction_in_transformer,
+        "text_encoder": _find_contradiction_in_clip,
+        "text_encoder_2": _find_contradiction_in_t5,
+        "vae": _find_contradiction_in_vae,
+    }
+    if name not in finders:
+        return ""
+    return finders[name](complete(name, config))
+
+
+def _find_contradiction_in_transformer(values: Mapping[str, Any]) -> str:
+    axes = values["axes_dims_rope"]
+    head = values["attention_head_dim"]
+    if len(axes) != 3 or any(axis % 2 for axis in axes) or sum(axes) != head:
+        return f"axes_dims_rope is {axes}, not three even numbers whose sum is {head}"
+    if values["patch_size"] != 1:
+        return f"patch_size is {values['patch_size']}, FLUX.1 has 1"
+    if values.get("out_channels") not in (None, values["in_channels"]):
+        return f"out_channels is {values['out_channels']!r:.20}"
+    return ""
+
+
+def _find_contradiction_in_clip(values: Mapping[str, Any]) -> str:
+    heads = values["num_attention_heads"]
+    if values["hidden_size"] % heads:
+        return f"{heads} heads do not divide the width {values['hidden_size']}"
+    positions = values["max_position_embeddings"]
+    if positions == LONG_CLIP_TOKENS:
+        return f"it is LongCLIP, whose prompts have {LONG_CLIP_TOKENS} tokens"
+    if positions < PROMPT_TOKENS:
+        return f"max_position_embeddings is less than {PROMPT_TOKENS}"
+    return ""
+
+
+def _find_contradiction_in_t5(values: Mapping[str, Any]) -> str:
+    # Half of the buckets are for each direction, and half of these for single distances.
+    near = values["relative_attention_num_buckets"] // 4
+    if not 0 < near < values["relative_attention_max_distance"]:
+        return "its relative_attention_ values leave no distances"
+    return ""
+
+
+def _find_contradiction_in_vae(values: Mapping[str, Any]) -> str:
+    channels = values["block_out_channels"]
+    groups = values["norm_num_groups"]
+    if any(count % groups for count in channels):
+        return f"norm_num_groups {groups} does not divide {channels}"
+    for key in ("down_block_types", "up_block_types"):
+        if values[key] != ASSUMED["vae"][key] * len(channels):
+            return f"{key} is not {ASSUMED['vae'][key][0]} {len(channels)} times"
+    if values["latent_channels"] != LATENT_CHANNELS:
+        return f"latent_channels is {values['latent_channels']}, FLUX.1 has {LATENT_CHANNELS}"
+    if (values["in_channels"], values["out_channels"]) != (3, 3):
+        return "in_channels and out_channels are not 3"
+    return ""
 
 
 def _check_values(name: str, path: Path, config: dict[str, Any]) -> None:
     """Raise `CheckpointError` for a number out of bounds, and for a value of another type."""
-    defaults = READ.get(name, {})
+    defaults = READ.get(name, {}) | ASSUMED.get(name, {})
     for key, value in config.items():
         sane = _is_bounded(key, value)
         if key in defaults:
@@ -151,7 +315,9 @@ def _is_like(default: object, value: object) -> bool:
     if isinstance(default, list):
         if not isinstance(value, list) or not value:
             return False
-        return all(_is_like(1, item) for item in value)
+        return all(_is_like(default[0], item) for item in value)
+    if isinstance(default, str):
+        return isinstance(value, str)
     # A bool is an int to isinstance, here it is none.
     if isinstance(default, bool) or isinstance(value, bool):
         return type(value) is type(default)

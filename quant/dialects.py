@@ -10,8 +10,9 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
+from quant.config import LONG_CLIP_TOKENS
 from quant.errors import CheckpointError
 from quant.weights import RowRanges, Weight
 
@@ -90,10 +91,48 @@ LDM_VAE: Rules = (
 )
 LDM_UP_BLOCK = re.compile(r"decoder\.up\.(\d{1,3})\.")
 
+# Tensors of whole models of which FLUX.1 uses a half: CLIP's vision and projections, T5's decoder.
+UNUSED = {
+    "text_encoder": re.compile(
+        r"(?:.*\.)?position_ids|vision_model\..*|visual_projection\..*"
+        r"|(?:.*\.)?text_projection(?:\..*)?|logit_scale"
+    ),
+    "text_encoder_2": re.compile(r"(?:decoder|lm_head|dec|output)\..*|spiece_model"),
+}
+
 # Parts of keys that no FLUX.1 transformer has, though other models' keys may look like its own.
-NOT_FLUX_1 = ("double_stream_modulation", "distilled_guidance_layer", "lora")
+NOT_FLUX_1 = (
+    "double_stream_modulation",
+    "distilled_guidance_layer",
+    "lora",
+    "controlnet",
+    "input_hint_block",
+    "ip_adapter",
+    ".qweight",
+)
+# Text encoders that FLUX.1 does not have, by what tells them.
+CLIP_G_WIDTH = 1280
+BIAS_TABLE = "relative_attention_bias"
+NUNCHAKU = "a nunchaku (SVDQuant) checkpoint, which is not read"
+CONTROLNET = "a ControlNet, which is not read: flux takes no picture"
+IP_ADAPTER = "an IP-Adapter, which is not read: flux takes no picture"
+MFLUX = "an mflux (MLX) checkpoint, which is not read"
+# What a file is, by parts of its metadata's names and values.
+KINDS_BY_METADATA = {"svdq": NUNCHAKU, "nunchaku": NUNCHAKU, "mflux_version": MFLUX}
 # What a file is, by parts of its keys; of several that fit, the first counts.
 OTHER_KINDS = {
+    ".wscales": NUNCHAKU,
+    ".smooth_factor": NUNCHAKU,
+    ".qweight": "a GPTQ or AWQ checkpoint, which is not read",
+    "controlnet": CONTROLNET,
+    "control_model.": CONTROLNET,
+    "input_hint_block": CONTROLNET,
+    "lllite": CONTROLNET,
+    "ip_adapter": IP_ADAPTER,
+    "to_k_ip": IP_ADAPTER,
+    "image_proj": IP_ADAPTER,
+    "pulid": "a PuLID adapter, which is not read: flux takes no picture",
+    "redux_": "a Redux adapter, which is not read: flux takes no picture",
     "double_stream_modulation": "FLUX.2",
     "distilled_guidance_layer": "Chroma",
     "joint_blocks": "Stable Diffusion 3",
@@ -103,11 +142,14 @@ OTHER_KINDS = {
     "lora": "a LoRA",
     "lokr_": "a LoRA",
     "down_blocks.0.attentions": "Stable Diffusion or SDXL",
+    "clip_g.": "a CLIP bigG (clip_g), FLUX.1 takes CLIP-L",
+    "resblocks.": "a CLIP in OpenCLIP's layout, FLUX.1 takes CLIP-L in Hugging Face's",
     "text_model.encoder": "a CLIP text encoder",
     "encoder.block.": "a T5 text encoder",
     "decoder.up": "a VAE",
-    "single_transformer_blocks": "a FLUX.1 transformer in diffusers' layout",
 }
+# MLX's weights in 4 or 8 bit have both beside them.
+MLX_ENDS = (".scales", ".biases")
 
 
 def map_bfl_layers(config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
@@ -147,8 +189,44 @@ def is_bfl(names: Collection[str]) -> bool:
     return any(BLOCK_KEY.match(name) for name in names)
 
 
-def guess_kind(names: Collection[str]) -> str:
-    """What a file that holds nothing of FLUX.1 seems to be, by its keys."""
+def is_diffusers(names: Collection[str]) -> bool:
+    """Whether these are the keys of a FLUX.1 transformer as diffusers names them."""
+    for part in NOT_FLUX_1:
+        if any(part in name for name in names):
+            return False
+    return any(name.startswith("single_transformer_blocks.0.") for name in names)
+
+
+def find_foreign_transformer(names: Collection[str], metadata: Mapping[str, str]) -> str:
+    """What a transformer with FLUX.1's names is that no known layout stores; "" for nothing."""
+    for part, kind in KINDS_BY_METADATA.items():
+        if any(part in key.lower() or part in metadata[key].lower() for key in metadata):
+            return kind
+    if all(any(name.endswith(end) for name in names) for end in MLX_ENDS):
+        return MFLUX
+    return ""
+
+
+def find_foreign_text_encoder(component: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Which other text encoder this is, by the shapes of its weights; "" for none that is known."""
+    if component == "text_encoder":
+        words = shapes.get("text_model.embeddings.token_embedding.weight", ())
+        positions = shapes.get("text_model.embeddings.position_embedding.weight", ())
+        if words[1:] == (CLIP_G_WIDTH,):
+            return "a CLIP bigG (clip_g), FLUX.1 takes CLIP-L"
+        if positions[:1] == (LONG_CLIP_TOKENS,):
+            return f"LongCLIP, whose prompts have {LONG_CLIP_TOKENS} tokens; FLUX.1 takes CLIP-L"
+    # T5 has it in the first block alone.
+    if any(name.startswith("encoder.block.1.") and BIAS_TABLE in name for name in shapes):
+        return "UMT5, FLUX.1 takes T5 1.1 XXL"
+    return ""
+
+
+def guess_kind(names: Collection[str], metadata: Mapping[str, str] | None = None) -> str:
+    """What a file that holds nothing of FLUX.1 seems to be, by its keys and its metadata."""
+    kind = find_foreign_transformer(names, metadata or {})
+    if kind:
+        return kind
     for part, kind in OTHER_KINDS.items():
         if any(part in name for name in names):
             return kind
@@ -156,12 +234,49 @@ def guess_kind(names: Collection[str]) -> str:
     return f"its first key is {first[:60]}"
 
 
+class _Tellers(NamedTuple):
+    """The names by which a layout of the transformer tells its config."""
+
+    image: str
+    text: str
+    pooled: str
+    guidance: str
+    head: str  # the norm of a head's queries in the first block
+    double_block: re.Pattern[str]
+    single_block: re.Pattern[str]
+
+
+BFL_TELLERS = _Tellers(
+    image="img_in.weight",
+    text="txt_in.weight",
+    pooled="vector_in.in_layer.weight",
+    guidance="guidance_in.in_layer.weight",
+    head="double_blocks.0.img_attn.norm.query_norm.scale",
+    double_block=re.compile(r"double_blocks\.(\d{1,3})\."),
+    single_block=re.compile(r"single_blocks\.(\d{1,3})\."),
+)
+DIFFUSERS_TELLERS = _Tellers(
+    image="x_embedder.weight",
+    text="context_embedder.weight",
+    pooled="time_text_embed.text_embedder.linear_1.weight",
+    guidance="time_text_embed.guidance_embedder.linear_1.weight",
+    head="transformer_blocks.0.attn.norm_q.weight",
+    double_block=re.compile(r"transformer_blocks\.(\d{1,3})\."),
+    single_block=re.compile(r"single_transformer_blocks\.(\d{1,3})\."),
+)
+
+
+def infer_diffusers_config(stored: Mapping[str, Weight]) -> dict[str, Any]:
+    """The config that a transformer by diffusers' names implies; raises `CheckpointError`."""
+    return _infer_config(stored, DIFFUSERS_TELLERS)
+
+
 def from_bfl(stored: Mapping[str, Weight]) -> tuple[dict[str, Weight], dict[str, Any]]:
     """Return the weights of a BFL transformer as diffusers has them, and the config they imply.
 
     Raises `CheckpointError` for keys that FLUX.1 does not have, and for impossible shapes.
     """
-    config = _infer_config(stored)
+    config = _infer_config(stored, BFL_TELLERS)
     layers = map_bfl_layers(config)
     weights = {}
     for name, weight in stored.items():
@@ -208,36 +323,37 @@ def _split_rows(
     return [((start, stop),) for start, stop in pairwise(edges)]
 
 
-def _infer_config(stored: Mapping[str, Weight]) -> dict[str, Any]:
-    """The transformer's config, from the names and shapes of a BFL file.
+def _infer_config(stored: Mapping[str, Weight], tellers: _Tellers) -> dict[str, Any]:
+    """The transformer's config, from the names and shapes of a file.
 
     Raises `CheckpointError` where a tensor that tells a value is missing or misshapen.
     """
     file = next(iter(stored.values())).pieces[""].file
-    width, channels = _shape_of(stored, "img_in.weight", rank=2)
-    (head,) = _shape_of(stored, "double_blocks.0.img_attn.norm.query_norm.scale", rank=1)
+    width, channels = _shape_of(stored, tellers.image, rank=2)
+    (head,) = _shape_of(stored, tellers.head, rank=1)
     if not head or head % 16 or width % head:
         why = f"heads are {head} wide, all together {width}"
         raise CheckpointError("another model than FLUX.1", file, why=why)
-    blocks: dict[str, set[int]] = {"double": set(), "single": set()}
-    for name in stored:
-        match = BLOCK_KEY.match(name)
-        if match:
-            blocks[match[1]].add(int(match[2]))
     return {
         "_class_name": "FluxTransformer2DModel",
         "patch_size": 1,
         "in_channels": channels,
         "out_channels": None,
-        "num_layers": len(blocks["double"]),
-        "num_single_layers": len(blocks["single"]),
+        "num_layers": _count_blocks(stored, tellers.double_block),
+        "num_single_layers": _count_blocks(stored, tellers.single_block),
         "attention_head_dim": head,
         "num_attention_heads": width // head,
         "axes_dims_rope": [head // 8, head * 7 // 16, head * 7 // 16],
-        "joint_attention_dim": _shape_of(stored, "txt_in.weight", rank=2)[1],
-        "guidance_embeds": "guidance_in.in_layer.weight" in stored,
-        "pooled_projection_dim": _shape_of(stored, "vector_in.in_layer.weight", rank=2)[1],
+        "joint_attention_dim": _shape_of(stored, tellers.text, rank=2)[1],
+        "guidance_embeds": tellers.guidance in stored,
+        "pooled_projection_dim": _shape_of(stored, tellers.pooled, rank=2)[1],
     }
+
+
+def _count_blocks(names: Collection[str], pattern: re.Pattern[str]) -> int:
+    """How many blocks have names that the pattern matches."""
+    matches = [pattern.match(name) for name in names]
+    return len({match[1] for match in matches if match})
 
 
 def _shape_of(stored: Mapping[str, Weight], name: str, *, rank: int) -> tuple[int, ...]:

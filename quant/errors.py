@@ -40,9 +40,16 @@ class QuantError(ExplainedError):
 class CheckpointError(QuantError):
     """A file or folder that cannot be read as the checkpoint it claims to be."""
 
+    USUAL_HINT = "download it again, or name another file or model"
+
+    def __init__(self, what: str, which: object = "", *, why: str = "", hint: str = "") -> None:
+        super().__init__(what, which, why=why, hint=hint or self.USUAL_HINT)
+
 
 class ForeignFile(CheckpointError):
     """A sound weight file that holds nothing of FLUX.1; `why` says what it seems to be instead."""
+
+    USUAL_HINT = "name files of FLUX.1 [dev] or [schnell]; flux inspect says what a file is"
 
 
 class MissingLibrary(QuantError):

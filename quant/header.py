@@ -189,7 +189,10 @@ def _check_tiling(path: Path, tensors: list[TensorInfo], data_bytes: int) -> Non
 
 
 def read_tensor_bytes(path: Path, tensor: TensorInfo) -> bytes:
-    """The data of one tensor of a safetensors file whose header is valid; raises `OSError`."""
+    """The data of one tensor of a safetensors file whose header is valid; raises `OSError`.
+
+    They are fewer bytes where the file has become shorter.
+    """
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(LENGTH_BYTES), "little")
         file.seek(LENGTH_BYTES + header_bytes + tensor.start)
@@ -211,6 +214,9 @@ def read_numbers(path: Path, tensors: Iterable[TensorInfo]) -> dict[str, float]:
                 raise CheckpointError("no number", path, why=why)
             file.seek(LENGTH_BYTES + header_bytes + tensor.start)
             data = file.read(tensor.nbytes)
+            if len(data) < tensor.nbytes:
+                why = "it has become shorter since its header was read"
+                raise CheckpointError("weight file is truncated", path, why=why)
             if tensor.dtype == "BF16":
                 data = b"\0\0" + data
             (number,) = struct.unpack(f"<{code}", data)
@@ -221,13 +227,18 @@ def read_numbers(path: Path, tensors: Iterable[TensorInfo]) -> dict[str, float]:
 def file_identity(path: Path) -> bytes:
     """Bytes that identify a file's content without reading all of it.
 
-    They are its size and 64 evenly spread pages of 4 KiB.
+    They are its size and 64 evenly spread pages of 4 KiB. Raises `CheckpointError` where it cannot
+    be read.
     """
-    file_bytes = os.path.getsize(path)
-    parts = [file_bytes.to_bytes(8, "little")]
-    last_start = max(0, file_bytes - PAGE_BYTES)
-    with path.open("rb") as file:
-        for k in range(IDENTITY_PAGES):
-            file.seek(last_start * k // (IDENTITY_PAGES - 1))
-            parts.append(file.read(PAGE_BYTES))
+    try:
+        file_bytes = os.path.getsize(path)
+        parts = [file_bytes.to_bytes(8, "little")]
+        last_start = max(0, file_bytes - PAGE_BYTES)
+        with path.open("rb") as file:
+            for k in range(IDENTITY_PAGES):
+                file.seek(last_start * k // (IDENTITY_PAGES - 1))
+                parts.append(file.read(PAGE_BYTES))
+    except OSError as error:
+        why = error.strerror or "read error"
+        raise CheckpointError("cannot read", path, why=why) from error
     return b"".join(parts)

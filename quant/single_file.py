@@ -5,7 +5,9 @@ all-in-one), GGUF, Forge's bitsandbytes NF4, and text encoders and VAEs by thems
 a model folder, which has what a file lacks, they make a checkpoint. Stdlib only.
 """
 
+import contextlib
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +16,7 @@ from typing import Any
 
 from quant.checkpoint import (
     COMPONENTS,
+    SHARD,
     TEXT_ENCODERS,
     TOKENIZERS,
     Checkpoint,
@@ -21,22 +24,27 @@ from quant.checkpoint import (
     check_tokenizer,
     inspect,
     inspect_component,
+    name_folder,
+    split_unused,
 )
-from quant.config import CLASSES, check_config, read_config, read_json
+from quant.config import check_config, is_class_of, name_class, read_config, read_json
 from quant.dialects import (
     T5_GGUF,
     T5_SHARED,
     T5_TIED,
+    find_foreign_text_encoder,
+    find_foreign_transformer,
     from_bfl,
     from_ldm,
     guess_kind,
+    infer_diffusers_config,
     is_bfl,
+    is_diffusers,
     rename_weights,
 )
 from quant.errors import CheckpointError, ForeignFile
-from quant.header import Header, read_whole_header
-from quant.tensor_info import TensorInfo
-from quant.weights import Piece, Weight, group_weights
+from quant.header import Header, read_tensor_bytes, read_whole_header
+from quant.weights import READABLE, Piece, Weight, group_weights
 
 FOREIGN = "not a FLUX.1 model in one file"
 # The component by the beginning of a tensor's name; of several that fit, the first counts.
@@ -56,12 +64,14 @@ MARKS = {
     "text_encoder_2": ("encoder.block.0.layer.0.", "enc.blk.0."),
     "vae": ("decoder.mid.block_1.", "decoder.mid_block."),
 }
-# Tensors that are not read: scales of activations, markers of a layout, and what FLUX.1 does not
-# use of CLIP.
-UNUSED = re.compile(
+# Tensors that are not read: scales of activations, and markers of a layout.
+MARKERS = re.compile(
     r"(.*\.)?(scaled_fp8|input_scale|scale_input|comfy_quant|logit_scale|spiece_model|"
     r"text_projection(\.weight)?|position_ids)"
 )
+# The layouts of ComfyUI's `comfy_quant` that are read.
+COMFY_FORMATS = ("float8_e4m3fn",)
+MAX_FORMAT_BYTES = 4096
 # How ComfyUI's scales of weights are called in its two layouts; the new one is read.
 OLD_SCALE_END = ".scale_weight"
 SCALE_END = ".weight_scale"
@@ -76,7 +86,7 @@ def inspect_file(path: Path) -> dict[str, Component]:
     one.
     """
     header = read_whole_header(path)
-    parts = _split_into_components(path, header.tensors)
+    parts = _split_into_components(path, header)
     found = {}
     for name in COMPONENTS:
         if name in parts:
@@ -101,29 +111,31 @@ def _require_transformer(found: Collection[str], path: Path) -> None:
         raise CheckpointError("no transformer in this file", path, why=why)
 
 
-def _split_into_components(
-    path: Path, tensors: Mapping[str, TensorInfo]
-) -> dict[str, dict[str, Piece]]:
+def _split_into_components(path: Path, header: Header) -> dict[str, dict[str, Piece]]:
     """The tensors of each component in a file, by their names without prefix.
 
     Raises `ForeignFile` where they are none of FLUX.1's.
     """
+    tensors = header.tensors
     parts: dict[str, dict[str, Piece]] = {}
     for name, info in tensors.items():
         component, short_name = _split_prefix(name)
         parts.setdefault(component, {})[short_name] = Piece(path, info)
     for component, pieces in list(parts.items()):
         # Such tensors alone are no component; a marker of a layout often stands without prefix.
-        if all(UNUSED.fullmatch(name) for name in pieces):
+        if all(MARKERS.fullmatch(name) for name in pieces):
             del parts[component]
     without_prefix = parts.pop("", {})
     if without_prefix:
         component = _recognize_component(without_prefix)
         if not component or component in parts:
-            raise ForeignFile(FOREIGN, path, why=guess_kind(tensors))
+            raise ForeignFile(FOREIGN, path, why=guess_kind(tensors, header.metadata))
         parts[component] = without_prefix
-    if "transformer" in parts and not is_bfl(parts["transformer"]):
-        raise ForeignFile(FOREIGN, path, why=guess_kind(tensors))
+    transformer = parts.get("transformer")
+    if transformer:
+        kind = find_foreign_transformer(tensors, header.metadata)
+        if kind or not (is_bfl(transformer) or is_diffusers(transformer)):
+            raise ForeignFile(FOREIGN, path, why=kind or guess_kind(tensors))
     return parts
 
 
@@ -137,7 +149,7 @@ def _split_prefix(name: str) -> tuple[str, str]:
 
 def _recognize_component(names: Collection[str]) -> str:
     """Which component has tensors of such names, without a prefix; "" for none."""
-    if is_bfl(names):
+    if is_bfl(names) or is_diffusers(names):
         return "transformer"
     for component, marks in MARKS.items():
         if any(name.startswith(marks) for name in names):
@@ -152,31 +164,67 @@ def _make_component(
 
     Raises `CheckpointError`.
     """
+    used, unused = split_unused(name, stored)
+    kind = find_foreign_text_encoder(name, {key: piece.shape for key, piece in used.items()})
+    if kind:
+        raise ForeignFile(FOREIGN, path, why=kind)
+    _check_formats(path, header=header, stored=used)
     pieces = {
         stored_name.replace(OLD_SCALE_END, SCALE_END): piece
-        for stored_name, piece in stored.items()
-        if not UNUSED.fullmatch(stored_name)
+        for stored_name, piece in used.items()
+        if not MARKERS.fullmatch(stored_name)
     }
     is_scaled = _has_scales(header, stored)
     weights = group_weights(pieces, unscaled=not is_scaled)
     config: dict[str, Any] = {}
     if name == "transformer":
-        if "kontext" in path.name.lower():
-            why = (
-                "its name says Kontext, which edits a given picture; "
-                "by its weights it cannot be told from dev"
-            )
-            hint = "rename it if it is none"
-            raise CheckpointError("another kind of FLUX model", path, why=why, hint=hint)
-        weights, config = from_bfl(weights)
+        _refuse_kontext(path)
+        if is_bfl(stored):
+            weights, config = from_bfl(weights)
+        else:
+            config = infer_diffusers_config(weights)
         config = check_config(name, path, config)
     elif name == "text_encoder_2":
         weights = _read_t5(weights)
     elif name == "vae":
         weights = from_ldm(weights)
-    component = Component(name, path, config=config, weights=weights)
+    component = Component(name, path, config=config, weights=weights, unused=unused)
     dialect = _describe_dialect(component, header=header, stored=stored, is_scaled=is_scaled)
     return replace(component, dialect=dialect)
+
+
+def _refuse_kontext(path: Path) -> None:
+    """Raise `CheckpointError` for a transformer whose file or folder is called Kontext."""
+    names = [path.name.lower()]
+    if path.is_dir():
+        names.append(path.parent.name.lower())
+    if any("kontext" in name for name in names):
+        why = (
+            "its name says Kontext, which edits a given picture; "
+            "by its weights it cannot be told from dev"
+        )
+        hint = "rename it if it is none"
+        raise CheckpointError("another kind of FLUX model", path, why=why, hint=hint)
+
+
+def _check_formats(path: Path, *, header: Header, stored: Mapping[str, Piece]) -> None:
+    """Raise `CheckpointError` for a layer that ComfyUI packed in a way that is not read.
+
+    Its codes and scales may look like those of another format, and would be noise.
+    """
+    formats = dict(_read_formats_in_metadata(header))
+    for name, piece in stored.items():
+        if name.endswith("comfy_quant") and piece.info.nbytes <= MAX_FORMAT_BYTES:
+            with contextlib.suppress(ValueError, RecursionError):
+                formats[name] = json.loads(read_tensor_bytes(path, piece.info))
+    for layer, described in formats.items():
+        if not isinstance(described, dict):
+            continue
+        kind = described.get("format", COMFY_FORMATS[0])
+        if kind not in COMFY_FORMATS or described.get("convrot"):
+            why = f"{layer[:60]} is {str(kind)[:40]}"
+            what = "weights packed in a way that is not read"
+            raise CheckpointError(what, path, why=why, hint=READABLE)
 
 
 def _has_scales(header: Header, stored: Mapping[str, Piece]) -> bool:
@@ -187,18 +235,18 @@ def _has_scales(header: Header, stored: Mapping[str, Piece]) -> bool:
     if any(name.endswith(SCALED_ENDS) for name in stored):
         return True
     layers = {piece.info.name.removesuffix(".weight") for piece in stored.values()}
-    return not layers.isdisjoint(_read_scaled_layers(header))
+    return not layers.isdisjoint(_read_formats_in_metadata(header))
 
 
-def _read_scaled_layers(header: Header) -> set[str]:
-    """The layers that have scales by the header's metadata; set() where that is not ComfyUI's.
+def _read_formats_in_metadata(header: Header) -> dict[str, Any]:
+    """How layers are packed, by the header's metadata; {} where that is not ComfyUI's.
 
     ComfyUI writes it beside `comfy_quant` tensors, or in place of them.
     """
     try:
-        return set(json.loads(header.metadata["_quantization_metadata"])["layers"])
+        return dict(json.loads(header.metadata["_quantization_metadata"])["layers"])
     except (KeyError, TypeError, ValueError, RecursionError):
-        return set()
+        return {}
 
 
 def _read_t5(weights: Mapping[str, Weight]) -> dict[str, Weight]:
@@ -221,9 +269,9 @@ def _describe_dialect(
         return _describe_fp8(stored, is_scaled=is_scaled)
     if header.is_gguf:
         return "GGUF"
-    if component.name in ("transformer", "vae"):
+    if component.name == "vae" or is_bfl(stored):
         return "BFL"
-    return "Hugging Face"
+    return "diffusers" if component.name == "transformer" else "Hugging Face"
 
 
 def _describe_fp8(stored: Mapping[str, Piece], *, is_scaled: bool) -> str:
@@ -245,11 +293,11 @@ def assemble_checkpoint(
     text_encoders: Sequence[Path] = (),
     vae: Path | None = None,
 ) -> Checkpoint:
-    """The checkpoint of a model folder or file.
+    """The checkpoint of a model folder, of a transformer's folder, or of a file.
 
-    For a file, `find_base` is called with the names of the components that neither it nor the other
-    arguments have, and returns the model folder that has those, the tokenizers and all configs.
-    Text encoders and VAE, each a file or folder, take the place of the model's own. Raises
+    For the last two, `find_base` is called with the names of the components that neither it nor
+    the other arguments have, and returns the model folder that has those, the tokenizers and all
+    configs. Text encoders and VAE, each a file or folder, take the place of the model's own. Raises
     `CheckpointError`, and whatever `find_base` raises.
     """
     replacements: dict[str, Component] = {}
@@ -257,11 +305,11 @@ def assemble_checkpoint(
         replacements |= _inspect_parts(path, TEXT_ENCODERS)
     if vae:
         replacements |= _inspect_parts(vae, ("vae",))
-    if model.is_dir():
+    folder = model
+    if (model / "model_index.json").is_file():
         found = inspect(model).components | replacements
-        folder = model
     else:
-        found = inspect_file(model) | replacements
+        found = _inspect_model_part(model) | replacements
         _require_transformer(found, model)
         folder = find_base([name for name in COMPONENTS if name not in found])
         for name in TOKENIZERS:
@@ -277,13 +325,27 @@ def assemble_checkpoint(
     return Checkpoint(folder, components, scheduler)
 
 
+def _inspect_model_part(path: Path) -> dict[str, Component]:
+    """The components in a file, or in a folder that is no whole model; raises `CheckpointError`."""
+    if path.is_dir():
+        _refuse_kontext(path)
+        return _inspect_parts(path, COMPONENTS)
+    if SHARD.fullmatch(path.name):
+        why = "its name says that it is one of several files"
+        hint = f"-m {path.parent}"
+        raise CheckpointError("a part of a transformer", path, why=why, hint=hint)
+    return inspect_file(path)
+
+
 def _inspect_parts(path: Path, wanted: Sequence[str]) -> dict[str, Component]:
     """Those of the wanted components that are at a path; raises `CheckpointError` for none.
 
     The path is of a weight file, of a model folder, or of a component's own folder.
     """
     if path.is_dir():
-        folders = {name: path / name for name in wanted if (path / name).is_dir()}
+        folders = {
+            name: path / name for name in wanted if os.path.lexists(path / name / "config.json")
+        }
         if not folders:
             folders = {name_component(path): path}
         found = {name: inspect_component(name, folder) for name, folder in folders.items()}
@@ -298,12 +360,18 @@ def _inspect_parts(path: Path, wanted: Sequence[str]) -> dict[str, Component]:
 
 def name_component(folder: Path) -> str:
     """Which component a folder holds, by its config.json; raises `CheckpointError`."""
+    if not os.path.lexists(folder / "config.json"):
+        why = name_folder(folder)
+        raise CheckpointError("neither a model folder nor a part of one", folder, why=why)
     config = read_json(folder / "config.json", "neither a model folder nor a part of one")
-    class_name = config.get("_class_name")
-    architectures = config.get("architectures")
+    found = config.get("_class_name") or config.get("architectures")
+    if isinstance(found, list) and len(found) == 1:
+        found = found[0]
     for name in COMPONENTS:
-        known = CLASSES[name]
-        if class_name in (known, [known]) or architectures in (known, [known]):
+        if is_class_of(name, found):
             return name
-    why = f"it names {class_name or architectures!r:.60}"
+    why = f"it names {found!r:.60}"
+    kind = name_class(found)
+    if kind:
+        why += f"; it is {kind}"
     raise CheckpointError("not a part of FLUX.1", folder, why=why)

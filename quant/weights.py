@@ -173,12 +173,15 @@ def _make_weight(name: str, pieces: dict[str, Piece], *, unscaled: bool) -> Weig
         file = next(iter(pieces.values())).file
         why = f"{name} has only its scales"
         raise CheckpointError("a packed weight is missing", file, why=why)
+    values = pieces[""]
+    if not values.info.numel:
+        why = f"{name[:60]} is {list(values.shape)}"
+        raise CheckpointError("weights without values", values.file, why=why)
     scale = pieces.get(SCALE) or pieces.get(SCB)
     if scale and len(pieces) == 2:
         return _make_scaled_weight(name, pieces, scale)
     if len(pieces) > 1:
         return _make_nf4_weight(name, pieces)
-    values = pieces[""]
     scheme = _find_scheme(name, values, unscaled=unscaled)
     return Weight(name, values.shape, scheme=scheme, pieces=pieces)
 
@@ -191,8 +194,14 @@ def _find_scheme(name: str, values: Piece, *, unscaled: bool) -> str:
     dtype = values.info.dtype
     if dtype in GGUF_BITS:
         return dtype
-    if dtype not in EIGHT_BIT or len(values.shape) != 2:
+    if dtype in FLOATS:
         return ""
+    # Biases and norms are in fp8, too, where everything was cast.
+    if dtype in ("F8_E4M3", "F8_E5M2") and len(values.shape) != 2:
+        return ""
+    if dtype not in EIGHT_BIT or len(values.shape) != 2:
+        why = f"{name[:60]} is {dtype}, which is no dtype of weights"
+        raise CheckpointError("weights that are no numbers of FLUX.1", values.file, why=why)
     if unscaled and dtype == "F8_E4M3":
         return "fp8"
     # Nothing computes in it: it is read as a dtype like the 16-bit ones.

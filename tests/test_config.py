@@ -28,6 +28,12 @@ HOSTILE = [
     ("vae/config.json", {"shift_factor": float("nan")}),
     ("text_encoder/config.json", {"max_position_embeddings": 3 * 10**9}),
     ("text_encoder/config.json", {"architectures": ["BertModel"]}),
+    ("text_encoder/config.json", {"num_hidden_layers": 2.5}),
+    ("text_encoder_2/config.json", {"d_model": "x"}),
+    ("text_encoder_2/config.json", {"architectures": ["UMT5EncoderModel"]}),
+    ("transformer/config.json", {"axes_dims_rope": "x"}),
+    ("transformer/config.json", {"axes_dims_rope": [4, 14.0, 14]}),
+    ("vae/config.json", {"down_block_types": [1]}),
     ("scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}),
     ("scheduler/scheduler_config.json", {"stochastic_sampling": True}),
     ("scheduler/scheduler_config.json", {"use_beta_sigmas": True}),
@@ -38,9 +44,7 @@ HOSTILE = [
 ]
 UNBUILDABLE = [
     ("text_encoder", {"hidden_act": "zzz"}),
-    ("text_encoder", {"num_hidden_layers": 2.5}),
     ("text_encoder", {"hidden_size": 97}),
-    ("text_encoder_2", {"d_model": "x"}),
     ("vae", {"norm_num_groups": 7}),
 ]
 

@@ -122,14 +122,46 @@ def test_a_file_of_another_kind_is_named_and_counted(kind, name, capsys):
     assert found["truncated"] is False and found["needs"] and found["problems"] == []
 
 
-def test_a_transformers_file_of_diffusers_needs_its_folder(tiny_folder, capsys):
+def test_a_transformers_file_of_diffusers_is_a_transformer(tiny_folder, capsys):
     (path,) = (tiny_folder / "transformer").glob("*.safetensors")
     found = described(capsys, path)
-    assert found["precision"] == "BF16" and "config.json" in found["needs"][0]
+    assert (found["kind"], found["dialect"]) == ("transformer", "diffusers")
+    assert found["precision"] == "BF16" and found["loads"] == "154 of 154"
+    assert found["needs"][:3] == ["text_encoder", "text_encoder_2", "vae"]
     assert found["parameters"] == inspect(tiny_folder).components["transformer"].numel
 
 
 # --- what is unusable
+
+
+def test_tensors_without_values_are_a_problem(capsys):
+    save_file({f"a{n}": torch.ones(0) for n in range(4000)}, "x.safetensors")
+    assert "hold no values" in assert_failed(call(capsys, "inspect", "x.safetensors"), 4)
+
+
+def test_what_a_model_folder_does_not_use_is_listed(tiny_folder, capsys):
+    model = Path(shutil.copytree(tiny_folder, "model"))
+    weights = model / "text_encoder" / "model.safetensors"
+    more = {"vision_model.post_layernorm.weight": torch.ones(8), "logit_scale": torch.ones(())}
+    save_file(load_file(weights) | more, weights)
+    found = described(capsys, model)
+    assert found["components"]["text_encoder"]["unused"] == sorted(more)
+    assert found["problems"] == [] and "unused" not in found["components"]["vae"]
+
+
+def test_every_problem_of_a_model_folder_is_listed(tiny_folder, capsys):
+    model = Path(shutil.copytree(tiny_folder, "model"))
+    weights = model / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    del tensors["decoder.conv_in.bias"]
+    save_file(tensors | {"decoder.conv_out.bias": torch.ones(4)}, weights)
+    config = model / "transformer" / "config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps(values | {"axes_dims_rope": [4, 4, 4]}))
+    result = call(capsys, "inspect", str(model))
+    problems = json.loads(result.stdout)["problems"]
+    assert result.returncode == 4 and len(problems) == 2
+    assert "axes_dims_rope" in problems[0] and "decoder.conv_in.bias" in problems[1]
 
 
 FILES = {

@@ -491,14 +491,14 @@ def test_a_damaged_variant_is_left_out_and_named(tiny_folder, capsys):
 
 def test_known_shapes_are_those_of_the_model_classes(dev):
     """What is planned without a download: names and shapes as the real classes have them."""
-    from fluxcli.engine.loader import check_keys
+    from quant.expected import check_keys
     from tests.support.helpers import expected_shapes
 
     schnell = read_known_shapes("black-forest-labs/FLUX.1-schnell")
     for checkpoint in (dev, schnell, read_known_shapes("black-forest-labs/FLUX.1-Krea-dev")):
         for part in checkpoint.components.values():
             expected, found = expected_shapes(part)
-            check_keys(part, expected=expected, found=found)
+            check_keys(part.name, part.folder, expected=expected, found=found)
     assert sum(part.numel for part in dev.components.values()) == 16_870_599_139
     assert not schnell.takes_guidance and read_known_shapes("somebody/else") is None
 

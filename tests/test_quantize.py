@@ -75,7 +75,7 @@ def written(path: Path, given: dict[str, int]) -> dict[str, int]:
 # --- sources and destinations
 
 
-def test_a_preset_goes_to_the_users_models_where_generate_finds_it(bundled, capsys):
+def test_a_preset_goes_to_the_users_models_where_generate_finds_it(capsys):
     result = call(capsys, "quantize", "tiny", "--to", "nf4", "--scales", "absmax")
     path = paths.baked_folder() / "tiny-nf4"
     assert (result.returncode, result.stdout) == (0, f"{path}\n") and path.is_relative_to(

@@ -392,8 +392,43 @@ FAMILIES = {
             for name in ("clip_l", "clip_g")
         ),
     ],
-    "a FLUX.1 transformer in diffusers' layout": ["single_transformer_blocks.0.attn.to_q.weight"],
+    "a nunchaku (SVDQuant) checkpoint, which is not read": [
+        "x_embedder.weight",
+        "transformer_blocks.0.qkv_proj.qweight",
+        "transformer_blocks.0.qkv_proj.wscales",
+        "transformer_blocks.0.qkv_proj.lora_down",
+        "single_transformer_blocks.0.qkv_proj.lora_up",
+    ],
+    "a GPTQ or AWQ checkpoint, which is not read": [
+        "single_transformer_blocks.0.attn.to_q.qweight",
+        "single_transformer_blocks.0.attn.to_q.qzeros",
+    ],
+    "a ControlNet, which is not read: flux takes no picture": [
+        "controlnet_blocks.0.weight",
+        "controlnet_mode_embedder.weight",
+        "transformer_blocks.0.attn.to_q.weight",
+        "single_transformer_blocks.0.attn.to_q.weight",
+    ],
+    "an IP-Adapter, which is not read: flux takes no picture": [
+        "double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight",
+        "ip_adapter_proj_model.proj.weight",
+    ],
+    "an mflux (MLX) checkpoint, which is not read": [
+        f"single_transformer_blocks.0.attn.to_q.{end}" for end in ("weight", "scales", "biases")
+    ],
+    "UMT5, FLUX.1 takes T5 1.1 XXL": [
+        f"encoder.block.{i}.layer.0.SelfAttention.relative_attention_bias.weight" for i in (0, 1)
+    ],
+    "a CLIP in OpenCLIP's layout, FLUX.1 takes CLIP-L in Hugging Face's": [
+        "transformer.resblocks.0.attn.in_proj_weight"
+    ],
 }
+XLABS_CONTROLNET = ["double_blocks.0.img_attn.qkv.weight", "input_hint_block.0.weight"]
+OTHER_FORMS = {
+    "a ControlNet": [XLABS_CONTROLNET, ["control_model.double_blocks.0.img_mod.lin.weight"]],
+    "an IP-Adapter": [["image_proj.proj.0.weight", "ip_adapter.0.to_k_ip.weight"]],
+}
+TEXT_MODEL = "text_model.encoder.layers.0.self_attn.k_proj.weight"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -403,6 +438,40 @@ def test_another_familys_file_is_named(family, capsys):
     assert (
         f"not a FLUX.1 model in one file ({Path('x.safetensors').absolute()}): {family}." in error
     )
+
+
+@pytest.mark.parametrize("family", OTHER_FORMS)
+def test_other_forms_of_a_family_are_named(family, capsys):
+    for names in OTHER_FORMS[family]:
+        save_file({name: torch.ones(4, 4) for name in names}, "x.safetensors")
+        error = call(capsys, "generate", "x", "-p", "tiny", "-m", "x.safetensors")
+        assert family in assert_failed(error, 4)
+        assert family in json.loads(call(capsys, "inspect", "x.safetensors").stdout)["kind"]
+
+
+@pytest.mark.parametrize(
+    "word, shapes",
+    [
+        ("LongCLIP", {"text_model.embeddings.position_embedding.weight": (248, 8)}),
+        ("clip_g", {"text_model.embeddings.token_embedding.weight": (9, 1280)}),
+    ],
+)
+def test_another_clip_is_named_by_its_shapes(word, shapes, capsys):
+    tensors = {name: torch.ones(shape) for name, shape in shapes.items()}
+    save_file(tensors | {TEXT_MODEL: torch.ones(8, 8)}, "x.safetensors")
+    error = call(capsys, "generate", "x", "-p", "tiny", "--text-encoders", "x.safetensors")
+    assert word in assert_failed(error, 4)
+
+
+def test_mflux_and_nunchaku_say_it_in_their_metadata(capsys):
+    tensors = {"single_transformer_blocks.0.attn.to_q.weight": torch.ones(4, 4)}
+    for word, metadata in (
+        ("mflux", {"mflux_version": "0.9"}),
+        ("nunchaku", {"quantization_config": '{"method": "svdquant"}'}),
+    ):
+        save_file(tensors, "x.safetensors", metadata)
+        error = call(capsys, "generate", "x", "-p", "tiny", "-m", "x.safetensors")
+        assert word in assert_failed(error, 4)
 
 
 # --- the command line

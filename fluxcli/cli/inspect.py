@@ -11,13 +11,20 @@ from typing import Annotated, Any
 import typer
 
 from fluxcli.cli import show
-from fluxcli.engine.check import check_limits
 from fluxcli.errors import ExitCode
 from fluxcli.models import loras
 from fluxcli.models.find import MODEL_FILES
 from fluxcli.models.shapes import read_known_shapes
-from quant.checkpoint import COMPONENTS, TOKENIZERS, Component, inspect, inspect_component
+from quant.checkpoint import (
+    COMPONENTS,
+    TOKENIZERS,
+    Component,
+    check_components,
+    inspect,
+    inspect_component,
+)
 from quant.errors import CheckpointError, ForeignFile
+from quant.expected import check_tensors, count_matching
 from quant.header import read_header
 from quant.lora_names import is_lora
 from quant.single_file import inspect_file, name_component
@@ -79,7 +86,7 @@ def _describe_model_folder(path: Path) -> Description:
     components = _describe_components(folders, problems)
     if not problems:
         try:
-            inspect(path)
+            check_components(inspect(path).components)
         except CheckpointError as error:
             problems.append(str(error))
     return {
@@ -112,7 +119,7 @@ def _describe_file(path: Path) -> Description:
     try:
         parts = inspect_file(path)
     except ForeignFile as error:
-        return {"path": str(path), "kind": error.why, **_describe_foreign(infos)}
+        return {"path": str(path), "kind": error.why, **_describe_foreign(path, infos)}
     known = read_known_shapes()
     assert known is not None
     problems: list[str] = []
@@ -132,9 +139,15 @@ def _describe_file(path: Path) -> Description:
     return described | {"needs": needs, "problems": problems}
 
 
-def _describe_foreign(infos: Mapping[str, TensorInfo]) -> Description:
-    """The precision and the counts of a file that holds nothing of FLUX.1."""
+def _describe_foreign(path: Path, infos: Mapping[str, TensorInfo]) -> Description:
+    """The precision and the counts of a file that holds nothing of FLUX.1.
+
+    Raises `CheckpointError` where it holds nothing at all.
+    """
     largest = max(infos.values(), key=lambda info: info.numel)
+    if not largest.numel:
+        why = f"its {len(infos)} tensors hold no values"
+        raise CheckpointError("empty safetensors file", path, why=why)
     return {
         "precision": largest.dtype,
         "tensors": len(infos),
@@ -147,14 +160,16 @@ def _describe_foreign(infos: Mapping[str, TensorInfo]) -> Description:
 
 def _describe_component(part: Component, problems: list[str]) -> Description:
     """What a component is; adds to `problems` where it lacks tensors."""
-    check_limits()
-    from fluxcli.engine.loader import count_matching
-
-    matched, expected = count_matching(part)
-    if matched < expected:
-        problems.append(f"{part.name}: only {matched} of its {expected} tensors are there")
+    matched, expected = count_matching(part.name, config=part.config, weights=part.weights)
+    try:
+        check_tensors(part.name, part.folder, config=part.config, weights=part.weights)
+    except CheckpointError as error:
+        count = ""
+        if matched < expected:
+            count = f"only {matched} of its {expected} tensors fit: "
+        problems.append(f"{part.name}: {count}{error.why}")
     largest = max(part.weights.values(), key=lambda weight: weight.numel)
-    return {
+    described = {
         "dialect": part.dialect,
         "precision": part.precision or largest.info.dtype,
         "parameters": part.numel,
@@ -164,3 +179,7 @@ def _describe_component(part: Component, problems: list[str]) -> Description:
         # A file that ends too early is refused when its header is read.
         "truncated": False,
     }
+    # Of CLIP its vision half, of T5 its decoder.
+    if part.unused:
+        described["unused"] = list(part.unused)
+    return described

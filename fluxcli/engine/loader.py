@@ -8,7 +8,7 @@ the MLP's input of a single block. Sizes are in bytes.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,15 +22,14 @@ from quant import codecs
 from quant.checkpoint import Component
 from quant.codecs import Reader
 from quant.config import DOWNLOAD_AGAIN
-from quant.dialects import ADDED_QKV, QKV, T5_SHARED, T5_TIED
+from quant.dialects import ADDED_QKV, QKV, T5_TIED
 from quant.errors import CheckpointError, ExplainedError
+from quant.expected import check_keys, map_names
 from quant.linear import fits_together, make_linear
 from quant.lora import Adapter
 from quant.spec import QuantSpec, is_modulation, lay_out, scheme_in_memory
 from quant.weights import Weight
 
-CLIP_PREFIX = "text_model."
-CLIP_POSITIONS = "embeddings.position_ids"
 HALF_MAX = 65504  # the largest float16
 
 Shape = tuple[int, ...]
@@ -70,18 +69,6 @@ class LoadedComponent:
     handles: list[RemovableHandle] = field(default_factory=list)  # whose `remove` ends that
 
 
-def count_matching(component: Component) -> tuple[int, int]:
-    """(how many tensors of the component have a place in its module, how many it needs)."""
-    expected = _shapes_of(build(component))
-    names = _names_in_file(component)
-    matching = [
-        name
-        for name, stored in names.items()
-        if expected.get(name) == component.weights[stored].shape
-    ]
-    return len(matching), len(expected)
-
-
 class Filler:
     """Gives a module's layers their tensors.
 
@@ -104,11 +91,11 @@ class Filler:
         self._dtype = dtype
         self._spec = spec
         self._reader = Reader()
-        self._weights = {
-            name: component.weights[stored] for name, stored in _names_in_file(component).items()
-        }
+        names = map_names(component.name, component.weights)
+        self._weights = {name: component.weights[stored] for name, stored in names.items()}
         check_keys(
-            component,
+            component.name,
+            component.folder,
             expected=_shapes_of(self.module),
             found={name: weight.shape for name, weight in self._weights.items()},
         )
@@ -373,42 +360,5 @@ def _parameters_on_meta() -> Iterator[None]:
         del tensors.normal_
 
 
-def _names_in_file(component: Component) -> dict[str, str]:
-    """Module key -> key in the file, for the dialects that published folders use."""
-    names = {name.removeprefix(CLIP_PREFIX): name for name in component.weights}
-    if component.name == "text_encoder":
-        names.pop(CLIP_POSITIONS, None)  # a buffer that old files carry along
-    if component.name == "text_encoder_2":  # one tensor under two names
-        stored = names.get(T5_SHARED) or names.get(T5_TIED)
-        if stored:
-            names[T5_SHARED] = stored
-            names[T5_TIED] = stored
-    return names
-
-
 def _shapes_of(module: nn.Module) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-
-
-def check_keys(
-    component: Component, *, expected: Mapping[str, Shape], found: Mapping[str, Shape]
-) -> None:
-    """Raise `CheckpointError`, with the count and three names, unless keys and shapes agree."""
-    misshapen = [name for name in expected if name in found and expected[name] != found[name]]
-    _refuse_tensors(component, "missing", sorted(set(expected) - set(found)))
-    _refuse_tensors(component, "unknown", sorted(set(found) - set(expected)))
-    _refuse_tensors(component, "misshapen", misshapen)
-
-
-def _refuse_tensors(component: Component, what: str, names: Sequence[str]) -> None:
-    if not names:
-        return
-    shown = ", ".join(names[:3])
-    if len(names) > 3:
-        shown += " ..."
-    raise CheckpointError(
-        f"weights do not match {component.name}",
-        which=component.folder,
-        why=f"{len(names)} {what} tensors: {shown}",
-        hint="download the model again, or check that config.json belongs to these weights",
-    )

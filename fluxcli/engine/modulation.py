@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fluxcli.engine import classes
-from fluxcli.engine.loader import Place, check_keys, read_tensors
+from fluxcli.engine.loader import Place, read_tensors
 from fluxcli.engine.lora_hooks import attach
 from quant.checkpoint import Component
+from quant.expected import check_keys
 from quant.lora import Adapter
 from quant.spec import is_modulation
 
@@ -167,7 +168,8 @@ def _fill_embedding(
     tensors = read_tensors(transformer, stored, dtype=dtype, device=device)
     state = {name.removeprefix(EMBEDDING): tensor for name, tensor in tensors.items()}
     check_keys(
-        transformer,
+        transformer.name,
+        transformer.folder,
         expected={name: tuple(tensor.shape) for name, tensor in module.state_dict().items()},
         found={name: tuple(tensor.shape) for name, tensor in state.items()},
     )

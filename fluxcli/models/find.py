@@ -16,7 +16,7 @@ from fluxcli.models.address import read_address
 from fluxcli.paths import BUNDLED, baked_folder, hub_cache_folder, mirror_folder
 from fluxcli.request.fields import GenerationRequest, Order
 from fluxcli.request.presets import base_models
-from quant.checkpoint import COMPONENTS, MANIFEST, Checkpoint, is_complete
+from quant.checkpoint import COMPONENTS, MANIFEST, Checkpoint, check_components, is_complete
 from quant.config import read_json
 from quant.errors import CheckpointError
 from quant.files import read_small_file
@@ -192,6 +192,7 @@ def list_checkpoints(order: Order, settings: Path, say: Callable[[str], None]) -
     for folder in folders:
         try:
             checkpoint = assemble(folder, request, lambda: base_models(order.preset, settings))
+            check_components(checkpoint.components)
             check_guidance(request, checkpoint)
             found.append(checkpoint)
         except CheckpointError as error:

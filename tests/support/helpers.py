@@ -23,6 +23,7 @@ from fluxcli.request.fields import Order
 from fluxcli.request.settings import coerce
 from fluxcli.run import saving
 from quant.checkpoint import Checkpoint, Component
+from quant.expected import map_names
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -163,5 +164,5 @@ def expected_shapes(part: Component) -> tuple[dict, dict]:
     expected = {
         name: tuple(tensor.shape) for name, tensor in loader.build(part).state_dict().items()
     }
-    names = loader._names_in_file(part)
+    names = map_names(part.name, part.weights)
     return expected, {name: part.weights[stored].shape for name, stored in names.items()}

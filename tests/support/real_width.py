@@ -24,9 +24,10 @@ from diffusers.loaders.single_file_utils import (
 )
 from safetensors.torch import save_file
 
-from fluxcli.engine.loader import count_matching, read_tensors
+from fluxcli.engine.loader import read_tensors
 from fluxcli.models.shapes import read_known_shapes
 from quant.checkpoint import Component
+from quant.expected import count_matching
 from quant.single_file import inspect_file
 from tests import published
 from tests.support.exports import DIALECTS, Tensors
@@ -63,7 +64,7 @@ def difference(part: Component, expected: Tensors) -> float:
         n: tuple(t.shape) for n, t in expected.items()
     }:
         return float("inf")
-    there, needed = count_matching(part)
+    there, needed = count_matching(part.name, config=part.config, weights=part.weights)
     largest = 0.0 if there == needed else float("inf")
     for name, values in expected.items():
         found = read_tensors(part, [name], dtype=torch.float32, device="cpu")[name]
