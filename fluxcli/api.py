@@ -105,14 +105,19 @@ class Flux:
     ) -> list["Image"]:
         """Draw `count` pictures, with the seeds `seed`, `seed` + 1 and so on; return PIL images.
 
-        `on_event` is called with each event but the images. Raises `FluxError` and `QuantError`.
+        `on_event` is called with each event but the images. Raises `FluxError` and `QuantError`;
+        whatever is raised has the images that were finished before as its `images`.
         """
-        images = []
-        for event in self.events(prompt, **settings):
-            if isinstance(event, ImageReady):
-                images.append(event.image)
-            elif on_event is not None:
-                on_event(event)
+        images: list[Image] = []
+        try:
+            for event in self.events(prompt, **settings):
+                if isinstance(event, ImageReady):
+                    images.append(event.image)
+                elif on_event is not None:
+                    on_event(event)
+        except BaseException as error:
+            error.images = images  # type: ignore[attr-defined]
+            raise
         return images
 
     def events(self, prompt: str, **settings: Any) -> Iterator[Event | ImageReady]:

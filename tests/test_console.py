@@ -10,7 +10,7 @@ import time
 import pytest
 
 from fluxcli.cli import console
-from fluxcli.events import GeneratedImage, Notice, Phase, Saved, Step
+from fluxcli.events import Done, GeneratedImage, Notice, Phase, Saved, Step, Summary
 
 pty = pytest.importorskip("pty")
 IMAGE = GeneratedImage("a.png", 1, 64, 64, "png", 10, "0" * 64, "1" * 64)
@@ -105,3 +105,32 @@ def test_control_characters_of_a_stranger_reach_no_terminal(capsys):
     assert not set("\x9b\x7f\x1b") & set(captured.out + captured.err)
     assert json.loads(captured.out) == {"prompt": "\x9b31m\x7f\x1b[2J"}
     assert captured.err.count("\n") == 2
+
+
+def test_a_terminal_shows_a_path_once(terminal, monkeypatch, capsys):
+    shown = terminal()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    report()
+    text = shown()
+    assert "64x64, seed 1" in text and "a.png" not in text
+    assert sys.stdout.getvalue() == "a.png\n"
+
+
+def test_the_seconds_of_a_picture_are_its_own_and_the_total_comes_once_at_the_end(capsys):
+    images = (IMAGE, IMAGE)
+    done = Done(images, request={}, plan={}, timings_s={}, peak_memory={}, versions={})
+    with console.Reporter(started=time.perf_counter() - 100) as reporter:
+        for event in (Saved(IMAGE, seconds=22.0), Saved(IMAGE, seconds=21.5), done):
+            reporter.show(event)
+    assert capsys.readouterr().err.splitlines() == [
+        "flux: a.png: 64x64, seed 1, 22.0 s",
+        "flux: a.png: 64x64, seed 1, 21.5 s",
+        "flux: 2 pictures in 100.0 s",
+    ]
+
+
+def test_one_is_no_plural(capsys):
+    summary = Summary(rows=1, done=1, failed=0, skipped=0, pictures=1, seconds=1.0)
+    with console.Reporter(started=time.perf_counter()) as reporter:
+        reporter.show(summary)
+    assert "1 row: 1 done, 0 failed, 0 skipped; 1 picture in 1.0 s" in capsys.readouterr().err

@@ -13,6 +13,7 @@ import pytest
 
 import fluxcli
 from fluxcli.errors import ExitCode
+from fluxcli.events import Step
 from fluxcli.pictures.image import read_metadata
 from tests.support.helpers import ROOT, read_pixels
 from tests.support.invariant import call
@@ -116,6 +117,19 @@ def test_leaving_the_loop_stops_the_run():
             if isinstance(event, fluxcli.events.Step):
                 break
         assert flux.generate(PROMPT, steps=1)
+
+
+def test_what_ends_several_pictures_has_those_that_were_finished():
+    def stop(event: object) -> None:
+        if isinstance(event, Step) and (event.image, event.index) == (3, 1):
+            raise KeyboardInterrupt
+
+    with fluxcli.Flux(**SMALL) as flux:
+        expected = flux.generate(PROMPT, seed=5, count=2)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            flux.generate(PROMPT, seed=5, count=4, on_event=stop)
+    found = caught.value.images
+    assert [image.tobytes() for image in found] == [image.tobytes() for image in expected]
 
 
 def test_wrong_settings_are_usage_errors_before_anything_is_loaded():

@@ -165,7 +165,9 @@ def carries_hash(path: Path, wanted: Collection[str], *, seeded: bool) -> bool:
     """Return whether a path is a whole picture with one of these hashes of its request."""
     try:
         status = path.stat()
-        hashes = _read_hashes(path.absolute(), status.st_mtime_ns, status.st_size)
+        # Not the time that the file says: a copy may keep it, and a clock may be set back.
+        state = (status.st_ino, status.st_ctime_ns, status.st_mtime_ns, status.st_size)
+        hashes = _read_hashes(path.absolute(), *state)
     except (BadInputFile, OSError):
         return False
     return (hashes.with_seed if seeded else hashes.without_seed) in wanted

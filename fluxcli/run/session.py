@@ -196,6 +196,7 @@ class Session:
         seed that are there count as saved. Raises `FluxError` and `QuantError`; in a batch they are
         events of their rows.
         """
+        self.untold = []
         groups: dict[tuple[object, ...], list[PlannedRow]] = {}
         known = Known()
         for row in job.rows:

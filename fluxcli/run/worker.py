@@ -181,16 +181,18 @@ class Worker:
     def _run(self, call: Call, job: Job) -> Outcome:
         """Run a job in the folder and under the umask of its client."""
         mask = os.umask(call.umask)
+        had_bug = False
         try:
             _enter(call.folder)
             with contextlib.closing(self._session.run(job)) as events:
                 for event in events:
                     signals.check_signals()
                     self._count(event)
+                    had_bug |= isinstance(event, Failed) and event.exit_code == ExitCode.BUG
                     call.send(to_json(event))
                     if call.gone or self._stopping:
                         return Outcome(None)
-            return Outcome({"end": True})
+            return Outcome({"end": True}, is_doubtful=had_bug)
         except Exception as error:  # noqa: BLE001 - a boundary like that of the command line
             failed = self._explain(error)
             if failed.exit_code == ExitCode.BUG:
