@@ -105,7 +105,8 @@ class Fault:
         def hooked(*arguments: object, **options: object) -> object:
             self._tick(name)
             result = real(*arguments, **options)
-            return _File(result, self._tick) if name == "fdopen" else result
+            is_written = name == "fdopen" and "wb" in arguments
+            return _File(result, self._tick) if is_written else result
 
         return hooked
 
