@@ -135,7 +135,9 @@ def _parse(path: Path, text: bytes, data_bytes: int) -> Header:
         header.read_end()
     except (ValueError, RecursionError) as error:
         why = str(error)[:80]
-        raise CheckpointError("corrupt safetensors header", path, why=why) from error
+        raise CheckpointError(
+            "corrupt safetensors header", path, why=why, hint="download it again"
+        ) from error
     if not tensors:
         raise CheckpointError("empty safetensors file", path, why="it holds no tensors")
     tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
@@ -211,7 +213,7 @@ def read_numbers(path: Path, tensors: Iterable[TensorInfo]) -> dict[str, float]:
             code = NUMBER_CODES.get(tensor.dtype)
             if code is None or tensor.numel != 1:
                 why = f"{tensor.name[:60]} is {tensor.dtype} {list(tensor.shape)}"
-                raise CheckpointError("no number", path, why=why)
+                raise CheckpointError("no number", path, why=why, hint="download it again")
             file.seek(LENGTH_BYTES + header_bytes + tensor.start)
             data = file.read(tensor.nbytes)
             if len(data) < tensor.nbytes:

@@ -25,7 +25,7 @@ from quant.checkpoint import Component
 from quant.dialects import BLOCK_KEY, SWAPPED, map_bfl_layers
 from quant.errors import CheckpointError
 from quant.header import file_identity, read_numbers, read_whole_header
-from quant.lora_alpha import AlphaSource, read_alpha_source
+from quant.lora_alpha import DAMAGED_HINT, AlphaSource, read_alpha_source
 from quant.lora_names import (
     ALPHA,
     BIAS,
@@ -57,6 +57,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 READABLE_DTYPES = (*FLOATS, "F8_E4M3", "F8_E5M2")
 MAX_FLOAT32 = 3.4028234e38
+WIDTH_HINT = "use it with -m and the model that it was made for"
 # What the tensors of a layer may be beside alpha: one of these sets of the weight's, some of the
 # others'.
 OF_WEIGHT = (*LOKR, *LOHA, DOWN, UP, DIFF)
@@ -212,11 +213,14 @@ def read_adapter(
         factor = _compute_factor(path, layer, alpha=alpha, source=source)
         if not abs(scale * factor) <= MAX_FLOAT32:
             why = f"{scale:g} x {factor:g} is beyond float32"
-            raise CheckpointError("an impossible scale of an adapter", path, why=why)
+            raise CheckpointError(
+                "an impossible scale of an adapter", path, why=why, hint="--lora FILE:0.8"
+            )
         parts.append(_make_part(path, layer, factor=factor))
     if not any(part.stored.nbytes and NORM not in part.stored.pieces for part in parts):
         why = f"its first keys are {', '.join(list(header.tensors)[:3])}"
-        raise CheckpointError("not a LoRA for FLUX.1", path, why=why)
+        hint = "flux inspect says what a file is"
+        raise CheckpointError("not a LoRA for FLUX.1", path, why=why, hint=hint)
     return Adapter(
         identity=compute_identity(path),
         scale=scale,
@@ -239,11 +243,13 @@ def _refuse_others(path: Path, names: Collection[str]) -> None:
     name, model = find_other_model(names)
     if model:
         why = f"{name[:80]} is of {model}"
-        raise CheckpointError("not a LoRA for FLUX.1", path, why=why)
+        hint = "use it with that model, here choose one for FLUX.1"
+        raise CheckpointError("not a LoRA for FLUX.1", path, why=why, hint=hint)
     for name in names:
         if OTHER_KINDS.search(name):
             why = f"{name[:80]} is of a kind that is not read"
-            raise CheckpointError("an adapter of another kind", path, why=why)
+            hint = "choose a LoRA, DoRA, LoKr or LoHa"
+            raise CheckpointError("an adapter of another kind", path, why=why, hint=hint)
 
 
 def _match_layers(
@@ -342,11 +348,11 @@ def _check_tensors(path: Path, layer: _FileLayer) -> None:
     is_mixed = bool(kinds & set(LOKR)) and bool(set(of_weight) - set(LOKR))
     if not is_whole or is_alone or is_mixed:
         why = f"{layer.name[:80]} has only {', '.join(kinds)}"
-        raise CheckpointError("not a whole LoRA", path, why=why)
+        raise CheckpointError("not a whole LoRA", path, why=why, hint=DAMAGED_HINT)
     for info in layer.tensors.values():
         if info.dtype not in READABLE_DTYPES:
             why = f"{info.name[:80]} is {info.dtype}"
-            raise CheckpointError("damaged adapter", path, why=why)
+            raise CheckpointError("damaged adapter", path, why=why, hint=DAMAGED_HINT)
 
 
 def _has_factor(kinds: Collection[str], name: str) -> bool:
@@ -363,7 +369,9 @@ def _check_shapes(path: Path, layer: _FileLayer) -> None:
     if down and _takes_more_channels(layer, down):
         channels = math.prod(layer.input_shape)
         why = f"it takes {down.shape[1]} channels, a picture alone has {channels}"
-        raise CheckpointError("an adapter that needs a control image", path, why=why)
+        raise CheckpointError(
+            "an adapter that needs a control image", path, why=why, hint="choose another one"
+        )
     rows = layer.rows
     columns = math.prod(layer.input_shape)
     whole = (rows, *layer.input_shape)
@@ -387,7 +395,7 @@ def _check_shapes(path: Path, layer: _FileLayer) -> None:
             why = f"{has}, the width of this model needs {list(wanted[kind][0])}"
             if kind == DOWN and info.shape and info.shape[-1] in WIDTHS:
                 why += f"; {info.shape[-1]} is that of {WIDTHS[info.shape[-1]]}"
-            raise CheckpointError("an adapter for another model", path, why=why)
+            raise CheckpointError("an adapter for another model", path, why=why, hint=WIDTH_HINT)
     if layer.tensors.keys() & set(LOKR):
         _check_kronecker(path, layer)
 
@@ -416,7 +424,7 @@ def _check_kronecker(path: Path, layer: _FileLayer) -> None:
         shapes = [f"{kind} {list(info.shape)}" for kind, info in layer.tensors.items()]
         has = f"{layer.name[:80]} has {', '.join(shapes)}"
         why = f"{has}, the width of this model needs {list(wanted)}"
-        raise CheckpointError("an adapter for another model", path, why=why)
+        raise CheckpointError("an adapter for another model", path, why=why, hint=WIDTH_HINT)
 
 
 def _is_lokr(info: TensorInfo) -> bool:
@@ -451,7 +459,7 @@ def _compute_factor(
         return 1.0
     if not math.isfinite(alpha):
         why = f"the alpha of {next(iter(layer.targets))}"
-        raise CheckpointError("weights that are not finite", path, why=why)
+        raise CheckpointError("weights that are not finite", path, why=why, hint=DAMAGED_HINT)
     return alpha / rank
 
 

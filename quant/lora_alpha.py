@@ -17,6 +17,8 @@ from quant.lora_names import ALPHA, split_name
 CONFIG = "adapter_config.json"
 MAX_CONFIG_BYTES = 4 << 20
 NO_ALPHA = "its alpha is no number"
+DAMAGED_HINT = "download it again, or choose another one"
+CONFIG_HINT = "download it again, or move it away: the adapter then acts without its alpha"
 PEFT_PREFIX = "base_model.model."
 
 
@@ -35,7 +37,9 @@ class AlphaSource:
         """
         patterns = self._get(component, "alpha_pattern") or {}
         if not isinstance(patterns, dict):
-            raise CheckpointError("damaged adapter", self.path, why="alpha_pattern is no object")
+            raise CheckpointError(
+                "damaged adapter", self.path, why="alpha_pattern is no object", hint=DAMAGED_HINT
+            )
         alpha = self._get(component, "lora_alpha")
         for pattern, value in patterns.items():
             if value is not None and any(_ends_in(layer, pattern) for layer in layers):
@@ -46,7 +50,9 @@ class AlphaSource:
         try:
             return float(alpha)
         except (TypeError, ValueError, OverflowError) as error:
-            raise CheckpointError("damaged adapter", self.path, why=NO_ALPHA) from error
+            raise CheckpointError(
+                "damaged adapter", self.path, why=NO_ALPHA, hint=DAMAGED_HINT
+            ) from error
 
     def uses_rslora(self, component: str) -> bool:
         """Whether alpha is divided by the root of the rank."""
@@ -96,7 +102,7 @@ def _read_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     if not isinstance(config, dict):
-        raise CheckpointError("damaged adapter", path, why=NO_ALPHA)
+        raise CheckpointError("damaged adapter", path, why=NO_ALPHA, hint=DAMAGED_HINT)
     return config
 
 
@@ -106,13 +112,13 @@ def _read_config(path: Path) -> dict[str, Any] | None:
         return None
     what = "peft's configuration cannot be read"
     if not path.is_file() or path.stat().st_size > MAX_CONFIG_BYTES:
-        raise CheckpointError(what, path, why="it is no small regular file")
+        raise CheckpointError(what, path, why="it is no small regular file", hint=CONFIG_HINT)
     try:
         config = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(what, path, why=str(error)[:80]) from error
+        raise CheckpointError(what, path, why=str(error)[:80], hint=CONFIG_HINT) from error
     if not isinstance(config, dict):
-        raise CheckpointError(what, path, why="it is no JSON object")
+        raise CheckpointError(what, path, why="it is no JSON object", hint=CONFIG_HINT)
     return config
 
 

@@ -73,7 +73,7 @@ def effects(adapter: lora.Adapter) -> dict[str, torch.Tensor]:
                 found[key] = part.factor * (up @ (down @ ramp(down.shape[1])))
                 if lora.BIAS in tensors:
                     found[key] += part.factor * tensors[lora.BIAS][rows]
-            else:
+            elif lora.NORM in tensors:
                 found[key] = tensors[lora.NORM]
     return found
 
