@@ -291,7 +291,8 @@ def check_writable(target: Target, order: Order, *, row: int = 0) -> None:
     need_bytes = order.output.count * (math.prod(order.request.size) * 3 + MIB)
     if free_bytes < need_bytes:
         why = f"needs about {need_bytes // MIB + 1} MiB, {free_bytes // MIB} MiB are free"
-        raise OutputError("the disk is full", which=folder, why=why)
+        hint = "free some space, or -o FOLDER/ on another disk"
+        raise OutputError("the disk is full", which=folder, why=why, hint=hint)
 
 
 def _check_inside(path: Path, target: Target) -> None:
