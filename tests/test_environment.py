@@ -223,7 +223,7 @@ def test_off_a_terminal_a_line_now_and_then_says_how_far_it_is(capsys, monkeypat
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == (0 if quiet else 5)
         if lines:
-            assert lines[0] == "flux: load transformer"
+            assert lines[0] == "flux: load transformer, 0 s so far"
             assert re.fullmatch(r"flux: picture 2 of 4, step 2 of 2, \d+ s left", lines[3])
             assert lines[4].startswith("flux: quantize: 0.0/3.0 GB, ")
 

@@ -175,6 +175,18 @@ def test_a_wrong_command_line_says_what_to_type(typed, hint, capsys):
     assert hint in assert_failed(call(capsys, *typed), ExitCode.USAGE)
 
 
+@pytest.mark.parametrize(
+    "typed, hint",
+    [
+        (["generate", "x", "-m", "nofile"], "a folder, a file or ORG/NAME"),
+        (["quantize", "nofile", "--to", "fp8"], "a folder, a file or ORG/NAME"),
+    ],
+)
+def test_a_model_that_is_none_says_what_may_stand_there(typed, hint, capsys):
+    message = assert_failed(call(capsys, *typed), ExitCode.WEIGHTS)
+    assert hint in message and "-m FOLDER" not in message
+
+
 def test_the_prompt_may_be_an_option(drawn, capsys):
     assert call(capsys, "generate", "--prompt", "a fox", "-p", "tiny").returncode == 0
     assert drawn[0].request.prompt == "a fox"

@@ -299,7 +299,8 @@ class Reporter:
         self._end_phase()
         self._phase = phase.name
         text = f"{phase.name} {phase.detail}".strip()
-        self._say_sometimes(text)
+        so_far = describe_seconds(time.perf_counter() - self._started)
+        self._say_sometimes(f"{text}, {so_far} so far")
         # An empty bar: how much of a phase is done is known of denoising alone.
         self._update_bar(description=text, completed=0, total=1, speed="")
 

@@ -82,7 +82,16 @@ def _write_command(command: Any, path: str) -> str:
 def _write_shared_options(generate: Any) -> str:
     """The section of the options that drawing commands share, as one of them has them."""
     options = [each for each in generate.params if each.name in REQUEST_OPTIONS]
-    return "\n".join([SHARED, *_write_table([_describe_option(each) for each in options])])
+    rows = [_describe_setting(each) or _describe_option(each) for each in options]
+    return "\n".join([SHARED, *_write_table(rows)])
+
+
+def _describe_setting(option: Any) -> Row | None:
+    """As `_describe_option`, of an option whose default comes from files, presets and variables."""
+    if option.name not in SETTINGS:
+        return None
+    flags, _, _ = _describe_option(option)
+    return flags, describe_default(option.name), SETTINGS[option.name].help
 
 
 def _describe_option(option: Any) -> Row:
@@ -90,8 +99,6 @@ def _describe_option(option: Any) -> Row:
     flags = ", ".join(f"`{flag}`" for flag in option.opts)
     if option.metavar:
         flags += f" {option.metavar}"
-    if option.name in SETTINGS:
-        return flags, describe_default(option.name), SETTINGS[option.name].help
     default = option.default
     shown = "" if default in (None, False, "", ()) else f"`{default}`"
     return flags, shown, option.help
@@ -99,7 +106,9 @@ def _describe_option(option: Any) -> Row:
 
 def _write_table(rows: Sequence[Row]) -> list[str]:
     lines = ["| | default | meaning |", "|---|---|---|"]
-    lines += [f"| {name} | {default} | {text} |" for name, default, text in rows]
+    for row in rows:
+        cells = [cell.replace("|", "\\|") for cell in row]
+        lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
 

@@ -7,6 +7,7 @@ import typer
 
 from fluxcli.cli import console
 from fluxcli.cli.help import App
+from fluxcli.cli.show import describe_value
 from fluxcli.errors import UsageError
 from fluxcli.run import client
 
@@ -46,19 +47,24 @@ def status_command(
     status = client.ask("status")
     rows: list[tuple[str, ...]] = [("no worker is running",)]
     if status is not None:
-        rows = [
-            (name.removesuffix("_bytes"), _describe(name, status[name])) for name in sorted(status)
-        ]
+        rows = [(_name(name), _describe(name, status[name])) for name in sorted(status)]
     console.table(rows, status, as_json=json_output)
+
+
+def _name(key: str) -> str:
+    """A key of the status in words, without its unit."""
+    return key.removesuffix("_bytes").removesuffix("_s").replace("_", " ")
 
 
 def _describe(name: str, value: object) -> str:
     """Return a value of the worker's status for people."""
+    if name.endswith("_s") and isinstance(value, int | float):
+        return console.describe_seconds(value)
     if name.endswith("_bytes") and isinstance(value, int):
         return f"{value / GIB:.2f} GiB"
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:
         return ", ".join(f"{key} {each}" for key, each in value.items())
-    return str(value)
+    return describe_value(value)
 
 
 @worker_app.command()

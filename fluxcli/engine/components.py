@@ -216,6 +216,14 @@ class Components:
             self.loaded.pop(name, None)
         self._free()
 
+    def count_bytes(self) -> int:
+        """Return the bytes that the device's allocator holds; on the CPU those of the weights."""
+        if self.hardware.kind != "cpu":
+            return device.held_memory(self.plan.device)
+        modules = [loaded.module for loaded in self.loaded.values()]
+        tensors = [each for module in modules for each in (*module.parameters(), *module.buffers())]
+        return sum(each.nbytes for each in tensors)
+
     def clear(self) -> None:
         """Drop everything: where memory ran out, nothing is kept that there was room for."""
         self.loaded.clear()

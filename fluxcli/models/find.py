@@ -73,7 +73,7 @@ def locate(
     if HUB_FILE.fullmatch(model):
         return locate_file(model, environment)
     if not HUB_ID.fullmatch(model) or ".." in model or model.lower().endswith(MODEL_FILES):
-        hint = f"-m FOLDER or FILE, {TRY_TINY}"
+        hint = f"a folder, a file or ORG/NAME; {TRY_TINY}"
         raise WeightsUnavailable("no such model", which=model[:100], hint=hint)
     copies = list_copies(model, environment)
     for folder in copies:

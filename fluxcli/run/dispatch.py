@@ -117,9 +117,12 @@ class Dispatcher:
             raise client.Lost("the worker is not available on Windows yet")
         if self._choice == "auto":
             try:
-                client.start(AUTO_IDLE_S)
+                status = client.start(AUTO_IDLE_S)
             except client.RemoteError as error:
                 raise client.Lost(str(error)) from error
+            if status["started"]:
+                end = f"it ends after {AUTO_IDLE_S / 60:g} min without a job, or by"
+                yield Notice(f"worker {status['pid']} is up; {end}: flux worker stop")
         yield from client.run(job)
 
 

@@ -355,7 +355,7 @@ class Session:
             "device": plan.device,
             "precision": plan.precision,
             "placement": plan.placement.level("denoise"),
-            "held_bytes": device.held_memory(plan.device),
+            "held_bytes": self.engine.components.count_bytes(),
         }
 
     # --- drawing

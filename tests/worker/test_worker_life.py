@@ -217,7 +217,7 @@ def test_the_commands_say_what_there_is(start, capsys):
     process = start()
     assert json.loads(told("status", "--json")[0])["pid"] == process.pid
     text, _ = told("status")
-    assert f"pid           {process.pid}\n" in text and "held          1.00 GiB\n" in text
+    assert f"pid         {process.pid}\n" in text and "held        1.00 GiB\n" in text
     assert told("start")[1].startswith(f"flux: worker {process.pid} was up already")
     assert told("evict") == ("", f"flux: worker {process.pid} holds no models\n")
     assert told("stop") == ("", f"flux: worker {process.pid} has ended\n") and process.wait(1) == 0

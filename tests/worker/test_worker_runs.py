@@ -328,11 +328,12 @@ def test_another_variable_makes_the_worker_give_way(worker, capsys, monkeypatch)
 
 
 def test_flux_worker_auto_starts_one_and_off_uses_none(flux):
-    command = ("generate", "a red circle", *SMALL, "--seed", "1", "-q")
+    command = ("generate", "a red circle", *SMALL, "--seed", "1")
     try:
-        assert (
-            flux(*command, FLUX_WORKER="auto").returncode == 0 and client.ask("status")["jobs"] == 1
-        )
+        first = flux(*command, FLUX_WORKER="auto")
+        assert first.returncode == 0 and client.ask("status")["jobs"] == 1
+        assert "flux worker stop" in first.stderr  # what it leaves behind, and what ends that
+        assert client.ask("status")["held_bytes"] > 0
         assert (
             flux(*command, FLUX_WORKER="off").returncode == 0 and client.ask("status")["jobs"] == 1
         )
