@@ -72,8 +72,8 @@ READ: dict[str, dict[str, Any]] = {
         "num_train_timesteps": 1000,
     },
 }
-# What else the shapes of tensors depend on, with the libraries' defaults. Unlike those above they
-# are not added to a config, of which the fingerprint is made.
+# What else the shapes of tensors and the forward depend on, with the libraries' defaults. Unlike
+# those above they are not added to a config, of which the fingerprint is made.
 ASSUMED: dict[str, dict[str, Any]] = {
     "transformer": {
         "patch_size": 1,
@@ -88,6 +88,8 @@ ASSUMED: dict[str, dict[str, Any]] = {
         "num_attention_heads": 8,
         "max_position_embeddings": 77,
         "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        "eos_token_id": 49407,
     },
     "text_encoder_2": {
         "vocab_size": 32128,
@@ -98,6 +100,7 @@ ASSUMED: dict[str, dict[str, Any]] = {
         "num_heads": 8,
         "relative_attention_num_buckets": 32,
         "relative_attention_max_distance": 128,
+        "layer_norm_epsilon": 1e-6,
         "feed_forward_proj": "relu",
     },
     "vae": {

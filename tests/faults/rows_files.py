@@ -227,6 +227,8 @@ CONFIGS: dict[str, tuple[str, Entries]] = {
     "clip-act": ("text_encoder", {"hidden_act": "no such"}),
     "clip-act-number": ("text_encoder", {"hidden_act": 3}),
     "clip-eps": ("text_encoder", {"layer_norm_eps": "x"}),
+    "clip-eps-null": ("text_encoder", {"layer_norm_eps": None}),
+    "clip-eos": ("text_encoder", {"eos_token_id": [1, 2]}),
     "t5-heads": ("text_encoder_2", {"num_heads": 3}),
     "t5-width": ("text_encoder_2", {"d_model": "x"}),
     "t5-buckets": ("text_encoder_2", {"relative_attention_num_buckets": 1}),
