@@ -190,10 +190,15 @@ def test_a_truncated_file_says_how_much_is_there(single, capsys):
     assert "truncated" in message and "download it again" in message
 
 
-@pytest.mark.parametrize("path", ["nowhere.safetensors", "nowhere", "empty"])
-def test_a_path_without_anything_is_exit_4(path, capsys):
+def test_a_folder_without_anything_is_exit_4(capsys):
     Path("empty").mkdir()
-    assert_failed(call(capsys, "inspect", path), ExitCode.INPUT_FILE)
+    assert_failed(call(capsys, "inspect", "empty"), ExitCode.INPUT_FILE)
+
+
+@pytest.mark.parametrize("command", ["inspect", "replay", "decode"])
+@pytest.mark.parametrize("path", ["nowhere.safetensors", "nowhere", "nowhere.png"])
+def test_a_file_that_is_not_there_is_a_usage_error(command, path, capsys):
+    assert "no such file" in assert_failed(call(capsys, command, path), ExitCode.USAGE)
 
 
 def test_a_file_that_lacks_a_tensor_is_a_problem(single, capsys):

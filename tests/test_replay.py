@@ -233,7 +233,7 @@ def test_inspect_prints_the_metadata(picture, capsys):
 
 
 @pytest.mark.parametrize("command", ["inspect", "replay"])
-@pytest.mark.parametrize("kind", ["bare", "text", "none", "folder", "hostile"])
+@pytest.mark.parametrize("kind", ["bare", "text", "folder", "hostile"])
 def test_what_carries_no_request_is_exit_4(command, kind, picture, drawn, capsys):
     path = Path("x.png")
     pixels = read_pixels(picture)

@@ -7,13 +7,14 @@ they are made into orders, counted, and said.
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fluxcli.cli import console
 from fluxcli.cli.ending import count_written, explain_early_end
 from fluxcli.cli.settings import (
     STARTED,
@@ -24,8 +25,9 @@ from fluxcli.cli.settings import (
     reporter_of,
     say_what_is_hidden,
 )
-from fluxcli.errors import BatchFailed, ExitCode, UsageError
-from fluxcli.events import Done, Event, Failed, Kept, Saved, Skipped, Summary, explain
+from fluxcli.errors import BatchFailed, ExitCode, UsageError, WeightsUnavailable
+from fluxcli.events import Done, Event, Failed, Kept, Notice, Saved, Skipped, Summary, explain
+from fluxcli.models import find, loras
 from fluxcli.paths import config_folder
 from fluxcli.pictures import names
 from fluxcli.request import presets
@@ -33,12 +35,13 @@ from fluxcli.request.fields import Order, Output
 from fluxcli.request.job import Job, Row
 from fluxcli.request.rows import (
     check_file_size,
+    find_advice,
     is_streaming,
     make_chunks,
     read_rows,
     read_stream,
 )
-from fluxcli.request.settings import coerce_all, find_name
+from fluxcli.request.settings import LoraRef, coerce_all, find_name
 from fluxcli.request.target import Target
 from fluxcli.resolve import resolve_order
 from fluxcli.run import processes
@@ -73,6 +76,8 @@ def draw_rows(
     if not options["quiet"]:
         say_what_is_hidden(given)
     orders = OrderMaker(common, given, force=options["force"], resume=resume)
+    withheld = Withheld(orders.weights)
+    advice = Advice()
     tally = Tally(resumed_by="" if resume else " with --resume")
     with (
         _open(source) as file,
@@ -95,16 +100,20 @@ def draw_rows(
         job = Job((), batch=True, resume=resume, **job_options(options))
         with Dispatcher(alone=options["no_worker"] or options["debug"]) as dispatcher:
             for chunk in tally.watch(chunks, is_endless=streaming):
+                advice.show(chunk, reporter)
                 for event in _draw_chunk(dispatcher, chunk, job):
                     tally.add(event)
-                    reporter.show(event)
+                    for each in withheld.take(event, chunk):
+                        reporter.show(each)
                     if fail_fast and isinstance(event, Failed):
                         break
                 tally.rows += len(chunk)
                 if streaming:
+                    withheld.raise_error()
                     dispatcher.pause()  # the next row may be hours away
                 if fail_fast and tally.failed:
                     break
+        withheld.raise_error()
         summary = _sum_up(tally, share)
         if share.is_main:
             reporter.show(summary)
@@ -163,6 +172,54 @@ def _draw_chunk(dispatcher: Dispatcher, chunk: list[Row], job: Job) -> Iterator[
             yield replace(event, message=f"{places[event.row]}: {event.message}")
         else:
             yield event
+
+
+class Withheld:
+    """Failures of rows for want of the command line's weights, while nothing else has happened.
+
+    Where it stays so, they become one error instead of one a row. Of several processes none knows
+    the others' rows: nothing is withheld there.
+    """
+
+    def __init__(self, weights: "Weights") -> None:
+        self._weights = weights
+        self._failed: list[Failed] = []
+        self._error: WeightsUnavailable | None = None
+        self._is_over = processes.count() > 1
+
+    def take(self, event: Event, chunk: Sequence[Row]) -> list[Event]:
+        """Return the events that are to be shown now, of which there may be none."""
+        if self._is_over:
+            return [event]
+        if isinstance(event, Failed) and event.exit_code == ExitCode.WEIGHTS:
+            row = next(row for row in chunk if row.number == event.row)
+            if row.order and weights_of(row.order.settings()) == self._weights:
+                message = event.message.removeprefix(f"{row.where}: ")
+                self._error = self._error or WeightsUnavailable(message, hint=event.hint)
+                self._failed.append(event)
+                return []
+        self._is_over = True
+        return [*self._failed, event]
+
+    def raise_error(self) -> None:
+        """Raise `WeightsUnavailable` if that is all that has happened."""
+        if self._error and not self._is_over:
+            raise self._error
+
+
+class Advice:
+    """Says once what prompts of other tools mean here."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def show(self, chunk: Sequence[Row], reporter: console.Reporter) -> None:
+        """Show what there is to say of a chunk's prompts."""
+        for row in chunk:
+            text = find_advice(row.order.request.prompt) if row.order else ""
+            if text and text not in self._said:
+                self._said.add(text)
+                reporter.show(Notice(f"{row.where}: {text}"))
 
 
 class Tally:
@@ -270,6 +327,7 @@ class OrderMaker:
         format_given = values["format"] if given.get("format") else None
         names.read_format(values["output"], given=format_given)
         self._common_output = values["output"]
+        self.weights = weights_of(values)
         _check_target(names.parse_target(Output(values["output"])))
 
     def make(self, row: Mapping[str, Any]) -> Order:
@@ -343,6 +401,14 @@ def _coerce_fields(row: Mapping[str, Any]) -> dict[str, Any]:
         said[name] = value
         keys[name] = key[:60]
     return coerce_all(said, lambda name: f"column {keys.get(name, 'size')!r}")
+
+
+Weights = tuple[str, tuple[LoraRef, ...]]  # a model and its adapters
+
+
+def weights_of(settings: Mapping[str, Any]) -> Weights:
+    """Return the model and the adapters that settings ask for, with absolute paths."""
+    return find.make_absolute(settings["model"]), loras.make_absolute(settings["lora"])
 
 
 def _check_target(target: Target) -> None:

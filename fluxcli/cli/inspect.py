@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from fluxcli.cli import show
+from fluxcli.cli.settings import check_there
 from fluxcli.errors import ExitCode
 from fluxcli.models import loras
 from fluxcli.models.find import MODEL_FILES
@@ -48,6 +49,7 @@ def inspect_command(
 
     A short table on a terminal, JSON for programs. Exit 4: the weights are unusable.
     """
+    check_there(path)
     if path.is_dir():
         described = _describe_folder(path)
     elif path.suffix.lower() in MODEL_FILES:

@@ -15,7 +15,7 @@ from fluxcli.cli import console
 from fluxcli.cli.draw import draw, draw_by
 from fluxcli.cli.help import PICTURE
 from fluxcli.cli.options import with_request_options
-from fluxcli.cli.settings import STARTED, given_settings, read_prompt
+from fluxcli.cli.settings import STARTED, check_there, given_settings, read_prompt
 from fluxcli.engine.check import check_torch
 from fluxcli.errors import BadInputFile, ExitCode, FluxError, UsageError, WeightsUnavailable
 from fluxcli.events import Notice
@@ -72,6 +72,7 @@ def replay(
     """
     from fluxcli.pictures import image
 
+    check_there(picture)
     metadata = image.read_metadata(picture)
     given = given_settings(options)
     text = None if prompt is None else read_prompt(prompt)
@@ -104,6 +105,7 @@ def decode(
         raise UsageError("the latents say what is drawn", which=flag(refused[0]), hint=hint)
     found = []
     for path in paths:
+        check_there(path)
         kept = latents.load(path)
         stored = kept.order.settings() | {"output": None, "count": 1}
         order = build_order(kept.order.request.prompt, presets.overlay(stored, given), given)

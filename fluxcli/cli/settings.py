@@ -1,8 +1,10 @@
 """What the options of a drawing command mean: the prompt, what was said, how a run is shown."""
 
+import os
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fluxcli.cli import console
@@ -35,6 +37,12 @@ def say_what_is_hidden(given: Mapping[str, Any]) -> None:
             f"config.toml's {', '.join(hidden)}: the preset that was asked for says another value;"
             " what shall hold with it belongs in a preset of your own, or in an option"
         )
+
+
+def check_there(path: Path) -> None:
+    """Raise `UsageError` for a file that a command is about and that is not there."""
+    if not os.path.lexists(path):
+        raise UsageError("no such file", which=path, hint="ls lists what is there")
 
 
 def read_prompt(text: str) -> str:

@@ -399,6 +399,26 @@ def _name_cells(header: list[str], cells: list[str]) -> Settings:
     return {name: cell for name, cell in zip(header, cells, strict=False) if cell.strip()}
 
 
+# --- what other tools take for more than words
+
+OTHER_FLAGS = re.compile(
+    r"(?<!\S)--(n|w|h|s|d|l|g|ar|prompt|negative[-_]prompt|steps|width|height|seed|cfg[-_]scale"
+    r"|sampler[-_]name|batch[-_]size|styles)\s+\S"
+)
+
+
+def find_advice(prompt: str) -> str:
+    """Return what to do about a prompt that means more to other tools than words; "" for none."""
+    if OTHER_FLAGS.search(prompt):
+        return (
+            "flags in a prompt, as kohya's and A1111's files have them, are drawn as words; give"
+            ' them as columns of CSV or as JSON: {"prompt": "a fox", "width": 512, "steps": 28}'
+        )
+    if prompt.startswith("#"):
+        return "a prompt that begins with # is drawn; --comments leaves such lines out"
+    return ""
+
+
 # --- chunks
 
 

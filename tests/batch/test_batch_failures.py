@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from fluxcli.engine import decode, denoise
 from fluxcli.engine import device as hardware
-from fluxcli.errors import OutputError
+from fluxcli.errors import ExitCode, OutputError
 from fluxcli.pictures import names as output
 from fluxcli.pictures.image import read_metadata
 from fluxcli.request.settings import SETTINGS as KEYS
@@ -23,7 +24,7 @@ from tests.support.batches import (
     write,
 )
 from tests.support.helpers import machine
-from tests.support.invariant import call, files
+from tests.support.invariant import assert_failed, call, files
 
 WRONG = {
     "field": ({"prompt": "x", "stesp": 3}, "did you mean 'steps'"),
@@ -254,3 +255,34 @@ def test_a_row_that_cannot_fit_is_refused_alone_before_anything_is_drawn(
     )
     assert failed_rows(result).keys() == {2} and [order.request.seed for order in drawn] == [1, 2]
     assert result.stderr.index("row 2 failed") < result.stderr.index("row 1: a-1.png")
+
+
+def test_missing_weights_of_the_command_line_are_one_error(drawn, capsys):
+    source = write(*({"prompt": f"p{k}"} for k in range(40)))
+    result = call(capsys, "generate", "--from", source, "-p", "dev")
+    assert "FLUX.1-dev are not here" in assert_failed(result, ExitCode.WEIGHTS)
+    assert len(result.stderr.splitlines()) == 2 and not drawn
+
+
+def test_missing_weights_are_of_their_rows_where_another_row_names_a_model(drawn, capsys):
+    rows = [{"prompt": f"p{k}"} for k in range(20)]
+    source = write(*rows, {"prompt": "q", "preset": "tiny", "seed": 1})
+    result = call(capsys, "generate", "--from", source, "-p", "dev", "--size", "64")
+    assert list(failed_rows(result)) == list(range(1, 21)) and len(drawn) == 1
+
+
+@pytest.mark.parametrize(
+    "prompt, word",
+    [
+        ("a fox --n blurry --w 512 --h 768 --s 28 --d 42 --l 7", "columns"),
+        ('--prompt "a fox" --steps 20', "columns"),
+        ("# a note", "--comments"),
+        ("a fox -- n - w", ""),
+    ],
+)
+def test_what_other_tools_take_for_more_than_words_is_said_once(prompt, word, drawn, capsys):
+    source = write(prompt, prompt, name="p.txt")
+    result = call(capsys, "generate", "--from", source, *FAKE, "--seed", "1")
+    assert result.returncode == 0 and len(drawn) == 2
+    assert result.stderr.count(word or "columns") == bool(word)
+    assert ("p.txt:1: " in result.stderr) == bool(word)
