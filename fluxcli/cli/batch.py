@@ -137,7 +137,8 @@ def _open(source: str) -> Iterator[BinaryIO]:
         file = Path(source).expanduser().open("rb")
     except (OSError, ValueError, RuntimeError) as error:  # the last: a ~ of nobody
         why = getattr(error, "strerror", None) or str(error)
-        raise UsageError("cannot read the rows", which=source, why=why) from error
+        hint = "--from prompts.txt, a prompt a line"
+        raise UsageError("cannot read the rows", which=source, why=why, hint=hint) from error
     if is_streaming(file):
         yield file  # not closed: a thread may wait on it for ever
         return

@@ -114,7 +114,12 @@ def load(name: str, config_folder: Path, *, bundled: bool = False) -> Preset:
     extends = settings.pop("extends", "")
     description = settings.pop("description", "")
     if not isinstance(extends, str) or not isinstance(description, str):
-        raise UsageError("wrong value", which=path, why="extends and description are texts")
+        raise UsageError(
+            "wrong value",
+            which=path,
+            why="extends and description are texts",
+            hint='extends = "dev"',
+        )
     if "preset" in settings:
         raise UsageError(
             "unknown setting",

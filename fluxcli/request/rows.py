@@ -246,7 +246,10 @@ def _read_json(lines: Iterator[Line], label: str, *, comments: bool) -> Iterator
         value = _load_json("".join(line.text() for line in kept))
     except ExplainedError as error:
         if LIST_BEGINS.match(kept[0].decode("replace")):
-            raise UsageError("the list is not JSON", which=label, why=error.why) from error
+            hint = '[{"prompt": "a red circle", "seed": 1}, ...]'
+            raise UsageError(
+                "the list is not JSON", which=label, why=error.why, hint=hint
+            ) from error
         value = None
     if isinstance(value, list):
         for k, each in enumerate(value, start=1):
@@ -303,7 +306,8 @@ def _check_unique(names: list[str], what: str) -> None:
     """Raise `UsageError` naming the first name that stands twice."""
     for name, count in Counter(names).items():
         if count > 1:
-            raise UsageError(f"a repeated {what}", why=repr(name[:60]))
+            hint = f"give each {what} once"
+            raise UsageError(f"a repeated {what}", why=repr(name[:60]), hint=hint)
 
 
 # --- CSV

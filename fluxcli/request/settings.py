@@ -492,7 +492,11 @@ def coerce_all(values: Mapping[str, Any], where: Callable[[str], str]) -> dict[s
     if sides is None:
         found = dict(values)
     elif found.get("width") or found.get("height"):
-        raise UsageError("--width/--height exclude --ar/--size", which=where("image_size"))
+        raise UsageError(
+            "--width/--height exclude --ar/--size",
+            which=where("image_size"),
+            hint="--width and --height, or --ar and --size",
+        )
     else:
         found["width"], found["height"] = sides
     return {name: coerce(name, value, where=where(name)) for name, value in found.items()}

@@ -39,7 +39,12 @@ def parse_ratio(text: str, *, where: str = "--ar") -> tuple[float, float]:
         )
     if max(wide, high) > MAX_RATIO * min(wide, high):
         limit = f"{MAX_RATIO}:1" if wide > high else f"1:{MAX_RATIO}"
-        raise UsageError("aspect ratio not possible", which=where, why=f"{text} is beyond {limit}")
+        raise UsageError(
+            "aspect ratio not possible",
+            which=where,
+            why=f"{text} is beyond {limit}",
+            hint=" ".join(ASPECT_RATIOS),
+        )
     return wide, high
 
 
