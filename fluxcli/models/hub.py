@@ -281,7 +281,6 @@ def _run_apart(wanted: dict[str, Any], folder: Path) -> None:
     """
     from huggingface_hub import snapshot_download
 
-    started = time.time()
     executor = ThreadPoolExecutor(max_workers=1)
     running = executor.submit(snapshot_download, **wanted)
     try:
@@ -290,10 +289,18 @@ def _run_apart(wanted: dict[str, Any], folder: Path) -> None:
         executor.shutdown(wait=False)
         ended = wait([running], timeout=GRACE_S).done
         if not ended:
-            for path in folder.rglob("*.incomplete"):
-                with contextlib.suppress(OSError):
-                    if path.stat().st_mtime >= started:
-                        path.unlink()
+            _remove_open_parts(folder)
+
+
+def _remove_open_parts(folder: Path) -> None:
+    """Remove the partial files that this process has open, and none that another one writes."""
+    import psutil
+
+    with contextlib.suppress(OSError, psutil.Error):
+        for file in psutil.Process().open_files():
+            path = Path(file.path)
+            if path.suffix == ".incomplete" and path.is_relative_to(folder.resolve()):
+                path.unlink(missing_ok=True)
 
 
 def _make_progress_class(

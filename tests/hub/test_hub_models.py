@@ -270,8 +270,13 @@ def test_ctrl_c_stops_a_download_and_leaves_no_partial_file(server):
     ):
         assert time.monotonic() < until and process.poll() is None, process.communicate()
         time.sleep(0.02)
+    ours = next(paths.hub_cache_folder().rglob("*.incomplete"))
+    others = ours.with_name("f00d.incomplete")  # which another process is writing
+    others.write_bytes(b"half")
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=10)
+    assert others.read_bytes() == b"half"
+    others.unlink()
     assert (
         process.returncode == -signal.SIGINT
         and stdout == ""
