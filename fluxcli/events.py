@@ -3,9 +3,10 @@
 Knows nothing of who listens. Stdlib only. Sizes are in pixels or bytes as named, times in seconds.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from fluxcli.errors import (
     NO_DESCRIPTORS,
@@ -150,7 +151,10 @@ def to_json(event: Event) -> dict[str, Any]:
 
 
 def from_json(value: Mapping[str, Any]) -> Event:
-    """Return the event that `to_json` gave; raises KeyError or TypeError for anything else."""
+    """Return the event that `to_json` gave.
+
+    Raises KeyError, TypeError or ValueError for anything else, a value of another type included.
+    """
     found = dict(value)
     kind = KINDS[found.pop("event")]
     if kind is Saved:
@@ -158,7 +162,46 @@ def from_json(value: Mapping[str, Any]) -> Event:
     if kind is Done:
         found["images"] = tuple(GeneratedImage(**image) for image in found["images"])
     event: Event = kind(**found)
+    check_types(event)
+    if isinstance(event, Step) and not (1 <= event.index <= event.total):
+        raise ValueError(event)
+    if isinstance(event, Failed) and event.exit_code not in set(ExitCode) - {ExitCode.OK}:
+        raise ValueError(event)
     return event
+
+
+def check_types(value: Any, names: Collection[str] = ()) -> None:
+    """Raise TypeError where a dataclass that was made of JSON holds what its annotations forbid.
+
+    Looks at the fields with these names, or at all.
+    """
+    hints = get_type_hints(type(value))
+    for each in fields(value):
+        if not names or each.name in names:
+            _check_type(getattr(value, each.name), hints[each.name])
+
+
+def _check_type(value: Any, hint: Any) -> None:
+    """Raise TypeError where a value is not of the type that an annotation names."""
+    kind = get_origin(hint) or hint
+    if kind is Any:
+        return
+    if kind is UnionType:
+        fits = type(value) in get_args(hint)
+    elif kind is float:
+        fits = type(value) in (int, float)
+    else:
+        fits = type(value) is kind
+    if not fits:
+        raise TypeError(f"{value!r:.80} is no {hint}")
+    if is_dataclass(value):
+        check_types(value)
+    elif kind is tuple:
+        for each in value:
+            _check_type(each, get_args(hint)[0])
+    elif kind is dict:
+        for each in value.values():
+            _check_type(each, get_args(hint)[1])
 
 
 def explain(error: Exception, row: int = 0) -> Failed:

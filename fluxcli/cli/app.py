@@ -8,6 +8,7 @@ imported by the functions that need them.
 import contextlib
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -44,6 +45,22 @@ from fluxcli.errors import ExitCode, OutputError, Terminated, UsageError
 from fluxcli.events import Failed, explain, to_json
 
 shells.use_own_installer()
+# What OpenMP takes of the variables that it complains of.
+OPENMP = {
+    "OMP_NUM_THREADS": r"0*[1-9][0-9]{0,4}(,0*[1-9][0-9]{0,4})*",
+    "OMP_THREAD_LIMIT": r"0*[1-9][0-9]{0,8}",
+    "OMP_DYNAMIC": r"true|false",
+    "OMP_NESTED": r"true|false",
+    "OMP_STACKSIZE": r"[0-9]{1,9} *[bkmg]?",
+    "OMP_SCHEDULE": r"(static|dynamic|guided|auto)( *, *[0-9]{1,9})?",
+    "OMP_PROC_BIND": r"true|false|((primary|master|close|spread)(,|$))+",
+    "OMP_WAIT_POLICY": r"active|passive",
+    "OMP_MAX_ACTIVE_LEVELS": r"[0-9]{1,9}",
+    "GOMP_CPU_AFFINITY": r"([0-9]+(-[0-9]+(:[0-9]+)?)?([ ,]+|$))+",
+    "GOMP_STACKSIZE": r"[0-9]{1,9} *[bkmg]?",
+    "GOMP_SPINCOUNT": r"infinity|infinite|[0-9]{1,9} *[kmg]?",
+}
+
 app = App(name="flux")
 DRAWING = "Pictures"
 WEIGHTS = "Weights"
@@ -256,3 +273,13 @@ def quieten_libraries(*, is_debug: bool) -> None:
         logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+    _drop_wrong_variables()
+
+
+def _drop_wrong_variables() -> None:
+    """Take from the environment what OpenMP would complain of in its own words, or hang at."""
+    for name, pattern in OPENMP.items():
+        value = os.environ.get(name)
+        if value is not None and not re.fullmatch(pattern, value.strip(), re.IGNORECASE):
+            del os.environ[name]
+            console.say(f"{name} is ignored: {value[:40]!r} is nothing that OpenMP takes")

@@ -4,9 +4,10 @@ It is JSON on the worker's wire. Knows nothing of models or devices. Stdlib only
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from fluxcli.events import check_types
 from fluxcli.request.fields import Order
 from fluxcli.request.target import Target
 from quant.errors import ExplainedError
@@ -70,4 +71,7 @@ class Job:
         for row in value["rows"]:
             order = Order.from_json(row["order"])
             rows.append(Row(row["number"], order, row["where"], nth=row["nth"]))
-        return cls(**dict(value) | {"rows": tuple(rows)})
+            check_types(rows[-1], ("number", "where", "nth"))
+        job = cls(**dict(value) | {"rows": tuple(rows)})
+        check_types(job, [each.name for each in fields(cls) if each.name != "rows"])
+        return job

@@ -14,6 +14,7 @@ that only this user can enter, which both sides check. There is none on Windows 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import stat
 import subprocess
@@ -27,7 +28,7 @@ from typing import IO, TYPE_CHECKING, Any
 import fluxcli
 from fluxcli import paths
 from fluxcli.errors import DeviceUnusable, ExitCode
-from fluxcli.events import Event, Failed, from_json
+from fluxcli.events import Done, Event, Failed, Skipped, from_json
 from fluxcli.request.job import Job
 from quant.errors import ExplainedError
 from quant.files import open_appending
@@ -42,10 +43,13 @@ ANSWER_S = 5.0  # until the worker takes or refuses a hello
 SILENCE_S = 60.0  # without a frame: the worker hangs
 START_S = 10.0  # until a started worker answers
 STOP_S = 60.0  # until a stopped worker has ended
-FRAME_S = 30  # for the rest of a frame that has begun
+FRAME_S = 30  # for a client to take or send the rest of a frame
 HELLO_BYTES = 4 << 20
 FRAME_BYTES = 64 << 20  # a Done may name ten thousand pictures
 LOG_BYTES = 1 << 20  # a longer log begins anew
+
+# What is read of an answer, where it is there; "pid" always is.
+READ_OF_ANSWERS: dict[str, tuple[type, ...]] = {"pid": (int,), "idle_limit_s": (int, float)}
 
 # What a peer that is gone, or a stranger, gives rise to.
 BROKEN = (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError)
@@ -75,6 +79,14 @@ class Ended(Lost):
     """The worker closed the connection, or something broke it."""
 
 
+class Misunderstood(Lost):
+    """What listens at the socket says what no worker of this version does."""
+
+    def __init__(self) -> None:
+        what = "the worker answers what this flux does not understand"
+        super().__init__(what, hint=f"end it and remove {locate_socket()}")
+
+
 class RemoteError(ExplainedError):
     """What ended a job in the worker, or the worker at its start.
 
@@ -100,25 +112,30 @@ def run(job: Job) -> Iterator[Event]:
         folder = os.getcwd()
     except OSError as error:
         raise Lost("the current folder is gone") from error
+    left = {row.number for row in job.rows}
     with _say_hello("generate", job=job.to_json(), folder=folder, umask=mask) as connection:
         while True:
             frame = _receive(connection, within_s=SILENCE_S)
-            if "end" in frame:
+            if frame.get("end") is True:
+                if left:
+                    raise Misunderstood
                 return
-            if "event" not in frame:  # a sign of life
+            if frame.get("alive") is True:
                 continue
             event = _read_event(frame)
             if isinstance(event, Failed) and not event.row:
                 raise RemoteError(event.message, hint=event.hint, exit_code=event.exit_code)
+            if isinstance(event, Done | Failed | Skipped):
+                left.discard(event.row)
             yield event
 
 
 def _read_event(frame: dict[str, Any]) -> Event:
-    """Return the event of a frame; raises `Lost` for one that this version does not know."""
+    """Return the event of a frame; raises `Misunderstood` for what is none."""
     try:
         return from_json(frame)
     except BROKEN as error:
-        raise Lost("the worker answers what this flux does not understand") from error
+        raise Misunderstood from error
 
 
 def ask(what: str) -> dict[str, Any] | None:
@@ -129,10 +146,7 @@ def ask(what: str) -> dict[str, Any] | None:
     """
     try:
         with _say_hello(what) as connection:
-            frame: dict[str, Any] = {}
-            while "answer" not in frame:
-                frame = _receive(connection, within_s=SILENCE_S)
-            answer: dict[str, Any] = frame["answer"]
+            answer = _receive_answer(connection)
             if what == "stop":
                 _wait_for_end(connection, pid=answer["pid"])
             return answer
@@ -142,6 +156,26 @@ def ask(what: str) -> dict[str, Any] | None:
         if str(lost):
             raise
         return None
+
+
+def _receive_answer(connection: "Connection") -> dict[str, Any]:
+    """Return what a worker answers, perhaps after signs of life.
+
+    Raises `Misunderstood` where it has not what is read of it.
+    """
+    while True:
+        frame = _receive(connection, within_s=SILENCE_S)
+        if frame.get("alive") is True:
+            continue
+        answer = frame.get("answer")
+        if not isinstance(answer, dict):
+            raise Misunderstood
+        for name, kinds in READ_OF_ANSWERS.items():
+            if not isinstance(answer.get(name, 0), kinds):
+                raise Misunderstood
+        if "pid" not in answer:
+            raise Misunderstood
+        return answer
 
 
 def _wait_for_end(connection: "Connection", *, pid: int) -> None:
@@ -209,6 +243,7 @@ def _explain_death(returncode: int, *, said: IO[bytes], log: Path) -> RemoteErro
     It is that of the worker's Failed event, where it could say one, else its exit code.
     """
     message = f"exit {returncode}"
+    hint = ""
     exit_code = ExitCode.BUG
     said.seek(0)
     with contextlib.suppress(*BROKEN):  # killed before it could say anything
@@ -216,8 +251,9 @@ def _explain_death(returncode: int, *, said: IO[bytes], log: Path) -> RemoteErro
         event = from_json(json.loads(last_line))
         if isinstance(event, Failed):
             message = event.message
+            hint = event.hint
             exit_code = ExitCode(event.exit_code)
-    hint = f"{log} has it all"
+    hint = f"{hint}; {log} has it all".removeprefix("; ")
     return RemoteError(f"the worker did not start: {message}", hint=hint, exit_code=exit_code)
 
 
@@ -250,8 +286,13 @@ def locate_socket() -> Path:
 
     The name is made of the cache folder's, so that homes of their own have workers of their own.
     """
-    name = hashlib.sha256(os.fsencode(paths.cache_folder())).hexdigest()[:12]
-    return Path(tempfile.gettempdir(), f"flux-{os.getuid()}", f"{name}.sock")
+    name = name_socket(paths.cache_folder())
+    return Path(tempfile.gettempdir(), f"flux-{os.getuid()}", name)
+
+
+def name_socket(cache_folder: Path) -> str:
+    """Return the name of the socket that belongs to a user's cache folder."""
+    return f"{hashlib.sha256(os.fsencode(cache_folder)).hexdigest()[:12]}.sock"
 
 
 def check_private(folder: Path) -> None:
@@ -285,13 +326,13 @@ def receive(
     return value
 
 
-def limit_waits(plain: "socket.socket") -> None:
-    """Let no read or write of a socket block for ever in the middle of a frame."""
+def limit_waits(plain: "socket.socket", *, within_s: float) -> None:
+    """Let no read or write of a socket block longer than that in the middle of a frame."""
     import socket
     import struct
 
     for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-        plain.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", FRAME_S, 0))
+        plain.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", math.ceil(within_s), 0))
 
 
 # --- the client's side of the wire
@@ -303,14 +344,16 @@ def _say_hello(kind: str, **more: object) -> "Iterator[Connection]":
     about = {"protocol": PROTOCOL, "identity": describe_installation(), "kind": kind}
     hello = json.dumps(about | more).encode()
     if len(hello) > HELLO_BYTES:
-        raise Lost("the job is too long for the worker")
+        raise Lost("the job is too long for the worker", hint="--no-worker")
     with connect() as connection:
         with contextlib.suppress(OSError):  # it may have said why before it closed
             connection.send_bytes(hello)
         answer = _receive(connection, within_s=ANSWER_S)
-        if "refused" in answer:
+        if isinstance(answer.get("refused"), str):
             why = f"the worker is of no use here: {answer['refused']}"
             raise Lost(why, hint="flux worker stop")
+        if answer.get("accepted") != PROTOCOL:
+            raise Misunderstood
         yield connection
 
 
@@ -319,9 +362,11 @@ def _receive(connection: "Connection", *, within_s: float) -> dict[str, Any]:
     try:
         return receive(connection, within_s=within_s)
     except TimeoutError as error:
-        raise Lost("the worker does not answer") from error
-    except BROKEN as error:
+        raise Lost("the worker does not answer", hint="flux worker stop") from error
+    except (OSError, EOFError) as error:
         raise Ended("the worker closed the connection") from error
+    except BROKEN as error:  # no JSON, or no object
+        raise Misunderstood from error
 
 
 def connect() -> "Connection":
@@ -336,9 +381,10 @@ def connect() -> "Connection":
     except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as error:
         raise Lost("") from error
     except TimeoutError as error:
-        raise Lost("the worker does not answer") from error
+        raise Lost("the worker does not answer", hint="flux worker stop") from error
     except OSError as error:
-        raise Lost("the worker cannot be reached", why=str(error)) from error
+        hint = f"remove {path}"
+        raise Lost("the worker cannot be reached", why=str(error), hint=hint) from error
 
 
 def _connect_to(path: Path) -> "Connection":
@@ -349,5 +395,5 @@ def _connect_to(path: Path) -> "Connection":
         plain.settimeout(ANSWER_S)
         plain.connect(str(path))
         plain.settimeout(None)
-        limit_waits(plain)
+        limit_waits(plain, within_s=ANSWER_S)
         return Connection(plain.detach())

@@ -71,6 +71,7 @@ class Dispatcher:
         skipped: set[str] = set()
         has_begun = False
         was_up = False
+        is_stranger = False
         if self._may_use_worker(job, kept=kept):
             try:
                 for event in self._run_in_worker(job):
@@ -86,6 +87,7 @@ class Dispatcher:
                 return
             except client.Lost as lost:
                 was_up = bool(str(lost))
+                is_stranger = isinstance(lost, client.Misunderstood)
                 if was_up:
                     hint = f" (hint: {lost.hint})" if lost.hint else ""
                     yield Notice(f"{lost}: running here{hint}")
@@ -93,7 +95,8 @@ class Dispatcher:
             _check_before_torch(job)
             from fluxcli.run.session import Session
 
-            yield from _evict_worker(job, always=was_up)
+            if not is_stranger:
+                yield from _evict_worker(job, always=was_up)
             self._session = self._held.enter_context(Session())
         left = tuple(row for row in job.rows if row.number not in over)
         job = replace(job, rows=left)
@@ -119,7 +122,7 @@ class Dispatcher:
             try:
                 status = client.start(AUTO_IDLE_S)
             except client.RemoteError as error:
-                raise client.Lost(str(error)) from error
+                raise client.Lost(str(error), hint=error.hint) from error
             if status["started"]:
                 end = f"it ends after {AUTO_IDLE_S / 60:g} min without a job, or by"
                 yield Notice(f"worker {status['pid']} is up; {end}: flux worker stop")

@@ -22,6 +22,7 @@ import fluxcli
 from fluxcli import signals
 from fluxcli.errors import DoesNotFit, ExitCode, NoSuchDevice, OutputError
 from fluxcli.events import Event, Failed, Notice, Phase, Saved, explain, to_json
+from fluxcli.paths import cache_folder
 from fluxcli.request.job import Job
 from fluxcli.run import client
 from quant.errors import MissingLibrary
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 HELLO_S = 5.0  # for a client to say what it wants
 ALIVE_S = 5.0  # between two signs of life
-LOOK_S = 10.0  # between two looks at whether the socket is still there
+LOOK_S = 2.0  # between two looks at whether the socket is still there
 PATH_BYTES = 100  # some systems take no longer path for a socket
 BACKLOG = 64  # connections that wait to be accepted
 DOUBTFUL = (ExitCode.BUG, ExitCode.DEVICE)  # after these the device may be broken for this process
@@ -65,15 +66,31 @@ def serve(idle_s: float, *, session: "Session | None" = None, explain: Explain =
         raise OutputError(
             "no socket can be here", which=path, why="the path is too long", hint="set TMPDIR"
         )
-    try:
-        held = FileLock(path.with_suffix(".lock")).acquire(timeout=0)
-    except Timeout:
-        return
-    with held, _listen(path) as listener:
+    with contextlib.ExitStack() as held:
+        try:
+            for lock in _list_locks(path):
+                held.enter_context(FileLock(lock).acquire(timeout=0))
+        except Timeout:
+            return
+        listener = held.enter_context(_listen(path))
         worker = Worker(session, idle_s=idle_s, path=path, explain=explain)
         os.chdir(os.sep)
         threading.Thread(target=worker.accept, args=(listener,), daemon=True).start()
         worker.work()
+
+
+def _list_locks(path: Path) -> list[Path]:
+    """Where a worker holds locks, so that it stays the only one.
+
+    The one beside its socket goes where somebody cleans the folder for temporary files, hence the
+    second.
+    """
+    locks = [path.with_suffix(".lock")]
+    folder = cache_folder() / "locks"
+    with contextlib.suppress(OSError):  # nowhere to put it
+        folder.mkdir(parents=True, exist_ok=True)
+        locks.append(folder / f"worker-{path.stem}.lock")
+    return locks
 
 
 @contextlib.contextmanager
@@ -81,8 +98,13 @@ def _listen(path: Path) -> "Iterator[Listener]":
     """Give what accepts connections at the path; replaces a socket that a dead worker left."""
     from multiprocessing.connection import Listener
 
-    path.unlink(missing_ok=True)
-    listener = Listener(str(path), "AF_UNIX", backlog=BACKLOG)
+    try:
+        path.unlink(missing_ok=True)
+        listener = Listener(str(path), "AF_UNIX", backlog=BACKLOG)
+    except OSError as error:
+        why = error.strerror or str(error)
+        hint = f"remove {path}"
+        raise OutputError("no socket can be here", which=path, why=why, hint=hint) from error
     try:
         yield listener
     finally:
@@ -338,7 +360,7 @@ def _is_of_this_user(connection: "Connection") -> bool:
     import struct
 
     with socket.socket(fileno=os.dup(connection.fileno())) as plain:
-        client.limit_waits(plain)
+        client.limit_waits(plain, within_s=client.FRAME_S)
         if not hasattr(socket, "SO_PEERCRED"):  # then the folder alone keeps others out
             return True
         size = struct.calcsize("3i")  # pid, uid, gid
