@@ -237,4 +237,5 @@ def open_picture(path: Path) -> "Image.Image":
             return image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         why = getattr(error, "strerror", None) or "it is no readable png, jpg or webp"
-        raise BadInputFile("cannot read the picture", which=path, why=why) from error
+        hint = "name a png, jpg or webp that flux has made"
+        raise BadInputFile("cannot read the picture", which=path, why=why, hint=hint) from error

@@ -97,6 +97,23 @@ for page in PAGES:
     )(partial(show_page, page=page))
 
 
+# A file that is not there has the code of what it would be: rows 2, weights to get 3, a file to
+# read 4; each says what may stand there.
+ABSENT = {
+    "inspect": (["inspect", "nofile.png"], [4]),
+    "inspect-weights": (["inspect", "nofile.safetensors"], [4]),
+    "replay": (["replay", "nofile.png"], [4]),
+    "decode": (["decode", "nofile.latents.safetensors"], [4]),
+    "rows": (["generate", "--from", "nofile.txt"], [2]),
+    "model": (["generate", "x", "-m", "nofile"], [3]),
+    "lora": (["lora", "info", "nofile"], [3]),
+}
+for name, (words, codes) in ABSENT.items():
+    fault(f"cli-absent-{name}", f"flux {' '.join(words)}", codes=codes, says="nofile")(
+        partial(type_words, words=words)
+    )
+
+
 @fault("cli-alone", "flux alone shows its page", codes=[0])
 def flux_alone(case: Case) -> None:
     if "Usage: flux" not in case.flux().stdout:
