@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
+from benchmarks.counting import CARD, Counter
 from fluxcli.engine.engine import Engine
 from fluxcli.engine.lora_hooks import attach
 from fluxcli.models.loras import describe, find_path
@@ -22,7 +23,7 @@ from quant.errors import CheckpointError
 from quant.linear import QuantizedLinear
 from quant.spec import QuantSpec
 from tests.support.helpers import BAKED, draw, engine_of, tiny
-from tests.test_placement import place
+from tests.test_placement import WAYS, forward, inputs, place
 
 MOVES = 5  # of 255: what a picture differs at least with an adapter that acts
 SPAN = "transformer_blocks.0.attn.to_out.0"
@@ -362,6 +363,59 @@ def expect(layer, *, packed, alone, x, model, adapter) -> torch.Tensor:
                     (adapter,), "transformer", name=f"{name}.bias", values=torch.zeros(rows)
                 )
     return alone + functional.linear(x, weight - packed) + bias
+
+
+# --- wherever the blocks are, and within the planned memory
+
+
+@pytest.mark.parametrize("way", ["two", "all from their file"])
+@pytest.mark.parametrize("kind", ["whole_differences", "lokr_factored", "dora_scale"])
+def test_a_placement_gives_the_resident_result(kind, way, checkpoint, weights, tmp_path):
+    path = write(KINDS[kind](weights).tensors, tmp_path / "x.safetensors")
+    adapter = lora.read_adapter(path, checkpoint.components)
+    component = checkpoint.components["transformer"]
+    given = inputs(torch.float32)
+    found = []
+    for blocks, arena in ((), False), WAYS[way]:
+        model = place(component, blocks, arena=arena, dtype=torch.float32)
+        attach(
+            model.module,
+            [adapter],
+            "transformer",
+            places=model.places,
+            dtype=torch.float32,
+            device="cpu",
+        )
+        found += [forward(model, given) for _ in range(2)]
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_holds_no_more_than_is_planned(kind, checkpoint, weights, tmp_path):
+    path = write(KINDS[kind](weights).tensors, tmp_path / "x.safetensors")
+    adapter = lora.read_adapter(path, checkpoint.components)
+    counter = Counter()
+    with torch.no_grad(), counter:
+        given, model = inputs(), place(checkpoint.components["transformer"], ())
+        forward(model, given)
+        before_bytes = counter.live[True]
+        peak_bytes = counter.peaks.pop("")
+        handles = attach(
+            model.module,
+            [adapter],
+            "transformer",
+            places=model.places,
+            dtype=torch.float32,
+            device=CARD,
+        )
+        forward(model, given)
+        held_bytes = counter.live[True] - before_bytes
+        more_bytes = counter.peaks[""] - peak_bytes
+        del handles
+    planned_bytes = adapter.numel("transformer") * 4
+    small_bytes = 1 << 16  # biases that are scaled, and the low product of a LoRA
+    assert held_bytes <= planned_bytes + small_bytes
+    assert more_bytes <= planned_bytes + small_bytes
 
 
 # --- DoRA as peft computes it
