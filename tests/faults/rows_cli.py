@@ -97,13 +97,12 @@ for page in PAGES:
     )(partial(show_page, page=page))
 
 
-# A file that is not there has the code of what it would be: rows 2, weights to get 3, a file to
-# read 4; each says what may stand there.
+# A file that is not there is 2, and 3 where it would be weights that can be got.
 ABSENT = {
-    "inspect": (["inspect", "nofile.png"], [4]),
-    "inspect-weights": (["inspect", "nofile.safetensors"], [4]),
-    "replay": (["replay", "nofile.png"], [4]),
-    "decode": (["decode", "nofile.latents.safetensors"], [4]),
+    "inspect": (["inspect", "nofile.png"], [2]),
+    "inspect-weights": (["inspect", "nofile.safetensors"], [2]),
+    "replay": (["replay", "nofile.png"], [2]),
+    "decode": (["decode", "nofile.latents.safetensors"], [2]),
     "rows": (["generate", "--from", "nofile.txt"], [2]),
     "model": (["generate", "x", "-m", "nofile"], [3]),
     "lora": (["lora", "info", "nofile"], [3]),
