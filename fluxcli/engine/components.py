@@ -21,7 +21,7 @@ from fluxcli.engine.modulation import Condition, ModulationRow
 from fluxcli.engine.recent import Recent
 from fluxcli.engine.streaming import load_component
 from fluxcli.engine.text import PromptEncoder
-from fluxcli.errors import DoesNotFit
+from fluxcli.errors import DoesNotFit, hint_for_memory
 from fluxcli.events import Event, Notice, Phase
 from fluxcli.plan import costs
 from fluxcli.plan.costs import Workload
@@ -103,7 +103,12 @@ class Components:
             needs = now.peak_bytes[phase] / GIB
             free = device.free_memory(now.device) / GIB
             why = f"{phase} needs about {needs:.1f} GiB by plan, {free:.1f} GiB are free: {failed}"
-            raise DoesNotFit("out of memory, and no step down is left", which=now.device, why=why)
+            raise DoesNotFit(
+                "out of memory, and no step down is left",
+                which=now.device,
+                why=why,
+                hint=hint_for_memory(),
+            )
         self.plan = following.plan
         return following.change
 

@@ -74,7 +74,9 @@ def _explain_failure(error: Exception, name: str, target: Path) -> Exception:
         if named:
             why += f"; set are {named}"
     elif isinstance(error, OSError) and error.errno is not None:
-        return OutputError("cannot store the model", which=target, why=error.strerror or kind)
+        hint = "HF_HUB_CACHE=FOLDER stores it elsewhere"
+        why = error.strerror or kind
+        return OutputError("cannot store the model", which=target, why=why, hint=hint)
     elif isinstance(error, ValueError | OSError):
         what = "the hub is not understood"
         why = f"{kind}: the page of a proxy?"
