@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.errors import CheckpointError
+from quant.files import read_small_file
 from quant.header import Header
 from quant.lora_names import ALPHA, split_name
 
@@ -111,12 +112,11 @@ def _read_config(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     what = "peft's configuration cannot be read"
-    if not path.is_file() or path.stat().st_size > MAX_CONFIG_BYTES:
-        raise CheckpointError(what, path, why="it is no small regular file", hint=CONFIG_HINT)
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(read_small_file(path, MAX_CONFIG_BYTES))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(what, path, why=str(error)[:80], hint=CONFIG_HINT) from error
+        why = getattr(error, "strerror", None) or str(error)[:80]
+        raise CheckpointError(what, path, why=why, hint=CONFIG_HINT) from error
     if not isinstance(config, dict):
         raise CheckpointError(what, path, why="it is no JSON object", hint=CONFIG_HINT)
     return config

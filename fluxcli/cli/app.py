@@ -185,7 +185,8 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:  # noqa: BLE001 - whatever arrives here ends the process
         signals.check_signals()  # the error may be what a library made of a signal
         if is_debug:
-            traceback.print_exc()
+            for line in traceback.format_exc().splitlines():
+                sys.stderr.write(f"{console.spell_out(line)}\n")
         failed = explain_end(error, arguments)
     if "--events" in options:
         with contextlib.suppress(OutputError, OSError):  # stdout itself may be what failed

@@ -205,9 +205,18 @@ for library in ("torchvision", "xformers", "flash_attn", "torchaudio", "peft", "
         case.draw(cold=True, environment={"PYTHONPATH": find_path(path)})
 
 
-@fault("text-optimized", "PYTHONOPTIMIZE=2, which takes assertions and docstrings away", codes=[0])
+@fault(
+    "text-optimized",
+    "PYTHONOPTIMIZE=2, which takes assertions and docstrings away",
+    codes=[0],
+    exhaustive=True,
+)
 def optimized(case: Case) -> None:
-    case.draw(cold=True, environment={"PYTHONOPTIMIZE": "2", "PYTHONDONTWRITEBYTECODE": "1"})
+    case.draw(
+        cold=True,
+        environment={"PYTHONOPTIMIZE": "2", "PYTHONDONTWRITEBYTECODE": "1"},
+        timeout_s=240,
+    )
 
 
 @fault("text-optimized-help", "PYTHONOPTIMIZE=2: the help", codes=[0])
