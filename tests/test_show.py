@@ -88,6 +88,7 @@ def test_what_strangers_write_is_shown_and_controls_nothing(on_terminal, monkeyp
         "compute": ["x"],
         "versions": {"python": None},
     }
+    Path("x.png").touch()
     monkeypatch.setattr("fluxcli.pictures.image.read_metadata", lambda _: metadata)
     shown, code = on_terminal("inspect", "x.png")
     assert code == 0 and "\x1b" not in shown and "python -" in shown
