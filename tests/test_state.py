@@ -204,7 +204,8 @@ def test_two_writers_leave_whole_files_only():
     for each in writers:
         each.communicate()
     found = json.loads(path.read_text())
-    assert seen and {"one 59" * 500, "other 59" * 500} & set(found) and len(found) >= 60
+    last = {"one 59" * 500 + ", 8.0 GiB", "other 59" * 500 + ", 8.0 GiB"}
+    assert seen and last & set(found) and len(found) >= 60
     assert list(files(paths.cache_folder())) == ["margin.json"]
 
 
@@ -303,6 +304,12 @@ def test_a_run_on_a_busy_device_waits_or_is_refused_and_a_plan_does_neither(
     assert len(probed) == 4  # and asks what is free once more after waiting
 
 
+def test_what_was_learned_under_a_limit_teaches_nothing_of_the_whole():
+    grow_margin(machine(4, "cpu", identity="cpu"), GIB)
+    assert read_margin(machine(4, "cpu", identity="cpu")) > 0
+    assert read_margin(machine(24, "cpu", identity="cpu")) == 0
+
+
 def test_many_moments_teach_no_more_than_a_quarter_of_the_card_and_a_week_forgets_them():
     for _ in range(9):
         grow_margin(card(), GIB)
@@ -313,5 +320,5 @@ def test_many_moments_teach_no_more_than_a_quarter_of_the_card_and_a_week_forget
     assert read_margin(card()) == 0
     grow_margin(card("another"), GIB)  # what is forgotten does not come back
     assert read_margin(card()) == 0
-    path.write_text(json.dumps({CARD: 10**12}))  # as a version before wrote it
+    path.write_text(json.dumps({f"{CARD}, 8.0 GiB": 10**12}))  # as a version before wrote it
     assert read_margin(card()) == 2 * GIB

@@ -222,7 +222,7 @@ def test_what_was_missing_is_left_alone_by_the_next_run_of_this_card(card, capsy
     assert "out of memory" not in second.stderr and read_margin(machine(8)) == grown
     plans = [json.loads(result.stdout)["plan"] for result in (first, second)]
     assert plans[1]["budget_bytes"] == plans[0]["budget_bytes"] - grown
-    assert any("ran out on this card before" in reason for reason in plans[1]["reasons"])
+    assert any("ran out here before" in reason for reason in plans[1]["reasons"])
     shas = [json.loads(result.stdout)["images"][0]["pixels_sha256"] for result in (first, second)]
     assert shas[0] == shas[1]
 

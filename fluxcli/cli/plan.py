@@ -122,13 +122,12 @@ def _find_hardware(order: Order, card: str | None, *, ram: Ram | None) -> tuple[
     from fluxcli.engine import device
 
     hardware = device.probe(order.resources.device)
-    margin_bytes = read_margin(hardware)
     if ram is None:
-        return hardware, margin_bytes
+        return hardware, read_margin(hardware)
     hardware = replace(hardware, ram_bytes=ram.total_bytes, ram_free_bytes=ram.free_bytes)
     if hardware.kind == "cpu":  # whose memory the RAM is
         hardware = replace(hardware, total_bytes=ram.total_bytes, free_bytes=ram.free_bytes)
-    return hardware, margin_bytes
+    return hardware, read_margin(hardware)
 
 
 def _read_ram(text: str | None) -> Ram | None:

@@ -171,7 +171,7 @@ def _fit_now(
             may_tile=may_tile,
         )
     size = f"{margin_bytes / GIB:.1f} GiB"
-    reason = f"{size} are left free: memory ran out on this card before"
+    reason = f"{size} are left free: memory ran out here before"
     reasons = (*found.plan.reasons, reason)
     return Fit(replace(found.plan, reasons=reasons, margin_bytes=margin_bytes))
 

@@ -1,7 +1,8 @@
 """The margin of a card: how much of its memory a plan leaves alone because runs have run out of it.
 
-One number of bytes for each card, by `Hardware.identity`, in margin.json in the user's cache
-folder. It grows when memory runs out, up to a share of the card, and is forgotten a week after
+One number of bytes for each card, by `Hardware.identity` and its memory, in margin.json in the
+user's cache folder: what was learned where a container or a shell left it less teaches nothing of
+the whole. It grows when memory runs out, up to a share of the card, and is forgotten a week after
 that has happened last: what took the memory then may be gone. Deleting the file forgets it, too.
 Where the file cannot be read or written nothing is remembered, and nothing is said. No torch.
 """
@@ -15,6 +16,7 @@ from fluxcli.paths import cache_folder
 from fluxcli.plan.machine import Hardware
 from quant.files import read_small_file, write_atomically
 
+GIB = 1 << 30
 FILE = "margin.json"
 MAX_BYTES = 1 << 20
 # The least that changes a placement: about four blocks of the smallest precision (nf4).
@@ -27,7 +29,7 @@ FORGOTTEN_AFTER_S = 7 * 24 * 3600.0
 
 def read_margin(hardware: Hardware) -> int:
     """The bytes that plans for this card leave alone; 0 where memory never ran out."""
-    learned_bytes = _read_all().get(hardware.identity, 0)
+    learned_bytes = _read_all().get(_name(hardware), 0)
     return min(learned_bytes, int(hardware.total_bytes * MOST_SHARE))
 
 
@@ -39,12 +41,16 @@ def grow_margin(hardware: Hardware, missing_bytes: int) -> None:
     most_bytes = int(hardware.total_bytes * MOST_GROWTH_SHARE)
     growth_bytes = min(max(missing_bytes, LEAST_GROWTH_BYTES), most_bytes)
     margins = _read_all()
-    grown_bytes = margins.get(hardware.identity, 0) + growth_bytes
-    margins[hardware.identity] = min(grown_bytes, int(hardware.total_bytes * MOST_SHARE))
+    grown_bytes = margins.get(_name(hardware), 0) + growth_bytes
+    margins[_name(hardware)] = min(grown_bytes, int(hardware.total_bytes * MOST_SHARE))
     path = cache_folder() / FILE
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(margins, indent=1).encode(), place=os.replace)
+
+
+def _name(hardware: Hardware) -> str:
+    return f"{hardware.identity}, {hardware.total_bytes / GIB:.1f} GiB"
 
 
 def _read_all() -> dict[str, int]:

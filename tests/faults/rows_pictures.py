@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 from tests.faults.case import PROMPT, QUICK, Case, Watched, fault
 
 FOUR = ("generate", PROMPT, "-p", "tiny", *QUICK, "-n", "4", "-o", "out/")
@@ -207,7 +209,7 @@ def _make_adapter() -> bytes:
 
 # --- margins
 
-CPU = "cpu"
+CPU = f"cpu, {psutil.virtual_memory().total / 2**30:.1f} GiB"  # as run/margin.py calls it
 MARGINS = {
     "huge": json.dumps({CPU: 1 << 60}),
     "half": json.dumps({CPU: 8 << 30}),
