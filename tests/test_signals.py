@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
@@ -100,6 +101,78 @@ def test_a_shell_loop_stops_at_the_first_ctrl_c():
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGINT
     assert b"round 2" not in seen and b"\nend" not in seen and b"Traceback" not in seen
     assert files(Path("pics")) == {}
+
+
+HIDE, SHOW = b"\x1b[?25l", b"\x1b[?25h"
+DRAWING = f"{sys.executable} -m fluxcli generate 'a fox' -p tiny --steps 1000 --size 64 -o pics/"
+# The work is stuck, and what cleans up after it, too.
+STUCK = """
+import time
+from fluxcli.cli import app, console
+def stuck(_):
+    with console.Reporter(started=time.perf_counter()) as reporter:
+        try:
+            reporter.show_bytes(1, 2, "step"); time.sleep(30)
+        finally:
+            print("cleaning", flush=True); time.sleep(30)
+app.run = stuck
+app.main()
+"""
+
+
+def interrupt_on_a_terminal(command: str, after: Sequence[bytes]) -> tuple[int, bytes]:
+    """Run a command on a terminal of its own, with a Ctrl-C when each of the words is shown.
+
+    Returns the signal that ended it, and all that the terminal was sent.
+    """
+    import pty
+
+    child, terminal = pty.fork()
+    if not child:
+        os.environ |= {"PYTHONPATH": str(ROOT), "TERM": "xterm-256color"}
+        os.environ.pop("NO_COLOR", None)
+        os.execvp("bash", ["bash", "-c", f"exec {command}"])
+    seen = b""
+    for word in after:
+        seen += read_until(terminal, word, 60)
+        assert word in seen
+        os.write(terminal, b"\x03")
+    seen += read_until(terminal, b"what is never shown", 20)
+    _, status = os.waitpid(child, 0)
+    os.close(terminal)
+    assert os.WIFSIGNALED(status), status
+    return os.WTERMSIG(status), seen
+
+
+def test_ctrl_c_on_a_terminal_brings_the_cursor_back():
+    number, seen = interrupt_on_a_terminal(DRAWING, after=[b"step"])
+    assert number == signal.SIGINT and b"Traceback" not in seen
+    assert HIDE in seen and seen.rindex(SHOW) > seen.rindex(HIDE)
+    assert files(Path("pics")) == {}
+
+
+def test_two_ctrl_c_bring_the_cursor_back_though_nothing_is_unwound():
+    Path("stuck.py").write_text(STUCK)
+    command = f"{sys.executable} stuck.py"
+    number, seen = interrupt_on_a_terminal(command, after=[b"step", b"cleaning"])
+    assert number == signal.SIGINT and b"Traceback" not in seen
+    assert HIDE in seen and seen.rindex(SHOW) > seen.rindex(HIDE)
+
+
+def test_ctrl_c_sends_no_escape_codes_where_stderr_is_no_terminal():
+    # The events say on the terminal when the drawing is under way.
+    command = f"{DRAWING} --events 2>words.txt"
+    number, seen = interrupt_on_a_terminal(command, after=[b'"step"'])
+    assert number == signal.SIGINT
+    assert b"\x1b" not in seen and b"\x1b" not in Path("words.txt").read_bytes()
+
+
+def test_two_ctrl_c_send_no_escape_codes_where_stderr_is_no_terminal():
+    Path("stuck.py").write_text(STUCK.replace("try:", "print('running', flush=True)\n        try:"))
+    command = f"{sys.executable} stuck.py 2>words.txt"
+    number, seen = interrupt_on_a_terminal(command, after=[b"running", b"cleaning"])
+    assert number == signal.SIGINT
+    assert b"\x1b" not in seen and b"\x1b" not in Path("words.txt").read_bytes()
 
 
 SLOW_CLEANUP = """
