@@ -373,3 +373,11 @@ def test_any_limit_and_offload_come_back_from_metadata(limit, offload):
     metadata = order("a fox", seed=5, vram_limit=limit, offload=offload).to_json()
     stored = json.loads(json.dumps(metadata))
     assert restore_order(Path("x.png"), stored, given={}).to_json() == metadata
+
+
+@pytest.mark.parametrize("text", ["1024x768", "1024*768", "1024×768"])
+def test_a_size_of_two_sides_is_taken_and_said(text, capsys):
+    result = call(capsys, *CARD, "--size", text)
+    assert result.returncode == 0 and "1024x768" in result.stdout
+    assert f"--size {text} is --width 1024 --height 768" in result.stderr
+    assert planned(capsys, *CARD, "--size", text)["size"] == [1024, 768]

@@ -12,6 +12,7 @@ from fluxcli.errors import UsageError
 from fluxcli.paths import config_folder
 from fluxcli.request import presets
 from fluxcli.request.settings import SETTINGS
+from fluxcli.request.sizes import parse_size
 
 MAX_STDIN_BYTES = 1 << 16  # of a prompt with the blanks around it
 STARTED = time.perf_counter()  # about when the command did
@@ -26,6 +27,11 @@ def given_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     }
     if options["no_metadata"]:
         given["metadata"] = False
+    sides = parse_size(given.get("image_size", ""))
+    if sides and not options.get(
+        "quiet"
+    ):  # as other tools write it; the settings themselves have one side, or two
+        console.say(f"--size {given['image_size']} is --width {sides[0]} --height {sides[1]}")
     return given
 
 

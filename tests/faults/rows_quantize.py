@@ -98,7 +98,12 @@ def foreign_json(case: Case) -> None:
     quantize(case, "x.safetensors", *FILE, "--force")
 
 
-@fault("quantize-foreign-weights", "a file with a bake's manifest beside it", codes=[6])
+@fault(
+    "quantize-foreign-weights",
+    "a file with a bake's manifest beside it",
+    codes=[6],
+    exhaustive=True,
+)
 def foreign_weights(case: Case) -> None:
     quantize(case, "x.safetensors", *FILE)
     case.write("x.safetensors", "mine")
@@ -112,7 +117,13 @@ def bake_and_notes(case: Case) -> None:
     quantize(case, "x", *FAST, "--force")
 
 
-@fault("quantize-edited-config", "a config of ours was edited", codes=[6], says="config.json")
+@fault(
+    "quantize-edited-config",
+    "a config of ours was edited",
+    codes=[6],
+    says="config.json",
+    exhaustive=True,
+)
 def edited_config(case: Case) -> None:
     quantize(case)
     config = case.folder / "x/vae/config.json"
@@ -149,7 +160,13 @@ def leave(case: Case, name: str, *, seconds: float) -> Path:
     return left
 
 
-@fault("quantize-young-remains", "another container's bake goes on", codes=[0], says="left beside")
+@fault(
+    "quantize-young-remains",
+    "another container's bake goes on",
+    codes=[0],
+    says="left beside",
+    exhaustive=True,
+)
 def young_remains(case: Case) -> None:
     leave(case, "x.tmp-99999-01234567", seconds=DAY_S / 2)
     quantize(case)
@@ -162,7 +179,7 @@ def old_remains(case: Case) -> None:
     assert not left.exists()
 
 
-@fault("quantize-like-remains", "folders with names like remains", codes=[0])
+@fault("quantize-like-remains", "folders with names like remains", codes=[0], exhaustive=True)
 def like_remains(case: Case) -> None:
     for name in ("x.tmp-1", "x.tmp-mine", "y.tmp-1-01234567", "x.tmp-1-01234567.bak"):
         leave(case, name, seconds=2 * DAY_S)
@@ -223,7 +240,7 @@ def long_name(case: Case) -> None:
     quantize(case, "x" * 250, *FAST)
 
 
-@fault("quantize-dst-longest", "a DST of 5000 letters", codes=[2, 6])
+@fault("quantize-dst-longest", "a DST of 5000 letters", codes=[2, 6], exhaustive=True)
 def longest_name(case: Case) -> None:
     quantize(case, "x" * 5000, *FAST)
 

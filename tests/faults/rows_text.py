@@ -177,7 +177,7 @@ for library in LIBRARIES:
             f"{library} raises {raised} at import",
             codes=[8],
             says=said,
-            exhaustive=raised != "RuntimeError",
+            exhaustive=(library, raised) != ("transformers", "RuntimeError"),
         )
         def broken(case: Case, library: str = library, raised: str = raised) -> None:
             path = case.write(f"broken/{library}/__init__.py", f"raise {raised}('no')\n")
@@ -196,7 +196,7 @@ for library in ("torchvision", "xformers", "flash_attn", "torchaudio", "peft", "
         f"text-unused-{library}",
         f"{library} was built for another torch",
         codes=[0],
-        exhaustive=library not in ("torchvision", "xformers"),
+        exhaustive=library != "torchvision",
     )
     def unused(case: Case, library: str = library) -> None:
         path = case.write(f"other/{library}/__init__.py", "raise RuntimeError('another torch')\n")
