@@ -375,7 +375,7 @@ def test_any_limit_and_offload_come_back_from_metadata(limit, offload):
     assert restore_order(Path("x.png"), stored, given={}).to_json() == metadata
 
 
-@pytest.mark.parametrize("text", ["1024x768", "1024*768", "1024×768"])
+@pytest.mark.parametrize("text", ["1024x768", "1024*768", "1024\u00d7768"])
 def test_a_size_of_two_sides_is_taken_and_said(text, capsys):
     result = call(capsys, *CARD, "--size", text)
     assert result.returncode == 0 and "1024x768" in result.stdout
