@@ -25,6 +25,7 @@ from quant.dialects import SWAPPED, bfl_name, map_bfl_layers
 from quant.errors import CheckpointError, SpecError
 from quant.files import check_room
 from quant.lora import Adapter
+from quant.lora_names import BIAS, DIFF_B
 from quant.placing import DESCRIPTION, FOLDER_LAYOUT
 from quant.spec import QuantSpec, lay_out
 from quant.tensor_info import TensorInfo
@@ -34,6 +35,7 @@ from quant.writer import SafetensorsWriter
 LAYOUTS = (FOLDER_LAYOUT, "bfl", "comfy")
 # Of free disk, beside what is written.
 MARGIN_BYTES = 64 << 20
+NAMED_KEYS = 5  # of an adapter, in an error
 # Files of a folder that are copied from the source where nothing changes the component.
 COPIED = (".json", ".safetensors", ".txt", ".model", ".md")
 # The layers in which programs that load with bitsandbytes shall expect no quantized weights. They
@@ -149,8 +151,10 @@ def make_recipe(
     """The recipe of a diffusers folder, into which adapters may be merged.
 
     A component that nothing changes is copied as it is. Raises `CheckpointError` for a source that
-    is quantized already, `SpecError` for a pattern of `keep` without a match.
+    is quantized already and for an adapter that it has no tensors for, `SpecError` for a pattern of
+    `keep` without a match.
     """
+    _refuse_lost_biases(adapters, source.components)
     spec.check_keep(name for part in source.components.values() for name in part.weights)
     schemes = {
         "transformer": spec.to,
@@ -176,6 +180,28 @@ def make_recipe(
     return Recipe(
         spec, FOLDER_LAYOUT, tuple(tensors), texts=texts, copies=copies, adapters=adapters
     )
+
+
+def _refuse_lost_biases(adapters: tuple[Adapter, ...], components: Mapping[str, Component]) -> None:
+    """Raise `CheckpointError` where an adapter changes the bias of a layer that has none.
+
+    At run time it is added to the layer's output. A checkpoint has no tensor that could hold it.
+    """
+    for adapter in adapters:
+        lost = []
+        for name, component in components.items():
+            for part in adapter.active_parts(name):
+                if all(f"{layer}.bias" in component.weights for layer in part.layers):
+                    continue
+                for kind in (BIAS, DIFF_B):
+                    if kind in part.stored.pieces:
+                        lost.append(part.stored.pieces[kind].info.name)
+        if lost:
+            more = f" and {len(lost) - NAMED_KEYS} more" if len(lost) > NAMED_KEYS else ""
+            named = ", ".join(key[:100] for key in lost[:NAMED_KEYS])
+            why = f"{named}{more} would be lost: these layers have no bias in the model"
+            hint = "leave it out here, and give it to flux generate by --lora"
+            raise CheckpointError("cannot merge an adapter", adapter.path, why=why, hint=hint)
 
 
 def _quantize_component(component: Component, spec: QuantSpec, *, file: str) -> list[OutputTensor]:
@@ -223,8 +249,10 @@ def make_file_recipe(
 
     `kind` is "bfl", with a scale for each row, or "comfy", ComfyUI's layout with one for each
     matrix. Raises `SpecError` for another scheme than fp8, and `CheckpointError` for a source that
-    is quantized already or no whole transformer of FLUX.1.
+    is quantized already or no whole transformer of FLUX.1, and for an adapter that it has no
+    tensors for.
     """
+    _refuse_lost_biases(adapters, {"transformer": transformer})
     if spec.to != "fp8":
         why = "that layout is fp8"
         raise SpecError("impossible choice", f"--layout {kind} --to {spec.to}", why=why)

@@ -143,7 +143,7 @@ def test_a_picture_says_its_adapters_and_replay_finds_a_changed_one(flux, style,
     changed = flux("replay", "x.png", "--check", "--device", "cpu")
     assert (
         changed.returncode == 1
-        and "another lora" in changed.stderr
+        and "the adapter mine.safetensors was " in changed.stderr
         and "mine.safetensors" in changed.stderr
     )
 
@@ -282,6 +282,34 @@ def test_quantize_merges_and_makes_no_variant_of_the_plain_model(flux, style):
     both = flux("quantize", "tiny", "--to", "fp8", "--layout", "bfl", "--lora", str(style))
     assert both.returncode == 0 and "have no place" in both.stderr  # the file has no encoders
     assert os.path.basename(both.stdout.strip()) == "tiny+style-fp8-bfl.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("layer", "kind"),
+    [
+        ("layer.0.SelfAttention.q", "diff_b"),
+        ("layer.0.SelfAttention.q", "lora_B.bias"),
+        ("layer.0.layer_norm", "diff_b"),
+    ],
+)
+def test_a_bias_is_not_merged_where_the_layer_has_none(layer, kind, flux, tmp_path):
+    name = f"text_encoder_2.encoder.block.0.{layer}"
+    tensors = {f"{name}.{kind}": torch.ones(128)}
+    if kind == "lora_B.bias":
+        tensors |= {f"{name}.lora_A.weight": torch.ones(2, 128)}
+        tensors |= {f"{name}.lora_B.weight": torch.ones(128, 2)}
+    # One that has a bias, which alone would be merged.
+    other = "transformer.single_transformer_blocks.1.proj_out.diff_b"
+    save_file({other: torch.ones(128)}, tmp_path / "good.safetensors")
+    save_file({**tensors, other: torch.ones(128)}, tmp_path / "x.safetensors")
+    good = str(tmp_path / "good.safetensors")
+    assert flux("quantize", "tiny", "--to", "fp8", "--lora", good).returncode == 0
+    run = flux("quantize", "tiny", "--to", "fp8", "--lora", str(tmp_path / "x.safetensors"))
+    assert run.returncode == ExitCode.INPUT_FILE
+    assert f"{name}.{kind}" in run.stderr and other not in run.stderr
+    # At scale 0 it adds nothing.
+    off = f"{tmp_path / 'x.safetensors'}:0"
+    assert flux("quantize", "tiny", "--to", "int8", "--lora", off).returncode == 0
 
 
 def used(flux, *arguments: str, **environment: str) -> list[str]:

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fluxcli
-from fluxcli.cli.replay import restore_order
+from fluxcli.cli.replay import _list_differences, restore_order
 from fluxcli.errors import BadInputFile, ExitCode
 from fluxcli.pictures.image import encode, read_metadata
 from fluxcli.request import presets
@@ -289,14 +289,33 @@ def test_a_check_refuses_what_it_would_ignore(picture, capsys):
 
 
 def test_a_check_says_what_differs_here(picture, capsys, monkeypatch):
-
     same = call(capsys, "replay", str(picture), "--check")
-    assert same.stdout.endswith(": identical\n") and "another" not in same.stderr
-    monkeypatch.setattr(fluxcli, "versions", lambda: {"torch": "9.9"})
+    assert same.stdout.endswith(": identical\n") and " here " not in same.stderr
+    own = fluxcli.versions()
+    monkeypatch.setattr(fluxcli, "versions", lambda: own | {"python": "3.99.1", "torch": "9.9"})
     result = call(capsys, "replay", str(picture), "--check")
-    assert "another versions torch" in result.stderr and "9.9" in result.stderr
+    said = result.stderr.splitlines()
+    assert f"flux: made with Python {own['python']}, here is 3.99.1" in said
+    assert f"flux: made with torch {own['torch']}, here is 9.9" in said
     changed = call(capsys, "replay", str(picture), "--check", "--seed", "6")
     assert changed.returncode == 1 and changed.stdout.endswith(": different\n")
+
+
+def test_every_difference_has_a_sentence(picture):
+    """Each value that a picture says of how it was computed, as it is and as strangers write it."""
+    here = read_metadata(picture)
+    here["lora"] = {"/a/style.safetensors": "0123 x 1.0"}
+    assert list(_list_differences(here, here)) == []
+    counted = {"fingerprint", "style.safetensors", *here["compute"], *here["versions"]}
+    for strange in ({}, dict.fromkeys(here, 5), {name: {} for name in here}):
+        lines = list(_list_differences(strange, here))
+        assert len(lines) == len(counted) and all("here" in line for line in lines)
+        assert "the adapter style.safetensors was not there, here it is 0123 x 1.0" in lines
+    then = here | {"compute": here["compute"] | {"device": "cuda", "tiled": True}}
+    assert list(_list_differences(then, here)) == [
+        "made on cuda, here is cpu",
+        "decoded in tiles: yes, here: no",
+    ]
 
 
 def test_a_replay_can_be_a_dry_run(picture, drawn, capsys):

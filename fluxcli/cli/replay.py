@@ -43,8 +43,26 @@ DECODE_SETTINGS = {
 }
 # Settings that only matter for a file that is written.
 FILE_SETTINGS = ("output", "format", "quality", "count", "metadata")
-# Groups of the metadata that say what computed a picture.
-GROUPS = ("model", "compute", "lora", "versions")
+# What the metadata say of how a picture was computed, by group and key, as --check says that it is
+# another here. Of adapters the keys are names of files.
+DIFFERENCES = {
+    "model": {"fingerprint": "made with the model {then}, here it is {here}"},
+    "compute": {
+        "device": "made on {then}, here is {here}",
+        "precision": "made in {then}, here it is {here}",
+        "multiply": "matrices were multiplied as {then}, here as {here}",
+        "dtypes": "the parts had the dtypes {then}, here {here}",
+        "tiled": "decoded in tiles: {then}, here: {here}",
+    },
+    "versions": {
+        "flux": "made with flux {then}, here is {here}",
+        "python": "made with Python {then}, here is {here}",
+        "torch": "made with torch {then}, here is {here}",
+        "diffusers": "made with diffusers {then}, here is {here}",
+        "transformers": "made with transformers {then}, here is {here}",
+    },
+}
+MAX_SAID = 60  # characters of a value that a picture says
 
 
 @with_request_options
@@ -303,14 +321,30 @@ def _draw_and_hash(order: Order, *, metadata: Metadata, options: Mapping[str, An
 
 def _list_differences(made: Metadata, here: Metadata) -> Iterator[str]:
     """Yield what may change the pixels: another model, device, precision or version than then."""
-    for group in GROUPS:
+    for group, sentences in DIFFERENCES.items():
         then = _get_group(made, group)
-        for key, value in here[group].items():
-            # An adapter is the same wherever it is.
-            is_moved = group == "lora" and value in then.values()
-            if key != "name" and then.get(key) != value and not is_moved:
-                before = f"{then.get(key)!s:.60}"
-                yield f"made with another {group} {key}: {before} there, {value} here"
+        for key, sentence in sentences.items():
+            if then.get(key) != here[group][key]:
+                yield sentence.format(
+                    then=_name_value(then.get(key)), here=_name_value(here[group][key])
+                )
+    adapters = _get_group(made, "lora")
+    for name, identity in here["lora"].items():
+        # An adapter is the same wherever it is.
+        if identity not in adapters.values():
+            before = _name_value(adapters.get(name, "not there"))
+            yield f"the adapter {Path(name).name} was {before}, here it is {identity}"
+
+
+def _name_value(value: object) -> str:
+    """Return a value of the metadata as people say it, which in a stranger's may be anything."""
+    if value is None:
+        return "something unknown"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        value = ", ".join(f"{key} {each}" for key, each in value.items())
+    return f"{value!s:.{MAX_SAID}}"
 
 
 def _get_group(metadata: Metadata, name: str) -> dict[str, Any]:

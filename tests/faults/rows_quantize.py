@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.faults.case import Case, Ended, fault
+from tests.faults.rows_lora import pack
 
 DAY_S = 24 * 3600
 FAST = ("--to", "nf4", "--scales", "absmax", "-q")
@@ -24,6 +25,13 @@ def put_manifest(case: Case, **changes: object) -> None:
     """Put a manifest that looks like one of a bake into the folder x."""
     manifest = {"format": 1, "recipe": {}, "layout": "diffusers", "files": {}} | changes
     case.write("x/flux-manifest.json", json.dumps(manifest))
+
+
+@fault("quantize-lost-bias", "an adapter's bias for a layer without one", codes=[4], says="no bias")
+def lost_bias(case: Case) -> None:
+    name = "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q.diff_b"
+    adapter = case.write("x.safetensors", pack({name: ((128,), 1)}))
+    quantize(case, "x", *FAST, "--lora", adapter)
 
 
 # --- what is there
