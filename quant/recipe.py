@@ -255,7 +255,8 @@ def make_file_recipe(
     _refuse_lost_biases(adapters, {"transformer": transformer})
     if spec.to != "fp8":
         why = "that layout is fp8"
-        raise SpecError("impossible choice", f"--layout {kind} --to {spec.to}", why=why)
+        which = f"--layout {kind} --to {spec.to}"
+        raise SpecError("impossible choice", which, why=why, hint="--to fp8")
     weights = transformer.weights
     spec.check_keep(weights)
     tensors = []

@@ -170,7 +170,8 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if self.to not in BAKEABLE:
             why = f"known are {' or '.join(BAKEABLE)}"
-            raise SpecError("impossible choice", f"--to {self.to}", why=why)
+            hint = f"--to {BAKEABLE[0]}"
+            raise SpecError("impossible choice", f"--to {self.to}", why=why, hint=hint)
         text_encoders = [name for name in BAKEABLE if SCHEMES[name].can_bake_text_encoder]
         self._check_choice("--text-encoder", self.text_encoder, known=["keep", *text_encoders])
         modulations = ["keep"]
@@ -185,7 +186,8 @@ class QuantSpec:
     def _check_choice(self, option: str, value: str, *, known: list[str]) -> None:
         if value not in known:
             why = f"known are {' or '.join(known)} with --to {self.to}"
-            raise SpecError("impossible choice", f"{option} {value}", why=why)
+            hint = f"{option} {known[0]}"
+            raise SpecError("impossible choice", f"{option} {value}", why=why, hint=hint)
 
     def to_json(self) -> dict[str, object]:
         """The spec and the policy's version, as a checkpoint's manifest has them."""

@@ -337,7 +337,8 @@ class OrderMaker:
         row = self._common | {key: value for key, value in row.items() if value is not None}
         prompt = row.get("prompt") or ""
         if not isinstance(prompt, str):
-            raise UsageError("wrong value", which="prompt", why="it is no text")
+            hint = 'a prompt is in quotes: {"prompt": "a red circle"}'
+            raise UsageError("wrong value", which="prompt", why="it is no text", hint=hint)
         said = _coerce_fields(row)
         return resolve_order(prompt, presets.override(self._given, said))
 
@@ -375,7 +376,8 @@ class OrderMaker:
             self._files.add(output.output)
         if self._resume and not output.metadata:
             why = "a picture without metadata does not say what made it"
-            raise UsageError("--resume excludes --no-metadata", why=why)
+            hint = "leave one of them out"
+            raise UsageError("--resume excludes --no-metadata", why=why, hint=hint)
         return target
 
     def _count_equal(self, order: Order) -> int:
@@ -398,7 +400,8 @@ def _coerce_fields(row: Mapping[str, Any]) -> dict[str, Any]:
             continue
         name = find_name(key, where=f"column {key[:60]!r}", also=("prompt",))
         if name in said:
-            raise UsageError("the same field twice", which=key, why="under two names")
+            hint = "give it once"
+            raise UsageError("the same field twice", which=key, why="under two names", hint=hint)
         said[name] = value
         keys[name] = key[:60]
     return coerce_all(said, lambda name: f"column {keys.get(name, 'size')!r}")

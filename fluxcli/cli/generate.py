@@ -97,7 +97,8 @@ def generate(
         ("--comments", comments),
     ):
         if is_on:
-            raise UsageError(f"{flag} needs --from", why="it is for many pictures")
+            why = "it is for many pictures"
+            raise UsageError(f"{flag} needs --from", why=why, hint="--from prompts.txt")
     if prompt is None:
         hint = 'flux generate "a red circle on a blue background" -p tiny'
         if sys.stdin is not None and not sys.stdin.isatty():

@@ -93,7 +93,7 @@ def download(
     bundled = model.startswith("bundled/")
     if parts and (bundled or ":" in model):
         why = "it takes parts of a model of the hub, ORG/NAME"
-        raise UsageError("--only does not apply", which=name, why=why)
+        raise UsageError("--only does not apply", which=name, why=why, hint="leave --only out")
     if bundled:
         console.say(f"{name} comes with flux, there is nothing to download")
         path = find.locate(model)
@@ -163,7 +163,8 @@ def remove(
     found = [each for each in _find(name) if each.kind in ("hub", "baked")]
     if not found:
         why = "it comes with flux, or lies in the mirror"
-        raise UsageError("not removed", which=name, why=why)
+        hint = "flux models list says where it is; delete it there"
+        raise UsageError("not removed", which=name, why=why, hint=hint)
     paths = ", ".join(str(each.path) for each in found)
     console.say(f"{paths}: {local.count_bytes(found) / 1e9:.2f} GB will be deleted")
     if not yes and not (sys.stdin and sys.stdin.isatty()):

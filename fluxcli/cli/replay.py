@@ -31,6 +31,8 @@ from quant.lora import compute_identity
 Metadata = Mapping[str, Any]
 Values = Mapping[str, Any]  # settings by their field names
 
+# What to do about metadata that flux does not write.
+OTHER_PICTURE = "name a picture as flux made it"
 # Settings of `decode`: they say how and where, not what is drawn.
 DECODE_SETTINGS = {
     "output",
@@ -162,11 +164,14 @@ def _read_order(picture: Path, stored: Metadata) -> Order:
     for key in ("prompt", "preset"):
         if key not in stored:
             why = f"it has no {key!r}"
-            raise BadInputFile("damaged metadata", which=picture, why=why)
+            raise BadInputFile("damaged metadata", which=picture, why=why, hint=OTHER_PICTURE)
     try:
         return Order.from_json(stored)
     except UsageError as error:
-        raise BadInputFile("damaged metadata", which=picture, why=str(error)) from error
+        why = str(error)
+        raise BadInputFile(
+            "damaged metadata", which=picture, why=why, hint=OTHER_PICTURE
+        ) from error
 
 
 def _override(made: Order, given: Values) -> Values:
@@ -278,7 +283,8 @@ def _refuse_inert(given: Values, options: Mapping[str, Any], *, dry_run: bool) -
     inert += [name for name, is_on in switches.items() if is_on]
     if inert:
         why = "it writes nothing, it only says whether"
-        raise UsageError(f"--check excludes {', '.join(inert)}", why=why)
+        hint = "leave --check or the others out"
+        raise UsageError(f"--check excludes {', '.join(inert)}", why=why, hint=hint)
 
 
 def _check(picture: Path, order: Order, *, metadata: Metadata, options: Mapping[str, Any]) -> int:
@@ -286,7 +292,7 @@ def _check(picture: Path, order: Order, *, metadata: Metadata, options: Mapping[
     expected = metadata.get("pixels_sha256")
     if not isinstance(expected, str):
         why = "it has no pixels_sha256"
-        raise BadInputFile("damaged metadata", which=picture, why=why)
+        raise BadInputFile("damaged metadata", which=picture, why=why, hint=OTHER_PICTURE)
     found = _draw_and_hash(order, metadata=metadata, options=options)
     is_identical = found == expected
     console.line(f"{picture}: {'identical' if is_identical else 'different'}")

@@ -96,7 +96,9 @@ def check_stdout(options: Mapping[str, Any], *, picture: bool) -> None:
     wanted = [options["json_output"], options["events"], picture]
     if wanted.count(True) > 1:
         raise UsageError(
-            "--json, --events and -o - exclude each other", why="each needs stdout for itself"
+            "--json, --events and -o - exclude each other",
+            why="each needs stdout for itself",
+            hint="one of them alone",
         )
 
 

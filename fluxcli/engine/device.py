@@ -124,7 +124,9 @@ def _count_accelerators() -> dict[str, int]:
         mps = int(torch.backends.mps.is_available())
         return {"cuda": torch.cuda.device_count(), "xpu": torch.xpu.device_count(), "mps": mps}
     except RuntimeError as error:
-        raise DeviceUnusable("the GPU driver does not answer", why=str(error)[:120]) from error
+        why = str(error)[:120]
+        hint = "flux doctor, or --device cpu"
+        raise DeviceUnusable("the GPU driver does not answer", why=why, hint=hint) from error
 
 
 def _describe_cpu(why: "NoGpu") -> Hardware:
@@ -168,7 +170,10 @@ def _describe(kind: str, number: int, *, reason: str) -> Hardware:
         capability = _capability(kind, number)
     except RuntimeError as error:
         why = str(error)[:120]
-        raise DeviceUnusable("the device does not answer", which=device, why=why) from error
+        hint = "flux doctor, or --device cpu"
+        raise DeviceUnusable(
+            "the device does not answer", which=device, why=why, hint=hint
+        ) from error
     # Asking has made this process's context, which is part of what the process may take.
     own_bytes = CONTEXT_BYTES + held_memory(device)
     return _hardware(

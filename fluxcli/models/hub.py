@@ -108,7 +108,8 @@ def download(
         raise UsageError("nothing to download", which=name, why=why, hint=hint)
     unknown = sorted(set(only) - set(PARTS))
     if unknown:
-        raise UsageError("unknown part", which=unknown[0], why=f"known are {', '.join(PARTS)}")
+        why = f"known are {', '.join(PARTS)}"
+        raise UsageError("unknown part", which=unknown[0], why=why, hint="--only vae")
     check_network()
     if NON_COMMERCIAL.fullmatch(model):
         say(f"{model} comes under a non-commercial licence: read it at huggingface.co/{model}")
@@ -484,9 +485,9 @@ def remove(model: LocalModel) -> None:
         elif path.exists():  # also what the library leaves out as corrupted
             shutil.rmtree(path)
     except OSError as error:
-        raise OutputError(
-            "cannot remove the model", path, why=error.strerror or str(error)
-        ) from error
+        why = error.strerror or str(error)
+        hint = "see who owns it, and that its disk is not read-only"
+        raise OutputError("cannot remove the model", path, why=why, hint=hint) from error
 
 
 def _remove_baked(folder: Path) -> None:

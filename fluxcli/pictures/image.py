@@ -26,6 +26,7 @@ Metadata = Mapping[str, Any]  # JSON types, see `run.saving.make_metadata`
 
 MAX_PIXELS = 64 * 1024 * 1024
 FULL_CHROMA_QUALITY = 90  # from here on a jpg keeps the colours of every pixel
+OWN_PICTURE = "name a png, jpg or webp that flux has made"
 KNOWN_HASHES = 65_536  # of files that were read, remembered by a process
 
 # Settings that were asked for, such as device "auto"; what was taken stands under "compute".
@@ -227,15 +228,17 @@ def open_picture(path: Path) -> "Image.Image":
 
     try:
         if path.exists() and not path.is_file():
-            raise BadInputFile("cannot read the picture", which=path, why="it is no regular file")
+            why = "it is no regular file"
+            raise BadInputFile("cannot read the picture", which=path, why=why, hint=OWN_PICTURE)
         with path.open("rb") as file:
             image = Image.open(file, formats=("PNG", "JPEG", "WEBP"))
             if image.width * image.height > MAX_PIXELS:
                 why = f"{image.width}x{image.height} pixels"
-                raise BadInputFile("picture too large", which=path, why=why)
+                raise BadInputFile("picture too large", which=path, why=why, hint=OWN_PICTURE)
             image.load()
             return image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         why = getattr(error, "strerror", None) or "it is no readable png, jpg or webp"
-        hint = "name a png, jpg or webp that flux has made"
-        raise BadInputFile("cannot read the picture", which=path, why=why, hint=hint) from error
+        raise BadInputFile(
+            "cannot read the picture", which=path, why=why, hint=OWN_PICTURE
+        ) from error

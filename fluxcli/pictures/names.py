@@ -75,7 +75,8 @@ def parse_target(output: Output, *, force: bool = False) -> Target:
     text = output.output
     if text == STDOUT:
         if output.count > 1:
-            raise UsageError("-o - takes one picture", which=f"--count {output.count}")
+            which = f"--count {output.count}"
+            raise UsageError("-o - takes one picture", which=which, hint="-o FOLDER/, or -n 1")
         return Target(Path(), STDOUT, stdout=True)
     path = Path(os.path.expanduser(text or "."))
     if os.path.isdir(path):
@@ -134,7 +135,9 @@ def read_format(text: str | None, *, given: str | None = None) -> str | None:
         hint = f"use one of {', '.join(FORMATS)}; a folder ends in /"
         raise UsageError("unsupported picture format", which=text, why=why, hint=hint)
     if given and format != given:
-        raise UsageError("--format contradicts the file name", which=text, why=f"--format {given}")
+        why = f"--format {given}"
+        hint = "leave --format out"
+        raise UsageError("--format contradicts the file name", which=text, why=why, hint=hint)
     return format
 
 

@@ -29,7 +29,9 @@ def check_prompt(text: str) -> None:
     try:
         size_bytes = len(text.encode())
     except UnicodeEncodeError as error:
-        raise UsageError("the prompt is not valid text", why=f"character {error.start}") from error
+        why = f"character {error.start}"
+        hint = "a prompt is UTF-8"
+        raise UsageError("the prompt is not valid text", why=why, hint=hint) from error
     if size_bytes > MAX_PROMPT_BYTES:
         why = f"{size_bytes} bytes, at most {MAX_PROMPT_BYTES} are taken"
         hint = "shorten it: FLUX.1 reads 512 tokens, about 2000 letters"
@@ -117,9 +119,8 @@ class Order:
     def __post_init__(self) -> None:
         check("preset", self.preset, where=flag("preset"))
         if self.request.seed + self.output.count - 1 > MAX_SEED:
-            raise UsageError(
-                "seed out of range", which="--seed", why=f"seed + count passes {MAX_SEED}"
-            )
+            why = f"seed + count passes {MAX_SEED}"
+            raise UsageError("seed out of range", which="--seed", why=why, hint="a smaller --seed")
 
     @classmethod
     def from_settings(cls, prompt: str, settings: Mapping[str, Any]) -> "Order":
@@ -150,7 +151,8 @@ class Order:
         """
         prompt = value["prompt"]
         if not isinstance(prompt, str):
-            raise UsageError("wrong value", why="the prompt is no text")
+            why = "the prompt is no text"
+            raise UsageError("wrong value", why=why, hint='"prompt": "a red circle"')
         settings = {
             name: coerce(name, each, where="metadata")
             for name, each in value.items()

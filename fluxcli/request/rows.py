@@ -39,6 +39,7 @@ SEPARATOR_LINE = re.compile(r"sep=([,;\t])\s*")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 LIST_BEGINS = re.compile(r"\s*\[\s*(\{|$)")
 BOM = "\ufeff"
+JSON_HINT = '{"prompt": "a red circle", "seed": 1}'
 OTHER_ENCODINGS = {  # by the mark that a file begins with; UTF-32's begins with UTF-16's
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -75,12 +76,13 @@ class Line(NamedTuple):
         """Return the line's text with its end; raises `UsageError` if too long or no UTF-8."""
         if self.is_too_long:
             why = f"at most {LIMIT_BYTES:,} bytes are taken"
-            raise UsageError("the line is too long", why=why)
+            raise UsageError("the line is too long", why=why, hint="a row is one line")
         try:
             return self.decode("strict")
         except UnicodeDecodeError as error:
             why = f"at byte offset {error.start} of line {self.number}"
-            raise UsageError("the line is not UTF-8", why=why) from error
+            hint = "save the file as UTF-8"
+            raise UsageError("the line is not UTF-8", why=why, hint=hint) from error
 
 
 class Record(NamedTuple):
@@ -145,7 +147,8 @@ def _read_lines(source: BinaryIO, label: str) -> Iterator[Line]:
             data = source.readline(LIMIT_BYTES + 1)
     except OSError as error:
         why = error.strerror or str(error)
-        raise UsageError("unreadable prompts", which=label, why=why) from error
+        hint = "check its disk and its permissions"
+        raise UsageError("unreadable prompts", which=label, why=why, hint=hint) from error
 
 
 def _check_encoding(data: bytes, label: str) -> None:
@@ -280,16 +283,17 @@ def _load_json(text: str) -> Any:
         place = f"column {error.colno}"
         if error.lineno > 1:
             place = f"line {error.lineno}, {place}"
-        raise UsageError("the line is not JSON", why=f"{error.msg} at {place}") from error
+        why = f"{error.msg} at {place}"
+        raise UsageError("the line is not JSON", why=why, hint=JSON_HINT) from error
     except (ValueError, RecursionError) as error:  # a number of too many digits; too deep
-        raise UsageError("the line is not usable JSON", why=str(error)) from error
+        raise UsageError("the line is not usable JSON", why=str(error), hint=JSON_HINT) from error
 
 
 def _check_object(value: Any, what: str) -> Settings | UsageError:
     """Return the value if it is an object, else the error that says so."""
     if isinstance(value, dict):
         return value
-    return UsageError(f"the {what} is no JSON object", hint='{"prompt": "a red circle", "seed": 1}')
+    return UsageError(f"the {what} is no JSON object", hint=JSON_HINT)
 
 
 def _make_object(pairs: list[tuple[str, Any]]) -> Settings:
@@ -299,7 +303,8 @@ def _make_object(pairs: list[tuple[str, Any]]) -> Settings:
 
 def _refuse_constant(text: str) -> None:
     """Refuse NaN and Infinity, which JSON does not have but Python's reader takes."""
-    raise UsageError("the line is not JSON", why=f"{text} is none of its numbers")
+    why = f"{text} is none of its numbers"
+    raise UsageError("the line is not JSON", why=why, hint=JSON_HINT)
 
 
 def _check_unique(names: list[str], what: str) -> None:
@@ -387,7 +392,8 @@ def _parse_header(cells: list[str]) -> list[str]:
     names = [cell.strip() for cell in cells]
     if "" in names:
         why = f"column {names.index('') + 1}"
-        raise UsageError("a column without a name", why=why)
+        hint = "the first line names the columns: prompt,seed"
+        raise UsageError("a column without a name", why=why, hint=hint)
     _check_unique(names, "column")
     for name in names:
         if name != "prompt":
@@ -399,7 +405,8 @@ def _name_cells(header: list[str], cells: list[str]) -> Settings:
     """Return the cells that are not empty by their columns; raises `UsageError` for too many."""
     if any(cell.strip() for cell in cells[len(header) :]):
         why = f"{len(cells)} cells, {len(header)} columns"
-        raise UsageError("more cells than columns", why=why)
+        hint = "a cell with a comma is in quotes"
+        raise UsageError("more cells than columns", why=why, hint=hint)
     return {name: cell for name, cell in zip(header, cells, strict=False) if cell.strip()}
 
 

@@ -107,11 +107,13 @@ def check_size(width: int, height: int, *, aspect_ratio: str | None) -> None:
     """
     which = f"{width}x{height}"
     if max(width, height) < MIN_SIZE_PX:
-        raise UsageError(
-            "size not possible", which=which, why=f"the longest side is below {MIN_SIZE_PX}"
-        )
+        why = f"the longest side is below {MIN_SIZE_PX}"
+        hint = f"--size {MIN_SIZE_PX}"
+        raise UsageError("size not possible", which=which, why=why, hint=hint)
     if not aspect_ratio and max(width, height) > MAX_RATIO * min(width, height):
-        raise UsageError("size not possible", which=which, why=f"it is beyond {MAX_RATIO}:1")
+        why = f"it is beyond {MAX_RATIO}:1"
+        hint = f"--ar {MAX_RATIO}:1 or 1:{MAX_RATIO}"
+        raise UsageError("size not possible", which=which, why=why, hint=hint)
     if width * height > MAX_AREA_PX:
         wide, high = _largest_size(aspect_ratio or f"{width}:{height}")
         options = f"--width {wide} --height {high}"

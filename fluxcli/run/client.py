@@ -111,7 +111,7 @@ def run(job: Job) -> Iterator[Event]:
     try:
         folder = os.getcwd()
     except OSError as error:
-        raise Lost("the current folder is gone") from error
+        raise Lost("the current folder is gone", hint="cd to another one") from error
     left = {row.number for row in job.rows}
     with _say_hello("generate", job=job.to_json(), folder=folder, umask=mask) as connection:
         while True:
@@ -364,7 +364,7 @@ def _receive(connection: "Connection", *, within_s: float) -> dict[str, Any]:
     except TimeoutError as error:
         raise Lost("the worker does not answer", hint="flux worker stop") from error
     except (OSError, EOFError) as error:
-        raise Ended("the worker closed the connection") from error
+        raise Ended("the worker closed the connection", hint="run it again") from error
     except BROKEN as error:  # no JSON, or no object
         raise Misunderstood from error
 

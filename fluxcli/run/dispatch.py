@@ -34,7 +34,7 @@ class Dispatcher:
         self._choice = os.environ.get(VARIABLE) or "on"
         if self._choice not in CHOICES:
             why = f"{self._choice[:40]!r} is none of {', '.join(CHOICES)}"
-            raise UsageError("wrong value", which=VARIABLE, why=why)
+            raise UsageError("wrong value", which=VARIABLE, why=why, hint=f"unset {VARIABLE}")
         if alone or processes.count() > 1:
             self._choice = "off"
         self._held = ExitStack()
@@ -117,7 +117,8 @@ class Dispatcher:
         Raises `client.RemoteError` where the job failed, `client.Lost` where the worker did.
         """
         if not client.AVAILABLE and VARIABLE in os.environ:
-            raise client.Lost("the worker is not available on Windows yet")
+            what = "the worker is not available on Windows yet"
+            raise client.Lost(what, hint="--no-worker")
         if self._choice == "auto":
             try:
                 status = client.start(AUTO_IDLE_S)

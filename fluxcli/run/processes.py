@@ -44,7 +44,10 @@ class Share:
             state = PartialState(cpu=True, backend="gloo", timeout=PATIENCE)
         except (RuntimeError, ValueError) as error:
             why = str(error).splitlines()[0][:160]
-            raise DeviceUnusable("the processes do not find each other", why=why) from error
+            hint = "accelerate launch --num_processes 2 -m fluxcli ..."
+            raise DeviceUnusable(
+                "the processes do not find each other", why=why, hint=hint
+            ) from error
         self.is_main = state.is_main_process
         self._index = state.process_index
         self._count = state.num_processes

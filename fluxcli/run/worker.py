@@ -351,7 +351,10 @@ def _enter(folder: str) -> None:
         os.chdir(folder)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
-        raise OutputError("the folder cannot be entered", which=folder, why=why) from error
+        hint = "cd to another one"
+        raise OutputError(
+            "the folder cannot be entered", which=folder, why=why, hint=hint
+        ) from error
 
 
 def _is_of_this_user(connection: "Connection") -> bool:

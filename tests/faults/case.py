@@ -50,7 +50,8 @@ HOMES = ("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_RUNT
 TEMPORARY = re.compile(r"\.flux-[0-9a-f]+\.tmp|.*\.tmp-\d+-[0-9a-f]+(\..*)?|.*\.incomplete")
 # An error says by itself what to do where it names the values that are allowed.
 SAYS_ENOUGH = re.compile(
-    r" is not (in )?[\w.,\[\]: -]+ (or|to) |the nearest are|exclude each other|is none of| needs --"
+    r" is not (in )?[\w.,\[\]: -]+ (or|to) |known are |the nearest are|exclude each other"
+    r"|is none of| needs --"
 )
 # A process that limits itself and becomes the command: a thread of the runner starts it, where
 # Python's `preexec_fn` is not safe.
