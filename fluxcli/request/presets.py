@@ -293,7 +293,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
         # The parser takes minutes for a key of many parts.
         if any(line.count(".") > MAX_DOTS for line in text.splitlines()):
             raise ValueError(f"a line has more than {MAX_DOTS} dots")
-        return tomllib.loads(text)
+        table = tomllib.loads(text)
+        repr(table)  # hexadecimal numbers of any length can be read, but not printed in an error
+        return table
     except tomllib.TOMLDecodeError as error:
         hint = 'lines such as: steps = 20, or output = "pictures/"'
         raise UsageError("malformed TOML", which=path, why=str(error), hint=hint) from error

@@ -34,7 +34,7 @@ def parse_ratio(text: str, *, where: str = "--ar") -> tuple[float, float]:
         raise UsageError(
             "aspect ratio not possible",
             which=where,
-            why=f"{text!r} is not W:H",
+            why=f"{text[:60]!r} is not W:H",
             hint=" ".join(ASPECT_RATIOS),
         )
     if max(wide, high) > MAX_RATIO * min(wide, high):
@@ -42,7 +42,7 @@ def parse_ratio(text: str, *, where: str = "--ar") -> tuple[float, float]:
         raise UsageError(
             "aspect ratio not possible",
             which=where,
-            why=f"{text} is beyond {limit}",
+            why=f"{text[:60]} is beyond {limit}",
             hint=" ".join(ASPECT_RATIOS),
         )
     return wide, high

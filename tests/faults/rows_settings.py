@@ -126,6 +126,26 @@ for _name, _variable in VARIABLES.items():
         case.flux("generate", "a fox", "-p", "tiny", environment={name: value})
 
 
+# The longest that Linux hands to a program.
+LONG = "9" * 130_000
+for _name in (
+    "STEPS",
+    "GUIDANCE",
+    "SIZE",
+    "AR",
+    "OUTPUT",
+    "SEED",
+    "FORMAT",
+    "DEVICE",
+    "VRAM_LIMIT",
+):
+
+    @fault(f"variable-long-{_name}", f"FLUX_{_name} of 130,000 digits", codes=[2], says=_name)
+    def long_variable(case: Case, name: str = f"FLUX_{_name}") -> None:
+        ended = case.flux("generate", "a fox", "-p", "tiny", environment={name: LONG})
+        assert len(ended.stderr) < 1000, "the error says all of it"
+
+
 # --- files that are not there
 
 for _command in ("inspect", "replay", "decode"):

@@ -21,6 +21,8 @@ BAD_SETTINGS = {
     "deep": lambda path: path.write_text("a = " + "[" * 100_000),
     "dotted": lambda path: path.write_text(".".join("a" * 100_000) + " = 1"),
     "number": lambda path: path.write_text("steps = " + "9" * 100_000),
+    "hexadecimal": lambda path: path.write_text("steps = 0x" + "f" * 100_000),
+    "hexadecimal-list": lambda path: path.write_text(f"lora = [0b{'1' * 100_000}]"),
     "large": lambda path: path.write_text("# x\n" * (50 << 18)),
     "toml": lambda path: path.write_text("steps = = 4\n"),
 }
