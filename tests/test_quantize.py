@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from fluxcli import paths
 from fluxcli.engine import device as hardware
-from fluxcli.errors import ExitCode
+from fluxcli.errors import ExitCode, Terminated
 from fluxcli.models import find as models
 from fluxcli.request import presets
 from quant.checkpoint import KEEP_FILE, MANIFEST, inspect
@@ -468,6 +468,23 @@ def test_ctrl_c_leaves_nothing_and_ends_by_the_signal(commands):
     assert process.returncode == -signal.SIGINT and stdout == "" and files(Path()) == {}
     assert "Traceback" not in stderr and "error" not in stderr and "\x1b" not in stderr
     assert list(Path("out").iterdir()) == []
+    line = f"flux: nothing was written to {Path('out/x').absolute()}; the same command starts again"
+    assert stderr.splitlines().count(line) == 1
+
+
+@pytest.mark.parametrize("is_placed", [True, False])
+def test_ctrl_c_says_that_nothing_is_written_only_while_that_is_so(
+    is_placed, micro, capsys, monkeypatch
+):
+    def stop(_: object, path: Path, **__: object) -> None:
+        if is_placed:
+            path.mkdir()
+        raise Terminated(signal.SIGINT)
+
+    monkeypatch.setattr("fluxcli.cli.quantize._bake", stop)
+    with pytest.raises(Terminated):
+        call(capsys, "quantize", str(micro), "x", "--to", "int8")
+    assert ("nothing was written" in capsys.readouterr().err) != is_placed
 
 
 @pytest.mark.parametrize("kind, expected", [("xterm", True), ("dumb", False)])

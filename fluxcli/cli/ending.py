@@ -1,5 +1,5 @@
-"""What a drawing command says where it ends early: how many of its pictures are written, and what
-finishes the others. Knows nothing of models.
+"""What a command says where it ends early: what of its results is written, and what makes the
+others. Knows nothing of models.
 """
 
 import shlex
@@ -13,19 +13,19 @@ from fluxcli.events import Event, Kept, Saved
 
 
 class Ledger(Protocol):
-    """What became of the pictures of a command."""
+    """What became of the results of a command."""
 
     @property
     def has_begun(self) -> bool:
         """Whether there is anything of them."""
 
     def describe(self) -> str:
-        """Return how many are written and what to type for the others; "" says nothing."""
+        """Return what is written and what to type for the others; "" says nothing."""
 
 
 @contextmanager
 def explain_early_end(ledger: Ledger, *, quiet: bool) -> Iterator[None]:
-    """Say what became of the pictures where an error or a signal ends the block.
+    """Say what became of the results where an error or a signal ends the block.
 
     Nobody reads that after a pipe was closed, which is how `head` ends a command.
     """

@@ -4,6 +4,7 @@ It is a folder in diffusers' layout, or one file in that of BFL or ComfyUI. Size
 """
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ import typer
 import fluxcli
 from fluxcli import paths
 from fluxcli.cli import complete, console
+from fluxcli.cli.ending import explain_early_end
 from fluxcli.engine.check import check_torch
 from fluxcli.errors import ExitCode, UsageError, WeightsUnavailable
 from fluxcli.models import find, loras
@@ -165,9 +167,10 @@ def quantize(  # noqa: PLR0917 - typer's options
         return ExitCode.OK
     origin = _describe_origin(name, adapters)
     verify = not no_verify
-    seconds = _bake(
-        recipe, path, origin=origin, device=device, verify=verify, force=force, quiet=quiet
-    )
+    with explain_early_end(_Placed(path), quiet=quiet):
+        seconds = _bake(
+            recipe, path, origin=origin, device=device, verify=verify, force=force, quiet=quiet
+        )
     if json_output:
         about = {"seconds": round(seconds, 2), "verified": verify}
         console.data_json(_describe(recipe, path) | about)
@@ -294,6 +297,31 @@ def _describe_origin(name: str, adapters: Sequence[Adapter]) -> dict[str, Any]:
 
 
 # --- doing and saying
+
+
+class _Placed:
+    """Whether a checkpoint has got its name: what is there is another file or folder than before.
+
+    A bake writes beside it, so that all is lost up to then.
+    """
+
+    has_begun = False
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._before = self._identify()
+
+    def _identify(self) -> tuple[int, int] | None:
+        if not os.path.lexists(self._path):
+            return None
+        status = self._path.lstat()
+        return status.st_dev, status.st_ino
+
+    def describe(self) -> str:
+        """Return that nothing was written; "" where it is."""
+        if self._identify() != self._before:
+            return ""
+        return f"nothing was written to {self._path}; the same command starts again"
 
 
 def _bake(
