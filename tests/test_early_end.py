@@ -91,6 +91,21 @@ def test_where_pictures_wait_for_their_decoder_their_latents_are_files(apart, ca
     assert stems("out", ".png") == kept  # beside the latents
 
 
+def test_one_picture_says_what_finishes_it(apart, capsys, monkeypatch):
+    """Without counting to one, and without "the others"."""
+    real = console.Reporter.show
+
+    def show(reporter: console.Reporter, event: Event) -> None:
+        real(reporter, event)
+        if event == Phase("save"):
+            raise Terminated(2)
+
+    monkeypatch.setattr(console.Reporter, "show", show)
+    said = interrupted(capsys, "generate", "a red circle", *SMALL, "-o", "one.png")
+    command = "flux decode one.latents.safetensors"
+    assert said[-1].endswith(f"the picture's latents are kept; what finishes it: {command}")
+
+
 def test_latents_leave_when_their_picture_is_written(apart, capsys):
     assert call(capsys, *FOUR, "-q").returncode == 0
     assert len(files(Path("out"))) == 4 and stems("out", ".latents.safetensors") == []

@@ -360,7 +360,7 @@ def test_a_margin_moves_the_placement_and_neither_precision_nor_pixels(text, gib
     assert (warned.placement.decode == "tiled") == (usual.placement.decode == "tiled")
     if warned.budget_bytes < usual.budget_bytes:
         assert max(warned.peak_bytes.values()) <= usual.budget_bytes - gib * GIB
-        assert any("ran out on this card before" in reason for reason in warned.reasons)
+        assert any("ran out here before" in reason for reason in warned.reasons)
     else:  # too little is left: then what another moment taught forbids nothing
         assert warned == usual
 

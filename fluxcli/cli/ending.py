@@ -75,13 +75,16 @@ class Written:
 
         That is nothing for one picture of which nothing is left.
         """
-        if len(self._seeds) == 1 and not self._kept:
-            return ""
+        decode = shlex.join(["flux", "decode", *self._kept.values()])
+        if len(self._seeds) == 1:
+            if not self._kept:
+                return ""
+            return f"the picture's latents are kept; what finishes it: {decode}"
         text = count_written(len(self._saved), len(self._seeds))
         ways = []
         if self._kept:
             text += f", the latents of {len(self._kept)} are kept"
-            ways.append(shlex.join(["flux", "decode", *self._kept.values()]))
+            ways.append(decode)
         missing = [seed for seed in self._seeds if seed not in {*self._saved, *self._kept}]
         if missing:
             ways.append(f"the same command with --seed {missing[0]} -n {len(missing)}")

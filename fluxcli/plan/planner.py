@@ -194,7 +194,7 @@ def judge(
         why = f"{ratio:.1f} times the fastest that fits"
         return replace(candidate, verdict="too slow", why=why)
     if is_taken:
-        return replace(candidate, verdict="fits", why="a better one fits")
+        return replace(candidate, verdict="fits", why="a better one does, too")
     if now.plan is None:
         return replace(candidate, verdict="not now", why=f"{now.why} free")
     return replace(candidate, verdict="chosen", why=candidate.basis)

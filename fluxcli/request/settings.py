@@ -221,7 +221,10 @@ class Bytes(Kind):
         return parse_bytes(str(value))
 
     def check(self, name: str, value: int, *, where: str) -> None:
-        _check_range(name, value, low=self.low, high=self.high, where=where)
+        if not self.low <= value <= self.high:
+            why = f"{value} bytes are not in {self.low >> 20} MiB to {self.high >> 40} TiB"
+            hint = f"write its unit, too: {self.example}"
+            raise UsageError(f"{name} out of range", which=where, why=why, hint=hint)
 
 
 class Switch(Kind):

@@ -27,6 +27,7 @@ OPTIONS = {
     "guidance-word": (["--guidance", "much"], "a number"),
     "count-huge": (["-n", "1000000000"], "is not in"),
     "vram-word": (["--vram-limit", "lots"], "8GiB"),
+    "vram-bare": (["--vram-limit", "4090"], "4090 bytes are not in 1 MiB to 1024 TiB"),
     "preset-path": (["-p", "../../etc/passwd"], "unknown preset"),
     "format-bmp": (["--format", "bmp"], "jpg, png or webp"),
 }
