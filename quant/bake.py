@@ -5,6 +5,7 @@ ones while one is quantized. Everything goes to a staging folder first (`quant.p
 that is killed, at any point, leaves DST absent or as it was. Sizes are in bytes.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -268,10 +269,11 @@ class _SourceReader:
 def _forget_pages(descriptor: int, start: int, length: int) -> None:
     """Let the system drop what was read from the page cache.
 
-    It is not read again, while what was written is, to be verified.
+    It is not read again, while what was written is, to be verified. A file system may refuse.
     """
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
 
 
 class _Use(NamedTuple):
@@ -379,11 +381,15 @@ def _write(writer: SafetensorsWriter, name: str, stored: Mapping[str, Tensor]) -
 
 def _check_files(writers: Mapping[str, SafetensorsWriter], target: Path) -> None:
     """Read all weight files back; raises `WriteError` unless they are as they were written."""
+    hint = "check the disk, then run it again"
     for writer in writers.values():
-        damaged = writer.find_damage()
+        try:
+            damaged = writer.find_damage()
+        except (CheckpointError, OSError) as error:  # of what was written, not of the source
+            why = f"it cannot be read back: {error}"
+            raise WriteError("the file is damaged", target, why=why, hint=hint) from error
         if damaged:
             why = f"{damaged} does not read back as it was written"
-            hint = "check the disk, then run it again"
             raise WriteError("the file is damaged", target, why=why, hint=hint)
 
 

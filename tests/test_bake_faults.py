@@ -71,6 +71,59 @@ def test_a_disk_that_is_full_at_any_call_leaves_a_whole_checkpoint_or_none(kind,
     assert hook.names.count("fsync") == len(recipe.sizes) + len(recipe.copies) + 1
 
 
+class BrokenFile:
+    """A file on a broken disk."""
+
+    def __init__(self, file: io.IOBase, number: int) -> None:
+        self._file, self._number = file, number
+
+    def __enter__(self) -> "BrokenFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._file, name)
+
+    def read(self, *_: object) -> bytes:
+        raise OSError(self._number, os.strerror(self._number))
+
+    readinto = read
+
+
+def break_reading(patch: pytest.MonkeyPatch, folder: Path, number: int) -> None:
+    """Make reads fail of all files of weights that are opened below a folder."""
+    real = Path.open
+
+    def opened(path: Path, mode: str = "r", *arguments: object, **options: object) -> object:
+        file = real(path, mode, *arguments, **options)
+        is_broken = mode == "rb" and path.suffix == ".safetensors" and folder in path.parents
+        return BrokenFile(file, number) if is_broken else file
+
+    patch.setattr(Path, "open", opened)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOSPC])
+@pytest.mark.parametrize("broken, kind", [("micro", CheckpointError), ("out", WriteError)])
+def test_an_error_is_of_the_side_that_has_it(number, broken, kind, ram, monkeypatch):
+    recipe = recipe_of(ram / "micro", "diffusers")
+    break_reading(monkeypatch, ram / broken, number)
+    with pytest.raises(kind, match=os.strerror(number)) as failed:
+        bake_all(recipe, ram / "out" / "x")
+    assert str(ram / broken) in str(failed.value)
+    assert not (ram / "out" / "x").exists()
+
+
+def test_a_file_system_may_refuse_to_forget_pages(ram, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse, raising=False)
+    bake_all(recipe_of(ram / "micro", "diffusers"), ram / "x")
+    assert (ram / "x").is_dir()
+
+
 @pytest.mark.parametrize("stop", ["close", "interrupt"])
 @pytest.mark.parametrize("kind, replaces", CASES)
 def test_ctrl_c_after_any_tensor_leaves_nothing_behind(kind, replaces, stop, micro, tmp_path):
