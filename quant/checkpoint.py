@@ -14,7 +14,14 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeGuard
 
-from quant.config import DOWNLOAD_AGAIN, complete, name_class, read_config, read_json
+from quant.config import (
+    DOWNLOAD_AGAIN,
+    MAX_JSON_BYTES,
+    complete,
+    name_class,
+    read_config,
+    read_json,
+)
 from quant.dialects import T5_TIED, UNUSED, guess_kind
 from quant.errors import CheckpointError
 from quant.expected import check_tensors
@@ -42,6 +49,7 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "vocab.json",
 )
+MAX_EXTRA_IDS = 1000  # the published T5 has 100
 COMPONENTS = (*TEXT_ENCODERS, "transformer", "vae")
 PLAIN_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 # Pipelines whose transformer is that of text alone, by a regular expression.
@@ -248,8 +256,12 @@ def check_tokenizer(folder: Path) -> None:
             config = read_json(path, what)
             if "fast_tokenizer_files" in config:  # which would name others
                 raise CheckpointError(what, path, why="it names other files", hint=DOWNLOAD_AGAIN)
+            extra_ids = config.get("extra_ids", 0)  # T5's library makes so many tokens
+            if type(extra_ids) is not int or not 0 <= extra_ids <= MAX_EXTRA_IDS:
+                why = f"extra_ids is not a whole number from 0 to {MAX_EXTRA_IDS}"
+                raise CheckpointError(what, path, why=why, hint=DOWNLOAD_AGAIN)
         elif not _is_readable(path):
-            why = "it is no readable file, or empty"
+            why = f"it is no readable file, empty, or over {MAX_JSON_BYTES / 1e6:.1f} MB"
             raise CheckpointError(what, path, why=why, hint=DOWNLOAD_AGAIN)
 
 
@@ -262,10 +274,14 @@ def _has_vocabulary(folder: Path) -> bool:
 
 
 def _is_readable(path: Path) -> bool:
-    """Whether there is a regular file with something in it, which may be read."""
+    """Whether there is a regular file of a tokenizer's size, which may be read.
+
+    The library reads it whole: the published ones have 0.5 and 0.8 MB.
+    """
     try:
         with open_regular(path) as file:
-            return bool(file.read(1))
+            size_bytes = os.fstat(file.fileno()).st_size
+            return bool(file.read(1)) and size_bytes <= MAX_JSON_BYTES
     except OSError:
         return False
 

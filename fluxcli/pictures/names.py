@@ -285,6 +285,7 @@ def check_writable(target: Target, order: Order, *, row: int = 0) -> None:
             if target.exact and not target.force:
                 hint = "--force replaces it; -o FOLDER/ picks a free name"
                 raise OutputError("the file exists", which=path, hint=hint)
+            _check_replaceable(path, target)
         folder = nearest(Path(os.path.realpath(path)).parent)
         with open_temporary(folder) as (_, file):
             file.close()
@@ -296,6 +297,15 @@ def check_writable(target: Target, order: Order, *, row: int = 0) -> None:
         why = f"needs about {need_bytes // MIB + 1} MiB, {free_bytes // MIB} MiB are free"
         hint = "free some space, or -o FOLDER/ on another disk"
         raise OutputError("the disk is full", which=folder, why=why, hint=hint)
+
+
+def _check_replaceable(path: Path, target: Target) -> None:
+    """Raise `OutputError` where --force would put a picture in a device's or a FIFO's place."""
+    if target.exact and path.exists() and not path.is_file():
+        why = "it is no regular file, which --force does not replace"
+        raise OutputError(
+            "cannot write the picture", which=path, why=why, hint="-o - writes to stdout"
+        )
 
 
 def _check_inside(path: Path, target: Target) -> None:
@@ -339,6 +349,7 @@ def save(data: bytes, destination: Destination) -> str:
     for path in list_candidates(destination):
         try:
             _check_inside(path, target)
+            _check_replaceable(path, target)
             if _write(data, path, force=target.force):
                 break
         except OSError as error:
