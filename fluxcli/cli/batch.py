@@ -110,6 +110,7 @@ def draw_rows(
                 tally.rows += len(chunk)
                 if streaming:
                     withheld.raise_error()
+                    reporter.say_alike()
                     dispatcher.pause()  # the next row may be hours away
                 if fail_fast and tally.failed:
                     break

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, Self, TextIO, TypeVar, cast
 
 from fluxcli.errors import OutputError, explain_stdout
@@ -169,6 +170,17 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def list_numbers(numbers: Sequence[int]) -> str:
+    """Return ascending numbers as people list them: 2 to 5, 7, 9 to 10."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ", ".join(" to ".join(str(number) for number in run) for run in runs)
+
+
 def confirm(question: str) -> bool:
     """Ask on the terminal; whether the answer is yes."""
     sys.stderr.write(f"{spell_out(question)} [y/N] ")
@@ -217,6 +229,10 @@ class Reporter:
         self._phase = "load"
         self._phase_started = started
         self._noticed: set[Notice] = set()
+        # The first row that failed for a reason (its message and hint), and those after it of which
+        # nothing has been said yet.
+        self._first_failed: dict[tuple[str, str], int] = {}
+        self._alike: dict[int, list[int]] = {}
         self._said = time.perf_counter()  # when the last line of progress was
         self._bar: Any = None  # a rich Progress with one task
         self._task: Any = None
@@ -227,6 +243,7 @@ class Reporter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.say_alike()
         self._end_run()
         if self._bar:
             self._bar.stop()
@@ -269,6 +286,8 @@ class Reporter:
             self._print(lambda: data_json(to_json(event)))
         elif self._json and isinstance(event, Done | Failed | Skipped | Summary):
             self._print(lambda: data_json(asdict(event)))
+        if isinstance(event, Saved | Notice | Skipped | Summary):
+            self.say_alike()
         match event:
             case Phase():
                 self._begin_phase(event)
@@ -333,10 +352,24 @@ class Reporter:
             self._print(lambda: say(text))
 
     def _show_failed(self, failed: Failed) -> None:
+        # The message begins with where the row stands, which is another for each.
+        reason = (failed.message.partition(": ")[2], failed.hint)
+        first = self._first_failed.setdefault(reason, failed.row)
+        if first != failed.row:
+            self._alike.setdefault(first, []).append(failed.row)
+            return
         text = f"row {failed.row} failed: {failed.message}"
         if failed.hint:
             text += f" (hint: {failed.hint})"
         self._print(lambda: say(text))
+
+    def say_alike(self) -> None:
+        """Say which rows have failed as an earlier one, in one line for all of them."""
+        for first, rows in self._alike.items():
+            noun = "row" if len(rows) == 1 else "rows"
+            text = f"{noun} {list_numbers(rows)} failed as row {first} did"
+            self._print(partial(say, text))
+        self._alike.clear()
 
     def _print(self, printing: Callable[[], None]) -> None:
         """Print while the bar is away: stdout may be the same terminal."""

@@ -1,5 +1,6 @@
 """A row that fails leaves the others: bad fields, no memory, NaN, no room."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -262,6 +263,25 @@ def test_missing_weights_of_the_command_line_are_one_error(drawn, capsys):
     result = call(capsys, "generate", "--from", source, "-p", "dev")
     assert "FLUX.1-dev are not here" in assert_failed(result, ExitCode.WEIGHTS)
     assert len(result.stderr.splitlines()) == 2 and not drawn
+
+
+def test_rows_that_fail_alike_are_said_together_and_are_events_of_their_own(drawn, capsys):
+    wrong, good = {"prompt": "x", "steps": 0}, {"prompt": "x", "seed": 1}
+    rows = [*[wrong] * 40, good, wrong, {"prompt": "x", "steps": "many"}, wrong]
+    command = ("generate", "--from", write(*rows), *FAKE)
+    failures = [*range(1, 41), 42, 43, 44]
+    result = call(capsys, *command)
+    assert result.stderr.count("steps out of range") == 1
+    assert "flux: row 1 failed: p.jsonl:1: steps out of range" in result.stderr
+    assert "flux: row 43 failed: p.jsonl:43: " in result.stderr
+    assert " failed as row 43 did" not in result.stderr
+    assert sorted(failed_rows(result)) == failures and len(result.stderr) < 2000
+    for option in ("--json", "--events"):
+        events = [json.loads(line) for line in call(capsys, *command, option).stdout.splitlines()]
+        failed = [event for event in events if "exit_code" in event and event["row"]]
+        assert [event["row"] for event in failed] == failures
+        for event in failed:
+            assert event["message"].startswith(f"p.jsonl:{event['row']}: ")
 
 
 def test_missing_weights_are_of_their_rows_where_another_row_names_a_model(drawn, capsys):

@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -88,9 +89,22 @@ def split(stderr: str) -> tuple[dict[int, str], str, str]:
         for line in lines
         if (m := re.fullmatch(r"flux: row (\d+) failed: (.*)\n", line))
     }
-    rest = [line for line in lines if not re.match(r"flux: row \d+ failed: ", line)]
+    for line in lines:
+        alike = re.fullmatch(r"flux: rows? ([\d, to]+) failed as row (\d+) did\n", line)
+        if alike:
+            first = rows[int(alike[2])]
+            rows |= dict.fromkeys(parse_numbers(alike[1]), first)
+    is_failure = re.compile(r"flux: (row \d+ failed: |rows? [\d, to]+ failed as row)")
+    rest = [line for line in lines if not is_failure.match(line)]
     end = [line for line in rest if line.startswith(("flux: error: ", "hint: "))]
     return rows, "".join(line for line in rest if line not in end), "".join(end)
+
+
+def parse_numbers(text: str) -> Iterator[int]:
+    """The numbers of a text like 2 to 5, 7."""
+    for run in text.split(", "):
+        first, _, last = run.partition(" to ")
+        yield from range(int(first), int(last or first) + 1)
 
 
 def failed_rows(result: subprocess.CompletedProcess) -> dict[int, str]:
