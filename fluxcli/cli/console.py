@@ -56,7 +56,7 @@ def data(text: str) -> None:
     It is unchanged but on a terminal, where hidden characters are spelled out. Raises `OutputError`
     where that fails, and BrokenPipeError if nobody reads any more.
     """
-    write_line(spell_out(text) if _is_terminal(sys.stdout) else text)
+    write_line(spell_out(text) if is_terminal(sys.stdout) else text)
 
 
 def line(text: str) -> None:
@@ -64,7 +64,8 @@ def line(text: str) -> None:
     write_line(spell_out(text))
 
 
-def _is_terminal(stream: TextIO | None) -> bool:
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a standard stream is a terminal; one that is closed (None) is none."""
     return stream is not None and stream.isatty()
 
 
@@ -345,7 +346,7 @@ class Reporter:
             self._print(lambda: data(image.path))
         if not self._quiet:
             text = f"{image.width}x{image.height}, seed {image.seed}, {saved.seconds:.1f} s"
-            if not (shows_path and sys.stdout.isatty()):  # there it stands already
+            if not (shows_path and is_terminal(sys.stdout)):  # there it stands already
                 text = f"{image.path}: {text}"
             if saved.row:
                 text = f"row {saved.row}: {text}"

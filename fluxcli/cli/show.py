@@ -17,7 +17,7 @@ SHORT_NAMES = {name: alias for alias, name in ALIASES.items()}  # as options and
 
 def show_picture(metadata: Mapping[str, Any], *, as_json: bool) -> None:
     """Print how a picture was made."""
-    if as_json or not sys.stdout.isatty():
+    if as_json or not console.is_terminal(sys.stdout):
         console.data_json(metadata, indent=2)
     else:
         console.table(_list_picture(metadata), None, as_json=False)
@@ -25,7 +25,7 @@ def show_picture(metadata: Mapping[str, Any], *, as_json: bool) -> None:
 
 def show_weights(described: Mapping[str, Any], *, as_json: bool) -> None:
     """Print what a file or folder of weights is."""
-    if as_json or not sys.stdout.isatty():
+    if as_json or not console.is_terminal(sys.stdout):
         console.data_json(described, indent=2)
         return
     console.table(_list_weights(described), None, as_json=False)

@@ -7,7 +7,8 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.faults.case import Case, fault
+from tests.faults.case import TINY, Case, fault
+from tests.faults.rows_processes import run_shell
 
 HUGE_BYTES = 1 << 40  # of a sparse file: it takes no room
 
@@ -81,3 +82,15 @@ def tokenizer_many_extra_ids(case: Case) -> None:
     path = model / "tokenizer_2/tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"extra_ids": 10**30}))
     case.draw("-m", model)
+
+
+@fault("inspect-stdout-closed", "flux inspect MODEL >&-", codes=[6], says="it is closed")
+def inspect_stdout_closed(case: Case) -> None:
+    run_shell(case, f"inspect {TINY} >&-")
+
+
+@fault("draw-stdout-closed", "a picture whose path cannot be printed", codes=[6], exhaustive=True)
+def draw_stdout_closed(case: Case) -> None:
+    run_shell(case, "DRAW -o x.png >&-")
+    if not (case.folder / "x.png").exists():
+        case.problems.append("the picture is not there")
