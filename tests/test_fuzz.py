@@ -14,7 +14,7 @@ from quant.tensor_info import TensorInfo
 from tests.support import fuzz, fuzz_inputs
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "alarm"), reason="the fuzzer's clock is POSIX")
-real, real_files = header._parse, checkpoint._weight_files
+real, real_files = header._parse, checkpoint._find_files
 
 
 def run(capsys: pytest.CaptureFixture, seconds: int) -> tuple[int, str]:
@@ -50,11 +50,11 @@ def gaps(path: Path, text: bytes, data_bytes: int) -> header.Header:
     return header.Header(tensors, metadata={}, is_gguf=False)
 
 
-def any_path(folder: Path) -> list[Path]:
+def any_path(folder: Path) -> checkpoint._Files:
     outside = folder / ".." / ".." / fuzz_inputs.OUTSIDE
     index = next(folder.glob("*.index.json"), None)
     if index and f'"../../{fuzz_inputs.OUTSIDE}"' in index.read_text(errors="replace"):
-        return [outside]
+        return checkpoint._Files([outside], {})
     try:
         return real_files(folder)
     except OSError as error:  # a bug of its own is not what is sought here
@@ -84,7 +84,7 @@ PLANTED = [
     (header, "_parse", gaps, r"Finding\(.accepted "),
     (
         checkpoint,
-        "_weight_files",
+        "_find_files",
         any_path,
         r"Finding\('opened a file outside: /.*/outside\.safetensors",
     ),
