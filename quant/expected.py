@@ -36,6 +36,19 @@ def check_tensors(
     check_keys(name, folder, expected=list_shapes(name, config), found=found)
 
 
+def check_shapes(
+    name: str, folder: Path, *, config: Mapping[str, Any], weights: Mapping[str, Weight]
+) -> None:
+    """Raise `CheckpointError` where a tensor of a component has another shape than its config's."""
+    expected = list_shapes(name, config)
+    found = {module: weights[stored].shape for module, stored in map_names(name, weights).items()}
+    _refuse_tensors(name, folder, "misshapen", _find_misshapen(expected, found))
+
+
+def _find_misshapen(expected: Mapping[str, object], found: Mapping[str, object]) -> list[str]:
+    return [key for key in expected if key in found and expected[key] != found[key]]
+
+
 def count_matching(
     name: str, *, config: Mapping[str, Any], weights: Mapping[str, Weight]
 ) -> tuple[int, int]:
@@ -52,10 +65,9 @@ def check_keys(
     name: str, folder: Path, *, expected: Mapping[str, object], found: Mapping[str, object]
 ) -> None:
     """Raise `CheckpointError`, with the count and three names, unless keys and shapes agree."""
-    misshapen = [key for key in expected if key in found and expected[key] != found[key]]
     _refuse_tensors(name, folder, "missing", sorted(set(expected) - set(found)))
     _refuse_tensors(name, folder, "unknown", sorted(set(found) - set(expected)))
-    _refuse_tensors(name, folder, "misshapen", misshapen)
+    _refuse_tensors(name, folder, "misshapen", _find_misshapen(expected, found))
 
 
 def _refuse_tensors(name: str, folder: Path, what: str, keys: Sequence[str]) -> None:

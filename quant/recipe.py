@@ -23,6 +23,7 @@ from quant.checkpoint import (
 )
 from quant.dialects import SWAPPED, bfl_name, map_bfl_layers
 from quant.errors import CheckpointError, SpecError
+from quant.expected import check_shapes
 from quant.files import check_room
 from quant.lora import Adapter
 from quant.lora_names import BIAS, DIFF_B
@@ -154,6 +155,10 @@ def make_recipe(
     is quantized already and for an adapter that it has no tensors for, `SpecError` for a pattern of
     `keep` without a match.
     """
+    for component in source.components.values():
+        check_shapes(
+            component.name, component.folder, config=component.config, weights=component.weights
+        )
     _refuse_lost_biases(adapters, source.components)
     spec.check_keep(name for part in source.components.values() for name in part.weights)
     schemes = {
@@ -258,6 +263,7 @@ def make_file_recipe(
         which = f"--layout {kind} --to {spec.to}"
         raise SpecError("impossible choice", which, why=why, hint="--to fp8")
     weights = transformer.weights
+    check_shapes("transformer", transformer.folder, config=transformer.config, weights=weights)
     spec.check_keep(weights)
     tensors = []
     for layer, ours in map_bfl_layers(transformer.config).items():

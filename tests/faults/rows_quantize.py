@@ -294,3 +294,29 @@ def completion_limit(case: Case) -> None:
     start.write_text("alias mine\n")
     case.flux("--install-completion", cold=True, limits={resource.RLIMIT_FSIZE: 0})
     assert start.read_text() == "alias mine\n"
+
+
+def misshape(model: Path) -> None:
+    """Turn the sides of the transformer's last matrix in the header: the bytes stay as many."""
+    path = model / "transformer/diffusion_pytorch_model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["proj_out.weight"]["shape"].reverse()
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+for to, options in {"folder": FAST, "file": FILE}.items():
+
+    @fault(
+        f"quantize-misshapen-{to}",
+        f"a matrix of the source has its sides turned; to a {to}",
+        codes=[4],
+        says="misshapen",
+    )
+    def misshapen(case: Case, options: tuple[str, ...] = options) -> None:
+        model = case.model()
+        misshape(model)
+        case.flux("quantize", model, "x.safetensors" if options is FILE else "x", *options)
+        assert not list(case.folder.glob("x*"))
