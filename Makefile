@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP = $(BIN)/pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo check test test-all lint types wheel clean
+.PHONY: demo check test test-all lint types wheel clean faults pytest
 
 demo: .venv/ready
 	$(BIN)/flux generate "a red circle on a blue background" -p tiny --seed 1 --force -o demo.png
@@ -21,10 +21,15 @@ QUICK := $(addprefix tests/test_,$(addsuffix .py,cli console errors events heade
 check: lint types
 	$(BIN)/python -m pytest $(PARALLEL) -m "not serial and not exhaustive" $(QUICK)
 
-test: .venv/ready
-	$(BIN)/python -m tests.faults --workers $(WORKERS)
+test: faults pytest
+
+pytest: .venv/ready
 	$(BIN)/python -m pytest -m "serial and not exhaustive"
 	$(BIN)/python -m pytest $(PARALLEL) -m "not serial and not exhaustive"
+
+# Every second row; test-all runs all.
+faults: .venv/ready
+	$(BIN)/python -m tests.faults --workers $(WORKERS) --every 2
 
 test-all: .venv/ready
 	$(BIN)/python -m tests.faults --workers $(WORKERS) --exhaustive

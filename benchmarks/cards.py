@@ -87,7 +87,10 @@ def random_model() -> Iterator[Checkpoint]:
         return tensors
 
     tokens = text.TokenIds(
-        torch.ones(1, 77, dtype=torch.long), torch.ones(1, 512, dtype=torch.long), ""
+        torch.ones(1, 77, dtype=torch.long),
+        torch.ones(1, 512, dtype=torch.long),
+        lost="",
+        unknown="",
     )
     with (
         mock.patch.object(Reader, "weight", weight),

@@ -90,7 +90,7 @@ def test_a_precision_is_the_same_picture_packed_while_loading_baked_or_found(to,
     assert (same.returncode, same.stdout, same.stderr) == (0, "given.png: identical\n", "")
     # the same pixels of another folder, and it says so
     other = call(capsys, "replay", str(pictures[0]), "--check")
-    assert other.stdout.endswith(": identical\n") and "another model fingerprint" in other.stderr
+    assert other.stdout.endswith(": identical\n") and "made with the model " in other.stderr
 
 
 def test_quiet_says_nothing_of_packing(capsys):

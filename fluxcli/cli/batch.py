@@ -23,7 +23,7 @@ from fluxcli.cli.settings import (
     job_options,
     read_prompt,
     reporter_of,
-    say_what_is_hidden,
+    say_what_is_meant,
 )
 from fluxcli.errors import BatchFailed, ExitCode, UsageError, WeightsUnavailable
 from fluxcli.events import Done, Event, Failed, Kept, Notice, Saved, Skipped, Summary, explain
@@ -74,7 +74,7 @@ def draw_rows(
         raise UsageError("stdin cannot be read twice", which="--from -", hint="give a file")
     common = {} if prompt is None else {"prompt": read_prompt(prompt)}
     if not options["quiet"]:
-        say_what_is_hidden(given)
+        say_what_is_meant(given)
     orders = OrderMaker(common, given, force=options["force"], resume=resume)
     withheld = Withheld(orders.weights)
     advice = Advice()

@@ -9,7 +9,7 @@ from fluxcli.cli import batch
 from fluxcli.cli.draw import draw
 from fluxcli.cli.help import MANY, PICTURE
 from fluxcli.cli.options import with_request_options
-from fluxcli.cli.settings import given_settings, read_prompt, say_what_is_hidden
+from fluxcli.cli.settings import given_settings, read_prompt, say_what_is_meant
 from fluxcli.errors import UsageError
 from fluxcli.resolve import resolve_order
 
@@ -107,5 +107,5 @@ def generate(
     given = given_settings(options)
     order = resolve_order(read_prompt(prompt), given)
     if not options["quiet"]:
-        say_what_is_hidden(given)
+        say_what_is_meant(given)
     return draw(order, options, given=given, dry_run=dry_run)

@@ -27,16 +27,14 @@ def given_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     }
     if options["no_metadata"]:
         given["metadata"] = False
-    sides = parse_size(given.get("image_size", ""))
-    if sides and not options.get(
-        "quiet"
-    ):  # as other tools write it; the settings themselves have one side, or two
-        console.say(f"--size {given['image_size']} is --width {sides[0]} --height {sides[1]}")
     return given
 
 
-def say_what_is_hidden(given: Mapping[str, Any]) -> None:
-    """Say which settings of config.toml a preset that was asked for takes the place of."""
+def say_what_is_meant(given: Mapping[str, Any]) -> None:
+    """Say what a size of two sides is here, and which settings of config.toml a preset hides."""
+    sides = parse_size(given.get("image_size", ""))
+    if sides:
+        console.say(f"--size {given['image_size']} is --width {sides[0]} --height {sides[1]}")
     hidden = presets.find_hidden(given, config_folder())
     if hidden:
         console.say(

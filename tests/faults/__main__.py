@@ -1,6 +1,6 @@
 """Run the fault rows and print how many were tried and how many survived.
 
-    python -m tests.faults [NAME ...] [--exhaustive] [--workers N] [--cold] [--list]
+    python -m tests.faults [NAME ...] [--exhaustive] [--every N] [--workers N] [--cold] [--list]
 
 NAME is a row's name or how it begins. Exits 1 where a row did not survive.
 """
@@ -42,6 +42,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run the fault rows.")
     parser.add_argument("names", nargs="*", help="rows, or how their names begin; all without")
     parser.add_argument("--exhaustive", action="store_true", help="the slow rows, too")
+    parser.add_argument("--every", type=int, default=1, help="only every n-th of the rows")
     parser.add_argument("--workers", type=int, default=2, help="rows at a time")
     parser.add_argument("--cold", action="store_true", help="a new interpreter for every command")
     parser.add_argument("--list", action="store_true", help="print the rows, run nothing")
@@ -52,6 +53,7 @@ def main() -> int:
         if (not asked.names and (asked.exhaustive or not row.exhaustive))
         or any(row.name.startswith(name) for name in asked.names)
     ]
+    rows = rows[:: asked.every]
     if asked.list:
         for row in rows:
             print(f"{row.name}\t{row.title}\t{' or '.join(map(str, row.codes))}")

@@ -162,4 +162,4 @@ def full_size(monkeypatch: pytest.MonkeyPatch, *, arithmetic: bool = True) -> It
 
 def _tokens(folder: object, prompt: str, text_tokens: int) -> text.TokenIds:
     ids = torch.zeros(1, text_tokens, dtype=torch.long)
-    return text.TokenIds(torch.zeros(1, 77, dtype=torch.long), ids, "")
+    return text.TokenIds(torch.zeros(1, 77, dtype=torch.long), ids, lost="", unknown="")
