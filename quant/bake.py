@@ -81,7 +81,7 @@ def bake(
     device: str = "cpu",
     verify: bool = True,
     force: bool = False,
-) -> Iterator[Progress]:
+) -> Generator[Progress, None, None]:
     """Write the recipe's checkpoint to `target`; yields with each tensor.
 
     With `force` it replaces a checkpoint that a bake has made, otherwise nothing. Tensors are

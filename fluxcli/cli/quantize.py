@@ -7,6 +7,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -341,8 +342,12 @@ def _bake(
 
     # Raises for one that is not there.
     device = devices.probe(coerce("device", device, where="--device")).device
-    with console.Reporter(quiet=quiet, started=time.perf_counter()) as reporter:
-        steps = bake(recipe, path, origin=origin, device=device, verify=verify, force=force)
+    steps = bake(recipe, path, origin=origin, device=device, verify=verify, force=force)
+    # Closed here, however this ends: the staging folder is deleted when the steps are.
+    with (
+        closing(steps),
+        console.Reporter(quiet=quiet, started=time.perf_counter()) as reporter,
+    ):
         for progress in steps:
             what = f"quantize {progress.tensor}"
             reporter.show_bytes(progress.done_bytes, progress.total_bytes, what)
