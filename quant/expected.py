@@ -32,17 +32,21 @@ def check_tensors(
     why = find_contradiction(name, config)
     if why:
         raise CheckpointError(f"impossible config of {name}", folder, why=why)
-    found = {module: weights[stored].shape for module, stored in map_names(name, weights).items()}
-    check_keys(name, folder, expected=list_shapes(name, config), found=found)
+    expected = list_shapes(name, config)
+    check_keys(name, folder, expected=expected, found=_read_shapes(name, weights))
 
 
 def check_shapes(
     name: str, folder: Path, *, config: Mapping[str, Any], weights: Mapping[str, Weight]
 ) -> None:
     """Raise `CheckpointError` where a tensor of a component has another shape than its config's."""
-    expected = list_shapes(name, config)
-    found = {module: weights[stored].shape for module, stored in map_names(name, weights).items()}
-    _refuse_tensors(name, folder, "misshapen", _find_misshapen(expected, found))
+    misshapen = _find_misshapen(list_shapes(name, config), _read_shapes(name, weights))
+    _refuse_tensors(name, folder, "misshapen", misshapen)
+
+
+def _read_shapes(name: str, weights: Mapping[str, Weight]) -> Shapes:
+    """The shapes of a component's tensors by the names of its modules."""
+    return {module: weights[stored].shape for module, stored in map_names(name, weights).items()}
 
 
 def _find_misshapen(expected: Mapping[str, object], found: Mapping[str, object]) -> list[str]:
@@ -54,10 +58,8 @@ def count_matching(
 ) -> tuple[int, int]:
     """(how many tensors have a place in the component, how many it needs)."""
     expected = list_shapes(name, config)
-    names = map_names(name, weights)
-    matching = [
-        module for module, stored in names.items() if expected.get(module) == weights[stored].shape
-    ]
+    found = _read_shapes(name, weights)
+    matching = [module for module, shape in found.items() if expected.get(module) == shape]
     return len(matching), len(expected)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from fluxcli.errors import UsageError
 from fluxcli.plan.machine import BF16_SINCE, CAPABILITY, CardTable, Hardware
+from fluxcli.plan.placement import GIB
 from fluxcli.request.settings import parse_bytes
 
-GIB = 1 << 30
 MIN_BYTES = 1 << 28  # less is no card, and a number beyond the bare ones
 MAX_BYTES = 1 << 44
 DEFAULT_CAPABILITY = (8, 9)

@@ -14,9 +14,9 @@ import time
 
 from fluxcli.paths import cache_folder
 from fluxcli.plan.machine import Hardware
+from fluxcli.plan.placement import GIB
 from quant.files import read_small_file, write_atomically
 
-GIB = 1 << 30
 FILE = "margin.json"
 MAX_BYTES = 1 << 20
 # The least that changes a placement: about four blocks of the smallest precision (nf4).
