@@ -1,12 +1,13 @@
 """What every test has: a home of its own, no settings of the user, no network, a `flux` to run."""
 
 import functools
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,28 @@ settings.register_profile("patient", deadline=None, derandomize="CI" in os.envir
 settings.load_profile("patient")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Escape what is no text in captured output: a lone surrogate cannot travel to xdist's main
+    process, and ends the worker that sends it.
+    """
+    report = yield
+    report.sections = [
+        (title, text.encode("utf-8", "backslashreplace").decode("utf-8"))
+        for title, text in report.sections
+    ]
+    return report
+
+
+@pytest.fixture(autouse=True)
+def quiet_log() -> Iterator[None]:
+    """Give the log its level back, which `--debug` changes for the whole process."""
+    logger = logging.getLogger("fluxcli")
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture(autouse=True)
