@@ -1,0 +1,92 @@
+"""Pictures that are drawn on the card that is not there, and the same ones on the CPU."""
+
+import traceback
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from fluxcli.engine import device
+from fluxcli.engine.engine import Drawn, Engine
+from fluxcli.engine.picture import Picture
+from fluxcli.events import Event, Step
+from fluxcli.plan.machine import Hardware
+from fluxcli.plan.placement import MemoryPlan
+from fluxcli.request.fields import Order
+from quant.checkpoint import Checkpoint
+from tests.support.card import Card, Counts
+from tests.support.card_driver import installed
+from tests.support.helpers import draw, picture_of, plan_for
+
+
+@dataclass
+class OnCardRun:
+    """What a run on the card gave."""
+
+    card: Card
+    pixels: np.ndarray
+    plan: MemoryPlan  # at the end, on the card
+    multiply: str
+    hardware: Hardware
+    checkpoint: Checkpoint
+    events: list[Event] = field(default_factory=list)
+    steps: list[Counts] = field(default_factory=list)  # what happened in each step
+
+    def waits(self) -> list[str]:
+        """Where the host waited for the card in the last step, each place as often as it did."""
+        return sorted(self.steps[-1].waits.elements())
+
+
+def make_engine(order: Order, checkpoint: Checkpoint, **options: object) -> Engine:
+    """An engine on the device that the order asks for, which must be installed."""
+    hardware = device.probe(order.resources.device)
+    return Engine(*plan_for(order, [checkpoint], hardware, **options), hardware)
+
+
+def run_to_end(
+    engine: Engine, picture: Picture, card: Card | None = None
+) -> tuple[list[Event], list[Counts]]:
+    """Draw the picture; returns its events, and what happened on the card in each step."""
+    events: list[Event] = []
+    steps: list[Counts] = []
+    for event in engine.draw([picture]):
+        if card and isinstance(event, Step):
+            steps.append(card.take_counts())
+        if not isinstance(event, Drawn):
+            events.append(event)
+    return events, steps
+
+
+def draw_on_card(order: Order, checkpoint: Checkpoint, card: Card | None = None) -> OnCardRun:
+    """Draw the order's picture on a card; whatever is wrong by then is among its problems."""
+    card = card or Card()
+    with installed(card):
+        try:
+            engine = make_engine(order, checkpoint)
+            picture = picture_of(engine, order)
+            events, steps = run_to_end(engine, picture, card)
+        except Exception as error:
+            # Frames hold tensors, which must go while the card is there.
+            traceback.clear_frames(error.__traceback__)
+            raise
+        run = OnCardRun(
+            card=card,
+            pixels=picture.pixels,
+            plan=engine.plan,
+            multiply=engine.multiply,
+            hardware=engine.hardware,
+            checkpoint=engine.checkpoint,
+            events=events,
+            steps=steps,
+        )
+        engine.components.clear()
+        del engine, picture
+    card.problems += [f"{size} bytes stay pinned" for size in card.pinned.values()]
+    return run
+
+
+def draw_on_cpu(order: Order, run: OnCardRun) -> np.ndarray:
+    """The pixels of the same plan on the CPU."""
+    plan = replace(run.plan, device="cpu")
+    hardware = replace(run.hardware, device="cpu")
+    _, pixels = draw(Engine(run.checkpoint, plan, hardware), order)
+    return pixels
