@@ -19,16 +19,6 @@ from enum import IntEnum
 
 from quant.errors import ExplainedError, MissingLibrary, SpecError, WriteError
 
-OUT_OF_MEMORY = re.compile(
-    r"out of memory|not enough memory|(can't|cannot) allocate memory"
-    r"|alloc(ation)? failed|ALLOC_FAILED|insufficient (memory|resources)"
-    r"|Invalid buffer size|hipErrorMemoryAllocation|OUT_OF_(DEVICE|HOST|RESOURCES)"
-    r"|(BLAS|DNN)_STATUS_NOT_INITIALIZED|unable to find an engine"
-    r"|could not create a (primitive|memory)$"
-    r"|failed to map segment|cannot allocate memory in static TLS",
-    re.IGNORECASE,
-)
-
 # What ran out beside memory and disks, and what gives more of it.
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 NO_THREADS = re.compile(r"can't start new thread|thread creation failed", re.IGNORECASE)
@@ -155,23 +145,6 @@ def find_broken_library(error: BaseException) -> str:
 def name_package(library: str) -> str:
     """Return what pip calls a library."""
     return {"PIL": "pillow"}.get(library, library)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error, or one that it was made of, means that memory ran out.
-
-    Some back ends (ROCm, MPS, cuDNN) report that as a mere RuntimeError, and a library that does
-    not fit into the address space is an ImportError or an OSError, so the words decide.
-    """
-    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
-        return True
-    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        return True
-    if isinstance(error, RuntimeError | ImportError | OSError | SystemError):
-        if OUT_OF_MEMORY.search(str(error)):
-            return True
-        return error.__cause__ is not None and is_out_of_memory(error.__cause__)
-    return False
 
 
 def explain_write(error: OSError) -> str:

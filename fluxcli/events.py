@@ -16,10 +16,9 @@ from fluxcli.errors import (
     exit_code_of,
     find_broken_library,
     hint_for_memory,
-    is_out_of_memory,
     name_package,
 )
-from quant.errors import ExplainedError
+from quant.errors import ExplainedError, is_out_of_memory
 
 MAX_TEXT = 160  # characters of a library's message that are passed on
 

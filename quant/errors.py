@@ -9,6 +9,19 @@ ExplainedError
     └── WriteError
 """
 
+import errno
+import re
+
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|not enough memory|(can't|cannot) allocate memory"
+    r"|alloc(ation)? failed|ALLOC_FAILED|insufficient (memory|resources)"
+    r"|Invalid buffer size|hipErrorMemoryAllocation|OUT_OF_(DEVICE|HOST|RESOURCES)"
+    r"|(BLAS|DNN)_STATUS_NOT_INITIALIZED|unable to find an engine"
+    r"|could not create a (primitive|memory)$"
+    r"|failed to map segment|cannot allocate memory in static TLS",
+    re.IGNORECASE,
+)
+
 
 class ExplainedError(Exception):
     """Base of every error that a user or a file can cause; any other exception is a bug.
@@ -62,3 +75,20 @@ class SpecError(QuantError):
 
 class WriteError(QuantError):
     """A destination that cannot be written."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error, or one that it was made of, means that memory ran out.
+
+    Some back ends (ROCm, MPS, cuDNN) report that as a mere RuntimeError, and a library that does
+    not fit into the address space is an ImportError or an OSError, so the words decide.
+    """
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    if isinstance(error, RuntimeError | ImportError | OSError | SystemError):
+        if OUT_OF_MEMORY.search(str(error)):
+            return True
+        return error.__cause__ is not None and is_out_of_memory(error.__cause__)
+    return False

@@ -6,13 +6,16 @@ and GGUF always, the weight is dequantized before each product. Knows nothing of
 Shapes: weight (N, K), input (..., K), output (..., N).
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from quant.codecs import SMALLEST_SCALE, dequantize_gguf, stack_rows
+from quant.errors import is_out_of_memory
 from quant.nf4 import dequantize_codes, dequantize_scales, read_offset
 from quant.spec import BLOCK, FAMILIES, SCHEMES
 
@@ -25,9 +28,25 @@ INT8_ROWS = 1024
 # CUDA's _int_mm wants more than 16 rows, and both 8-bit products widths that 16 divides.
 MIN_ROWS = 32
 ALIGNED = 16
-# Whether a device multiplies in a scheme, by (scheme, device). It is a dict, because torch.compile
-# ignores functools.cache and would trace the probe.
-PROBED: dict[tuple[str, str], bool] = {}
+
+# How layers of a scheme may multiply, best first; the first that a device can is taken. PER_TENSOR
+# is for devices whose torch has no row-wise kernel of fp8: every build for Windows, sm120 before
+# torch 2.11. The last is what every device can.
+PER_TENSOR = "scaled_mm per tensor"
+DEQUANTIZE = "dequantize"
+WAYS = {"fp8": ("scaled_mm", PER_TENSOR), "int8": ("int_mm",)}
+
+
+class Multiplication(NamedTuple):
+    """How a device multiplies in a scheme, and why not in a better way, in the device's words."""
+
+    by: str
+    why: str = ""
+
+
+# By (scheme, device). It is a dict, because torch.compile ignores functools.cache and would trace
+# the probe.
+PROBED: dict[tuple[str, str], Multiplication] = {}
 
 
 class QuantizedLinear(nn.Module):
@@ -207,6 +226,12 @@ class FP8Linear(RowLinear):
     scheme = "fp8"
 
     def multiply(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        if find_multiply(self.scheme, str(values.device)) == PER_TENSOR:
+            return self.multiply_per_tensor(values, scale, dtype)
+        return self.multiply_by_rows(values, scale, dtype)
+
+    def multiply_by_rows(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """As `multiply`, the scales applied by the operator itself."""
         # CUDA's row-wise kernel gives bfloat16 only.
         wide = dtype if values.device.type == "cpu" else torch.bfloat16
         product = torch._scaled_mm(
@@ -218,6 +243,25 @@ class FP8Linear(RowLinear):
             out_dtype=wide,
         )
         return product.to(dtype)
+
+    def multiply_per_tensor(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """As `multiply`, the scales applied to the product: other last bits than by rows.
+
+        Bare sums are at most 448 * 448 * K, which bfloat16 and float32 hold and float16 does not.
+        """
+        wide = dtype if values.device.type == "cpu" else torch.bfloat16
+        if wide == torch.float16:
+            wide = torch.float32
+        one = scale.new_ones(1)
+        product = torch._scaled_mm(
+            values,
+            self.weight.T,
+            scale_a=one,
+            scale_b=one,
+            use_fast_accum=values.is_cuda,
+            out_dtype=wide,
+        )
+        return product.mul_(scale).mul_(self.weight_scale).to(dtype)
 
 
 class Int8Linear(RowLinear):
@@ -264,41 +308,69 @@ def fits_together(scheme: str, shapes: Shapes) -> bool:
 
 
 def find_multiply(scheme: str, device: str) -> str:
-    """How a scheme's layers multiply on a device: "scaled_mm", "int_mm" or "dequantize"."""
-    row = SCHEMES.get(scheme)
-    if row is not None and row.multiply and _can_multiply(scheme, device):
-        return row.multiply
-    return "dequantize"
+    """How a scheme's layers multiply on a device.
+
+    "scaled_mm", "scaled_mm per tensor", "int_mm" or "dequantize".
+    """
+    return ask_multiply(scheme, device).by
 
 
-def _can_multiply(scheme: str, device: str) -> bool:
-    """Whether a device has the arithmetic of fp8 or int8; it is probed once."""
+def ask_multiply(scheme: str, device: str) -> Multiplication:
+    """How a device multiplies in a scheme; it is asked once, by small products.
+
+    Raises torch's error where memory runs out, which says nothing of the arithmetic.
+    """
+    if scheme not in WAYS:
+        return Multiplication(DEQUANTIZE)
     if (scheme, device) not in PROBED:
         PROBED[scheme, device] = _probe(scheme, device)
     return PROBED[scheme, device]
 
 
-def _probe(scheme: str, device: str) -> bool:
-    """Whether a device has the arithmetic of fp8 or int8, by multiplying two small matrices.
+def _can_multiply(scheme: str, device: str) -> bool:
+    """Whether a device has the arithmetic of fp8 or int8."""
+    return find_multiply(scheme, device) != DEQUANTIZE
 
-    A card's compute capability must be enough, and the product must be right. Raises torch's error
-    where memory runs out, which says nothing of the arithmetic.
+
+def _probe(scheme: str, device: str) -> Multiplication:
+    """The best way of a scheme in which a device multiplies two small matrices, and rightly.
+
+    A card's compute capability must be enough, for some kernels below it end the process.
     """
     kind = torch.device(device).type
     if kind not in ("cpu", "cuda"):
-        return False
+        return Multiplication(DEQUANTIZE, f"{kind} has no such product")
     least = SCHEMES[scheme].capability
-    if kind == "cuda" and (least is None or torch.cuda.get_device_capability(device) < least):
-        return False
+    if kind == "cuda" and least and torch.cuda.get_device_capability(device) < least:
+        return Multiplication(DEQUANTIZE, f"its products need sm{least[0]}{least[1]}")
+    why = ""
+    for way in WAYS[scheme]:
+        failed = _try_to_multiply(way, device)
+        if not failed:
+            return Multiplication(way, why)
+        why = why or failed
+    return Multiplication(DEQUANTIZE, why)
+
+
+def _try_to_multiply(way: str, device: str) -> str:
+    """Multiply two small matrices; returns "", or why a device cannot, in its own words."""
     ones = torch.ones(MIN_ROWS, MIN_ROWS, device=device)
-    dtype = torch.int8 if scheme == "int8" else torch.float8_e4m3fn
-    stored = {"": ones.to(dtype), "_scale": ones[0]}
-    make_layer = FP8Linear if scheme == "fp8" else Int8Linear
+    dtype = torch.int8 if way == "int_mm" else torch.float8_e4m3fn
+    values = ones.to(dtype)
+    make_layer = Int8Linear if way == "int_mm" else FP8Linear
+    stored = {"": values, "_scale": ones[0]}
     layer = make_layer([stored], [(MIN_ROWS, MIN_ROWS)], bias=None, arithmetic=False)
+    multiply = layer.multiply
+    if isinstance(layer, FP8Linear):
+        multiply = layer.multiply_per_tensor if way == PER_TENSOR else layer.multiply_by_rows
     try:
-        product = layer.multiply(stored[""], ones[:, :1].contiguous(), torch.float32)
-        return bool((product == MIN_ROWS).all())
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, NotImplementedError, ValueError):
-        return False
+        product = multiply(values, ones[:, :1].contiguous(), torch.float32)
+        return "" if bool((product == MIN_ROWS).all()) else "its product is wrong"
+    except (RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        # Takes the error that the driver would report to the next kernel.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=device)
+        said = str(error).strip() or type(error).__name__
+        return said.splitlines()[0][:100].rstrip(". ")

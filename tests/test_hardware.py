@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from fluxcli.engine import device as hardware
 from fluxcli.engine.cards import describe_card, read_cards
-from fluxcli.errors import DeviceUnusable, ExitCode, UsageError, is_out_of_memory
+from fluxcli.errors import DeviceUnusable, ExitCode, UsageError
 from fluxcli.paths import BUNDLED
 from fluxcli.plan.machine import CONTEXT_BYTES
 from fluxcli.plan.placement import GIB
+from quant.errors import is_out_of_memory
+from quant.linear import Multiplication
 from tests.support.invariant import assert_failed, call
 
 NONE = {"cuda": 0, "xpu": 0, "mps": 0}
@@ -26,6 +28,7 @@ NONE = {"cuda": 0, "xpu": 0, "mps": 0}
 def two_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two cards of 8 GiB, sm86, that are not here."""
     monkeypatch.setattr(hardware, "_count_accelerators", lambda: NONE | {"cuda": 2})
+    monkeypatch.setattr(hardware, "ask_multiply", lambda *_: Multiplication("dequantize", "a test"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (7 * GIB, 8 * GIB))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (8, 6))
     monkeypatch.setattr(
@@ -119,6 +122,43 @@ def test_a_number_of_amd_is_no_capability_of_nvidia(two_cards, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (11, 0))
     found = hardware.probe()
     assert found.capability == (0, 0) and found.bf16 and not found.speeds.eight_bit
+
+
+def test_what_a_card_multiplies_in_is_asked_of_it_and_not_of_its_capability(two_cards, monkeypatch):
+    said = {
+        "fp8": Multiplication("dequantize", "no row-wise kernel"),
+        "int8": Multiplication("int_mm"),
+    }
+    asked = []
+
+    def ask(scheme: str, device: str) -> Multiplication:
+        asked.append((scheme, device))
+        return said[scheme]
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (8, 9))
+    monkeypatch.setattr(hardware, "ask_multiply", ask)
+    found = hardware.probe("cuda:1")
+    assert asked == [("fp8", "cuda:1"), ("int8", "cuda:1")]  # and no other device
+    assert found.multiply == {"fp8": "dequantize", "int8": "int_mm"}
+    assert "fp8" not in found.speeds.eight_bit and "int8" in found.speeds.eight_bit
+    assert found.explain_multiply("fp8") == "fp8: unpacked here, because no row-wise kernel"
+    assert found.explain_multiply("int8") == found.explain_multiply("nf4") == ""
+
+    said["fp8"] = Multiplication("scaled_mm per tensor", "no row-wise kernel")
+    found = hardware.probe("cuda:1")
+    assert found.find_multiply("fp8") == "scaled_mm per tensor"
+    assert "multiplied per tensor here, because no row-wise" in found.explain_multiply("fp8")
+
+
+def test_a_card_that_is_full_when_it_is_asked_goes_by_its_capability(two_cards, monkeypatch):
+    def full(scheme: str, device: str) -> Multiplication:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(hardware, "ask_multiply", full)
+    found = hardware.probe("cuda:1")
+    assert found.multiply == {} and found.find_multiply("int8") == "int_mm"
+    assert found.find_multiply("fp8") == "dequantize"
+    assert found.explain_multiply("fp8") == "fp8: unpacked here, because its products need sm89"
 
 
 def test_free_memory_is_never_more_than_all_of_it(two_cards, monkeypatch):

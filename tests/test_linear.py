@@ -9,10 +9,12 @@ import torch
 
 from quant import codecs, linear
 from quant.linear import (
+    ALIGNED,
     FP8Linear,
     Int8Linear,
     NF4Linear,
     QuantizedLinear,
+    ask_multiply,
     find_multiply,
     fits_together,
     make_linear,
@@ -26,6 +28,7 @@ QKV = [(96, K), (32, K), (160, K)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = {"nf4": NF4Linear, "fp8": FP8Linear, "int8": Int8Linear}
 OPERATORS = {"fp8": "_scaled_mm", "int8": "_int_mm"}
+SCALED_MM = torch._scaled_mm
 WHERE = Piece(Path("w.safetensors"), TensorInfo("w", "F32", (1, 1)))
 
 
@@ -261,8 +264,55 @@ def test_where_the_operator_is_missing_or_wrong_it_dequantizes(scheme, operator,
     monkeypatch.setattr(linear, "PROBED", {})
     monkeypatch.setattr(torch, OPERATORS[scheme], operator)
     assert find_multiply(scheme, "cpu") == "dequantize"
+    why = "not implemented for this device" if operator is refused else "its product is wrong"
+    assert ask_multiply(scheme, "cpu").why == why
     x = noise(5, K)
     assert torch.equal(make(scheme)(x), make(scheme, arithmetic=False)(x))
+
+
+def only_per_tensor(a: torch.Tensor, b: torch.Tensor, **options: object) -> torch.Tensor:
+    """As every torch for Windows: with a scale for each row it raises torch's own words."""
+    if options["scale_a"].numel() > 1:
+        raise RuntimeError("Rowwise scaling is not currently supported on your device.\nmore words")
+    return SCALED_MM(a, b, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_a_row_wise_kernel_fp8_multiplies_per_tensor_and_says_so(dtype, monkeypatch):
+    x = noise(5, K).to(dtype)
+    by_rows = make("fp8")(x)
+    monkeypatch.setattr(linear, "PROBED", {})
+    monkeypatch.setattr(torch, "_scaled_mm", only_per_tensor)
+    why = "Rowwise scaling is not currently supported on your device"
+    assert ask_multiply("fp8", "cpu") == ("scaled_mm per tensor", why)
+    # The same sums, rounded three times more where the product is in 16 bit.
+    most = 1e-6 if dtype == torch.float32 else 2**-7
+    assert (make("fp8")(x) - by_rows).abs().max() <= most * by_rows.abs().max()
+
+
+def test_the_largest_sums_per_tensor_overflow_in_no_dtype():
+    largest = torch.full((ALIGNED, 15360), 448.0)
+    stored = {"": largest.to(torch.float8_e4m3fn), "_scale": torch.full((ALIGNED,), 1e-6)}
+    shapes = [tuple(largest.shape)]
+    layer = make_linear("fp8", [stored], shapes=shapes, bias=None, arithmetic=False)
+    for dtype in DTYPES:
+        scale = torch.full((ALIGNED, 1), 1e-3)
+        product = layer.multiply_per_tensor(stored[""], scale, dtype)
+        expected = torch.full((ALIGNED, ALIGNED), 448.0 * 448.0 * 15360 * 1e-9, dtype=dtype)
+        torch.testing.assert_close(product, expected)
+
+
+@pytest.mark.parametrize("scheme", OPERATORS)
+def test_memory_that_ends_in_the_probe_says_nothing_of_the_arithmetic(scheme, monkeypatch):
+    def full(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")
+
+    monkeypatch.setattr(linear, "PROBED", {})
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, OPERATORS[scheme], full)
+        with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+            ask_multiply(scheme, "cpu")
+    assert ask_multiply(scheme, "cpu") == (OPERATORS[scheme].removeprefix("_"), "")
 
 
 def test_only_nf4_minds_where_a_part_ends():

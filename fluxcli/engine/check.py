@@ -6,9 +6,9 @@ from fluxcli.errors import (
     DeviceUnusable,
     DoesNotFit,
     find_broken_library,
-    is_out_of_memory,
     name_package,
 )
+from quant.errors import is_out_of_memory
 
 # What torch, diffusers and transformers take of a limit, without their threads. Measured with torch
 # 2.13 for the CPU: 0.85 GB of addresses and 0.34 GB of data for a picture of the bundled model.

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fluxcli.errors import find_broken_library, is_out_of_memory, name_package
-from quant.errors import MissingLibrary
+from fluxcli.errors import find_broken_library, name_package
+from quant.errors import MissingLibrary, is_out_of_memory
 
 MAX_WHY = 120  # characters of a library's error
 # Installed or not, no picture uses them. diffusers and transformers look for them at import, and

@@ -7,6 +7,8 @@ or placements. Sizes are in bytes.
 import os
 import platform
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import psutil
@@ -15,7 +17,9 @@ import torch
 from fluxcli.engine.cards import read_cards
 from fluxcli.engine.ram import read_ram
 from fluxcli.errors import DeviceUnusable, NoSuchDevice
-from fluxcli.plan.machine import BF16_SINCE, CONTEXT_BYTES, Hardware
+from fluxcli.plan.machine import BF16_SINCE, CONTEXT_BYTES, Hardware, Speeds
+from quant.errors import is_out_of_memory
+from quant.linear import DEQUANTIZE, WAYS, Multiplication, ask_multiply
 
 # What Python and the libraries take of a limit before any weight is loaded. Where the machine alone
 # is the limit, the planner's share for others has room for it.
@@ -96,11 +100,13 @@ def _hardware(
     bf16: bool,
     reason: str,
     identity: str,
+    ways: Mapping[str, Multiplication],
     capability: tuple[int, int] = (0, 0),
     gpu_unusable: bool = False,
 ) -> Hardware:
     """A device of this machine, with the RAM beside it and the speeds that the table has for it."""
     ram = read_ram()
+    speeds = read_cards().find_speeds(device, name, capability)
     return Hardware(
         device=device,
         name=name,
@@ -111,11 +117,35 @@ def _hardware(
         ram_limit=ram.limited_by,
         bf16=bf16,
         reason=reason,
-        speeds=read_cards().find_speeds(device, name, capability),
+        speeds=_without_unpacked(speeds, ways),
         identity=identity,
         capability=capability,
         gpu_unusable=gpu_unusable,
+        multiply={scheme: way.by for scheme, way in ways.items()},
+        multiply_why={scheme: way.why for scheme, way in ways.items() if way.why},
     )
+
+
+def _ask_ways(device: str) -> dict[str, Multiplication]:
+    """How a device multiplies, by scheme; a scheme is missing where memory ran out on asking."""
+    ways = {}
+    for scheme in WAYS:
+        try:
+            ways[scheme] = ask_multiply(scheme, device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+    return ways
+
+
+def _without_unpacked(speeds: Speeds, ways: Mapping[str, Multiplication]) -> Speeds:
+    """The table's speeds without those of schemes that the device unpacks."""
+    eight_bit = {
+        scheme: speed
+        for scheme, speed in speeds.eight_bit.items()
+        if scheme not in ways or ways[scheme].by != DEQUANTIZE
+    }
+    return replace(speeds, eight_bit=eight_bit)
 
 
 def _count_accelerators() -> dict[str, int]:
@@ -145,6 +175,7 @@ def _describe_cpu(why: "NoGpu") -> Hardware:
         bf16=has_matrix_units,
         reason=why.reason,
         identity="cpu",
+        ways=_ask_ways("cpu"),
         gpu_unusable=why.driver_found,
     )
 
@@ -161,13 +192,16 @@ def _describe(kind: str, number: int, *, reason: str) -> Hardware:
             bf16=True,
             reason=reason,
             identity="mps",
+            ways=_ask_ways("mps"),
         )
     device = f"{kind}:{number}"
     module = getattr(torch, kind)
     try:
-        free_bytes, total_bytes = module.mem_get_info(number)
         properties = module.get_device_properties(number)
         capability = _capability(kind, number)
+        # Before memory is asked for: the first product loads the libraries into the context.
+        ways = _ask_ways(device)
+        free_bytes, total_bytes = module.mem_get_info(number)
     except RuntimeError as error:
         why = str(error)[:120]
         hint = "flux doctor, or --device cpu"
@@ -184,6 +218,7 @@ def _describe(kind: str, number: int, *, reason: str) -> Hardware:
         bf16=capability >= BF16_SINCE or capability == (0, 0),
         reason=reason,
         identity=f"{kind} {getattr(properties, 'uuid', number)}",
+        ways=ways,
         capability=capability,
     )
 

@@ -26,12 +26,12 @@ from dataclasses import dataclass
 from fluxcli.engine import condition, decode, denoise, device, encode
 from fluxcli.engine.components import Components
 from fluxcli.engine.picture import Picture
-from fluxcli.errors import is_out_of_memory
 from fluxcli.events import Event, Notice, is_of_one_row
 from fluxcli.plan.costs import make_workload
 from fluxcli.plan.machine import CONTEXT_BYTES, Hardware
 from fluxcli.plan.placement import MemoryPlan
 from quant.checkpoint import Checkpoint
+from quant.errors import is_out_of_memory
 from quant.linear import find_multiply
 from quant.spec import SCHEMES
 

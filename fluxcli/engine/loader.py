@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fluxcli.engine import classes
-from fluxcli.errors import find_broken_library, is_out_of_memory
+from fluxcli.errors import find_broken_library
 from quant import codecs
 from quant.checkpoint import Component
 from quant.codecs import Reader
 from quant.config import DOWNLOAD_AGAIN
 from quant.dialects import ADDED_QKV, QKV, T5_TIED
-from quant.errors import CheckpointError, ExplainedError
+from quant.errors import CheckpointError, ExplainedError, is_out_of_memory
 from quant.expected import check_keys, map_names
 from quant.linear import fits_together, make_linear
 from quant.lora import Adapter

@@ -7,7 +7,7 @@ FLOP a second. Stdlib only.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from quant.spec import SCHEMES
@@ -16,6 +16,7 @@ CONTEXT_BYTES = 512 << 20  # the driver's context with the kernels, and cuBLAS' 
 DEQUANTIZING_SPEED = 0.88  # of a 16-bit product's, where the weight is dequantized before each
 CAPABILITY = re.compile(r"sm(\d+)(\d)")
 BF16_SINCE = (8, 0)  # NVIDIA's first generation that multiplies in bfloat16
+DEQUANTIZE = "dequantize"  # how a scheme is multiplied in that the device does not multiply in
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,44 @@ class Hardware:
     capability: tuple[int, int] = (0, 0)  # of NVIDIA's cards: (8, 9) is sm89
     gpu_unusable: bool = False  # a GPU's driver is there, and this torch cannot use it
     ram_limit: str = ""  # what leaves this process less RAM than the machine has
+    # What the device said, by scheme: how it multiplies (`quant.linear.find_multiply`), and why not
+    # in the scheme's best way. Nothing of a device that was not asked: a card that is not here.
+    multiply: Mapping[str, str] = field(default_factory=dict)
+    multiply_why: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
         """The device without its number: cpu, cuda, mps or xpu."""
         return self.device.partition(":")[0]
+
+    def find_multiply(self, scheme: str) -> str:
+        """How the layers of a scheme multiply here: as the device said, else by its capability.
+
+        The capability is that of torch on Linux in the version that constraints.txt pins.
+        """
+        known = SCHEMES.get(scheme)
+        if known is None or not known.multiply:
+            return DEQUANTIZE
+        if scheme in self.multiply:
+            return self.multiply[scheme]
+        if self.kind == "cpu":
+            return known.multiply
+        if known.capability and self.capability >= known.capability:
+            return known.multiply
+        return DEQUANTIZE
+
+    def explain_multiply(self, scheme: str) -> str:
+        """Why a scheme is not multiplied in its best way here; "" where it is, or none has it."""
+        known = SCHEMES.get(scheme)
+        found = self.find_multiply(scheme)
+        if known is None or found == (known.multiply or DEQUANTIZE):
+            return ""
+        how = "unpacked" if found == DEQUANTIZE else "multiplied per tensor"
+        why = self.multiply_why.get(scheme, "")
+        if not why and known.capability and self.kind == "cuda":
+            major, minor = known.capability
+            why = f"its products need sm{major}{minor}"
+        return f"{scheme}: {how} here, because {why or 'the device has no such product'}"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from fluxcli.plan import costs
 from fluxcli.plan.costs import Cost, Workload
-from fluxcli.plan.machine import CONTEXT_BYTES, Hardware, Speeds
+from fluxcli.plan.machine import CONTEXT_BYTES, DEQUANTIZE, Hardware, Speeds
 from quant.checkpoint import Checkpoint
 from quant.spec import ATTENTION, SCHEMES, ActivationLine, QuantSpec
 
@@ -135,8 +135,8 @@ def make_candidate(
     lines = SIXTEEN_BIT_LINES
     scheme = SCHEMES.get(precision)
     if scheme:
-        is_multiplied = hardware.kind == "cpu" or scheme.name in hardware.speeds.eight_bit
-        lines = scheme.activation_lines if is_multiplied else scheme.dequantized_lines
+        is_unpacked = hardware.find_multiply(scheme.name) == DEQUANTIZE
+        lines = scheme.dequantized_lines if is_unpacked else scheme.activation_lines
     cost = costs.estimate_cost(workload, checkpoint, dtypes=dtypes, spec=spec, lines=lines)
     return Candidate(
         checkpoint=checkpoint,
@@ -403,6 +403,9 @@ def _explain(candidate: Candidate, placement: Placement) -> tuple[str, ...]:
         f"{hardware.device}: {hardware.reason}",
         f"seconds by {hardware.speeds.source} speeds",
     ]
+    how = hardware.explain_multiply(candidate.scheme)
+    if how:
+        reasons.append(how)
     if hardware.ram_limit:
         reasons.append(f"RAM is {hardware.ram_bytes / GIB:.1f} GiB by {hardware.ram_limit}")
     if placement.encode == "sequential":

@@ -28,7 +28,6 @@ from fluxcli.request.fields import Order
 from quant import codecs, linear
 from quant.checkpoint import Checkpoint
 from quant.codecs import Reader
-from quant.spec import BAKEABLE
 from quant.tensor_info import GGUF_BITS
 from quant.weights import Piece, Weight
 from tests.support.helpers import machine, picture_of, plan_for
@@ -154,9 +153,10 @@ def full_size(monkeypatch: pytest.MonkeyPatch, *, arithmetic: bool = True) -> It
             return real(*arguments)
 
     monkeypatch.setattr(denoise, "make_scheduler", make_scheduler)
-    for scheme in BAKEABLE:  # as on a card that computes it
-        monkeypatch.setitem(linear.PROBED, (scheme, CARD), arithmetic)
-        monkeypatch.setitem(linear.PROBED, (scheme, "cpu"), arithmetic)
+    for scheme, ways in linear.WAYS.items():
+        way = linear.Multiplication(ways[0] if arithmetic else linear.DEQUANTIZE)
+        for device in (CARD, "cpu"):
+            monkeypatch.setitem(linear.PROBED, (scheme, device), way)
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield read_known_shapes("black-forest-labs/FLUX.1-dev")
 
