@@ -24,7 +24,7 @@ AT_THE_TOP = {"torch", "numpy", "safetensors"}
 FLOORS = [
     ["quant"],
     ["fluxcli.errors", "fluxcli.events", "fluxcli.signals", "fluxcli.paths"],
-    ["fluxcli.request"],
+    ["fluxcli.learned", "fluxcli.request"],
     ["fluxcli.pictures", "fluxcli.plan", "fluxcli.models"],
     ["fluxcli.resolve"],
     ["fluxcli.engine"],
@@ -41,6 +41,7 @@ STDLIB_ONLY = (
     "fluxcli.events",
     "fluxcli.signals",
     "fluxcli.paths",
+    "fluxcli.learned",
 )
 
 

@@ -8,14 +8,16 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from fluxcli import paths
+from fluxcli import learned, paths
 from fluxcli.cli import console
 from fluxcli.engine import device as hardware
+from fluxcli.engine import pinned
 from fluxcli.errors import ExitCode
 from fluxcli.events import Phase
 from fluxcli.plan.machine import Hardware
@@ -110,6 +112,38 @@ def test_the_folder_is_the_platforms(system, platform, environment, expected, mo
     monkeypatch.setattr(paths, "os", SimpleNamespace(name=system, path=os.path, devnull=os.devnull))
     monkeypatch.setattr(paths, "sys", SimpleNamespace(platform=platform))
     assert paths.cache_folder(environment) == Path(expected)
+
+
+# --- what the driver pins
+
+
+def find_limit(device: str = "cuda:0", identity: str = CARD) -> int | None:
+    return pinned.find_pin_limit(device, identity, ram_bytes=64 * GIB)
+
+
+def test_what_the_driver_pins_is_known_once_it_has_refused(monkeypatch):
+    monkeypatch.setattr(pinned.platform, "release", lambda: "6.12.0-generic")
+    assert find_limit() is None and find_limit("cpu") is None
+    pinned.learn_pin_limit(card(), pinned_bytes=5 * GIB, refused=False)
+    assert find_limit() is None and files(paths.cache_folder()) == {}
+    pinned.learn_pin_limit(card(), pinned_bytes=3 * GIB, refused=True)
+    assert (find_limit(), find_limit(identity="another")) == (3 * GIB, None)
+    path = paths.cache_folder() / pinned.FILE
+    then = path.stat().st_mtime - learned.FORGOTTEN_AFTER_S - 60
+    os.utime(path, (then, then))
+    assert find_limit() is None
+
+
+def test_windows_and_wsl_have_limits_until_a_driver_has_shown_another(monkeypatch):
+    monkeypatch.setattr(pinned.platform, "release", lambda: "5.15.0-microsoft-standard-WSL2")
+    assert find_limit() == GIB // 2
+    wsl = replace(card(), pin_bytes=GIB // 2)
+    pinned.learn_pin_limit(wsl, pinned_bytes=GIB // 4, refused=False)
+    assert find_limit() == GIB // 2
+    pinned.learn_pin_limit(wsl, pinned_bytes=GIB, refused=False)
+    assert find_limit() == GIB
+    monkeypatch.setattr(pinned, "os", SimpleNamespace(name="nt"))
+    assert find_limit(identity="another") == int(64 * GIB * 0.4)
 
 
 # --- the margin
@@ -315,7 +349,7 @@ def test_many_moments_teach_no_more_than_a_quarter_of_the_card_and_a_week_forget
         grow_margin(card(), GIB)
     assert read_margin(card()) == 2 * GIB
     path = paths.cache_folder() / "margin.json"
-    then = path.stat().st_mtime - margin.FORGOTTEN_AFTER_S - 60
+    then = path.stat().st_mtime - learned.FORGOTTEN_AFTER_S - 60
     os.utime(path, (then, then))
     assert read_margin(card()) == 0
     grow_margin(card("another"), GIB)  # what is forgotten does not come back

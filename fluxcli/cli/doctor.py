@@ -113,6 +113,8 @@ def examine(device: str = "auto") -> Iterator[Check]:
         yield from _check_precisions(hardware)
         if hardware.kind != "cpu":
             yield _check_vram(hardware)
+        if hardware.pin_bytes is not None:
+            yield _describe_pin_limit(hardware)
         yield _check_bitsandbytes(hardware)
     yield _check_ram()
     yield _check_disk()
@@ -271,6 +273,13 @@ def _check_vram(hardware: Hardware) -> Check:
         if holders:
             found += "; held by " + ", ".join(f"pid {line}" for line in holders)
     return _warn_unless(is_free, "VRAM", found=found, fix="close what holds it")
+
+
+def _describe_pin_limit(hardware: Hardware) -> Check:
+    """How much RAM the driver pins, which streamed weights are copied from fastest."""
+    assert hardware.pin_bytes is not None
+    found = f"the driver pins about {hardware.pin_bytes / GIB:.1f} GiB; streaming goes on beyond it"
+    return Check("pinned RAM", "ok", found)
 
 
 def _check_ram() -> Check:

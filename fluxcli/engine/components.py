@@ -18,6 +18,7 @@ from fluxcli.engine import device
 from fluxcli.engine.loader import LoadedComponent
 from fluxcli.engine.lora_hooks import attach
 from fluxcli.engine.modulation import Condition, ModulationRow
+from fluxcli.engine.pinned import learn_pin_limit
 from fluxcli.engine.recent import Recent
 from fluxcli.engine.streaming import load_component
 from fluxcli.engine.text import PromptEncoder
@@ -178,6 +179,11 @@ class Components:
                 loaded.module, component, dtype=self.dtype(name), device=self.plan.device
             )
         self.loaded[name] = loaded
+        learn_pin_limit(
+            self.hardware,
+            pinned_bytes=loaded.pinned_bytes,
+            refused=loaded.unpinned_bytes > 0,
+        )
         if loaded.unpinned_bytes:
             gib = loaded.unpinned_bytes / GIB
             yield Notice(f"the driver does not pin {gib:.1f} GiB of RAM: streaming is slower")

@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from fluxcli.engine.cards import read_cards
+from fluxcli.engine.pinned import find_pin_limit
 from fluxcli.engine.ram import read_ram
 from fluxcli.errors import DeviceUnusable, NoSuchDevice
 from fluxcli.plan.machine import BF16_SINCE, CONTEXT_BYTES, Hardware, Speeds
@@ -123,6 +124,7 @@ def _hardware(
         gpu_unusable=gpu_unusable,
         multiply={scheme: way.by for scheme, way in ways.items()},
         multiply_why={scheme: way.why for scheme, way in ways.items() if way.why},
+        pin_bytes=find_pin_limit(device, identity, ram_bytes=ram.total_bytes),
     )
 
 

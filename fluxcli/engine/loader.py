@@ -64,7 +64,8 @@ class LoadedComponent:
 
     module: Any  # an nn.Module of diffusers or transformers, in eval mode
     places: dict[str, Place]  # by the names of the model's layers, but for the modulation's
-    unpinned_bytes: int = 0  # of streamed blocks, in RAM that the driver did not pin
+    pinned_bytes: int = 0  # of streamed blocks, in RAM that the driver has pinned
+    unpinned_bytes: int = 0  # of streamed blocks, in RAM that it has not
     adapters: tuple[Adapter, ...] = ()  # that act on it now
     handles: list[RemovableHandle] = field(default_factory=list)  # whose `remove` ends that
 

@@ -7,8 +7,7 @@ host. Knows modules and streams, nothing of plans. On the CPU and on devices wit
 own the copies are plain ones. Sizes are in bytes.
 """
 
-import contextlib
-import weakref
+import mmap
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from fluxcli.engine.loader import Filler, LoadedComponent
+from fluxcli.engine.pinned import pin as _pin
 from quant.checkpoint import Component
 from quant.spec import QuantSpec
 
 ALIGNMENT = 256  # of tensors in a slot: what every kernel can load from
 TENSORS_A_LAYER = 4  # at most, where a layer is quantized; each is aligned
 SLOTS = 2
+PAGE_BYTES = mmap.PAGESIZE
 
 
 class Bus:
@@ -47,7 +48,8 @@ class CudaBus(Bus):
         self._main = torch.cuda.current_stream(device)
         self._copied = [torch.cuda.Event() for _ in range(SLOTS)]
         self._computed = [torch.cuda.Event() for _ in range(SLOTS)]
-        # The first copies wait for what the device computes now: slots may be its memory.
+        # The first copies wait for what the device computes now: slots, which are there already,
+        # may be its memory.
         for slot in range(SLOTS):
             self.computed(slot)
 
@@ -106,6 +108,7 @@ def load_component(
     if blocks and from_arena:
         most_bytes = sum(filler.block_bytes(block, skip=skip) for block in blocks)
         conveyor = Conveyor(filler, names_by_block, most_bytes)
+        loaded.pinned_bytes = conveyor.pinned_bytes
         loaded.unpinned_bytes = conveyor.unpinned_bytes
     else:
         for block, names in names_by_block.items():
@@ -136,19 +139,18 @@ class Conveyor:
         """
         names = sum(len(names) for names in names_by_block.values())
         padding_bytes = ALIGNMENT * TENSORS_A_LAYER * names
+        padding_bytes += 2 * PAGE_BYTES * len(names_by_block)
         # Pages of the arena that stay untouched take no memory.
         self._arena = torch.empty(most_bytes + padding_bytes, dtype=torch.uint8)
-        self._sources: list[Tensor] = []  # each block's part of the arena
-        used_bytes = self._fill_arena(filler, names_by_block)
-        is_pinned = _pin(self._arena, used_bytes, filler.device)
-        self.unpinned_bytes = 0 if is_pinned else used_bytes
+        self._sources = self._fill_arena(filler, names_by_block)  # each block's part of the arena
+        self._is_pinned = self._pin_sources(filler.device)
 
-        self._bus = make_bus(filler.device)
         largest_bytes = max(source.numel() for source in self._sources)
         self._slots = [
             torch.empty(largest_bytes, dtype=torch.uint8, device=filler.device)
             for _ in range(SLOTS)
         ]
+        self._bus = make_bus(filler.device)
         self._held = [-1] * SLOTS  # the index of the block that each slot holds
         for index, block in enumerate(names_by_block):
             module = filler.module.get_submodule(block)
@@ -157,19 +159,52 @@ class Conveyor:
         for index in range(min(SLOTS, len(self._sources))):
             self._copy(index)
 
-    def _fill_arena(self, filler: Filler, names_by_block: Mapping[str, Sequence[str]]) -> int:
-        """Fill the blocks and move their tensors into the arena; returns the bytes they take."""
-        used_bytes = 0
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes of the blocks that the driver has pinned."""
+        return self._count_bytes(pinned=True)
+
+    @property
+    def unpinned_bytes(self) -> int:
+        """Bytes of the blocks that it has not."""
+        return self._count_bytes(pinned=False)
+
+    def _count_bytes(self, *, pinned: bool) -> int:
+        sources = zip(self._sources, self._is_pinned, strict=True)
+        return sum(source.numel() for source, is_pinned in sources if is_pinned == pinned)
+
+    def _fill_arena(
+        self, filler: Filler, names_by_block: Mapping[str, Sequence[str]]
+    ) -> list[Tensor]:
+        """Fill the blocks and move their tensors into the arena; returns each block's part of it.
+
+        No two parts share a page of memory, so that each can be pinned alone.
+        """
+        sources = []
+        start = 0
         for block, names in names_by_block.items():
             # Quantizing is work for the device; what is stored so already goes to RAM at once.
             device = filler.device if filler.quantizes(block) else "cpu"
             for name in names:
                 filler.fill(name, device=device)
             module = filler.module.get_submodule(block)
-            block_bytes = _move_into(module, self._arena[used_bytes:])
-            self._sources.append(self._arena[used_bytes : used_bytes + block_bytes])
-            used_bytes += block_bytes
-        return used_bytes
+            block_bytes = _move_into(module, self._arena[start:])
+            sources.append(self._arena[start : start + block_bytes])
+            start += (-(-block_bytes // PAGE_BYTES) + 1) * PAGE_BYTES
+        return sources
+
+    def _pin_sources(self, device: str) -> list[bool]:
+        """Pin block after block until the driver refuses; which blocks are pinned.
+
+        A block (57 to 454 MB of FLUX.1's) is never pinned in part, nor together with the next: one
+        copy out of two ranges that were registered apart is not promised to work.
+        """
+        is_pinned = [True] * len(self._sources)
+        for index, source in enumerate(self._sources):
+            is_pinned[index] = _pin(source, source.numel(), device)
+            if not is_pinned[index]:
+                return is_pinned[: index + 1] + [False] * (len(self._sources) - index - 1)
+        return is_pinned
 
     def _copy(self, index: int) -> None:
         slot = index % SLOTS
@@ -258,28 +293,3 @@ def _replace_tensors(block: nn.Module, replacement: Callable[[Tensor], Tensor]) 
                 if isinstance(tensor, nn.Parameter):
                     new = nn.Parameter(new, requires_grad=False)
                 holder[leaf] = new
-
-
-def _pin(arena: Tensor, size_bytes: int, device: str) -> bool:
-    """Register exactly the arena's first bytes with the driver; returns whether that was possible.
-
-    torch's own pinned allocator would round up to a power of 2.
-    """
-    if not device.startswith("cuda"):
-        return True
-    with torch.cuda.device(device):
-        failed = int(torch.cuda.cudart().cudaHostRegister(arena.data_ptr(), size_bytes, 0))
-        if failed:
-            # Takes the error that the driver would report to the next kernel.
-            with contextlib.suppress(RuntimeError):
-                torch.zeros(1, device=device)
-            return False
-    weakref.finalize(arena, _unpin, arena.data_ptr(), device)
-    return True
-
-
-def _unpin(address: int, device: str) -> None:
-    # On a device that has failed every call raises; there is nothing left to give back then.
-    with contextlib.suppress(RuntimeError), torch.cuda.device(device):
-        torch.cuda.synchronize()
-        torch.cuda.cudart().cudaHostUnregister(address)

@@ -62,6 +62,7 @@ class Hardware:
     # in the scheme's best way. Nothing of a device that was not asked: a card that is not here.
     multiply: Mapping[str, str] = field(default_factory=dict)
     multiply_why: Mapping[str, str] = field(default_factory=dict)
+    pin_bytes: int | None = None  # of RAM that the driver pins at most; None: as much as there is
 
     @property
     def kind(self) -> str:

@@ -419,6 +419,10 @@ def _explain(candidate: Candidate, placement: Placement) -> tuple[str, ...]:
         if placement.streamed:
             how = "streamed from pinned memory"
         reasons.append(f"{passing} of {whole}, are {how}")
+    streamed_bytes = _streamed_bytes(candidate, placement)
+    if hardware.pin_bytes is not None and streamed_bytes > hardware.pin_bytes:
+        limit = f"{hardware.pin_bytes / GIB:.1f} of {streamed_bytes / GIB:.1f} GiB"
+        reasons.append(f"the driver pins {limit}: the rest passes through a buffer")
     if placement.decode == "alone":
         reasons.append("the transformer leaves before the VAE decodes")
     if placement.decode == "tiled":

@@ -7,29 +7,21 @@ that has happened last: what took the memory then may be gone. Deleting the file
 Where the file cannot be read or written nothing is remembered, and nothing is said. No torch.
 """
 
-import contextlib
-import json
-import os
-import time
-
-from fluxcli.paths import cache_folder
+from fluxcli.learned import read_sizes, write_sizes
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB
-from quant.files import read_small_file, write_atomically
 
 FILE = "margin.json"
-MAX_BYTES = 1 << 20
 # The least that changes a placement: about four blocks of the smallest precision (nf4).
 LEAST_GROWTH_BYTES = 256 << 20
 # The most that one occasion may teach, of the card's memory: it may have been another program's.
 MOST_GROWTH_SHARE = 0.125
 MOST_SHARE = 0.25  # the most that all occasions together teach
-FORGOTTEN_AFTER_S = 7 * 24 * 3600.0
 
 
 def read_margin(hardware: Hardware) -> int:
     """The bytes that plans for this card leave alone; 0 where memory never ran out."""
-    learned_bytes = _read_all().get(_name(hardware), 0)
+    learned_bytes = read_sizes(FILE).get(_name(hardware), 0)
     return min(learned_bytes, int(hardware.total_bytes * MOST_SHARE))
 
 
@@ -40,28 +32,11 @@ def grow_margin(hardware: Hardware, missing_bytes: int) -> None:
     """
     most_bytes = int(hardware.total_bytes * MOST_GROWTH_SHARE)
     growth_bytes = min(max(missing_bytes, LEAST_GROWTH_BYTES), most_bytes)
-    margins = _read_all()
+    margins = read_sizes(FILE)
     grown_bytes = margins.get(_name(hardware), 0) + growth_bytes
     margins[_name(hardware)] = min(grown_bytes, int(hardware.total_bytes * MOST_SHARE))
-    path = cache_folder() / FILE
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(margins, indent=1).encode(), place=os.replace)
+    write_sizes(FILE, margins)
 
 
 def _name(hardware: Hardware) -> str:
     return f"{hardware.identity}, {hardware.total_bytes / GIB:.1f} GiB"
-
-
-def _read_all() -> dict[str, int]:
-    """The margins of all cards that are not forgotten; what is no number of bytes is left out."""
-    path = cache_folder() / FILE
-    try:
-        if time.time() - path.stat().st_mtime > FORGOTTEN_AFTER_S:
-            return {}
-        found = json.loads(read_small_file(path, MAX_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(found, dict):
-        return {}
-    return {key: size for key, size in found.items() if type(size) is int and size >= 0}
