@@ -1,0 +1,417 @@
+"""What one denoising step of the full-size model launches, moves and waits for on a card that is
+not there.
+
+    python -m tests.support.steps [--operators] [ROW ...]
+
+The real engine computes on FakeTensors that say "cuda:0", and every operator that torch dispatches
+is counted in the second step of a picture of 1024x1024 with 512 text tokens, where what the first
+one keeps is there. The rules:
+
+- An operator that makes no view is one launch. It reads its inputs and writes its outputs once; one
+  in place, `copy_` too, reads and writes its first argument. An expanded tensor counts in full.
+- `rms_norm` is one launch, after a copy of an input that is not contiguous, and attention is the
+  flash kernel, as in a torch that has CUDA; this one would take both apart.
+- A copy between the host and the card is no launch; it is counted by itself. It is a
+  synchronization unless it goes to the card and is `non_blocking`; `.item()` is one, too.
+
+The model is cut down to a few blocks. What a step does is linear in their numbers, so that three
+depths tell what 19 double and 38 single blocks do.
+"""
+
+import argparse
+import contextlib
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from benchmarks.counting import pretend_baked
+from fluxcli.engine import classes, condition, denoise
+from fluxcli.engine.engine import Engine
+from fluxcli.engine.picture import Picture
+from fluxcli.engine.prompt_cache import Embeddings
+from fluxcli.events import Step
+from fluxcli.plan import costs
+from fluxcli.plan.placement import Placement
+from quant import linear
+from quant.checkpoint import Checkpoint
+from quant.spec import QuantSpec
+from tests.support import guard
+from tests.support.helpers import machine, order, plan_for
+from tests.support.simulate import blocked, full_size
+
+ROOT = Path(__file__).resolve().parents[2]
+CARD = "cuda:0"
+
+BAKES = {"nf4": QuantSpec("nf4", "nf4"), "fp8": QuantSpec("fp8"), "int8": QuantSpec("int8")}
+PRODUCTS = frozenset(
+    [
+        "mm",
+        "addmm",
+        "bmm",
+        "baddbmm",
+        "_scaled_mm",
+        "_int_mm",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+    ]
+)
+# What is neither a view by its schema nor a launch.
+NO_LAUNCH = frozenset(
+    [
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "new_empty_strided",
+        "_unsafe_view",
+        "lift_fresh",
+        "sym_size",
+    ]
+)
+
+
+class Depth(NamedTuple):
+    """How many blocks of each kind a transformer has."""
+
+    double: int
+    single: int
+
+
+FLUX1 = Depth(19, 38)
+SHALLOW = Depth(2, 2)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to store and to place the transformer."""
+
+    precision: str
+    gguf: str = ""  # the kind of the blocks, where it is read from GGUF
+    multiply: str = ""  # how the card multiplies in 8 bit, where not in the best way
+    streamed: bool = False  # all of its blocks
+
+
+ROWS = {
+    "bf16": Row("bf16"),
+    "bf16-streamed": Row("bf16", streamed=True),
+    "fp16": Row("fp16"),
+    "nf4": Row("nf4"),
+    "fp8": Row("fp8"),
+    "fp8-per-tensor": Row("fp8", multiply=linear.PER_TENSOR),
+    "fp8-unpacked": Row("fp8", multiply=linear.DEQUANTIZE),
+    "int8": Row("int8"),
+    "int8-unpacked": Row("int8", multiply=linear.DEQUANTIZE),
+    **{f"gguf-{kind}": Row("auto", gguf=kind) for kind in ("Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K")},
+}
+
+
+@dataclass
+class Counts:
+    """What was counted, by operator; copies are those between the host and the card."""
+
+    launches: Counter[str] = field(default_factory=Counter)
+    moved_bytes: Counter[str] = field(default_factory=Counter)
+    copies: Counter[str] = field(default_factory=Counter)
+    copied_bytes: Counter[str] = field(default_factory=Counter)
+    syncs: Counter[str] = field(default_factory=Counter)  # by operator and line of the project
+
+    def __add__(self, other: "Counts") -> "Counts":
+        sums = []
+        for mine, its in zip(self._all(), other._all(), strict=True):
+            both = {name: mine[name] + its[name] for name in mine | its}
+            sums.append(Counter({name: count for name, count in both.items() if count}))
+        return Counts(*sums)
+
+    def __sub__(self, other: "Counts") -> "Counts":
+        return self + other * -1
+
+    def __mul__(self, times: int) -> "Counts":
+        scaled = [
+            Counter({name: count * times for name, count in counter.items()})
+            for counter in self._all()
+        ]
+        return Counts(*scaled)
+
+    def _all(self) -> tuple[Counter[str], ...]:
+        return self.launches, self.moved_bytes, self.copies, self.copied_bytes, self.syncs
+
+    @property
+    def product_bytes(self) -> int:
+        """Bytes that products and attention move."""
+        return sum(self.moved_bytes[name] for name in PRODUCTS)
+
+    @property
+    def other_bytes(self) -> int:
+        """Bytes that everything else moves."""
+        return self.moved_bytes.total() - self.product_bytes
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """What a step does in one double block, in one single block, and outside of the blocks."""
+
+    double: Counts
+    single: Counts
+    beside: Counts
+
+    def extrapolate(self, depth: Depth) -> Counts:
+        """What a step does in a model of so many blocks."""
+        return self.beside + self.double * depth.double + self.single * depth.single
+
+
+class StepCounter(TorchDispatchMode):
+    """Counts while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._counts = Counts()
+
+    def take(self) -> Counts:
+        """What was counted since the last call."""
+        found = self._counts
+        self._counts = Counts()
+        return found
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        library, _, name = function._schema.name.partition("::")
+        if library != "prim" and not function.is_view and name not in NO_LAUNCH:
+            is_async = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
+            self._count(name, _tensors((args, kwargs)), _tensors(result), is_async=bool(is_async))
+        return result
+
+    def _count(
+        self, name: str, given: list[torch.Tensor], made: list[torch.Tensor], *, is_async: bool
+    ) -> None:
+        counts = self._counts
+        given_here = [tensor for tensor in given if tensor.is_cuda]
+        new_here = [
+            tensor
+            for tensor in made
+            if tensor.is_cuda and not any(tensor is each for each in given)
+        ]
+        if not given_here and not new_here:
+            return
+        if name in ("_to_copy", "copy_"):
+            target, source = (made[0], given[-1])
+            if target.device != source.device:
+                counts.copies[name] += 1
+                counts.copied_bytes[name] += source.nbytes
+                if not (target.is_cuda and is_async):
+                    counts.syncs[f"{name} to {target.device.type} at {_find_place()}"] += 1
+                return
+        elif name == "_local_scalar_dense":
+            counts.syncs[f"item at {_find_place()}"] += 1
+            return
+        size_bytes = sum(_nbytes(tensor) for tensor in given_here + new_here)
+        if name.endswith("_"):
+            size_bytes += _nbytes(given_here[0])
+        counts.launches[name] += 1
+        counts.moved_bytes[name] += size_bytes
+
+
+def _tensors(tree: object) -> list[torch.Tensor]:
+    leaves, _ = tree_flatten(tree)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _find_place() -> str:
+    """The innermost line of the project on the stack."""
+    for frame in reversed(traceback.extract_stack()):
+        path = Path(frame.filename)
+        if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in ("fluxcli", "quant"):
+            return f"{path.relative_to(ROOT)}:{frame.lineno}: {frame.line}"
+    return "?"
+
+
+# --- a card that is not there
+
+
+def _attend(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, **_: object
+):
+    """What torch takes on CUDA without a mask: the flash kernel."""
+    if not query.is_cuda:
+        return REAL_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+    assert attn_mask is None and query.shape[-1] <= 256
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    return flash(query, key, value, 0.0, is_causal, False, scale=scale)[0]
+
+
+def _normalize(x, normalized_shape, weight=None, eps=None):
+    """As `_fused_rms_norm_cuda`: one launch over what is contiguous, here a product."""
+    if not x.is_cuda:
+        return REAL_RMS_NORM(x, normalized_shape, weight, eps)
+    return x.contiguous() * weight
+
+
+REAL_ATTENTION = torch.nn.functional.scaled_dot_product_attention
+REAL_RMS_NORM = torch.nn.functional.rms_norm
+
+
+class _Stream:
+    """A stream or an event, in whose order nothing happens."""
+
+    def __init__(self, *_: object, **options: object) -> None: ...
+    def wait_event(self, *_: object) -> None: ...
+    def wait_stream(self, *_: object) -> None: ...
+    def record(self, *_: object) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+def _pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch.cuda answer as a driver would, with 80 GiB that are always free."""
+    guard.install()
+    total_bytes = 80 << 30
+    answers = {
+        "_lazy_init": lambda: None,
+        "Stream": _Stream,
+        "Event": _Stream,
+        "current_stream": lambda *_: _Stream(),
+        "stream": lambda *_: contextlib.nullcontext(),
+        "device": lambda *_: contextlib.nullcontext(),
+        "synchronize": lambda *_: None,
+        "mem_get_info": lambda *_: (total_bytes, total_bytes),
+        "get_device_capability": lambda *_: (8, 9),
+        "memory_reserved": lambda *_: 0,
+        "max_memory_reserved": lambda *_: 0,
+        "memory_allocated": lambda *_: 0,
+        "max_memory_allocated": lambda *_: 0,
+        "reset_peak_memory_stats": lambda *_: None,
+        "empty_cache": lambda: None,
+        "set_per_process_memory_fraction": lambda *_: None,
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    monkeypatch.setattr("fluxcli.engine.streaming._pin", lambda *_: True)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", _attend)
+    monkeypatch.setattr(torch.nn.functional, "rms_norm", _normalize)
+
+
+def cut_depth(checkpoint: Checkpoint, depth: Depth) -> Checkpoint:
+    """The same model with fewer blocks of each kind."""
+    part = checkpoint.components["transformer"]
+    config = part.config | {"num_layers": depth.double, "num_single_layers": depth.single}
+    counts = {"transformer_blocks": depth.double, "single_transformer_blocks": depth.single}
+    kept = {}
+    for name, weight in part.weights.items():
+        kind, _, rest = name.partition(".")
+        if kind not in counts or int(rest.partition(".")[0]) < counts[kind]:
+            kept[name] = weight
+    cut = replace(part, config=config, weights=kept)
+    return replace(checkpoint, components=checkpoint.components | {part.name: cut})
+
+
+def count_step(row: Row, depth: Depth) -> Counts:
+    """What the second step of a picture does in a model of that depth."""
+    # Their first import would be under the counter.
+    for load in (classes.transformer, classes.single_block, classes.scheduler):
+        load()
+    with pytest.MonkeyPatch.context() as monkeypatch, full_size(monkeypatch) as dev:
+        _pretend_cuda(monkeypatch)
+        for scheme, ways in linear.WAYS.items():
+            way = linear.Multiplication(row.multiply or ways[0])
+            monkeypatch.setitem(linear.PROBED, (scheme, CARD), way)
+        checkpoint = cut_depth(dev, depth)
+        if row.precision in BAKES:
+            checkpoint = pretend_baked(checkpoint, BAKES[row.precision])
+        if row.gguf:
+            checkpoint = blocked(checkpoint, row.gguf)
+        asked = order("x", steps=2, seed=1, image_size=1024, precision=row.precision)
+        here = machine(80)
+        _, plan = plan_for(asked, [checkpoint], here)
+        if row.streamed:
+            blocks = costs.block_names(checkpoint.components["transformer"])
+            placed = Placement(denoise="streamed", streamed=tuple(range(len(blocks))))
+            plan = replace(plan, placement=placed)
+        engine = Engine(checkpoint, replace(plan, device=CARD), here)
+        return _follow(engine, Picture(asked.request))
+
+
+def _follow(engine: Engine, picture: Picture) -> Counts:
+    """What the last step of the picture does, its embeddings given."""
+    width = engine.checkpoint.components["transformer"].config["joint_attention_dim"]
+    sequence = torch.zeros(1, picture.request.text_tokens, width)
+    picture.embeddings = Embeddings(torch.zeros(1, 768), sequence)
+    counter = StepCounter()
+    with torch.no_grad(), counter:
+        for _ in condition.run(engine.components, [picture]):
+            pass
+        found = Counts()
+        for event in denoise.run(engine.components, [picture]):
+            if isinstance(event, Step):
+                found = counter.take()
+    return found
+
+
+def count_blocks(row: Row) -> StepCounts:
+    """What a step does by kind of block, from three depths."""
+    base = count_step(row, SHALLOW)
+    double = count_step(row, SHALLOW._replace(double=SHALLOW.double + 1)) - base
+    single = count_step(row, SHALLOW._replace(single=SHALLOW.single + 1)) - base
+    beside = base - double * SHALLOW.double - single * SHALLOW.single
+    return StepCounts(double, single, beside)
+
+
+# --- the table
+
+
+def describe_row(name: str, counts: StepCounts) -> str:
+    """One line of the table."""
+    step = counts.extrapolate(FLUX1)
+    parts = [each.launches.total() for each in (counts.beside, counts.double, counts.single)]
+    products = sum(step.launches[operator] for operator in PRODUCTS)
+    return (
+        f"{name:<16} {step.launches.total():>8} {'{} + 19 x {} + 38 x {}'.format(*parts):>22}"
+        f" {products:>8} {step.other_bytes / 1e9:>9.2f} {step.product_bytes / 1e9:>9.2f}"
+        f" {step.syncs.total():>6} {step.copies.total():>7} {step.copied_bytes.total() / 1e9:>8.2f}"
+    )
+
+
+HEADER = (
+    f"{'row':<16} {'launches':>8} {'beside, double, single':>22} {'products':>8}"
+    f" {'GB beside':>9} {'GB in':>9} {'syncs':>6} {'copies':>7} {'GB':>8}"
+)
+
+
+def describe_operators(counts: Counts) -> Iterator[str]:
+    """Lines of the operators that move most, and of every synchronization."""
+    for name, moved_bytes in counts.moved_bytes.most_common(16):
+        yield f"    {name:<36} {counts.launches[name]:>6} launches {moved_bytes / 1e9:>8.2f} GB"
+    for place, count in counts.syncs.items():
+        yield f"    {count} x {place}"
+
+
+def main() -> None:
+    """Read the command line, count, print."""
+    parser = argparse.ArgumentParser(description="one step of the full-size model, counted")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--operators", action="store_true", help="what moves most, and what waits")
+    given = parser.parse_args()
+    unknown = set(given.rows) - set(ROWS)
+    if unknown:
+        parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+    print(HEADER)
+    for name in given.rows or ROWS:
+        counts = count_blocks(ROWS[name])
+        print(describe_row(name, counts), flush=True)
+        if given.operators:
+            print(*describe_operators(counts.extrapolate(FLUX1)), sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

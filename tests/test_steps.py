@@ -1,0 +1,51 @@
+"""A ratchet of one denoising step: its launches, bytes and synchronizations in every precision are
+those of golden_steps.txt, which a change in either direction has to update.
+
+`tests.support.steps` says what is counted, and how.
+"""
+
+import pytest
+
+from tests.support.helpers import ROOT
+from tests.support.steps import (
+    FLUX1,
+    HEADER,
+    ROWS,
+    Depth,
+    count_blocks,
+    count_step,
+    describe_row,
+)
+
+GOLDEN = ROOT / "tests" / "golden_steps.txt"
+UPDATE = "if that is meant: .venv/bin/python -m tests.support.steps > tests/golden_steps.txt"
+
+
+def golden_lines() -> dict[str, str]:
+    """The table's lines by their rows' names."""
+    header, *lines = GOLDEN.read_text(encoding="utf-8").splitlines()
+    assert header == HEADER, UPDATE
+    return {line.split()[0]: line for line in lines}
+
+
+def test_the_table_has_every_row():
+    assert list(golden_lines()) == list(ROWS), UPDATE
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_step_does_what_the_table_says(name):
+    found = describe_row(name, count_blocks(ROWS[name]))
+    assert found == golden_lines()[name], f"\n{found}\nis counted; {UPDATE}"
+
+
+def test_a_step_is_linear_in_depth():
+    deeper = Depth(3, 3)
+    row = ROWS["nf4"]
+    assert count_step(row, deeper) == count_blocks(row).extrapolate(deeper)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ROWS)
+def test_the_whole_model_does_what_shallow_ones_tell(name):
+    row = ROWS[name]
+    assert count_step(row, FLUX1) == count_blocks(row).extrapolate(FLUX1)
