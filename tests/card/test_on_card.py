@@ -1,23 +1,111 @@
 """The engine on the card that is not there: the CPU's pixels, no problem, no host that waits."""
 
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from quant.checkpoint import inspect
+from fluxcli.request.fields import Order
+from quant.checkpoint import Checkpoint, inspect
+from quant.single_file import assemble_checkpoint
+from tests.support import loras
 from tests.support.helpers import BAKED, tiny
 from tests.support.on_card import draw_on_card, draw_on_cpu
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes")
-TIMESTEP = 1  # where a step makes the host wait today
+# How often a step makes the host wait at most today; it shall be nowhere.
+TIMESTEP = 1
+SEQUENTIAL = 720  # every tensor is copied and looked at
+GGUF = 8  # constants of diffusers' functions, for each weight
+
+PLACEMENTS = ("none", "stream", "sequential")
+FOLDERS = ("bf16", "fp16", "fp32", "nf4", "fp8", "int8")  # by precision, quantized ones baked
+WHILE_LOADING = ("nf4", "fp8", "int8")
+FILES = (  # dialects of tests/support/exports.py
+    "bfl bf16",
+    "comfy fp8",
+    "comfy scaled",
+    "gguf BF16",
+    "gguf Q4_0",
+    "gguf Q4_K",
+    "gguf Q5_K",
+    "gguf Q6_K",
+    "gguf Q8_0",
+    "nf4 v2",
+)
+EVERY = [
+    *itertools.product((f"folder {name}" for name in FOLDERS), PLACEMENTS, ("", "adapters")),
+    *itertools.product((f"while loading {name}" for name in WHILE_LOADING), PLACEMENTS, ("",)),
+    *itertools.product((f"file {name}" for name in FILES), PLACEMENTS, ("",)),
+    *itertools.product(("file gguf Q4_0", "file nf4 v2"), PLACEMENTS, ("adapters",)),
+]
+# Every kind of files once, each pair of precision, placement and adapters at least nearly.
+IN_CI = {
+    ("folder bf16", "stream", "adapters"),
+    ("folder fp16", "sequential", ""),
+    ("folder nf4", "stream", ""),
+    ("folder fp8", "sequential", "adapters"),
+    ("folder int8", "stream", "adapters"),
+    ("while loading fp8", "none", ""),
+    ("while loading nf4", "stream", ""),
+    ("file bfl bf16", "none", ""),
+    ("file comfy scaled", "stream", ""),
+    ("file gguf Q4_K", "none", ""),
+    ("file gguf Q6_K", "stream", ""),
+    ("file nf4 v2", "sequential", ""),
+}
+
+
+@pytest.fixture(scope="session")
+def adapters(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Adapters of all layers of three components, and of norms and biases."""
+    folder = tmp_path_factory.mktemp("adapters")
+    checkpoint = inspect(tiny_folder)
+    parts = ("transformer", "text_encoder", "text_encoder_2")
+    every = loras.write_lora(folder / "every.safetensors", checkpoint, parts)
+    special = loras.write_special(folder / "special.safetensors", checkpoint)
+    return f"{every}:0.5", f"{special}:0.7"
+
+
+@pytest.fixture(scope="session")
+def open_files(baked, exported, tiny_folder) -> Callable[[str], Checkpoint]:
+    """A checkpoint of files as `EVERY` calls them."""
+
+    def open_kind(files: str) -> Checkpoint:
+        kind, _, name = files.rpartition(" ") if files.startswith("while") else files.partition(" ")
+        if kind == "file":
+            path, _ = exported(name)
+            return assemble_checkpoint(path, lambda lacking: tiny_folder)
+        if kind == "folder" and name in BAKED:
+            return inspect(baked(name, **BAKED[name]))
+        return inspect(tiny_folder)
+
+    return open_kind
+
+
+def order_for(files: str, placement: str, adapters: tuple[str, ...]) -> Order:
+    """An order for these files, on a card."""
+    precision = "auto" if files.startswith("file") else files.rpartition(" ")[2]
+    return tiny(precision=precision, offload=placement, device="cuda", lora=adapters)
+
+
+def most_waits(files: str, placement: str) -> int:
+    """How often one step may make the host wait."""
+    if placement == "sequential":
+        return SEQUENTIAL
+    return TIMESTEP + (GGUF if "gguf" in files else 0)
 
 
 @pytest.mark.parametrize(
-    "precision, offload", [("bf16", "none"), ("fp16", "stream"), ("nf4", "stream")]
+    "files, placement, with_adapters",
+    [pytest.param(*case, marks=[] if case in IN_CI else pytest.mark.exhaustive) for case in EVERY],
 )
-def test_a_picture_on_the_card_is_the_cpus(precision, offload, tiny_folder, baked):
-    folder = baked(precision, **BAKED[precision]) if precision in BAKED else tiny_folder
-    order = tiny(precision=precision, offload=offload, device="cuda")
-    run = draw_on_card(order, inspect(folder))
+def test_a_picture_on_the_card_is_the_cpus(files, placement, with_adapters, open_files, adapters):
+    order = order_for(files, placement, adapters if with_adapters else ())
+    run = draw_on_card(order, open_files(files))
     assert run.card.problems == []
-    assert len(run.waits()) <= TIMESTEP, run.waits()
+    assert len(run.waits()) <= most_waits(files, placement), run.waits()
+    assert list(run.steps[-1].attention) == [f"{run.dtype}, width 32, no mask"]
     assert np.array_equal(run.pixels, draw_on_cpu(order, run))

@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.support import guard
 from tests.support.card_demands import check_operands
@@ -196,11 +195,16 @@ class Card(TorchDispatchMode):
         self._counts.waits[f"{what} @ {find_place()}"] += 1
 
     def is_pinned(self, tensor: Tensor) -> bool:
-        """Whether the whole of a host's tensor is pinned."""
+        """Whether a host's tensor begins in pinned memory, which is all that torch asks."""
+        return self._find_pinned(tensor) is not None
+
+    def _find_pinned(self, tensor: Tensor) -> int | None:
+        """The bytes that are pinned from the tensor's first on; None for none."""
         first = tensor.data_ptr()
-        stop = first + tensor.nbytes
-        known = [*self.pinned.items(), *self.allocated.items()]
-        return any(at <= first and stop <= at + size for at, size in known)
+        for at, size_bytes in [*self.pinned.items(), *self.allocated.items()]:
+            if at <= first < at + size_bytes:
+                return at + size_bytes - first
+        return None
 
     # --- operators
 
@@ -228,13 +232,13 @@ class Card(TorchDispatchMode):
         index = device.index if to_card else ours[0].device.index
         if index is None:
             index = self.streams.current_index
-        bare = tree_map(_bare, args), tree_map(_bare, kwargs)
-        self._check_operands(name, bare)
+        bare_args, bare_kwargs = _map(_bare, args), _map(_bare, kwargs)
+        check_operands(name, self.sm, rowwise=self.rowwise, args=bare_args, options=bare_kwargs)
         if to_card:
-            bare[1]["device"] = "cpu"
+            bare_kwargs["device"] = "cpu"
         if name not in VIEWS:
             self._begin(name, index)
-        found = function(*bare[0], **bare[1])
+        found = function(*bare_args, **bare_kwargs)
         if device is not None and device.type != "cuda":
             return found
         made = self._wrap(found, index, {id(each.inner): each for each in ours})
@@ -257,7 +261,7 @@ class Card(TorchDispatchMode):
         index = ours[0].device.index
         self._begin(name, index)
         with torch._C.DisableTorchFunctionSubclass(), _disable_current_modes():
-            found = function(*tree_map(_bare, args), **tree_map(_bare, kwargs))
+            found = function(*_map(_bare, args), **_map(_bare, kwargs))
         made = self._wrap(found, index, {})
         self._count(name, index, reads=ours, writes=_tensors(made))
         return made
@@ -286,7 +290,7 @@ class Card(TorchDispatchMode):
             self._hold(value.untyped_storage(), index)
             return OnCard(value, self, index)
 
-        return tree_map(wrap, found)
+        return _map(wrap, found)
 
     def _hold(self, storage: UntypedStorage, index: int) -> None:
         """Count a storage's bytes on the card as long as it lives."""
@@ -314,10 +318,6 @@ class Card(TorchDispatchMode):
                 f"Expected all tensors to be on the same device, but {name} found {found}"
                 f" @ {find_place()}"
             )
-
-    def _check_operands(self, name: str, bare: tuple[tuple, dict]) -> None:
-        with _disable_current_modes():
-            check_operands(name, self.sm, rowwise=self.rowwise, args=bare[0], options=bare[1])
 
     def _begin(self, name: str, index: int) -> None:
         """A kernel on the card's current stream. Raises what the card or its driver would."""
@@ -386,7 +386,10 @@ class Card(TorchDispatchMode):
         to_card = isinstance(target, OnCard)
         ours, host = (target, source) if to_card else (source, target)
         direction = "to the card" if to_card else "to the host"
-        how = "pinned" if self.is_pinned(host) else "pageable"
+        pinned_bytes = self._find_pinned(host)
+        how = "pageable" if pinned_bytes is None else "pinned"
+        if pinned_bytes is not None and pinned_bytes < host.nbytes:
+            self.report("a copy that leaves the memory that was pinned in one piece")
         what = f"a {how} copy {direction}"
         index = ours.device.index
         self._counts.launches[direction] += 1
@@ -501,7 +504,24 @@ def _line_of(frame: FrameType) -> str:
 
 
 def _tensors(tree: object) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    """The tensors among an operator's arguments, or of its result."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for each in tree:
+            yield from _tensors(each)
+    elif isinstance(tree, dict):
+        for each in tree.values():
+            yield from _tensors(each)
+
+
+def _map(change: Callable[[Any], Any], tree: Any) -> Any:
+    """An operator's arguments, or its result, with every value changed; torch's takes longer."""
+    if type(tree) in (list, tuple):
+        return type(tree)([_map(change, each) for each in tree])
+    if type(tree) is dict:
+        return {key: _map(change, each) for key, each in tree.items()}
+    return change(tree)
 
 
 def _bare(value: Any) -> Any:

@@ -2,8 +2,10 @@
 
 import traceback
 from dataclasses import dataclass, field, replace
+from unittest import mock
 
 import numpy as np
+import torch
 
 from fluxcli.engine import device
 from fluxcli.engine.engine import Drawn, Engine
@@ -12,6 +14,7 @@ from fluxcli.events import Event, Step
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import MemoryPlan
 from fluxcli.request.fields import Order
+from quant import linear
 from quant.checkpoint import Checkpoint
 from tests.support.card import Card, Counts
 from tests.support.card_driver import installed
@@ -25,11 +28,17 @@ class OnCardRun:
     card: Card
     pixels: np.ndarray
     plan: MemoryPlan  # at the end, on the card
-    multiply: str
+    multiply: str  # how the transformer's blocks multiplied, see `Engine.multiply`
+    ways: dict[str, linear.Multiplication]  # how the card multiplies, by scheme
     hardware: Hardware
     checkpoint: Checkpoint
     events: list[Event] = field(default_factory=list)
     steps: list[Counts] = field(default_factory=list)  # what happened in each step
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the transformer computes in."""
+        return getattr(torch, self.plan.dtypes["transformer"])
 
     def waits(self) -> list[str]:
         """Where the host waited for the card in the last step, each place as often as it did."""
@@ -73,6 +82,9 @@ def draw_on_card(order: Order, checkpoint: Checkpoint, card: Card | None = None)
             pixels=picture.pixels,
             plan=engine.plan,
             multiply=engine.multiply,
+            ways={
+                scheme: linear.ask_multiply(scheme, engine.plan.device) for scheme in linear.WAYS
+            },
             hardware=engine.hardware,
             checkpoint=engine.checkpoint,
             events=events,
@@ -85,8 +97,10 @@ def draw_on_card(order: Order, checkpoint: Checkpoint, card: Card | None = None)
 
 
 def draw_on_cpu(order: Order, run: OnCardRun) -> np.ndarray:
-    """The pixels of the same plan on the CPU."""
+    """The pixels of the same plan on the CPU, with 8-bit products as the card has them."""
     plan = replace(run.plan, device="cpu")
     hardware = replace(run.hardware, device="cpu")
-    _, pixels = draw(Engine(run.checkpoint, plan, hardware), order)
+    ways = {(scheme, "cpu"): way for scheme, way in run.ways.items()}
+    with mock.patch.dict(linear.PROBED, ways):
+        _, pixels = draw(Engine(run.checkpoint, plan, hardware), order)
     return pixels
