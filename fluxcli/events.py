@@ -18,7 +18,7 @@ from fluxcli.errors import (
     hint_for_memory,
     name_package,
 )
-from quant.errors import ExplainedError, is_out_of_memory
+from quant.errors import NO_ENGINE, ExplainedError, is_out_of_memory
 
 MAX_TEXT = 160  # characters of a library's message that are passed on
 
@@ -234,6 +234,10 @@ def explain(error: Exception, row: int = 0) -> Failed:
         code = ExitCode.DEVICE
         what = "no more threads can be started"
         hint = "ulimit -u unlimited"
+    elif NO_ENGINE in text:
+        code = ExitCode.DEVICE
+        what = "cuDNN has no kernel for this on this card"
+        hint = "--precision fp32, or --device cpu"
     elif "CUDA error" in text:
         code = ExitCode.DEVICE
         what = "the device failed"

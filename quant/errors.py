@@ -16,11 +16,13 @@ OUT_OF_MEMORY = re.compile(
     r"out of memory|not enough memory|(can't|cannot) allocate memory"
     r"|alloc(ation)? failed|ALLOC_FAILED|insufficient (memory|resources)"
     r"|Invalid buffer size|hipErrorMemoryAllocation|OUT_OF_(DEVICE|HOST|RESOURCES)"
-    r"|(BLAS|DNN)_STATUS_NOT_INITIALIZED|unable to find an engine"
+    r"|(BLAS|DNN)_STATUS_NOT_INITIALIZED"
     r"|could not create a (primitive|memory)$"
     r"|failed to map segment|cannot allocate memory in static TLS",
     re.IGNORECASE,
 )
+# cuDNN's words where it has no kernel for a convolution, and where none had room for its workspace.
+NO_ENGINE = "unable to find an engine"
 
 
 class ExplainedError(Exception):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -23,7 +24,6 @@ from fluxcli.engine import device as hardware
 from fluxcli.errors import DeviceUnusable, ExitCode
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB
-from quant import linear
 from tests.support.helpers import machine
 from tests.support.invariant import assert_failed, call, files
 
@@ -46,11 +46,6 @@ def here() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as here:
         put(here, MACHINES["card"])
         here.setattr(torch.version, "cuda", "13.0")
-        here.setattr(
-            linear,
-            "find_multiply",
-            lambda scheme, device: {"fp8": "scaled_mm", "int8": "int_mm"}[scheme],
-        )
         here.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 0, 10**12))
         here.setattr(
             psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * GIB, available=60 * GIB)
@@ -168,11 +163,32 @@ def test_who_holds_the_memory_is_named_where_little_is_free(here):
 
 
 def test_a_precision_that_a_card_only_unpacks_is_not_called_computed(here):
-    here.setattr(linear, "find_multiply", lambda *_: "dequantize")
-    put(here, MACHINES["old card"])
+    unpacked = {"fp8": "dequantize", "int8": "dequantize"}
+    why = {"int8": "CUBLAS_STATUS_NOT_SUPPORTED"}
+    put(here, replace(MACHINES["old card"], multiply=unpacked, multiply_why=why))
     found = examined()
+    unpacked_here = "saves memory, not time: unpacked here, because "
+    assert found["fp8"].found == unpacked_here + "its products need sm89"
+    assert found["int8"].found == unpacked_here + "CUBLAS_STATUS_NOT_SUPPORTED"
     assert found["bf16"].verdict == "ok" and "sm75" in found["device"].found
     assert all("computed" not in found[name].found for name in ("bf16", "fp8", "int8"))
+
+
+def test_a_card_that_torch_has_no_kernels_for_is_named_with_the_command_that_mends_it(here):
+    reason = "not cuda:0 GTX 1060, sm61: torch 2.13.0+cu130 has kernels for sm_75"
+    fix = "pip install --force-reinstall torch"
+    put(here, replace(MACHINES["cpu"], reason=reason, gpu_unusable=True, gpu_fix=fix))
+    check = examined()["device"]
+    assert (check.verdict, check.fix) == ("warn", fix) and reason in check.found
+
+
+def test_fp8_that_is_multiplied_per_tensor_says_why(here):
+    ways = {"fp8": "scaled_mm per tensor", "int8": "int_mm"}
+    why = {"fp8": "Rowwise scaling is not currently supported"}
+    put(here, replace(MACHINES["card"], multiply=ways, multiply_why=why))
+    found = examined()["fp8"].found
+    assert found.startswith("computed (scaled_mm per tensor): multiplied per tensor here, because")
+    assert found.endswith(why["fp8"])
 
 
 def test_nvidia_smi_is_asked_for_lines_and_its_absence_is_none(here):

@@ -141,7 +141,7 @@ def test_what_a_card_multiplies_in_is_asked_of_it_and_not_of_its_capability(two_
     assert asked == [("fp8", "cuda:1"), ("int8", "cuda:1")]  # and no other device
     assert found.multiply == {"fp8": "dequantize", "int8": "int_mm"}
     assert "fp8" not in found.speeds.eight_bit and "int8" in found.speeds.eight_bit
-    assert found.explain_multiply("fp8") == "fp8: unpacked here, because no row-wise kernel"
+    assert found.explain_multiply("fp8") == "unpacked here, because no row-wise kernel"
     assert found.explain_multiply("int8") == found.explain_multiply("nf4") == ""
 
     said["fp8"] = Multiplication("scaled_mm per tensor", "no row-wise kernel")
@@ -158,7 +158,71 @@ def test_a_card_that_is_full_when_it_is_asked_goes_by_its_capability(two_cards, 
     found = hardware.probe("cuda:1")
     assert found.multiply == {} and found.find_multiply("int8") == "int_mm"
     assert found.find_multiply("fp8") == "dequantize"
-    assert found.explain_multiply("fp8") == "fp8: unpacked here, because its products need sm89"
+    assert found.explain_multiply("fp8") == "unpacked here, because its products need sm89"
+
+
+CUDA13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "build"),
+    [
+        ((6, 1), CUDA13, "cu126"),
+        ((7, 0), CUDA13, "cu126"),
+        ((12, 0), ["sm_50", "sm_80", "sm_86", "sm_90"], "cu130"),
+        ((8, 9), ["sm_75", "sm_90a"], "cu130"),
+        ((3, 5), CUDA13, ""),
+    ],
+)
+def test_a_card_that_torch_has_no_kernels_for_is_exit_8_with_the_torch_that_has_them(
+    capability, built_for, build, two_cards, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built_for)
+    with pytest.raises(DeviceUnusable, match="has no kernels for the card") as caught:
+        hardware.probe("cuda:1")
+    error = caught.value
+    sm = f"sm{capability[0]}{capability[1]}"
+    assert error.exit_code == 8 and error.which == f"cuda:1 card 1, {sm}"
+    assert f"torch {torch.__version__} has kernels for {built_for[0]}" in error.why
+    assert "--device cpu" in error.hint
+    assert ("whl/" + build in error.hint) if build else ("whl" not in error.hint)
+
+    taken = hardware.probe("auto")
+    assert taken.kind == "cpu" and taken.gpu_unusable
+    assert f"not cuda:0 card 0, {sm}: torch" in taken.reason
+    assert taken.gpu_fix == error.hint.removesuffix("--device cpu").removesuffix(", or ")
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for"),
+    [
+        ((8, 9), ["sm_75", "sm_86"]),  # of the same major, and no higher minor
+        ((13, 0), ["sm_75", "compute_120"]),  # compiled by the driver
+        ((9, 0), ["sm_90a"]),
+        ((7, 5), CUDA13),
+        ((12, 1), CUDA13),
+        ((8, 6), []),  # a torch that does not say it
+        ((8, 6), ["gfx1100", "gfx942"]),
+    ],
+)
+def test_a_card_that_torch_has_kernels_for_is_taken(capability, built_for, two_cards, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built_for)
+    assert hardware.probe("auto").device == hardware.probe("cuda").device == "cuda:0"
+
+
+def test_auto_takes_the_card_that_torch_has_kernels_for(two_cards, monkeypatch):
+    """Although the other has more memory: an old workstation's card beside a new one."""
+    found = [(6, 0), (8, 6)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: found[number])
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: CUDA13)
+    taken = hardware.probe("auto")
+    assert taken.device == "cuda:1" and "not cuda:0 card 0, sm60: torch" in taken.reason
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    assert hardware.probe("auto").device == "cuda:1"
+    found.reverse()
+    assert hardware.probe("auto").device == "cuda:0"
 
 
 def test_free_memory_is_never_more_than_all_of_it(two_cards, monkeypatch):
@@ -418,6 +482,7 @@ SOMETHING_ELSE = [
         "The size of tensor a (3) must match the size of tensor b (4) at non-singleton dimension 0"
     ),
     RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    RuntimeError("GET was unable to find an engine to execute this computation"),
     RuntimeError(
         "Expected all tensors to be on the same device, but found at least two devices, "
         "cuda:0 and cpu!"

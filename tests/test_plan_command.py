@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -135,6 +136,43 @@ def test_text_and_json_say_the_same(capsys):
         assert reason in words or reason == f"{chosen['precision']}: {chosen['why']}"
     assert words.count(chosen["why"]) == 1
     assert "not downloaded" in text and "12.0 GiB" in text
+
+
+def test_what_a_card_unpacks_is_said_with_its_reason(capsys):
+    arguments = ("plan", "--card", "24GiB:sm86")
+    rows = {row["precision"]: row for row in planned(capsys, *arguments)["candidates"]}
+    why = "unpacked here, because its products need sm89"
+    assert (rows["fp8"]["multiply"], rows["fp8"]["multiply_why"]) == ("dequantize", why)
+    assert (rows["int8"]["multiply"], rows["int8"]["multiply_why"]) == ("int_mm", "")
+    assert (rows["nf4"]["multiply"], rows["nf4"]["multiply_why"]) == ("dequantize", "")
+    assert (rows["bf16"]["multiply"], rows["bf16"]["multiply_why"]) == ("bf16", "")
+    for more, prefix in (((), ""), (("--precision", "fp8"), "because ")):
+        text = call(capsys, *arguments, *more).stdout
+        assert f"{prefix}fp8: {why}" in text and text.count("unpacked") == 1
+        assert "by the capability, with torch for Linux" in text
+
+
+def test_a_card_that_was_asked_is_planned_by_what_it_said(put, capsys):
+    """Its fp8 is unpacked although the capability would do: with more memory, and more seconds."""
+    native = machine(12, multiply={"fp8": "scaled_mm", "int8": "int_mm"})
+    why = {"fp8": "Rowwise scaling is not currently supported"}
+    unpacked = {"fp8": "dequantize", "int8": "int_mm"}
+    speeds = replace(native.speeds, eight_bit={})
+    found = {}
+    for name, here in (
+        ("native", native),
+        ("unpacked", replace(native, multiply=unpacked, multiply_why=why, speeds=speeds)),
+    ):
+        put(here)
+        found[name] = planned(capsys, "plan", "--precision", "fp8", "--size", "512")
+    plans = {name: each["candidates"][0]["plan"] for name, each in found.items()}
+    peaks = {name: plan["peak_bytes"]["denoise"] for name, plan in plans.items()}
+    streamed = {name: len(plan["residency"]["streamed"]) for name, plan in plans.items()}
+    assert (streamed["unpacked"], peaks["unpacked"]) > (streamed["native"], peaks["native"])
+    assert plans["unpacked"]["seconds"]["denoise"] > plans["native"]["seconds"]["denoise"]
+    said = f"fp8: unpacked here, because {why['fp8']}"
+    assert said in plans["unpacked"]["reasons"] and said not in plans["native"]["reasons"]
+    assert "with torch for Linux" not in call(capsys, "plan").stdout
 
 
 @pytest.mark.parametrize("card", ["4GiB", "12GiB:sm86", "RTX 4090", "96GiB:sm120", "M4 Max 64GB"])

@@ -21,7 +21,7 @@ from fluxcli import paths
 from fluxcli.cli import complete, console
 from fluxcli.engine.check import check_torch
 from fluxcli.errors import BadInputFile, ExitCode
-from fluxcli.plan.machine import Hardware
+from fluxcli.plan.machine import DEQUANTIZE, Hardware
 from fluxcli.plan.placement import GIB
 from fluxcli.request.settings import coerce
 from fluxcli.run import client
@@ -203,7 +203,7 @@ def _check_device(hardware: Hardware) -> Check:
     if hardware.kind == "cpu":
         fix = "a GPU makes it a hundred times faster"
         if hardware.gpu_unusable:
-            fix = "pytorch.org, Get Started: the build for your driver"
+            fix = hardware.gpu_fix or "pytorch.org, Get Started: the build for your driver"
         return Check("device", "warn", f"cpu, {hardware.name}: {hardware.reason}", fix=fix)
     found = f"{hardware.device}, {hardware.name}"
     if hardware.kind == "cuda":
@@ -217,15 +217,18 @@ def _check_device(hardware: Hardware) -> Check:
 
 def _check_precisions(hardware: Hardware) -> Iterator[Check]:
     """What each precision does on the device: computed in it, or only stored in it."""
-    from quant.linear import find_multiply
-
     found = "computed" if hardware.bf16 else "slow here, so fp16 or fp32 is taken in its place"
     yield Check("bf16", "ok", found)
     for scheme in ("fp8", "int8"):
-        multiply = find_multiply(scheme, hardware.device)
+        multiply = hardware.find_multiply(scheme)
+        why = hardware.explain_multiply(scheme)
         found = f"computed ({multiply})"
-        if hardware.kind == "cpu" or multiply == "dequantize":
-            found = "saves memory, not time: weights are unpacked for each product"
+        if multiply == DEQUANTIZE:
+            found = f"saves memory, not time: {why}"
+        elif hardware.kind == "cpu":
+            found = f"saves memory, not time, although it is computed ({multiply})"
+        elif why:
+            found += f": {why}"
         yield Check(scheme, "ok", found)
 
 

@@ -171,6 +171,8 @@ def _describe(
                 "verdict": candidate.verdict,
                 "why": candidate.why,
                 "folder_is_packed": bool(stored),
+                "multiply": candidate.multiply,
+                "multiply_why": hardware.explain_multiply(candidate.scheme),
                 "plan": candidate.plan.to_json() if candidate.plan else None,
             }
         )
@@ -208,6 +210,7 @@ def _show(
     for candidate in candidates:
         name = f"{_mark(candidate)} {candidate.precision}"
         _show_wrapped(f"{name:<8}{candidate.verdict}: {candidate.why}")
+    _show_unpacked(hardware, candidates)
     chosen = find_chosen(candidates)
     if chosen and chosen.plan:
         console.line("")
@@ -215,6 +218,16 @@ def _show(
         for reason in chosen.plan.reasons:
             if reason != f"{chosen.precision}: {chosen.why}":  # which stands above
                 _show_wrapped(f"because {reason}")
+
+
+def _show_unpacked(hardware: Hardware, candidates: Sequence[Candidate]) -> None:
+    """Print which schemes of the candidates the device does not multiply in, and why."""
+    for candidate in candidates:
+        how = hardware.explain_multiply(candidate.scheme)
+        if how and candidate.verdict != "chosen":  # whose reasons have it
+            _show_wrapped(f"{candidate.scheme}: {how}")
+    if not hardware.multiply and any(each.scheme for each in candidates):
+        _show_wrapped("what is multiplied in 8 bit is by the capability, with torch for Linux")
 
 
 def _show_wrapped(text: str) -> None:

@@ -6,8 +6,9 @@ or placements. Sizes are in bytes.
 
 import os
 import platform
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -26,6 +27,13 @@ from quant.linear import DEQUANTIZE, WAYS, Multiplication, ask_multiply
 # is the limit, the planner's share for others has room for it.
 LIBRARIES_BYTES = 512 << 20
 
+# Of `torch.cuda.get_arch_list()`: sm_86, sm_90a, compute_120; on ROCm there are gfx1100 and others.
+ARCHITECTURE = re.compile(r"(?P<kind>sm|compute)_(?P<major>\d+)(?P<minor>\d)(?P<exact>a?)f?")
+# PyTorch's builds and the capabilities that they have kernels for, from the support matrix in its
+# RELEASE.md (torch 2.8 to 2.14): CUDA 13 knows no Maxwell, Pascal and Volta.
+INDEX = "https://download.pytorch.org/whl"
+BUILDS = (("cu126", (5, 0), (7, 2)), ("cu130", (7, 5), (12, 1)))
+
 
 def probe(device: str = "auto") -> Hardware:
     """Describe the device that `device` names: auto, cpu, cuda[:n], mps or xpu[:n].
@@ -34,11 +42,7 @@ def probe(device: str = "auto") -> Hardware:
     """
     counts = _count_accelerators()
     if device == "auto":
-        kind = next((name for name, count in counts.items() if count), "cpu")
-        if kind == "cpu":
-            return _describe_cpu(_explain_no_gpu())
-        number, reason = _choose(kind, counts[kind])
-        return _describe(kind, number, reason=reason)
+        return _probe_best(counts)
     kind, _, index = device.partition(":")
     if kind == "cpu":
         return _describe_cpu(NoGpu("--device"))
@@ -54,6 +58,28 @@ def probe(device: str = "auto") -> Hardware:
     return _describe(kind, number, reason="--device")
 
 
+def _probe_best(counts: Mapping[str, int]) -> Hardware:
+    """Describe the best device that this torch has kernels for; the CPU where there is none."""
+    refused: list[MissingKernels] = []
+    for kind, count in counts.items():
+        usable = []
+        for number in range(count):
+            missing = _find_missing_kernels(kind, number)
+            if missing:
+                refused.append(missing)
+            else:
+                usable.append(number)
+        if usable:
+            choice = _choose(kind, usable)
+            reasons = [choice.reason, *(f"not {each.which}: {each.why}" for each in refused)]
+            return _describe(kind, choice.number, reason="; ".join(reasons))
+    if refused:
+        first = refused[0]
+        why = f"not {first.which}: {first.why}"
+        return _describe_cpu(NoGpu(why, driver_found=True, fix=first.fix))
+    return _describe_cpu(_explain_no_gpu())
+
+
 class Choice(NamedTuple):
     """One of several devices by its number, and why it."""
 
@@ -61,26 +87,27 @@ class Choice(NamedTuple):
     reason: str
 
 
-def _choose(kind: str, count: int) -> Choice:
-    """Take the best of a kind's devices: the one with the most memory, then the fastest.
+def _choose(kind: str, numbers: Sequence[int]) -> Choice:
+    """Take the best of these devices of a kind: the one with the most memory, then the fastest.
 
     Total memory, not what is free: the choice decides pixels and must not depend on what else is
     open. Processes that share a batch take one card each.
     """
     rank = os.environ.get("LOCAL_RANK")
-    if count == 1:
-        return Choice(0, "the first accelerator found")
+    if len(numbers) == 1:
+        return Choice(numbers[0], "the first accelerator found")
     if rank:
-        return Choice(int(rank) % count, f"process {rank} of several, one card each")
+        number = numbers[int(rank) % len(numbers)]
+        return Choice(number, f"process {rank} of several, one card each")
     found = []
-    for number in range(count):
+    for number in numbers:
         # Properties, unlike free memory, are known without a context on the device.
         properties = getattr(torch, kind).get_device_properties(number)
         wide = read_cards().find_speeds(kind, properties.name, _capability(kind, number)).wide
         found.append((properties.total_memory, wide, -number, properties.name))
     best = max(found)
     others = [f"{kind}:{-number} {name}" for _, _, number, name in found if number != best[2]]
-    reason = f"the best of {count}; also here: {', '.join(others)} (--device takes another)"
+    reason = f"the best of {len(numbers)}; also here: {', '.join(others)} (--device takes another)"
     return Choice(-best[2], reason)
 
 
@@ -90,6 +117,60 @@ def _capability(kind: str, number: int) -> tuple[int, int]:
         return (0, 0)
     capability: tuple[int, int] = torch.cuda.get_device_capability(number)
     return capability
+
+
+class MissingKernels(NamedTuple):
+    """A card that this torch has no kernels for, what it has, and the command that mends it."""
+
+    which: str
+    why: str
+    fix: str
+
+
+def _find_missing_kernels(kind: str, number: int) -> MissingKernels | None:
+    """What to say of a card that this torch has no kernels for; None for all others.
+
+    One that does not answer is another matter: `_describe` asks it again.
+    """
+    try:
+        capability = _capability(kind, number)
+        if _has_kernels(capability):
+            return None
+        name = torch.cuda.get_device_properties(number).name
+    except RuntimeError:
+        return None
+    has = [each for each in torch.cuda.get_arch_list() if ARCHITECTURE.fullmatch(each)]
+    why = f"torch {torch.__version__} has kernels for {', '.join(has)}"
+    fix = ""
+    for build, since, until in BUILDS:
+        if since <= capability <= until:
+            fix = f"pip install --force-reinstall torch --index-url {INDEX}/{build}"
+    which = f"{kind}:{number} {name}, sm{capability[0]}{capability[1]}"
+    return MissingKernels(which, why, fix)
+
+
+def _has_kernels(capability: tuple[int, int]) -> bool:
+    """Whether this torch has kernels for NVIDIA's capability; True where that is not said.
+
+    A binary runs on its major and no lower minor ("sm_90a" on nothing else), and what is compiled
+    by the driver ("compute_120") on every later card. AMD's names are others.
+    """
+    found = [ARCHITECTURE.fullmatch(each) for each in torch.cuda.get_arch_list()]
+    known = [each for each in found if each]
+    if capability == (0, 0) or not known:
+        return True
+    major, minor = capability
+    for each in known:
+        built_for = (int(each["major"]), int(each["minor"]))
+        if each["exact"] and built_for == capability:
+            return True
+        if each["exact"]:
+            continue
+        if each["kind"] == "compute" and built_for <= capability:
+            return True
+        if each["kind"] == "sm" and built_for[0] == major and built_for[1] <= minor:
+            return True
+    return False
 
 
 def _hardware(
@@ -104,6 +185,7 @@ def _hardware(
     ways: Mapping[str, Multiplication],
     capability: tuple[int, int] = (0, 0),
     gpu_unusable: bool = False,
+    gpu_fix: str = "",
 ) -> Hardware:
     """A device of this machine, with the RAM beside it and the speeds that the table has for it."""
     ram = read_ram()
@@ -122,6 +204,7 @@ def _hardware(
         identity=identity,
         capability=capability,
         gpu_unusable=gpu_unusable,
+        gpu_fix=gpu_fix,
         multiply={scheme: way.by for scheme, way in ways.items()},
         multiply_why={scheme: way.why for scheme, way in ways.items() if way.why},
         pin_bytes=find_pin_limit(device, identity, ram_bytes=ram.total_bytes),
@@ -179,6 +262,7 @@ def _describe_cpu(why: "NoGpu") -> Hardware:
         identity="cpu",
         ways=_ask_ways("cpu"),
         gpu_unusable=why.driver_found,
+        gpu_fix=why.fix,
     )
 
 
@@ -198,6 +282,11 @@ def _describe(kind: str, number: int, *, reason: str) -> Hardware:
         )
     device = f"{kind}:{number}"
     module = getattr(torch, kind)
+    missing = _find_missing_kernels(kind, number)
+    if missing:
+        hint = f"{missing.fix}, or --device cpu" if missing.fix else "--device cpu"
+        what = "this torch has no kernels for the card"
+        raise DeviceUnusable(what, which=missing.which, why=missing.why, hint=hint)
     try:
         properties = module.get_device_properties(number)
         capability = _capability(kind, number)
@@ -230,6 +319,7 @@ class NoGpu(NamedTuple):
 
     reason: str
     driver_found: bool = False
+    fix: str = ""  # a command, where one is known
 
 
 def _explain_no_gpu() -> NoGpu:
@@ -279,6 +369,12 @@ def held_memory(device: str) -> int:
     """Bytes of the device that this process's allocator holds; 0 where there is none."""
     ask = _find_function(device, "memory_reserved")
     return ask(device) if ask else 0
+
+
+def count_refusals(device: str) -> int:
+    """How often the device's allocator has had no room so far; 0 where it does not count."""
+    ask = _find_function(device, "memory_stats")
+    return ask(device).get("num_ooms", 0) if ask else 0
 
 
 def synchronize(device: str) -> None:

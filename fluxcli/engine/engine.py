@@ -31,7 +31,7 @@ from fluxcli.plan.costs import make_workload
 from fluxcli.plan.machine import CONTEXT_BYTES, Hardware
 from fluxcli.plan.placement import MemoryPlan
 from quant.checkpoint import Checkpoint
-from quant.errors import is_out_of_memory
+from quant.errors import NO_ENGINE, is_out_of_memory
 from quant.linear import find_multiply
 from quant.spec import SCHEMES
 
@@ -57,6 +57,7 @@ PHASES = (
     EnginePhase("denoise", denoise.run, one_by_one=True),
     EnginePhase("decode", decode.run, one_by_one=True),
 )
+SHORT_BYTES = 256 << 20  # free on a device: less is too little for a library's own memory
 RELOAD_SHARE = 0.1  # of a picture's denoising: what loading again may take of it
 
 
@@ -212,11 +213,12 @@ class Engine:
         """The phase; where memory runs out, again with less of it, until `DoesNotFit`."""
         while pictures:
             level = self.plan.placement.level(phase.name) or "as planned"
+            refusals = device.count_refusals(self.plan.device)
             try:
                 yield from phase.run(self.components, pictures)
                 return
             except Exception as error:
-                if not is_out_of_memory(error):
+                if not is_out_of_memory(error) and not self._lacked_room(error, refusals):
                     raise
                 said = str(error).strip() or type(error).__name__
                 failed = said.splitlines()[0][:100].strip()
@@ -227,6 +229,16 @@ class Engine:
             workload = make_workload(largest.request, largest.adapters)
             change = self.components.step_down(phase.name, workload, failed=failed)
             yield Notice(f"out of memory in {phase.name} ({level}): once more, {change}")
+
+    def _lacked_room(self, error: Exception, refusals: int) -> bool:
+        """Whether cuDNN found no engine because none had room for its workspace.
+
+        It says the same where it has none at all. `refusals` are the allocator's before the phase.
+        """
+        if NO_ENGINE not in str(error):
+            return False
+        now = self.plan.device
+        return device.count_refusals(now) > refusals or device.free_memory(now) < SHORT_BYTES
 
     def _available_bytes(self) -> int:
         """What this process may take of the device: within its budget, what it holds or is free."""

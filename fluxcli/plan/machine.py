@@ -57,6 +57,7 @@ class Hardware:
     identity: str = ""  # of the physical device, whatever number it has today
     capability: tuple[int, int] = (0, 0)  # of NVIDIA's cards: (8, 9) is sm89
     gpu_unusable: bool = False  # a GPU's driver is there, and this torch cannot use it
+    gpu_fix: str = ""  # the command after which it can, where that is known
     ram_limit: str = ""  # what leaves this process less RAM than the machine has
     # What the device said, by scheme: how it multiplies (`quant.linear.find_multiply`), and why not
     # in the scheme's best way. Nothing of a device that was not asked: a card that is not here.
@@ -96,7 +97,7 @@ class Hardware:
         if not why and known.capability and self.kind == "cuda":
             major, minor = known.capability
             why = f"its products need sm{major}{minor}"
-        return f"{scheme}: {how} here, because {why or 'the device has no such product'}"
+        return f"{how} here, because {why or 'the device has no such product'}"
 
 
 @dataclass(frozen=True)

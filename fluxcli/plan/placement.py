@@ -105,6 +105,13 @@ class Candidate:
     why: str = ""  # this verdict
     plan: MemoryPlan | None = None  # for what is free now
 
+    @property
+    def multiply(self) -> str:
+        """How the blocks multiply: the precision itself where it is of 16 or 32 bit."""
+        if self.scheme:
+            return self.hardware.find_multiply(self.scheme)
+        return self.precision
+
 
 class Fit(NamedTuple):
     """The best plan of a candidate within a budget; or the phase that has none, and why."""
@@ -405,7 +412,7 @@ def _explain(candidate: Candidate, placement: Placement) -> tuple[str, ...]:
     ]
     how = hardware.explain_multiply(candidate.scheme)
     if how:
-        reasons.append(how)
+        reasons.append(f"{candidate.scheme}: {how}")
     if hardware.ram_limit:
         reasons.append(f"RAM is {hardware.ram_bytes / GIB:.1f} GiB by {hardware.ram_limit}")
     if placement.encode == "sequential":

@@ -292,7 +292,8 @@ def _choose_dtypes(
     """What each component computes in: what was asked for, else what the device does at best."""
     in_float32 = dict.fromkeys(checkpoint.components, "float32")
     in_bfloat16 = dict.fromkeys(checkpoint.components, "bfloat16")
-    if precision == "bf16":
+    # Before sm80 cuDNN has no convolutions in bfloat16, which the VAE needs.
+    if precision == "bf16" and (hardware.bf16 or hardware.kind != "cuda"):
         return Dtypes(in_bfloat16, "asked for")
     if precision in LONG:
         return Dtypes(in_float32 | {"transformer": LONG[precision]}, "asked for")

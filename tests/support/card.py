@@ -72,10 +72,12 @@ class Memory:
     cap_bytes: int
     live_bytes: int = 0
     peak_bytes: int = 0
+    refusals: int = 0
 
     def take(self, size_bytes: int) -> None:
         """Raise torch.OutOfMemoryError where the tensor has no room."""
         if self.live_bytes + size_bytes > min(self.cap_bytes, self.total_bytes):
+            self.refusals += 1
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size_bytes} B")
         self.live_bytes += size_bytes
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)

@@ -125,6 +125,9 @@ class Driver:
     def max_memory_reserved(self, device: Any = None) -> int:
         return self.max_memory_allocated(device)
 
+    def memory_stats(self, device: Any = None) -> dict[str, int]:
+        return {"num_ooms": self._card.memory[self._index(device)].refusals}
+
     def reset_peak_memory_stats(self, device: Any = None) -> None:
         memory = self._card.memory[self._index(device)]
         memory.peak_bytes = memory.live_bytes
