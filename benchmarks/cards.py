@@ -155,7 +155,7 @@ def carry_out(candidate: Candidate, machine: Hardware, *, order: Order, shrunk: 
     engine = Engine(candidate.checkpoint, on_card, machine)
     run = Run(engine, counter)
     run.draw(order)
-    planned_s = sum(costs.block_seconds(candidate.cost, machine.speeds, candidate.scheme))
+    planned_s = sum(costs.block_seconds(candidate.cost, machine, machine.speeds))
     copied_bytes = sum(candidate.cost.blocks[i].nbytes for i in plan.placement.streamed)
     row = {
         "precision": plan.precision,

@@ -409,7 +409,7 @@ def test_no_name_in_the_table_is_taken_for_another():
         ("a card of tomorrow", (15, 0), "sm120"),
         ("GTX 1080", (6, 1), "gpu"),
         ("L400", (8, 6), "sm86"),
-        ("Apple GPU", (0, 0), "gpu"),
+        ("AMD Radeon RX 9999", (0, 0), "rocm"),
     ],
 )
 def test_an_unknown_name_goes_by_its_capability_and_is_called_a_guess(name, capability, key):
@@ -430,11 +430,39 @@ def test_8_bit_speeds_are_only_of_cards_that_compute_them(name, capability):
 
 
 def test_a_measured_row_is_taken_as_it_is_and_says_when():
-    row = {"wide": 100, "fp8": 150, "bus": 20, "date": "2026-11-30", "driver": "580.65"}
+    row = {"wide": 100, "fp8": 150, "memory": 900, "bus": 20, "pageable": 6}
+    row |= {"date": "2026-11-30", "driver": "580.65"}
     table = replace(read_cards(), rows={"RTX 4090": row})
     found = table.find_speeds("cuda:0", "NVIDIA GeForce RTX 4090", (8, 9))
     assert (found.wide, found.eight_bit, found.bus_bytes) == (100e12, {"fp8": 150e12}, 20e9)
+    assert (found.memory_bytes, found.pageable_bytes) == (900e9, 6e9)
     assert found.source == "a table's RTX 4090, measured 2026-11-30 with driver 580.65"
+    assert found.is_measured and found.without_guesses() == found
+
+
+def test_every_row_has_a_peak_and_a_bandwidth_of_which_a_share_is_reached():
+    cards = read_cards()
+    for key, row in table().items():
+        found = replace(cards, rows={"cpu": row}).find_speeds("cpu", "", (0, 0))
+        assert 0 < found.attention < found.wide < row["wide"] * 1e12, key
+        assert 0 < found.memory_bytes < row["memory"] * 1e9 and row["bus"] > 0, key
+
+
+def test_products_in_8_bit_that_nobody_measured_may_count_as_fast_as_in_16():
+    guess = read_cards().find_speeds("cuda:0", "NVIDIA GeForce RTX 4090", (8, 9))
+    assert not guess.is_measured and guess.of("fp8") > guess.wide
+    assert guess.without_guesses().eight_bit == {"fp8": guess.wide, "int8": guess.wide}
+    row = table()["RTX 4090"] | {"source": "a report"}
+    cards = replace(read_cards(), rows={"RTX 4090": row})
+    published = cards.find_speeds("cuda:0", "NVIDIA GeForce RTX 4090", (8, 9))
+    assert published.source.endswith("published by a report")
+    assert published.without_guesses() == published and published.of("fp8") == row["fp8"] * 1e12
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_an_unknown_device_of_another_maker_goes_by_its_kind(kind):
+    found = read_cards().find_speeds(f"{kind}:0", "a GPU", (0, 0))
+    assert found.source == f"a table's guess for {kind}" and not found.eight_bit
 
 
 # --- memory

@@ -17,7 +17,12 @@ def read_cards() -> CardTable:
     text = (BUNDLED / "shapes" / "cards.toml").read_text(encoding="utf-8")
     parsed = tomllib.loads(text)
     return CardTable(
-        rows=parsed["cards"], reached=parsed["efficiency"], disk_bytes=parsed["disk"] * 1e9
+        rows=parsed["cards"],
+        reached=parsed["efficiency"],
+        pageable_bytes=parsed["pageable"] * 1e9,
+        host_copy_bytes=parsed["host_copy"] * 1e9,
+        disk_bytes=parsed["disk"] * 1e9,
+        launch_s=parsed["launch"] * 1e-6,
     )
 
 

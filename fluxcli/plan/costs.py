@@ -3,17 +3,20 @@
 Opens no file and knows neither prompts nor adapters' files: a `Workload` is all it knows of a
 request. Sizes are in bytes, speeds in bytes or FLOP a second. The activations of a step are lines
 fitted to counted values of the full-size model (`quant.spec`, docs/memory.md). FLOP are 2 for each
-weight and row, and 4 x tokens^2 x width for the attention of each block. Stdlib only.
+weight and row, and 4 x tokens^2 x width for the attention of each block; what a step moves and
+launches beside its products was counted, too (`steps`). Stdlib only.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import inf
 
-from fluxcli.plan.machine import Speeds
+from fluxcli.plan import steps
+from fluxcli.plan.machine import DEQUANTIZE, Hardware, Speeds
 from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import Checkpoint, Component
-from quant.lora import Adapter
-from quant.spec import ActivationLine, QuantSpec, is_modulation, lay_out, scheme_in_memory
+from quant.lora import Adapter, Part
+from quant.spec import FAMILIES, ActivationLine, QuantSpec, is_modulation, lay_out, scheme_in_memory
 from quant.weights import Weight
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -41,6 +44,10 @@ class Workload:
     steps: int
     # By component: the numbers of all adapters that stay on the device beside its weights.
     adapter_numel: Mapping[str, int] = field(default_factory=dict)
+    # Of all adapters in one step of the transformer.
+    adapter_flop: int = 0
+    adapter_moved_numel: int = 0  # values that are read and written beside the layers' products
+    adapter_launches: int = 0
 
     @property
     def pixels(self) -> int:
@@ -57,7 +64,7 @@ def make_workload(request: GenerationRequest, adapters: Sequence[Adapter] = ()) 
     """What a plan must know of a request that is drawn with these adapters."""
     width_px, height_px = request.size
     components = {part.component for adapter in adapters for part in adapter.parts}
-    return Workload(
+    workload = Workload(
         width_px=width_px,
         height_px=height_px,
         text_tokens=request.text_tokens,
@@ -66,6 +73,28 @@ def make_workload(request: GenerationRequest, adapters: Sequence[Adapter] = ()) 
             name: sum(adapter.numel(name) for adapter in adapters) for name in sorted(components)
         },
     )
+    flop = moved_numel = launches = 0
+    for adapter in adapters:
+        for part in adapter.active_parts("transformer"):
+            if part.modulates or len(part.shape) == 1:
+                continue
+            tokens = _count_tokens(workload, part)
+            rows, columns = part.shape
+            flop += 2 * tokens * part.held_numel
+            # The layer's input is read; its output is read, and written with the sum.
+            moved_numel += tokens * (columns + 2 * rows)
+            launches += 1 + len(part.layers)
+    return replace(
+        workload, adapter_flop=flop, adapter_moved_numel=moved_numel, adapter_launches=launches
+    )
+
+
+def _count_tokens(workload: Workload, part: Part) -> int:
+    """How many tokens the layers of an adapter's part see in a step."""
+    layer = next(iter(part.layers))
+    if layer.startswith("single"):
+        return workload.image_tokens + workload.text_tokens
+    return workload.text_tokens if _is_for_text(layer) else workload.image_tokens
 
 
 @dataclass(frozen=True)
@@ -75,6 +104,8 @@ class Block:
     nbytes: int  # on the device
     image_numel: int  # weights that image tokens are multiplied by
     text_numel: int  # weights that text tokens are multiplied by
+    is_single: bool  # image and text tokens are one sequence there
+    numel_by_form: Mapping[str, int]  # weights by the form they have on the device, "" for 16 bit
 
 
 @dataclass(frozen=True)
@@ -100,6 +131,7 @@ class Cost:
     vae_bytes: int
     stored_bytes: int  # of all files
     width: int  # of the transformer, in channels
+    element_bytes: int  # of what the transformer computes in
     encode_bytes: int  # beside T5
     tables_bytes: int  # of modulation, for all steps of one picture
     denoise_bytes: int  # beside the transformer
@@ -145,12 +177,17 @@ def t5_block_names(t5: Component) -> list[str]:
 
 def weight_bytes(weight: Weight, component: str, *, dtype: str, spec: QuantSpec | None) -> int:
     """Bytes of a weight in memory: as it is stored, or as `spec` will store it, else in `dtype`."""
-    scheme = scheme_in_memory(component, weight.name, weight.scheme)
-    if spec and not weight.scheme:
-        scheme = spec.choose_scheme(component, weight.name, weight.shape)
-    if scheme:
-        return sum(info.nbytes for info in lay_out(scheme, weight.info))
+    form = _find_form(weight, component, spec)
+    if form:
+        return sum(info.nbytes for info in lay_out(form, weight.info))
     return weight.numel * DTYPE_BYTES[dtype]
+
+
+def _find_form(weight: Weight, component: str, spec: QuantSpec | None) -> str:
+    """The form of a weight in memory: as it is stored, or as `spec` will store it; "" for wide."""
+    if spec and not weight.scheme:
+        return spec.choose_scheme(component, weight.name, weight.shape)
+    return scheme_in_memory(component, weight.name, weight.scheme)
 
 
 def component_bytes(
@@ -214,6 +251,7 @@ def estimate_cost(
         vae_bytes=loaded_bytes["vae"],
         stored_bytes=checkpoint.nbytes,
         width=width,
+        element_bytes=wide_bytes,
         encode_bytes=_estimate_encode(workload, t5, dtype=dtypes[t5.name], spec=spec),
         tables_bytes=workload.steps * outputs * wide_bytes,
         denoise_bytes=_estimate_step(workload, lines, width=width, dtype=dtypes["transformer"]),
@@ -237,15 +275,25 @@ def _split_transformer(
         else:
             rest_bytes += weight_bytes(weight, transformer.name, dtype=dtype, spec=spec)
     blocks = []
-    for weights in inside.values():
+    for block_name, weights in inside.items():
         sizes = [weight_bytes(w, transformer.name, dtype=dtype, spec=spec) for w in weights]
+        is_single = block_name.startswith("single")
         text = [w for w in weights if _is_for_text(w.name)]
         image = [w for w in weights if not _is_for_text(w.name)]
-        if weights and weights[0].name.startswith("single"):
-            text = image  # image and text tokens are one sequence there
-        image_numel = sum(weight.numel for weight in image)
-        text_numel = sum(weight.numel for weight in text)
-        blocks.append(Block(sum(sizes), image_numel=image_numel, text_numel=text_numel))
+        if is_single:
+            text = image
+        numel_by_form: dict[str, int] = {}
+        for weight in weights:
+            form = _find_form(weight, transformer.name, spec)
+            numel_by_form[form] = numel_by_form.get(form, 0) + weight.numel
+        made = Block(
+            sum(sizes),
+            image_numel=sum(weight.numel for weight in image),
+            text_numel=sum(weight.numel for weight in text),
+            is_single=is_single,
+            numel_by_form=numel_by_form,
+        )
+        blocks.append(made)
     return tuple(blocks), rest_bytes
 
 
@@ -302,20 +350,75 @@ def _estimate_tiled_decode(workload: Workload, vae: Component, *, dtype: str) ->
 # --- seconds
 
 
-def block_seconds(cost: Cost, speeds: Speeds, scheme: str) -> list[float]:
-    """Seconds that each block computes in one step, its weights in a scheme ("" for 16 bit)."""
+def block_seconds(cost: Cost, hardware: Hardware, speeds: Speeds) -> list[float]:
+    """Seconds that each block computes in one step, what is in no block spread over them.
+
+    `speeds` are the hardware's own, or what is taken for them. A block takes as long as its
+    products and the bytes that are moved beside them, or as the host needs to launch them.
+    """
+    moved_bytes = _scale_outside(cost) + cost.workload.adapter_moved_numel * cost.element_bytes
+    launches = steps.OUTSIDE.launches + cost.workload.adapter_launches
+    outside_s = moved_bytes / speeds.memory_bytes + cost.workload.adapter_flop / speeds.wide
+    outside_s = max(outside_s, launches * speeds.launch_s) / len(cost.blocks)
+    return [_estimate_block(cost, block, hardware, speeds) + outside_s for block in cost.blocks]
+
+
+def _scale_outside(cost: Cost) -> float:
+    """Bytes that a step moves outside of its blocks."""
+    tokens = cost.workload.image_tokens + cost.workload.text_tokens
+    per_value = cost.element_bytes / 2 * tokens * cost.width / (steps.TOKENS * steps.WIDTH)
+    return steps.OUTSIDE.moved_mb * 1e6 * per_value
+
+
+def _estimate_block(cost: Cost, block: Block, hardware: Hardware, speeds: Speeds) -> float:
+    """Seconds that a block computes in one step."""
     image = cost.workload.image_tokens
     text = cost.workload.text_tokens
-    attention_s = 4 * (image + text) ** 2 * cost.width / speeds.wide
-    found = []
-    for block in cost.blocks:
-        flop = 2 * (block.image_numel * image + block.text_numel * text)
-        found.append(flop / speeds.of(scheme) + attention_s)
-    return found
+    flop = 2 * (block.image_numel * image + block.text_numel * text)
+    total_numel = block.image_numel if block.is_single else block.image_numel + block.text_numel
+    device_s = 4 * (image + text) ** 2 * cost.width / speeds.attention
+    launches = 0.0
+    for form, numel in block.numel_by_form.items():
+        scheme = FAMILIES.get(form, "")
+        multiply = hardware.find_multiply(scheme)
+        key = steps.find_row(form, multiply)
+        share = numel / total_numel
+        flops = speeds.wide if multiply == DEQUANTIZE else speeds.of(scheme)
+        moved_bytes = steps.moved_bytes(
+            key,
+            is_single=block.is_single,
+            numel=total_numel,
+            tokens=image + text,
+            width=cost.width,
+            element_bytes=cost.element_bytes,
+        )
+        device_s += share * (flop / flops + moved_bytes / speeds.memory_bytes)
+        launches += share * steps.launches_of(key, is_single=block.is_single)
+    return max(device_s, launches * speeds.launch_s)
+
+
+@dataclass(frozen=True)
+class Bus:
+    """How fast blocks come from RAM, in bytes a second."""
+
+    pinned_bytes: float  # from pinned memory
+    ring_bytes: float  # from other memory, by way of a pinned ring that a thread fills
+    pin_limit_bytes: float = inf  # how much is pinned at most
+
+    def copy_seconds(self, sizes: Sequence[int]) -> list[float]:
+        """Seconds that blocks of these bytes take; the first of them are pinned."""
+        found = []
+        left_bytes = self.pin_limit_bytes
+        for size in sizes:
+            is_pinned = size <= left_bytes
+            if is_pinned:
+                left_bytes -= size
+            found.append(size / (self.pinned_bytes if is_pinned else self.ring_bytes))
+        return found
 
 
 def choose_streamed(
-    cost: Cost, compute_s: Sequence[float], count: int, *, bus_bytes: float
+    cost: Cost, compute_s: Sequence[float], count: int, *, bus: Bus
 ) -> tuple[int, ...]:
     """Which `count` blocks are streamed, by their indexes, so that a step takes the least seconds.
 
@@ -325,7 +428,7 @@ def choose_streamed(
     taken.
     """
     every = range(len(compute_s))
-    single = [i for i in every if cost.blocks[i].nbytes == cost.blocks[-1].nbytes]
+    single = [i for i in every if cost.blocks[i].is_single]
     double = [i for i in every if i not in single]
     from_single = _spread_evenly(single, compute_s, min(count, len(single)))
     from_double = _spread_evenly(double, compute_s, count - len(from_single))
@@ -333,7 +436,7 @@ def choose_streamed(
     single_first = tuple(sorted((*from_double, *from_single)))
 
     def price(chosen: tuple[int, ...]) -> tuple[float, int]:
-        taken_s = step_seconds(cost, compute_s, chosen, bus_bytes=bus_bytes)
+        taken_s = step_seconds(cost, compute_s, chosen, bus=bus)
         return round(taken_s, 4), sum(cost.blocks[i].nbytes for i in chosen)
 
     return min(of_all, single_first, key=price)
@@ -355,7 +458,7 @@ def _spread_evenly(among: Sequence[int], compute_s: Sequence[float], count: int)
 
 
 def step_seconds(
-    cost: Cost, compute_s: Sequence[float], streamed: Sequence[int], *, bus_bytes: float
+    cost: Cost, compute_s: Sequence[float], streamed: Sequence[int], *, bus: Bus
 ) -> float:
     """Seconds of a step when the blocks in `streamed` come over the bus through two slots.
 
@@ -364,6 +467,7 @@ def step_seconds(
     like all others, and is returned.
     """
     order = {block: k for k, block in enumerate(streamed)}
+    copy_s = bus.copy_seconds([cost.blocks[block].nbytes for block in streamed])
     ready_s: dict[int, float] = {}  # when the k-th streamed block is there
     bus_free_s = 0.0
     now_s = 0.0
@@ -371,7 +475,7 @@ def step_seconds(
 
     def copy(k: int, since_s: float) -> None:
         nonlocal bus_free_s
-        bus_free_s = max(bus_free_s, since_s) + cost.blocks[streamed[k]].nbytes / bus_bytes
+        bus_free_s = max(bus_free_s, since_s) + copy_s[k]
         ready_s[k] = bus_free_s
 
     for k in range(min(2, len(streamed))):

@@ -7,13 +7,12 @@ FLOP a second. Stdlib only.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quant.spec import SCHEMES
 
 CONTEXT_BYTES = 512 << 20  # the driver's context with the kernels, and cuBLAS' workspace
-DEQUANTIZING_SPEED = 0.88  # of a 16-bit product's, where the weight is dequantized before each
 CAPABILITY = re.compile(r"sm(\d+)(\d)")
 BF16_SINCE = (8, 0)  # NVIDIA's first generation that multiplies in bfloat16
 DEQUANTIZE = "dequantize"  # how a scheme is multiplied in that the device does not multiply in
@@ -25,20 +24,25 @@ class Speeds:
 
     wide: float  # FLOP/s of products in 16 bit (in 32 on a CPU without fast bfloat16)
     eight_bit: dict[str, float]  # FLOP/s of fp8 and int8 products where the device computes them
+    attention: float  # FLOP/s of attention, in 16 bit
+    memory_bytes: float  # of the device's own memory
     bus_bytes: float  # from pinned memory to the device
+    pageable_bytes: float  # to the device from memory that is not pinned, as pages of files
+    host_copy_bytes: float  # within RAM, by one thread
     disk_bytes: float
+    launch_s: float  # of the host, for each kernel
     source: str = "assumed"
+    is_measured: bool = False  # somebody did on such a card; else it is a share of a data sheet
 
     def of(self, scheme: str) -> float:
-        """FLOP/s of a layer whose weight is stored in a scheme ("" for 16 bit).
+        """FLOP/s of products in a scheme where the device has its arithmetic, else in 16 bit."""
+        return self.eight_bit.get(scheme, self.wide)
 
-        Where the device does not multiply in the scheme, the weight is dequantized first.
-        """
-        if scheme in self.eight_bit:
-            return self.eight_bit[scheme]
-        if scheme:
-            return self.wide * DEQUANTIZING_SPEED
-        return self.wide
+    def without_guesses(self) -> "Speeds":
+        """The same with products in 8 bit as slow as in 16 bit, unless they were measured."""
+        if self.is_measured:
+            return self
+        return replace(self, eight_bit=dict.fromkeys(self.eight_bit, self.wide))
 
 
 @dataclass(frozen=True)
@@ -104,9 +108,12 @@ class Hardware:
 class CardTable:
     """What is known of cards: presets/shapes/cards.toml, parsed; its head explains the rows."""
 
-    rows: Mapping[str, Mapping[str, Any]]  # by a part of the driver's name, by "smNN", "gpu", "cpu"
-    reached: Mapping[str, float]  # the share of a data sheet's figure, by wide, fp8, int8
-    disk_bytes: float  # a second
+    rows: Mapping[str, Mapping[str, Any]]  # by a part of the driver's name, by "smNN", by a kind
+    reached: Mapping[str, float]  # the share of a data sheet's figure, by what it is of
+    pageable_bytes: float  # a second, as the others
+    host_copy_bytes: float
+    disk_bytes: float
+    launch_s: float
 
     def find_speeds(self, device: str, name: str, capability: tuple[int, int]) -> Speeds:
         """The speeds of a card by its name, else by its capability, else by its kind."""
@@ -117,24 +124,42 @@ class CardTable:
             found = CAPABILITY.fullmatch(key)
             if found and capability >= (int(found[1]), int(found[2])):
                 return self._read_row(row, capability, f"guess for {key}")
-        key = "cpu" if device == "cpu" else "gpu"
+        key = device.partition(":")[0]
+        if key == "cuda":
+            # torch calls AMD's cards so, too; they have no capability of NVIDIA's.
+            key = "gpu" if capability > (0, 0) else "rocm"
         return self._read_row(self.rows[key], capability, f"guess for {key}")
 
     def _read_row(self, row: Mapping[str, Any], capability: tuple[int, int], called: str) -> Speeds:
         """The speeds of one row; a measured row says what was reached, others what is promised."""
         reached = dict(self.reached)
         source = f"a table's {called}"
+        is_measured = "date" in row or "source" in row
+        if is_measured:
+            reached |= {"wide": 1.0, "fp8": 1.0, "int8": 1.0, "memory": 1.0}
+            # Measured products are not attention, which reaches less than they do.
+            reached["attention"] /= self.reached["wide"]
         if "date" in row:
-            reached = dict.fromkeys(reached, 1.0)
             source += f", measured {row['date']} with driver {row['driver']}"
+        elif "source" in row:
+            source += f", published by {row['source']}"
         eight_bit = {}
         for name, scheme in SCHEMES.items():
             if name in row and scheme.capability and capability >= scheme.capability:
                 eight_bit[name] = row[name] * reached[name] * 1e12
+        pageable_bytes = self.pageable_bytes
+        if "pageable" in row:
+            pageable_bytes = row["pageable"] * 1e9
         return Speeds(
             wide=row["wide"] * reached["wide"] * 1e12,
             eight_bit=eight_bit,
+            attention=row["wide"] * reached["attention"] * 1e12,
+            memory_bytes=row["memory"] * reached["memory"] * 1e9,
             bus_bytes=row["bus"] * 1e9,
+            pageable_bytes=pageable_bytes,
+            host_copy_bytes=self.host_copy_bytes,
             disk_bytes=self.disk_bytes,
+            launch_s=self.launch_s,
             source=source,
+            is_measured=is_measured,
         )

@@ -6,16 +6,18 @@ Arithmetic on `costs`: opens no file and asks no device. Sizes are in bytes. Std
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from math import inf
 from typing import Any, NamedTuple
 
 from fluxcli.plan import costs
-from fluxcli.plan.costs import Cost, Workload
+from fluxcli.plan.costs import Bus, Cost, Workload
 from fluxcli.plan.machine import CONTEXT_BYTES, DEQUANTIZE, Hardware, Speeds
 from quant.checkpoint import Checkpoint
 from quant.spec import ATTENTION, SCHEMES, ActivationLine, QuantSpec
 
 GIB = 2**30
 PHASES = ("encode", "condition", "denoise", "decode")
+READING = ("load", "condition")  # whose seconds are those of reading files
 RAM_SHARE = 0.6  # of all RAM, that streamed blocks may take
 FREE_RAM_SHARE = 0.8  # of the RAM that is free now, that they may take
 RESIDENT_SHARE = 0.25  # of the budget: a model that takes less stays loaded as a whole
@@ -77,6 +79,11 @@ class MemoryPlan:
     def total_s(self) -> float:
         """From a cold start to one picture."""
         return sum(self.seconds.values())
+
+    @property
+    def picture_s(self) -> float:
+        """Of one picture whose model is loaded: what a worker and a batch pay for each."""
+        return sum(taken_s for name, taken_s in self.seconds.items() if name not in READING)
 
     def to_json(self) -> dict[str, Any]:
         """The plan in JSON types; the placement has the key "residency" that it always had."""
@@ -254,10 +261,20 @@ def _list_counts(candidate: Candidate) -> range:
 
 def _stream(candidate: Candidate, now: Placement, count: int) -> Placement:
     """The placement with `count` blocks streamed: those that make a step the fastest."""
-    speeds = _speeds_of(candidate)
-    compute_s = costs.block_seconds(candidate.cost, speeds, candidate.scheme)
-    streamed = costs.choose_streamed(candidate.cost, compute_s, count, bus_bytes=speeds.bus_bytes)
+    compute_s = costs.block_seconds(candidate.cost, candidate.hardware, _speeds_of(candidate))
+    bus = find_bus(candidate.hardware)
+    streamed = costs.choose_streamed(candidate.cost, compute_s, count, bus=bus)
     return replace(now, denoise="streamed", streamed=streamed)
+
+
+def find_bus(hardware: Hardware) -> Bus:
+    """How fast streamed blocks come, those that are pinned and those beyond the driver's limit."""
+    speeds = hardware.speeds
+    return Bus(
+        pinned_bytes=speeds.bus_bytes,
+        ring_bytes=min(speeds.bus_bytes, speeds.host_copy_bytes),
+        pin_limit_bytes=inf if hardware.pin_bytes is None else hardware.pin_bytes,
+    )
 
 
 def host_limit(hardware: Hardware) -> int:
@@ -341,14 +358,15 @@ def _speeds_of(candidate: Candidate) -> Speeds:
     return hardware.speeds
 
 
-def _estimate_seconds(candidate: Candidate, placement: Placement) -> dict[str, float]:
-    """Seconds of each phase of one picture from a cold start.
+def estimate_seconds(
+    candidate: Candidate, placement: Placement, speeds: Speeds | None = None
+) -> dict[str, float]:
+    """Seconds of each phase of one picture from a cold start, with the device's speeds or others.
 
     Reading and computing are added up: that they overlap is not counted.
     """
     cost = candidate.cost
-    speeds = _speeds_of(candidate)
-    slow_bus_bytes = speeds.bus_bytes / 2  # what is not pinned is copied at about half the speed
+    speeds = speeds or _speeds_of(candidate)
 
     modulation_stored_bytes = cost.modulation_numel * 2
     load_s = (cost.stored_bytes - modulation_stored_bytes) / speeds.disk_bytes
@@ -361,12 +379,13 @@ def _estimate_seconds(candidate: Candidate, placement: Placement) -> dict[str, f
 
     encode_s = 2 * cost.t5_numel * cost.workload.text_tokens / speeds.wide
     if placement.encode == "sequential":
-        encode_s += cost.t5_bytes / slow_bus_bytes
+        encode_s += cost.t5_bytes / speeds.pageable_bytes
 
-    compute_s = costs.block_seconds(cost, speeds, candidate.scheme)
-    step_s = costs.step_seconds(cost, compute_s, placement.streamed, bus_bytes=speeds.bus_bytes)
+    compute_s = costs.block_seconds(cost, candidate.hardware, speeds)
+    bus = find_bus(candidate.hardware)
+    step_s = costs.step_seconds(cost, compute_s, placement.streamed, bus=bus)
     if placement.denoise == "sequential":
-        step_s += cost.blocks_bytes / slow_bus_bytes
+        step_s += cost.blocks_bytes / speeds.pageable_bytes
 
     decode_s = cost.workload.pixels * costs.VAE_FLOP / speeds.wide
     if placement.decode == "tiled":
@@ -378,6 +397,16 @@ def _estimate_seconds(candidate: Candidate, placement: Placement) -> dict[str, f
         "denoise": round(step_s * cost.workload.steps, 3),
         "decode": round(decode_s, 3),
     }
+
+
+def estimate_sure_s(candidate: Candidate, plan: MemoryPlan) -> float:
+    """Seconds of a picture of a plan, with products in 8 bit at 16 bit's speed where none is known.
+
+    Its model is loaded, as for `MemoryPlan.picture_s`.
+    """
+    speeds = _speeds_of(candidate).without_guesses()
+    seconds = estimate_seconds(candidate, plan.placement, speeds)
+    return replace(plan, seconds=seconds).picture_s
 
 
 def _make_plan(candidate: Candidate, placement: Placement, budget_bytes: int) -> MemoryPlan:
@@ -394,7 +423,7 @@ def _make_plan(candidate: Candidate, placement: Placement, budget_bytes: int) ->
         spec=candidate.spec,
         placement=placement,
         peak_bytes=peak_bytes,
-        seconds=_estimate_seconds(candidate, placement),
+        seconds=estimate_seconds(candidate, placement),
         speeds=hardware.speeds.source,
         budget_bytes=budget_bytes,
         host_bytes=host_bytes,

@@ -67,7 +67,18 @@ def machine(
     Its speeds are as a table has them.
     """
     size = int(gib * GIB)
-    table = Speeds(50e12, {"fp8": 80e12} if sm >= (8, 9) else {}, 24e9, 2e9, "a test's")
+    table = Speeds(
+        wide=50e12,
+        eight_bit={"fp8": 80e12} if sm >= (8, 9) else {},
+        attention=50e12,
+        memory_bytes=500e9,
+        bus_bytes=24e9,
+        pageable_bytes=4e9,
+        host_copy_bytes=5e9,
+        disk_bytes=2e9,
+        launch_s=5e-6,
+        source="a test's",
+    )
     made = Hardware(
         device, "a test", size, size, 64 * GIB, 64 * GIB, bf16, "a test", table, "test", sm
     )
