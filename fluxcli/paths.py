@@ -68,6 +68,11 @@ def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
     return user_folder("cache", environment) / "flux"
 
 
+def compiled_folder(environment: Mapping[str, str] = os.environ) -> Path:
+    """Return where compilers keep what --compile made; it may not exist."""
+    return cache_folder(environment) / "compiled"
+
+
 def config_folder(environment: Mapping[str, str] = os.environ) -> Path:
     """Return the user's folder of settings and presets; it may not exist."""
     return user_folder("config", environment) / "flux"

@@ -93,7 +93,8 @@ _DRAWING: dict[str, tuple[str, ...]] = {
         "--xformers", "--diffusion-fa", "--flash-attn", "--flash-attention", "--sdpa",
         "--use-flash-attention",
     ),
-    "leave it out": ("--compile", "--torch-compile", "--no-compile", "--trt", "--teacache"),
+    "--compile": ("--torch-compile",),
+    "leave it out": ("--no-compile", "--trt", "--teacache"),
     _NAME_LORA: (
         "--lora-paths", "--lora-path", "--lora-scales", "--lora-scale", "--lora-weight",
         "--lora-weights", "--lora-name", "--lora-names", "--lora-dir", "--lora-model-dir",

@@ -57,6 +57,7 @@ _SHOWN = {
     "vram_limit": _Shown(MACHINE, "SIZE"),
     "offload": _Shown(MACHINE, "NAME", complete.offer_values("offload")),
     "device": _Shown(MACHINE, "NAME", complete.offer_devices),
+    "compile": _Shown(MACHINE, ""),
 }
 
 
@@ -65,7 +66,7 @@ def describe_default(setting: str) -> str:
     value = DEFAULTS.get(setting)
     if setting in _DEFAULT_WORDS:
         return _DEFAULT_WORDS[setting]
-    if value is None or value is True or value == ():
+    if value is None or isinstance(value, bool) or value == ():
         return ""
     if setting in PRESET_SETTINGS:
         return f"the preset's; {value} in dev"
@@ -83,12 +84,12 @@ def _declare_option(kind: Any, *flags: str, text: str, panel: str, **shown: Any)
 def _declare_settings() -> dict[str, Any]:
     """Return the annotations of the settings' options by the names of their parameters.
 
-    A setting that is a switch is on unless its flag --no-NAME is given.
+    A setting that is a switch has one flag: --NAME where it is off by default, else --no-NAME.
     """
     found = {}
     for setting in SETTINGS.values():
         kind = setting.kind.option_type
-        name = f"no_{setting.name}" if kind is bool else setting.name
+        name = f"no_{setting.name}" if DEFAULTS[setting.name] is True else setting.name
         shown = _SHOWN[setting.name]
         default = describe_default(setting.name)
         text = f"{setting.help} [default: {default}]" if default else setting.help
@@ -138,7 +139,8 @@ IDLE_IN_PLAN = (*_WRITING, "seed", "count", "no_wait", "no_worker", "no_cache")
 # Those that kept latents say themselves. They are refused, with a reason.
 IDLE_IN_DECODE = (
     "preset", "model", "text_encoders", "vae", "lora", "aspect_ratio", "image_size", "width",
-    "height", "steps", "guidance", "seed", "count", "text_tokens", "precision", "no_cache",
+    "height", "steps", "guidance", "seed", "count", "text_tokens", "precision", "compile",
+    "no_cache",
 )  # fmt: skip
 _IDLE = {"plan_command": IDLE_IN_PLAN, "decode": IDLE_IN_DECODE}
 # Commands where what is not given is as it was in the picture: no default is shown.

@@ -54,6 +54,7 @@ DIFFERENCES = {
         "precision": "made in {then}, here it is {here}",
         "multiply": "matrices were multiplied as {then}, here as {here}",
         "dtypes": "the parts had the dtypes {then}, here {here}",
+        "compiled": "compiled then: {then}, here: {here}",
         "tiled": "decoded in tiles: {then}, here: {here}",
     },
     "versions": {
@@ -64,6 +65,7 @@ DIFFERENCES = {
         "transformers": "made with transformers {then}, here is {here}",
     },
 }
+ABSENT = {"compiled": False}  # what it means that a key is not there
 MAX_SAID = 60  # characters of a value that a picture says
 
 
@@ -330,10 +332,10 @@ def _list_differences(made: Metadata, here: Metadata) -> Iterator[str]:
     for group, sentences in DIFFERENCES.items():
         then = _get_group(made, group)
         for key, sentence in sentences.items():
-            if then.get(key) != here[group][key]:
-                yield sentence.format(
-                    then=_name_value(then.get(key)), here=_name_value(here[group][key])
-                )
+            before = then.get(key, ABSENT.get(key))
+            now = here[group].get(key, ABSENT.get(key))
+            if before != now:
+                yield sentence.format(then=_name_value(before), here=_name_value(now))
     adapters = _get_group(made, "lora")
     for name, identity in here["lora"].items():
         # An adapter is the same wherever it is.

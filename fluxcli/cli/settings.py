@@ -23,7 +23,7 @@ def given_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     given = {
         name: value
         for name, value in options.items()
-        if name in SETTINGS and value not in (None, [], ())
+        if name in SETTINGS and value not in (None, [], ()) and value is not False
     }
     if options["no_metadata"]:
         given["metadata"] = False

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fluxcli.engine import device
+from fluxcli.engine.compiling import BlockCompiler
 from fluxcli.engine.loader import LoadedComponent
 from fluxcli.engine.lora_hooks import attach
 from fluxcli.engine.modulation import Condition, ModulationRow
@@ -54,6 +55,7 @@ class Components:
         self.plan = plan
         self.hardware = hardware
         self.loaded: dict[str, LoadedComponent] = {}
+        self.compiler = BlockCompiler() if plan.compiled else None
         self.modulation_row: ModulationRow | None = None  # that the transformer's norms look at
         self.modulation_weights: dict[str, Tensor] = {}  # where the plan keeps them
         self.prompts = PromptEncoder(checkpoint, plan, hardware, on_disk=prompt_cache)
@@ -172,6 +174,7 @@ class Components:
             skip=is_modulation if is_transformer else None,
             blocks=_find_passing_blocks(component, placed),
             from_arena=is_transformer and placed.denoise == "streamed",
+            change_blocks=self.compiler.install if is_transformer and self.compiler else None,
         )
         taken_s = time.perf_counter() - started_s
         if is_transformer:

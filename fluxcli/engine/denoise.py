@@ -18,7 +18,7 @@ from fluxcli.engine.components import Components
 from fluxcli.engine.loader import refusing
 from fluxcli.engine.picture import Picture
 from fluxcli.engine.prompt_cache import Embeddings
-from fluxcli.events import Event, Phase, Step
+from fluxcli.events import Event, Notice, Phase, Step
 from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import Checkpoint
 
@@ -52,6 +52,9 @@ def _denoise(components: Components, model: Any, picture: Picture) -> Iterator[E
     if tokens is None:
         tokens = make_noise(request.seed, request.size, dtype=dtype)
     tokens = tokens.to(device, dtype)
+    compiler = components.compiler
+    if compiler and compiler.begins:
+        yield Notice("the first step compiles the blocks: it takes longer than the others")
     for index in range(picture.step, request.steps):
         row.select(table, index)
         timestep = scheduler.timesteps[index]
@@ -59,6 +62,9 @@ def _denoise(components: Components, model: Any, picture: Picture) -> Iterator[E
         picture.tokens = tokens
         picture.step = index + 1
         yield Step(picture.step, request.steps, picture.position, images=picture.total)
+        failure = compiler.tell_failure() if compiler else ""
+        if failure:
+            yield Notice(f"not compiled, the picture is drawn without: {failure}")
     picture.tokens = tokens.cpu()
     picture.table = None
     picture.embeddings = None

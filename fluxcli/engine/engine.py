@@ -129,6 +129,12 @@ class Engine:
             return find_multiply(precision, self.plan.device)
         return precision
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the transformer's blocks are compiled: the plan wants it, and nothing failed."""
+        compiler = self.components.compiler
+        return compiler is not None and not compiler.failure
+
     def adopt(self, plan: MemoryPlan, hardware: Hardware, *, prompt_cache: bool = False) -> None:
         """Go on under another plan of the same precision, see `Components.adopt`."""
         self.components.adopt(plan, hardware, prompt_cache=prompt_cache)

@@ -87,11 +87,12 @@ def load_component(
     skip: Callable[[str], bool] | None = None,
     blocks: Sequence[str] = (),
     from_arena: bool = False,
+    change_blocks: Callable[[nn.Module], None] | None = None,
 ) -> LoadedComponent:
     """Load a component; tensors whose names `skip` takes stay on meta. Errors as of `Filler`.
 
     `blocks`, in the order of the forward, pass through the device: streamed `from_arena`, or each
-    from its file.
+    from its file. `change_blocks` may give the module's blocks another forward before that.
     """
     skip = skip or _skip_nothing
     filler = Filler(component, dtype=dtype, device=device, spec=spec)
@@ -105,6 +106,8 @@ def load_component(
         else:
             filler.fill(name)
     loaded = filler.finish()
+    if change_blocks:
+        change_blocks(loaded.module)
     if blocks and from_arena:
         most_bytes = sum(filler.block_bytes(block, skip=skip) for block in blocks)
         conveyor = Conveyor(filler, names_by_block, most_bytes)

@@ -30,7 +30,7 @@ OWN_PICTURE = "name a png, jpg or webp that flux has made"
 KNOWN_HASHES = 65_536  # of files that were read, remembered by a process
 
 # Settings that were asked for, such as device "auto"; what was taken stands under "compute".
-RESOURCES = ("device", "precision", "vram_limit", "offload")
+RESOURCES = ("device", "precision", "vram_limit", "offload", "compile")
 
 XMP = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'

@@ -74,6 +74,7 @@ class MemoryPlan:
     host_bytes: int  # RAM that is held
     reasons: tuple[str, ...]
     margin_bytes: int = 0  # that are free beyond the budget, and left alone as long as it goes
+    compiled: bool = False  # the transformer's blocks
 
     @property
     def total_s(self) -> float:

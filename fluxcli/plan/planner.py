@@ -45,6 +45,7 @@ QUALITY = (
 )
 USABLE_SHARE = 0.92  # of the total: the rest is the desktop's and the driver's
 CPU_SHARE = 0.8  # of the RAM, that weights in float32 may take
+COMPILED = "compiled: bytes and seconds are planned as without; the first step takes longer"
 SLOWER = 1.25  # times the fastest that fits: what a better precision may take
 
 
@@ -146,7 +147,7 @@ def survey(
             )
         is_taken = any(each.verdict in ("chosen", "not now") for each in judged)
         judged.append(judge(candidate, ever, now, fastest_s=fastest_s, is_taken=is_taken))
-    return _explain_choice(judged)
+    return _explain_choice(judged, compiled=resources.compile)
 
 
 def _fit_now(
@@ -209,15 +210,20 @@ def judge(
     return replace(candidate, verdict="chosen", why=candidate.basis)
 
 
-def _explain_choice(judged: Sequence[Candidate]) -> list[Candidate]:
-    """The same candidates; the plan of the chosen one says why it is, and why no better one."""
+def _explain_choice(judged: Sequence[Candidate], *, compiled: bool) -> list[Candidate]:
+    """The same candidates; the plan of the chosen one says why it is, and why no better one.
+
+    It says, too, whether the transformer's blocks are `compiled`.
+    """
     explained = list(judged)
     for position, candidate in enumerate(judged):
         if candidate.verdict == "chosen" and candidate.plan:
             better = [f"not {each.precision}: {each.why}" for each in judged[:position]]
             chosen = f"{candidate.precision}: {candidate.why}"
             reasons = (*candidate.plan.reasons, chosen, *better)
-            plan = replace(candidate.plan, reasons=reasons)
+            if compiled:
+                reasons = (*reasons, COMPILED)
+            plan = replace(candidate.plan, reasons=reasons, compiled=compiled)
             explained[position] = replace(candidate, plan=plan)
     return explained
 

@@ -78,12 +78,16 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Resources:
-    """With what a picture may be computed. `vram_limit` is in bytes; None takes what is there."""
+    """With what a picture may be computed. `vram_limit` is in bytes; None takes what is there.
+
+    `compile` lets torch.compile make one graph of each kind of the transformer's blocks.
+    """
 
     device: str = "auto"
     precision: str = "auto"
     vram_limit: int | None = None
     offload: str = "auto"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         _check_fields(self)

@@ -432,6 +432,12 @@ _ROWS = (
         help="auto, cpu, cuda[:n], mps or xpu[:n].",
         flags=("--device",),
     ),
+    Setting(
+        "compile",
+        Switch(),
+        help="Compile the transformer's blocks: the first step takes longer, the others less.",
+        flags=("--compile",),
+    ),
 )
 
 SETTINGS: dict[str, Setting] = {row.name: row for row in _ROWS}

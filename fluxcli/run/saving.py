@@ -99,6 +99,7 @@ def make_metadata(
     """
     request = order.request
     plan = engine.plan
+    compiled = {"compiled": True} if engine.is_compiled else {}
     return {
         "request": order.to_json() | {"output": None},
         "size": list(request.size),
@@ -109,7 +110,8 @@ def make_metadata(
             "multiply": engine.multiply,
             "dtypes": plan.dtypes,
             "tiled": plan.placement.decode == "tiled",
-        },
+        }
+        | compiled,
         "lora": loras.name_identities(request.lora, adapters),
         "seeded": seeded,
         "versions": fluxcli.versions(),
@@ -153,11 +155,16 @@ def _list_slots(
 
 
 def _make_hashes(engine: Engine, destination: Destination, adapters: Sequence[Adapter]) -> set[str]:
-    """Return the hashes that a picture may carry: decoded as planned, or in tiles."""
+    """Return the hashes that a picture may carry: computed as planned, or as it may have to be.
+
+    That is decoded in tiles, where memory runs out, and not compiled, where that fails.
+    """
     seeded = destination.seeded
     planned = make_metadata(engine, destination.order, adapters, seeded=seeded)
-    tiled = planned | {"compute": planned["compute"] | {"tiled": True}}  # where memory runs out
-    return {image.hash_request(each, seeded=seeded) for each in (planned, tiled)}
+    compute = planned["compute"]
+    without = {key: value for key, value in compute.items() if key != "compiled"}
+    found = [compute, compute | {"tiled": True}, without, without | {"tiled": True}]
+    return {image.hash_request(planned | {"compute": each}, seeded=seeded) for each in found}
 
 
 # --- what is kept of a picture

@@ -80,6 +80,7 @@ class Prepared:
             plan.precision,
             plan.spec,
             tuple(plan.dtypes.items()),
+            plan.compiled,
         )
 
 
