@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fluxcli.engine import device as hardware
-from fluxcli.engine import streaming as placement
 from fluxcli.engine.engine import Engine
+from fluxcli.engine.pinned import pin
 from quant.checkpoint import inspect
 from tests.support.helpers import BAKED, draw, plan_for, tiny
 
@@ -37,7 +37,7 @@ def test_streams_and_pinned_memory_give_the_resident_pixels(precision, offload, 
 
 def test_the_arena_is_pinned_exactly_and_let_go_of():
     arena = torch.empty(3_000_000, dtype=torch.uint8)
-    placement._pin(arena, 2_999_808, "cuda:0")
+    assert pin(arena, 2_999_808, "cuda:0")
     assert arena.is_pinned()
     address = arena.data_ptr()
     del arena

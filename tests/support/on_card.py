@@ -70,30 +70,30 @@ def draw_on_card(order: Order, checkpoint: Checkpoint, card: Card | None = None)
     card = card or Card()
     with installed(card):
         try:
-            engine = make_engine(order, checkpoint)
-            picture = picture_of(engine, order)
-            events, steps = run_to_end(engine, picture, card)
+            run = _draw(order, checkpoint, card)
         except Exception as error:
             # Frames hold tensors, which must go while the card is there.
             traceback.clear_frames(error.__traceback__)
             raise
-        run = OnCardRun(
-            card=card,
-            pixels=picture.pixels,
-            plan=engine.plan,
-            multiply=engine.multiply,
-            ways={
-                scheme: linear.ask_multiply(scheme, engine.plan.device) for scheme in linear.WAYS
-            },
-            hardware=engine.hardware,
-            checkpoint=engine.checkpoint,
-            events=events,
-            steps=steps,
-        )
-        engine.components.clear()
-        del engine, picture
     card.problems += [f"{size} bytes stay pinned" for size in card.pinned.values()]
     return run
+
+
+def _draw(order: Order, checkpoint: Checkpoint, card: Card) -> OnCardRun:
+    engine = make_engine(order, checkpoint)
+    picture = picture_of(engine, order)
+    events, steps = run_to_end(engine, picture, card)
+    return OnCardRun(
+        card=card,
+        pixels=picture.pixels,
+        plan=engine.plan,
+        multiply=engine.multiply,
+        ways={scheme: linear.ask_multiply(scheme, engine.plan.device) for scheme in linear.WAYS},
+        hardware=engine.hardware,
+        checkpoint=engine.checkpoint,
+        events=events,
+        steps=steps,
+    )
 
 
 def draw_on_cpu(order: Order, run: OnCardRun) -> np.ndarray:
