@@ -41,7 +41,7 @@ from fluxcli.engine.picture import Picture
 from fluxcli.events import Phase, Step
 from fluxcli.models.shapes import read_known_shapes
 from fluxcli.plan import costs, placement
-from fluxcli.plan.machine import CONTEXT_BYTES, Hardware
+from fluxcli.plan.machine import CONTEXT_BYTES, DEQUANTIZE, Hardware
 from fluxcli.plan.placement import GIB, PHASES, Candidate
 from fluxcli.plan.planner import survey
 from fluxcli.request.fields import Order
@@ -281,31 +281,24 @@ def make_pipeline(
 
 
 def measure_row(card: Hardware) -> str:
-    """The card's row of the table of cards: TFLOP/s of products, GB/s of pinned copies, when and
-    how.
+    """The card's row of the table of cards: what is reached, when and with which driver.
 
-    The products are in 16 bit and in 8. They are those of a block at 1024x1024: 4608 tokens by a
-    (12288, 3072) weight.
+    TFLOP/s of products, GB/s of its memory, and of copies from pinned memory and from other memory.
+    The products are in 16 bit and in 8, and those of a block at 1024x1024: 4608 tokens by a (12288,
+    3072) weight. What layers do beside them is counted, and no part of these figures.
     """
-    rows, columns = 4608, 3072
     dtype = torch.bfloat16 if card.bf16 else torch.float16
-    inputs = torch.ones(rows, columns, dtype=dtype, device=card.device)
-    weight = torch.ones(4 * columns, columns, dtype=dtype, device=card.device)
-    flop = 2 * rows * weight.numel()
-    figures = {"wide": flop / seconds_of(lambda: inputs @ weight.T, card.device) / 1e12}
-    for scheme, stored in (("fp8", torch.float8_e4m3fn), ("int8", torch.int8)):
-        if linear.find_multiply(scheme, card.device) != "dequantize":
-            tensors = {"": weight.to(stored), "_scale": weight[:, 0].float()}
-            layer = linear.make_linear(
-                scheme, [tensors], shapes=[tuple(weight.shape)], bias=None, arithmetic=True
-            )
-            figures[scheme] = (
-                flop / seconds_of(lambda layer=layer: layer(inputs), card.device) / 1e12
-            )
-    host = torch.empty(128 << 20, dtype=torch.uint8, pin_memory=True)
-    target = torch.empty_like(host, device=card.device, pin_memory=False)
-    copy_s = seconds_of(lambda: target.copy_(host, non_blocking=True), card.device)
-    figures["bus"] = host.numel() / copy_s / 1e9
+    figures = measure_products(card.device, dtype, rows=4608, columns=3072)
+    pageable = torch.randint(256, (1 << 30,), dtype=torch.uint8)
+    pinned = pageable.pin_memory()
+    target = torch.empty_like(pageable, device=card.device)
+    other = torch.empty_like(target)
+    copy_s = seconds_of(lambda: other.copy_(target), card.device)
+    figures["memory"] = 2 * target.numel() / copy_s / 1e9  # read and written
+    copy_s = seconds_of(lambda: target.copy_(pinned, non_blocking=True), card.device)
+    figures["bus"] = target.numel() / copy_s / 1e9
+    copy_s = seconds_of(lambda: target.copy_(pageable), card.device)
+    figures["pageable"] = target.numel() / copy_s / 1e9
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
     fields = [f"{name} = {figure:.1f}" for name, figure in figures.items()]
@@ -313,12 +306,45 @@ def measure_row(card: Hardware) -> str:
     return f'"{card.name}" = {{ {", ".join(fields)} }}'
 
 
-def seconds_of(run: Callable[[], object], device: str) -> float:
-    """The median seconds of five calls, after one that does not count."""
+def measure_products(
+    device: str, dtype: torch.dtype, *, rows: int, columns: int, warm_s: float = 1.0
+) -> dict[str, float]:
+    """TFLOP/s of products of random matrices in 16 bit, and in 8 where the device has them.
+
+    Not of ones: a card that switches fewer bits draws less power, and clocks higher.
+    """
+    inputs = torch.randn(rows, columns, dtype=dtype, device=device)
+    weight = torch.randn(4 * columns, columns, dtype=dtype, device=device)
+    products: dict[str, Callable[[], object]] = {"wide": lambda: inputs @ weight.T}
+    if linear.find_multiply("fp8", device) != DEQUANTIZE:
+        layer = linear.FP8Linear(
+            [{"": weight.to(torch.float8_e4m3fn), "_scale": weight[:, 0].float()}],
+            [tuple(weight.shape)],
+            bias=None,
+            arithmetic=True,
+        )
+        scale = inputs[:, :1].float().contiguous()
+        values = inputs.to(torch.float8_e4m3fn)
+        products["fp8"] = lambda: layer.multiply(values, scale, torch.bfloat16)
+    if linear.find_multiply("int8", device) != DEQUANTIZE:
+        codes = inputs.mul(40).char(), weight.mul(40).char()
+        products["int8"] = lambda: torch._int_mm(codes[0], codes[1].T)
+    flop = 2 * rows * weight.numel()
+    return {
+        name: flop / seconds_of(run, device, warm_s=warm_s) / 1e12 for name, run in products.items()
+    }
+
+
+def seconds_of(run: Callable[[], object], device: str, *, warm_s: float = 1.0) -> float:
+    """The median seconds of twenty calls, after as many as it takes to clock the card up."""
     run()
-    taken = []
-    for _ in range(5):
+    hardware.synchronize(device)
+    began = time.perf_counter()
+    while time.perf_counter() - began < warm_s:
+        run()
         hardware.synchronize(device)
+    taken = []
+    for _ in range(20):
         started = time.perf_counter()
         run()
         hardware.synchronize(device)

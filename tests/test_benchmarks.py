@@ -6,6 +6,9 @@ import json
 import subprocess
 import sys
 
+import torch
+
+from benchmarks.cards import measure_products
 from tests.support.helpers import ROOT
 
 
@@ -39,3 +42,8 @@ def test_cards_runs_shrunk():
                 row["placed"],
                 phase,
             )
+
+
+def test_every_arithmetic_of_a_device_is_measured():
+    found = measure_products("cpu", torch.bfloat16, rows=32, columns=64, warm_s=0.0)
+    assert set(found) == {"wide", "fp8", "int8"} and all(rate > 0 for rate in found.values())

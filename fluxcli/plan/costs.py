@@ -401,19 +401,18 @@ def _estimate_block(cost: Cost, block: Block, hardware: Hardware, speeds: Speeds
 class Bus:
     """How fast blocks come from RAM, in bytes a second."""
 
-    pinned_bytes: float  # from pinned memory
+    bus_bytes: float  # from pinned memory
     ring_bytes: float  # from other memory, by way of a pinned ring that a thread fills
     pin_limit_bytes: float = inf  # how much is pinned at most
 
     def copy_seconds(self, sizes: Sequence[int]) -> list[float]:
-        """Seconds that blocks of these bytes take; the first of them are pinned."""
+        """Seconds that blocks of these bytes take, pinned one by one until the limit."""
         found = []
-        left_bytes = self.pin_limit_bytes
+        pinned_bytes = 0
         for size in sizes:
-            is_pinned = size <= left_bytes
-            if is_pinned:
-                left_bytes -= size
-            found.append(size / (self.pinned_bytes if is_pinned else self.ring_bytes))
+            pinned_bytes += size
+            is_pinned = pinned_bytes <= self.pin_limit_bytes
+            found.append(size / (self.bus_bytes if is_pinned else self.ring_bytes))
         return found
 
 

@@ -272,7 +272,7 @@ def find_bus(hardware: Hardware) -> Bus:
     """How fast streamed blocks come, those that are pinned and those beyond the driver's limit."""
     speeds = hardware.speeds
     return Bus(
-        pinned_bytes=speeds.bus_bytes,
+        bus_bytes=speeds.bus_bytes,
         ring_bytes=min(speeds.bus_bytes, speeds.host_copy_bytes),
         pin_limit_bytes=inf if hardware.pin_bytes is None else hardware.pin_bytes,
     )
