@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks.counting import CARD, Counter
+from fluxcli.engine.blocks import single_block
 from fluxcli.engine.engine import Engine
-from fluxcli.engine.loader import fused_single_block
 from fluxcli.engine.lora_hooks import attach
 from fluxcli.events import Phase
 from fluxcli.request.fields import Order
@@ -350,7 +350,7 @@ def test_blocks_with_adapters_compile_without_a_break(checkpoint, files, monkeyp
         model.module, adapters, "transformer", places=model.places, dtype=torch.float32, device=CARD
     )
     expected = forward(model, given)
-    kind = fused_single_block()
+    kind = single_block()
     monkeypatch.setattr(
         kind, "forward", torch.compile(kind.forward, backend="eager", fullgraph=True)
     )

@@ -47,6 +47,10 @@ def transformer() -> type[Any]:
     return _import_class("diffusers.models.transformers.transformer_flux", "FluxTransformer2DModel")
 
 
+def double_block() -> type[Any]:
+    return _import_class("diffusers.models.transformers.transformer_flux", "FluxTransformerBlock")
+
+
 def single_block() -> type[Any]:
     return _import_class(
         "diffusers.models.transformers.transformer_flux", "FluxSingleTransformerBlock"

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fluxcli.engine import classes
+from fluxcli.engine import blocks, classes
 from fluxcli.engine.components import Components
 from fluxcli.engine.loader import refusing
 from fluxcli.engine.picture import Picture
@@ -46,7 +46,7 @@ def _denoise(components: Components, model: Any, picture: Picture) -> Iterator[E
 
     scheduler = make_scheduler(components.checkpoint, request)
     scheduler.set_begin_index(picture.step)
-    inputs = _make_inputs(request, picture.embeddings, device=device, dtype=dtype)
+    inputs = _make_inputs(model, request.size, picture.embeddings, device=device, dtype=dtype)
     table = picture.table.to(device)
     tokens = picture.tokens
     if tokens is None:
@@ -98,21 +98,18 @@ def make_scheduler(checkpoint: Checkpoint, request: GenerationRequest) -> Any:
 
 
 def _make_inputs(
-    request: GenerationRequest, embeddings: Embeddings, *, device: str, dtype: torch.dtype
-) -> dict[str, Tensor | None]:
-    """What every forward of the transformer takes beside latents and timestep."""
+    model: Any,
+    size: tuple[int, int],
+    embeddings: Embeddings,
+    *,
+    device: str,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """What every forward of the transformer takes beside the latents: the same in each step."""
     sequence = embeddings.sequence.to(device, dtype)  # (1, T, C)
-    pooled = embeddings.pooled.to(device, dtype)  # (1, P)
-    guidance = None
-    if request.guidance is not None:
-        guidance = torch.full([1], request.guidance, device=sequence.device)
-    return {
-        "encoder_hidden_states": sequence,
-        "pooled_projections": pooled,
-        "guidance": guidance,
-        "txt_ids": sequence.new_zeros(sequence.shape[1], 3),
-        "img_ids": make_position_ids(request.size).to(sequence),
-    }
+    positions = make_position_ids(size).to(sequence)
+    rotation = blocks.make_rotation(model, sequence.shape[1], positions)
+    return {"encoder_hidden_states": sequence, "rotation": rotation}
 
 
 def make_position_ids(size: tuple[int, int]) -> Tensor:
@@ -129,9 +126,8 @@ def take_step(
     tokens: Tensor,
     *,
     timestep: Tensor,
-    inputs: Mapping[str, Tensor | None],
+    inputs: Mapping[str, Tensor],
 ) -> Tensor:
     """One Euler step: packed latents (1, S, 64) at `timestep` -> at the next one."""
-    at = timestep.expand(1).to(tokens) / 1000
-    velocity = model(hidden_states=tokens, timestep=at, return_dict=False, **inputs)[0]
+    velocity = model(hidden_states=tokens, **inputs)[0]
     return scheduler.step(velocity, timestep, tokens, return_dict=False)[0]

@@ -7,7 +7,6 @@ the MLP's input of a single block. Sizes are in bytes.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fluxcli.engine import classes
+from fluxcli.engine import blocks, classes
 from fluxcli.errors import find_broken_library
 from quant import codecs
 from quant.checkpoint import Component
@@ -29,8 +28,6 @@ from quant.linear import fits_together, make_linear
 from quant.lora import Adapter
 from quant.spec import QuantSpec, is_modulation, lay_out, scheme_in_memory
 from quant.weights import Weight
-
-HALF_MAX = 65504  # the largest float16
 
 Shape = tuple[int, ...]
 
@@ -106,6 +103,7 @@ class Filler:
         self._sources: dict[str, tuple[str, ...]] = {}  # the old layers by their new one
         self._fused: dict[str, Place] = {}  # the new place by the old layer
         if component.name == "transformer":
+            blocks.install(self.module)
             self._fuse()
         self.names = [name for name in self.module.state_dict() if name != T5_TIED]
 
@@ -213,9 +211,6 @@ class Filler:
                 for fusion in fusions:
                     self._fuse_layers(block, fusion, prefix=prefix)
                 block.attn.fused_projections = True
-                if stack == "single_transformer_blocks":
-                    block.attn.to_qkv = nn.Identity()
-                    block.__class__ = fused_single_block()
 
     def _fits_together(self, prefix: str, layers: Sequence[str]) -> bool:
         """Whether the weights of these layers can be one.
@@ -242,38 +237,6 @@ class Filler:
             owner, _, leaf = name.rpartition(".")
             delattr(block.get_submodule(owner), leaf)
         self._sources[prefix + fusion.new] = tuple(prefix + name for name in fusion.old)
-
-
-@functools.cache
-def fused_single_block() -> type[nn.Module]:
-    """diffusers' single block with one layer for q, k, v and the MLP's input."""
-
-    class FusedSingleBlock(classes.single_block()):  # type: ignore[misc]  # of a library without types
-        """`proj_in` gives (B, S, 3 D + M); the attention gets q, k and v ready."""
-
-        def forward(
-            self,
-            hidden_states: Tensor,
-            encoder_hidden_states: Tensor,
-            temb: Tensor,
-            image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-            joint_attention_kwargs: dict[str, object] | None = None,
-        ) -> tuple[Tensor, Tensor]:
-            residual = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # (B, T + S, D)
-            normed, gate = self.norm(residual, emb=temb)
-            projected = self.proj_in(normed)  # (B, T + S, 3 D + M)
-            sizes = [projected.shape[-1] - self.mlp_hidden_dim, self.mlp_hidden_dim]
-            qkv, mlp = projected.split(sizes, dim=-1)
-            options = joint_attention_kwargs or {}
-            attended = self.attn(qkv, image_rotary_emb=image_rotary_emb, **options)
-            joined = torch.cat([attended, self.act_mlp(mlp)], dim=2)
-            del normed, projected, qkv, mlp, attended  # most of what is alive
-            output = residual + gate.unsqueeze(1) * self.proj_out(joined)
-            if output.dtype == torch.float16:
-                output = output.clip(-HALF_MAX, HALF_MAX)
-            return output.tensor_split([encoder_hidden_states.shape[1]], dim=1)
-
-    return FusedSingleBlock
 
 
 def read_tensors(

@@ -188,10 +188,14 @@ class ModulationRow:
         """
         widths = _linear_widths(transformer)
         self._row = torch.zeros(1, sum(widths), dtype=dtype, device=device)
+        self._factors = torch.ones_like(self._row)  # 1 + the row
         views = self._row.split(widths, dim=1)
-        for name, view in zip(linear_names(transformer), views, strict=True):
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, Constant(view))
+        factors = self._factors.split(widths, dim=1)
+        for name, view, factor in zip(linear_names(transformer), views, factors, strict=True):
+            norm: Any = model.get_submodule(name.rpartition(".")[0])
+            norm.silu = nn.Identity()
+            norm.linear = Constant(view)
+            norm.add_one = Constant(factor)
         # No norm looks at the time embedding any more; the forward hands it on all the same.
         temb = torch.zeros(1, model.inner_dim, dtype=dtype, device=device)
         model.time_text_embed = Constant(temb)
@@ -199,6 +203,7 @@ class ModulationRow:
     def select(self, table: Tensor, step: int) -> None:
         """Make the next forward that of row `step` (from 0) of `table`."""
         self._row.copy_(table[step : step + 1])
+        torch.add(self._row, 1, out=self._factors)
 
 
 class Constant(nn.Module):

@@ -1,0 +1,262 @@
+"""The transformer's forward: diffusers' arithmetic, with fewer launches and passes over memory.
+
+Every number comes of the same operations in the same order as in diffusers'
+`transformer_flux.py`: on the CPU the bits are the same. What is left out moves numbers or makes
+them again. Text and picture lie in one tensor (B, T + S, D) from the first block to the last, q and
+k are rotated as complex numbers by a table that is made once for a size, and what a block made
+itself is changed in place. On CUDA a compiler may join the products and sums of the rotation, which
+changes the last bit of a float32 that is rounded to 16 bit right after.
+
+The classes take the place of diffusers' own on loaded modules; their layers, hooks and weights stay
+what they are. B is the batch, T and S the tokens of text and picture, D the width, H heads of d
+channels, M the width of a single block's MLP.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fluxcli.engine import classes
+
+HALF_MAX = 65504  # the largest float16
+
+
+def install(model: Any) -> None:
+    """Make a transformer of diffusers', and its blocks, compute as here."""
+    model.__class__ = transformer()
+    for block in model.transformer_blocks:
+        block.__class__ = double_block()
+        _prepare_norms(block.norm1, block.norm1_context)
+    for block in model.single_transformer_blocks:
+        block.__class__ = single_block()
+        _prepare_norms(block.norm)
+    _prepare_norms(model.norm_out)
+
+
+def _prepare_norms(*norms: Any) -> None:
+    for norm in norms:
+        norm.add_one = AddOne()
+
+
+class AddOne(nn.Module):
+    """1 + scale; with modulation tables a constant takes its place."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return 1 + values
+
+
+def make_rotation(model: Any, text_tokens: int, positions: Tensor) -> Tensor:
+    """The rotary embedding (T + S, 1, d / 2) complex64 of text and of a picture's tokens.
+
+    `positions` (S, 3) are of the picture's tokens; those of the text are 0.
+    """
+    text_positions = positions.new_zeros(text_tokens, positions.shape[1])
+    return _rotation_of(model, torch.cat([text_positions, positions]))
+
+
+def _rotation_of(model: Any, positions: Tensor) -> Tensor:
+    # Each value stands twice, for the two channels of a pair.
+    cosines, sines = model.pos_embed(positions)  # (T + S, d) float32 each
+    return torch.complex(cosines[:, ::2].contiguous(), sines[:, ::2].contiguous())[:, None]
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn the pairs of channels of x (..., T + S, H, d), which may be changed in place."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs.mul_(rotation)).flatten(-2).to(x.dtype)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The attention (B, T + S, D) of q, k and v (B, T + S, H, d)."""
+    attended = functional.scaled_dot_product_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    )
+    return attended.transpose(1, 2).flatten(2)
+
+
+def read_modulation(norm: Any, temb: Tensor, *, count: int) -> tuple[list[Tensor], list[Tensor]]:
+    """A norm's shifts, scales and gates (B, 1, D), and the same numbers plus one."""
+    values = norm.linear(norm.silu(temb))  # (B, count x D)
+    values, factors = values[:, None], norm.add_one(values)[:, None]
+    return list(values.chunk(count, dim=-1)), list(factors.chunk(count, dim=-1))
+
+
+def split_heads(qkv: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v (B, S, H, d) of a fused layer's output (B, S, 3 D).
+
+    CUDA's norm of q and of k would copy each, as their rows are not one behind the other; here one
+    copy serves both.
+    """
+    heads = qkv.unflatten(-1, (3, -1, channels))
+    query, key = heads[:, :, :2].movedim(2, 0).contiguous()
+    return query, key, heads[:, :, 2]
+
+
+@functools.cache
+def double_block() -> type[nn.Module]:
+    """diffusers' block for two streams, text and picture."""
+
+    class DoubleBlock(classes.double_block()):  # type: ignore[misc]  # of a library without types
+        def forward(self, x: Tensor, temb: Tensor, rotation: Tensor, text_tokens: int) -> Tensor:
+            """The residual stream (B, T + S, D) after this block."""
+            sizes = [text_tokens, x.shape[1] - text_tokens]
+            text, text_factors = read_modulation(self.norm1_context, temb, count=6)
+            image, image_factors = read_modulation(self.norm1, temb, count=6)
+
+            # Neither norm has weights, so that one launch norms both streams.
+            normed = self.norm1.norm(x)
+            normed_text, normed_image = normed.split(sizes, dim=1)
+            normed_text.mul_(text_factors[1]).add_(text[0])
+            normed_image.mul_(image_factors[1]).add_(image[0])
+            attended = self._attend(normed_text, normed_image, rotation)
+            attended_text, attended_image = attended.split(sizes, dim=1)
+            x = _add_gated(
+                x,
+                self.attn.to_add_out(attended_text).mul_(text[2]),
+                self.attn.to_out[0](attended_image).mul_(image[2]),
+            )
+
+            normed = self.norm2(x)
+            normed_text, normed_image = normed.split(sizes, dim=1)
+            normed_text.mul_(text_factors[4]).add_(text[3])
+            normed_image.mul_(image_factors[4]).add_(image[3])
+            x = _add_gated(
+                x,
+                self.ff_context(normed_text).mul_(text[5]),
+                self.ff(normed_image).mul_(image[5]),
+            )
+            if x.dtype == torch.float16:
+                x[:, :text_tokens].clamp_(-HALF_MAX, HALF_MAX)
+            return x
+
+        def _attend(self, text: Tensor, image: Tensor, rotation: Tensor) -> Tensor:
+            """The attention (B, T + S, D) of the two streams' normed tokens."""
+            attn = self.attn
+            if attn.fused_projections:
+                q_text, k_text, v_text = split_heads(attn.to_added_qkv(text), attn.head_dim)
+                q_image, k_image, v_image = split_heads(attn.to_qkv(image), attn.head_dim)
+            else:
+                heads = (-1, attn.head_dim)
+                q_text = attn.add_q_proj(text).unflatten(-1, heads)
+                k_text = attn.add_k_proj(text).unflatten(-1, heads)
+                v_text = attn.add_v_proj(text).unflatten(-1, heads)
+                q_image = attn.to_q(image).unflatten(-1, heads)
+                k_image = attn.to_k(image).unflatten(-1, heads)
+                v_image = attn.to_v(image).unflatten(-1, heads)
+            normed = [
+                attn.norm_added_q(q_text),
+                attn.norm_q(q_image),
+                attn.norm_added_k(k_text),
+                attn.norm_k(k_image),
+            ]
+            del q_text, q_image, k_text, k_image
+            both = torch.cat(normed, dim=1).unflatten(1, (2, -1))  # (B, 2, T + S, H, d)
+            del normed
+            query, key = rotate(both, rotation).unbind(1)
+            del both
+            return attend(query, key, torch.cat([v_text, v_image], dim=1))
+
+    return DoubleBlock
+
+
+def _add_gated(x: Tensor, text: Tensor, image: Tensor) -> Tensor:
+    """x (B, T + S, D) plus what the two streams add to it, in a tensor of its own."""
+    total = torch.empty_like(x)
+    tokens = text.shape[1]
+    torch.add(x[:, :tokens], text, out=total[:, :tokens])
+    torch.add(x[:, tokens:], image, out=total[:, tokens:])
+    return total
+
+
+@functools.cache
+def single_block() -> type[nn.Module]:
+    """diffusers' block for the joined stream.
+
+    Where the weights allow it, `proj_in` is one layer for q, k, v and the MLP's input.
+    """
+
+    class SingleBlock(classes.single_block()):  # type: ignore[misc]  # of a library without types
+        def forward(self, x: Tensor, temb: Tensor, rotation: Tensor) -> Tensor:
+            """The residual stream (B, T + S, D) after this block."""
+            values, factors = read_modulation(self.norm, temb, count=3)
+            normed = self.norm.norm(x).mul_(factors[1]).add_(values[0])
+            attn = self.attn
+            if attn.fused_projections:
+                projected = self.proj_in(normed)  # (B, T + S, 3 D + M)
+                sizes = [projected.shape[-1] - self.mlp_hidden_dim, self.mlp_hidden_dim]
+                qkv, mlp = projected.split(sizes, dim=-1)
+                query, key, value = split_heads(qkv, attn.head_dim)
+                del projected, qkv
+            else:
+                heads = (-1, attn.head_dim)
+                query = attn.to_q(normed).unflatten(-1, heads)
+                key = attn.to_k(normed).unflatten(-1, heads)
+                value = attn.to_v(normed).unflatten(-1, heads)
+                mlp = self.proj_mlp(normed)
+            del normed
+            query = rotate(attn.norm_q(query), rotation)
+            key = rotate(attn.norm_k(key), rotation)
+            attended = attend(query, key, value)
+            del query, key, value
+
+            # The output layer's input, filled in place: nothing is put together afterwards.
+            width = attended.shape[-1]
+            wide = x.new_empty(*x.shape[:2], width + self.mlp_hidden_dim)
+            wide[..., :width] = attended
+            torch.ops.aten.gelu.out(mlp, approximate="tanh", out=wide[..., width:])
+            del attended, mlp
+            output = self.proj_out(wide).mul_(values[2]).add_(x)
+            if output.dtype == torch.float16:
+                output.clamp_(-HALF_MAX, HALF_MAX)
+            return output
+
+    return SingleBlock
+
+
+@functools.cache
+def transformer() -> type[nn.Module]:
+    """diffusers' transformer over these blocks."""
+
+    class Transformer(classes.transformer()):  # type: ignore[misc]  # of a library without types
+        def forward(
+            self,
+            hidden_states: Tensor,
+            encoder_hidden_states: Tensor,
+            *,
+            pooled_projections: Tensor | None = None,
+            timestep: Tensor | None = None,
+            guidance: Tensor | None = None,
+            img_ids: Tensor | None = None,
+            txt_ids: Tensor | None = None,
+            rotation: Tensor | None = None,
+            return_dict: bool = False,
+        ) -> tuple[Tensor]:
+            """The velocity (B, S, 64) of packed latents, for a text's embeddings (B, T, C).
+
+            `rotation` is as of `make_rotation`; without it the ids give one. With modulation tables
+            nothing looks at timestep, guidance and pooled embeddings, and they may be missing.
+            """
+            image = self.x_embedder(hidden_states)
+            text = self.context_embedder(encoder_hidden_states)
+            times = [
+                time.to(image.dtype) * 1000 for time in (timestep, guidance) if time is not None
+            ]
+            temb = self.time_text_embed(*times, pooled_projections)
+            if rotation is None:
+                assert txt_ids is not None and img_ids is not None
+                rotation = _rotation_of(self, torch.cat([txt_ids, img_ids]))
+            text_tokens = text.shape[1]
+            x = torch.cat([text, image], dim=1)
+            del text, image
+            for block in self.transformer_blocks:
+                x = block(x, temb, rotation, text_tokens)
+            for block in self.single_transformer_blocks:
+                x = block(x, temb, rotation)
+            values, factors = read_modulation(self.norm_out, temb, count=2)
+            normed = self.norm_out.norm(x[:, text_tokens:]).mul_(factors[0]).add_(values[1])
+            return (self.proj_out(normed),)
+
+    return Transformer
