@@ -65,8 +65,8 @@ def _rotation_of(model: Any, positions: Tensor) -> Tensor:
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Turn the pairs of channels of x (..., T + S, H, d), which may be changed in place."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs.mul_(rotation)).flatten(-2).to(x.dtype)
+    pairs = x.float().view(torch.complex64)  # (..., T + S, H, d / 2)
+    return pairs.mul_(rotation).view(torch.float32).to(x.dtype)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -183,35 +183,46 @@ def single_block() -> type[nn.Module]:
             """The residual stream (B, T + S, D) after this block."""
             values, factors = read_modulation(self.norm, temb, count=3)
             normed = self.norm.norm(x).mul_(factors[1]).add_(values[0])
-            attn = self.attn
-            if attn.fused_projections:
-                projected = self.proj_in(normed)  # (B, T + S, 3 D + M)
-                sizes = [projected.shape[-1] - self.mlp_hidden_dim, self.mlp_hidden_dim]
-                qkv, mlp = projected.split(sizes, dim=-1)
-                query, key, value = split_heads(qkv, attn.head_dim)
-                del projected, qkv
+            if self.attn.fused_projections:
+                wide = self._attend_in_place(self.proj_in(normed), rotation)
             else:
-                heads = (-1, attn.head_dim)
-                query = attn.to_q(normed).unflatten(-1, heads)
-                key = attn.to_k(normed).unflatten(-1, heads)
-                value = attn.to_v(normed).unflatten(-1, heads)
-                mlp = self.proj_mlp(normed)
+                wide = self._attend_apart(normed, rotation)
             del normed
-            query = rotate(attn.norm_q(query), rotation)
-            key = rotate(attn.norm_k(key), rotation)
-            attended = attend(query, key, value)
-            del query, key, value
-
-            # The output layer's input, filled in place: nothing is put together afterwards.
-            width = attended.shape[-1]
-            wide = x.new_empty(*x.shape[:2], width + self.mlp_hidden_dim)
-            wide[..., :width] = attended
-            torch.ops.aten.gelu.out(mlp, approximate="tanh", out=wide[..., width:])
-            del attended, mlp
-            output = self.proj_out(wide).mul_(values[2]).add_(x)
+            output = self.proj_out(wide).view(x.shape).mul_(values[2]).add_(x)
             if output.dtype == torch.float16:
                 output.clamp_(-HALF_MAX, HALF_MAX)
             return output
+
+        def _attend_in_place(self, projected: Tensor, rotation: Tensor) -> Tensor:
+            """The output layer's input (B (T + S), D + M), of q, k, v and the MLP's input.
+
+            `projected` (B, T + S, 3 D + M) is overwritten: the attention takes the place of v,
+            which is beside the MLP's, so that nothing is put together afterwards.
+            """
+            width = (projected.shape[-1] - self.mlp_hidden_dim) // 3
+            qkv, mlp = projected.split([3 * width, self.mlp_hidden_dim], dim=-1)
+            query, key, value = split_heads(qkv, self.attn.head_dim)
+            attended = self._attend(query, key, value, rotation)
+            projected[..., 2 * width : 3 * width] = attended
+            torch.ops.aten.gelu_(mlp, approximate="tanh")
+            # As rows and columns, because torch adds the bias of three dimensions by itself, unless
+            # they are contiguous.
+            return projected.flatten(0, 1)[:, 2 * width :]
+
+        def _attend_apart(self, normed: Tensor, rotation: Tensor) -> Tensor:
+            """The same of layers that could not be fused."""
+            heads = (-1, self.attn.head_dim)
+            query = self.attn.to_q(normed).unflatten(-1, heads)
+            key = self.attn.to_k(normed).unflatten(-1, heads)
+            value = self.attn.to_v(normed).unflatten(-1, heads)
+            attended = self._attend(query, key, value, rotation)
+            return torch.cat([attended, self.act_mlp(self.proj_mlp(normed))], dim=-1).flatten(0, 1)
+
+        def _attend(self, query: Tensor, key: Tensor, value: Tensor, rotation: Tensor) -> Tensor:
+            """The attention (B, T + S, D) of q and k before their norms."""
+            query = rotate(self.attn.norm_q(query), rotation)
+            key = rotate(self.attn.norm_k(key), rotation)
+            return attend(query, key, value)
 
     return SingleBlock
 
