@@ -23,9 +23,16 @@ check: lint types
 
 test: faults pytest
 
+# The tests of tests/card keep one core busy and measure nothing: they run, niced, beside the
+# serial ones, which mostly wait.
 pytest: .venv/ready
-	$(BIN)/python -m pytest -m "serial and not exhaustive"
-	$(BIN)/python -m pytest $(PARALLEL) -m "not serial and not exhaustive"
+	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
+	nice $(BIN)/python -m pytest -m "not serial and not exhaustive" tests/card >"$$log" 2>&1 & \
+	card=$$!; \
+	$(BIN)/python -m pytest -m "serial and not exhaustive" || { kill $$card; exit 1; }; \
+	wait $$card || { cat "$$log"; exit 1; }; \
+	echo "tests/card: $$(tail -n 1 "$$log")"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not serial and not exhaustive" --ignore tests/card
 
 # Every second row; test-all runs all.
 faults: .venv/ready

@@ -74,7 +74,8 @@ def test_the_plan_is_within_five_percent_of_what_is_counted(
         )
 
 
-@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.exhaustive), "nf4"])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("precision", ["fp32", "nf4"])
 def test_under_its_budget_the_engine_completes_every_placement_with_adapters(
     precision, tiny_folder, baked, tmp_path, monkeypatch
 ):

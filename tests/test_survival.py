@@ -52,7 +52,7 @@ def test_wherever_an_allocation_fails_the_picture_is_the_same(checkpoint, expect
     follow(simulated(checkpoint), tiny(precision="fp32"), counter)
     total, phases = counter.allocations, set()
     assert total > 500
-    for fail_at in sorted({*range(1, total, total // 8), *counter.starts.values(), total - 3}):
+    for fail_at in sorted({*range(1, total, total // 4), *counter.starts.values(), total - 3}):
         counter = Counter()
         counter.fail_at = fail_at
         events, pixels = follow(simulated(checkpoint), tiny(precision="fp32"), counter)
