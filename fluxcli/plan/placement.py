@@ -355,7 +355,12 @@ def _speeds_of(candidate: Candidate) -> Speeds:
     hardware = candidate.hardware
     is_bf16 = candidate.dtypes["transformer"] == "bfloat16"
     if hardware.kind == "cpu" and is_bf16 and not hardware.bf16:
-        return replace(hardware.speeds, wide=hardware.speeds.wide * costs.SLOW_BF16)
+        speeds = hardware.speeds
+        return replace(
+            speeds,
+            wide=speeds.wide * costs.SLOW_BF16,
+            attention=speeds.attention * costs.SLOW_BF16,
+        )
     return hardware.speeds
 
 
