@@ -83,16 +83,16 @@ LINE = re.compile(r"(\S+) +\d+ (\d+) \+ 19 x (\d+) \+ 38 x (\d+) +\d+ +([\d.]+) 
 
 
 def test_the_planners_rows_are_what_the_engine_was_counted_to_do():
-    """Within 3 % of the launches and bytes of a step that the ratchet holds."""
+    """The launches of its blocks, and the bytes of a step within 3 %."""
     assert set(COUNTED.values()) == set(steps.ROWS)
     found = LINE.findall((ROOT / "tests" / "golden_steps.txt").read_text(encoding="utf-8"))
     lines = {name: counts for name, *counts in found}
+    # Of GGUF, a layer outside of the blocks is quantized, too; a plan leaves that out.
+    assert steps.OUTSIDE.launches == int(lines["bf16"][0]), UPDATE
     for name, key in COUNTED.items():
-        *launches, moved_gb = map(float, lines[name])
+        _, double, single, moved_gb = map(float, lines[name])
         row = steps.ROWS[key]
-        planned = [steps.OUTSIDE.launches, row.double.launches, row.single.launches]
-        # Wide products outside of the blocks are GGUF's, too: a few launches more.
-        assert planned == pytest.approx(launches, rel=0.03, abs=80), f"{name}: {UPDATE}"
+        assert (row.double.launches, row.single.launches) == (double, single), f"{name}: {UPDATE}"
         mb = steps.OUTSIDE.moved_mb + 19 * row.double.moved_mb + 38 * row.single.moved_mb
         assert mb / 1e3 == pytest.approx(moved_gb, rel=0.03), f"{name}: {UPDATE}"
 

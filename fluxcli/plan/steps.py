@@ -35,20 +35,20 @@ class StepRow:
 
 
 # What is in no block: embeddings, the last norm and layer, the scheduler.
-OUTSIDE = Passes(60, 212.4)
+OUTSIDE = Passes(13, 214.5)
 ROWS = {
-    SIXTEEN_BIT: StepRow(Passes(64, 2727.8), Passes(33, 2585.9)),
-    "nf4": StepRow(Passes(98, 3361.3), Passes(46, 2907.4)),
-    "fp8 scaled_mm": StepRow(Passes(136, 5715.3), Passes(51, 5162.6)),
-    "fp8 scaled_mm per tensor": StepRow(Passes(160, 6734.9), Passes(57, 6068.7)),
-    "fp8 dequantize": StepRow(Passes(88, 7031.4), Passes(39, 4737.7)),
-    "int8 int_mm": StepRow(Passes(252, 10189.1), Passes(111, 9183.4)),
-    "int8 dequantize": StepRow(Passes(88, 7031.4), Passes(39, 4737.7)),
-    "Q8_0": StepRow(Passes(244, 5743.0), Passes(117, 4093.5)),
-    "Q4_0": StepRow(Passes(484, 7554.9), Passes(229, 4999.5)),
-    "Q4_K": StepRow(Passes(1324, 8652.0), Passes(621, 5548.0)),
-    "Q5_K": StepRow(Passes(1624, 10747.0), Passes(761, 6595.5)),
-    "Q6_K": StepRow(Passes(844, 9885.3), Passes(397, 6164.7)),
+    SIXTEEN_BIT: StepRow(Passes(40, 1814.8), Passes(19, 1420.4)),
+    "nf4": StepRow(Passes(74, 2448.4), Passes(32, 1741.9)),
+    "fp8 scaled_mm": StepRow(Passes(112, 4802.3), Passes(37, 3997.1)),
+    "fp8 scaled_mm per tensor": StepRow(Passes(136, 5821.9), Passes(43, 4903.2)),
+    "fp8 dequantize": StepRow(Passes(64, 6118.4), Passes(25, 3572.2)),
+    "int8 int_mm": StepRow(Passes(228, 9276.2), Passes(97, 8017.9)),
+    "int8 dequantize": StepRow(Passes(64, 6118.4), Passes(25, 3572.2)),
+    "Q8_0": StepRow(Passes(220, 4830.0), Passes(103, 2928.0)),
+    "Q4_0": StepRow(Passes(460, 6641.9), Passes(215, 3834.0)),
+    "Q4_K": StepRow(Passes(1300, 7739.0), Passes(607, 4382.5)),
+    "Q5_K": StepRow(Passes(1600, 9834.1), Passes(747, 5430.1)),
+    "Q6_K": StepRow(Passes(820, 8972.3), Passes(383, 4999.2)),
 }
 # Where activations are quantized, so that what they move more than 16 bit grows with tokens; in the
 # other rows it grows with the weights.
