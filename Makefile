@@ -3,7 +3,7 @@
 # TORCH=cpu, or cu130 and the like, takes that build of torch instead of the plain index's.
 PYTHON ?= python3
 BIN := .venv/bin
-PIP = $(BIN)/pip install --disable-pip-version-check -c constraints.txt
+PIP = $(BIN)/pip install --disable-pip-version-check -c constraints.txt -c constraints-torch.txt
 
 .PHONY: demo check test test-all lint types wheel clean faults pytest
 
@@ -54,7 +54,7 @@ wheel: .venv/ready
 	rm -rf dist build
 	$(BIN)/python -m build --outdir dist
 
-.venv/ready: pyproject.toml constraints.txt
+.venv/ready: pyproject.toml constraints.txt constraints-torch.txt
 	$(PYTHON) -m venv .venv
 	@echo "Installing: 1.4 GB with a torch for the CPU, about 5 GB with one for CUDA; some minutes."
 ifdef TORCH
