@@ -334,7 +334,7 @@ def test_memory_that_nobody_has_written_is_garbage(card):
 
 
 def test_a_launch_fails_where_it_is_told_to(card):
-    card.fail_at = card.launched[0] + 2
+    card.failing = [card.launched[0] + 2]
     torch.zeros(1, device=DEVICE)
     with pytest.raises(torch.OutOfMemoryError):
         torch.zeros(1, device=DEVICE)

@@ -19,7 +19,7 @@ import linecache
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -178,7 +178,7 @@ class Card(TorchDispatchMode):
         self.allocated: dict[int, int] = {}  # bytes of tensors that torch's allocator pinned
         self.left_error = ""  # of the driver: the next kernel reports it
         self.launched = [0] * cards  # kernels of each card, all of its life
-        self.fail_at: int | None = None  # the number of the launch for which there is no memory
+        self.failing: Container[int] = ()  # the numbers of launches for which there is no memory
         self.streams = Streams(cards, self._count_wait)
         self.races = Races(self.report)
         self._counts = Counts()
@@ -335,7 +335,7 @@ class Card(TorchDispatchMode):
             self.left_error = ""
             raise torch.AcceleratorError(f"CUDA error: {error} (an earlier call's, seen by {name})")
         self.launched[index] += 1
-        if sum(self.launched) == self.fail_at:
+        if sum(self.launched) in self.failing:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate what a test wanted")
         self.streams.current(index).catch_up()
 

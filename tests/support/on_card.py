@@ -1,6 +1,7 @@
 """Pictures that are drawn on the card that is not there, and the same ones on the CPU."""
 
 import traceback
+from collections.abc import Container
 from dataclasses import dataclass, field, replace
 from unittest import mock
 
@@ -65,12 +66,21 @@ def run_to_end(
     return events, steps
 
 
-def draw_on_card(order: Order, checkpoint: Checkpoint, card: Card | None = None) -> OnCardRun:
-    """Draw the order's picture on a card; whatever is wrong by then is among its problems."""
+def draw_on_card(
+    order: Order,
+    checkpoint: Checkpoint,
+    card: Card | None = None,
+    *,
+    failing: Container[int] = (),
+) -> OnCardRun:
+    """Draw the order's picture on a card; whatever is wrong by then is among its problems.
+
+    `failing` are numbers of launches for which there is no memory, counted while it is drawn.
+    """
     card = card or Card()
     with installed(card):
         try:
-            run = _draw(order, checkpoint, card)
+            run = _draw(order, checkpoint, card, failing=failing)
         except Exception as error:
             # Frames hold tensors, which must go while the card is there.
             traceback.clear_frames(error.__traceback__)
@@ -79,8 +89,12 @@ def draw_on_card(order: Order, checkpoint: Checkpoint, card: Card | None = None)
     return run
 
 
-def _draw(order: Order, checkpoint: Checkpoint, card: Card) -> OnCardRun:
+def _draw(
+    order: Order, checkpoint: Checkpoint, card: Card, *, failing: Container[int]
+) -> OnCardRun:
     engine = make_engine(order, checkpoint)
+    card.launched = [0] * len(card.launched)
+    card.failing = failing
     picture = picture_of(engine, order)
     events, steps = run_to_end(engine, picture, card)
     return OnCardRun(
