@@ -148,7 +148,7 @@ def test_every_form_of_gguf_has_a_row():
 def test_a_step_is_never_faster_than_its_launches_and_a_faster_card_never_slower(variants):
     for candidate in candidates(variants, card("24GiB:sm89")).values():
         usual = step_s(candidate)
-        assert step_s(candidate, launch_s=1e-3) > 2 > usual
+        assert step_s(candidate, launch_s=1e-2) > 10 > usual
         for name in ("wide", "attention", "memory_bytes"):
             faster = {name: 2 * getattr(candidate.hardware.speeds, name)}
             assert step_s(candidate, **faster) < usual or candidate.precision in ("fp8", "int8")
