@@ -209,18 +209,25 @@ def test_compilers_keep_what_they_make_in_the_users_cache_and_it_can_be_cleared(
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("precision", ["fp32", "fp8"])
+@pytest.mark.parametrize("precision", ["fp32", "nf4", "fp8"])
 def test_inductor_gives_the_same_picture_within_one_level(
     precision, checkpoint, baked, monkeypatch, loras
 ):
+    """In fp8 a last bit can become a step where activations are rounded: less than fp8 costs."""
     use(monkeypatch, "inductor")
     packed = checkpoint if precision == "fp32" else inspect(baked(precision, **BAKED[precision]))
     compiled = compiled_engine(packed)
     plain = engine_of(packed)
+    exact = engine_of(checkpoint)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for size, lora in zip(SIZES, ([], [loras["small"]], [loras["large"]]), strict=True):
             request = tiny(**size, lora=lora)
-            _, pixels = draw(compiled, request)
+            pixels = draw(compiled, request)[1].astype(int)
+            expected = draw(plain, request)[1].astype(int)
             assert compiled.components.compiler.failure == ""
-            difference = np.abs(pixels.astype(int) - draw(plain, request)[1])
-            assert difference.max() <= 1
+            difference = np.abs(pixels - expected)
+            if precision == "fp8":
+                rounded = np.abs(expected - draw(exact, request)[1])
+                assert difference.mean() < rounded.mean()
+            else:
+                assert difference.max() <= 1

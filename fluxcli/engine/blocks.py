@@ -64,7 +64,16 @@ def _rotation_of(model: Any, positions: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn the pairs of channels of x (..., T + S, H, d), which may be changed in place."""
+    """Turn the pairs of channels of x (..., T + S, H, d), which may be changed in place.
+
+    `rotation` is as of `make_rotation`; in compiled blocks it is a view (T + S, 1, d / 2, 2) of the
+    cosines and sines, since torch's compiler makes no kernels of complex numbers.
+    """
+    if not rotation.is_complex():
+        real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        cosine, sine = rotation.unbind(-1)
+        turned = [real * cosine - imaginary * sine, real * sine + imaginary * cosine]
+        return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
     pairs = x.float().view(torch.complex64)  # (..., T + S, H, d / 2)
     return pairs.mul_(rotation).view(torch.float32).to(x.dtype)
 

@@ -128,7 +128,7 @@ def _prepare(value: Any) -> Any:
 
     A tensor's length is its first dimension above 1, but the last: S of (1, S, D) and of (S, D). A
     view of a longer sequence has another stride of its first dimension, of size 1, which no kernel
-    looks at and a guard does.
+    looks at and a guard does. Complex numbers are pairs of real ones, see `blocks.rotate`.
     """
     if isinstance(value, tuple | list):
         return type(value)(_prepare(each) for each in value)
@@ -136,6 +136,8 @@ def _prepare(value: Any) -> Any:
         return {name: _prepare(each) for name, each in value.items()}
     if not isinstance(value, Tensor) or value.ndim < 2:
         return value
+    if value.is_complex():
+        value = torch.view_as_real(value)
     plain = value.contiguous().view(-1).view(value.shape)
     for dimension, size in enumerate(value.shape[:-1]):
         if size > 1:  # a graph for 1 is another one in any case
