@@ -157,11 +157,10 @@ def test_a_card_that_was_asked_is_planned_by_what_it_said(put, capsys):
     native = machine(12, multiply={"fp8": "scaled_mm", "int8": "int_mm"})
     why = {"fp8": "Rowwise scaling is not currently supported"}
     unpacked = {"fp8": "dequantize", "int8": "int_mm"}
-    speeds = replace(native.speeds, eight_bit={})
     found = {}
     for name, here in (
         ("native", native),
-        ("unpacked", replace(native, multiply=unpacked, multiply_why=why, speeds=speeds)),
+        ("unpacked", replace(native, multiply=unpacked, multiply_why=why)),
     ):
         put(here)
         found[name] = planned(capsys, "plan", "--precision", "fp8", "--size", "512")

@@ -9,7 +9,6 @@ import platform
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import psutil
@@ -19,9 +18,9 @@ from fluxcli.engine.cards import read_cards
 from fluxcli.engine.pinned import find_pin_limit
 from fluxcli.engine.ram import read_ram
 from fluxcli.errors import DeviceUnusable, NoSuchDevice
-from fluxcli.plan.machine import BF16_SINCE, CONTEXT_BYTES, Hardware, Speeds
+from fluxcli.plan.machine import BF16_SINCE, CONTEXT_BYTES, Hardware
 from quant.errors import is_out_of_memory
-from quant.linear import DEQUANTIZE, WAYS, Multiplication, ask_multiply
+from quant.linear import WAYS, Multiplication, ask_multiply
 
 # What Python and the libraries take of a limit before any weight is loaded. Where the machine alone
 # is the limit, the planner's share for others has room for it.
@@ -189,7 +188,6 @@ def _hardware(
 ) -> Hardware:
     """A device of this machine, with the RAM beside it and the speeds that the table has for it."""
     ram = read_ram()
-    speeds = read_cards().find_speeds(device, name, capability)
     return Hardware(
         device=device,
         name=name,
@@ -200,7 +198,7 @@ def _hardware(
         ram_limit=ram.limited_by,
         bf16=bf16,
         reason=reason,
-        speeds=_without_unpacked(speeds, ways),
+        speeds=read_cards().find_speeds(device, name, capability),
         identity=identity,
         capability=capability,
         gpu_unusable=gpu_unusable,
@@ -221,16 +219,6 @@ def _ask_ways(device: str) -> dict[str, Multiplication]:
             if not is_out_of_memory(error):
                 raise
     return ways
-
-
-def _without_unpacked(speeds: Speeds, ways: Mapping[str, Multiplication]) -> Speeds:
-    """The table's speeds without those of schemes that the device unpacks."""
-    eight_bit = {
-        scheme: speed
-        for scheme, speed in speeds.eight_bit.items()
-        if scheme not in ways or ways[scheme].by != DEQUANTIZE
-    }
-    return replace(speeds, eight_bit=eight_bit)
 
 
 def _count_accelerators() -> dict[str, int]:
