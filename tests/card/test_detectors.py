@@ -370,9 +370,8 @@ def look_at_step(*arguments: object, **options: object) -> torch.Tensor:
     return tokens
 
 
-def make_ids_on_host(*arguments: object, **options: object) -> dict:
-    inputs = MAKE_INPUTS(*arguments, **options)
-    return inputs | {"img_ids": inputs["img_ids"].cpu()}
+def make_inputs_on_host(*arguments: object, **options: object) -> dict:
+    return {name: tensor.cpu() for name, tensor in MAKE_INPUTS(*arguments, **options).items()}
 
 
 TAKE_STEP = denoise.take_step
@@ -387,7 +386,7 @@ FAULTS = {  # what is put in the place of what, and what is seen then
 
 
 def draw_streamed(tiny_folder: Path, card: Card | None = None) -> OnCardRun:
-    order = tiny(precision="bf16", offload="stream", device="cuda", steps=2)
+    order = tiny(precision="bf16", offload="stream", device="cuda", steps=1)
     return draw_on_card(order, inspect(tiny_folder), card)
 
 
@@ -400,24 +399,17 @@ def test_a_fault_of_the_bus_is_a_race(fault, tiny_folder, monkeypatch):
     assert "race, " in card.problems[0]
 
 
-def test_a_copy_that_nobody_waits_for_leaves_garbage_to_compute_with(tiny_folder, monkeypatch):
-    monkeypatch.setattr(CudaBus, "wait", lambda self, slot: None)
-    with pytest.raises(NotFinite):
-        draw_streamed(tiny_folder)
-
-
 @pytest.mark.parametrize(
     "module, name, fault",
     [(CudaBus, "copy", copy_blocking), (denoise, "take_step", look_at_step)],
 )
 def test_a_step_that_waits_is_seen(module, name, fault, tiny_folder, monkeypatch):
-    before = len(draw_streamed(tiny_folder).waits())
     monkeypatch.setattr(module, name, fault)
-    assert len(draw_streamed(tiny_folder).waits()) > before
+    assert draw_streamed(tiny_folder).waits()  # else there are none, see test_on_card.py
 
 
-def test_ids_that_stay_on_the_host_are_seen(tiny_folder, monkeypatch):
-    monkeypatch.setattr(denoise, "_make_inputs", make_ids_on_host)
+def test_inputs_that_stay_on_the_host_are_seen(tiny_folder, monkeypatch):
+    monkeypatch.setattr(denoise, "_make_inputs", make_inputs_on_host)
     with pytest.raises(MixedDevices, match="same device"):
         draw_streamed(tiny_folder)
 

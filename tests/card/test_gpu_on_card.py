@@ -41,7 +41,7 @@ for module in (test_formats_gpu, test_placement_gpu):
     "precision, offload",
     [
         ("nf4", "stream"),
-        ("bf16", "sequential"),
+        pytest.param("bf16", "sequential", marks=pytest.mark.exhaustive),
         pytest.param("bf16", "stream", marks=pytest.mark.exhaustive),
         pytest.param("fp8", "stream", marks=pytest.mark.exhaustive),
         pytest.param("int8", "stream", marks=pytest.mark.exhaustive),

@@ -13,7 +13,7 @@ from tests.support.helpers import tiny
 from tests.support.on_card import OnCardRun, draw_on_card, draw_on_cpu
 
 ORDER = tiny(precision="bf16", offload="auto", device="cuda", steps=2)
-PARTS = 8
+PARTS = 6
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +58,12 @@ def test_a_launch_without_memory(part, launches, tiny_folder, expect_the_cpus_pi
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("part", range(10))
 def test_every_tenth_launch(part, launches, tiny_folder, expect_the_cpus_pixels):
+    """Each part has every hundredth."""
     for number in range(1 + 10 * part, launches + 1, 100):
         expect_survival(number, tiny_folder, expect_the_cpus_pixels)
 
 
-@pytest.mark.parametrize("part", [0, 3, 5])
+@pytest.mark.parametrize("part", [0, 4])
 def test_no_memory_from_a_launch_on_is_exit_5(part, launches, tiny_folder):
     first = 1 + (launches - 1) * part // (PARTS - 1)
     card = Card()

@@ -179,7 +179,7 @@ def installed(card: Card) -> Iterator[Card]:
     torch reads the device of `torch.tensor` below any mode. What is probed once for a device is
     probed anew, here and afterwards.
     """
-    _import_libraries()
+    import_libraries()
     linear.PROBED.clear()
     is_pinned = torch.Tensor.is_pinned
 
@@ -197,9 +197,9 @@ def installed(card: Card) -> Iterator[Card]:
         try:
             yield card
         finally:
-            # What is still under way holds memory; what nothing holds any more is let go here.
-            torch.cuda.synchronize()
-            gc.collect()
+            torch.cuda.synchronize()  # what is still under way holds memory
+            if any(memory.live_bytes for memory in card.memory):
+                gc.collect()
             linear.PROBED.clear()
     assert torch.Tensor.is_pinned is is_pinned
 
@@ -215,7 +215,7 @@ def _make_and_move(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
     return made
 
 
-def _import_libraries() -> None:
+def import_libraries() -> None:
     """Import what the engine imports late, before torch.cuda says that there is a card."""
     for kind in (
         classes.transformer,
