@@ -1,8 +1,8 @@
 """Read, quantize and dequantize one weight.
 
 `quant.nf4` does so for NF4. fp8 and int8 are quantized by optimum-quanto with a scale for each row;
-its import takes seconds, and happens only where something is quantized. GGUF's blocks are
-dequantized by diffusers' functions. Knows nothing of layers, models or folders.
+its import takes seconds, and happens only where something is quantized. `quant.gguf_blocks`
+dequantizes GGUF's blocks. Knows nothing of layers, models or folders.
 
 A weight's stored tensors are a dict by what follows the weight's name in a file, as in
 `quant.spec.lay_out`: "" for the codes, "_scale" for the scales of fp8 and int8. A weight that is
@@ -21,7 +21,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from quant import nf4
+from quant import gguf_blocks, nf4
 from quant.errors import CheckpointError, MissingLibrary
 from quant.gguf_header import MAGIC
 from quant.header import LENGTH_BYTES
@@ -327,34 +327,11 @@ def dequantize(
     if family == "nf4":
         return nf4.dequantize(stored, shape, dtype)
     if family == "gguf":
-        return dequantize_gguf(stored[""], scheme, dtype)
+        return gguf_blocks.unpack(stored[""], scheme, dtype)
     values = _widen(stored[""])
     if "_scale" in stored:
         values.mul_(stored["_scale"].float().reshape(-1, 1))
     return values.to(dtype)
-
-
-def dequantize_gguf(rows: Tensor, scheme: str, dtype: torch.dtype) -> Tensor:
-    """The values (N, K) of GGUF's blocks, which are given as rows of bytes (N, B).
-
-    They are computed in float32, in parts of whole rows, so that little memory is taken beside the
-    result.
-    """
-    from diffusers.quantizers.gguf.utils import dequantize_functions
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    kind = GGMLQuantizationType[scheme]
-    block_values, block_bytes = GGML_QUANT_SIZES[kind]
-    columns = rows.shape[1] // block_bytes * block_values
-    values = torch.empty(rows.shape[0], columns, dtype=dtype, device=rows.device)
-    part_rows = max(1, 8 * CHUNK // columns)
-    for part, target in zip(
-        torch.split(rows, part_rows), torch.split(values, part_rows), strict=True
-    ):
-        blocks = part.reshape(-1, block_bytes)
-        wide = dequantize_functions[kind](blocks, block_values, block_bytes, torch.float32)
-        target.copy_(wide.view(target.shape))
-    return values
 
 
 def check_values(name: str, stored: Mapping[str, Tensor], where: Piece) -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quant.codecs import SMALLEST_SCALE, dequantize_gguf, stack_rows
+from quant import gguf_blocks
+from quant.codecs import SMALLEST_SCALE, stack_rows
 from quant.errors import is_out_of_memory
 from quant.nf4 import dequantize_codes, dequantize_scales, read_offset
 from quant.spec import BLOCK, FAMILIES, SCHEMES
@@ -143,7 +144,7 @@ class NF4Linear(QuantizedLinear):
 
 
 class GGUFLinear(QuantizedLinear):
-    """Weights in GGUF's blocks: rows of bytes (N, B), dequantized by diffusers' functions."""
+    """Weights in GGUF's blocks: rows of bytes (N, B)."""
 
     weight: Tensor
 
@@ -153,10 +154,10 @@ class GGUFLinear(QuantizedLinear):
         self.register_buffer("weight", stack_rows([part[""] for part in parts]))
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        return dequantize_gguf(self.weight, self.scheme, dtype)
+        return gguf_blocks.unpack(self.weight, self.scheme, dtype)
 
     def dequantize_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        return dequantize_gguf(self.weight[rows], self.scheme, dtype)
+        return gguf_blocks.unpack(self.weight[rows], self.scheme, dtype)
 
 
 class RowLinear(QuantizedLinear):

@@ -60,7 +60,7 @@ class Scheme:
     bits: int  # of one weight, without its scales; 0 where they depend on the form
     quality: int  # rank by the pictures' likeness to those of 16 bit: higher is better
     forms: tuple[str, ...]  # the names that `Weight.scheme` has for tensors stored in this scheme
-    library: str  # the package that quantizes to it; of gguf, that reads it
+    library: str  # the package that quantizes to it; of gguf, that defines it
     activation_lines: tuple[ActivationLine, ActivationLine]
     dequantized_lines: tuple[ActivationLine, ActivationLine]
     can_bake: bool = True  # flux can quantize to it

@@ -16,7 +16,14 @@ HEAVY |= {"PIL", "safetensors", "numba"}
 # The torch line: these may import torch at the top; nothing else does, nor imports one of these
 # there.
 TORCH = ("fluxcli.engine", "fluxcli.run.session", "fluxcli.run.saving")
-TORCH += ("quant.linear", "quant.codecs", "quant.nf4", "quant.bake", "quant.deltas")
+TORCH += (
+    "quant.linear",
+    "quant.codecs",
+    "quant.gguf_blocks",
+    "quant.nf4",
+    "quant.bake",
+    "quant.deltas",
+)
 # Of the heavy ones; the others are slow, and not always needed.
 AT_THE_TOP = {"torch", "numpy", "safetensors"}
 

@@ -9,19 +9,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-from gguf import GGMLQuantizationType
 from safetensors.torch import save_file
 from torch import nn
 
 from fluxcli.engine.loader import read_tensors
 from fluxcli.engine.streaming import load_component
 from fluxcli.models.shapes import read_known_shapes
-from quant import codecs
 from quant.checkpoint import COMPONENTS, Component, inspect
 from quant.errors import CheckpointError
 from quant.expected import count_matching
@@ -311,31 +308,6 @@ def test_the_int8_folder_of_bitsandbytes_has_the_values_that_it_reads(tiny_folde
         )
         < 0.5
     )
-
-
-K_QUANTS = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
-# The gguf package reads these, and writes none of them.
-ONLY_READ = [*K_QUANTS, "IQ4_NL", "IQ4_XS"]
-
-
-@pytest.mark.parametrize("kind", [*ONLY_READ, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
-def test_blocks_unpack_as_the_gguf_package_unpacks_them(kind, monkeypatch):
-    chosen, rows, columns = GGMLQuantizationType[kind], 7, 768
-    if kind in ONLY_READ:
-        blocks = exports.random_blocks(chosen, rows * columns, seed=3).reshape(rows, -1)
-    else:
-        blocks = gguf.quantize(
-            np.random.default_rng(3).standard_normal((rows, columns), np.float32), chosen
-        )
-    expected = torch.from_numpy(gguf.dequantize(blocks, chosen))
-    # All at once, two rows at a time and an odd one, each row by itself.
-    for chunk in (codecs.CHUNK, 192, 1):
-        monkeypatch.setattr(codecs, "CHUNK", chunk)
-        assert torch.equal(
-            codecs.dequantize_gguf(torch.from_numpy(blocks), kind, torch.float32), expected
-        )
-        narrow = codecs.dequantize_gguf(torch.from_numpy(blocks), kind, torch.bfloat16)
-        assert narrow.dtype == torch.bfloat16 and torch.equal(narrow, expected.bfloat16())
 
 
 # --- pictures
