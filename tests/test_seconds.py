@@ -18,7 +18,7 @@ from fluxcli.plan.placement import GIB, Candidate
 from quant.checkpoint import Checkpoint
 from quant.lora import Adapter, Part
 from quant.spec import QuantSpec
-from quant.tensor_info import TensorInfo
+from quant.tensor_info import GGUF_BITS, TensorInfo
 from quant.weights import Piece, Weight
 from tests.support.helpers import ROOT, order, survey_for
 
@@ -70,11 +70,7 @@ COUNTED = {
     "fp8-unpacked": "fp8 dequantize",
     "int8": "int8 int_mm",
     "int8-unpacked": "int8 dequantize",
-    "gguf-Q8_0": "Q8_0",
-    "gguf-Q4_0": "Q4_0",
-    "gguf-Q4_K": "Q4_K",
-    "gguf-Q5_K": "Q5_K",
-    "gguf-Q6_K": "Q6_K",
+    **{f"gguf-{kind}": kind for kind in GGUF_BITS},
 }
 UPDATE = (
     "if that is meant: `python -m tests.test_seconds` prints the rows for fluxcli/plan/steps.py"
@@ -140,8 +136,6 @@ def test_bytes_grow_with_tokens_and_those_of_weights_do_not(variants):
 
 
 def test_every_form_of_gguf_has_a_row():
-    from quant.tensor_info import GGUF_BITS
-
     assert {steps.find_row(form, "dequantize") for form in GGUF_BITS} <= set(steps.ROWS)
 
 

@@ -17,6 +17,8 @@ from tests.support.steps import (
     describe_row,
 )
 
+# Kinds of GGUF in which FLUX.1 is hardly published.
+RARE = [f"gguf-{kind}" for kind in ("Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS")]
 GOLDEN = ROOT / "tests" / "golden_steps.txt"
 UPDATE = "if that is meant: .venv/bin/python -m tests.support.steps > tests/golden_steps.txt"
 
@@ -32,7 +34,10 @@ def test_the_table_has_every_row():
     assert list(golden_lines()) == list(ROWS), UPDATE
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.exhaustive if name in RARE else ()) for name in ROWS],
+)
 def test_a_step_does_what_the_table_says(name):
     found = describe_row(name, count_blocks(ROWS[name]))
     assert found == golden_lines()[name], f"\n{found}\nis counted; {UPDATE}"
@@ -49,3 +54,11 @@ def test_a_step_is_linear_in_depth():
 def test_the_whole_model_does_what_shallow_ones_tell(name):
     row = ROWS[name]
     assert count_step(row, FLUX1) == count_blocks(row).extrapolate(FLUX1)
+
+
+def test_no_step_waits_and_bf16_is_within_its_limits():
+    lines = golden_lines()
+    for name, line in lines.items():
+        assert line.split()[-3] == "0", name
+    launches, other_gb = int(lines["bf16"].split()[1]), float(lines["bf16"].split()[-5])
+    assert launches <= 1650 and other_gb <= 95

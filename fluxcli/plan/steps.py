@@ -44,25 +44,22 @@ ROWS = {
     "fp8 dequantize": StepRow(Passes(64, 6118.4), Passes(25, 3572.2)),
     "int8 int_mm": StepRow(Passes(228, 9276.2), Passes(97, 8017.9)),
     "int8 dequantize": StepRow(Passes(64, 6118.4), Passes(25, 3572.2)),
-    "Q8_0": StepRow(Passes(220, 4830.0), Passes(103, 2928.0)),
-    "Q4_0": StepRow(Passes(460, 6641.9), Passes(215, 3834.0)),
-    "Q4_K": StepRow(Passes(1300, 7739.0), Passes(607, 4382.5)),
-    "Q5_K": StepRow(Passes(1600, 9834.1), Passes(747, 5430.1)),
-    "Q6_K": StepRow(Passes(820, 8972.3), Passes(383, 4999.2)),
+    "Q8_0": StepRow(Passes(64, 2565.0), Passes(27, 1795.6)),
+    "Q4_0": StepRow(Passes(100, 3471.0), Passes(39, 2248.5)),
+    "Q4_1": StepRow(Passes(100, 3088.8), Passes(39, 2057.4)),
+    "Q5_0": StepRow(Passes(160, 5339.6), Passes(59, 3182.8)),
+    "Q5_1": StepRow(Passes(160, 4957.4), Passes(59, 2991.7)),
+    "Q2_K": StepRow(Passes(208, 3509.9), Passes(75, 2268.0)),
+    "Q3_K": StepRow(Passes(352, 5780.2), Passes(123, 3403.1)),
+    "Q4_K": StepRow(Passes(244, 3212.7), Passes(87, 2119.4)),
+    "Q5_K": StepRow(Passes(304, 5081.2), Passes(107, 3053.6)),
+    "Q6_K": StepRow(Passes(208, 5008.7), Passes(75, 3017.4)),
+    "IQ4_NL": StepRow(Passes(776, 8906.8), Passes(341, 4966.4)),
+    "IQ4_XS": StepRow(Passes(1160, 8982.9), Passes(509, 5004.5)),
 }
 # Where activations are quantized, so that what they move more than 16 bit grows with tokens; in the
 # other rows it grows with the weights.
 MULTIPLIED = ("fp8 scaled_mm", "fp8 scaled_mm per tensor", "int8 int_mm")
-# GGUF's forms that were not counted, by one that takes about as many passes.
-ALIKE = {
-    "Q4_1": "Q4_0",
-    "Q5_0": "Q5_K",
-    "Q5_1": "Q5_K",
-    "Q2_K": "Q4_K",
-    "Q3_K": "Q5_K",
-    "IQ4_NL": "Q4_0",
-    "IQ4_XS": "Q4_K",
-}
 
 
 def find_row(form: str, multiply: str) -> str:
@@ -71,7 +68,7 @@ def find_row(form: str, multiply: str) -> str:
     if not scheme:
         return SIXTEEN_BIT
     if scheme == "gguf":
-        return ALIKE.get(form, form)
+        return form
     key = f"{scheme} {multiply}"
     return key if key in ROWS else scheme
 

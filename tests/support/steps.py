@@ -43,6 +43,7 @@ from fluxcli.plan.placement import Placement
 from quant import linear
 from quant.checkpoint import Checkpoint
 from quant.spec import QuantSpec
+from quant.tensor_info import GGUF_BITS
 from tests.support import guard
 from tests.support.helpers import machine, order, plan_for
 from tests.support.simulate import blocked, full_size
@@ -86,7 +87,6 @@ class Depth(NamedTuple):
 
 
 FLUX1 = Depth(19, 38)
-SHALLOW = Depth(2, 2)
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,11 @@ class Row:
     gguf: str = ""  # the kind of the blocks, where it is read from GGUF
     multiply: str = ""  # how the card multiplies in 8 bit, where not in the best way
     streamed: bool = False  # all of its blocks
+
+    @property
+    def shallow(self) -> Depth:
+        """The least depth from which its counts are linear: two blocks stay in their two slots."""
+        return Depth(2, 2) if self.streamed else Depth(1, 1)
 
 
 ROWS = {
@@ -109,7 +114,7 @@ ROWS = {
     "fp8-unpacked": Row("fp8", multiply=linear.DEQUANTIZE),
     "int8": Row("int8"),
     "int8-unpacked": Row("int8", multiply=linear.DEQUANTIZE),
-    **{f"gguf-{kind}": Row("auto", gguf=kind) for kind in ("Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K")},
+    **{f"gguf-{kind}": Row("auto", gguf=kind) for kind in GGUF_BITS},
 }
 
 
@@ -360,10 +365,11 @@ def _follow(engine: Engine, picture: Picture) -> Counts:
 
 def count_blocks(row: Row) -> StepCounts:
     """What a step does by kind of block, from three depths."""
-    base = count_step(row, SHALLOW)
-    double = count_step(row, SHALLOW._replace(double=SHALLOW.double + 1)) - base
-    single = count_step(row, SHALLOW._replace(single=SHALLOW.single + 1)) - base
-    beside = base - double * SHALLOW.double - single * SHALLOW.single
+    depth = row.shallow
+    base = count_step(row, depth)
+    double = count_step(row, depth._replace(double=depth.double + 1)) - base
+    single = count_step(row, depth._replace(single=depth.single + 1)) - base
+    beside = base - double * depth.double - single * depth.single
     return StepCounts(double, single, beside)
 
 
