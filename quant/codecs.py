@@ -13,10 +13,11 @@ import importlib
 import math
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from quant import gguf_blocks, nf4
 from quant.errors import CheckpointError, MissingLibrary
 from quant.gguf_header import MAGIC
 from quant.header import LENGTH_BYTES
-from quant.spec import FAMILIES, SCHEMES
+from quant.spec import FAMILIES, SCHEMES, STATE
 from quant.tensor_info import GGUF_BITS, gguf_block_values
 from quant.weights import SCB, Piece, Weight
 
@@ -66,6 +67,9 @@ SMALLEST_SCALE = 1e-12
 SLACK = 1.001
 # The largest error of NF4, relative to the weight's norm; Gaussian weights have 0.085 to 0.092.
 NF4_BOUND = 0.15
+# What is read from a state and made of SCB happens on the host: readers ask for its values, and a
+# device divides in another way.
+ON_THE_HOST = (SCB, STATE)
 NOT_FINITE = "weights that are not finite"
 DAMAGED = "the file is damaged: make or download it again"
 
@@ -82,6 +86,19 @@ class Quantized:
     relative_error: float
 
 
+# Fills a buffer of bytes with what a file has from a position on.
+Fill = Callable[[Tensor, int], None]
+# Makes a tensor of so many bytes and has it filled, part by part.
+Bring = Callable[[int, Fill], Tensor]
+
+
+def bring_to_host(size_bytes: int, fill: Fill) -> Tensor:
+    """A tensor of so many bytes in RAM, filled at once."""
+    data = torch.empty(size_bytes, dtype=torch.uint8)
+    fill(data, 0)
+    return data
+
+
 class Reader:
     """Reads the tensors of files, each of which is opened when it is first asked for.
 
@@ -89,7 +106,9 @@ class Reader:
     process with SIGBUS. Files stay open as long as the reader lives.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, bring: Bring = bring_to_host) -> None:
+        """`bring` says where tensors are read to: into RAM, or to a device."""
+        self._bring = bring
         self._sources: dict[Path, _Source] = {}
 
     def read(self, weight: Weight) -> dict[str, Tensor]:
@@ -98,39 +117,72 @@ class Reader:
         Row scales are under "_scale", whatever they are called in the file. Raises
         `CheckpointError` where a file cannot be read, or has become shorter.
         """
-        stored = {suffix: self._read_piece(piece) for suffix, piece in weight.pieces.items()}
+        stored = {
+            suffix: self._read_piece(suffix, piece) for suffix, piece in weight.pieces.items()
+        }
         if SCB in stored:
-            stored["_scale"] = stored.pop(SCB).float() / SCHEMES["int8"].largest
+            stored["_scale"] = self._send(stored.pop(SCB).float() / SCHEMES["int8"].largest)
         return stored
 
-    def read_checked(self, weight: Weight, device: str = "cpu") -> dict[str, Tensor]:
-        """The stored tensors on a device; raises `CheckpointError` unless all values are finite."""
-        stored = {suffix: tensor.to(device) for suffix, tensor in self.read(weight).items()}
+    def read_checked(
+        self, weight: Weight, device: str = "cpu", *, checks: "ValueChecks | None" = None
+    ) -> dict[str, Tensor]:
+        """The stored tensors on a device, but for NF4's state, which stays in RAM.
+
+        Raises `CheckpointError` unless all values are finite; with `checks` they may do so later.
+        """
+        stored = self.read(weight)
+        for suffix, tensor in stored.items():
+            if suffix != STATE:
+                stored[suffix] = tensor.to(device)
         where = weight.pieces.get("") or next(iter(weight.pieces.values()))
-        check_values(weight.name, stored, where)
+        if checks is None:
+            check_values(weight.name, stored, where)
+        else:
+            checks.add(weight.name, stored, where)
         return stored
 
-    def _read_piece(self, piece: Piece) -> Tensor:
+    def _read_piece(self, suffix: str, piece: Piece) -> Tensor:
         """The rows that the piece has of the tensor that holds it."""
+        bring = bring_to_host if suffix in ON_THE_HOST else self._bring
+
+        def fill(buffer: Tensor, start: int) -> None:
+            self._fill(buffer, piece, start=start)
+
+        data = bring(piece.nbytes, fill)
+        if piece.info.dtype in GGUF_BITS:
+            return data.view(*piece.shape[:-1], -1)
+        return data.view(DTYPES[piece.info.dtype]).view(piece.shape)
+
+    def _fill(self, buffer: Tensor, piece: Piece, *, start: int) -> None:
+        """Fill a buffer in RAM with the piece's bytes from `start` on."""
         info = piece.info
-        data = torch.empty(piece.nbytes, dtype=torch.uint8)
-        buffer = memoryview(data.numpy().data)
         ranges = [(0, info.nbytes)]
         if piece.rows:
             row_bytes = info.nbytes // info.shape[0]
-            ranges = [(start * row_bytes, stop * row_bytes) for start, stop in piece.rows]
+            ranges = [(first * row_bytes, stop * row_bytes) for first, stop in piece.rows]
+        rest = memoryview(buffer.numpy().data)
         try:
             if piece.file not in self._sources:
                 self._sources[piece.file] = _Source(piece.file)
-            for start, stop in ranges:
-                self._sources[piece.file].read_into(buffer[: stop - start], info.start + start)
-                buffer = buffer[stop - start :]
+            for first, stop in ranges:
+                skipped = min(start, stop - first)  # what was read into another buffer
+                start -= skipped
+                part = rest[: stop - first - skipped]
+                self._sources[piece.file].read_into(part, info.start + first + skipped)
+                rest = rest[len(part) :]
         except OSError as error:
             why = error.strerror or "read error"
             raise CheckpointError("cannot read weights", piece.file, why=why) from error
-        if info.dtype in GGUF_BITS:
-            return data.view(*piece.shape[:-1], -1)
-        return data.view(DTYPES[info.dtype]).view(piece.shape)
+
+    def _send(self, tensor: Tensor) -> Tensor:
+        """A tensor in RAM, where tensors are read to."""
+        data = tensor.view(-1).view(torch.uint8)
+
+        def fill(buffer: Tensor, start: int) -> None:
+            buffer.copy_(data[start : start + buffer.numel()])
+
+        return self._bring(data.numel(), fill).view(tensor.dtype).view(tensor.shape)
 
 
 class _Source:
@@ -340,29 +392,80 @@ def check_values(name: str, stored: Mapping[str, Tensor], where: Piece) -> None:
     `name` and `where`, the piece that they are from, are for errors; its dtype tells GGUF's blocks,
     of which the scales are checked. Integers may have any value.
     """
+    for found in _find_ranges(name, stored, where):
+        lowest, highest = found.bounds.tolist()
+        found.judge(lowest, highest)
+
+
+class ValueChecks:
+    """Checks many weights as `check_values` does, each of them once.
+
+    Values in RAM are checked at once. To ask a device for a number makes the host wait for it:
+    values there are measured, and looked at together.
+    """
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+        self._waiting: list[_Range] = []
+
+    def add(self, name: str, stored: Mapping[str, Tensor], where: Piece) -> None:
+        """Check a weight, unless one of its name was checked before."""
+        if name in self._seen:
+            return
+        self._seen.add(name)
+        if all(tensor.device.type == "cpu" for tensor in stored.values()):
+            check_values(name, stored, where)
+        else:
+            self._waiting += _find_ranges(name, stored, where)
+
+    def finish(self) -> None:
+        """Look at what was measured; raises `CheckpointError` for the first that is damaged."""
+        waiting = self._waiting
+        self._waiting = []
+        if not waiting:
+            return
+        bounds = torch.stack([found.bounds for found in waiting]).tolist()
+        for found, (lowest, highest) in zip(waiting, bounds, strict=True):
+            found.judge(lowest, highest)
+
+
+class _Range(NamedTuple):
+    """The lowest and the highest value of a stored tensor, (2,) float32 on its device."""
+
+    name: str  # of the weight
+    suffix: str
+    where: Piece
+    bounds: Tensor
+    may_be_infinite: bool  # in its dtype
+
+    def judge(self, lowest: float, highest: float) -> None:
+        """Raise `CheckpointError` for a range that cannot be."""
+        if not math.isfinite(lowest) or not math.isfinite(highest):
+            why = f"NaN in {self.name}"
+            if self.may_be_infinite:
+                why = f"NaN or Inf in {self.name}{self.suffix}"
+            raise CheckpointError(NOT_FINITE, self.where.file, why=why, hint=DAMAGED)
+        if self.suffix == "_scale" and self.may_be_infinite and lowest <= 0:
+            why = f"one of {self.name} is 0 or negative"
+            raise CheckpointError("impossible scales", self.where.file, why=why)
+
+
+def _find_ranges(name: str, stored: Mapping[str, Tensor], where: Piece) -> Iterator[_Range]:
+    """The ranges of a weight's stored tensors, but for integers; nothing waits for a device."""
     if where.info.dtype in GGUF_SCALES:
         stored = {"": _gguf_scales(stored[""], where.info.dtype)}
     for suffix, tensor in stored.items():
         if tensor.dtype == torch.float8_e4m3fn:
             # It has no Inf; NaN has all bits set, the sign either way.
-            if bool((tensor.view(torch.uint8) & 127 == 127).any()):
-                why = f"NaN in {name}"
-                raise CheckpointError(NOT_FINITE, where.file, why=why, hint=DAMAGED)
-            continue
-        if not tensor.is_floating_point() or not tensor.numel():
-            continue
-        # aminmax is far faster than isfinite, and gives NaN where there is one. torch has none for
-        # float8_e5m2.
-        wide = tensor.half() if tensor.dtype == torch.float8_e5m2 else tensor
-        lowest, highest = wide.aminmax()
-        low = float(lowest.float())
-        high = float(highest.float())
-        if not math.isfinite(low) or not math.isfinite(high):
-            why = f"NaN or Inf in {name}{suffix}"
-            raise CheckpointError(NOT_FINITE, where.file, why=why, hint=DAMAGED)
-        if suffix == "_scale" and low <= 0:
-            why = f"one of {name} is 0 or negative"
-            raise CheckpointError("impossible scales", where.file, why=why)
+            has_nan = (tensor.view(torch.uint8) & 127 == 127).any()
+            bounds = torch.zeros(2, device=tensor.device).masked_fill_(has_nan, math.nan)
+            yield _Range(name, suffix, where, bounds=bounds, may_be_infinite=False)
+        elif tensor.is_floating_point() and tensor.numel():
+            # aminmax is far faster than isfinite, and gives NaN where there is one. torch has none
+            # for float8_e5m2.
+            wide = tensor.half() if tensor.dtype == torch.float8_e5m2 else tensor
+            bounds = torch.stack(wide.aminmax()).float()
+            yield _Range(name, suffix, where, bounds=bounds, may_be_infinite=True)
 
 
 def _gguf_scales(rows: Tensor, dtype: str) -> Tensor:

@@ -95,8 +95,9 @@ class NF4Linear(QuantizedLinear):
             return
         self._stack("nested_absmax", [part[".nested_absmax"] for part in parts])
         self.register_buffer("nested_quant_map", parts[0][".nested_quant_map"])
-        offsets = [read_offset(part) for part in parts]
-        self.register_buffer("offset", torch.tensor(offsets, device=self.absmax.device))
+        # Each is filled in on the device: a copy of a list there would make the host wait.
+        offsets = [part[".nested_absmax"].new_full((1,), read_offset(part)) for part in parts]
+        self.register_buffer("offset", stack_rows(offsets))
         self.scale_counts = [part[".absmax"].numel() for part in parts]
         self.nested_counts = [part[".nested_absmax"].numel() for part in parts]
 

@@ -226,7 +226,7 @@ def dequantize(stored: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.
     scales = stored[".absmax"]
     if has_nested_scales:
         nested_absmax = stored[".nested_absmax"]
-        offset = nested_absmax.new_tensor(read_offset(stored))
+        offset = nested_absmax.new_full((), read_offset(stored))
         scales = dequantize_scales(
             scales, nested_absmax, stored[".nested_quant_map"], offset=offset
         )

@@ -188,8 +188,9 @@ class Components:
             refused=loaded.unpinned_bytes > 0,
         )
         if loaded.unpinned_bytes:
-            gib = loaded.unpinned_bytes / GIB
-            yield Notice(f"the driver does not pin {gib:.1f} GiB of RAM: streaming is slower")
+            streamed_bytes = loaded.pinned_bytes + loaded.unpinned_bytes
+            limit = f"{loaded.pinned_bytes / GIB:.1f} of {streamed_bytes / GIB:.1f} GiB of RAM"
+            yield Notice(f"the driver pins {limit}: the rest passes through a buffer")
         if is_transformer and self.plan.spec:
             to = self.plan.precision
             saves = f"flux quantize ... --to {to} saves that"

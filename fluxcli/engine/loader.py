@@ -7,7 +7,7 @@ the MLP's input of a single block. Sizes are in bytes.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fluxcli.engine import blocks, classes
+from fluxcli.engine.feeder import make_feeder
 from fluxcli.errors import find_broken_library
 from quant import codecs
 from quant.checkpoint import Component
-from quant.codecs import Reader
+from quant.codecs import Reader, ValueChecks
 from quant.config import DOWNLOAD_AGAIN
 from quant.dialects import ADDED_QKV, QKV, T5_TIED
 from quant.errors import CheckpointError, ExplainedError, is_out_of_memory
@@ -72,7 +73,8 @@ class Filler:
 
     Quantized weights stay so, as layers of their own, others become `dtype`. With `spec` weights in
     16 bit are quantized one by one as it says. Raises `CheckpointError` for missing, unknown or
-    misshapen tensors, and for values that are not finite.
+    misshapen tensors, and for values that are not finite: those on a CUDA device when `check` is
+    called, which has to be before they are used.
     """
 
     def __init__(
@@ -88,7 +90,10 @@ class Filler:
         self._component = component
         self._dtype = dtype
         self._spec = spec
-        self._reader = Reader()
+        self.feeder = make_feeder(device)
+        self._host_reader = Reader()
+        self._reader = Reader(self.feeder.bring) if self.feeder else self._host_reader
+        self._checks = ValueChecks()
         names = map_names(component.name, component.weights)
         self._weights = {name: component.weights[stored] for name, stored in names.items()}
         check_keys(
@@ -108,7 +113,11 @@ class Filler:
         self.names = [name for name in self.module.state_dict() if name != T5_TIED]
 
     def finish(self) -> LoadedComponent:
-        """The module in eval mode, its own buffers on the device. Layers may be filled later."""
+        """The module in eval mode, checked, its own buffers on the device.
+
+        Layers may be filled later, and are to be checked then.
+        """
+        self.check()
         for name, buffer in list(self.module.named_buffers()):
             _set(self.module, name, buffer.to(self.device))
         if T5_TIED in self._weights:
@@ -119,6 +128,10 @@ class Filler:
             if not is_modulation(f"{name}.weight")
         }
         return LoadedComponent(self.module.eval(), places | self._fused)
+
+    def check(self) -> None:
+        """Look at the values that were filled in: each weight's once, however often it is read."""
+        self._checks.finish()
 
     def quantizes(self, block: str) -> bool:
         """Whether filling the block quantizes weights that are stored in 16 bit."""
@@ -168,10 +181,10 @@ class Filler:
     def _read_values(self, layers: Sequence[str], leaf: str, device: str) -> Tensor:
         """The values of one tensor of these layers, row after row."""
         weights = [self._weights[f"{layer}.{leaf}".removeprefix(".")] for layer in layers]
-        values = [
-            _dequantize(weight, self._reader, dtype=self._dtype, device=device)
-            for weight in weights
-        ]
+        values = []
+        for weight in weights:
+            stored = self._read_checked(weight, device)
+            values.append(_dequantize(weight, stored, self._dtype))
         return codecs.stack_rows(values)
 
     def _make_quantized(self, layers: Sequence[str], scheme: str, device: str) -> nn.Module:
@@ -187,9 +200,9 @@ class Filler:
     def _read_quantized(self, weight: Weight, scheme: str, device: str) -> dict[str, Tensor]:
         """The tensors of a weight by suffix, as they are stored, or quantized from 16 bit."""
         if weight.scheme:
-            return self._reader.read_checked(weight, device)
+            return self._read_checked(weight, device)
         assert self._spec, "only a spec gives values a scheme"
-        values = self._reader.read(weight)[""].to(device)
+        values = self._reader_for(device).read(weight)[""].to(device)
         return codecs.quantize(
             values,
             scheme,
@@ -197,6 +210,12 @@ class Filler:
             where=weight.pieces[""],
             search=self._spec.scales == "search",
         ).stored
+
+    def _read_checked(self, weight: Weight, device: str) -> dict[str, Tensor]:
+        return self._reader_for(device).read_checked(weight, device, checks=self._checks)
+
+    def _reader_for(self, device: str) -> Reader:
+        return self._reader if device == self.device else self._host_reader
 
     def _fuse(self) -> None:
         """Make one layer (on meta) of those over the same input whose weights can be one.
@@ -239,19 +258,36 @@ class Filler:
         self._sources[prefix + fusion.new] = tuple(prefix + name for name in fusion.old)
 
 
+def make_reader(device: str) -> Reader:
+    """A reader to a device; to RAM where the device has no feeder."""
+    feeder = make_feeder(device)
+    return Reader(feeder.bring) if feeder else Reader()
+
+
 def read_tensors(
-    component: Component, names: Iterable[str], *, dtype: torch.dtype, device: str
+    component: Component,
+    names: Iterable[str],
+    *,
+    dtype: torch.dtype,
+    device: str,
+    reader: Reader | None = None,
 ) -> dict[str, Tensor]:
-    """The values of these weights in `dtype`; raises `CheckpointError` unless they are finite."""
-    reader = Reader()
-    return {
-        name: _dequantize(component.weights[name], reader, dtype=dtype, device=device)
-        for name in names
-    }
+    """The values of these weights in `dtype`; raises `CheckpointError` unless they are finite.
+
+    `reader`, of `make_reader`, spares who reads several times the making of one.
+    """
+    reader = reader or make_reader(device)
+    checks = ValueChecks()
+    values = {}
+    for name in names:
+        weight = component.weights[name]
+        stored = reader.read_checked(weight, device, checks=checks)
+        values[name] = _dequantize(weight, stored, dtype)
+    checks.finish()
+    return values
 
 
-def _dequantize(weight: Weight, reader: Reader, *, dtype: torch.dtype, device: str) -> Tensor:
-    stored = reader.read_checked(weight, device)
+def _dequantize(weight: Weight, stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     return codecs.dequantize(stored, weight.scheme, shape=weight.shape, dtype=dtype)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fluxcli.engine import classes
-from fluxcli.engine.loader import Place, read_tensors
+from fluxcli.engine.loader import Place, make_reader, read_tensors
 from fluxcli.engine.lora_hooks import attach
 from quant.checkpoint import Component
 from quant.expected import check_keys
@@ -107,13 +107,14 @@ def make_tables(
     activated = {
         condition: functional.silu(_embed(transformer, condition)) for condition in conditions
     }  # (S, D) each
+    reader = make_reader(device)
     outputs: dict[Condition, list[Tensor]] = {condition: [] for condition in conditions}
     for name in linear_names(transformer):
         names = [f"{name}.weight", f"{name}.bias"]
         if keep is not None and names[0] in keep:
             tensors = keep
         else:
-            tensors = read_tensors(transformer, names, dtype=dtype, device=device)
+            tensors = read_tensors(transformer, names, dtype=dtype, device=device, reader=reader)
         if keep is not None:
             keep.update(tensors)
         weight = tensors[names[0]]

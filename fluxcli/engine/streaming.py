@@ -1,7 +1,8 @@
 """Where a module's blocks are while it computes: on the device, or passing through it one by one.
 
-Streamed blocks lie in one pinned arena of exactly their size and come through two slots on the
-device: while a block computes, the next one is copied on a stream of its own. Sequential blocks are
+Streamed blocks lie in one arena of exactly their size, pinned as far as the driver goes, and come
+through two slots on the device: while a block computes, the next one is copied on a stream of its
+own, by a `Feeder` where not all is pinned. Sequential blocks are
 read from their file for every forward and dropped after it: no memory is held, on the device or the
 host. Knows modules and streams, nothing of plans. On the CPU and on devices without streams of our
 own the copies are plain ones. Sizes are in bytes.
@@ -9,12 +10,14 @@ own the copies are plain ones. Sizes are in bytes.
 
 import mmap
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fluxcli.engine.feeder import Copy, Feeder
 from fluxcli.engine.loader import Filler, LoadedComponent
 from fluxcli.engine.pinned import pin as _pin
 from quant.checkpoint import Component
@@ -67,6 +70,38 @@ class CudaBus(Bus):
         self._computed[slot].record(self._main)
 
 
+class FedBus(CudaBus):
+    """Copies as `CudaBus` does, from RAM of which not all is pinned: a feeder launches them.
+
+    It launches all of them, in the order in which they are begun: on the one side stream a copy
+    that waits for a later block must not come before one that the next block needs.
+    """
+
+    def __init__(self, device: str, feeder: Feeder) -> None:
+        super().__init__(device)
+        self._feeder = feeder
+        self._launched: list[Future[None] | None] = [None] * SLOTS
+
+    def copy(self, slot: int, target: Tensor, source: Tensor) -> None:
+        self._launched[slot] = self._feeder.begin(
+            Copy(
+                target,
+                source,
+                stream=self._side,
+                after=self._computed[slot],
+                copied=self._copied[slot],
+            )
+        )
+
+    def wait(self, slot: int) -> None:
+        """Wait for the feeder, too: raises what ended the copy there."""
+        launched = self._launched[slot]
+        self._launched[slot] = None
+        if launched:
+            launched.result()
+        super().wait(slot)
+
+
 def make_bus(device: str) -> Bus:
     """The bus of a device as torch names it."""
     if device.startswith("cuda"):
@@ -111,6 +146,7 @@ def load_component(
     if blocks and from_arena:
         most_bytes = sum(filler.block_bytes(block, skip=skip) for block in blocks)
         conveyor = Conveyor(filler, names_by_block, most_bytes)
+        filler.check()
         loaded.pinned_bytes = conveyor.pinned_bytes
         loaded.unpinned_bytes = conveyor.unpinned_bytes
     else:
@@ -154,6 +190,8 @@ class Conveyor:
             for _ in range(SLOTS)
         ]
         self._bus = make_bus(filler.device)
+        if filler.feeder and not all(self._is_pinned):
+            self._bus = FedBus(filler.device, filler.feeder)
         self._held = [-1] * SLOTS  # the index of the block that each slot holds
         for index, block in enumerate(names_by_block):
             module = filler.module.get_submodule(block)
@@ -216,10 +254,13 @@ class Conveyor:
         self._held[slot] = index
 
     def _enter(self, index: int) -> None:
+        slot = index % SLOTS
         # Another block is there if blocks were skipped, or if the last forward was broken off.
-        if self._held[index % SLOTS] != index:
+        if self._held[slot] != index:
             self._copy(index)
-        self._bus.wait(index % SLOTS)
+        self._held[slot] = -1  # if waiting for the copy raises
+        self._bus.wait(slot)
+        self._held[slot] = index
 
     def _leave(self, index: int) -> None:
         self._bus.computed(index % SLOTS)
@@ -231,11 +272,16 @@ class Conveyor:
 
 
 def _read_around(filler: Filler, block: nn.Module, names: Sequence[str]) -> None:
-    """Make the block read its tensors from their file before its forward, and drop them after."""
+    """Make the block read its tensors from their file before its forward, and drop them after.
+
+    Their values are checked when they are first read. What the block is given lies in memory that
+    the block before it had, so the copies are on the stream that computes.
+    """
 
     def enter() -> None:
         for name in names:
             filler.fill(name)
+        filler.check()
 
     def leave() -> None:
         _replace_tensors(block, lambda tensor: tensor.to("meta"))

@@ -17,6 +17,7 @@ bytes of live tensors; of allocators, speed and the numerics of CUDA's kernels i
 
 import linecache
 import sys
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -168,6 +169,7 @@ class Card(TorchDispatchMode):
         architectures that it has kernels for.
         """
         super().__init__()
+        self._launching = threading.get_ident()  # the thread that launches kernels
         self.sm = sm
         self.pinnable_bytes = pinnable_bytes
         self.rowwise = rowwise
@@ -197,6 +199,8 @@ class Card(TorchDispatchMode):
         self.problems.append(f"{text} @ {find_place()}")
 
     def _count_wait(self, what: str) -> None:
+        if threading.get_ident() != self._launching:
+            return  # a thread that nobody waits for
         self._counts.waits[f"{what} @ {find_place()}"] += 1
 
     def is_pinned(self, tensor: Tensor) -> bool:

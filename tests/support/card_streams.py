@@ -18,12 +18,14 @@ import torch
 from torch import UntypedStorage
 
 Clock = Counter[int]  # by the number of a stream
+LOCK = threading.RLock()  # threads launch into one card
 
 
 def hand_on(clock: Clock, known: Clock) -> None:
     """Let a clock know what another one knows."""
-    for number, time in known.items():
-        clock[number] = max(clock[number], time)
+    with LOCK:
+        for number, time in known.items():
+            clock[number] = max(clock[number], time)
 
 
 class Stream:
@@ -40,18 +42,20 @@ class Stream:
 
     def tick(self) -> int:
         """Begin the next thing that this stream does, which the host launches now; its time."""
-        hand_on(self.clock, self.streams.host)
-        self.clock[self.number] += 1
-        return self.clock[self.number]
+        with LOCK:
+            hand_on(self.clock, self.streams.host)
+            self.clock[self.number] += 1
+            return self.clock[self.number]
 
     def postpone(self, work: Callable[[], None]) -> None:
         """Do the work at the clock's time, as late as can be."""
         self._postponed.append((self.clock[self.number], work))
 
     def catch_up(self, until: int | None = None) -> None:
-        """Do what was postponed, up to a time of this stream."""
-        while self._postponed and (until is None or self._postponed[0][0] <= until):
-            self._postponed.popleft()[1]()
+        """Do what was postponed, up to a time of this stream, one thread after the other."""
+        with LOCK:
+            while self._postponed and (until is None or self._postponed[0][0] <= until):
+                self._postponed.popleft()[1]()
 
     # --- as torch.cuda.Stream
 
@@ -100,7 +104,8 @@ class Event:
     def record(self, stream: Stream | None = None) -> None:
         """Stand for what the stream, or the current one, has been given so far."""
         self._stream = stream or self._streams.current()
-        self.clock = self._stream.clock.copy()
+        with LOCK:
+            self.clock = self._stream.clock.copy()
 
     def reach(self) -> None:
         """Do what it stands for."""

@@ -136,6 +136,7 @@ def full_size(monkeypatch: pytest.MonkeyPatch, *, arithmetic: bool = True) -> It
     )
     for module in (codecs, loader.codecs):
         monkeypatch.setattr(module, "check_values", lambda *_: None)
+    monkeypatch.setattr(codecs.ValueChecks, "finish", lambda _: None)
     monkeypatch.setattr(linear, "read_offset", lambda _: 0.0)
     monkeypatch.setattr(decode, "is_finite", lambda _: True)
     monkeypatch.setattr(
