@@ -1,14 +1,18 @@
-"""Every placement on cards of 8, 12, 16 and 24 GiB: measured peaks against the plan, seconds a
-step.
+"""Every placement on cards of 8 and 12 GiB: measured peaks against the plan, seconds a step.
 
-    python -m benchmarks.cards [--caps 8,12,16,24] [--sizes 1024x1024,768x1344] [--steps 4]
-        [--out FILE]
+    python -m benchmarks.cards [--caps 8,12] [--sizes 1024x1024] [--steps 3] [--out FILE]
     python -m benchmarks.cards --shrunk
     python -m benchmarks.cards --row
 
 Needs a CUDA card of 80 GB or so, which each run caps by the allocator; the full-size weights are
 random and lie in one host buffer, as mapped files would. diffusers' FluxPipeline runs beside it:
-resident, model- and group-offloaded. A table for people, then one JSON line.
+resident, model- and group-offloaded. First `benchmarks.questions`, then our placements, then
+diffusers; each answer and each row is a JSON line in --out as soon as it is there. A table for
+people, then one JSON line.
+
+The defaults are meant for 8 minutes. Reckoned, not measured: a minute of questions; 12 placements
+of 10 to 24 GB that are copied at 4 GB/s, 3 steps of 0.3 to 2 s and compute beside them, 15 to 20 s
+each, 4 minutes; three pipelines that fill 24 GB of weights and copy them, 3 minutes.
 
 With --row it prints the row of presets/shapes/cards.toml for this card, as measured now; that file
 says where it goes. With --shrunk it is the bundled model on the CPU as a simulated card, in
@@ -34,6 +38,7 @@ from unittest import mock
 import torch
 
 from benchmarks.counting import CARD, Counter, pretend_baked
+from benchmarks.questions import ask
 from fluxcli.engine import decode, text
 from fluxcli.engine import device as hardware
 from fluxcli.engine.engine import Engine
@@ -63,13 +68,14 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
+NOISE_NUMEL = 140_000_000  # more than any tensor has
 LOADED_FOR = {"transformer": "denoise", "vae": "decode"}  # the phase that a component is loaded for
 
 
 @contextlib.contextmanager
 def random_model() -> Iterator[Checkpoint]:
     """The full-size model: every tensor is a view of one random host buffer."""
-    noise = torch.empty(140_000_000, dtype=torch.bfloat16).normal_(0, 0.02)
+    noise = torch.empty(NOISE_NUMEL, dtype=torch.bfloat16).normal_(0, 0.02)
     pools = {
         torch.bfloat16: noise,
         torch.float8_e4m3fn: noise.to(torch.float8_e4m3fn),
@@ -77,7 +83,7 @@ def random_model() -> Iterator[Checkpoint]:
         torch.int8: noise.view(torch.int8),
     }
 
-    def weight(_: Reader, found: Weight) -> dict[str, torch.Tensor]:
+    def read(_: Reader, found: Weight) -> dict[str, torch.Tensor]:
         tensors = {}
         for suffix, piece in found.pieces.items():
             dtype = DTYPES[piece.info.dtype]
@@ -93,12 +99,13 @@ def random_model() -> Iterator[Checkpoint]:
         unknown="",
     )
     with (
-        mock.patch.object(Reader, "weight", weight),
+        mock.patch.object(Reader, "read", read),
         mock.patch("quant.codecs.check_values", lambda *_: None),
-        mock.patch.object(linear, "offset_of", lambda _: 0.0),
+        mock.patch.object(linear, "read_offset", lambda _: 0.0),
         mock.patch.object(decode, "is_finite", lambda _: True),
         mock.patch.object(text, "tokenize", lambda *_: tokens),
         mock.patch.object(Checkpoint, "fingerprint", "random"),
+        mock.patch.object(Checkpoint, "text_encoder_fingerprint", "random"),
     ):
         yield read_known_shapes(DEV)
 
@@ -357,12 +364,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="measured against planned, for cards that a large one stands for"
     )
-    parser.add_argument("--caps", help="GiB, default 8,12,16,24; with --shrunk MiB, 9,12,30")
-    parser.add_argument("--sizes", help="default 1024x1024,768x1344; with --shrunk 64x64")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--caps", help="GiB, default 8,12; with --shrunk MiB, 9,12,30")
+    parser.add_argument("--sizes", help="default 1024x1024; with --shrunk 64x64")
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--shrunk", action="store_true")
     parser.add_argument("--row", action="store_true", help="only measure this card's row")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="gets a JSON line as each row comes")
     given = parser.parse_args()
     if given.row:
         print(measure_row(hardware.probe("cuda")))
@@ -372,11 +379,14 @@ def main() -> None:
         costs.DECODE_BYTES = 64 << 10
         placement.CONTEXT_BYTES = 0
         placement.RESIDENT_SHARE = 0.0
-    caps = given.caps or ("9,12,30" if shrunk else "8,12,16,24")
-    sizes = given.sizes or ("64x64" if shrunk else "1024x1024,768x1344")
+    caps = given.caps or ("9,12,30" if shrunk else "8,12")
+    sizes = given.sizes or ("64x64" if shrunk else "1024x1024")
     unit_bytes = 2**20 if shrunk else GIB
     here = hardware.probe("cpu" if shrunk else "cuda")
     rows, peers = [], []
+    for answer in ask(here.device, shrunk=shrunk):
+        print(json.dumps(answer), flush=True)
+        append(given.out, answer)
     with contextlib.nullcontext(inspect(TINY)) if shrunk else random_model() as checkpoint:
         for size in sizes.split(","):
             order = make_order(size, steps=given.steps, shrunk=shrunk)
@@ -386,9 +396,13 @@ def main() -> None:
                 for row in try_placements(checkpoint, machine, order=order, shrunk=shrunk):
                     rows.append({"cap": cap, "size": size, **row})
                     show(rows[-1], unit_bytes)
-            hardware.cap(here.device, 1 << 50)  # diffusers has the whole card
+                    append(given.out, rows[-1])
+        hardware.cap(here.device, 1 << 50)  # diffusers has the whole card
+        for size in sizes.split(","):
+            order = make_order(size, steps=given.steps, shrunk=shrunk)
             for peer in time_diffusers(here, order=order, shrunk=shrunk):
                 peers.append({"size": size, **peer})
+                append(given.out, peers[-1])
                 peak = f"{peer['peak_bytes'] / GIB:.2f} GiB"
                 print(f"{size:<18} {peer['way']:<24} {peak:>10}  {peer['step_s']:.3f} s/step")
     result = {
@@ -398,10 +412,14 @@ def main() -> None:
         "placements": rows,
         "diffusers": peers,
     }
-    line = json.dumps(result)
-    print(line)
-    if given.out:
-        given.out.write_text(line + "\n")
+    print(json.dumps(result))
+
+
+def append(out: Path | None, row: dict) -> None:
+    """Add a row to the file, so that it is there whatever becomes of the rest."""
+    if out:
+        with out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def make_order(size: str, *, steps: int, shrunk: bool) -> Order:
