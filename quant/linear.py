@@ -7,6 +7,7 @@ Shapes: weight (N, K), input (..., K), output (..., N).
 """
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from quant import gguf_blocks
 from quant.codecs import SMALLEST_SCALE, stack_rows
 from quant.errors import is_out_of_memory
 from quant.nf4 import dequantize_codes, dequantize_scales, read_offset
-from quant.spec import BLOCK, FAMILIES, SCHEMES
+from quant.spec import BLOCK, FAMILIES, NESTED_BLOCK, SCHEMES
 
 # For each of a layer's weights, its stored tensors by suffix, and its shape (N, K).
 Parts = Sequence[Mapping[str, Tensor]]
@@ -76,8 +77,8 @@ class QuantizedLinear(nn.Module):
 class NF4Linear(QuantizedLinear):
     """4-bit NormalFloat weights, dequantized by bitsandbytes' own operators.
 
-    Mostly the scales are quantized, too. Then those of each weight are dequantized by themselves,
-    because the mean that was taken off them is another for each.
+    Mostly the scales are quantized, too. The mean that was taken off them is another for each
+    weight.
     """
 
     weight: Tensor
@@ -95,11 +96,18 @@ class NF4Linear(QuantizedLinear):
             return
         self._stack("nested_absmax", [part[".nested_absmax"] for part in parts])
         self.register_buffer("nested_quant_map", parts[0][".nested_quant_map"])
-        # Each is filled in on the device: a copy of a list there would make the host wait.
-        offsets = [part[".nested_absmax"].new_full((1,), read_offset(part)) for part in parts]
-        self.register_buffer("offset", stack_rows(offsets))
         self.scale_counts = [part[".absmax"].numel() for part in parts]
         self.nested_counts = [part[".nested_absmax"].numel() for part in parts]
+        # Scales of all parts are dequantized together where no second scale is for two parts. The
+        # parts are so many runs of one length, each with its offset.
+        run = math.gcd(*self.scale_counts)
+        self.run = run if run % NESTED_BLOCK == 0 else 0
+        offsets = []
+        for part, count in zip(parts, self.scale_counts, strict=True):
+            runs = count // run if self.run else 1
+            # Filled in on the device: a copy of a list there would make the host wait.
+            offsets.append(part[".nested_absmax"].new_full((runs,), read_offset(part)))
+        self.register_buffer("offset", stack_rows(offsets))
 
     def _stack(self, name: str, tensors: list[Tensor]) -> None:
         """Register a buffer of these tensors, flat and one behind the other."""
@@ -130,18 +138,21 @@ class NF4Linear(QuantizedLinear):
 
     def _dequantize_scales(self) -> Tensor:
         """The scales (blocks,) float32 of all parts."""
+        levels = self.nested_quant_map
+        if self.run:
+            scales = dequantize_scales(self.absmax, self.nested_absmax, levels)
+            return scales.view(-1, self.run).add_(self.offset[:, None]).view(-1)
         parts = zip(
             torch.split(self.absmax, self.scale_counts),
             torch.split(self.nested_absmax, self.nested_counts),
             self.offset,
             strict=True,
         )
-        levels = self.nested_quant_map
-        scales = [
-            dequantize_scales(absmax, nested, levels, offset=offset)
+        every = [
+            dequantize_scales(absmax, nested, levels).add_(offset)
             for absmax, nested, offset in parts
         ]
-        return stack_rows(scales)
+        return stack_rows(every)
 
 
 class GGUFLinear(QuantizedLinear):
@@ -194,26 +205,27 @@ class RowLinear(QuantizedLinear):
     def forward(self, x: Tensor) -> Tensor:
         if not self.arithmetic or not _can_multiply(self.scheme, str(x.device)):
             return super().forward(x)
-        largest = SCHEMES[self.scheme].largest
         rows = x.reshape(-1, self.in_features)  # (M, K)
-        scale = rows.abs().amax(1, keepdim=True).float()  # (M, 1)
-        scale = scale.div_(largest).clamp_(min=SMALLEST_SCALE)
-        values = rows / scale
-        if self.scheme == "int8":
-            values = values.round_().char()
-        else:
-            values = values.clamp_(-largest, largest).to(torch.float8_e4m3fn)
-        product = self.multiply(values, scale, x.dtype)
-        if self.bias is not None:
-            product = product + self.bias
+        # The largest absolute value of each row, (M, 1).
+        scale = torch.linalg.vector_norm(rows, torch.inf, 1, keepdim=True, dtype=torch.float32)
+        scale = scale.div_(SCHEMES[self.scheme].largest).clamp_(min=SMALLEST_SCALE)
+        product = self.multiply(self.quantize_rows(rows, scale), scale, x.dtype)
         return product.view(*x.shape[:-1], self.out_features)
 
+    def quantize_rows(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """The rows (M, K), divided by their scales (M, 1), as 8-bit values."""
+        raise NotImplementedError
+
     def multiply(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """The product (M, N) in `dtype` of activations with the weight, without the bias.
+        """The product (M, N) in `dtype` of activations with the weight, and the bias.
 
         The activations are 8-bit `values` (M, K) times float32 `scale` (M, 1).
         """
         raise NotImplementedError
+
+    def add_bias(self, product: Tensor) -> Tensor:
+        """The product (M, N), which may be changed in place, and the bias."""
+        return product if self.bias is None else product.add_(self.bias)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         return self.weight.float().mul_(self.weight_scale[:, None]).to(dtype)
@@ -227,24 +239,34 @@ class FP8Linear(RowLinear):
 
     scheme = "fp8"
 
+    def quantize_rows(self, rows: Tensor, scale: Tensor) -> Tensor:
+        # A quotient is at most 448.00003, which becomes 448: there is nothing to clamp.
+        values = torch.empty(rows.shape, dtype=torch.float8_e4m3fn, device=rows.device)
+        return torch.div(rows, scale, out=values)
+
     def multiply(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         if find_multiply(self.scheme, str(values.device)) == PER_TENSOR:
             return self.multiply_per_tensor(values, scale, dtype)
         return self.multiply_by_rows(values, scale, dtype)
 
     def multiply_by_rows(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """As `multiply`, the scales applied by the operator itself."""
+        """As `multiply`, the scales applied by the operator itself.
+
+        In bfloat16 it adds the bias, too, before it rounds.
+        """
         # CUDA's row-wise kernel gives bfloat16 only.
         wide = dtype if values.device.type == "cpu" else torch.bfloat16
+        is_bias_inside = self.bias is not None and dtype == self.bias.dtype == torch.bfloat16
         product = torch._scaled_mm(
             values,
             self.weight.T,
             scale_a=scale,
             scale_b=self.weight_scale[None],
+            bias=self.bias if is_bias_inside else None,
             use_fast_accum=values.is_cuda,
             out_dtype=wide,
-        )
-        return product.to(dtype)
+        ).to(dtype)
+        return product if is_bias_inside else self.add_bias(product)
 
     def multiply_per_tensor(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """As `multiply`, the scales applied to the product: other last bits than by rows.
@@ -263,13 +285,16 @@ class FP8Linear(RowLinear):
             use_fast_accum=values.is_cuda,
             out_dtype=wide,
         )
-        return product.mul_(scale).mul_(self.weight_scale).to(dtype)
+        return self.add_bias(product.mul_(scale).mul_(self.weight_scale).to(dtype))
 
 
 class Int8Linear(RowLinear):
     """int8 weights; activations become int8 row by row."""
 
     scheme = "int8"
+
+    def quantize_rows(self, rows: Tensor, scale: Tensor) -> Tensor:
+        return (rows / scale).round_().char()
 
     def multiply(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         products = []
@@ -280,7 +305,7 @@ class Int8Linear(RowLinear):
             padded = functional.pad(part, (0, 0, 0, missing))
             product = torch._int_mm(padded, self.weight.T)[: len(part)].float()
             products.append(product.mul_(part_scale).mul_(self.weight_scale).to(dtype))
-        return stack_rows(products)
+        return self.add_bias(stack_rows(products))
 
 
 def make_linear(

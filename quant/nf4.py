@@ -100,7 +100,7 @@ class _StoredScales(NamedTuple):
 
     def dequantize(self) -> Tensor:
         """The scales (blocks,) float32 that readers will see."""
-        return dequantize_scales(self.absmax, self.nested_absmax, self.levels, offset=self.offset)
+        return dequantize_scales(self.absmax, self.nested_absmax, self.levels).add_(self.offset)
 
 
 def _quantize_scales(scales: Tensor, *, search: bool) -> _StoredScales:
@@ -226,10 +226,8 @@ def dequantize(stored: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.
     scales = stored[".absmax"]
     if has_nested_scales:
         nested_absmax = stored[".nested_absmax"]
-        offset = nested_absmax.new_full((), read_offset(stored))
-        scales = dequantize_scales(
-            scales, nested_absmax, stored[".nested_quant_map"], offset=offset
-        )
+        scales = dequantize_scales(scales, nested_absmax, stored[".nested_quant_map"])
+        scales.add_(read_offset(stored))
     return dequantize_codes(stored[""], scales, shape=shape, dtype=dtype)
 
 
@@ -239,20 +237,18 @@ def read_offset(stored: Mapping[str, Tensor]) -> float:
     return float(state["nested_offset"])
 
 
-def dequantize_scales(
-    absmax: Tensor, nested_absmax: Tensor, levels: Tensor, *, offset: Tensor
-) -> Tensor:
-    """Return the scales (blocks,) float32 that every reader sees.
+def dequantize_scales(absmax: Tensor, nested_absmax: Tensor, levels: Tensor) -> Tensor:
+    """Return the scales (blocks,) float32 without the mean that was taken off them.
 
-    Each is `levels[absmax]` times the second scale of its 256, plus `offset`. `absmax` (blocks,)
-    uint8 are indexes into `levels` (256,) float32, `nested_absmax` (blocks / 256, rounded up)
-    float32 are the second scales, and `offset` () float32 is the mean that was taken off.
+    Each is `levels[absmax]` times the second scale of its 256. `absmax` (blocks,) uint8 are indexes
+    into `levels` (256,) float32, and `nested_absmax` (blocks / 256, rounded up) float32 are the
+    second scales. What every reader sees is this and the offset.
     """
     import bitsandbytes  # noqa: F401, for its operators
 
     read = torch.ops.bitsandbytes.dequantize_blockwise.default
     scales: Tensor = read(absmax, nested_absmax, levels, NESTED_BLOCK, torch.float32)
-    return scales + offset
+    return scales
 
 
 def dequantize_codes(

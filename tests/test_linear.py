@@ -323,3 +323,65 @@ def test_only_nf4_minds_where_a_part_ends():
     torch.testing.assert_close(
         layer.dequantize(torch.float32).double(), values("int8", crossing), rtol=0, atol=0
     )
+
+
+# --- fp8's rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_largest_value_of_a_row_is_beyond_fp8(dtype):
+    """Every 16-bit number, and as many of 32 bits: a row's largest becomes 448 without a clamp."""
+    bits = torch.arange(1 << 15, dtype=torch.int16)
+    if dtype == torch.float32:
+        bits = bits.int() << 16 | 0x5A5A
+    every = bits.view(dtype)
+    every = every[every.isfinite()]
+    rows = torch.stack([-every, every / 3], dim=1)
+    layer = make("fp8", [(16, 2)])
+    scale = (every.float() / 448).clamp(min=1e-12)[:, None]
+    found = layer.quantize_rows(rows, scale)
+    expected = (rows / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+    largest = found[:, 0].float()
+    assert largest.isfinite().all() and largest.min() == -448
+    assert (largest[every.float() > 1e-9] == -448).all()
+
+
+@pytest.mark.parametrize("scheme", OPERATORS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_s_scale_is_its_largest_absolute_value(scheme, dtype, monkeypatch):
+    layer = make(scheme)
+    x = noise(2, 20, K).to(dtype)
+    x[0, 3] = 0
+    seen = []
+    monkeypatch.setattr(
+        layer,
+        "multiply",
+        lambda values, scale, _: seen.append(scale) or values.float() @ noise(K, 288),
+    )
+    layer(x)
+    largest = 448 if scheme == "fp8" else 127
+    rows = x.view(-1, K).abs().amax(1, keepdim=True).float()
+    assert torch.equal(seen[0], (rows / largest).clamp(min=1e-12))
+
+
+def test_in_bfloat16_the_product_adds_the_bias_before_it_rounds():
+    layer, bare = make("fp8"), make("fp8", bias=False)
+    bias = noise(288, seed=9).bfloat16()
+    layer.bias = bias
+    x = noise(33, K).bfloat16()
+    scale = (x.abs().amax(1, keepdim=True).float() / 448).clamp(min=1e-12)
+    exact = bare.multiply(bare.quantize_rows(x, scale), scale, torch.float32) + bias.float()
+    assert torch.equal(layer(x), exact.bfloat16())
+
+
+def test_scales_of_several_nf4_weights_are_dequantized_together_where_they_may():
+    """As one after the other, also where a second scale would be for two of them."""
+    for shapes, run in (([(512, K), (256, K), (1280, K)], 256), ([(512, K), (257, K)], 0)):
+        layer = make("nf4", shapes)
+        assert layer.run == run
+        apart = [
+            codecs.dequantize(pack("nf4", shape, seed), "nf4", shape, torch.float32)
+            for seed, shape in enumerate(shapes)
+        ]
+        assert torch.equal(layer.dequantize(torch.float32), torch.cat(apart))

@@ -47,7 +47,7 @@ def relative_error(weight: torch.Tensor, *, search: bool) -> float:
 
 def scales_of(stored: dict[str, torch.Tensor]) -> torch.Tensor:
     maps = stored[".absmax"], stored[".nested_absmax"], stored[".nested_quant_map"]
-    return nf4.dequantize_scales(*maps, offset=torch.tensor(nf4.read_offset(stored)))
+    return nf4.dequantize_scales(*maps) + nf4.read_offset(stored)
 
 
 def codes_of(stored: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -38,11 +38,11 @@ class StepRow:
 OUTSIDE = Passes(13, 214.5)
 ROWS = {
     SIXTEEN_BIT: StepRow(Passes(40, 1814.8), Passes(19, 1420.4)),
-    "nf4": StepRow(Passes(74, 2448.4), Passes(32, 1741.9)),
-    "fp8 scaled_mm": StepRow(Passes(112, 4802.3), Passes(37, 3997.1)),
-    "fp8 scaled_mm per tensor": StepRow(Passes(136, 5821.9), Passes(43, 4903.2)),
+    "nf4": StepRow(Passes(64, 2441.3), Passes(25, 1733.7)),
+    "fp8 scaled_mm": StepRow(Passes(72, 2310.7), Passes(27, 1845.3)),
+    "fp8 scaled_mm per tensor": StepRow(Passes(104, 3840.0), Passes(35, 3204.5)),
     "fp8 dequantize": StepRow(Passes(64, 6118.4), Passes(25, 3572.2)),
-    "int8 int_mm": StepRow(Passes(228, 9276.2), Passes(97, 8017.9)),
+    "int8 int_mm": StepRow(Passes(212, 8879.7), Passes(93, 7678.1)),
     "int8 dequantize": StepRow(Passes(64, 6118.4), Passes(25, 3572.2)),
     "Q8_0": StepRow(Passes(64, 2565.0), Passes(27, 1795.6)),
     "Q4_0": StepRow(Passes(100, 3471.0), Passes(39, 2248.5)),
