@@ -13,7 +13,7 @@ from tests.support.helpers import tiny
 from tests.support.on_card import OnCardRun, draw_on_card, draw_on_cpu
 
 ORDER = tiny(precision="bf16", offload="auto", device="cuda", steps=2)
-PARTS = 6
+PARTS = 8
 
 
 @pytest.fixture(scope="module")

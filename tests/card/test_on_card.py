@@ -41,7 +41,9 @@ EVERY = [
 # Every kind of files once, each pair of precision, placement and adapters at least nearly.
 IN_CI = {
     ("folder bf16", "stream", "adapters"),
+    ("folder bf16", "none", ""),
     ("folder fp16", "sequential", ""),
+    ("folder nf4", "none", "adapters"),
     ("folder nf4", "stream", ""),
     ("folder fp8", "sequential", "adapters"),
     ("folder int8", "stream", "adapters"),
@@ -49,6 +51,8 @@ IN_CI = {
     ("while loading nf4", "stream", ""),
     ("file bfl bf16", "none", ""),
     ("file comfy scaled", "stream", ""),
+    ("file comfy fp8", "none", ""),
+    ("file gguf Q4_0", "stream", "adapters"),
     ("file gguf Q4_K", "none", ""),
     ("file gguf Q6_K", "stream", ""),
     ("file nf4 v2", "sequential", ""),
