@@ -30,6 +30,7 @@ from fluxcli.resolve import resolve_order
 from fluxcli.run.margin import read_margin
 from quant.checkpoint import Checkpoint
 from quant.lora import Adapter
+from quant.spec import SCHEMES
 
 MIN_RAM_BYTES = 1 << 30
 MAX_RAM_BYTES = 1 << 44
@@ -226,7 +227,9 @@ def _show_unpacked(hardware: Hardware, candidates: Sequence[Candidate]) -> None:
         how = hardware.explain_multiply(candidate.scheme)
         if how and candidate.verdict != "chosen":  # whose reasons have it
             _show_wrapped(f"{candidate.scheme}: {how}")
-    if not hardware.multiply and any(each.scheme for each in candidates):
+    is_by_capability = not hardware.multiply and hardware.capability > (0, 0)
+    in_8_bit = [name for name, scheme in SCHEMES.items() if scheme.multiply]
+    if is_by_capability and any(each.scheme in in_8_bit for each in candidates):
         _show_wrapped("what is multiplied in 8 bit is by the capability, with torch for Linux")
 
 

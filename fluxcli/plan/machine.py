@@ -98,10 +98,17 @@ class Hardware:
             return ""
         how = "unpacked" if found == DEQUANTIZE else "multiplied per tensor"
         why = self.multiply_why.get(scheme, "")
-        if not why and known.capability and self.kind == "cuda":
+        if not why and known.capability and self.capability > (0, 0):
             major, minor = known.capability
             why = f"its products need sm{major}{minor}"
         return f"{how} here, because {why or 'the device has no such product'}"
+
+    def without_circumstances(self) -> "Hardware":
+        """The same with what is so on every day and in every process, which may decide pixels.
+
+        How much RAM the driver pins was learned by earlier runs.
+        """
+        return replace(self, pin_bytes=None)
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,8 @@ def survey(
         _list_candidates(workload, resources, checkpoints, hardware=hardware, model=model)
     )
     candidates.sort(key=lambda candidate: QUALITY.index(candidate.precision))
+    always = hardware.without_circumstances()
+    anytime = [replace(candidate, hardware=always) for candidate in candidates]
     by_total = [
         fit(
             candidate,
@@ -125,11 +127,11 @@ def survey(
             budget_bytes=total_bytes,
             host_bytes=host_limit(hardware),
         )
-        for candidate in candidates
+        for candidate in anytime
     ]
     sure_s = [
         estimate_sure_s(candidate, ever.plan)
-        for candidate, ever in zip(candidates, by_total, strict=True)
+        for candidate, ever in zip(anytime, by_total, strict=True)
         if ever.plan
     ]
     fastest_s = min(sure_s, default=0.0)
