@@ -31,11 +31,11 @@ INT8_ROWS = 1024
 MIN_ROWS = 32
 ALIGNED = 16
 
-# How layers of a scheme may multiply, best first; the first that a device can is taken. PER_TENSOR
-# is for devices whose torch has no row-wise kernel of fp8: every build for Windows, sm120 before
-# torch 2.11. The last is what every device can.
+# For fp8 where torch has no row-wise kernel: every build for Windows, those for sm120 before 2.11.
 PER_TENSOR = "scaled_mm per tensor"
 DEQUANTIZE = "dequantize"
+# In which ways layers of a scheme may multiply, best first; the first that a device can is taken,
+# and where it can none, DEQUANTIZE.
 WAYS = {"fp8": ("scaled_mm", PER_TENSOR), "int8": ("int_mm",)}
 
 
@@ -46,8 +46,8 @@ class Multiplication(NamedTuple):
     why: str = ""
 
 
-# By (scheme, device). It is a dict, because torch.compile ignores functools.cache and would trace
-# the probe.
+# What was asked, by (scheme, device): a dict, since torch.compile ignores functools.cache and would
+# trace the probe.
 PROBED: dict[tuple[str, str], Multiplication] = {}
 
 
@@ -98,13 +98,13 @@ class NF4Linear(QuantizedLinear):
         self.register_buffer("nested_quant_map", parts[0][".nested_quant_map"])
         self.scale_counts = [part[".absmax"].numel() for part in parts]
         self.nested_counts = [part[".nested_absmax"].numel() for part in parts]
-        # Scales of all parts are dequantized together where no second scale is for two parts. The
-        # parts are so many runs of one length, each with its offset.
-        run = math.gcd(*self.scale_counts)
-        self.run = run if run % NESTED_BLOCK == 0 else 0
+        # The scales of all parts are dequantized together where no second scale is for two parts:
+        # as runs of one length, each with its part's offset. 0 where that cannot be.
+        run_length = math.gcd(*self.scale_counts)
+        self.run_length = run_length if run_length % NESTED_BLOCK == 0 else 0
         offsets = []
         for part, count in zip(parts, self.scale_counts, strict=True):
-            runs = count // run if self.run else 1
+            runs = count // run_length if self.run_length else 1
             # Filled in on the device: a copy of a list there would make the host wait.
             offsets.append(part[".nested_absmax"].new_full((runs,), read_offset(part)))
         self.register_buffer("offset", stack_rows(offsets))
@@ -114,9 +114,7 @@ class NF4Linear(QuantizedLinear):
         self.register_buffer(name, stack_rows([tensor.view(-1) for tensor in tensors]))
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        scales = self.absmax
-        if self.has_nested_scales:
-            scales = self._dequantize_scales()
+        scales = self._dequantize_scales()
         shape = (self.out_features, self.in_features)
         return dequantize_codes(self.weight, scales, shape=shape, dtype=dtype)
 
@@ -124,9 +122,7 @@ class NF4Linear(QuantizedLinear):
         if self.in_features % BLOCK:
             # Blocks cross from one row to the next.
             return self.dequantize(dtype)[rows]
-        scales = self.absmax
-        if self.has_nested_scales:
-            scales = self._dequantize_scales()
+        scales = self._dequantize_scales()
         first = rows.start * self.in_features
         stop = rows.stop * self.in_features
         return dequantize_codes(
@@ -138,10 +134,12 @@ class NF4Linear(QuantizedLinear):
 
     def _dequantize_scales(self) -> Tensor:
         """The scales (blocks,) float32 of all parts."""
+        if not self.has_nested_scales:
+            return self.absmax
         levels = self.nested_quant_map
-        if self.run:
+        if self.run_length:
             scales = dequantize_scales(self.absmax, self.nested_absmax, levels)
-            return scales.view(-1, self.run).add_(self.offset[:, None]).view(-1)
+            return scales.view(-1, self.run_length).add_(self.offset[:, None]).view(-1)
         parts = zip(
             torch.split(self.absmax, self.scale_counts),
             torch.split(self.nested_absmax, self.nested_counts),
@@ -355,7 +353,7 @@ def ask_multiply(scheme: str, device: str) -> Multiplication:
 
 
 def _can_multiply(scheme: str, device: str) -> bool:
-    """Whether a device has the arithmetic of fp8 or int8."""
+    """Whether a device multiplies in fp8 or int8, in whatever way."""
     return find_multiply(scheme, device) != DEQUANTIZE
 
 

@@ -377,9 +377,9 @@ def test_in_bfloat16_the_product_adds_the_bias_before_it_rounds():
 
 def test_scales_of_several_nf4_weights_are_dequantized_together_where_they_may():
     """As one after the other, also where a second scale would be for two of them."""
-    for shapes, run in (([(512, K), (256, K), (1280, K)], 256), ([(512, K), (257, K)], 0)):
+    for shapes, run_length in (([(512, K), (256, K), (1280, K)], 256), ([(512, K), (257, K)], 0)):
         layer = make("nf4", shapes)
-        assert layer.run == run
+        assert layer.run_length == run_length
         apart = [
             codecs.dequantize(pack("nf4", shape, seed), "nf4", shape, torch.float32)
             for seed, shape in enumerate(shapes)

@@ -66,16 +66,23 @@ def _rotation_of(model: Any, positions: Tensor) -> Tensor:
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Turn the pairs of channels of x (..., T + S, H, d), which may be changed in place.
 
-    `rotation` is as of `make_rotation`; in compiled blocks it is a view (T + S, 1, d / 2, 2) of the
-    cosines and sines, since torch's compiler makes no kernels of complex numbers.
+    `rotation` is as of `make_rotation`; in compiled blocks it is a view of that as real numbers.
     """
     if not rotation.is_complex():
-        real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        cosine, sine = rotation.unbind(-1)
-        turned = [real * cosine - imaginary * sine, real * sine + imaginary * cosine]
-        return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
+        return _rotate_real(x, rotation)
     pairs = x.float().view(torch.complex64)  # (..., T + S, H, d / 2)
     return pairs.mul_(rotation).view(torch.float32).to(x.dtype)
+
+
+def _rotate_real(x: Tensor, rotation: Tensor) -> Tensor:
+    """As `rotate`, by cosines and sines (T + S, 1, d / 2, 2).
+
+    torch's compiler makes no kernels of complex numbers.
+    """
+    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cosine, sine = rotation.unbind(-1)
+    turned = [real * cosine - imaginary * sine, real * sine + imaginary * cosine]
+    return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -87,7 +94,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def read_modulation(norm: Any, temb: Tensor, *, count: int) -> tuple[list[Tensor], list[Tensor]]:
-    """A norm's shifts, scales and gates (B, 1, D), and the same numbers plus one."""
+    """What a norm's layer makes of `temb` (B, D): tensors (B, 1, D), and the same plus one.
+
+    They are shift, scale and gate in a single block; these for the attention and then those for the
+    MLP in a double block; scale and shift in the last norm. Scales are used plus one alone.
+    """
     values = norm.linear(norm.silu(temb))  # (B, count x D)
     values, factors = values[:, None], norm.add_one(values)[:, None]
     return list(values.chunk(count, dim=-1)), list(factors.chunk(count, dim=-1))
@@ -112,30 +123,30 @@ def double_block() -> type[nn.Module]:
         def forward(self, x: Tensor, temb: Tensor, rotation: Tensor, text_tokens: int) -> Tensor:
             """The residual stream (B, T + S, D) after this block."""
             sizes = [text_tokens, x.shape[1] - text_tokens]
-            text, text_factors = read_modulation(self.norm1_context, temb, count=6)
-            image, image_factors = read_modulation(self.norm1, temb, count=6)
+            text_values, text_factors = read_modulation(self.norm1_context, temb, count=6)
+            image_values, image_factors = read_modulation(self.norm1, temb, count=6)
 
             # Neither norm has weights, so that one launch norms both streams.
             normed = self.norm1.norm(x)
             normed_text, normed_image = normed.split(sizes, dim=1)
-            normed_text.mul_(text_factors[1]).add_(text[0])
-            normed_image.mul_(image_factors[1]).add_(image[0])
+            normed_text.mul_(text_factors[1]).add_(text_values[0])
+            normed_image.mul_(image_factors[1]).add_(image_values[0])
             attended = self._attend(normed_text, normed_image, rotation)
             attended_text, attended_image = attended.split(sizes, dim=1)
             x = _add_gated(
                 x,
-                self.attn.to_add_out(attended_text).mul_(text[2]),
-                self.attn.to_out[0](attended_image).mul_(image[2]),
+                self.attn.to_add_out(attended_text).mul_(text_values[2]),
+                self.attn.to_out[0](attended_image).mul_(image_values[2]),
             )
 
             normed = self.norm2(x)
             normed_text, normed_image = normed.split(sizes, dim=1)
-            normed_text.mul_(text_factors[4]).add_(text[3])
-            normed_image.mul_(image_factors[4]).add_(image[3])
+            normed_text.mul_(text_factors[4]).add_(text_values[3])
+            normed_image.mul_(image_factors[4]).add_(image_values[3])
             x = _add_gated(
                 x,
-                self.ff_context(normed_text).mul_(text[5]),
-                self.ff(normed_image).mul_(image[5]),
+                self.ff_context(normed_text).mul_(text_values[5]),
+                self.ff(normed_image).mul_(image_values[5]),
             )
             if x.dtype == torch.float16:
                 x[:, :text_tokens].clamp_(-HALF_MAX, HALF_MAX)
@@ -219,7 +230,10 @@ def single_block() -> type[nn.Module]:
             return projected.flatten(0, 1)[:, 2 * width :]
 
         def _attend_apart(self, normed: Tensor, rotation: Tensor) -> Tensor:
-            """The same of layers that could not be fused."""
+            """The output layer's input, as of `_attend_in_place`, by layers that are not fused.
+
+            `normed` is (B, T + S, D).
+            """
             heads = (-1, self.attn.head_dim)
             query = self.attn.to_q(normed).unflatten(-1, heads)
             key = self.attn.to_k(normed).unflatten(-1, heads)
@@ -228,7 +242,7 @@ def single_block() -> type[nn.Module]:
             return torch.cat([attended, self.act_mlp(self.proj_mlp(normed))], dim=-1).flatten(0, 1)
 
         def _attend(self, query: Tensor, key: Tensor, value: Tensor, rotation: Tensor) -> Tensor:
-            """The attention (B, T + S, D) of q and k before their norms."""
+            """The attention (B, T + S, D) of q, k and v (B, T + S, H, d), which are not normed."""
             query = rotate(self.attn.norm_q(query), rotation)
             key = rotate(self.attn.norm_k(key), rotation)
             return attend(query, key, value)

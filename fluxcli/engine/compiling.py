@@ -4,11 +4,12 @@ What a block computes between its layers (norms, modulation, rotary embedding, g
 kernels; each linear layer is one operator of the graph, which runs the layer as it is: its own
 weights wherever they are now, packed or not, with the hooks of adapters. So the graph sees neither
 weights nor adapters, and all blocks of a kind, sizes, steps, adapters, placements and precisions
-share it. A block whose norms an adapter changes is computed as it is without.
+share it. A block whose norms an adapter changes is computed by its own forward, as without
+compiling.
 
-Whatever cannot be compiled (no C++ compiler, no Triton, a graph that a version of torch does not
-take) is computed as it is without, and `BlockCompiler.failure` says why. torch._dynamo, which takes
-seconds to import, is imported when the first block computes.
+So is whatever cannot be compiled (no C++ compiler, no Triton, a graph that a version of torch does
+not take), and `BlockCompiler.failure` says why. torch._dynamo, which takes seconds to import, is
+imported when the first block computes.
 """
 
 import contextlib
@@ -45,7 +46,7 @@ class BlockCompiler:
 
     @property
     def begins(self) -> bool:
-        """Whether this process has compiled nothing yet."""
+        """Whether the next block would be the first that this process compiles."""
         return not self.failure and not _compile.cache_info().currsize
 
     def install(self, model: Any) -> None:
@@ -58,7 +59,7 @@ class BlockCompiler:
             block.forward = _CompiledForward(block, self)
 
     def tell_failure(self) -> str:
-        """Return `failure`, and "" from the second time on."""
+        """Return `failure` once; "" from then on, and as long as there is none."""
         if self._is_told or not self.failure:
             return ""
         self._is_told = True
@@ -77,11 +78,11 @@ class _CompiledForward:
 
     def __init__(self, block: nn.Module, compiler: BlockCompiler) -> None:
         self._block = block
-        self._forward = block.forward  # as it is without
+        self._forward = block.forward  # not compiled
         self._compiler = compiler
         # Made in the first forward: until then parts of the block are replaced.
         self._outline: nn.Module | None = None
-        self._inside: list[nn.Module] = []  # what the graph holds of the block
+        self._inside: list[nn.Module] = []  # the modules that the graph sees
 
     def __call__(self, *arguments: object, **options: object) -> Any:
         if self._outline is None:
@@ -95,10 +96,10 @@ class _CompiledForward:
         try:
             return _run_compiled(self._outline, arguments, options)
         except Exception as error:
-            # The graph writes into none of its inputs, so that the block can be computed again.
-            # Errors of a layer come again then.
             if is_out_of_memory(error):
                 raise
+            # The graph writes into none of its inputs, so that the block can be computed again. An
+            # error of a layer comes again then.
             result = self._forward(*arguments, **options)
             self._compiler.fail(error)
             return result
@@ -127,8 +128,8 @@ def _prepare(value: Any) -> Any:
     """The same inputs of a block as the graph wants them: plain strides, lengths marked.
 
     A tensor's length is its first dimension above 1, but the last: S of (1, S, D) and of (S, D). A
-    view of a longer sequence has another stride of its first dimension, of size 1, which no kernel
-    looks at and a guard does. Complex numbers are pairs of real ones, see `blocks.rotate`.
+    view of a longer sequence has another stride of its first dimension, of size 1: no kernel looks
+    at it, but a guard does. Complex numbers become pairs of real ones, see `blocks.rotate`.
     """
     if isinstance(value, tuple | list):
         return type(value)(_prepare(each) for each in value)

@@ -1,7 +1,7 @@
 """The devices of this machine: the one place that asks drivers and the operating system for them.
 
-What exists, how much memory it has and holds, and the allocator's cap. Knows nothing of requests
-or placements. Sizes are in bytes.
+What exists, which is taken, what it computes, how much memory it has and holds, and the allocator's
+cap. Knows nothing of requests or placements. Sizes are in bytes.
 """
 
 import os

@@ -77,7 +77,7 @@ class Hardware:
     def find_multiply(self, scheme: str) -> str:
         """How the layers of a scheme multiply here: as the device said, else by its capability.
 
-        By the capability means with torch for Linux, in the version that flux is tested with.
+        The capability says what torch for Linux does, in the version that flux is tested with.
         """
         known = SCHEMES.get(scheme)
         if known is None or not known.multiply:

@@ -1,4 +1,4 @@
-"""What one denoising step moves and launches beside its products, by how weights are multiplied.
+"""What a step launches, and moves beside its products, by how weights are multiplied.
 
 `ROWS` was counted on the real engine: FLUX.1 at 1024x1024 with 512 text tokens, in 16 bit, on a
 card that is not there (`python -m tests.support.steps` prints it). A test compares the rows with
@@ -20,10 +20,10 @@ SIXTEEN_BIT = "16 bit"
 
 @dataclass(frozen=True)
 class Passes:
-    """Launches, and megabytes (10^6) that they read and write; products are not counted."""
+    """What kernels do: products are among the launches, but not among the bytes."""
 
     launches: int
-    moved_mb: float
+    moved_mb: float  # 10^6 bytes that are read or written
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ ROWS = {
     "IQ4_NL": StepRow(Passes(776, 8906.8), Passes(341, 4966.4)),
     "IQ4_XS": StepRow(Passes(1160, 8982.9), Passes(509, 5004.5)),
 }
-# Where activations are quantized, so that what they move more than 16 bit grows with tokens; in the
-# other rows it grows with the weights.
+# The rows in which activations are quantized: what these move beyond 16 bit's grows with tokens. In
+# the others it grows with the weights.
 MULTIPLIED = ("fp8 scaled_mm", "fp8 scaled_mm per tensor", "int8 int_mm")
 
 
