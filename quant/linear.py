@@ -378,19 +378,24 @@ def _probe(scheme: str, device: str) -> Multiplication:
 
 
 def _try_to_multiply(way: str, device: str) -> str:
-    """Multiply two small matrices; returns "", or why a device cannot, in its own words."""
+    """Multiply two small matrices; returns "", or why a device cannot, in its own words.
+
+    It is the call of the layers there, so that on a card the product adds a bias in bfloat16.
+    """
+    computing = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     ones = torch.ones(MIN_ROWS, MIN_ROWS, device=device)
     dtype = torch.int8 if way == "int_mm" else torch.float8_e4m3fn
     values = ones.to(dtype)
     make_layer = Int8Linear if way == "int_mm" else FP8Linear
     stored = {"": values, "_scale": ones[0]}
-    layer = make_layer([stored], [(MIN_ROWS, MIN_ROWS)], bias=None, arithmetic=False)
+    shapes = [(MIN_ROWS, MIN_ROWS)]
+    layer = make_layer([stored], shapes, bias=ones[0].to(computing), arithmetic=False)
     multiply = layer.multiply
     if isinstance(layer, FP8Linear):
         multiply = layer.multiply_per_tensor if way == PER_TENSOR else layer.multiply_by_rows
     try:
-        product = multiply(values, ones[:, :1].contiguous(), torch.float32)
-        return "" if bool((product == MIN_ROWS).all()) else "its product is wrong"
+        product = multiply(values, ones[:, :1].contiguous(), computing)
+        return "" if bool((product == MIN_ROWS + 1).all()) else "its product is wrong"
     except (RuntimeError, ValueError) as error:
         if is_out_of_memory(error):
             raise

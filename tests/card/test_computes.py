@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from fluxcli.engine import device
 from fluxcli.engine.engine import Engine, EnginePhase
 from fluxcli.errors import DeviceUnusable, DoesNotFit, ExitCode
 from fluxcli.events import Event, explain
+from quant import linear
 from quant.checkpoint import inspect
 from tests.support.card import Card
 from tests.support.card_driver import installed
@@ -35,6 +37,19 @@ def test_without_a_row_wise_kernel_fp8_is_multiplied_per_tensor(baked):
     assert f"fp8: {said}" in run.plan.reasons
     difference = np.abs(run.pixels.astype(int) - by_rows.pixels.astype(int))
     assert difference.mean() < 4 and difference.any()
+
+
+def test_a_card_whose_row_wise_kernel_adds_no_bias_is_told_by_the_probe(monkeypatch):
+    multiply = torch._scaled_mm
+
+    def refuse_bias(*given: torch.Tensor, **options: Any) -> torch.Tensor:
+        if options.get("bias") is not None:
+            raise RuntimeError("no bias here")
+        return multiply(*given, **options)
+
+    monkeypatch.setattr(torch, "_scaled_mm", refuse_bias)
+    with installed(Card()):
+        assert linear.ask_multiply("fp8", "cuda:0") == (linear.PER_TENSOR, "no bias here")
 
 
 @pytest.mark.parametrize(
