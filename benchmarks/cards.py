@@ -4,19 +4,20 @@
     python -m benchmarks.cards --shrunk
     python -m benchmarks.cards --row
 
-Needs a CUDA card of 80 GB or so, which each run caps by the allocator; the full-size weights are
-random and lie in one host buffer, as mapped files would. diffusers' FluxPipeline runs beside it:
-resident, model- and group-offloaded. First `benchmarks.questions`, then our placements, then
-diffusers; each answer and each row is a JSON line in --out as soon as it is there. A table for
-people, then one JSON line.
+Needs a CUDA card, which each run caps by the allocator, and 64 GB of RAM; no file of a model, no
+network and no disk: the full-size weights are random and lie in one host buffer, as mapped files
+would. diffusers' FluxPipeline runs beside it: resident (which takes a card of 32 GB), model- and
+group-offloaded. First `benchmarks.questions`, then our placements, then diffusers; each answer and
+each row is a JSON line in --out as soon as it is there. What fails is a row with its error, and the
+rest goes on; after Ctrl-C there is what came until then. A table for people, then one JSON line.
 
 The defaults are meant for 8 minutes. Reckoned, not measured: a minute of questions; 12 placements
 of 10 to 24 GB that are copied at 4 GB/s, 3 steps of 0.3 to 2 s and compute beside them, 15 to 20 s
 each, 4 minutes; three pipelines that fill 24 GB of weights and copy them, 3 minutes.
 
 With --row it prints the row of presets/shapes/cards.toml for this card, as measured now; that file
-says where it goes. With --shrunk it is the bundled model on the CPU as a simulated card, in
-seconds, so that this script is never broken: peaks are counted, and budgets are MiB.
+says where it goes. With --shrunk all is as small as the bundled model, and budgets are MiB: within
+a minute it shows that nothing of this script is broken here. Its figures say nothing.
 """
 
 import argparse
@@ -24,11 +25,11 @@ import contextlib
 import datetime
 import gc
 import json
-import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -37,16 +38,17 @@ from unittest import mock
 
 import torch
 
-from benchmarks.counting import CARD, Counter, pretend_baked
-from benchmarks.questions import ask
+from benchmarks.counting import pretend_baked
+from benchmarks.questions import ask, attempt
 from fluxcli.engine import decode, text
 from fluxcli.engine import device as hardware
 from fluxcli.engine.engine import Engine
 from fluxcli.engine.picture import Picture
+from fluxcli.errors import FluxError
 from fluxcli.events import Phase, Step
 from fluxcli.models.shapes import read_known_shapes
 from fluxcli.plan import costs, placement
-from fluxcli.plan.machine import CONTEXT_BYTES, DEQUANTIZE, Hardware
+from fluxcli.plan.machine import DEQUANTIZE, Hardware
 from fluxcli.plan.placement import GIB, PHASES, Candidate
 from fluxcli.plan.planner import survey
 from fluxcli.request.fields import Order
@@ -68,14 +70,24 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
-NOISE_NUMEL = 140_000_000  # more than any tensor has
+SPECS = (QuantSpec("nf4", "nf4"), QuantSpec("fp8"), QuantSpec("int8"))
+WAYS = ("resident", "model offload", "group offload")  # of diffusers
+INTERRUPTED = 130
 LOADED_FOR = {"transformer": "denoise", "vae": "decode"}  # the phase that a component is loaded for
 
 
 @contextlib.contextmanager
-def random_model() -> Iterator[Checkpoint]:
-    """The full-size model: every tensor is a view of one random host buffer."""
-    noise = torch.empty(NOISE_NUMEL, dtype=torch.bfloat16).normal_(0, 0.02)
+def random_weights(checkpoint: Checkpoint, *, text_tokens: int) -> Iterator[None]:
+    """Give the checkpoint weights of its shapes: each a view of one random host buffer.
+
+    It has no tokenizers then: every prompt is as many ones as there are tokens.
+    """
+    numel = max(
+        weight.info.numel
+        for component in checkpoint.components.values()
+        for weight in component.weights.values()
+    )
+    noise = torch.empty(numel, dtype=torch.bfloat16).normal_(0, 0.02)
     pools = {
         torch.bfloat16: noise,
         torch.float8_e4m3fn: noise.to(torch.float8_e4m3fn),
@@ -94,7 +106,7 @@ def random_model() -> Iterator[Checkpoint]:
 
     tokens = text.TokenIds(
         torch.ones(1, 77, dtype=torch.long),
-        torch.ones(1, 512, dtype=torch.long),
+        torch.ones(1, text_tokens, dtype=torch.long),
         lost="",
         unknown="",
     )
@@ -107,23 +119,34 @@ def random_model() -> Iterator[Checkpoint]:
         mock.patch.object(Checkpoint, "fingerprint", "random"),
         mock.patch.object(Checkpoint, "text_encoder_fingerprint", "random"),
     ):
-        yield read_known_shapes(DEV)
+        yield
+
+
+@contextlib.contextmanager
+def shrunk_constants() -> Iterator[None]:
+    """Plan for the tiny model, of which what is fixed for the real one would be the most."""
+    with (
+        mock.patch.object(costs, "DECODE_BYTES", 64 << 10),
+        mock.patch.object(placement, "RESIDENT_SHARE", 0.0),
+        mock.patch.object(placement, "CONTEXT_BYTES", 0),
+        mock.patch.object(hardware, "CONTEXT_BYTES", 0),
+    ):
+        yield
 
 
 class Run:
     """One picture: the peak bytes of each phase, and the seconds of each step but the first."""
 
-    def __init__(self, engine: Engine, counter: Counter | None) -> None:
-        """With a counter it counts live storages; without one it asks CUDA's allocator."""
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.counter = counter
         self.peaks: dict[str, int] = {}
         self.steps_s: list[float] = []
         self._phase = "encode"
 
     def draw(self, order: Order) -> None:
         step_ended = 0.0
-        with torch.no_grad(), self.counter or contextlib.nullcontext():
+        hardware.reset_peak(self.engine.plan.device)
+        with torch.no_grad():
             for event in self.engine.draw([Picture(order.request)]):
                 if isinstance(event, Phase):
                     self._end_phase()
@@ -135,37 +158,31 @@ class Run:
                         self.steps_s.append(now - step_ended)
                     step_ended = now
         self._end_phase()
-        if self.counter:
-            self.peaks = self.counter.peaks
 
     def _begin_phase(self, event: Phase) -> None:
         if event.name in PHASES:
             self._phase = event.name
         else:  # loading is part of the phase that it is for
             self._phase = LOADED_FOR.get(event.detail, self._phase)
-        if self.counter:
-            self.counter.phase = self._phase
 
     def _end_phase(self) -> None:
-        if self.counter:
-            return
-        reserved = torch.cuda.max_memory_reserved() + CONTEXT_BYTES
-        self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), reserved)
-        torch.cuda.reset_peak_memory_stats()
+        device = self.engine.plan.device
+        peak_bytes = hardware.peak_memory(device)["vram_bytes"] + placement.CONTEXT_BYTES
+        self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), peak_bytes)
+        hardware.reset_peak(device)
 
 
-def carry_out(candidate: Candidate, machine: Hardware, *, order: Order, shrunk: bool) -> dict:
-    """One plan, carried out: a row of the table."""
+def carry_out(candidate: Candidate, machine: Hardware, *, order: Order) -> dict:
+    """One plan, carried out: what of a row is measured."""
     plan = candidate.plan
-    counter = Counter(budget=plan.budget_bytes) if shrunk else None
-    on_card = replace(plan, device=CARD) if shrunk else plan
-    engine = Engine(candidate.checkpoint, on_card, machine)
-    run = Run(engine, counter)
+    if plan is None:
+        raise ValueError(candidate.why)
+    engine = Engine(candidate.checkpoint, plan, machine)
+    run = Run(engine)
     run.draw(order)
     planned_s = sum(costs.block_seconds(candidate.cost, machine, machine.speeds))
     copied_bytes = sum(candidate.cost.blocks[i].nbytes for i in plan.placement.streamed)
-    row = {
-        "precision": plan.precision,
+    return {
         "placed": plan.placement.level("denoise"),
         "encode": plan.placement.encode,
         "decode": plan.placement.decode,
@@ -176,78 +193,88 @@ def carry_out(candidate: Candidate, machine: Hardware, *, order: Order, shrunk: 
         "planned_step_s": round(planned_s, 4),
         "bus_s": round(copied_bytes / machine.speeds.bus_bytes, 4),
     }
-    del engine, run
-    gc.collect()
-    hardware.empty_cache(on_card.device)
-    return row
 
 
 def try_placements(
-    checkpoint: Checkpoint, machine: Hardware, *, order: Order, shrunk: bool
+    folders: Sequence[Checkpoint], machine: Hardware, *, order: Order
 ) -> Iterator[dict]:
-    """Rows of every precision that fits, as planned, and of other placements of 16 bit.
+    """Rows of every precision, as planned, and of other placements of 16 bit.
 
     Those are with blocks that stream, and with blocks that come from their files.
     """
-    folders = [checkpoint]
-    if not shrunk:
-        specs = (QuantSpec("nf4", "nf4"), QuantSpec("fp8"), QuantSpec("int8"))
-        folders = [*(pretend_baked(checkpoint, spec) for spec in specs), checkpoint]
-    wide = "fp32" if shrunk else "bf16"
+    wide = "bf16" if machine.bf16 else "fp16"
     wanted = [(precision, "auto") for precision in (wide, *BAKEABLE)]
     wanted += [(wide, "stream"), (wide, "sequential")]
     for precision, offload in wanted:
         resources = replace(order.resources, precision=precision, offload=offload)
         asked = replace(order, resources=resources)
-        best = survey(costs.make_workload(asked.request), resources, folders, machine)[0]
-        if best.plan:
-            row = carry_out(best, machine, order=asked, shrunk=shrunk)
-            yield row | {"offload": offload}
 
+        def measure(asked: Order = asked) -> dict:
+            workload = costs.make_workload(asked.request)
+            best = survey(workload, asked.resources, folders, machine)[0]
+            return carry_out(best, machine, order=asked)
 
-def time_diffusers(machine: Hardware, *, order: Order, shrunk: bool) -> Iterator[dict]:
-    """diffusers' own pipeline from prepared embeddings: seconds a step, the allocator's peak."""
-    ways = ("resident",) if shrunk else ("resident", "model offload", "group offload")
-    request = order.request
-    checkpoint = inspect(TINY) if shrunk else read_known_shapes(DEV)
-    config = checkpoint.components["transformer"].config
-    dtype = torch.float32 if shrunk else torch.bfloat16
-    on_device = {"dtype": dtype, "device": machine.device}
-    width = config.get("joint_attention_dim", 4096)
-    pooled_width = config["pooled_projection_dim"]
-    for way in ways:
-        pipe = make_pipeline(checkpoint, machine, way=way, dtype=dtype)
-        step_ends: list[float] = []
-
-        def tick(*_: object, step_ends: list[float] = step_ends) -> dict:
-            hardware.synchronize(machine.device)
-            step_ends.append(time.perf_counter())
-            return {}
-
-        hardware.reset_peak(machine.device)
-        pipe(
-            prompt_embeds=torch.zeros(1, request.text_tokens, width, **on_device),
-            pooled_prompt_embeds=torch.zeros(1, pooled_width, **on_device),
-            width=request.size[0],
-            height=request.size[1],
-            num_inference_steps=request.steps,
-            callback_on_step_end=tick,
-            output_type="np",
-        )
-        steps_s = [after - before for before, after in pairwise(step_ends)]
-        yield {
-            "way": f"diffusers {way}",
-            "step_s": round(statistics.median(steps_s), 4),
-            "peak_bytes": hardware.peak_memory(machine.device).get("vram_bytes", 0),
-        }
-        del pipe
+        row = {"precision": precision, "offload": offload}
+        yield row | attempt(measure)
         gc.collect()
         hardware.empty_cache(machine.device)
 
 
-def make_pipeline(
-    checkpoint: Checkpoint, machine: Hardware, *, way: str, dtype: torch.dtype
-) -> "FluxPipeline":
+def time_diffusers(checkpoint: Checkpoint, device: str, *, order: Order) -> Iterator[dict]:
+    """diffusers' own pipeline in each of its ways, on the whole card."""
+    hardware.cap(device, 1 << 50)
+    for way in WAYS:
+
+        def measure(way: str = way) -> dict:
+            return time_pipeline(checkpoint, device, way=way, order=order)
+
+        yield {"way": f"diffusers {way}"} | attempt(measure)
+        gc.collect()
+        hardware.empty_cache(device)
+
+
+def time_pipeline(checkpoint: Checkpoint, device: str, *, way: str, order: Order) -> dict:
+    """diffusers' pipeline from prepared embeddings: seconds a step, the allocator's peak."""
+    request = order.request
+    config = checkpoint.components["transformer"].config
+    on_device = {"dtype": torch.bfloat16, "device": device}
+    width = config.get("joint_attention_dim", 4096)
+    pooled_width = config["pooled_projection_dim"]
+    pipe = make_pipeline(checkpoint, device, way=way)
+    step_ends: list[float] = []
+
+    def tick(*_: object) -> dict:
+        hardware.synchronize(device)
+        step_ends.append(time.perf_counter())
+        return {}
+
+    hardware.reset_peak(device)
+    pipe(
+        prompt_embeds=torch.zeros(1, request.text_tokens, width, **on_device),
+        pooled_prompt_embeds=torch.zeros(1, pooled_width, **on_device),
+        width=request.size[0],
+        height=request.size[1],
+        num_inference_steps=request.steps,
+        callback_on_step_end=tick,
+        output_type="np",
+    )
+    steps_s = [after - before for before, after in pairwise(step_ends)]
+    return {
+        "step_s": round(statistics.median(steps_s), 4),
+        "peak_bytes": hardware.peak_memory(device)["vram_bytes"],
+    }
+
+
+def import_pipeline() -> dict:
+    """Import diffusers whole, before the engine imports it without accelerate, which its pipelines
+    offload with.
+    """
+    from diffusers import FluxPipeline
+
+    return {"imported": FluxPipeline.__name__}
+
+
+def make_pipeline(checkpoint: Checkpoint, device: str, *, way: str) -> "FluxPipeline":
     """FluxPipeline of random weights without text encoders, placed in one of diffusers' ways."""
     from diffusers import (
         AutoencoderKL,
@@ -257,11 +284,12 @@ def make_pipeline(
     )
 
     configs = {name: dict(part.config) for name, part in checkpoint.components.items()}
-    with torch.device(machine.device if way == "resident" else "cpu"):
-        torch.set_default_dtype(dtype)
+    with torch.device("meta"):  # to draw 12 billion numbers takes minutes
         transformer = FluxTransformer2DModel.from_config(configs["transformer"])
         vae = AutoencoderKL.from_config(configs["vae"])
-        torch.set_default_dtype(torch.float32)
+    for model in (transformer, vae):
+        model.to(torch.bfloat16).to_empty(device=device if way == "resident" else "cpu")
+        fill(model)
     shifting = checkpoint.scheduler | {"use_dynamic_shifting": True}
     pipe = FluxPipeline(
         transformer=transformer,
@@ -274,11 +302,10 @@ def make_pipeline(
     )
     pipe.set_progress_bar_config(disable=True)
     if way == "model offload":
-        pipe.enable_model_cpu_offload()
+        pipe.enable_model_cpu_offload(device=device)
     elif way == "group offload":
-        device = torch.device(machine.device)
         transformer.enable_group_offload(
-            onload_device=device,
+            onload_device=torch.device(device),
             offload_type="block_level",
             num_blocks_per_group=1,
             use_stream=True,
@@ -287,7 +314,17 @@ def make_pipeline(
     return pipe
 
 
-def measure_row(card: Hardware) -> str:
+@torch.no_grad()
+def fill(model: torch.nn.Module) -> None:
+    """Fill a model's parameters with the same random numbers, as many as each has."""
+    parameters = list(model.parameters())
+    numel = max(parameter.numel() for parameter in parameters)
+    noise = torch.empty(numel, dtype=torch.bfloat16, device=parameters[0].device).normal_(0, 0.02)
+    for parameter in parameters:
+        parameter.copy_(noise[: parameter.numel()].view_as(parameter))
+
+
+def measure_row(card: Hardware, *, shrunk: bool = False) -> str:
     """The card's row of the table of cards: what is reached, when and with which driver.
 
     TFLOP/s of products, GB/s of its memory, and of copies from pinned memory and from other memory.
@@ -295,22 +332,32 @@ def measure_row(card: Hardware) -> str:
     3072) weight. What layers do beside them is counted, and no part of these figures.
     """
     dtype = torch.bfloat16 if card.bf16 else torch.float16
-    figures = measure_products(card.device, dtype, rows=4608, columns=3072)
-    pageable = torch.randint(256, (1 << 30,), dtype=torch.uint8)
+    rows, columns, warm_s = (32, 64, 0.0) if shrunk else (4608, 3072, 1.0)
+    copied_bytes = 1 << 20 if shrunk else 1 << 30
+    figures = measure_products(card.device, dtype, rows=rows, columns=columns, warm_s=warm_s)
+    pageable = torch.randint(256, (copied_bytes,), dtype=torch.uint8)
     pinned = pageable.pin_memory()
     target = torch.empty_like(pageable, device=card.device)
     other = torch.empty_like(target)
-    copy_s = seconds_of(lambda: other.copy_(target), card.device)
+    copy_s = seconds_of(lambda: other.copy_(target), card.device, warm_s=warm_s)
     figures["memory"] = 2 * target.numel() / copy_s / 1e9  # read and written
-    copy_s = seconds_of(lambda: target.copy_(pinned, non_blocking=True), card.device)
+    copy_s = seconds_of(lambda: target.copy_(pinned, non_blocking=True), card.device, warm_s=warm_s)
     figures["bus"] = target.numel() / copy_s / 1e9
-    copy_s = seconds_of(lambda: target.copy_(pageable), card.device)
+    copy_s = seconds_of(lambda: target.copy_(pageable), card.device, warm_s=warm_s)
     figures["pageable"] = target.numel() / copy_s / 1e9
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
     fields = [f"{name} = {figure:.1f}" for name, figure in figures.items()]
-    fields += [f'date = "{datetime.date.today()}"', f'driver = "{driver}"']
+    fields += [f'date = "{datetime.date.today()}"', f'driver = "{find_driver()}"']
     return f'"{card.name}" = {{ {", ".join(fields)} }}'
+
+
+def find_driver() -> str:
+    """The driver's version; "unknown" where nvidia-smi does not say it."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return said[0] if said else "unknown"
 
 
 def measure_products(
@@ -359,60 +406,71 @@ def seconds_of(run: Callable[[], object], device: str, *, warm_s: float = 1.0) -
     return statistics.median(taken)
 
 
-def main() -> None:
-    """Read the command line, run, print."""
+def main(words: Sequence[str] | None = None) -> int:
+    """Read the command line, run, print; returns the exit code."""
     parser = argparse.ArgumentParser(
-        description="measured against planned, for cards that a large one stands for"
+        prog="python -m benchmarks.cards",
+        description="measured against planned, for cards that a large one stands for",
     )
-    parser.add_argument("--caps", help="GiB, default 8,12; with --shrunk MiB, 9,12,30")
+    parser.add_argument("--caps", help="GiB, default 8,12; with --shrunk MiB, 512")
     parser.add_argument("--sizes", help="default 1024x1024; with --shrunk 64x64")
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--shrunk", action="store_true")
+    parser.add_argument("--steps", type=int, default=3, help="at least 2, default 3")
+    parser.add_argument("--shrunk", action="store_true", help="the bundled model, in seconds")
     parser.add_argument("--row", action="store_true", help="only measure this card's row")
     parser.add_argument("--out", type=Path, help="gets a JSON line as each row comes")
-    given = parser.parse_args()
+    given = parser.parse_args(words)
+    if given.steps < 2:
+        parser.error("--steps: the first step is not timed, so there must be two")
+    try:
+        here = hardware.probe("cuda")
+    except FluxError as error:
+        print(f"benchmarks.cards: {error}", file=sys.stderr)
+        return int(error.exit_code)
     if given.row:
-        print(measure_row(hardware.probe("cuda")))
-        return
+        print(measure_row(here, shrunk=given.shrunk))
+        return 0
+    found: dict[str, list[dict]] = {"questions": [], "placements": [], "diffusers": []}
+    code = 0
+    try:
+        for kind, row in measure_all(here, given):
+            found[kind].append(row)
+            append(given.out, row)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    card = {"card": here.name, "torch": torch.__version__, "shrunk": given.shrunk}
+    print(json.dumps(card | found))
+    return code
+
+
+def measure_all(here: Hardware, given: argparse.Namespace) -> Iterator[tuple[str, dict]]:
+    """Every row as it comes, with its kind: of "questions", "placements" or "diffusers"."""
+    attempt(import_pipeline)
     shrunk = given.shrunk
-    if shrunk:  # the tiny model: what is fixed for the real one would be all there is
-        costs.DECODE_BYTES = 64 << 10
-        placement.CONTEXT_BYTES = 0
-        placement.RESIDENT_SHARE = 0.0
-    caps = given.caps or ("9,12,30" if shrunk else "8,12")
-    sizes = given.sizes or ("64x64" if shrunk else "1024x1024")
     unit_bytes = 2**20 if shrunk else GIB
-    here = hardware.probe("cpu" if shrunk else "cuda")
-    rows, peers = [], []
+    caps = [int(cap) for cap in (given.caps or ("512" if shrunk else "8,12")).split(",")]
+    sizes = (given.sizes or ("64x64" if shrunk else "1024x1024")).split(",")
+    orders = {size: make_order(size, steps=given.steps, shrunk=shrunk) for size in sizes}
     for answer in ask(here.device, shrunk=shrunk):
         print(json.dumps(answer), flush=True)
-        append(given.out, answer)
-    with contextlib.nullcontext(inspect(TINY)) if shrunk else random_model() as checkpoint:
-        for size in sizes.split(","):
-            order = make_order(size, steps=given.steps, shrunk=shrunk)
-            for cap in map(int, caps.split(",")):
-                memory = {"total_bytes": cap * unit_bytes, "free_bytes": cap * unit_bytes}
-                machine = replace(here, device="cuda:0", **memory)
-                for row in try_placements(checkpoint, machine, order=order, shrunk=shrunk):
-                    rows.append({"cap": cap, "size": size, **row})
-                    show(rows[-1], unit_bytes)
-                    append(given.out, rows[-1])
-        hardware.cap(here.device, 1 << 50)  # diffusers has the whole card
-        for size in sizes.split(","):
-            order = make_order(size, steps=given.steps, shrunk=shrunk)
-            for peer in time_diffusers(here, order=order, shrunk=shrunk):
-                peers.append({"size": size, **peer})
-                append(given.out, peers[-1])
-                peak = f"{peer['peak_bytes'] / GIB:.2f} GiB"
-                print(f"{size:<18} {peer['way']:<24} {peak:>10}  {peer['step_s']:.3f} s/step")
-    result = {
-        "card": platform.machine() if shrunk else here.name,
-        "torch": torch.__version__,
-        "shrunk": shrunk,
-        "placements": rows,
-        "diffusers": peers,
-    }
-    print(json.dumps(result))
+        yield "questions", answer
+
+    checkpoint = inspect(TINY) if shrunk else read_known_shapes(DEV)
+    folders = [*(pretend_baked(checkpoint, spec) for spec in SPECS), checkpoint]
+    constants = shrunk_constants() if shrunk else contextlib.nullcontext()
+    text_tokens = orders[sizes[0]].request.text_tokens
+    with constants, random_weights(checkpoint, text_tokens=text_tokens):
+        for size, order in orders.items():
+            for cap in caps:
+                total_bytes = min(cap * unit_bytes, here.total_bytes)
+                free_bytes = min(total_bytes, here.free_bytes)
+                machine = replace(here, total_bytes=total_bytes, free_bytes=free_bytes)
+                for row in try_placements(folders, machine, order=order):
+                    show(size, cap, row=row, unit_bytes=unit_bytes)
+                    yield "placements", {"cap": cap, "size": size, **row}
+    for size, order in orders.items():
+        for row in time_diffusers(checkpoint, here.device, order=order):
+            show_peer(size, row)
+            yield "diffusers", {"size": size, **row}
 
 
 def append(out: Path | None, row: dict) -> None:
@@ -431,19 +489,32 @@ def make_order(size: str, *, steps: int, shrunk: bool) -> Order:
     return Order.from_settings("x", settings)
 
 
-def show(row: dict, unit_bytes: int) -> None:
+def show(size: str, cap: int, *, row: dict, unit_bytes: int) -> None:
     """One line of the table: the phase that needs most, planned and measured."""
+    said = f"cap {cap:<3} {size:<10} {row['precision']:<5}"
+    if "error" in row:
+        print(f"{said} {row['offload']:<12} {row['error']}", flush=True)
+        return
     phase = max(PHASES, key=row["measured_bytes"].__getitem__)
     plan = row["plan_bytes"][phase] / unit_bytes
     measured = row["measured_bytes"][phase] / unit_bytes
     bound_s = max(row["planned_step_s"], row["bus_s"])
     kept = "" if row["went_on_as_planned"] else "  not as planned"
     print(
-        f"cap {row['cap']:<3} {row['size']:<10} {row['precision']:<5} {row['placed']:<12}"
+        f"{said} {row['placed']:<12}"
         f" {phase:<9} plan {plan:6.2f} measured {measured:6.2f} ({measured / plan:.2f})"
-        f"  {row['step_s']:.3f} s/step, bound {bound_s:.3f}{kept}"
+        f"  {row['step_s']:.3f} s/step, bound {bound_s:.3f}{kept}",
+        flush=True,
     )
 
 
+def show_peer(size: str, row: dict) -> None:
+    """One line of the table: one of diffusers' ways."""
+    said = row.get("error", "")
+    if not said:
+        said = f"{row['peak_bytes'] / GIB:7.2f} GiB  {row['step_s']:.3f} s/step"
+    print(f"{size:<18} {row['way']:<24} {said}", flush=True)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from torch import Tensor
 
 from fluxcli.engine import device as hardware
 from quant import linear
@@ -22,107 +24,190 @@ from quant.tensor_info import TensorInfo
 from quant.weights import Piece
 
 GIB = 2**30
-PINS_GIB = (0.25, 1.0, 4.0, 16.0)
+PINS_BYTES = (GIB // 4, GIB, 4 * GIB, 16 * GIB)
+COPY_BYTES = GIB // 4
 TOKENS = 4608  # of 1024x1024 with 512 text tokens
 WIDTH = 3072
+SIDES_PX = (512, 1024)
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+Answer = dict[str, Any]
 
 
-def time_runs(run: Callable[[], object], device: str, *, count: int = 5) -> dict[str, float]:
-    """Milliseconds of one of several runs, and those after which the host could go on."""
+def attempt(measure: Callable[[], Answer]) -> Answer:
+    """What was measured, or the "error" that it ended with: what comes next goes on."""
+    try:
+        return measure()
+    except Exception as error:  # noqa: BLE001 - of libraries, of the driver, of ours
+        return {"error": f"{type(error).__name__}: {error}"[:300]}
+
+
+@torch.no_grad()
+def ask(device: str, *, shrunk: bool = False) -> Iterator[Answer]:
+    """Yield an answer after the other about a CUDA device; `shrunk` asks for tiny ones."""
+    yield {"question": "card"} | attempt(lambda: describe(device))
+    yield from ask_copies(device, shrunk=shrunk)
+    yield from ask_layers(device, tokens=64 if shrunk else TOKENS, width=64 if shrunk else WIDTH)
+    yield from ask_vae(device, shrunk=shrunk)
+    gc.collect()
+    yield {"question": "used beside the allocator"} | attempt(lambda: ask_context(device))
+
+
+def time_runs(run: Callable[[], object], *, count: int = 5) -> dict[str, float]:
+    """Milliseconds of one of several runs on the current device, between two of its events.
+
+    `host_ms` are those after which the host could go on: near `ms`, it is what limits.
+    """
     run()
-    hardware.synchronize(device)
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    began.record()
     started_s = time.perf_counter()
     for _ in range(count):
         run()
     host_s = time.perf_counter() - started_s
-    hardware.synchronize(device)
-    whole_s = time.perf_counter() - started_s
-    return {"ms": round(whole_s / count * 1e3, 3), "host_ms": round(host_s / count * 1e3, 3)}
+    ended.record()
+    ended.synchronize()
+    ms = began.elapsed_time(ended) / count
+    return {"ms": round(ms, 3), "host_ms": round(host_s / count * 1e3, 3)}
 
 
-@torch.no_grad()
-def ask(device: str, *, shrunk: bool = False) -> Iterator[dict[str, Any]]:
-    """Yield an answer after the other; `shrunk` asks for tiny ones, of any device."""
-    if device.startswith("cuda"):
-        yield from _ask_copies(device)
-    yield from _ask_layers(device, tokens=64 if shrunk else TOKENS, width=64 if shrunk else WIDTH)
-    yield from _ask_vae(device, sides_px=(64,) if shrunk else (512, 1024), shrunk=shrunk)
-    if device.startswith("cuda"):
-        gc.collect()
-        torch.cuda.empty_cache()
-        free_bytes, total_bytes = torch.cuda.mem_get_info()
-        used_bytes = total_bytes - free_bytes - torch.cuda.memory_reserved()
-        yield {"question": "used beside the allocator", "MiB": used_bytes >> 20}
+def describe(device: str) -> Answer:
+    """The card, its memory and what torch is built for."""
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "sm": [properties.major, properties.minor],
+        "MiB": properties.total_memory >> 20,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "built_for": torch.cuda.get_arch_list(),
+    }
 
 
-def _ask_copies(device: str) -> Iterator[dict[str, Any]]:
-    runtime = torch.cuda.cudart()
-    target = torch.empty(GIB // 4, dtype=torch.uint8, device=device)
-    for gib in PINS_GIB:
-        memory = torch.empty(int(gib * GIB), dtype=torch.uint8)
-        source = memory[: target.numel()]
-        code = int(runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
-        yield {"question": "pin", "GiB": gib, "refused": code}
-        if code:
-            # Takes the error that the driver would report to the next kernel.
-            with contextlib.suppress(RuntimeError):
-                torch.zeros(1, device=device)
+# --- copies
+
+
+def ask_copies(device: str, *, shrunk: bool) -> Iterator[Answer]:
+    """How much the driver pins in one piece, at most half of the free RAM, and how copies go."""
+    scale = 1024 if shrunk else 1
+    copied_bytes = COPY_BYTES // scale
+    target = torch.empty(copied_bytes, dtype=torch.uint8, device=device)
+    for size_bytes in PINS_BYTES:
+        if size_bytes // scale > psutil.virtual_memory().available // 2:
             break
-        taken = time_runs(lambda source=source: target.copy_(source, non_blocking=True), device)
-        yield {"question": "copy pinned", "GB_s": round(target.numel() / taken["ms"] / 1e6, 1)}
+        answer = attempt(lambda size=size_bytes // scale: copy_pinned(target, size))
+        yield {"question": "pin", "GiB": round(size_bytes / scale / GIB, 5), **answer}
+        if answer.get("GB_s") is None:
+            break
+    source = torch.empty(copied_bytes, dtype=torch.uint8)
+    yield {"question": "copy pageable"} | attempt(lambda: time_copy(target, source))
+
+
+def copy_pinned(target: Tensor, size_bytes: int) -> Answer:
+    """Pin so many bytes in one piece, and copy from their beginning."""
+    runtime = torch.cuda.cudart()
+    memory = torch.empty(size_bytes, dtype=torch.uint8)
+    code = int(runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+    if code:
+        # Takes the error that the driver would report to the next kernel.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=target.device)
+        return {"refused": code}
+    try:
+        return {"refused": 0, **time_copy(target, memory[: target.numel()])}
+    finally:
+        torch.cuda.synchronize()
         runtime.cudaHostUnregister(memory.data_ptr())
-    source = torch.empty(target.numel(), dtype=torch.uint8)
-    taken = time_runs(lambda: target.copy_(source), device)
-    yield {"question": "copy pageable", "GB_s": round(target.numel() / taken["ms"] / 1e6, 1)}
 
 
-def _ask_layers(device: str, *, tokens: int, width: int) -> Iterator[dict[str, Any]]:
-    x = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
+def time_copy(target: Tensor, source: Tensor) -> Answer:
+    """How fast bytes of the host come to the device."""
+    taken = time_runs(lambda: target.copy_(source, non_blocking=True))
+    return {"GB_s": round(target.numel() / taken["ms"] / 1e6, 1), **taken}
+
+
+# --- layers
+
+
+def ask_layers(device: str, *, tokens: int, width: int) -> Iterator[Answer]:
+    """Each precision's layer of (4 x width, width), in each way that the device multiplies it."""
     shape = (4 * width, width)
-    weight = torch.randn(*shape, dtype=torch.bfloat16) * 0.02
-    here = weight.to(device)
+    x = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
     bias = torch.zeros(shape[0], device=device, dtype=torch.bfloat16)
-    taken = time_runs(lambda: torch.nn.functional.linear(x, here, bias), device)
-    yield {"question": "layer", "precision": "bf16", "shape": shape, **taken}
-    where = Piece(Path("random"), TensorInfo("random", "BF16", shape))
+    weight = torch.randn(*shape, device=device, dtype=torch.bfloat16) * 0.02
+
+    def time_plain() -> Answer:
+        return time_runs(lambda: torch.nn.functional.linear(x, weight, bias))
+
+    said = {"question": "layer", "shape": shape}
+    yield said | {"precision": "bf16"} | attempt(time_plain)
     for scheme in BAKEABLE:
-        stored = quantize(weight, scheme, name="random", where=where, search=False).stored
-        part = {suffix: tensor.to(device) for suffix, tensor in stored.items()}
         for arithmetic in (True, False):
-            layer = linear.make_linear(
-                scheme, [part], shapes=[shape], bias=bias, arithmetic=arithmetic
-            )
-            by = linear.find_multiply(scheme, device) if arithmetic else linear.DEQUANTIZE
-            if arithmetic and by == linear.DEQUANTIZE:
-                continue
-            taken = time_runs(lambda layer=layer: layer(x), device)
-            yield {"question": "layer", "precision": scheme, "by": by, "shape": shape, **taken}
+
+            def time_quantized(scheme: str = scheme, arithmetic: bool = arithmetic) -> Answer:
+                return time_layer(scheme, x, weight=weight, bias=bias, arithmetic=arithmetic)
+
+            by = linear.DEQUANTIZE
+            if arithmetic:
+                by = linear.find_multiply(scheme, device)
+                if by == linear.DEQUANTIZE:
+                    continue
+            yield said | {"precision": scheme, "by": by} | attempt(time_quantized)
 
 
-def _ask_vae(device: str, *, sides_px: tuple[int, ...], shrunk: bool) -> Iterator[dict[str, Any]]:
+def time_layer(scheme: str, x: Tensor, *, weight: Tensor, bias: Tensor, arithmetic: bool) -> Answer:
+    """A layer of the weight in a scheme, which the device quantizes."""
+    shape = (weight.shape[0], weight.shape[1])
+    where = Piece(Path("random"), TensorInfo("random", "BF16", shape))
+    part = quantize(weight, scheme, name="random", where=where, search=False).stored
+    layer = linear.make_linear(scheme, [part], shapes=[shape], bias=bias, arithmetic=arithmetic)
+    return time_runs(lambda: layer(x))
+
+
+# --- memory
+
+
+def ask_vae(device: str, *, shrunk: bool) -> Iterator[Answer]:
+    """What decodes of the VAE reserve, by layout and size."""
+    for layout in LAYOUTS:
+        for side_px in (64,) if shrunk else SIDES_PX:
+
+            def time_decode(layout: str = layout, side_px: int = side_px) -> Answer:
+                return decode(device, layout=layout, side_px=side_px, shrunk=shrunk)
+
+            said = {"question": "vae", "layout": layout, "side_px": side_px}
+            yield said | attempt(time_decode)
+            gc.collect()
+
+
+def decode(device: str, *, layout: str, side_px: int, shrunk: bool) -> Answer:
+    """Decode random latents with a VAE of FLUX.1's shape and random weights."""
     from diffusers import AutoencoderKL
 
-    widths = [16, 32, 64, 64] if shrunk else [128, 256, 512, 512]
     vae = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=widths,
+        block_out_channels=[16, 32, 64, 64] if shrunk else [128, 256, 512, 512],
         layers_per_block=2,
         latent_channels=16,
         norm_num_groups=8 if shrunk else 32,
         use_quant_conv=False,
         use_post_quant_conv=False,
-    ).to(device, torch.bfloat16)
-    for layout in (torch.contiguous_format, torch.channels_last):
-        vae.to(memory_format=layout)
-        for side_px in sides_px:
-            latents = torch.randn(1, 16, side_px // 8, side_px // 8, device=device)
-            latents = latents.to(torch.bfloat16).to(memory_format=layout)
-            hardware.empty_cache(device)
-            hardware.reset_peak(device)
-            held_bytes = hardware.held_memory(device)
-            taken = time_runs(lambda latents=latents: vae.decode(latents), device, count=2)
-            peak_bytes = hardware.peak_memory(device).get("vram_bytes", held_bytes)
-            said = {"layout": str(layout).partition(".")[2], "side_px": side_px}
-            said["reserved_GiB"] = round((peak_bytes - held_bytes) / GIB, 2)
-            yield {"question": "vae", **said, **taken}
+    )
+    vae.to(device, torch.bfloat16).to(memory_format=LAYOUTS[layout])
+    latents = torch.randn(1, 16, side_px // 8, side_px // 8, device=device)
+    latents = latents.to(torch.bfloat16).to(memory_format=LAYOUTS[layout])
+    hardware.empty_cache(device)
+    hardware.reset_peak(device)
+    held_bytes = hardware.held_memory(device)
+    taken = time_runs(lambda: vae.decode(latents), count=2)
+    reserved_bytes = hardware.peak_memory(device)["vram_bytes"] - held_bytes
+    return {"reserved_MiB": round(reserved_bytes / 2**20, 2), **taken}
+
+
+def ask_context(device: str) -> Answer:
+    """What the device has given, to this process and to others, that no allocator of ours holds."""
+    torch.cuda.empty_cache()
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    return {"MiB": (total_bytes - free_bytes - torch.cuda.memory_reserved(device)) >> 20}

@@ -417,3 +417,31 @@ def test_inputs_that_stay_on_the_host_are_seen(tiny_folder, monkeypatch):
 def test_an_arena_that_stays_pinned_is_seen(tiny_folder, monkeypatch):
     monkeypatch.setattr(pinned, "_unpin", lambda *_: None)
     assert "stay pinned" in draw_streamed(tiny_folder).card.problems[0]
+
+
+# --- what torch does in place, and the time of events
+
+
+def test_a_module_goes_to_the_card_and_back_with_its_values(card):
+    layer = torch.nn.Linear(4, 4, bias=False).requires_grad_(False)
+    expected = layer.weight.clone()
+    kept = layer.weight
+    assert layer.to(DEVICE).weight.is_cuda
+    assert torch.equal(layer.weight.cpu(), expected)
+    layer.weight.data = torch.ones(4, 4, device=DEVICE)
+    assert layer(ones(1, 4, dtype=torch.float32)).cpu().tolist() == [[4.0] * 4]
+    layer.weight.data = expected
+    assert kept is layer.weight and not kept.is_cuda and torch.equal(kept, expected)
+
+
+def test_events_tell_a_time_when_they_are_reached_and_made_for_it(card):
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    ones(4).add_(1)
+    ended.record()
+    with pytest.raises(torch.AcceleratorError, match="not ready"):
+        began.elapsed_time(ended)
+    ended.synchronize()
+    assert began.elapsed_time(ended) > 0
+    with pytest.raises(RuntimeError, match="timing"):
+        began.elapsed_time(torch.cuda.Event())

@@ -124,6 +124,14 @@ class OnCard(Tensor):
     def untyped_storage(self) -> UntypedStorage:
         return self.inner.untyped_storage()
 
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        replace_values(self, value)
+
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
@@ -478,6 +486,14 @@ class _Reference:
         if storage is None:
             return None
         return torch.empty(0, dtype=self._dtype).set_(storage, *self._layout)
+
+
+def replace_values(parameter: Tensor, value: Tensor) -> None:
+    """Do what `parameter.data = value` does, where one of them at least is on a card.
+
+    torch would take the value's metadata alone, and leave the tensor that has the numbers.
+    """
+    torch.utils.swap_tensors(parameter, torch.nn.Parameter(value, requires_grad=False))
 
 
 def has_kernels(sm: tuple[int, int], built_for: Iterable[str]) -> bool:

@@ -12,7 +12,7 @@ import torch
 
 from fluxcli.engine import classes
 from quant import linear
-from tests.support.card import Card, OnCard
+from tests.support.card import Card, OnCard, replace_values
 from tests.support.card_streams import Event, Stream
 
 OUT_OF_MEMORY = 2  # of cudaError
@@ -144,8 +144,8 @@ class Driver:
     def Stream(self, device: Any = None, **_: object) -> Stream:  # noqa: N802
         return self._card.streams.make(self._index(device))
 
-    def Event(self, **_: object) -> Event:  # noqa: N802
-        return Event(self._card.streams)
+    def Event(self, enable_timing: bool = False, **_: object) -> Event:  # noqa: N802
+        return Event(self._card.streams, enable_timing=enable_timing)
 
     def current_stream(self, device: Any = None) -> Stream:
         return self._card.streams.current(self._index(device))
@@ -192,6 +192,7 @@ def installed(card: Card) -> Iterator[Card]:
         mock.patch.object(torch, "tensor", _make_and_move(torch.tensor)),
         mock.patch.object(torch, "as_tensor", _make_and_move(torch.as_tensor)),
         mock.patch.object(torch.Tensor, "is_pinned", ask),
+        mock.patch.object(torch.nn.Parameter, "data", _make_data(), create=True),
         card,
     ):
         try:
@@ -202,6 +203,19 @@ def installed(card: Card) -> Iterator[Card]:
                 gc.collect()
             linear.PROBED.clear()
     assert torch.Tensor.is_pinned is is_pinned
+
+
+def _make_data() -> property:
+    """`Parameter.data`, which takes values that are on a card."""
+    plain = torch.Tensor.data
+
+    def write(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+        if isinstance(value, OnCard):
+            replace_values(parameter, value)
+        else:
+            plain.__set__(parameter, value)
+
+    return property(plain.__get__, write)
 
 
 def _make_and_move(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

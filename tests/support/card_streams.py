@@ -9,6 +9,7 @@ when somebody waits for it. So an order that nobody asked for changes values as 
 
 import itertools
 import threading
+import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
@@ -96,14 +97,17 @@ class Event:
     nothing.
     """
 
-    def __init__(self, streams: "Streams") -> None:
+    def __init__(self, streams: "Streams", *, enable_timing: bool = False) -> None:
         self.clock: Clock = Counter()
+        self.enable_timing = enable_timing
         self._streams = streams
         self._stream: Stream | None = None
+        self._recorded_s = 0.0
 
     def record(self, stream: Stream | None = None) -> None:
         """Stand for what the stream, or the current one, has been given so far."""
         self._stream = stream or self._streams.current()
+        self._recorded_s = time.perf_counter()
         with LOCK:
             self.clock = self._stream.clock.copy()
 
@@ -115,6 +119,15 @@ class Event:
     def wait(self, stream: Stream | None = None) -> None:
         """Make a stream, or the current one, wait for what it stands for."""
         (stream or self._streams.current()).wait_event(self)
+
+    def elapsed_time(self, end: "Event") -> float:
+        """Milliseconds between two records, of the host's clock; raises where CUDA would."""
+        for event in (self, end):
+            if not event.enable_timing or event._stream is None:
+                raise RuntimeError("events were not recorded, or not made for timing")
+            if any(self._streams.host[number] < at for number, at in event.clock.items()):
+                raise torch.AcceleratorError("CUDA error: device not ready")
+        return (end._recorded_s - self._recorded_s) * 1e3
 
     def synchronize(self) -> None:
         """Make the host wait for what it stands for."""
