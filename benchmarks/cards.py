@@ -4,12 +4,13 @@
     python -m benchmarks.cards --shrunk
     python -m benchmarks.cards --row
 
-Needs a CUDA card, which each run caps by the allocator, and 64 GB of RAM; no file of a model, no
-network and no disk: the full-size weights are random and lie in one host buffer, as mapped files
-would. diffusers' FluxPipeline runs beside it: resident (which takes a card of 32 GB), model- and
-group-offloaded. First `benchmarks.questions`, then our placements, then diffusers; each answer and
-each row is a JSON line in --out as soon as it is there. What fails is a row with its error, and the
-rest goes on; after Ctrl-C there is what came until then. A table for people, then one JSON line.
+Needs a CUDA card, which each run caps by the allocator, and 48 GB of RAM (72 for the last row); no
+file of a model, no network and no disk: the full-size weights are random and lie in one host
+buffer, as mapped files would. diffusers' FluxPipeline runs beside it: resident (which takes a card
+of 32 GB), model- and group-offloaded. First `benchmarks.questions`, then our placements, then
+diffusers; each answer and each row is a JSON line in --out as soon as it is there. What fails is a
+row with its error, and the rest goes on; after Ctrl-C there is what came until then. A table for
+people, then one JSON line.
 
 The defaults are meant for 8 minutes. Reckoned, not measured: a minute of questions; 12 placements
 of 10 to 24 GB that are copied at 4 GB/s, 3 steps of 0.3 to 2 s and compute beside them, 15 to 20 s
@@ -36,6 +37,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
 
+import psutil
 import torch
 
 from benchmarks.counting import pretend_baked
@@ -287,6 +289,11 @@ def make_pipeline(checkpoint: Checkpoint, device: str, *, way: str) -> "FluxPipe
     with torch.device("meta"):  # to draw 12 billion numbers takes minutes
         transformer = FluxTransformer2DModel.from_config(configs["transformer"])
         vae = AutoencoderKL.from_config(configs["vae"])
+    weights_bytes = sum(parameter.numel() for parameter in transformer.parameters()) * 2
+    if way == "group offload" and psutil.virtual_memory().available < 3 * weights_bytes:
+        # Where the RAM ends the system ends the process, not the row. torch's pinned allocator
+        # rounds each weight up to a power of 2, beside those that are there.
+        raise MemoryError(f"pinned groups may take {3 * weights_bytes / GIB:.0f} GiB of RAM")
     for model in (transformer, vae):
         model.to(torch.bfloat16).to_empty(device=device if way == "resident" else "cpu")
         fill(model)

@@ -22,9 +22,13 @@ from tests.test_linear import OPERATORS, WHERE, noise
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes"),
+    # Drivers and torch's CUDA builds have warnings of their own: to be read, no failures.
+    pytest.mark.filterwarnings("default"),
 ]
 BF16 = torch.bfloat16
+# bfloat16 alone rounds 0.022 (transformer) and 0.017 (T5) away from float32, and CUDA's products of
+# fused weights are other kernels than those of single ones; 16-bit weights are 0.13 and 0.42 away.
+ROUNDING = 0.05
 
 
 def needs(scheme: str) -> None:
@@ -77,11 +81,11 @@ def test_diffusers_opens_the_nf4_folder_and_both_models_give_our_values(folder):
     for name, layers in (("transformer", 2 * 12 + 5 * 5 + 1), ("text_encoder_2", 12)):
         theirs = getattr(pipe, name)
         assert sum(isinstance(m, bitsandbytes.nn.Linear4bit) for m in theirs.modules()) == layers
-    assert apart(velocity(ours["transformer"]), velocity(pipe.transformer)) < 0.02
+    assert apart(velocity(ours["transformer"]), velocity(pipe.transformer)) < ROUNDING
     ids = torch.randint(0, 512, (1, 24), generator=torch.Generator().manual_seed(0)).cuda()
     with torch.no_grad():
         found, expected = ours["text_encoder_2"](ids)[0], pipe.text_encoder_2(ids)[0]
-    assert apart(found.float(), expected.float()) < 0.02
+    assert apart(found.float(), expected.float()) < ROUNDING
 
 
 def test_the_nf4_folder_gives_the_same_picture_in_plain_diffusers(folder):

@@ -17,6 +17,8 @@ from tests.support.helpers import BAKED, draw, plan_for, tiny
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    # Drivers and torch's CUDA builds have warnings of their own: to be read, no failures.
+    pytest.mark.filterwarnings("default"),
 ]
 
 
