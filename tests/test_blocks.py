@@ -54,6 +54,34 @@ def test_a_forward_has_the_bits_of_diffusers(plain, dtype):
 
 
 @torch.no_grad()
+def test_every_layer_is_given_and_gives_what_it_does_in_diffusers(plain):
+    """So that hooks of adapters see nothing that was changed in place before or too early."""
+
+    def watch(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """What each layer is given and gives, as rows, while the model computes."""
+        seen = {}
+
+        def keep(name: str, given: torch.Tensor, made: torch.Tensor) -> None:
+            seen[name] = (given.flatten(0, -2).clone(), made.flatten(0, -2).clone())
+
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear | torch.nn.RMSNorm):
+                module.register_forward_hook(
+                    lambda _, given, made, name=name: keep(name, given[0], made)
+                )
+        model(**make_inputs(torch.bfloat16))
+        return seen
+
+    expected = watch(copy.deepcopy(plain).to(torch.bfloat16))
+    model = copy.deepcopy(plain).to(torch.bfloat16)
+    blocks.install(model)
+    found = watch(model)
+    assert found.keys() == expected.keys()
+    for name, pair in expected.items():
+        assert all(map(torch.equal, found[name], pair)), name
+
+
+@torch.no_grad()
 def test_fused_layers_and_a_ready_rotation_have_the_bits_of_diffusers(plain, tiny_folder):
     given = make_inputs(torch.float32)
     component = inspect(tiny_folder).components["transformer"]

@@ -365,6 +365,26 @@ def test_a_row_s_scale_is_its_largest_absolute_value(scheme, dtype, monkeypatch)
     assert torch.equal(seen[0], (rows / largest).clamp(min=1e-12))
 
 
+@pytest.mark.parametrize("way", ["scaled_mm", linear.PER_TENSOR, "int_mm"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_are_not_finite_give_nan_and_rows_of_zeros_the_bias(way, dtype, monkeypatch):
+    """What is not finite must reach the picture, where it is found; other rows are as alone."""
+    scheme = "int8" if way == "int_mm" else "fp8"
+    monkeypatch.setattr(linear, "PROBED", {(scheme, "cpu"): linear.Multiplication(way)})
+    layer = make(scheme)
+    layer.bias = layer.bias.to(dtype)
+    x = noise(6, K).to(dtype)
+    usual = layer(x)
+    x[0, 3] = torch.nan
+    x[1, 5] = torch.inf
+    x[2] = 0
+    x[3] = torch.finfo(dtype).smallest_normal
+    found = layer(x)
+    assert found[:2].isnan().all()
+    assert torch.equal(found[2], layer.bias) and torch.equal(found[4:], usual[4:])
+    torch.testing.assert_close(found[3], layer.bias, atol=1e-2, rtol=0)
+
+
 def test_in_bfloat16_the_product_adds_the_bias_before_it_rounds():
     layer, bare = make("fp8"), make("fp8", bias=False)
     bias = noise(288, seed=9).bfloat16()
