@@ -164,7 +164,7 @@ class Recorded(Bus):
 @pytest.fixture(params=[False, True], ids=["copies at once", "copies at the last moment"])
 def bus(request, monkeypatch) -> Iterator[Recorded]:
     recorded = Recorded(late=request.param)
-    monkeypatch.setattr(placement, "make_bus", lambda _: recorded)
+    monkeypatch.setattr(placement, "make_bus", lambda *_: recorded)
     return recorded
 
 
@@ -325,7 +325,7 @@ def test_compiled_blocks_stream(component, monkeypatch):
 
 
 def test_what_the_driver_does_not_pin_streams_all_the_same_and_is_said(component, monkeypatch):
-    monkeypatch.setattr(placement, "_pin", lambda *_: False)
+    monkeypatch.setattr(placement, "pin", lambda *_: False)
     given = inputs()
     model = place(component, (1, 3, 4, 6))
     assert model.unpinned_bytes > 0 and torch.equal(
@@ -335,7 +335,7 @@ def test_what_the_driver_does_not_pin_streams_all_the_same_and_is_said(component
 
 def test_only_cuda_has_a_bus_of_its_own():
     for device in ("cpu", "mps", "xpu:0"):
-        assert type(placement.make_bus(device)) is Bus
+        assert type(placement.make_bus(device, None)) is Bus
 
 
 STREAMED = {"denoise": "streamed", "decode": "alone"}

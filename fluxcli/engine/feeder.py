@@ -42,8 +42,8 @@ class Copy(NamedTuple):
 class Feeder:
     """The thread of one device and its buffers; both are made when they are first needed.
 
-    They go with the feeder: what is still to be done is dropped then, what the thread is doing is
-    waited for.
+    They go with the feeder: what waits for the thread then is dropped, what it is doing is waited
+    for.
     """
 
     def __init__(self, device: str) -> None:
@@ -69,8 +69,11 @@ class Feeder:
         return target
 
     def begin(self, copy: Copy) -> Future[None]:
-        """Let the thread launch a copy after all that it was given before; done, it is launched."""
-        # The thread holds nothing of the feeder: it shall not outlive whoever has that.
+        """Let the thread launch a copy after all that it was given before.
+
+        The future is done when the copy is launched, and raises what prevented that.
+        """
+        # The thread holds no reference to the feeder, which would keep it and the thread alive.
         return self._thread.submit(_launch, self._buffers, copy)
 
 
@@ -80,7 +83,7 @@ def make_feeder(device: str) -> Feeder | None:
 
 
 class _Buffers:
-    """Pinned buffers that take turns. Only the thread asks for them."""
+    """Pinned buffers that take turns. Only the thread takes them."""
 
     def __init__(self, device: str) -> None:
         self._all = [torch.empty(BUFFER_BYTES, dtype=torch.uint8) for _ in range(BUFFERS)]

@@ -1,11 +1,11 @@
 """Where a module's blocks are while it computes: on the device, or passing through it one by one.
 
-Streamed blocks lie in one arena of exactly their size, pinned as far as the driver goes, and come
-through two slots on the device: while a block computes, the next one is copied on a stream of its
-own, by a `Feeder` where not all is pinned. Sequential blocks are
-read from their file for every forward and dropped after it: no memory is held, on the device or the
-host. Knows modules and streams, nothing of plans. On the CPU and on devices without streams of our
-own the copies are plain ones. Sizes are in bytes.
+Streamed blocks lie in RAM in one arena of exactly their size, pinned as far as the driver goes, and
+come through two slots on the device: while a block computes, the next one is copied on a stream of
+its own, by a `Feeder` where not all is pinned. Sequential blocks are read from their file for every
+forward and dropped after it: no memory is held, on the device or the host. On the CPU, and on
+devices without streams of our own, the copies are plain ones. Knows modules and streams, nothing of
+plans. Sizes are in bytes.
 """
 
 import mmap
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fluxcli.engine.feeder import Copy, Feeder
 from fluxcli.engine.loader import Filler, LoadedComponent
-from fluxcli.engine.pinned import pin as _pin
+from fluxcli.engine.pinned import pin
 from quant.checkpoint import Component
 from quant.spec import QuantSpec
 
@@ -40,7 +40,7 @@ class Bus:
         """Make what is computed from now on wait for the slot's copy."""
 
     def computed(self, slot: int) -> None:
-        """What was computed so far was the last that needs the slot's content."""
+        """Note that nothing after what was computed so far needs the slot's content."""
 
 
 class CudaBus(Bus):
@@ -73,8 +73,8 @@ class CudaBus(Bus):
 class FedBus(CudaBus):
     """Copies as `CudaBus` does, from RAM of which not all is pinned: a feeder launches them.
 
-    It launches all of them, in the order in which they are begun: on the one side stream a copy
-    that waits for a later block must not come before one that the next block needs.
+    It launches all of them, in the order in which they are begun: there is one side stream, so a
+    copy that waits for a later block must not come before one that the next block needs.
     """
 
     def __init__(self, device: str, feeder: Feeder) -> None:
@@ -83,15 +83,14 @@ class FedBus(CudaBus):
         self._launched: list[Future[None] | None] = [None] * SLOTS
 
     def copy(self, slot: int, target: Tensor, source: Tensor) -> None:
-        self._launched[slot] = self._feeder.begin(
-            Copy(
-                target,
-                source,
-                stream=self._side,
-                after=self._computed[slot],
-                copied=self._copied[slot],
-            )
+        copy = Copy(
+            target,
+            source,
+            stream=self._side,
+            after=self._computed[slot],
+            copied=self._copied[slot],
         )
+        self._launched[slot] = self._feeder.begin(copy)
 
     def wait(self, slot: int) -> None:
         """Wait for the feeder, too: raises what ended the copy there."""
@@ -102,8 +101,10 @@ class FedBus(CudaBus):
         super().wait(slot)
 
 
-def make_bus(device: str) -> Bus:
-    """The bus of a device as torch names it."""
+def make_bus(device: str, feeder: Feeder | None) -> Bus:
+    """The bus of a device as torch names it, with its feeder where not all RAM is pinned."""
+    if feeder:
+        return FedBus(device, feeder)
     if device.startswith("cuda"):
         return CudaBus(device)
     return Bus()
@@ -189,9 +190,8 @@ class Conveyor:
             torch.empty(largest_bytes, dtype=torch.uint8, device=filler.device)
             for _ in range(SLOTS)
         ]
-        self._bus = make_bus(filler.device)
-        if filler.feeder and not all(self._is_pinned):
-            self._bus = FedBus(filler.device, filler.feeder)
+        feeder = None if all(self._is_pinned) else filler.feeder
+        self._bus = make_bus(filler.device, feeder)
         self._held = [-1] * SLOTS  # the index of the block that each slot holds
         for index, block in enumerate(names_by_block):
             module = filler.module.get_submodule(block)
@@ -235,16 +235,16 @@ class Conveyor:
         return sources
 
     def _pin_sources(self, device: str) -> list[bool]:
-        """Pin block after block until the driver refuses; which blocks are pinned.
+        """Pin block after block until the driver refuses; returns which blocks are pinned.
 
         A block (57 to 454 MB of FLUX.1's) is never pinned in part, nor together with the next: one
         copy out of two ranges that were registered apart is not promised to work.
         """
-        is_pinned = [True] * len(self._sources)
+        is_pinned = [False] * len(self._sources)
         for index, source in enumerate(self._sources):
-            is_pinned[index] = _pin(source, source.numel(), device)
+            is_pinned[index] = pin(source, source.numel(), device)
             if not is_pinned[index]:
-                return is_pinned[: index + 1] + [False] * (len(self._sources) - index - 1)
+                break
         return is_pinned
 
     def _copy(self, index: int) -> None:
