@@ -8,9 +8,9 @@ Needs a CUDA card, which each run caps by the allocator, and 48 GB of RAM (72 fo
 file of a model, no network and no disk: the full-size weights are random and lie in one host
 buffer, as mapped files would. diffusers' FluxPipeline runs beside it: resident (which takes a card
 of 32 GB), model- and group-offloaded. First `benchmarks.questions`, then our placements, then
-diffusers; each answer and each row is a JSON line in --out as soon as it is there. What fails is a
-row with its error, and the rest goes on; after Ctrl-C there is what came until then. A table for
-people, then one JSON line.
+diffusers; each answer and each row is a JSON line in --out (or in benchmarks/results, by date and
+card) as soon as it is there. What fails is a row with its error, and the rest goes on; after Ctrl-C
+there is what came until then. A table for people, then one JSON line.
 
 The defaults are meant for 8 minutes. Reckoned, not measured: a minute of questions; 12 placements
 of 10 to 24 GB that are copied at 4 GB/s, 3 steps of 0.3 to 2 s and compute beside them, 15 to 20 s
@@ -26,6 +26,7 @@ import contextlib
 import datetime
 import gc
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from diffusers import FluxPipeline
 
 TINY = Path(__file__).resolve().parent.parent / "presets" / "tiny"
+RESULTS = Path(__file__).resolve().parent / "results"
 DEV = "black-forest-labs/FLUX.1-dev"
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -424,7 +426,11 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=3, help="at least 2, default 3")
     parser.add_argument("--shrunk", action="store_true", help="the bundled model, in seconds")
     parser.add_argument("--row", action="store_true", help="only measure this card's row")
-    parser.add_argument("--out", type=Path, help="gets a JSON line as each row comes")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="gets a JSON line as each row comes; default: a file of benchmarks/results",
+    )
     given = parser.parse_args(words)
     if given.steps < 2:
         parser.error("--steps: the first step is not timed, so there must be two")
@@ -436,12 +442,16 @@ def main(words: Sequence[str] | None = None) -> int:
     if given.row:
         print(measure_row(here, shrunk=given.shrunk))
         return 0
+    out = given.out
+    if out is None and not given.shrunk:
+        out = name_results(here.name)
+        print(f"rows go to {out}", file=sys.stderr)
     found: dict[str, list[dict]] = {"questions": [], "placements": [], "diffusers": []}
     code = 0
     try:
         for kind, row in measure_all(here, given):
             found[kind].append(row)
-            append(given.out, row)
+            append(out, row)
     except KeyboardInterrupt:
         code = INTERRUPTED
     card = {"card": here.name, "torch": torch.__version__, "shrunk": given.shrunk}
@@ -478,6 +488,12 @@ def measure_all(here: Hardware, given: argparse.Namespace) -> Iterator[tuple[str
         for row in time_diffusers(checkpoint, here.device, order=order):
             show_peer(size, row)
             yield "diffusers", {"size": size, **row}
+
+
+def name_results(card: str) -> Path:
+    """The file for this card's rows of today."""
+    name = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
+    return RESULTS / f"{datetime.date.today()}-cards-{name}.jsonl"
 
 
 def append(out: Path | None, row: dict) -> None:

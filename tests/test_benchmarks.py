@@ -89,14 +89,15 @@ def test_cards_runs_shrunk(card, tmp_path, capsys, monkeypatch):
 
 
 def test_after_ctrl_c_there_are_the_rows_so_far(card, tmp_path, capsys, monkeypatch):
-    def carry_out(*_: object, **__: object) -> dict:
+    def stop(*_: object, **__: object) -> dict:
         raise KeyboardInterrupt
 
     answer = {"question": "x"}
     monkeypatch.setattr(cards, "ask", lambda *_, **__: iter([answer]))
-    monkeypatch.setattr(cards, "carry_out", carry_out)
-    out = tmp_path / "rows.jsonl"
-    assert cards.main([*SHRUNK, "--out", str(out)]) == 130
+    monkeypatch.setattr(cards, "read_known_shapes", stop)
+    monkeypatch.setattr(cards, "RESULTS", tmp_path)
+    assert cards.main([]) == 130
+    [out] = tmp_path.glob("*-cards-a-card-of-sm89-that-is-not-there.jsonl")
     assert read_rows(out) == [answer]
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["questions"] == [answer] and found["placements"] == []
