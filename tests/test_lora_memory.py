@@ -9,7 +9,6 @@ import pytest
 
 from benchmarks.counting import Counter, pretend_baked
 from fluxcli.engine.cards import describe_card
-from fluxcli.plan import placement
 from fluxcli.plan.placement import PHASES
 from quant import codecs
 from quant.checkpoint import inspect
@@ -62,7 +61,7 @@ def test_the_plan_is_within_five_percent_of_what_is_counted(
         counter, engine = Counter(), on_card(checkpoint, made, here)
         follow(engine, request, counter)
     for phase in PHASES:
-        predicted = made.peak_bytes[phase] - placement.CONTEXT_BYTES
+        predicted = made.live_bytes[phase]
         slack = 24 * MIB  # the least of these adapters are 249 MiB
         assert counter.peaks[phase] <= predicted * 1.01 + slack, (
             phase,

@@ -275,6 +275,8 @@ def _check_vram(hardware: Hardware) -> Check:
         holders = _nvidia("pid,process_name,used_memory", apps=True)
         if holders:
             found += "; held by " + ", ".join(f"pid {line}" for line in holders)
+    if hardware.fixed_segments:
+        found += f"; 8 % are left for gaps: {hardware.fixed_segments}"
     return _warn_unless(is_free, "VRAM", found=found, fix="close what holds it")
 
 

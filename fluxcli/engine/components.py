@@ -33,6 +33,8 @@ from quant.checkpoint import Checkpoint, Component
 from quant.lora import Adapter
 from quant.spec import is_modulation
 
+# The component whose weights are there before a phase computes, with the phase.
+COMPUTES = {"transformer": "denoise", "vae": "decode"}
 TABLES_BYTES = 256 << 20  # of modulation tables in RAM: four prompts at the published size
 
 
@@ -158,6 +160,9 @@ class Components:
             yield Phase("load", name)
             yield from self._load(name)
         self._attach(name, tuple(adapter for adapter in adapters if adapter.numel(name)))
+        if name in COMPUTES:
+            activation_bytes = self.plan.activation_bytes.get(COMPUTES[name], 0)
+            device.join_free_memory(self.plan.device, activation_bytes)
         return self.loaded[name].module
 
     def _load(self, name: str) -> Iterator[Event]:

@@ -4,6 +4,7 @@ What exists, which is taken, what it computes, how much memory it has and holds,
 cap. Knows nothing of requests or placements. Sizes are in bytes.
 """
 
+import contextlib
 import os
 import platform
 import re
@@ -17,6 +18,7 @@ import torch
 from fluxcli.engine.cards import read_cards
 from fluxcli.engine.pinned import find_pin_limit
 from fluxcli.engine.ram import read_ram
+from fluxcli.engine.segments import NAMES, has_asked, is_supported
 from fluxcli.errors import DeviceUnusable, NoSuchDevice
 from fluxcli.plan.machine import BF16_SINCE, CONTEXT_BYTES, Hardware
 from quant.errors import is_out_of_memory
@@ -185,6 +187,7 @@ def _hardware(
     capability: tuple[int, int] = (0, 0),
     gpu_unusable: bool = False,
     gpu_fix: str = "",
+    fixed_segments: str = "",
 ) -> Hardware:
     """A device of this machine, with the RAM beside it and the speeds that the table has for it."""
     ram = read_ram()
@@ -206,6 +209,8 @@ def _hardware(
         multiply={scheme: way.by for scheme, way in ways.items()},
         multiply_why={scheme: way.why for scheme, way in ways.items() if way.why},
         pin_bytes=find_pin_limit(device, identity, ram_bytes=ram.total_bytes),
+        expandable=device.startswith("cuda") and not fixed_segments,
+        fixed_segments=fixed_segments,
     )
 
 
@@ -276,6 +281,7 @@ def _describe(kind: str, number: int, *, reason: str) -> Hardware:
         what = "this torch has no kernels for the card"
         raise DeviceUnusable(what, which=missing.which, why=missing.why, hint=hint)
     try:
+        warm_up(device)
         properties = module.get_device_properties(number)
         capability = _capability(kind, number)
         # Before memory is asked for: the first product loads the libraries into the context.
@@ -299,6 +305,7 @@ def _describe(kind: str, number: int, *, reason: str) -> Hardware:
         identity=f"{kind} {getattr(properties, 'uuid', number)}",
         ways=ways,
         capability=capability,
+        fixed_segments=explain_fixed_segments(device),
     )
 
 
@@ -323,6 +330,53 @@ def _explain_no_gpu() -> NoGpu:
 
 
 # --- memory
+
+_warmed: set[str] = set()  # devices whose context has its size
+_peaks_before: dict[str, int] = {}  # by device: the most bytes reserved in phases that are over
+
+
+def warm_up(device: str) -> None:
+    """Let a CUDA device compute a product, an attention and a convolution, once in a process.
+
+    The driver loads kernels when they are first used, cuBLAS and cuDNN with theirs: only after that
+    is the memory free that seems so. What fails here fails again where it can be told.
+    """
+    if _kind_of(device) != "cuda" or device in _warmed:
+        return
+    _warmed.add(device)
+    with contextlib.suppress(Exception):
+        dtype = torch.float16
+        if torch.cuda.get_device_capability(device) >= BF16_SINCE:
+            dtype = torch.bfloat16
+        values = torch.ones(1, 8, 64, 64, dtype=dtype, device=device)
+        torch.matmul(values, values)
+        torch.nn.functional.scaled_dot_product_attention(values, values, values)
+        weight = torch.ones(8, 8, 3, 3, dtype=dtype, device=device)
+        torch.nn.functional.conv2d(values, weight, padding=1)
+        del values, weight
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
+def explain_fixed_segments(device: str) -> str:
+    """Why the allocator's segments cannot grow on a device; "" where they can, or there are none.
+
+    The allocator itself is asked: a program that had used CUDA before it imported flux has another
+    one than the environment says. Where it does not answer, they cannot.
+    """
+    if _kind_of(device) != "cuda":
+        return ""
+    if torch.version.hip or not is_supported():
+        return "the allocator's segments cannot grow on this system"
+    try:
+        settings = torch.cuda.memory._snapshot()["allocator_settings"]
+        if settings["expandable_segments"]:
+            return ""
+    except Exception:  # noqa: BLE001 - no public function tells it, so that anything may be raised
+        return "the allocator does not say whether its segments can grow"
+    if has_asked():
+        return "CUDA was in use before flux was imported"
+    return f"{NAMES[0]} says how memory is allocated"
 
 
 def cap(device: str, budget_bytes: int) -> None:
@@ -374,8 +428,31 @@ def synchronize(device: str) -> None:
         wait(device)
 
 
+def begin_phase(device: str) -> None:
+    """Give back what the phase before left in the cache, and begin to count this one's peak.
+
+    What is cached is in pieces that another phase cannot use, and would count as its own.
+    """
+    empty_cache(device)
+    reserved_bytes = peak_memory(device).get("vram_bytes", 0)
+    reset_peak(device)
+    _peaks_before[device] = reserved_bytes
+
+
+def join_free_memory(device: str, size_bytes: int) -> None:
+    """Let a CUDA device's cache begin with one piece of so many bytes, where there is room for it.
+
+    Blocks of many sizes that are asked for one by one get a piece of memory each, and large ones
+    find none of these large enough later on; cut from one piece they leave no such gaps.
+    """
+    if _kind_of(device) == "cuda" and size_bytes:
+        with contextlib.suppress(RuntimeError):
+            torch.empty(size_bytes, dtype=torch.uint8, device=device)
+
+
 def reset_peak(device: str) -> None:
     """Begin to count the allocator's peak anew."""
+    _peaks_before.pop(device, None)
     reset = _find_function(device, "reset_peak_memory_stats")
     if reset:
         reset(device)
@@ -396,8 +473,17 @@ def peak_memory(device: str) -> dict[str, int]:
     peaks = {"rss_bytes": _peak_rss()}
     ask = _find_function(device, "max_memory_reserved")
     if ask:
-        peaks["vram_bytes"] = ask(device)
+        peaks["vram_bytes"] = max(ask(device), _peaks_before.get(device, 0))
     return peaks
+
+
+def peak_live_memory(device: str) -> int:
+    """The most bytes that were allocated at once in this phase; 0 where nobody counts them.
+
+    Unlike reserved ones they do not count what was cached, which is free to be used.
+    """
+    ask = _find_function(device, "max_memory_allocated")
+    return ask(device) if ask else 0
 
 
 def _peak_rss() -> int:

@@ -80,8 +80,8 @@ class Drawn:
 class OutOfMemory:
     """A phase ran out of memory.
 
-    `missing_bytes` is by how much it was planned to need more than there was; 0 or less means that
-    the plan should have fitted.
+    `missing_bytes` is by how much it needed more than there was, by its plan or by what was live
+    when it ended; 0 or less means that it should have fitted.
     """
 
     phase: str
@@ -218,6 +218,7 @@ class Engine:
     def _survive(self, phase: EnginePhase, pictures: Sequence[Picture]) -> Iterator[Event]:
         """The phase; where memory runs out, again with less of it, until `DoesNotFit`."""
         while pictures:
+            device.begin_phase(self.plan.device)
             level = self.plan.placement.level(phase.name) or "as planned"
             refusals = device.count_refusals(self.plan.device)
             try:
@@ -229,7 +230,9 @@ class Engine:
                 said = str(error).strip() or type(error).__name__
                 failed = said.splitlines()[0][:100].strip()
             # Only here has the error gone, and with its frames the tensors that they hold.
-            missing_bytes = self.plan.peak_bytes[phase.name] - self._available_bytes()
+            needed_bytes = CONTEXT_BYTES + device.peak_live_memory(self.plan.device)
+            needed_bytes = max(needed_bytes, self.plan.peak_bytes[phase.name])
+            missing_bytes = needed_bytes - self._available_bytes()
             self.out_of_memory.append(OutOfMemory(phase.name, missing_bytes))
             largest = max(self._under_way, key=lambda picture: math.prod(picture.request.size))
             workload = make_workload(largest.request, largest.adapters)

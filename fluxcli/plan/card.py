@@ -52,6 +52,7 @@ class _Described:
 def card(text: str, table: CardTable, ram: Ram) -> Hardware:
     """Return the hardware that a text describes, beside so much RAM.
 
+    An NVIDIA card is as under Linux, where segments of memory can grow.
     A name of the table is tried first: 4090 is a card and no size. Raises `UsageError` for a text
     that describes none, and for a name that is sold with several sizes.
     """
@@ -76,6 +77,7 @@ def card(text: str, table: CardTable, ram: Ram) -> Hardware:
         speeds=table.find_speeds(device, found.name, found.capability),
         identity=text,
         capability=found.capability,
+        expandable=found.kind == "cuda",
     )
 
 

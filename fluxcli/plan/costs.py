@@ -26,6 +26,10 @@ ENCODER_WIDE = 4.0  # live tensors (tokens, d_ff) of T5
 T5_DEFAULTS = {"num_heads": 64, "d_ff": 10240, "d_model": 4096}  # where the config says nothing
 DEQUANTIZING_BYTES = 80 << 20  # temporary ones, of dequantizing a part of a GGUF weight
 PIXEL_ACTIVATIONS = 6  # live tensors (first width of the VAE, height, width) at the peak of decode
+# The same with cuDNN's workspaces and what the allocator cannot use again: 2200 values a pixel at
+# this decoder's first width of 128. InvokeAI measured 2185 on an RTX 4090 (invoke-ai/InvokeAI#8414,
+# 4.27 GiB reserved for 1024x1024 in bfloat16), ComfyUI reckons with 2178 (comfy/sd.py, `VAE`).
+PIXEL_ACTIVATIONS_RESERVED = 2200 / 128
 DECODE_BYTES = 12 << 20  # beside these
 TILE_PX = 512  # of a tiled decode
 VAE_FLOP = 1.0e7  # for each pixel
@@ -137,6 +141,8 @@ class Cost:
     denoise_bytes: int  # beside the transformer
     decode_bytes: int  # beside the VAE, for the whole picture at once
     decode_tiled_bytes: int  # beside the VAE, tile by tile
+    workspace_bytes: int  # of cuDNN, on top of `decode_bytes`
+    workspace_tiled_bytes: int  # of cuDNN, on top of `decode_tiled_bytes`
 
     @property
     def blocks_bytes(self) -> int:
@@ -208,11 +214,13 @@ def estimate_cost(
     dtypes: Mapping[str, str],
     spec: QuantSpec | None,
     lines: Sequence[ActivationLine],
+    has_workspaces: bool = False,
 ) -> Cost:
     """The bytes of every part that is placed by itself, and of what is needed beside them.
 
     `dtypes` has what each component computes in, `spec` what is quantized while loading, and
-    `lines` the activations of the transformer's precision, of which the largest counts.
+    `lines` the activations of the transformer's precision, of which the largest counts. With
+    `has_workspaces` convolutions are cuDNN's, which takes memory of its own.
     """
     parts = checkpoint.components
     t5 = parts["text_encoder_2"]
@@ -235,6 +243,9 @@ def estimate_cost(
     outputs = sum(w.shape[0] for w in modulation if w.name.endswith(".linear.weight"))
     config = transformer.config
     width = config["num_attention_heads"] * config["attention_head_dim"]
+    pixel_bytes = 0  # of a workspace
+    if has_workspaces:
+        pixel_bytes = _workspace_bytes_of_a_pixel(parts["vae"], dtypes["vae"])
     return Cost(
         workload=workload,
         clip_bytes=loaded_bytes["text_encoder"],
@@ -257,6 +268,8 @@ def estimate_cost(
         denoise_bytes=_estimate_step(workload, lines, width=width, dtype=dtypes["transformer"]),
         decode_bytes=_estimate_decode(workload, parts["vae"], dtype=dtypes["vae"]),
         decode_tiled_bytes=_estimate_tiled_decode(workload, parts["vae"], dtype=dtypes["vae"]),
+        workspace_bytes=pixel_bytes * workload.pixels,
+        workspace_tiled_bytes=pixel_bytes * _count_tile_pixels(workload),
     )
 
 
@@ -334,6 +347,18 @@ def _bytes_of_a_pixel(vae: Component, dtype: str) -> int:
     return PIXEL_ACTIVATIONS * channels * DTYPE_BYTES[dtype]
 
 
+def _workspace_bytes_of_a_pixel(vae: Component, dtype: str) -> int:
+    """What cuDNN and the allocator take on top of these for each pixel that is decoded at once."""
+    channels: int = vae.config["block_out_channels"][0]
+    reserved_bytes = int(PIXEL_ACTIVATIONS_RESERVED * channels * DTYPE_BYTES[dtype])
+    return reserved_bytes - _bytes_of_a_pixel(vae, dtype)
+
+
+def _count_tile_pixels(workload: Workload) -> int:
+    """The pixels of a tile."""
+    return min(workload.width_px, TILE_PX) * min(workload.height_px, TILE_PX)
+
+
 def _estimate_decode(workload: Workload, vae: Component, *, dtype: str) -> int:
     """Bytes beside the VAE's weights when the whole picture is decoded at once."""
     return _bytes_of_a_pixel(vae, dtype) * workload.pixels + DECODE_BYTES
@@ -341,10 +366,10 @@ def _estimate_decode(workload: Workload, vae: Component, *, dtype: str) -> int:
 
 def _estimate_tiled_decode(workload: Workload, vae: Component, *, dtype: str) -> int:
     """Bytes beside the VAE's weights when it decodes in tiles, which are then joined."""
-    tile_pixels = min(workload.width_px, TILE_PX) * min(workload.height_px, TILE_PX)
     # Three channels, twice: the tiles that are done, and the picture that they are joined to.
     joined_bytes = 2 * 3 * DTYPE_BYTES[dtype] * workload.pixels
-    return _bytes_of_a_pixel(vae, dtype) * tile_pixels + joined_bytes + DECODE_BYTES
+    tile_bytes = _bytes_of_a_pixel(vae, dtype) * _count_tile_pixels(workload)
+    return tile_bytes + joined_bytes + DECODE_BYTES
 
 
 # --- seconds

@@ -13,6 +13,10 @@ from typing import Any
 from quant.spec import SCHEMES
 
 CONTEXT_BYTES = 512 << 20  # the driver's context with the kernels, and cuBLAS' workspace
+# What is left alone of a card that other programs are on: their share moves, and the driver loads
+# more kernels as they are first used.
+RESERVE_BYTES = 256 << 20
+RESERVE_SHARE = 0.04  # of all its memory, where that is more
 CAPABILITY = re.compile(r"sm(\d+)(\d)")
 BF16_SINCE = (8, 0)  # NVIDIA's first generation that multiplies in bfloat16
 DEQUANTIZE = "dequantize"  # how a scheme is multiplied in that the device does not multiply in
@@ -68,6 +72,8 @@ class Hardware:
     multiply: Mapping[str, str] = field(default_factory=dict)
     multiply_why: Mapping[str, str] = field(default_factory=dict)
     pin_bytes: int | None = None  # of RAM that the driver pins at most; None: as much as there is
+    expandable: bool = False  # torch's allocator works in segments there that can grow
+    fixed_segments: str = ""  # why not
 
     @property
     def kind(self) -> str:
@@ -106,9 +112,19 @@ class Hardware:
     def without_circumstances(self) -> "Hardware":
         """The same with what is so on every day and in every process, which may decide pixels.
 
-        How much RAM the driver pins was learned by earlier runs.
+        How much RAM the driver pins was learned by earlier runs, and segments cannot grow in a
+        program that had used CUDA before it imported flux.
         """
-        return replace(self, pin_bytes=None)
+        return replace(self, pin_bytes=None, expandable=False)
+
+    @property
+    def usable_bytes(self) -> int:
+        """What a plan may take of the free memory."""
+        is_empty = self.free_bytes >= self.total_bytes
+        if self.kind != "cuda" or is_empty:
+            return self.free_bytes
+        reserve_bytes = max(RESERVE_BYTES, int(self.total_bytes * RESERVE_SHARE))
+        return max(0, self.free_bytes - reserve_bytes)
 
 
 @dataclass(frozen=True)

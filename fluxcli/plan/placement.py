@@ -5,7 +5,7 @@ Arithmetic on `costs`: opens no file and asks no device. Sizes are in bytes. Std
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import inf
 from typing import Any, NamedTuple
 
@@ -21,6 +21,11 @@ READING = ("load", "condition")  # whose seconds are those of reading files
 RAM_SHARE = 0.6  # of all RAM, that streamed blocks may take
 FREE_RAM_SHARE = 0.8  # of the RAM that is free now, that they may take
 RESIDENT_SHARE = 0.25  # of the budget: a model that takes less stays loaded as a whole
+# On a CUDA card, what the allocator reserves on top of what is live: pages that are not full and,
+# where segments cannot grow, gaps between blocks that nothing fits into (docs/memory.md, Reserved).
+FRAGMENTS_BYTES = 300 << 20
+FRAGMENTS_SHARE = 0.08  # of what is live, on top of these
+EXPANDABLE_SHARE = 0.02  # the same, where segments can grow
 QUANTIZE_BYTES = 1.5e9  # a second, of 16-bit weights that are quantized while loading
 CPU_QUANTIZE_SHARE = 0.1  # of that speed, on a CPU
 # Of a step in 16 bit: beside attention, a fused weight while it is loaded.
@@ -60,6 +65,8 @@ class MemoryPlan:
     """What a run will do: precision, placement, and the bytes and seconds of each phase.
 
     `precision` is that of the transformer's blocks; `spec` says what is quantized while loading.
+    `live_bytes` are those of tensors; `peak_bytes` count what the driver counts, too: its context,
+    workspaces, and what the allocator holds without being able to use it.
     """
 
     device: str
@@ -75,6 +82,8 @@ class MemoryPlan:
     reasons: tuple[str, ...]
     margin_bytes: int = 0  # that are free beyond the budget, and left alone as long as it goes
     compiled: bool = False  # the transformer's blocks
+    live_bytes: dict[str, int] = field(default_factory=dict)  # on the device, by phase
+    activation_bytes: dict[str, int] = field(default_factory=dict)  # the part that is no weights
 
     @property
     def total_s(self) -> float:
@@ -152,7 +161,14 @@ def make_candidate(
     if scheme:
         is_unpacked = hardware.find_multiply(scheme.name) == DEQUANTIZE
         lines = scheme.dequantized_lines if is_unpacked else scheme.activation_lines
-    cost = costs.estimate_cost(workload, checkpoint, dtypes=dtypes, spec=spec, lines=lines)
+    cost = costs.estimate_cost(
+        workload,
+        checkpoint,
+        dtypes=dtypes,
+        spec=spec,
+        lines=lines,
+        has_workspaces=hardware.kind == "cuda",
+    )
     return Candidate(
         checkpoint=checkpoint,
         hardware=hardware,
@@ -179,8 +195,9 @@ def fit(
     """The fastest placement within a budget on the device and so much RAM for streamed blocks.
 
     `offload` is the request's wish: "auto", or "none", "stream" or "sequential", which leave one
-    level. `may_tile` allows the decode that changes pixels. Each phase takes the first level that
-    fits, from most memory to least.
+    level. `may_tile` allows the decode that changes pixels; without it the whole picture is decoded
+    in less memory than cuDNN would take, rather than not at all. Each phase takes the first level
+    that fits, from most memory to least.
     """
     hardware = candidate.hardware
     placement = Placement(keep=_choose_keep(candidate, offload, budget_bytes))
@@ -189,6 +206,8 @@ def fit(
         why = f"{phase} cannot be so: packing again in every step is never worth it"
         for level in _list_levels(candidate, phase, placement, offload=offload, may_tile=may_tile):
             peak_bytes = estimate_peaks(candidate, level)[phase]
+            if phase == "decode" and level.decode == "alone" and not may_tile:
+                peak_bytes -= candidate.cost.workspace_bytes
             if peak_bytes <= budget_bytes and _streamed_bytes(candidate, level) <= host_bytes:
                 chosen = level
                 break
@@ -297,9 +316,34 @@ def _streamed_bytes(candidate: Candidate, placement: Placement) -> int:
 
 
 def estimate_peaks(candidate: Candidate, placement: Placement) -> dict[str, int]:
-    """Bytes on the device at the peak of each phase, the driver's context included."""
+    """Bytes that the driver counts at the peak of each phase.
+
+    That are those of tensors, the context, cuDNN's workspaces, and a margin for what the allocator
+    holds beside.
+    """
     cost = candidate.cost
-    always_bytes = 0 if candidate.hardware.kind == "cpu" else CONTEXT_BYTES
+    hardware = candidate.hardware
+    live_bytes = estimate_live(candidate, placement)
+    if hardware.kind == "cpu":
+        return live_bytes
+    peaks = {phase: CONTEXT_BYTES + size for phase, size in live_bytes.items()}
+    if hardware.kind != "cuda":
+        return peaks
+    share = EXPANDABLE_SHARE if hardware.expandable else FRAGMENTS_SHARE
+    for phase, size in live_bytes.items():
+        peaks[phase] += FRAGMENTS_BYTES
+        if phase != "decode":
+            peaks[phase] += int(size * share)
+    # The workspaces are those that others have measured, as reserved bytes: with their fragments.
+    is_tiled = placement.decode == "tiled"
+    peaks["decode"] += cost.workspace_tiled_bytes if is_tiled else cost.workspace_bytes
+    return peaks
+
+
+def estimate_live(candidate: Candidate, placement: Placement) -> dict[str, int]:
+    """Bytes of tensors on the device at the peak of each phase."""
+    cost = candidate.cost
+    always_bytes = 0
     if "modulation" in placement.keep:
         always_bytes += cost.modulation_bytes
     encoders_bytes = 0  # that stay through all phases
@@ -348,6 +392,13 @@ def estimate_peaks(candidate: Candidate, placement: Placement) -> dict[str, int]
         "denoise": always_bytes + denoise_bytes,
         "decode": always_bytes + decode_bytes,
     }
+
+
+def _list_activations(cost: Cost, placement: Placement) -> dict[str, int]:
+    """Bytes beside the weights in the phases whose weights are there before."""
+    is_tiled = placement.decode == "tiled"
+    decode_bytes = cost.decode_tiled_bytes if is_tiled else cost.decode_bytes
+    return {"denoise": cost.denoise_bytes, "decode": decode_bytes}
 
 
 def _speeds_of(candidate: Candidate) -> Speeds:
@@ -422,6 +473,10 @@ def _make_plan(candidate: Candidate, placement: Placement, budget_bytes: int) ->
     host_bytes = _streamed_bytes(candidate, placement)
     if hardware.kind == "cpu":
         host_bytes += max(peak_bytes.values())  # RAM is the device's memory there
+    reasons = _explain(candidate, placement)
+    if peak_bytes["decode"] > budget_bytes:
+        peak_bytes["decode"] = budget_bytes
+        reasons += ("the VAE decodes in less memory than cuDNN would take, more slowly",)
     return MemoryPlan(
         device=hardware.device,
         precision=candidate.precision,
@@ -429,11 +484,13 @@ def _make_plan(candidate: Candidate, placement: Placement, budget_bytes: int) ->
         spec=candidate.spec,
         placement=placement,
         peak_bytes=peak_bytes,
+        live_bytes=estimate_live(candidate, placement),
+        activation_bytes=_list_activations(candidate.cost, placement),
         seconds=estimate_seconds(candidate, placement),
         speeds=hardware.speeds.source,
         budget_bytes=budget_bytes,
         host_bytes=host_bytes,
-        reasons=_explain(candidate, placement),
+        reasons=reasons,
     )
 
 
@@ -450,6 +507,11 @@ def _explain(candidate: Candidate, placement: Placement) -> tuple[str, ...]:
         reasons.append(f"{candidate.scheme}: {how}")
     if hardware.ram_limit:
         reasons.append(f"RAM is {hardware.ram_bytes / GIB:.1f} GiB by {hardware.ram_limit}")
+    if hardware.kind == "cuda" and hardware.expandable:
+        reasons.append("memory is planned with segments that can grow (expandable_segments)")
+    elif hardware.kind == "cuda":
+        why = hardware.fixed_segments or "segments of memory cannot grow"
+        reasons.append(f"{FRAGMENTS_SHARE:.0%} of memory are left for gaps: {why}")
     if placement.encode == "sequential":
         size = f"{cost.t5_bytes / GIB:.1f} GiB"
         reasons.append(f"T5 passes block by block: {size} are too much for it at once")

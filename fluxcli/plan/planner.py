@@ -112,7 +112,7 @@ def survey(
         total_bytes = min(resources.vram_limit, hardware.total_bytes, total_bytes)
     free_bytes = total_bytes
     if hardware.kind != "cpu":
-        free_bytes = min(total_bytes, hardware.free_bytes)
+        free_bytes = min(total_bytes, hardware.usable_bytes)
 
     candidates = list(
         _list_candidates(workload, resources, checkpoints, hardware=hardware, model=model)
@@ -208,7 +208,8 @@ def judge(
     if is_taken:
         return replace(candidate, verdict="fits", why="a better one does, too")
     if now.plan is None:
-        return replace(candidate, verdict="not now", why=f"{now.why} free")
+        free = f"{candidate.hardware.free_bytes / GIB:.1f} GiB free"
+        return replace(candidate, verdict="not now", why=f"{now.why} of {free}")
     return replace(candidate, verdict="chosen", why=candidate.basis)
 
 

@@ -85,6 +85,7 @@ def paint_instead(monkeypatch: pytest.MonkeyPatch, drawn: list | None = None) ->
     monkeypatch.setattr(session, "Engine", partial(Engine, phases=phases))
     monkeypatch.setattr(saving, "save_picture", save)
     monkeypatch.setattr(hardware, "probe", lambda device="auto", **_: here)
+    monkeypatch.setattr(hardware, "begin_phase", lambda _: None)  # of whatever is pretended to be
 
 
 class Fault:
