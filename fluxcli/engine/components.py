@@ -161,9 +161,12 @@ class Components:
             yield from self._load(name)
         self._attach(name, tuple(adapter for adapter in adapters if adapter.numel(name)))
         if name in COMPUTES:
-            activation_bytes = self.plan.activation_bytes.get(COMPUTES[name], 0)
-            device.join_free_memory(self.plan.device, activation_bytes)
+            self.join_free_memory(COMPUTES[name])
         return self.loaded[name].module
+
+    def join_free_memory(self, phase: str) -> None:
+        """Have what a phase needs beside weights in one piece, see `device.join_free_memory`."""
+        device.join_free_memory(self.plan.device, self.plan.activation_bytes.get(phase, 0))
 
     def _load(self, name: str) -> Iterator[Event]:
         """Load a component where the plan wants it, and say what the user should know of that."""

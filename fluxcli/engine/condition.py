@@ -23,6 +23,7 @@ def run(components: Components, pictures: Sequence[Picture]) -> Iterator[Event]:
     if missing:
         yield from components.make_room("transformer")
         yield Phase("condition")
+        components.join_free_memory("condition")
         made = modulation.make_tables(
             components.checkpoint.components["transformer"],
             missing,

@@ -370,11 +370,7 @@ def estimate_live(candidate: Candidate, placement: Placement) -> dict[str, int]:
             t5_bytes = cost.t5_rest_bytes + cost.t5_block_bytes * copies
         encode_bytes = max(t5_bytes + cost.encode_bytes, cost.clip_bytes)
 
-    # A modulation weight as stored and the one before it; once more where it is converted.
-    copies = 2 if candidate.dtypes["transformer"] == "bfloat16" else 3
-    # The other half of the tables is in RAM already when the largest weight is there.
-    condition_bytes = encoders_bytes + cost.tables_bytes // 2 + cost.dequantizing_bytes
-    condition_bytes += copies * cost.largest_modulation_bytes
+    condition_bytes = encoders_bytes + _estimate_condition(candidate)
 
     denoise_bytes = encoders_bytes + transformer_bytes + beside_bytes
     denoise_bytes += cost.tables_bytes + cost.denoise_bytes
@@ -394,11 +390,26 @@ def estimate_live(candidate: Candidate, placement: Placement) -> dict[str, int]:
     }
 
 
-def _list_activations(cost: Cost, placement: Placement) -> dict[str, int]:
-    """Bytes beside the weights in the phases whose weights are there before."""
+def _estimate_condition(candidate: Candidate) -> int:
+    """Bytes of the tables, and of the weights that pass while they are made."""
+    cost = candidate.cost
+    # A modulation weight as stored and the one before it; once more where it is converted.
+    copies = 2 if candidate.dtypes["transformer"] == "bfloat16" else 3
+    # The other half of the tables is in RAM already when the largest weight is there.
+    tables_bytes = cost.tables_bytes // 2 + cost.dequantizing_bytes
+    return tables_bytes + copies * cost.largest_modulation_bytes
+
+
+def _list_activations(candidate: Candidate, placement: Placement) -> dict[str, int]:
+    """Bytes beside the weights that are there before a phase computes."""
+    cost = candidate.cost
     is_tiled = placement.decode == "tiled"
     decode_bytes = cost.decode_tiled_bytes if is_tiled else cost.decode_bytes
-    return {"denoise": cost.denoise_bytes, "decode": decode_bytes}
+    return {
+        "condition": _estimate_condition(candidate),
+        "denoise": cost.denoise_bytes,
+        "decode": decode_bytes,
+    }
 
 
 def _speeds_of(candidate: Candidate) -> Speeds:
@@ -485,7 +496,7 @@ def _make_plan(candidate: Candidate, placement: Placement, budget_bytes: int) ->
         placement=placement,
         peak_bytes=peak_bytes,
         live_bytes=estimate_live(candidate, placement),
-        activation_bytes=_list_activations(candidate.cost, placement),
+        activation_bytes=_list_activations(candidate, placement),
         seconds=estimate_seconds(candidate, placement),
         speeds=hardware.speeds.source,
         budget_bytes=budget_bytes,

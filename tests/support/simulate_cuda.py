@@ -33,6 +33,7 @@ class CardMemory(TorchDispatchMode):
         self.phase = ""
         self.reserved_bytes: dict[str, int] = {}  # the most, by phase
         self.live_bytes: dict[str, int] = {}  # the most, by phase
+        self._live_bytes = 0  # now, as they were asked for
         self.lost_plans = 0  # of cuDNN, for which there was no room
         self._has_cublas = False
         self._known: weakref.WeakSet = weakref.WeakSet()  # storages
@@ -55,17 +56,22 @@ class CardMemory(TorchDispatchMode):
         if storage not in self._known:
             self._known.add(storage)
             block = self._allocate(storage.nbytes())
-            weakref.finalize(storage, self.allocator.free, block).atexit = False
+            weakref.finalize(storage, self._free, block, storage.nbytes()).atexit = False
 
     def _allocate(self, size: int) -> Any:
         block = self.allocator.allocate(size)
+        self._live_bytes += size
         reserved_bytes = self.allocator.reserved_bytes
-        live_bytes = self.allocator.allocated_bytes
+        live_bytes = self._live_bytes
         before_bytes = self.reserved_bytes.get(self.phase, 0)
         self.reserved_bytes[self.phase] = max(before_bytes, reserved_bytes)
         before_bytes = self.live_bytes.get(self.phase, 0)
         self.live_bytes[self.phase] = max(before_bytes, live_bytes)
         return block
+
+    def _free(self, block: Any, size: int) -> None:
+        self.allocator.free(block)
+        self._live_bytes -= size
 
     def _borrow(self, workspace_bytes: int) -> None:
         """Allocate cuDNN's workspace of a convolution, and free it.
@@ -79,7 +85,7 @@ class CardMemory(TorchDispatchMode):
         except torch.OutOfMemoryError:
             self.lost_plans += 1
         else:
-            self.allocator.free(block)
+            self._free(block, workspace_bytes)
 
 
 def _on_card(tree: object) -> list[torch.Tensor]:
