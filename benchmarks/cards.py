@@ -143,7 +143,8 @@ class Run:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.peaks: dict[str, int] = {}
+        self.peaks: dict[str, int] = {}  # bytes that the allocator held, and the context's
+        self.live: dict[str, int] = {}  # bytes of tensors among them
         self.steps_s: list[float] = []
         self._phase = "encode"
 
@@ -172,7 +173,9 @@ class Run:
     def _end_phase(self) -> None:
         device = self.engine.plan.device
         peak_bytes = hardware.peak_memory(device)["vram_bytes"] + placement.CONTEXT_BYTES
+        live_bytes = torch.cuda.max_memory_allocated(device)
         self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), peak_bytes)
+        self.live[self._phase] = max(self.live.get(self._phase, 0), live_bytes)
         hardware.reset_peak(device)
 
 
@@ -193,6 +196,7 @@ def carry_out(candidate: Candidate, machine: Hardware, *, order: Order) -> dict:
         "went_on_as_planned": engine.plan.placement == plan.placement,
         "plan_bytes": plan.peak_bytes,
         "measured_bytes": {phase: run.peaks.get(phase, 0) for phase in PHASES},
+        "live_bytes": {phase: run.live.get(phase, 0) for phase in PHASES},
         "step_s": round(statistics.median(run.steps_s), 4),
         "planned_step_s": round(planned_s, 4),
         "bus_s": round(copied_bytes / machine.speeds.bus_bytes, 4),

@@ -7,7 +7,9 @@ decode of the VAE reserves, contiguous and channels_last; how large the process'
 
 import contextlib
 import gc
+import os
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,14 +33,20 @@ WIDTH = 3072
 SIDES_PX = (512, 1024)
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # variables with its options
+
 Answer = dict[str, Any]
 
 
 def attempt(measure: Callable[[], Answer]) -> Answer:
-    """What was measured, or the "error" that it ended with: what comes next goes on."""
+    """What was measured, or the "error" that it ended with: what comes next goes on.
+
+    Its traceback goes to stderr.
+    """
     try:
         return measure()
     except Exception as error:  # noqa: BLE001 - of libraries, of the driver, of ours
+        traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"[:300]}
 
 
@@ -82,6 +90,7 @@ def describe(device: str) -> Answer:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "built_for": torch.cuda.get_arch_list(),
+        "allocator": [os.environ[name] for name in ALLOCATOR if name in os.environ],
     }
 
 
@@ -203,7 +212,9 @@ def decode(device: str, *, layout: str, side_px: int, shrunk: bool) -> Answer:
     held_bytes = hardware.held_memory(device)
     taken = time_runs(lambda: vae.decode(latents), count=2)
     reserved_bytes = hardware.peak_memory(device)["vram_bytes"] - held_bytes
-    return {"reserved_MiB": round(reserved_bytes / 2**20, 2), **taken}
+    live_bytes = torch.cuda.max_memory_allocated(device)
+    sizes = {"reserved_MiB": reserved_bytes / 2**20, "live_MiB": live_bytes / 2**20}
+    return {**{name: round(size, 2) for name, size in sizes.items()}, **taken}
 
 
 def ask_context(device: str) -> Answer:

@@ -45,7 +45,8 @@ def check_placements(rows: list[dict]) -> None:
     for row in rows:
         assert row["cap"] == 12 and row["went_on_as_planned"] and row["step_s"] > 0
         for phase, planned in row["plan_bytes"].items():
-            assert 0 < row["measured_bytes"][phase] <= planned + (256 << 10), (
+            assert 0 < row["live_bytes"][phase] <= row["measured_bytes"][phase]
+            assert row["measured_bytes"][phase] <= planned + (256 << 10), (
                 row["precision"],
                 row["placed"],
                 phase,
