@@ -49,6 +49,8 @@ CIRCUMSTANCES = {
     "as in WSL": {"pin_bytes": 512 * MIB},
     "some pinned": {"pin_bytes": 5 * GIB},
     "little RAM free": {"ram_free_bytes": 24 * GIB},
+    "CUDA used before": {"expandable": False, "fixed_segments": "CUDA was in use before"},
+    "CUDA used before, nothing pinned": {"expandable": False, "pin_bytes": 0},
 }
 
 
@@ -83,6 +85,20 @@ def test_what_the_driver_pins_moves_seconds_and_not_the_precision(variants):
     assert seconds[1] > 3 * seconds[0]
     fp8 = [found[1].plan.seconds["denoise"] for found in (usual, unpinned)]
     assert seconds[1] > 1.25 * fp8[1], "a bf16 that would be too slow, if this day counted"
+
+
+def test_a_program_that_used_cuda_before_gets_the_same_precision(variants):
+    """Where 16 bit stays on the card only if segments can grow, it is in no program's plan."""
+    here = card("24GiB:sm89")
+    for tenth_gib in range(170, 200):
+        limit = {"vram_limit": f"{tenth_gib / 10}GiB", "offload": "none"}
+        wanted = order("a fox", steps=28, **limit)
+        grows = survey_for(wanted, variants, here)
+        fixed = survey_for(wanted, variants, replace(here, expandable=False))
+        assert decided(grows) == decided(fixed), limit
+        assert [each.verdict for each in grows] == [each.verdict for each in fixed]
+    taken = [next(each for each in found if each.verdict == "chosen") for found in (grows, fixed)]
+    assert taken[0].plan.peak_bytes["denoise"] < taken[1].plan.peak_bytes["denoise"]
 
 
 WINDOWS = "Rowwise scaling is not currently supported on your device"
