@@ -7,11 +7,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fluxcli.engine import device
 from fluxcli.models.loras import describe_unmatched
 from fluxcli.paths import config_folder
+from fluxcli.run.session import Session
 from quant.checkpoint import Checkpoint, inspect
 from quant.lora import read_adapter
-from tests.support.helpers import draw, engine_of, tiny
+from tests.support.helpers import draw, engine_of, machine, tiny
 from tests.support.invariant import call
 
 SPAN = "transformer.transformer_blocks.0.attn.to_out.0"
@@ -69,3 +71,14 @@ def test_lost_text_is_the_end_of_the_prompt(checkpoint):
     (said,) = [event.message for event in events if "; lost: " in getattr(event, "message", "")]
     lost = said.partition("; lost: ")[2].strip("'")
     assert prompt.endswith(lost.strip()) and lost
+
+
+def test_a_notebook_that_used_cuda_before_is_told_once(monkeypatch):
+    here = machine(8, fixed_segments=device.USED_BEFORE)
+    monkeypatch.setattr(device, "probe", lambda *_: here)
+    session = Session()
+    told = []
+    for size in (64, 128):
+        notices = session.prepare(tiny(image_size=size), lock=False)
+        told += [notice.message for notice in notices if "before flux" in notice.message]
+    assert len(told) == 1 and "8% of memory are left for gaps" in told[0]

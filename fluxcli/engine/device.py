@@ -331,6 +331,9 @@ def _explain_no_gpu() -> NoGpu:
 
 # --- memory
 
+# Why segments are fixed that flux has asked to grow: what a notebook can mend.
+USED_BEFORE = "CUDA was in use before flux was imported"
+
 _warmed: set[str] = set()  # devices whose context has its size
 _peaks_before: dict[str, int] = {}  # by device: the most bytes reserved in phases that are over
 
@@ -375,7 +378,7 @@ def explain_fixed_segments(device: str) -> str:
     except Exception:  # noqa: BLE001 - no public function tells it, so that anything may be raised
         return "the allocator does not say whether its segments can grow"
     if has_asked():
-        return "CUDA was in use before flux was imported"
+        return USED_BEFORE
     return f"{NAMES[0]} says how memory is allocated"
 
 

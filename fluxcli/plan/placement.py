@@ -532,7 +532,7 @@ def _explain(candidate: Candidate, placement: Placement) -> tuple[str, ...]:
         whole = f"{blocks} blocks, with all on the device {cost.transformer_bytes / GIB:.1f} GiB"
         how = "read from their files in every step"
         if placement.streamed:
-            how = "streamed from pinned memory"
+            how = "streamed from RAM"
         reasons.append(f"{passing} of {whole}, are {how}")
     streamed_bytes = _streamed_bytes(candidate, placement)
     if hardware.pin_bytes is not None and streamed_bytes > hardware.pin_bytes:

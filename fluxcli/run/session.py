@@ -37,7 +37,7 @@ from fluxcli.pictures.latents import Latents
 from fluxcli.pictures.names import Destination, check_writable, parse_target
 from fluxcli.plan.costs import DTYPE_BYTES, make_workload
 from fluxcli.plan.machine import Hardware
-from fluxcli.plan.placement import MemoryPlan, Placement, weaker
+from fluxcli.plan.placement import FRAGMENTS_SHARE, MemoryPlan, Placement, weaker
 from fluxcli.plan.planner import make_plan, suggest_options
 from fluxcli.request.fields import Order, Output
 from fluxcli.request.job import Job, Row
@@ -175,6 +175,7 @@ class Session:
         self._engine_key: tuple[object, ...] = ()
         self._held = contextlib.ExitStack()
         self._locked: set[str] = set()  # identities of devices
+        self._told_of_segments = False
         self.untold: list[Event] = []  # latents that were kept when nobody listened any more
 
     def __enter__(self) -> Self:
@@ -243,6 +244,10 @@ class Session:
         if lock and hardware.kind != "cpu":
             yield from self._lock(hardware.identity, no_wait=no_wait)
             hardware = device.probe(resources.device)  # again: another flux may have held all of it
+        if hardware.fixed_segments == device.USED_BEFORE and not self._told_of_segments:
+            self._told_of_segments = True
+            what = f"{device.USED_BEFORE}: {FRAGMENTS_SHARE:.0%} of memory are left for gaps"
+            yield Notice(f"{what} (import flux before CUDA is used, and they are not)")
         if self.engine:  # what this process holds is its own to use
             ram_free_bytes = hardware.ram_free_bytes + self.engine.plan.host_bytes
             hardware = replace(hardware, ram_free_bytes=ram_free_bytes)
