@@ -4,6 +4,7 @@ A precision and the decode in tiles are decided by a card's total memory and its
 What is free, what earlier runs have learned, and how the process began move weights and seconds.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -129,3 +130,15 @@ def test_fp8_without_a_row_wise_kernel_is_said_and_never_preferred(text, way, va
 
 def _stored(checkpoint: Checkpoint) -> str:
     return checkpoint.components["transformer"].precision
+
+
+def test_what_ram_has_no_room_for_is_said_of_the_ram(variants):
+    """What is packed while loading is streamed or nothing: with little RAM a small card is none."""
+    here = card("4GiB:sm89")
+    wanted = order("a fox", steps=28, precision="fp8")
+    (small,) = survey_for(wanted, variants[-1:], replace(here, ram_bytes=8 * GIB))
+    assert small.verdict == "does not fit"
+    assert re.fullmatch(r"denoise streams [67]\.\d GiB, for which RAM has 4\.8 GiB", small.why)
+    (busy,) = survey_for(wanted, variants[-1:], replace(here, ram_free_bytes=4 * GIB))
+    assert busy.verdict == "not now"
+    assert busy.why.endswith("RAM has 3.2 GiB (4.0 GiB free, 4.0 GiB of RAM)")

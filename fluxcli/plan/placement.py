@@ -208,11 +208,15 @@ def fit(
             peak_bytes = estimate_peaks(candidate, level)[phase]
             if phase == "decode" and level.decode == "alone" and not may_tile:
                 peak_bytes -= candidate.cost.workspace_bytes
-            if peak_bytes <= budget_bytes and _streamed_bytes(candidate, level) <= host_bytes:
+            streamed_bytes = _streamed_bytes(candidate, level)
+            if peak_bytes <= budget_bytes and streamed_bytes <= host_bytes:
                 chosen = level
                 break
-            needs = f"{phase} needs {peak_bytes / GIB:.1f} GiB"
-            why = f"{needs}, {hardware.device} has {budget_bytes / GIB:.1f} GiB"
+            why = f"{phase} needs {peak_bytes / GIB:.1f} GiB"
+            why += f", {hardware.device} has {budget_bytes / GIB:.1f} GiB"
+            if peak_bytes <= budget_bytes:
+                why = f"{phase} streams {streamed_bytes / GIB:.1f} GiB"
+                why += f", for which RAM has {host_bytes / GIB:.1f} GiB"
         if chosen is None:
             return Fit(None, phase, why)
         placement = chosen

@@ -209,7 +209,8 @@ def judge(
         return replace(candidate, verdict="fits", why="a better one does, too")
     if now.plan is None:
         free = f"{candidate.hardware.free_bytes / GIB:.1f} GiB free"
-        return replace(candidate, verdict="not now", why=f"{now.why} of {free}")
+        ram_free = f"{candidate.hardware.ram_free_bytes / GIB:.1f} GiB of RAM"
+        return replace(candidate, verdict="not now", why=f"{now.why} ({free}, {ram_free})")
     return replace(candidate, verdict="chosen", why=candidate.basis)
 
 
