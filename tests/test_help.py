@@ -169,6 +169,9 @@ def test_what_users_of_other_tools_type_is_understood(typed, capsys):
         (["quantize", "dev", "-o", "x", "--to", "fp8"], "flux quantize dev out/"),
         (["models", "download", "dev", "--local-dir", "x"], "--mirror"),
         (["help", "generat"], "did you mean 'generate'"),
+        (["cache", "clear"], "hint: flux cache --clear"),
+        (["doctor", "now"], "hint: flux doctor --help"),
+        (["generate", "a", "red", "circle"], "quote a prompt"),
     ],
 )
 def test_a_wrong_command_line_says_what_to_type(typed, hint, capsys):

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, NamedTuple, NoReturn, Optional
+from typing import Annotated, Any, NamedTuple, NoReturn, Optional
 
 import typer
 
@@ -238,7 +238,8 @@ def _explain_usage(error: typer.TyperException, arguments: Sequence[str]) -> _Sa
     elif "No such command" in message:
         hint = _explain_command(arguments) or hint
     elif "unexpected extra argument" in message:
-        hint = hints.find_for_words(message.rpartition("(")[2].rstrip(").").split())
+        words = message.rpartition("(")[2].rstrip(").").split()
+        hint = _explain_words(words, context) or hint
     if near and hint == f"{path} --help":
         hint = f"did you mean {near}"
     return _Said(message, hint)
@@ -253,6 +254,17 @@ def _explain_option(option: str, path: str, arguments: Sequence[str]) -> str:
     if not found and path in ("flux", "fluxcli"):
         return f'options follow a command: {path} generate "a red circle" {option} ...'
     return found
+
+
+def _explain_words(words: Sequence[str], context: Any) -> str:
+    """What to type instead of words that a command does not take, "" if nobody knows."""
+    parameters = context.command.params
+    if any(parameter.name == "prompt" for parameter in parameters):
+        return hints.find_for_words(words)
+    option = f"--{words[0]}"
+    if any(option in parameter.opts for parameter in parameters):
+        return f"{context.command_path} {option}"
+    return ""
 
 
 def _explain_command(arguments: Sequence[str]) -> str:
