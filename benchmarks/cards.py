@@ -133,6 +133,7 @@ def shrunk_constants() -> Iterator[None]:
         mock.patch.object(costs, "DECODE_BYTES", 64 << 10),
         mock.patch.object(placement, "RESIDENT_SHARE", 0.0),
         mock.patch.object(placement, "CONTEXT_BYTES", 0),
+        mock.patch.object(placement, "FRAGMENTS_BYTES", 0),
         mock.patch.object(hardware, "CONTEXT_BYTES", 0),
     ):
         yield

@@ -7,7 +7,6 @@ decode of the VAE reserves, contiguous and channels_last; how large the process'
 
 import contextlib
 import gc
-import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -33,7 +32,6 @@ WIDTH = 3072
 SIDES_PX = (512, 1024)
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
-ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # variables with its options
 
 Answer = dict[str, Any]
 
@@ -90,7 +88,7 @@ def describe(device: str) -> Answer:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "built_for": torch.cuda.get_arch_list(),
-        "allocator": [os.environ[name] for name in ALLOCATOR if name in os.environ],
+        "fixed_segments": hardware.explain_fixed_segments(device),
     }
 
 
@@ -210,9 +208,10 @@ def decode(device: str, *, layout: str, side_px: int, shrunk: bool) -> Answer:
     hardware.empty_cache(device)
     hardware.reset_peak(device)
     held_bytes = hardware.held_memory(device)
+    before_bytes = torch.cuda.memory_allocated(device)
     taken = time_runs(lambda: vae.decode(latents), count=2)
     reserved_bytes = hardware.peak_memory(device)["vram_bytes"] - held_bytes
-    live_bytes = torch.cuda.max_memory_allocated(device)
+    live_bytes = torch.cuda.max_memory_allocated(device) - before_bytes
     sizes = {"reserved_MiB": reserved_bytes / 2**20, "live_MiB": live_bytes / 2**20}
     return {**{name: round(size, 2) for name, size in sizes.items()}, **taken}
 
