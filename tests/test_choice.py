@@ -74,7 +74,7 @@ def test_the_day_and_the_process_decide_no_pixel(text, asked, variants):
 
 
 def test_what_the_driver_pins_moves_seconds_and_not_the_precision(variants):
-    """Beyond the limit all of it comes through a ring, which is slow on this machine."""
+    """Beyond the limit all of it comes by a feeder, which is slow on this machine."""
     here = card("12GiB:sm89")
     here = replace(here, speeds=replace(here.speeds, host_copy_bytes=1e9))
     wanted = order("a fox", steps=28)

@@ -255,7 +255,7 @@ def test_streaming_keeps_up_with_the_bus(variants):
         for bus in (12e9, 24e9, 50e9):
             hardware = candidate.hardware
             compute = costs.block_seconds(candidate.cost, hardware, hardware.speeds)
-            pinned = costs.Bus(bus_bytes=bus, ring_bytes=bus)
+            pinned = costs.Bus(bus_bytes=bus, fed_bytes=bus)
             for count in range(4, 52, 4):
                 streamed = costs.choose_streamed(candidate.cost, compute, count, bus=pinned)
                 assert len(set(streamed)) == count and list(streamed) == sorted(streamed)

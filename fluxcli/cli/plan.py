@@ -230,7 +230,7 @@ def _show_unpacked(hardware: Hardware, candidates: Sequence[Candidate]) -> None:
     is_by_capability = not hardware.multiply and hardware.capability > (0, 0)
     in_8_bit = [name for name, scheme in SCHEMES.items() if scheme.multiply]
     if is_by_capability and any(each.scheme in in_8_bit for each in candidates):
-        _show_wrapped("what is multiplied in 8 bit is by the capability, with torch for Linux")
+        _show_wrapped("8-bit products are assumed by the capability, with torch for Linux")
 
 
 def _show_wrapped(text: str) -> None:

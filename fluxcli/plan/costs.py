@@ -427,7 +427,7 @@ class Bus:
     """How fast blocks come from RAM, in bytes a second."""
 
     bus_bytes: float  # from pinned memory
-    ring_bytes: float  # from other memory, by way of a pinned ring that a thread fills
+    fed_bytes: float  # from other memory, by way of a feeder
     pin_limit_bytes: float = inf  # how much is pinned at most
 
     def copy_seconds(self, sizes: Sequence[int]) -> list[float]:
@@ -437,7 +437,7 @@ class Bus:
         for size in sizes:
             pinned_bytes += size
             is_pinned = pinned_bytes <= self.pin_limit_bytes
-            found.append(size / (self.bus_bytes if is_pinned else self.ring_bytes))
+            found.append(size / (self.bus_bytes if is_pinned else self.fed_bytes))
         return found
 
 

@@ -296,7 +296,7 @@ def find_bus(hardware: Hardware) -> Bus:
     speeds = hardware.speeds
     return Bus(
         bus_bytes=speeds.bus_bytes,
-        ring_bytes=min(speeds.bus_bytes, speeds.host_copy_bytes),
+        fed_bytes=min(speeds.bus_bytes, speeds.host_copy_bytes),
         pin_limit_bytes=inf if hardware.pin_bytes is None else hardware.pin_bytes,
     )
 
