@@ -130,7 +130,7 @@ def pretend_cuda(monkeypatch: pytest.MonkeyPatch, allocator: Allocator, total_by
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, answer)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
-    monkeypatch.setattr("fluxcli.engine.streaming._pin", lambda *_: True)
+    monkeypatch.setattr("fluxcli.engine.streaming.pin", lambda *_: True)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", _attend)
     monkeypatch.setattr(torch.nn.functional, "rms_norm", _normalize)
 
