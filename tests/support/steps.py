@@ -19,7 +19,6 @@ depths tell what 19 double and 38 single blocks do.
 """
 
 import argparse
-import contextlib
 import traceback
 from collections import Counter
 from collections.abc import Iterator
@@ -44,26 +43,18 @@ from quant import linear
 from quant.checkpoint import Checkpoint
 from quant.spec import QuantSpec
 from quant.tensor_info import GGUF_BITS
-from tests.support import guard
+from tests.support.allocator import Allocator
 from tests.support.helpers import machine, order, plan_for
 from tests.support.simulate import blocked, full_size
+from tests.support.simulate_cuda import CUDA_CARD, PRODUCTS, pretend_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
-CARD = "cuda:0"
+TOTAL_BYTES = 80 << 30  # of the card
 
 BAKES = {"nf4": QuantSpec("nf4", "nf4"), "fp8": QuantSpec("fp8"), "int8": QuantSpec("int8")}
-PRODUCTS = frozenset(
-    [
-        "mm",
-        "addmm",
-        "bmm",
-        "baddbmm",
-        "_scaled_mm",
-        "_int_mm",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_efficient_attention",
-    ]
-)
+ATTENTION = ("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention")
+# Operators whose bytes are those of products and attention.
+COMPUTING = frozenset((*PRODUCTS, *ATTENTION))
 # What is neither a view by its schema nor a launch.
 NO_LAUNCH = frozenset(
     [
@@ -151,7 +142,7 @@ class Counts:
     @property
     def product_bytes(self) -> int:
         """Bytes that products and attention move."""
-        return sum(self.moved_bytes[name] for name in PRODUCTS)
+        return sum(self.moved_bytes[name] for name in COMPUTING)
 
     @property
     def other_bytes(self) -> int:
@@ -242,71 +233,6 @@ def _find_place() -> str:
     return "?"
 
 
-# --- a card that is not there
-
-
-def _attend(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, **_: object
-):
-    """What torch takes on CUDA without a mask: the flash kernel."""
-    if not query.is_cuda:
-        return REAL_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
-    assert attn_mask is None and query.shape[-1] <= 256
-    flash = torch.ops.aten._scaled_dot_product_flash_attention
-    return flash(query, key, value, 0.0, is_causal, False, scale=scale)[0]
-
-
-def _normalize(x, normalized_shape, weight=None, eps=None):
-    """As `_fused_rms_norm_cuda`: one launch over what is contiguous, here a product."""
-    if not x.is_cuda:
-        return REAL_RMS_NORM(x, normalized_shape, weight, eps)
-    return x.contiguous() * weight
-
-
-REAL_ATTENTION = torch.nn.functional.scaled_dot_product_attention
-REAL_RMS_NORM = torch.nn.functional.rms_norm
-
-
-class _Stream:
-    """A stream or an event, in whose order nothing happens."""
-
-    def __init__(self, *_: object, **options: object) -> None: ...
-    def wait_event(self, *_: object) -> None: ...
-    def wait_stream(self, *_: object) -> None: ...
-    def record(self, *_: object) -> None: ...
-    def synchronize(self) -> None: ...
-
-
-def _pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let torch.cuda answer as a driver would, with 80 GiB that are always free."""
-    guard.install()
-    total_bytes = 80 << 30
-    answers = {
-        "_lazy_init": lambda: None,
-        "Stream": _Stream,
-        "Event": _Stream,
-        "current_stream": lambda *_: _Stream(),
-        "stream": lambda *_: contextlib.nullcontext(),
-        "device": lambda *_: contextlib.nullcontext(),
-        "synchronize": lambda *_: None,
-        "mem_get_info": lambda *_: (total_bytes, total_bytes),
-        "get_device_capability": lambda *_: (8, 9),
-        "memory_reserved": lambda *_: 0,
-        "max_memory_reserved": lambda *_: 0,
-        "memory_allocated": lambda *_: 0,
-        "max_memory_allocated": lambda *_: 0,
-        "reset_peak_memory_stats": lambda *_: None,
-        "empty_cache": lambda: None,
-        "set_per_process_memory_fraction": lambda *_: None,
-    }
-    for name, answer in answers.items():
-        monkeypatch.setattr(torch.cuda, name, answer)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
-    monkeypatch.setattr("fluxcli.engine.streaming.pin", lambda *_: True)
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", _attend)
-    monkeypatch.setattr(torch.nn.functional, "rms_norm", _normalize)
-
-
 def cut_depth(checkpoint: Checkpoint, depth: Depth) -> Checkpoint:
     """The same model with fewer blocks of each kind."""
     part = checkpoint.components["transformer"]
@@ -327,10 +253,10 @@ def count_step(row: Row, depth: Depth) -> Counts:
     for load in (classes.transformer, classes.single_block, classes.scheduler):
         load()
     with pytest.MonkeyPatch.context() as monkeypatch, full_size(monkeypatch) as dev:
-        _pretend_cuda(monkeypatch)
+        pretend_cuda(monkeypatch, Allocator(), TOTAL_BYTES)
         for scheme, ways in linear.WAYS.items():
             way = linear.Multiplication(row.multiply or ways[0])
-            monkeypatch.setitem(linear.PROBED, (scheme, CARD), way)
+            monkeypatch.setitem(linear.PROBED, (scheme, CUDA_CARD), way)
         checkpoint = cut_depth(dev, depth)
         if row.precision in BAKES:
             checkpoint = pretend_baked(checkpoint, BAKES[row.precision])
@@ -343,7 +269,7 @@ def count_step(row: Row, depth: Depth) -> Counts:
             blocks = costs.block_names(checkpoint.components["transformer"])
             placed = Placement(denoise="streamed", streamed=tuple(range(len(blocks))))
             plan = replace(plan, placement=placed)
-        engine = Engine(checkpoint, replace(plan, device=CARD), here)
+        engine = Engine(checkpoint, replace(plan, device=CUDA_CARD), here)
         return _follow(engine, Picture(asked.request))
 
 
@@ -380,7 +306,7 @@ def describe_row(name: str, counts: StepCounts) -> str:
     """One line of the table."""
     step = counts.extrapolate(FLUX1)
     parts = [each.launches.total() for each in (counts.beside, counts.double, counts.single)]
-    products = sum(step.launches[operator] for operator in PRODUCTS)
+    products = sum(step.launches[operator] for operator in COMPUTING)
     return (
         f"{name:<16} {step.launches.total():>8} {'{} + 19 x {} + 38 x {}'.format(*parts):>22}"
         f" {products:>8} {step.other_bytes / 1e9:>9.2f} {step.product_bytes / 1e9:>9.2f}"
