@@ -51,14 +51,14 @@ from fluxcli.errors import FluxError
 from fluxcli.events import Phase, Step
 from fluxcli.models.shapes import read_known_shapes
 from fluxcli.plan import costs, placement
-from fluxcli.plan.machine import DEQUANTIZE, Hardware
+from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB, PHASES, Candidate
 from fluxcli.plan.planner import survey
 from fluxcli.request.fields import Order
 from quant import linear
 from quant.checkpoint import Checkpoint, inspect
 from quant.codecs import Reader
-from quant.spec import BAKEABLE, QuantSpec
+from quant.spec import BAKEABLE, DEQUANTIZE, QuantSpec
 from quant.weights import Weight
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from quant import gguf_blocks
 from quant.codecs import SMALLEST_SCALE, stack_rows
 from quant.errors import is_out_of_memory
 from quant.nf4 import dequantize_codes, dequantize_scales, read_offset
-from quant.spec import BLOCK, FAMILIES, NESTED_BLOCK, SCHEMES
+from quant.spec import BLOCK, DEQUANTIZE, FAMILIES, NESTED_BLOCK, SCHEMES
 
 # For each of a layer's weights, its stored tensors by suffix, and its shape (N, K).
 Parts = Sequence[Mapping[str, Tensor]]
@@ -33,7 +33,6 @@ ALIGNED = 16
 
 # For fp8 where torch has no row-wise kernel: every build for Windows, those for sm120 before 2.11.
 PER_TENSOR = "scaled_mm per tensor"
-DEQUANTIZE = "dequantize"
 # In which ways layers of a scheme may multiply, best first; the first that a device can is taken,
 # and where it can none, DEQUANTIZE.
 WAYS = {"fp8": ("scaled_mm", PER_TENSOR), "int8": ("int_mm",)}

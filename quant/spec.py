@@ -25,6 +25,8 @@ NESTED_BLOCK = 256
 # The JSON text that bitsandbytes stores beside each NF4 weight: the suffix of its name, its size.
 STATE = ".quant_state.bitsandbytes__nf4"
 STATE_BYTES = 256
+# How layers multiply in a scheme that the device has no product for: each weight is dequantized.
+DEQUANTIZE = "dequantize"
 # An NF4 weight whose scales are stored in float32 instead of being quantized themselves.
 NF4_ONCE = "nf4_once"
 

@@ -13,11 +13,11 @@ import pytest
 from benchmarks.counting import pretend_baked
 from fluxcli.engine.cards import describe_card
 from fluxcli.models.shapes import read_known_shapes
-from fluxcli.plan.machine import DEQUANTIZE, Hardware
+from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB, Candidate
 from quant.checkpoint import Checkpoint
 from quant.linear import PER_TENSOR
-from quant.spec import QuantSpec
+from quant.spec import DEQUANTIZE, QuantSpec
 from tests.support.helpers import order, survey_for
 
 DEV = "black-forest-labs/FLUX.1-dev"

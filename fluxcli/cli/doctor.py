@@ -21,12 +21,13 @@ from fluxcli import paths
 from fluxcli.cli import complete, console
 from fluxcli.engine.check import check_torch
 from fluxcli.errors import BadInputFile, ExitCode
-from fluxcli.plan.machine import DEQUANTIZE, Hardware
+from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB
 from fluxcli.request.settings import coerce
 from fluxcli.run import client
 from quant.errors import MissingLibrary
 from quant.files import nearest
+from quant.spec import DEQUANTIZE
 
 LIBRARIES = (
     "torch",

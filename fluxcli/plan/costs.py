@@ -12,11 +12,19 @@ from dataclasses import dataclass, field, replace
 from math import inf
 
 from fluxcli.plan import steps
-from fluxcli.plan.machine import DEQUANTIZE, Hardware, Speeds
+from fluxcli.plan.machine import Hardware, Speeds
 from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import Checkpoint, Component
 from quant.lora import Adapter, Part
-from quant.spec import FAMILIES, ActivationLine, QuantSpec, is_modulation, lay_out, scheme_in_memory
+from quant.spec import (
+    DEQUANTIZE,
+    FAMILIES,
+    ActivationLine,
+    QuantSpec,
+    is_modulation,
+    lay_out,
+    scheme_in_memory,
+)
 from quant.weights import Weight
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

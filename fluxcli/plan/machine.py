@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from quant.spec import SCHEMES
+from quant.spec import DEQUANTIZE, SCHEMES
 
 CONTEXT_BYTES = 512 << 20  # the driver's context with the kernels, and cuBLAS' workspace
 # What is left alone of a card that other programs are on: their share moves, and the driver loads
@@ -19,7 +19,6 @@ RESERVE_BYTES = 256 << 20
 RESERVE_SHARE = 0.04  # of all its memory, where that is more
 CAPABILITY = re.compile(r"sm(\d+)(\d)")
 BF16_SINCE = (8, 0)  # NVIDIA's first generation that multiplies in bfloat16
-DEQUANTIZE = "dequantize"  # how a scheme is multiplied in that the device does not multiply in
 
 
 @dataclass(frozen=True)

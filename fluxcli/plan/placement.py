@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from fluxcli.plan import costs
 from fluxcli.plan.costs import Bus, Cost, Workload
-from fluxcli.plan.machine import CONTEXT_BYTES, DEQUANTIZE, Hardware, Speeds
+from fluxcli.plan.machine import CONTEXT_BYTES, Hardware, Speeds
 from quant.checkpoint import Checkpoint
-from quant.spec import ATTENTION, SCHEMES, ActivationLine, QuantSpec
+from quant.spec import ATTENTION, DEQUANTIZE, SCHEMES, ActivationLine, QuantSpec
 
 GIB = 2**30
 PHASES = ("encode", "condition", "denoise", "decode")
