@@ -312,6 +312,8 @@ def test_the_command_says_what_is_kept_and_where(capsys):
         "entries": 2,
         "bytes": size,
         "limit_bytes": 1 << 30,
+        "compiled_folder": str(paths.compiled_folder()),
+        "compiled_bytes": 0,
     }
     assert len(files(embeddings.folder())) == 2
 
@@ -329,11 +331,18 @@ def test_clear_deletes_entries_and_leftovers_and_says_so(capsys):
     assert list(files(paths.cache_folder())) == [os.path.join("embeddings", "mine.txt")]
     write(KEY, made())
     (line,), said = run(capsys, "--clear", "--json")
-    gone = {"entries": 0, "bytes": 0, "deleted": 1, "deleted_bytes": size_of(4)}
-    assert (
-        json.loads(line) == {"folder": place, "limit_bytes": 1 << 30, **gone}
-        and "deleted 1 entries" in said
-    )
+    assert json.loads(line) == {
+        "folder": place,
+        "entries": 0,
+        "bytes": 0,
+        "limit_bytes": 1 << 30,
+        "compiled_folder": str(paths.compiled_folder()),
+        "compiled_bytes": 0,
+        "deleted": 1,
+        "deleted_bytes": size_of(4),
+        "deleted_compiled_bytes": 0,
+    }
+    assert "deleted 1 entries" in said
 
 
 def test_a_folder_cannot_command_the_terminal(capsys, monkeypatch, tmp_path):
