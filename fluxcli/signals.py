@@ -47,8 +47,13 @@ def check_signals() -> None:
     Libraries swallow the first exception of one in a `__del__` or a bare `except`; who runs for
     long asks here between two steps.
     """
-    if ARRIVED:
-        raise Terminated(ARRIVED[0])
+    if not ARRIVED:
+        return
+    if len(ARRIVED) == 1:
+        # The stack unwinds once: an alarm that waits for the end of an import would raise again,
+        # in the middle of what is being deleted then.
+        _stop_alarm()
+    raise Terminated(ARRIVED[0])
 
 
 def die_by(number: int) -> None:
@@ -95,6 +100,12 @@ def _set_alarm(after_s: float, then: Callable[[int, FrameType | None], None]) ->
         _die_now()
     signal.signal(signal.SIGALRM, then)
     signal.setitimer(signal.ITIMER_REAL, after_s)
+
+
+def _stop_alarm() -> None:
+    """Let no alarm come any more."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _die_now() -> None:

@@ -6,12 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
 import pytest
 
+from fluxcli import signals
+from fluxcli.errors import Terminated
 from fluxcli.pictures import names as output
 from fluxcli.request.fields import Order
 from tests.support.helpers import ROOT, changed, engine_of, order, run, tiny
@@ -385,3 +388,18 @@ def test_many_rounds_leave_memory_descriptors_and_files_flat(tiny_folder):
     assert measured[-1][1] <= measured[9][1]
     assert measured[-1][0] - measured[9][0] < 24 << 20
     assert list(files(Path())) == ["x.png"]
+
+
+def test_a_signal_during_an_import_unwinds_the_stack_once(monkeypatch):
+    monkeypatch.setattr(signals, "ARRIVED", [])
+    monkeypatch.setattr(signals, "_is_importing", lambda _: True)
+    before = signal.getsignal(signal.SIGALRM)
+    try:
+        signals._unwind(signal.SIGINT, None)
+        with pytest.raises(Terminated):  # somebody asks before the alarm does
+            signals.check_signals()
+        monkeypatch.setattr(signals, "_is_importing", lambda _: False)
+        time.sleep(3 * signals.AGAIN_S)  # an alarm would raise here, while files are deleted
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
