@@ -29,7 +29,7 @@ pytest: .venv/ready
 	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
 	nice $(BIN)/python -m pytest -m "not serial and not exhaustive" tests/card >"$$log" 2>&1 & \
 	card=$$!; \
-	$(BIN)/python -m pytest -m "serial and not exhaustive" || { kill $$card; exit 1; }; \
+	$(BIN)/python -m pytest -m "serial and not exhaustive" || { kill $$card 2>/dev/null; exit 1; }; \
 	wait $$card || { cat "$$log"; exit 1; }; \
 	echo "tests/card: $$(tail -n 1 "$$log")"
 	$(BIN)/python -m pytest $(PARALLEL) -m "not serial and not exhaustive" --ignore tests/card

@@ -20,7 +20,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 # Whatever started the tests may ignore signals (nohup, a job in the background); what they start
 # must not.
-for name in ("SIGINT", "SIGHUP"):
+for name in ("SIGINT", "SIGHUP", "SIGQUIT"):
     number = getattr(signal, name, None)
     if number and signal.getsignal(number) is signal.SIG_IGN:
         usual = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
