@@ -73,6 +73,11 @@ def compiled_folder(environment: Mapping[str, str] = os.environ) -> Path:
     return cache_folder(environment) / "compiled"
 
 
+def is_linked(folder: Path) -> bool:
+    """Whether a folder, or flux' own above it, is a link: what it leads to is somebody else's."""
+    return folder.is_symlink() or folder.parent.is_symlink()
+
+
 def config_folder(environment: Mapping[str, str] = os.environ) -> Path:
     """Return the user's folder of settings and presets; it may not exist."""
     return user_folder("config", environment) / "flux"

@@ -92,6 +92,15 @@ Fill = Callable[[Tensor, int], None]
 Bring = Callable[[int, Fill], Tensor]
 
 
+def fill_from(data: Tensor) -> Fill:
+    """Fill buffers from the bytes (n,) of a tensor in RAM."""
+
+    def fill(buffer: Tensor, start: int) -> None:
+        buffer.copy_(data[start : start + buffer.numel()])
+
+    return fill
+
+
 def bring_to_host(size_bytes: int, fill: Fill) -> Tensor:
     """A tensor of so many bytes in RAM, filled at once."""
     data = torch.empty(size_bytes, dtype=torch.uint8)
@@ -178,11 +187,8 @@ class Reader:
     def _send(self, tensor: Tensor) -> Tensor:
         """A tensor in RAM, where tensors are read to."""
         data = tensor.view(-1).view(torch.uint8)
-
-        def fill(buffer: Tensor, start: int) -> None:
-            buffer.copy_(data[start : start + buffer.numel()])
-
-        return self._bring(data.numel(), fill).view(tensor.dtype).view(tensor.shape)
+        brought = self._bring(data.numel(), fill_from(data))
+        return brought.view(tensor.dtype).view(tensor.shape)
 
 
 class _Source:

@@ -398,8 +398,12 @@ def _try_to_multiply(way: str, device: str) -> str:
     except (RuntimeError, ValueError) as error:
         if is_out_of_memory(error):
             raise
-        # Takes the error that the driver would report to the next kernel.
-        with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device=device)
+        take_driver_error(device)
         said = str(error).strip() or type(error).__name__
         return said.splitlines()[0][:100].rstrip(". ")
+
+
+def take_driver_error(device: str) -> None:
+    """Take the error of a call that failed, which the driver would report to the next kernel."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device=device)

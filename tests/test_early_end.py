@@ -47,6 +47,18 @@ def ending_at_step(nth: int, error: BaseException) -> Iterator[None]:
         yield
 
 
+def end_at_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a signal arrive when it is shown that a picture is being saved."""
+    real = console.Reporter.show
+
+    def show(reporter: console.Reporter, event: Event) -> None:
+        real(reporter, event)
+        if event == Phase("save"):
+            raise Terminated(2)
+
+    monkeypatch.setattr(console.Reporter, "show", show)
+
+
 def interrupted(capsys, *arguments: str) -> list[str]:
     """What a command that a signal ends says."""
     with pytest.raises(Terminated):
@@ -93,14 +105,7 @@ def test_where_pictures_wait_for_their_decoder_their_latents_are_files(apart, ca
 
 def test_one_picture_says_what_finishes_it(apart, capsys, monkeypatch):
     """Without counting to one, and without "the others"."""
-    real = console.Reporter.show
-
-    def show(reporter: console.Reporter, event: Event) -> None:
-        real(reporter, event)
-        if event == Phase("save"):
-            raise Terminated(2)
-
-    monkeypatch.setattr(console.Reporter, "show", show)
+    end_at_save(monkeypatch)
     said = interrupted(capsys, "generate", "a red circle", *SMALL, "-o", "one.png")
     command = "flux decode one.latents.safetensors"
     assert said[-1].endswith(f"the picture's latents are kept; what finishes it: {command}")
@@ -113,14 +118,7 @@ def test_latents_leave_when_their_picture_is_written(apart, capsys):
 
 def test_a_denoised_picture_is_kept_when_the_signal_arrives_between_two_events(capsys, monkeypatch):
     """The run is closed then, instead of being thrown at."""
-    real = console.Reporter.show
-
-    def show(reporter: console.Reporter, event: Event) -> None:
-        real(reporter, event)
-        if event == Phase("save"):
-            raise Terminated(2)
-
-    monkeypatch.setattr(console.Reporter, "show", show)
+    end_at_save(monkeypatch)
     said = interrupted(capsys, *FOUR)
     kept = "out/a-red-circle-1.latents.safetensors"
     assert (

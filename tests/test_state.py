@@ -122,7 +122,7 @@ def find_limit(device: str = "cuda:0", identity: str = CARD) -> int | None:
 
 
 def test_what_the_driver_pins_is_known_once_it_has_refused(monkeypatch):
-    monkeypatch.setattr(pinned.platform, "release", lambda: "6.12.0-generic")
+    monkeypatch.setattr("platform.release", lambda: "6.12.0-generic")
     assert find_limit() is None and find_limit("cpu") is None
     pinned.learn_pin_limit(card(), pinned_bytes=5 * GIB, refused=False)
     assert find_limit() is None and files(paths.cache_folder()) == {}
@@ -135,7 +135,7 @@ def test_what_the_driver_pins_is_known_once_it_has_refused(monkeypatch):
 
 
 def test_windows_and_wsl_have_limits_until_a_driver_has_shown_another(monkeypatch):
-    monkeypatch.setattr(pinned.platform, "release", lambda: "5.15.0-microsoft-standard-WSL2")
+    monkeypatch.setattr("platform.release", lambda: "5.15.0-microsoft-standard-WSL2")
     assert find_limit() == GIB // 2
     wsl = replace(card(), pin_bytes=GIB // 2)
     pinned.learn_pin_limit(wsl, pinned_bytes=GIB // 4, refused=False)

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -60,15 +59,10 @@ def cache_command(
             console.say(f"deleted {deleted_compiled_bytes / MIB:.1f} MiB that --compile made")
 
 
-def _is_linked(folder: Path) -> bool:
-    """Whether the folder, or flux' own above it, is a link: what is there is somebody else's."""
-    return folder.is_symlink() or folder.parent.is_symlink()
-
-
 def _count_compiled() -> int:
     """Return the bytes of what compilers keep in our folder, links not followed."""
     folder = paths.compiled_folder()
-    if _is_linked(folder):
+    if paths.is_linked(folder):
         return 0
     total_bytes = 0
     for parent, _, names in os.walk(folder):
@@ -81,6 +75,6 @@ def _count_compiled() -> int:
 def _clear_compiled() -> int:
     """Delete what compilers keep in our folder; returns the bytes that are gone."""
     before_bytes = _count_compiled()
-    if not _is_linked(paths.compiled_folder()):
+    if not paths.is_linked(paths.compiled_folder()):
         shutil.rmtree(paths.compiled_folder(), ignore_errors=True)
     return before_bytes - _count_compiled()

@@ -22,7 +22,7 @@ from fluxcli.cli import complete, console
 from fluxcli.engine.check import check_torch
 from fluxcli.errors import BadInputFile, ExitCode
 from fluxcli.plan.machine import Hardware
-from fluxcli.plan.placement import GIB
+from fluxcli.plan.placement import FRAGMENTS_SHARE, GIB
 from fluxcli.request.settings import coerce
 from fluxcli.run import client
 from quant.errors import MissingLibrary
@@ -277,7 +277,8 @@ def _check_vram(hardware: Hardware) -> Check:
         if holders:
             found += "; held by " + ", ".join(f"pid {line}" for line in holders)
     if hardware.fixed_segments:
-        found += f"; 8 % are left for gaps: {hardware.fixed_segments}"
+        share = f"{FRAGMENTS_SHARE * 100:.0f} %"
+        found += f"; {share} are left for gaps: {hardware.fixed_segments}"
     return _warn_unless(is_free, "VRAM", found=found, fix="close what holds it")
 
 

@@ -13,7 +13,6 @@ fails in the thread is raised where its work is waited for. Sizes are in bytes.
 
 import threading
 import weakref
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -21,12 +20,11 @@ import torch
 from torch import Tensor
 
 from fluxcli.engine.pinned import pin
+from quant.codecs import Fill, fill_from
 
 BUFFER_BYTES = 32 << 20
 BUFFERS = 2
 THREAD = "feeder"  # what the thread's name begins with
-
-Fill = Callable[[Tensor, int], None]  # fills a buffer with bytes, from a position on
 
 
 class Copy(NamedTuple):
@@ -74,7 +72,7 @@ class Feeder:
         The future is done when the copy is launched, and raises what prevented that.
         """
         # The thread holds no reference to the feeder, which would keep it and the thread alive.
-        return self._thread.submit(_launch, self._buffers, copy)
+        return self._thread.submit(launch, copy, self._buffers)
 
 
 def make_feeder(device: str) -> Feeder | None:
@@ -112,18 +110,14 @@ def _carry(buffers: _Buffers, target: Tensor, fill: Fill, *, stream: torch.cuda.
             copied.record(stream)
 
 
-def _launch(buffers: _Buffers, copy: Copy) -> None:
-    """Launch a copy, through the buffers if its source is not pinned."""
-
-    def fill(buffer: Tensor, start: int) -> None:
-        buffer.copy_(copy.source[start : start + buffer.numel()])
-
+def launch(copy: Copy, buffers: _Buffers | None = None) -> None:
+    """Launch a copy; through the buffers, if there are some, where its source is not pinned."""
     copy.stream.wait_event(copy.after)
-    if copy.source.is_pinned() or not buffers.are_pinned:
+    if buffers and buffers.are_pinned and not copy.source.is_pinned():
+        _carry(buffers, copy.target, fill_from(copy.source), stream=copy.stream)
+    else:
         with torch.cuda.stream(copy.stream):
             copy.target.copy_(copy.source, non_blocking=True)
-    else:
-        _carry(buffers, copy.target, fill, stream=copy.stream)
     copy.target.record_stream(copy.stream)  # it may be freed while the copy is under way
     copy.copied.record(copy.stream)
 

@@ -7,14 +7,15 @@ read it: each run tries anew. Sizes are in bytes.
 
 import contextlib
 import os
-import platform
 import weakref
 
 import torch
 from torch import Tensor
 
+from fluxcli.engine.segments import is_inside_windows
 from fluxcli.learned import read_sizes, write_sizes
 from fluxcli.plan.machine import Hardware
+from quant.linear import take_driver_error
 
 FILE = "pinned.json"
 GIB = 2**30
@@ -35,9 +36,7 @@ def pin(memory: Tensor, size_bytes: int, device: str) -> bool:
     with torch.cuda.device(device):
         failed = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size_bytes, 0))
         if failed:
-            # Takes the error that the driver would report to the next kernel.
-            with contextlib.suppress(RuntimeError):
-                torch.zeros(1, device=device)
+            take_driver_error(device)
             return False
     weakref.finalize(memory, _unpin, memory.data_ptr(), device)
     return True
@@ -65,7 +64,7 @@ def find_pin_limit(device: str, identity: str, *, ram_bytes: int) -> int | None:
         return learned_bytes
     if os.name == "nt":
         return int(ram_bytes * WINDOWS_SHARE)
-    if "microsoft" in platform.release().lower():  # WSL, and containers in it
+    if is_inside_windows():
         return WSL_BYTES
     return None
 

@@ -60,11 +60,8 @@ def folder() -> Path:
 
 
 def is_linked() -> bool:
-    """Whether the folder, or flux' own above it, is a link: what it leads to is somebody else's.
-
-    Nothing is kept, read or deleted there.
-    """
-    return folder().is_symlink() or folder().parent.is_symlink()
+    """Whether the folder is linked: then nothing is kept, read or deleted there."""
+    return paths.is_linked(folder())
 
 
 def key_of(**parts: object) -> str:

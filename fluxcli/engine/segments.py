@@ -20,9 +20,14 @@ def has_asked(environment: Mapping[str, str] = os.environ) -> bool:
     return any(f"{OPTION}:true" in environment.get(name, "").lower() for name in NAMES)
 
 
+def is_inside_windows() -> bool:
+    """Whether this Linux runs in WSL, or in a container there."""
+    return "microsoft" in platform.release().lower()
+
+
 def is_supported() -> bool:
     """Whether drivers of this system map memory page by page: on Linux, but not inside Windows."""
-    return sys.platform == "linux" and "microsoft" not in platform.release().lower()
+    return sys.platform == "linux" and not is_inside_windows()
 
 
 def _is_for_amd() -> bool:

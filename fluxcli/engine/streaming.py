@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fluxcli.engine.feeder import Copy, Feeder
+from fluxcli.engine.feeder import Copy, Feeder, launch
 from fluxcli.engine.loader import Filler, LoadedComponent
 from fluxcli.engine.pinned import pin
 from quant.checkpoint import Component
@@ -57,11 +57,17 @@ class CudaBus(Bus):
             self.computed(slot)
 
     def copy(self, slot: int, target: Tensor, source: Tensor) -> None:
-        self._side.wait_event(self._computed[slot])
-        with torch.cuda.stream(self._side):
-            target.copy_(source, non_blocking=True)
-        target.record_stream(self._side)  # the slot may be freed while a copy is under way
-        self._copied[slot].record(self._side)
+        launch(self._make_copy(slot, target, source))
+
+    def _make_copy(self, slot: int, target: Tensor, source: Tensor) -> Copy:
+        """A copy on the side stream, after the last computation that needs the slot's content."""
+        return Copy(
+            target,
+            source,
+            stream=self._side,
+            after=self._computed[slot],
+            copied=self._copied[slot],
+        )
 
     def wait(self, slot: int) -> None:
         self._main.wait_event(self._copied[slot])
@@ -83,14 +89,7 @@ class FedBus(CudaBus):
         self._launched: list[Future[None] | None] = [None] * SLOTS
 
     def copy(self, slot: int, target: Tensor, source: Tensor) -> None:
-        copy = Copy(
-            target,
-            source,
-            stream=self._side,
-            after=self._computed[slot],
-            copied=self._copied[slot],
-        )
-        self._launched[slot] = self._feeder.begin(copy)
+        self._launched[slot] = self._feeder.begin(self._make_copy(slot, target, source))
 
     def wait(self, slot: int) -> None:
         """Wait for the feeder, too: raises what ended the copy there."""

@@ -85,7 +85,7 @@ def test_blocks_of_files_are_checked_in_the_first_step_and_make_no_later_one_wai
 
 
 def test_memory_that_ends_in_the_thread_is_survived(tiny_folder, monkeypatch):
-    real = feeder._launch
+    real = feeder.launch
     numbers = itertools.count()
 
     def launch(*arguments: object) -> None:
@@ -93,7 +93,7 @@ def test_memory_that_ends_in_the_thread_is_survived(tiny_folder, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         real(*arguments)
 
-    monkeypatch.setattr(feeder, "_launch", launch)
+    monkeypatch.setattr(feeder, "launch", launch)
     order = tiny(precision="bf16", offload="stream", device="cuda", steps=2)
     run = draw_on_card(order, inspect(tiny_folder), Card(pinnable_bytes=BUFFERS))
     assert "out of memory in denoise" in str(list_notices(run))

@@ -13,10 +13,7 @@ from fluxcli.cli import app
 from fluxcli.engine import device as hardware
 from tests.support.helpers import machine
 
-# other work shares the CPU
-
 WRITE_CALLS = ("open", "fdopen", "fsync", "link", "replace", "unlink", "mkdir", "close")
-FILE_CALLS = ("write", "flush", "close")
 
 
 def call(capsys: pytest.CaptureFixture, *arguments: str) -> CompletedProcess:
