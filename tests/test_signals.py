@@ -171,7 +171,9 @@ def test_ctrl_c_sends_no_escape_codes_where_stderr_is_no_terminal():
 
 
 def test_two_ctrl_c_send_no_escape_codes_where_stderr_is_no_terminal():
-    Path("stuck.py").write_text(STUCK.replace("try:", "print('running', flush=True)\n        try:"))
+    # Inside the block: a signal right after the word must find it.
+    said = "try:\n            print('running', flush=True)"
+    Path("stuck.py").write_text(STUCK.replace("try:", said))
     command = f"{sys.executable} stuck.py 2>words.txt"
     number, seen = interrupt_on_a_terminal(command, after=[b"running", b"cleaning"])
     assert number == signal.SIGINT
