@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections import defaultdict, deque
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +22,11 @@ from torch import Tensor
 
 from quant import codecs
 from quant.checkpoint import MANIFEST
-from quant.deltas import merge_weight, place_rows, read_part
 from quant.errors import CheckpointError, WriteError
 from quant.files import Unchanged, changed, copy_file, explain_reading, flush_to_disk
 from quant.header import read_header
-from quant.lora import Adapter, Part
-from quant.lora_names import DIFF, NORM
+from quant.lora import Adapter
+from quant.merging import Arrival, merge_adapter, order_rows
 from quant.placing import (
     FOLDER_LAYOUT,
     FORMAT,
@@ -58,10 +57,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class _Report:
-    """What the manifest says: each source file's size and sha256, each tensor's relative error."""
+    """What the manifest says.
+
+    It has each source file's size and sha256, each tensor's relative error, and what arrived of
+    each adapter.
+    """
 
     sources: dict[str, dict[str, Any]]
     relative_errors: dict[str, float]
+    arrivals: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -93,12 +97,14 @@ def bake(
     try:
         check_disk(recipe, target)
         _import_libraries(recipe)
+        adapters = [_identify_adapter(adapter) for adapter in recipe.adapters]
         with open_staging(target) as staging:
             new = staging / NEW
             report = yield from _make(recipe, new, target, device=device, verify=verify)
             manifest = {
                 "format": FORMAT,
                 **origin,
+                **_describe_adapters(adapters, report.arrivals),
                 "source": report.sources,
                 "recipe": recipe.spec.to_json(),
                 "layout": recipe.layout,
@@ -137,6 +143,23 @@ def _make(
     return report
 
 
+def _identify_adapter(adapter: Adapter) -> dict[str, Any]:
+    """An adapter as the manifest names it."""
+    with explain_reading(adapter.path), adapter.path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"path": str(adapter.path), "scale": adapter.scale, "sha256": digest}
+
+
+def _describe_adapters(
+    adapters: Sequence[Mapping[str, Any]], arrivals: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What the manifest says of the adapters that were merged, and of what arrived of each."""
+    described = [
+        {**adapter, **arrival} for adapter, arrival in zip(adapters, arrivals, strict=True)
+    ]
+    return {"lora": described} if described else {}
+
+
 def _list_files(folder: Path) -> dict[str, int]:
     """The size of every file in a folder by its path there."""
     return {
@@ -171,7 +194,7 @@ def _write_tensors(
     """Read, quantize and write all tensors, in the order in which the files have their sources."""
     gatherer = _Gatherer(recipe)
     reader = _SourceReader(gatherer.files)
-    search = recipe.spec.scales == "search"
+    quantizer = _Quantizer(recipe, device)
     relative_errors: dict[str, float] = {}
     done_bytes = 0
     total_bytes = 0
@@ -189,7 +212,7 @@ def _write_tensors(
             while source is not None:
                 ahead.append(reading.submit(reader.read_next))
                 for output, values in gatherer.add(source):
-                    quantized = _quantize(output, values.to(device), search=search)
+                    quantized = quantizer.quantize(output, values)
                     if output.scheme:
                         relative_errors[output.name] = round(quantized.relative_error, 6)
                     writer = writers[output.file]
@@ -204,7 +227,8 @@ def _write_tensors(
     finally:
         reader.close()
         torch.set_num_threads(threads)
-    return _Report(reader.described, relative_errors)
+    arrivals = [arrival.describe() for arrival in quantizer.arrivals]
+    return _Report(reader.described, relative_errors, arrivals)
 
 
 class _SourceReader:
@@ -301,75 +325,72 @@ class _Gatherer:
         self.files = dict(sorted(needed.items()))
 
     def add(self, source: _SourceTensor) -> Iterator[tuple[OutputTensor, Tensor]]:
-        """Yield the output tensors that this source completes, with their values in 16 bit."""
-        adapters = self._recipe.adapters
+        """Yield the output tensors that this source completes, with the rows of their sources."""
         for use in self._uses[source.path, source.name]:
             output = self._recipe.tensors[use.output_index]
             weight = output.sources[use.source_index]
-            rows = codecs.take_rows(source.tensor, weight.pieces[""])
-            # A result in one file ("") is a transformer; in a folder, each component has its own.
-            component = output.file.partition("/")[0] or "transformer"
-            merged = _merge_adapters(adapters, component, name=weight.name, values=rows)
             parts = self._arrived[use.output_index]
-            parts[use.source_index] = merged
-            if len(parts) < len(output.sources):
-                continue
-            del self._arrived[use.output_index]
-            values = codecs.stack_rows([parts[k] for k in range(len(parts))])
-            if output.swaps_halves:
-                first, second = values.chunk(2)
-                values = codecs.stack_rows([second, first])
-            yield output, values
+            parts[use.source_index] = codecs.take_rows(source.tensor, weight.pieces[""])
+            if len(parts) == len(output.sources):
+                del self._arrived[use.output_index]
+                yield output, codecs.stack_rows([parts[k] for k in range(len(parts))])
 
 
-def _merge_adapters(
-    adapters: tuple[Adapter, ...], component: str, *, name: str, values: Tensor
-) -> Tensor:
-    """A tensor's values with what adapters add to them, summed in float32 and rounded once."""
-    layer, _, leaf = name.removeprefix("text_model.").rpartition(".")
-    total = values
-    for adapter in adapters:
-        for part in adapter.active_parts(component):
-            if layer in part.layers:
-                total = _merge_part(total.float(), part, layer, leaf=leaf, scale=adapter.scale)
-    return total.to(values.dtype)
+class _Quantizer:
+    """Quantizes output tensors, after the recipe's adapters were merged into them.
 
-
-def _merge_part(values: Tensor, part: Part, layer: str, *, leaf: str, scale: float) -> Tensor:
-    """The new float32 values of a layer's "weight" or "bias" (`leaf`) after one part of an adapter.
-
-    A norm's new weight replaces them, everything else is added.
+    `arrivals` say how much of each adapter has arrived.
     """
-    with explain_reading(next(iter(part.stored.pieces.values())).file):
-        read = read_part(part, codecs.Reader(), device="cpu", dtype=torch.float32)
-    spans = place_rows(part.layers[layer], 0)
-    if leaf == "bias":
-        biases = read.sum_biases(scale)
-        if biases is None:
-            return values
-        return values + codecs.stack_rows([biases[span.rows] for span in spans])
-    if NORM in read.tensors:
-        return read.tensors[NORM]
-    if len(part.shape) == 1:
-        return values + scale * read.tensors[DIFF] if DIFF in read.tensors else values
-    return merge_weight(values, read, spans, scale=scale)
 
+    def __init__(self, recipe: Recipe, device: str) -> None:
+        self._recipe = recipe
+        self._device = device
+        self._search = recipe.spec.scales == "search"
+        self.arrivals = [Arrival() for _ in recipe.adapters]
+        # flux reads their originals, and not what is quantized (see `quant.recipe`).
+        self._unread = {tensor.name for tensor in recipe.tensors if tensor.is_original}
 
-def _quantize(output: OutputTensor, values: Tensor, *, search: bool) -> codecs.Quantized:
-    """What is stored for the values, by suffix; raises `CheckpointError` unless they are finite."""
-    where = output.sources[0].pieces[""]
-    if not output.scheme:
-        stored = {"": values}
-        codecs.check_values(output.name, stored, where)
-        return codecs.Quantized(stored, relative_error=0.0)
-    return codecs.quantize(
-        values,
-        output.scheme,
-        name=output.name,
-        where=where,
-        search=search,
-        scalar=output.has_one_scale,
-    )
+    def quantize(self, output: OutputTensor, values: Tensor) -> codecs.Quantized:
+        """What is stored for the values of an output tensor's sources; raises `CheckpointError`.
+
+        Adapters are summed in float32, and rounded once to the dtype of the values.
+        """
+        dtype = values.dtype
+        is_read = not output.scheme or output.name not in self._unread
+        quantized = None
+        for adapter, arrival in zip(self._recipe.adapters, self.arrivals, strict=True):
+            merged = merge_adapter(adapter, output, values)
+            if merged is None:
+                continue
+            if is_read:
+                without = quantized or self._quantize(output, values)
+                quantized = self._quantize(output, merged.to(dtype))
+                stored = without.stored, quantized.stored
+                arrival.add(
+                    output,
+                    before=order_rows(output, values),
+                    after=order_rows(output, merged),
+                    stored=stored,
+                )
+            values = merged
+        return quantized or self._quantize(output, values.to(dtype))
+
+    def _quantize(self, output: OutputTensor, values: Tensor) -> codecs.Quantized:
+        """What is stored for values, by suffix; raises `CheckpointError` unless they are finite."""
+        values = order_rows(output, values).to(self._device)
+        where = output.sources[0].pieces[""]
+        if not output.scheme:
+            stored = {"": values}
+            codecs.check_values(output.name, stored, where)
+            return codecs.Quantized(stored, relative_error=0.0)
+        return codecs.quantize(
+            values,
+            output.scheme,
+            name=output.name,
+            where=where,
+            search=self._search,
+            scalar=output.has_one_scale,
+        )
 
 
 def _write(writer: SafetensorsWriter, name: str, stored: Mapping[str, Tensor]) -> None:

@@ -147,6 +147,11 @@ class Adapter:
             return []
         return [part for part in self.parts if part.component == component]
 
+    def find_parts(self, component: str, name: str) -> list[Part]:
+        """The parts that change the layer of a tensor (`name`) of a component."""
+        layer, _ = split_name(name)
+        return [part for part in self.active_parts(component) if layer in part.layers]
+
     def numel(self, component: str) -> int:
         """How many values of the adapter are in memory at most while a component computes.
 
@@ -155,6 +160,12 @@ class Adapter:
         parts = [part for part in self.active_parts(component) if not part.modulates]
         held = sum(part.held_numel for part in parts)
         return held + max((part.passing_numel for part in parts), default=0)
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A tensor's layer, by the name that it has in its module, and what it is there ("weight")."""
+    layer, _, leaf = name.removeprefix("text_model.").rpartition(".")
+    return layer, leaf
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,16 @@ class OutputTensor:
     has_one_scale: bool = False  # fp8 with one scale for all rows instead of one for each
 
     @property
+    def component(self) -> str:
+        """The component that it is of: a result in one file is a transformer."""
+        return self.file.partition("/")[0] or "transformer"
+
+    @property
+    def is_original(self) -> bool:
+        """Whether flux reads it in place of a quantized tensor of the same name."""
+        return self.file.endswith(KEEP_FILE)
+
+    @property
     def info(self) -> TensorInfo:
         """The tensor before it is quantized."""
         first = self.sources[0].info
@@ -139,6 +149,18 @@ class Recipe:
     def copied_bytes(self) -> int:
         """Bytes of the files that are copied."""
         return sum(path.stat().st_size for path in self.copies.values())
+
+    @property
+    def changed_bytes(self) -> int:
+        """Bytes, in the source, of the quantized tensors that each adapter changes, summed."""
+        total_bytes = 0
+        for tensor in self.tensors:
+            names = [source.name for source in tensor.sources]
+            for adapter in self.adapters:
+                changes = any(adapter.find_parts(tensor.component, name) for name in names)
+                if tensor.scheme and changes:
+                    total_bytes += tensor.info.nbytes
+        return total_bytes
 
     @cached_property
     def sizes(self) -> dict[str, int]:

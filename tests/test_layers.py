@@ -23,6 +23,7 @@ TORCH += (
     "quant.nf4",
     "quant.bake",
     "quant.deltas",
+    "quant.merging",
 )
 # Of the heavy ones; the others are slow, and not always needed.
 AT_THE_TOP = {"torch", "numpy", "safetensors"}

@@ -17,10 +17,10 @@ from fluxcli.engine.engine import Engine
 from fluxcli.engine.lora_hooks import attach
 from fluxcli.models.loras import describe, find_path
 from quant import lora
-from quant.bake import _merge_adapters
 from quant.checkpoint import Checkpoint, inspect
 from quant.errors import CheckpointError
 from quant.linear import QuantizedLinear
+from quant.merging import merge_source
 from quant.spec import QuantSpec
 from tests.support.helpers import BAKED, draw, engine_of, tiny
 from tests.test_placement import WAYS, forward, inputs, place
@@ -274,7 +274,7 @@ def test_quantize_merges_what_acts_at_run_time(kind, checkpoint, weights, tmp_pa
     adapter = lora.read_adapter(path, checkpoint.components)
     changed = set()
     for name, before in weights.items():
-        after = _merge_adapters((adapter,), "transformer", name=name, values=before)
+        after = merge_source(adapter, "transformer", name=name, values=before)
         if not torch.equal(after, before):
             changed.add(name)
         assert torch.allclose(after, made.merged.get(name, before), atol=1e-4), name
@@ -290,7 +290,7 @@ def test_a_scale_is_that_of_the_whole_difference(kind, scale, checkpoint, weight
         write(made.tensors, tmp_path / "x.safetensors"), checkpoint.components, scale=scale
     )
     for name, whole in made.merged.items():
-        found = _merge_adapters((adapter,), "transformer", name=name, values=weights[name])
+        found = merge_source(adapter, "transformer", name=name, values=weights[name])
         assert torch.allclose(found, weights[name].lerp(whole, scale), atol=1e-4), name
 
 
@@ -356,11 +356,11 @@ def expect(layer, *, packed, alone, x, model, adapter) -> torch.Tensor:
             if name in part.layers:
                 rows = sum(stop - start for start, stop in part.layers[name])
                 here = slice(where.first_row, where.first_row + rows)
-                weight[here] = _merge_adapters(
-                    (adapter,), "transformer", name=f"{name}.weight", values=packed[here]
+                weight[here] = merge_source(
+                    adapter, "transformer", name=f"{name}.weight", values=packed[here]
                 )
-                bias[here] = _merge_adapters(
-                    (adapter,), "transformer", name=f"{name}.bias", values=torch.zeros(rows)
+                bias[here] = merge_source(
+                    adapter, "transformer", name=f"{name}.bias", values=torch.zeros(rows)
                 )
     return alone + functional.linear(x, weight - packed) + bias
 

@@ -3,7 +3,6 @@
 It is a folder in diffusers' layout, or one file in that of BFL or ComfyUI. Sizes are in bytes.
 """
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,10 +23,11 @@ from fluxcli.errors import ExitCode, UsageError, WeightsUnavailable
 from fluxcli.models import find, loras
 from fluxcli.request import presets
 from fluxcli.request.settings import LoraRef, coerce
-from quant.checkpoint import Checkpoint, Component, inspect
+from quant.checkpoint import MANIFEST, Checkpoint, Component, inspect
+from quant.config import read_json
 from quant.gguf_header import is_gguf
 from quant.lora import Adapter
-from quant.placing import FOLDER_LAYOUT, check_place, remove_remains
+from quant.placing import FOLDER_LAYOUT, check_place, describe_path, remove_remains
 from quant.recipe import LAYOUTS, Recipe, check_disk, make_file_recipe, make_recipe
 from quant.single_file import assemble_checkpoint, inspect_file, inspect_transformer
 from quant.spec import BAKEABLE, SCHEMES, QuantSpec, is_modulation
@@ -166,15 +166,19 @@ def quantize(  # noqa: PLR0917 - typer's options
         check_disk(recipe, path)
         _show_plan(recipe, path, as_json=json_output)
         return ExitCode.OK
-    origin = _describe_origin(name, adapters)
+    origin = {"model": name, "flux": fluxcli.__version__}
     verify = not no_verify
     with explain_early_end(_Placed(path), quiet=quiet):
         seconds = _bake(
             recipe, path, origin=origin, device=device, verify=verify, force=force, quiet=quiet
         )
+    arrivals = _read_arrivals(path, layout)
+    if not quiet:
+        _say_arrivals(arrivals)
     if json_output:
         about = {"seconds": round(seconds, 2), "verified": verify}
-        console.data_json(_describe(recipe, path) | about)
+        merged = {"lora": arrivals} if arrivals else {}
+        console.data_json(_describe(recipe, path) | about | merged)
     else:
         console.data(str(path))
     return ExitCode.OK
@@ -282,21 +286,6 @@ def _choose_target(given: str | None, name: str, *, recipe: Recipe, source: Path
     return path
 
 
-def _describe_origin(name: str, adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """What the manifest says of where the checkpoint comes from."""
-    origin: dict[str, Any] = {"model": name, "flux": fluxcli.__version__}
-    if adapters:
-        origin["lora"] = [
-            {
-                "path": str(adapter.path),
-                "scale": adapter.scale,
-                "sha256": hashlib.sha256(adapter.path.read_bytes()).hexdigest(),
-            }
-            for adapter in adapters
-        ]
-    return origin
-
-
 # --- doing and saying
 
 
@@ -363,6 +352,12 @@ def _say_choices(recipe: Recipe, make: Callable[[QuantSpec], Recipe]) -> None:
     from fluxcli.engine.cards import read_cards
 
     speed = read_cards().disk_bytes
+    changed_bytes = recipe.changed_bytes
+    if changed_bytes:
+        console.say(
+            f"--lora: {changed_bytes / GB:.2f} GB of layers are quantized once more, "
+            "to measure how much of their change arrives"
+        )
     choices = ["keep"]
     if SCHEMES[recipe.spec.to].can_bake_modulation:
         choices.append(recipe.spec.to)
@@ -382,6 +377,34 @@ def _say_choices(recipe: Recipe, make: Callable[[QuantSpec], Recipe]) -> None:
             f"each new prompt reads {modulation_bytes / GB:.2f} GB of it, "
             f"{modulation_bytes / speed:.1f} s at {speed / GB:.0f} GB/s"
         )
+
+
+def _read_arrivals(path: Path, layout: str) -> list[dict[str, Any]]:
+    """How much of each adapter arrived in a new checkpoint, by its manifest."""
+    described = path / MANIFEST if layout == FOLDER_LAYOUT else describe_path(path)
+    found: list[dict[str, Any]] = read_json(described, "no manifest").get("lora", [])
+    return found
+
+
+def _say_arrivals(arrivals: Sequence[Mapping[str, Any]]) -> None:
+    """Say how much of each adapter arrived, and warn where rounding adds more than it changes."""
+    for arrival in arrivals:
+        name = Path(arrival["path"]).name
+        if arrival["noise"] is None:
+            console.say(f"{name}: it changes nothing")
+            continue
+        console.say(
+            f"{name}: {arrival['projection']:.1%} of its change arrived, "
+            f"rounding beside it is {arrival['noise']:.2f} times as large"
+        )
+        if arrival["noise"] > 1:
+            drowned = [layer for layer, noise in arrival["worst_layers"].items() if noise > 1]
+            more = arrival["drowned_layers"] - len(drowned)
+            named = ", ".join(drowned) + (f" and {more} more" if more else "")
+            console.say(
+                f"warning: {name} drowns in rounding ({named}); "
+                f"apply it to the picture instead: flux generate --lora {arrival['path']}"
+            )
 
 
 def _show_plan(recipe: Recipe, path: Path, *, as_json: bool) -> None:
