@@ -36,6 +36,7 @@ from quant.placing import (
     place,
 )
 from quant.recipe import OutputTensor, Recipe, check_disk
+from quant.spec import name_stored
 from quant.tensor_info import TensorInfo
 from quant.writer import SafetensorsWriter
 
@@ -397,7 +398,7 @@ def _write(writer: SafetensorsWriter, name: str, stored: Mapping[str, Tensor]) -
     """Write a weight's stored tensors, which are given by suffix."""
     for suffix, tensor in stored.items():
         data = tensor.cpu().reshape(-1).view(torch.uint8)
-        writer.add(name + suffix, data.numpy().data)
+        writer.add(name_stored(name, suffix), data.numpy().data)
 
 
 def _check_files(writers: Mapping[str, SafetensorsWriter], target: Path) -> None:

@@ -63,6 +63,8 @@ VARIANTS = ("bf16", "fp16")
 # Names of their own for weights that diffusers does not know to be quantized: under a plain name,
 # from_pretrained would load them without their scales, and pictures would be noise.
 PACKED_FILES = {name: row.file_name for name, row in SCHEMES.items() if row.file_name}
+# What flux wrote before it rotated weights; read, never written.
+FORMER_FILES = ("flux-int8.safetensors",)
 # 16-bit originals of layers that are quantized only for bitsandbytes' readers (see `quant.recipe`).
 # Where a component has this file, they are read from it.
 KEEP_FILE = "flux-keep.safetensors"
@@ -379,7 +381,7 @@ def _find_files(folder: Path) -> _Files:
     is none, or a shard is missing or lies elsewhere.
     """
     indexes = sorted(folder.glob("*.safetensors.index.json"))
-    plain = [folder / name for name in (*PLAIN_FILES, *PACKED_FILES.values())]
+    plain = [folder / name for name in (*PLAIN_FILES, *PACKED_FILES.values(), *FORMER_FILES)]
     files = [path for path in plain if os.path.exists(path)]
     if not indexes and not files:
         indexes, files = _find_variants(folder)

@@ -1,8 +1,9 @@
 """Read, quantize and dequantize one weight.
 
-`quant.nf4` does so for NF4. fp8 and int8 are quantized by optimum-quanto with a scale for each row;
-its import takes seconds, and happens only where something is quantized. `quant.gguf_blocks`
-dequantizes GGUF's blocks. Knows nothing of layers, models or folders.
+`quant.nf4` does so for NF4, `quant.rotated` for int8, w6a8 and w4a8. fp8 is quantized by
+optimum-quanto with a scale for each row; its import takes seconds, and happens only where something
+is quantized. `quant.gguf_blocks` dequantizes GGUF's blocks. Knows nothing of layers, models or
+folders.
 
 A weight's stored tensors are a dict by what follows the weight's name in a file, as in
 `quant.spec.lay_out`: "" for the codes, "_scale" for the scales of fp8 and int8. A weight that is
@@ -22,11 +23,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quant import gguf_blocks, nf4
+from quant import gguf_blocks, nf4, rotated
 from quant.errors import CheckpointError, MissingLibrary
 from quant.gguf_header import MAGIC
 from quant.header import LENGTH_BYTES
-from quant.spec import FAMILIES, SCHEMES, STATE
+from quant.spec import CHANNEL_SCALE, FAMILIES, ROTATED, ROW_SCALE, SCHEMES, STATE, find_rotation
 from quant.tensor_info import GGUF_BITS, gguf_block_values
 from quant.weights import SCB, Piece, Weight
 
@@ -67,6 +68,9 @@ SMALLEST_SCALE = 1e-12
 SLACK = 1.001
 # The largest error of NF4, relative to the weight's norm; Gaussian weights have 0.085 to 0.092.
 NF4_BOUND = 0.15
+# The same of the rotated schemes; whatever the weights are, rotated they have 0.009, 0.021 and
+# 0.073.
+ROTATED_BOUNDS = {"int8": 0.05, "w6a8": 0.05, "w4a8": 0.12}
 # What is read from a state and made of SCB happens on the host: readers ask for its values, and a
 # device divides in another way.
 ON_THE_HOST = (SCB, STATE)
@@ -263,7 +267,13 @@ def quantize(
     check_values(name, {"": weight}, where)
     if scheme == "nf4":
         stored = nf4.quantize(weight, search=search)
-        measured = _measure_nf4(weight, stored)
+        decoded = nf4.dequantize(stored, tuple(weight.shape), torch.float32)
+        measured = _measure(weight, decoded, bound=NF4_BOUND)
+    elif scheme in ROTATED:
+        stored = rotated.quantize(weight, scheme)
+        rotation = find_rotation(weight.shape[1])
+        decoded = rotated.dequantize(stored, scheme, rotation=rotation, dtype=torch.float32)
+        measured = _measure(weight, decoded, bound=ROTATED_BOUNDS[scheme])
     else:
         one_scale = None
         if scalar:
@@ -291,29 +301,30 @@ class _Measured:
     bound: float
 
 
-def _measure_nf4(weight: Tensor, stored: dict[str, Tensor]) -> _Measured:
-    """Compare a weight with the values of its stored tensors."""
+def _measure(weight: Tensor, dequantized: Tensor, *, bound: float) -> _Measured:
+    """Compare a weight with the values of its stored tensors, which are overwritten.
+
+    `bound` is the largest error, relative to the weight's norm.
+    """
     squared_norm = 0.0
     squared_error = 0.0
-    dequantized = nf4.dequantize(stored, tuple(weight.shape), torch.float32)
     # In parts of some rows, so that no copy of the whole is made.
     parts = zip(torch.split(weight, 256), torch.split(dequantized, 256), strict=True)
     for part, other in parts:
         values = part.float()
         squared_norm += _compute_squared_norm(values)
         squared_error += _compute_squared_norm(other.sub_(values))
-    return _Measured(squared_norm, squared_error, NF4_BOUND * math.sqrt(squared_norm))
+    return _Measured(squared_norm, squared_error, bound * math.sqrt(squared_norm))
 
 
 def _quantize_rows(
     weight: Tensor, scheme: str, *, one_scale: Tensor | None
 ) -> tuple[dict[str, Tensor], _Measured]:
-    """Quantize to fp8 or int8, with `one_scale` for all rows or, where it is None, one for each.
+    """Quantize to fp8, with `one_scale` for all rows or, where it is None, one for each.
 
     It is done in parts of whole rows, so that little memory is taken beside the result.
     """
     quanto = import_library(scheme)
-    kind = quanto.qfloat8_e4m3fn if scheme == "fp8" else quanto.qint8
     codes = []
     scales = []
     squared_norm = 0.0
@@ -328,29 +339,29 @@ def _quantize_rows(
             scale = one_scale.expand_as(scale).contiguous()
         # optimum-quanto wants the scale of a matrix of one row without dimensions.
         given = scale if len(values) > 1 else scale.view(())
-        quantized = quanto.quantize_weight(values, kind, 0, given, optimized=False)._data
+        quantized = quanto.quantize_weight(
+            values, quanto.qfloat8_e4m3fn, 0, given, optimized=False
+        )._data
         codes.append(quantized)
         scales.append(scale.flatten())
         squared_norm += _compute_squared_norm(values)
         error = _widen(quantized).mul_(scale).sub_(values)
         squared_error += _compute_squared_norm(error)
     row_scales = torch.cat(scales)
-    bound = _compute_bound(weight, row_scales, scheme=scheme, squared_norm=squared_norm)
+    bound = _compute_bound(weight, row_scales, squared_norm=squared_norm)
     measured = _Measured(squared_norm, squared_error, bound)
     stored_scale = row_scales if one_scale is None else one_scale.reshape(())
     return {"": torch.cat(codes), "_scale": stored_scale}, measured
 
 
-def _compute_bound(weight: Tensor, scales: Tensor, *, scheme: str, squared_norm: float) -> float:
-    """The largest norm of the error that rounding explains.
+def _compute_bound(weight: Tensor, scales: Tensor, *, squared_norm: float) -> float:
+    """The largest norm of fp8's error that rounding explains.
 
-    In int8 a step is the row's scale, and a value is wrong by at most half of it. In float8_e4m3,
-    whose mantissa has 3 bits, it is wrong by at most 1/16 of itself, or among the subnormals
-    by half of their steps, which is 2^-10 of the scale. `scales` are those of the rows (N,).
+    In float8_e4m3, whose mantissa has 3 bits, a value is wrong by at most 1/16 of itself, or among
+    the subnormals by half of their steps, which is 2^-10 of the scale. `scales` are those of the
+    rows (N,).
     """
     steps = float(scales.norm()) * math.sqrt(weight.shape[1])
-    if scheme == "int8":
-        return steps * 0.5 * SLACK
     return (steps * 2**-10 + math.sqrt(squared_norm) / 16) * SLACK
 
 
@@ -376,9 +387,17 @@ def _widen(codes: Tensor) -> Tensor:
 
 
 def dequantize(
-    stored: Mapping[str, Tensor], scheme: str, shape: tuple[int, ...], dtype: torch.dtype
+    stored: Mapping[str, Tensor],
+    scheme: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    rotation: int = 0,
 ) -> Tensor:
-    """The values (N, K) in `dtype` of a weight that is stored in a scheme, "" for none."""
+    """The values (N, K) in `dtype` of a weight that is stored in a scheme, "" for none.
+
+    `rotation` says how many of its columns were rotated together, 0 where none were.
+    """
     if not scheme:
         return stored[""].to(dtype).view(shape)
     family = FAMILIES[scheme]
@@ -386,6 +405,8 @@ def dequantize(
         return nf4.dequantize(stored, shape, dtype)
     if family == "gguf":
         return gguf_blocks.unpack(stored[""], scheme, dtype)
+    if family in ROTATED:
+        return rotated.dequantize(stored, scheme, rotation=rotation, dtype=dtype)
     values = _widen(stored[""])
     if "_scale" in stored:
         values.mul_(stored["_scale"].float().reshape(-1, 1))
@@ -451,7 +472,8 @@ class _Range(NamedTuple):
             if self.may_be_infinite:
                 why = f"NaN or Inf in {self.name}{self.suffix}"
             raise CheckpointError(NOT_FINITE, self.where.file, why=why, hint=DAMAGED)
-        if self.suffix == "_scale" and self.may_be_infinite and lowest <= 0:
+        is_scale = self.suffix in (ROW_SCALE, CHANNEL_SCALE)
+        if is_scale and self.may_be_infinite and lowest <= 0:
             why = f"one of {self.name} is 0 or negative"
             raise CheckpointError("impossible scales", self.where.file, why=why)
 

@@ -1,8 +1,9 @@
-"""Linear layers over quantized weights: NF4Linear, FP8Linear, Int8Linear, GGUFLinear.
+"""Linear layers over quantized weights: NF4Linear, FP8Linear, RotatedLinear, GGUFLinear.
 
-A layer may have several weights, one below the other, as q, k and v. fp8 and int8 multiply in their
-own arithmetic where the device can, with activations quantized row by row; elsewhere, and for NF4
-and GGUF always, the weight is dequantized before each product. Knows nothing of files or models.
+A layer may have several weights, one below the other, as q, k and v. fp8 multiplies in float8, and
+int8, w6a8 and w4a8 in int8 where the device can, with activations quantized row by row; elsewhere,
+and for NF4 and GGUF always, the weight is dequantized before each product. Knows nothing of files
+or models.
 Shapes: weight (N, K), input (..., K), output (..., N).
 """
 
@@ -15,11 +16,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quant import gguf_blocks
+from quant import gguf_blocks, rotated
 from quant.codecs import SMALLEST_SCALE, stack_rows
 from quant.errors import is_out_of_memory
 from quant.nf4 import dequantize_codes, dequantize_scales, read_offset
-from quant.spec import BLOCK, DEQUANTIZE, FAMILIES, NESTED_BLOCK, SCHEMES
+from quant.spec import (
+    BLOCK,
+    CHANNEL_SCALE,
+    DEQUANTIZE,
+    FAMILIES,
+    GROUP_SCALE,
+    LEVELS,
+    NESTED_BLOCK,
+    ROTATED,
+    ROW_SCALE,
+    SCHEMES,
+)
 
 # For each of a layer's weights, its stored tensors by suffix, and its shape (N, K).
 Parts = Sequence[Mapping[str, Tensor]]
@@ -35,7 +47,8 @@ ALIGNED = 16
 PER_TENSOR = "scaled_mm per tensor"
 # In which ways layers of a scheme may multiply, best first; the first that a device can is taken,
 # and where it can none, DEQUANTIZE.
-WAYS = {"fp8": ("scaled_mm", PER_TENSOR), "int8": ("int_mm",)}
+WAYS = {"fp8": ("scaled_mm", PER_TENSOR), **dict.fromkeys(ROTATED, ("int_mm",))}
+EVERY_ROW = slice(None)
 
 
 class Multiplication(NamedTuple):
@@ -169,15 +182,14 @@ class GGUFLinear(QuantizedLinear):
         return gguf_blocks.unpack(self.weight[rows], self.scheme, dtype)
 
 
-class RowLinear(QuantizedLinear):
-    """8-bit weights with a float32 scale for each row.
+class FP8Linear(QuantizedLinear):
+    """float8_e4m3fn weights with a float32 scale for each row; activations become float8 likewise.
 
-    A subclass multiplies 8-bit activations with the weight in `multiply`. That is used where
-    `arithmetic` allows it, the sizes are multiples of 16, and the device can; elsewhere the weight
-    is dequantized.
+    They are multiplied so where `arithmetic` allows it, the sizes are multiples of 16, and the
+    device can; elsewhere the weight is dequantized.
     """
 
-    scheme: str
+    scheme = "fp8"
     weight: Tensor
     weight_scale: Tensor
 
@@ -209,17 +221,6 @@ class RowLinear(QuantizedLinear):
         product = self.multiply(self.quantize_rows(rows, scale), scale, x.dtype)
         return product.view(*x.shape[:-1], self.out_features)
 
-    def quantize_rows(self, rows: Tensor, scale: Tensor) -> Tensor:
-        """The rows (M, K), divided by their scales (M, 1), as 8-bit values."""
-        raise NotImplementedError
-
-    def multiply(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """The product (M, N) in `dtype` of activations with the weight, and the bias.
-
-        The activations are 8-bit `values` (M, K) times float32 `scale` (M, 1).
-        """
-        raise NotImplementedError
-
     def add_bias(self, product: Tensor) -> Tensor:
         """The product (M, N), which may be changed in place, and the bias."""
         return product if self.bias is None else product.add_(self.bias)
@@ -230,18 +231,17 @@ class RowLinear(QuantizedLinear):
     def dequantize_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
         return self.weight[rows].float().mul_(self.weight_scale[rows, None]).to(dtype)
 
-
-class FP8Linear(RowLinear):
-    """float8_e4m3fn weights; activations become float8 row by row."""
-
-    scheme = "fp8"
-
     def quantize_rows(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """The rows (M, K), divided by their scales (M, 1), in float8."""
         # A quotient is at most 448.00003, which becomes 448: there is nothing to clamp.
         values = torch.empty(rows.shape, dtype=torch.float8_e4m3fn, device=rows.device)
         return torch.div(rows, scale, out=values)
 
     def multiply(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """The product (M, N) in `dtype` of activations with the weight, and the bias.
+
+        The activations are float8 `values` (M, K) times float32 `scale` (M, 1).
+        """
         if find_multiply(self.scheme, str(values.device)) == PER_TENSOR:
             return self.multiply_per_tensor(values, scale, dtype)
         return self.multiply_by_rows(values, scale, dtype)
@@ -285,40 +285,128 @@ class FP8Linear(RowLinear):
         return self.add_bias(product.mul_(scale).mul_(self.weight_scale).to(dtype))
 
 
-class Int8Linear(RowLinear):
-    """int8 weights; activations become int8 row by row."""
+class RotatedLinear(QuantizedLinear):
+    """Weights in int8, or in 4 or 6 bits that become int8 for the product (`quant.rotated`).
 
-    scheme = "int8"
+    So many columns as `rotation` says were rotated together, 0 for none; the activations are
+    rotated like them, and become int8 row by row. Parts may differ in what 4-bit codes stand for.
+    """
 
-    def quantize_rows(self, rows: Tensor, scale: Tensor) -> Tensor:
-        return (rows / scale).round_().char()
+    weight: Tensor
+    weight_scale: Tensor
+    group_scale: Tensor
+    levels: Tensor
+
+    def __init__(
+        self,
+        parts: Parts,
+        shapes: Shapes,
+        *,
+        bias: Tensor | None,
+        scheme: str,
+        rotation: int,
+        arithmetic: bool,
+    ) -> None:
+        super().__init__(shapes, bias=bias)
+        self.scheme = scheme
+        self.rotation = rotation
+        self.part_rows = [shape[0] for shape in shapes]
+        self.register_buffer("weight", stack_rows([part[""] for part in parts]))
+        scales = []
+        for part, shape in zip(parts, shapes, strict=True):
+            scale = part[ROW_SCALE] if scheme == "int8" else part[CHANNEL_SCALE]
+            scales.append(scale.float().reshape(-1).expand(shape[0]))
+        self.register_buffer("weight_scale", stack_rows(scales).contiguous())
+        if scheme != "int8":
+            self.register_buffer("group_scale", stack_rows([part[GROUP_SCALE] for part in parts]))
+        if scheme == "w4a8":
+            self.register_buffer("levels", torch.stack([part[LEVELS] for part in parts]))
+        is_aligned = self.in_features % ALIGNED == 0 and self.out_features % ALIGNED == 0
+        self.arithmetic = arithmetic and is_aligned
+        if self.arithmetic:
+            # The device is probed now, before anything is compiled.
+            _can_multiply(self.scheme, str(self.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.arithmetic or not _can_multiply(self.scheme, str(x.device)):
+            return super().forward(x)
+        rows = rotated.rotate(x.reshape(-1, self.in_features), self.rotation)  # (M, K)
+        # The largest absolute value of each row, (M, 1).
+        scale = torch.linalg.vector_norm(rows, torch.inf, 1, keepdim=True, dtype=torch.float32)
+        scale = scale.div_(rotated.LARGEST_LEVEL).clamp_(min=SMALLEST_SCALE)
+        values = (rows / scale).round_().char()
+        product = self.multiply(values, scale, x.dtype)
+        return product.view(*x.shape[:-1], self.out_features)
 
     def multiply(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """The product (M, N) in `dtype` of activations with the weight, and the bias.
+
+        The activations are int8 `values` (M, K) times float32 `scale` (M, 1).
+        """
+        levels = self.decode_levels()
         products = []
         for part, part_scale in zip(
             torch.split(values, INT8_ROWS), torch.split(scale, INT8_ROWS), strict=True
         ):
             missing = max(0, MIN_ROWS - len(part))
             padded = functional.pad(part, (0, 0, 0, missing))
-            product = torch._int_mm(padded, self.weight.T)[: len(part)].float()
+            product = torch._int_mm(padded, levels.T)[: len(part)].float()
             products.append(product.mul_(part_scale).mul_(self.weight_scale).to(dtype))
-        return self.add_bias(stack_rows(products))
+        product = stack_rows(products)
+        return product if self.bias is None else product.add_(self.bias)
+
+    def decode_levels(self, rows: slice = EVERY_ROW) -> Tensor:
+        """The levels (N, K) int8 of the weight, or of some of its rows."""
+        if self.scheme == "int8":
+            return self.weight[rows]
+        levels = []
+        first = 0
+        for part, count in enumerate(self.part_rows):
+            start, stop, _ = rows.indices(self.out_features)
+            chosen = slice(max(first, start), min(first + count, stop))
+            first += count
+            if chosen.start >= chosen.stop:
+                continue
+            stored = {"": self.weight[chosen], GROUP_SCALE: self.group_scale[chosen]}
+            if self.scheme == "w4a8":
+                stored[LEVELS] = self.levels[part]
+            levels.append(rotated.decode_levels(stored, self.scheme))
+        return stack_rows(levels)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return self.dequantize_rows(EVERY_ROW, dtype)
+
+    def dequantize_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        values = self.decode_levels(rows).float().mul_(self.weight_scale[rows, None])
+        if self.scheme == "int8":
+            return rotated.rotate(values, self.rotation).to(dtype)
+        return rotated.rotate(values.to(dtype), self.rotation)
 
 
 def make_linear(
-    scheme: str, parts: Parts, *, shapes: Shapes, bias: Tensor | None, arithmetic: bool
+    scheme: str,
+    parts: Parts,
+    *,
+    shapes: Shapes,
+    bias: Tensor | None,
+    arithmetic: bool,
+    rotation: int = 0,
 ) -> QuantizedLinear:
     """A layer of one or more weights of the same width that are stored in the same scheme.
 
-    `arithmetic` allows the products of fp8 and int8.
+    `arithmetic` allows the products of fp8 and int8; `rotation` says how many columns of the
+    weights were rotated together.
     """
     family = FAMILIES[scheme]
     if family == "nf4":
         return NF4Linear(parts, shapes, bias=bias)
     if family == "gguf":
         return GGUFLinear(parts, shapes, bias=bias, scheme=scheme)
-    kind = FP8Linear if family == "fp8" else Int8Linear
-    return kind(parts, shapes, bias=bias, arithmetic=arithmetic)
+    if family == "fp8":
+        return FP8Linear(parts, shapes, bias=bias, arithmetic=arithmetic)
+    return RotatedLinear(
+        parts, shapes, bias=bias, scheme=family, rotation=rotation, arithmetic=arithmetic
+    )
 
 
 def fits_together(scheme: str, shapes: Shapes) -> bool:
@@ -385,10 +473,14 @@ def _try_to_multiply(way: str, device: str) -> str:
     ones = torch.ones(MIN_ROWS, MIN_ROWS, device=device)
     dtype = torch.int8 if way == "int_mm" else torch.float8_e4m3fn
     values = ones.to(dtype)
-    make_layer = Int8Linear if way == "int_mm" else FP8Linear
-    stored = {"": values, "_scale": ones[0]}
-    shapes = [(MIN_ROWS, MIN_ROWS)]
-    layer = make_layer([stored], shapes, bias=ones[0].to(computing), arithmetic=False)
+    layer = make_linear(
+        "int8" if way == "int_mm" else "fp8",
+        [{"": values, ROW_SCALE: ones[0]}],
+        shapes=[(MIN_ROWS, MIN_ROWS)],
+        bias=ones[0].to(computing),
+        arithmetic=False,
+    )
+    assert isinstance(layer, FP8Linear | RotatedLinear)
     multiply = layer.multiply
     if isinstance(layer, FP8Linear):
         multiply = layer.multiply_per_tensor if way == PER_TENSOR else layer.multiply_by_rows

@@ -5,7 +5,6 @@ all-in-one), GGUF, Forge's bitsandbytes NF4, and text encoders and VAEs by thems
 a model folder, which has what a file lacks, they make a checkpoint. Stdlib only.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -43,8 +42,9 @@ from quant.dialects import (
     rename_weights,
 )
 from quant.errors import CheckpointError, ForeignFile
-from quant.header import Header, read_tensor_bytes, read_whole_header
-from quant.weights import READABLE, Piece, Weight, group_weights
+from quant.header import Header, read_whole_header
+from quant.spec import MARKER, ROTATED
+from quant.weights import Piece, Weight, group_weights
 
 FOREIGN = "not a FLUX.1 model in one file"
 # The component by the beginning of a tensor's name; of several that fit, the first counts.
@@ -69,9 +69,6 @@ MARKERS = re.compile(
     r"(.*\.)?(scaled_fp8|input_scale|scale_input|comfy_quant|logit_scale|spiece_model|"
     r"text_projection(\.weight)?|position_ids)"
 )
-# The layouts of ComfyUI's `comfy_quant` that are read.
-COMFY_FORMATS = ("float8_e4m3fn",)
-MAX_FORMAT_BYTES = 4096
 # How ComfyUI's scales of weights are called in its two layouts; the new one is read.
 OLD_SCALE_END = ".scale_weight"
 SCALE_END = ".weight_scale"
@@ -168,14 +165,19 @@ def _make_component(
     kind = find_foreign_text_encoder(name, {key: piece.shape for key, piece in used.items()})
     if kind:
         raise ForeignFile(FOREIGN, path, why=kind)
-    _check_formats(path, header=header, stored=used)
     pieces = {
         stored_name.replace(OLD_SCALE_END, SCALE_END): piece
         for stored_name, piece in used.items()
-        if not MARKERS.fullmatch(stored_name)
+        if stored_name.endswith(MARKER) or not MARKERS.fullmatch(stored_name)
     }
     is_scaled = _has_scales(header, stored)
-    weights = group_weights(pieces, unscaled=not is_scaled)
+    described = _read_formats_in_metadata(header)
+    markers = {
+        short_name.removesuffix(".weight"): described[piece.info.name.removesuffix(".weight")]
+        for short_name, piece in pieces.items()
+        if piece.info.name.removesuffix(".weight") in described
+    }
+    weights = group_weights(pieces, unscaled=not is_scaled, markers=markers)
     config: dict[str, Any] = {}
     if name == "transformer":
         _refuse_kontext(path)
@@ -205,26 +207,6 @@ def _refuse_kontext(path: Path) -> None:
         )
         hint = "rename it if it is none"
         raise CheckpointError("another kind of FLUX model", path, why=why, hint=hint)
-
-
-def _check_formats(path: Path, *, header: Header, stored: Mapping[str, Piece]) -> None:
-    """Raise `CheckpointError` for a layer that ComfyUI packed in a way that is not read.
-
-    Its codes and scales may look like those of another format, and would be noise.
-    """
-    formats = dict(_read_formats_in_metadata(header))
-    for name, piece in stored.items():
-        if name.endswith("comfy_quant") and piece.info.nbytes <= MAX_FORMAT_BYTES:
-            with contextlib.suppress(ValueError, RecursionError):
-                formats[name] = json.loads(read_tensor_bytes(path, piece.info))
-    for layer, described in formats.items():
-        if not isinstance(described, dict):
-            continue
-        kind = described.get("format", COMFY_FORMATS[0])
-        if kind not in COMFY_FORMATS or described.get("convrot"):
-            why = f"{layer[:60]} is {str(kind)[:40]}"
-            what = "weights packed in a way that is not read"
-            raise CheckpointError(what, path, why=why, hint=READABLE)
 
 
 def _has_scales(header: Header, stored: Mapping[str, Piece]) -> bool:
@@ -263,8 +245,9 @@ def _describe_dialect(
     """Who wrote a component of a file, and in which form, for people."""
     if component.precision == "nf4":
         return "bitsandbytes nf4 (Forge)"
-    if component.precision == "int8":
-        return "int8 rows"
+    if component.precision in ROTATED:
+        is_rotated = any(weight.rotation for weight in component.weights.values())
+        return f"ComfyUI {component.precision} ConvRot" if is_rotated else "int8 rows"
     if component.precision == "fp8":
         return _describe_fp8(stored, is_scaled=is_scaled)
     if header.is_gguf:

@@ -6,6 +6,7 @@ planner knows what a precision takes before any quantized file exists. This modu
 shapes and numbers, and no data. Sizes are in bytes. Stdlib only.
 """
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -29,6 +30,20 @@ STATE_BYTES = 256
 DEQUANTIZE = "dequantize"
 # An NF4 weight whose scales are stored in float32 instead of being quantized themselves.
 NF4_ONCE = "nf4_once"
+
+# The rotated schemes: the columns of a weight are multiplied by a Hadamard matrix in groups of this
+# many at most, always a power of 4. In w6a8 and w4a8 `GROUP` values of a row share a scale.
+LARGEST_ROTATION = 256
+GROUP = 16
+# What the names of their stored tensors end with; `MARKER` follows the layer's name.
+ROW_SCALE = "_scale"
+GROUP_SCALE = "_s_rel"
+CHANNEL_SCALE = "_s_channel"
+LEVELS = "_codebook"
+MARKER = ".comfy_quant"
+# What ComfyUI calls the two forms.
+ROW_SCALES = "int8_tensorwise"
+GROUP_SCALES = "asym_w4a8_int8"
 
 
 class ActivationLine(NamedTuple):
@@ -60,7 +75,8 @@ class Scheme:
     name: str
     words: str  # for help and errors
     bits: int  # of one weight, without its scales; 0 where they depend on the form
-    quality: int  # rank by the pictures' likeness to those of 16 bit: higher is better
+    # The relative error of a layer's output, activations quantized as they are when it multiplies.
+    error: float
     forms: tuple[str, ...]  # the names that `Weight.scheme` has for tensors stored in this scheme
     library: str  # the package that quantizes to it; of gguf, that defines it
     activation_lines: tuple[ActivationLine, ActivationLine]
@@ -74,6 +90,9 @@ class Scheme:
     multiply: str = ""  # the operator that multiplies in it; "" where weights are dequantized
     capability: tuple[int, int] | None = None  # NVIDIA's least compute capability for `multiply`
     largest: float = 0.0  # the largest value of a code of the 8-bit schemes
+    columns: int = 1  # must divide the width of a weight; others stay in 16 bit
+    is_rotated: bool = False  # its weights are rotated (`find_rotation`), and multiplied in int8
+    group: int = 0  # how many values of a row share a scale, 0 where all do
 
 
 # A weight is dequantized to the compute dtype directly, or by way of float32.
@@ -86,7 +105,7 @@ _ROWS = (
         name="nf4",
         words="4-bit NormalFloat in blocks of 64, as bitsandbytes has it",
         bits=4,
-        quality=10,
+        error=0.095,
         forms=("nf4", NF4_ONCE),
         library="bitsandbytes",
         activation_lines=_DEQUANTIZED_TO_16_BIT,
@@ -99,7 +118,7 @@ _ROWS = (
         name="fp8",
         words="float8_e4m3fn with a float32 scale for each row",
         bits=8,
-        quality=40,
+        error=0.036,
         forms=("fp8",),
         library="optimum-quanto",
         activation_lines=(ATTENTION, ActivationLine(7.0, 3.6)),
@@ -113,23 +132,59 @@ _ROWS = (
     ),
     Scheme(
         name="int8",
-        words="8-bit integers with a float32 scale for each row",
+        words="8-bit integers of rotated rows with a float32 scale for each row",
         bits=8,
-        quality=30,
+        error=0.012,
         forms=("int8",),
-        library="optimum-quanto",
+        library="torch",
         activation_lines=(ATTENTION, ActivationLine(13.0, 5.0)),
         dequantized_lines=_DEQUANTIZED_THROUGH_32_BIT,
-        file_name="flux-int8.safetensors",
+        file_name="flux-int8-convrot.safetensors",
         multiply="int_mm",
         capability=(7, 5),
         largest=127.0,
+        columns=4,
+        is_rotated=True,
+    ),
+    Scheme(
+        name="w6a8",
+        words="6-bit codes of rotated rows with a scale for each 16, multiplied in int8",
+        bits=6,
+        error=0.022,
+        forms=("w6a8",),
+        library="torch",
+        activation_lines=(ATTENTION, ActivationLine(13.0, 25.0)),
+        dequantized_lines=_DEQUANTIZED_THROUGH_32_BIT,
+        file_name="flux-w6a8.safetensors",
+        multiply="int_mm",
+        capability=(7, 5),
+        largest=127.0,
+        columns=32,
+        is_rotated=True,
+        group=GROUP,
+    ),
+    Scheme(
+        name="w4a8",
+        words="4-bit codes of rotated rows with a scale for each 16, multiplied in int8",
+        bits=4,
+        error=0.075,
+        forms=("w4a8",),
+        library="torch",
+        activation_lines=(ATTENTION, ActivationLine(13.0, 25.0)),
+        dequantized_lines=_DEQUANTIZED_THROUGH_32_BIT,
+        file_name="flux-w4a8.safetensors",
+        multiply="int_mm",
+        capability=(7, 5),
+        largest=127.0,
+        columns=16,
+        is_rotated=True,
+        group=GROUP,
     ),
     Scheme(
         name="gguf",
         words="GGUF's blocks, as the file has them",
         bits=0,
-        quality=20,
+        error=0.05,
         forms=tuple(GGUF_BITS),
         library="gguf",
         activation_lines=_DEQUANTIZED_TO_16_BIT,
@@ -142,6 +197,8 @@ SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in _ROWS}
 BAKEABLE = tuple(scheme.name for scheme in _ROWS if scheme.can_bake)
 # The scheme's name by that of a form: "nf4_once" is nf4, "Q4_K" is gguf.
 FAMILIES = {form: scheme.name for scheme in _ROWS for form in scheme.forms}
+# The schemes whose weights are rotated, and multiplied in int8.
+ROTATED = tuple(scheme.name for scheme in _ROWS if scheme.is_rotated)
 
 # Transformer keys that only make adaLN modulation.
 MODULATION = re.compile(
@@ -207,7 +264,7 @@ class QuantSpec:
             wish = self.modulation
         else:
             wish = self.to
-        if wish == "keep" or self.is_kept(name):
+        if wish == "keep" or self.is_kept(name) or shape[1] % SCHEMES[wish].columns:
             return ""
         return wish
 
@@ -250,20 +307,67 @@ def is_modulation(name: str) -> bool:
     return MODULATION.fullmatch(name) is not None
 
 
+def find_rotation(columns: int) -> int:
+    """How many columns of so many are rotated together: the largest power of 4, 0 for none."""
+    rotation = LARGEST_ROTATION
+    while columns % rotation:
+        rotation //= 4
+    return rotation if rotation > 1 else 0
+
+
+def describe_marker(scheme: str, columns: int) -> dict[str, object]:
+    """What the marker of a weight of so many columns says, in a rotated scheme."""
+    described: dict[str, object] = {"format": ROW_SCALES}
+    if SCHEMES[scheme].group:
+        described = {"format": GROUP_SCALES, "group_size": GROUP}
+    return described | {"convrot": True, "convrot_groupsize": find_rotation(columns)}
+
+
+def make_marker(scheme: str, columns: int) -> bytes:
+    """The marker of a weight of so many columns, as the bytes of its tensor."""
+    return json.dumps(describe_marker(scheme, columns)).encode()
+
+
+def name_stored(weight: str, suffix: str) -> str:
+    """The name in a file of a weight's stored tensor; a marker's follows the name of the layer."""
+    if suffix == MARKER:
+        return weight.removesuffix(".weight") + MARKER
+    return weight + suffix
+
+
 def lay_out(scheme: str, tensor: TensorInfo) -> tuple[TensorInfo, ...]:
     """The tensors that store one (N, K) weight in a scheme, with the names and dtypes of the file.
 
     The first has the weight's own name, the others that and a suffix. "" and GGUF's forms store the
     tensor as it is.
     """
-    if scheme in ("fp8", "int8"):
-        dtype = "F8_E4M3" if scheme == "fp8" else "I8"
-        codes = TensorInfo(tensor.name, dtype, tensor.shape)
-        scales = TensorInfo(f"{tensor.name}_scale", "F32", tensor.shape[:1])
+    if scheme == "fp8":
+        codes = TensorInfo(tensor.name, "F8_E4M3", tensor.shape)
+        scales = TensorInfo(tensor.name + ROW_SCALE, "F32", tensor.shape[:1])
         return codes, scales
+    if FAMILIES.get(scheme) in ROTATED:
+        return _layout_rotated(scheme, tensor)
     if scheme in ("nf4", NF4_ONCE):
         return _layout_nf4(tensor, has_nested_scales=scheme == "nf4")
     return (TensorInfo(tensor.name, tensor.dtype, tensor.shape),)
+
+
+def _layout_rotated(scheme: str, tensor: TensorInfo) -> tuple[TensorInfo, ...]:
+    """ComfyUI's tensors of one weight: codes, scales, and the marker that says what they are."""
+    name = tensor.name
+    rows, columns = tensor.shape
+    codes = TensorInfo(name, "I8", (rows, columns * SCHEMES[scheme].bits // 8))
+    if not SCHEMES[scheme].group:
+        scales = [TensorInfo(name + ROW_SCALE, "F32", (rows, 1))]
+    else:
+        scales = [
+            TensorInfo(name + GROUP_SCALE, "F8_E4M3", (rows, columns // GROUP)),
+            TensorInfo(name + CHANNEL_SCALE, "F32", (rows,)),
+        ]
+    if scheme == "w4a8":
+        scales.append(TensorInfo(name + LEVELS, "F32", (16,)))
+    marker = TensorInfo(name_stored(name, MARKER), "U8", (len(make_marker(scheme, columns)),))
+    return (codes, *scales, marker)
 
 
 def _layout_nf4(tensor: TensorInfo, *, has_nested_scales: bool) -> tuple[TensorInfo, ...]:

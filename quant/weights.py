@@ -5,6 +5,7 @@ optimum-quanto and ComfyUI write them; GGUF's blocks), but no folders, and of th
 nothing but NF4's states. Sizes are in bytes. Stdlib only.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -15,7 +16,21 @@ from typing import Any
 
 from quant.errors import CheckpointError
 from quant.header import read_tensor_bytes
-from quant.spec import BLOCK, NESTED_BLOCK, NF4_ONCE, STATE, lay_out
+from quant.markers import FP8_FORMAT, MAX_MARKER_BYTES, READABLE, UNREAD, Marker, read_marker
+from quant.spec import (
+    BLOCK,
+    CHANNEL_SCALE,
+    GROUP_SCALE,
+    GROUP_SCALES,
+    LEVELS,
+    MARKER,
+    NESTED_BLOCK,
+    NF4_ONCE,
+    ROW_SCALES,
+    SCHEMES,
+    STATE,
+    lay_out,
+)
 from quant.tensor_info import GGUF_BITS, TensorInfo
 
 # Of each range its first row and the row after its last.
@@ -29,18 +44,18 @@ MAX_FLOAT32 = 1e38
 
 # A weight's name and the suffix of one of its quantized tensors.
 QUANTIZED = re.compile(
-    r"(.+\.weight)(\.(?:(?:nested_)?absmax|(?:nested_)?quant_map|quant_state\.[a-z0-9_]+)|_scale)"
+    r"(.+\.weight)(\.(?:(?:nested_)?absmax|(?:nested_)?quant_map|quant_state\.[a-z0-9_]+)"
+    r"|_scale|_s_rel|_s_channel|_codebook)"
 )
 SCALE = "_scale"
 # Of bitsandbytes' int8: the largest absolute value of each row.
 SCB = ".SCB"
 # The tensors that all rows of a weight share; the others are cut with it.
-SHARED = (".quant_map", ".nested_quant_map", STATE)
+SHARED = (".quant_map", ".nested_quant_map", STATE, LEVELS)
 # What optimum-quanto's tensors of a weight are here.
 QUANTO_SUFFIXES = {"_data": "", "_scale": SCALE}
 
 UNREADABLE = "an unreadable pack of 4-bit weights"
-READABLE = "read are float8_e4m3fn and int8 with a scale per matrix or row, nf4, and GGUF"
 
 
 @dataclass(frozen=True)
@@ -71,13 +86,16 @@ class Weight:
 
     `shape` is that of its values. `scheme` says how they are quantized, "" for not at all. `pieces`
     say where the tensors are that store it, by the suffixes of their names; "" has the values or
-    their codes.
+    their codes. So many columns as `rotation` says were rotated together, 0 for none, and `group`
+    values of a row share a scale, 0 for all.
     """
 
     name: str
     shape: tuple[int, ...]
     scheme: str
     pieces: dict[str, Piece]
+    rotation: int = 0
+    group: int = 0
 
     @property
     def numel(self) -> int:
@@ -132,11 +150,17 @@ def _count_rows(ranges: RowRanges) -> int:
     return sum(stop - start for start, stop in ranges)
 
 
-def group_weights(pieces: Mapping[str, Piece], *, unscaled: bool = False) -> dict[str, Weight]:
+def group_weights(
+    pieces: Mapping[str, Piece],
+    *,
+    unscaled: bool = False,
+    markers: Mapping[str, object] | None = None,
+) -> dict[str, Weight]:
     """The weights that tensors of files store, by name; `pieces` are by the tensors' names.
 
-    With `unscaled`, fp8 matrices need no scale, as in a file that has no scale at all. Raises
-    `CheckpointError` for a weight some of whose tensors are missing, odd, or of another shape.
+    With `unscaled`, fp8 matrices need no scale, as in a file that has no scale at all. `markers`
+    are those of a header's metadata, by the names of layers. Raises `CheckpointError` for a weight
+    some of whose tensors are missing, odd, or of another shape, and for an unknown marker.
     """
     end = ".weight._data"
     quanto_layers = {name.removesuffix(end) for name in pieces if name.endswith(end)}
@@ -151,14 +175,38 @@ def group_weights(pieces: Mapping[str, Piece], *, unscaled: bool = False) -> dic
             continue
         name, suffix = _split_name(stored, by_quanto=bool(quanto_layers))
         groups.setdefault(name, {})[suffix] = piece
-    return {name: _make_weight(name, parts, unscaled=unscaled) for name, parts in groups.items()}
+    weights = {}
+    for name, parts in groups.items():
+        described = _read_described(name, parts, markers or {})
+        weights[name] = _make_weight(name, parts, described, unscaled=unscaled)
+    return weights
+
+
+def _read_described(
+    name: str, pieces: dict[str, Piece], markers: Mapping[str, object]
+) -> Marker | None:
+    """What a weight's marker says, None without one; takes its tensor out of `pieces`.
+
+    Raises `CheckpointError` for one that is not known.
+    """
+    layer = name.removesuffix(".weight")
+    piece = pieces.pop(MARKER, None)
+    if piece is None and layer not in markers:
+        return None
+    if piece is None:
+        return read_marker(layer, markers[layer], file=next(iter(pieces.values())).file)
+    described = None
+    if piece.info.nbytes <= MAX_MARKER_BYTES:
+        with contextlib.suppress(ValueError, RecursionError):
+            described = json.loads(read_tensor_bytes(piece.file, piece.info))
+    return read_marker(layer, described, file=piece.file)
 
 
 def _split_name(stored: str, *, by_quanto: bool) -> tuple[str, str]:
     """The name of the weight that a tensor belongs to, and the tensor's suffix."""
     owner, _, leaf = stored.rpartition(".")
-    if f".{leaf}" == SCB:
-        return f"{owner}.weight", SCB
+    if f".{leaf}" in (SCB, MARKER):
+        return f"{owner}.weight", f".{leaf}"
     if by_quanto and owner.endswith(".weight") and leaf in QUANTO_SUFFIXES:
         return owner, QUANTO_SUFFIXES[leaf]
     match = QUANTIZED.fullmatch(stored)
@@ -167,7 +215,9 @@ def _split_name(stored: str, *, by_quanto: bool) -> tuple[str, str]:
     return stored, ""
 
 
-def _make_weight(name: str, pieces: dict[str, Piece], *, unscaled: bool) -> Weight:
+def _make_weight(
+    name: str, pieces: dict[str, Piece], marker: Marker | None, *, unscaled: bool
+) -> Weight:
     """The weight that these pieces store, by suffix; raises `CheckpointError`."""
     if "" not in pieces:
         file = next(iter(pieces.values())).file
@@ -177,9 +227,11 @@ def _make_weight(name: str, pieces: dict[str, Piece], *, unscaled: bool) -> Weig
     if not values.info.numel:
         why = f"{name[:60]} is {list(values.shape)}"
         raise CheckpointError("weights without values", values.file, why=why)
+    if marker and marker.format == GROUP_SCALES:
+        return _make_grouped_weight(name, pieces, marker)
     scale = pieces.get(SCALE) or pieces.get(SCB)
     if scale and len(pieces) == 2:
-        return _make_scaled_weight(name, pieces, scale)
+        return _make_scaled_weight(name, pieces, scale, marker)
     if len(pieces) > 1:
         return _make_nf4_weight(name, pieces)
     scheme = _find_scheme(name, values, unscaled=unscaled)
@@ -211,7 +263,9 @@ def _find_scheme(name: str, values: Piece, *, unscaled: bool) -> str:
     raise CheckpointError("quantized weights without scales", values.file, why=why)
 
 
-def _make_scaled_weight(name: str, pieces: dict[str, Piece], scale: Piece) -> Weight:
+def _make_scaled_weight(
+    name: str, pieces: dict[str, Piece], scale: Piece, marker: Marker | None
+) -> Weight:
     """A matrix in fp8 or int8 with one scale, or one for each row; raises `CheckpointError`."""
     values = pieces[""]
     dtype = values.info.dtype
@@ -223,7 +277,44 @@ def _make_scaled_weight(name: str, pieces: dict[str, Piece], scale: Piece) -> We
         raise CheckpointError(what, file, why=why, hint=READABLE)
     if math.prod(scale.shape) not in (1, values.shape[0]) or scale.info.dtype not in FLOATS:
         raise CheckpointError("impossible scales", file, why=f"of {name}: {scale.shape}")
-    return Weight(name, values.shape, scheme=scheme, pieces=pieces)
+    rotation = 0
+    if marker:
+        wanted = ROW_SCALES if scheme == "int8" else FP8_FORMAT
+        rotation = marker.rotation
+        if marker.format != wanted or (rotation and values.shape[1] % rotation):
+            why = f"{name[:60]} is {dtype} {list(values.shape)} and is marked {marker}"
+            raise CheckpointError(UNREAD, file, why=why, hint=READABLE)
+    return Weight(name, values.shape, scheme=scheme, pieces=pieces, rotation=rotation)
+
+
+def _make_grouped_weight(name: str, pieces: dict[str, Piece], marker: Marker) -> Weight:
+    """A matrix in w6a8 or w4a8: 4-bit codes have their levels beside them.
+
+    Raises `CheckpointError` unless its tensors are those of its shape.
+    """
+    codes = pieces[""]
+    scheme = "w4a8" if LEVELS in pieces else "w6a8"
+    columns = 0
+    if len(codes.shape) == 2:
+        columns = codes.shape[1] * 8 // SCHEMES[scheme].bits
+    groups = columns // marker.group
+    rows = codes.shape[0]
+    wanted = {"": (rows, codes.shape[-1]), GROUP_SCALE: (rows, groups), CHANNEL_SCALE: (rows,)}
+    if scheme == "w4a8":
+        wanted[LEVELS] = (16,)
+    shapes = {suffix: piece.shape for suffix, piece in pieces.items()}
+    is_whole = columns and groups * marker.group == columns
+    if shapes != wanted or not is_whole or not marker.rotation or columns % marker.rotation:
+        why = f"{name[:60]} is {shapes} and is marked {marker}"
+        raise CheckpointError(UNREAD, codes.file, why=why[:160], hint=READABLE)
+    return Weight(
+        name,
+        (rows, columns),
+        scheme=scheme,
+        pieces=pieces,
+        rotation=marker.rotation,
+        group=marker.group,
+    )
 
 
 def _make_nf4_weight(name: str, pieces: dict[str, Piece]) -> Weight:

@@ -17,7 +17,7 @@ from quant.checkpoint import KEEP_FILE, MANIFEST, Checkpoint, inspect
 from quant.codecs import Reader
 from quant.errors import CheckpointError, WriteError
 from quant.recipe import MARGIN_BYTES, make_recipe
-from quant.spec import BAKEABLE, QuantSpec
+from quant.spec import BAKEABLE, SCHEMES, QuantSpec
 from quant.writer import SafetensorsWriter
 from tests.support.bakes import ORIGIN, Hook, bake_all, change, content, recipe_of
 from tests.support.invariant import files
@@ -26,13 +26,16 @@ SPECS = [
     QuantSpec(to, text_encoder, modulation, "absmax" if "nf4" in (to, text_encoder) else "search")
     for to in BAKEABLE
     for text_encoder in ("keep", "nf4", "fp8")
-    for modulation in (("keep",) if to == "int8" else ("keep", to))
+    for modulation in (("keep", to) if SCHEMES[to].can_bake_modulation else ("keep",))
 ]
-LARGEST_ERROR = {"": 0, "nf4": 0.1, "fp8": 0.037, "int8": 0.025}  # relative to the norm
+# Relative to the norm.
+LARGEST_ERROR = {"": 0, "nf4": 0.1, "fp8": 0.037, "int8": 0.012, "w6a8": 0.024, "w4a8": 0.075}
 MAIN = {
+    "w6a8": "flux-w6a8.safetensors",
+    "w4a8": "flux-w4a8.safetensors",
     "nf4": "diffusion_pytorch_model.safetensors",
     "fp8": "flux-fp8r.safetensors",
-    "int8": "flux-int8.safetensors",
+    "int8": "flux-int8-convrot.safetensors",
 }
 
 
@@ -73,7 +76,13 @@ def _assert_same_model(source: Checkpoint, found: Checkpoint, spec: QuantSpec) -
                 scheme = spec.choose_scheme(name, weight.name, weight.shape)
             assert (stored.scheme, stored.shape) == (scheme, weight.shape)
             ours = reader.read(weight)[""].float()
-            read = codecs.dequantize(reader.read(stored), scheme, stored.shape, torch.float32)
+            read = codecs.dequantize(
+                reader.read(stored),
+                scheme,
+                stored.shape,
+                torch.float32,
+                rotation=stored.rotation,
+            )
             error = float((read - ours).norm())
             assert error <= LARGEST_ERROR[scheme] * float(ours.norm())
 

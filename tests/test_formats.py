@@ -19,7 +19,7 @@ from quant import checkpoint
 from quant.bake import bake
 from quant.checkpoint import KEEP_FILE, Component, inspect
 from quant.header import read_header
-from quant.linear import NF4Linear, QuantizedLinear, RowLinear
+from quant.linear import FP8Linear, NF4Linear, QuantizedLinear, RotatedLinear
 from quant.recipe import make_file_recipe, make_recipe
 from quant.single_file import inspect_transformer as inspect_file
 from quant.spec import STATE, QuantSpec
@@ -85,7 +85,7 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def dequantizing(model: nn.Module) -> nn.Module:
     for layer in model.modules():
-        if isinstance(layer, RowLinear):
+        if isinstance(layer, FP8Linear | RotatedLinear):
             layer.arithmetic = False
     return model
 

@@ -24,6 +24,7 @@ TORCH += (
     "quant.bake",
     "quant.deltas",
     "quant.merging",
+    "quant.rotated",
 )
 # Of the heavy ones; the others are slow, and not always needed.
 AT_THE_TOP = {"torch", "numpy", "safetensors"}

@@ -141,9 +141,9 @@ def test_a_config_of_another_shape_is_refused_before_it_builds(model):
 
 
 def test_packed_components_hold_layers_of_their_scheme(baked):
-    from quant.linear import FP8Linear, Int8Linear, NF4Linear, QuantizedLinear
+    from quant.linear import FP8Linear, NF4Linear, QuantizedLinear, RotatedLinear
 
-    for to, kind in (("nf4", NF4Linear), ("fp8", FP8Linear), ("int8", Int8Linear)):
+    for to, kind in (("nf4", NF4Linear), ("fp8", FP8Linear), ("int8", RotatedLinear)):
         module = load(baked(to, **BAKED[to]), "transformer")
         packed = [layer for layer in module.modules() if isinstance(layer, QuantizedLinear)]
         assert {type(layer) for layer in packed} == {kind}

@@ -10,7 +10,7 @@ from safetensors.torch import _TYPES as DTYPES
 from quant import codecs
 from quant.checkpoint import inspect
 from quant.errors import SpecError
-from quant.spec import BAKEABLE, NF4_ONCE, SCHEMES, QuantSpec, is_modulation, lay_out
+from quant.spec import BAKEABLE, NF4_ONCE, SCHEMES, QuantSpec, is_modulation, lay_out, name_stored
 from quant.tensor_info import GGUF_BITS, TensorInfo
 from quant.weights import Piece
 
@@ -109,7 +109,7 @@ def test_a_pattern_without_a_match_is_refused(pattern):
     "wish, word",
     [
         ({"to": "nf5"}, "--to nf5"),
-        ({"to": ""}, "nf4 or fp8 or int8"),
+        ({"to": ""}, "nf4 or fp8 or int8 or w6a8 or w4a8"),
         ({"to": "keep"}, "--to"),
         ({"to": "nf4", "modulation": "fp8"}, "keep or nf4"),
         ({"to": "fp8", "modulation": "nf4"}, "keep or fp8"),
@@ -126,7 +126,10 @@ def test_impossible_choices_are_refused_by_name(wish, word):
 
 
 def test_t5_goes_to_nf4_with_nf4_alone_and_the_policy_has_a_version():
-    assert [SCHEMES[to].text_encoder for to in BAKEABLE] == ["nf4", "keep", "keep"]
+    assert {to: SCHEMES[to].text_encoder for to in BAKEABLE if to != "nf4"} == dict.fromkeys(
+        ("fp8", "int8", "w6a8", "w4a8"), "keep"
+    )
+    assert SCHEMES["nf4"].text_encoder == "nf4"
     assert QuantSpec("nf4").to_json()["policy"] == 1
 
 
@@ -140,6 +143,7 @@ def test_t5_goes_to_nf4_with_nf4_alone_and_the_policy_has_a_version():
 def test_layout_is_what_the_codec_stores(scheme, dtype, rows, columns):
     import torch
 
+    columns *= SCHEMES[scheme].columns
     info = TensorInfo("a.weight", dtype, (rows, columns))
     weight = torch.randn(rows, columns).to(DTYPES[dtype])
     stored = codecs.quantize(weight, scheme, name=info.name, where=Piece(Path(), info)).stored
@@ -147,7 +151,8 @@ def test_layout_is_what_the_codec_stores(scheme, dtype, rows, columns):
         part.name: (DTYPES[part.dtype], part.shape, part.nbytes) for part in lay_out(scheme, info)
     }
     assert predicted == {
-        f"a.weight{suffix}": (t.dtype, tuple(t.shape), t.nbytes) for suffix, t in stored.items()
+        name_stored("a.weight", suffix): (t.dtype, tuple(t.shape), t.nbytes)
+        for suffix, t in stored.items()
     }
 
 
@@ -173,7 +178,7 @@ def test_the_bundled_model_in_each_scheme_keeps_the_same_layers(tiny_folder):
 def test_a_schemes_row_agrees_with_itself():
     forms = [form for row in SCHEMES.values() for form in row.forms]
     assert len(forms) == len(set(forms)) and set(forms) == {*BAKEABLE, NF4_ONCE, *GGUF_BITS}
-    assert len({row.quality for row in SCHEMES.values()}) == len(SCHEMES)
+    assert len({row.error for row in SCHEMES.values()}) == len(SCHEMES)
     for name, row in SCHEMES.items():
         assert row.name == name and row.words and row.library
         assert bool(row.multiply) == (row.capability is not None) == bool(row.largest)

@@ -27,7 +27,7 @@ from quant.errors import CheckpointError, ExplainedError, is_out_of_memory
 from quant.expected import check_keys, map_names
 from quant.linear import fits_together, make_linear
 from quant.lora import Adapter
-from quant.spec import QuantSpec, is_modulation, lay_out, scheme_in_memory
+from quant.spec import QuantSpec, find_rotation, is_modulation, lay_out, scheme_in_memory
 from quant.weights import Weight
 
 Shape = tuple[int, ...]
@@ -195,7 +195,20 @@ class Filler:
         bias = None
         if f"{layers[0]}.bias" in self._weights:
             bias = self._read_values(layers, "bias", device)
-        return make_linear(scheme, stored, shapes=shapes, bias=bias, arithmetic=self._arithmetic)
+        return make_linear(
+            scheme,
+            stored,
+            shapes=shapes,
+            bias=bias,
+            arithmetic=self._arithmetic,
+            rotation=self._rotation_of(weights[0]),
+        )
+
+    def _rotation_of(self, weight: Weight) -> int:
+        """How many columns of a weight are rotated together: as stored, or as it is quantized."""
+        if weight.scheme:
+            return weight.rotation
+        return find_rotation(weight.shape[1])
 
     def _read_quantized(self, weight: Weight, scheme: str, device: str) -> dict[str, Tensor]:
         """The tensors of a weight by suffix, as they are stored, or quantized from 16 bit."""
@@ -239,7 +252,9 @@ class Filler:
         names = [f"{prefix}{layer}.weight" for layer in layers]
         schemes = {self._schemes[name] for name in names}
         shapes = [self._weights[name].shape for name in names]
-        return len(schemes) == 1 and fits_together(schemes.pop(), shapes)
+        groups = {(self._weights[name].rotation, self._weights[name].group) for name in names}
+        is_alike = len(schemes) == 1 and len(groups) == 1
+        return is_alike and fits_together(schemes.pop(), shapes)
 
     def _fuse_layers(self, block: Any, fusion: Fusion, *, prefix: str) -> None:
         """Replace a block's layers over the same input by one on meta; note their rows."""
@@ -288,7 +303,9 @@ def read_tensors(
 
 
 def _dequantize(weight: Weight, stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    return codecs.dequantize(stored, weight.scheme, shape=weight.shape, dtype=dtype)
+    return codecs.dequantize(
+        stored, weight.scheme, shape=weight.shape, dtype=dtype, rotation=weight.rotation
+    )
 
 
 def _set(module: nn.Module, name: str, value: Tensor | nn.Module) -> None:

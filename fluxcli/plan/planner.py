@@ -41,7 +41,7 @@ QUALITY = (
     "fp32",
     "bf16",
     "fp16",
-    *sorted(SCHEMES, key=lambda name: SCHEMES[name].quality, reverse=True),
+    *sorted(SCHEMES, key=lambda name: SCHEMES[name].error),
 )
 USABLE_SHARE = 0.92  # of the total: the rest is the desktop's and the driver's
 CPU_SHARE = 0.8  # of the RAM, that weights in float32 may take

@@ -43,6 +43,10 @@ ROWS = {
     "fp8 scaled_mm per tensor": StepRow(Passes(104, 3840.0), Passes(35, 3204.5)),
     "fp8 dequantize": StepRow(Passes(64, 6118.4), Passes(25, 3572.2)),
     "int8 int_mm": StepRow(Passes(212, 8879.7), Passes(93, 7678.1)),
+    "w6a8 int_mm": StepRow(Passes(212, 8879.7), Passes(93, 7678.1)),
+    "w4a8 int_mm": StepRow(Passes(212, 8879.7), Passes(93, 7678.1)),
+    "w6a8 dequantize": StepRow(Passes(64, 6118.4), Passes(25, 3572.2)),
+    "w4a8 dequantize": StepRow(Passes(64, 6118.4), Passes(25, 3572.2)),
     "int8 dequantize": StepRow(Passes(64, 6118.4), Passes(25, 3572.2)),
     "Q8_0": StepRow(Passes(64, 2565.0), Passes(27, 1795.6)),
     "Q4_0": StepRow(Passes(100, 3471.0), Passes(39, 2248.5)),
@@ -59,7 +63,13 @@ ROWS = {
 }
 # The rows in which activations are quantized: what these move beyond 16 bit's grows with tokens. In
 # the others it grows with the weights.
-MULTIPLIED = ("fp8 scaled_mm", "fp8 scaled_mm per tensor", "int8 int_mm")
+MULTIPLIED = (
+    "fp8 scaled_mm",
+    "fp8 scaled_mm per tensor",
+    "int8 int_mm",
+    "w6a8 int_mm",
+    "w4a8 int_mm",
+)
 
 
 def find_row(form: str, multiply: str) -> str:

@@ -14,7 +14,7 @@ from fluxcli.engine.engine import Engine
 from fluxcli.engine.streaming import load_component
 from quant import codecs
 from quant.checkpoint import KEEP_FILE, inspect
-from quant.linear import RowLinear, find_multiply, make_linear
+from quant.linear import FP8Linear, RotatedLinear, find_multiply, make_linear
 from tests.support.helpers import BAKED, draw, plan_for, tiny
 from tests.test_formats import apart, inputs
 from tests.test_linear import OPERATORS, WHERE, noise
@@ -150,7 +150,7 @@ def test_the_packed_transformer_gives_in_8_bit_what_it_gives_dequantized(baked, 
     ).module
     found = velocity(model)
     for layer in model.modules():
-        if isinstance(layer, RowLinear):
+        if isinstance(layer, FP8Linear | RotatedLinear):
             layer.arithmetic = False
     assert 1e-4 < apart(found, velocity(model)) < 0.08
 
