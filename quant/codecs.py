@@ -14,7 +14,7 @@ import importlib
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -27,9 +27,18 @@ from quant import gguf_blocks, nf4, rotated
 from quant.errors import CheckpointError, MissingLibrary
 from quant.gguf_header import MAGIC
 from quant.header import LENGTH_BYTES
-from quant.spec import CHANNEL_SCALE, FAMILIES, ROTATED, ROW_SCALE, SCHEMES, STATE, find_rotation
+from quant.spec import (
+    CHANNEL_SCALE,
+    FAMILIES,
+    MARKER,
+    ROTATED,
+    ROW_SCALE,
+    SCHEMES,
+    STATE,
+    find_rotation,
+)
 from quant.tensor_info import GGUF_BITS, gguf_block_values
-from quant.weights import SCB, Piece, Weight
+from quant.weights import SCB, SHARED, Piece, Weight
 
 # torch's dtypes by safetensors' names, of those that weights and biases have.
 DTYPES = {
@@ -267,13 +276,10 @@ def quantize(
     check_values(name, {"": weight}, where)
     if scheme == "nf4":
         stored = nf4.quantize(weight, search=search)
-        decoded = nf4.dequantize(stored, tuple(weight.shape), torch.float32)
-        measured = _measure(weight, decoded, bound=NF4_BOUND)
+        measured = _measure_nf4(weight, stored)
     elif scheme in ROTATED:
         stored = rotated.quantize(weight, scheme)
-        rotation = find_rotation(weight.shape[1])
-        decoded = rotated.dequantize(stored, scheme, rotation=rotation, dtype=torch.float32)
-        measured = _measure(weight, decoded, bound=ROTATED_BOUNDS[scheme])
+        measured = _measure_rotated(weight, stored, scheme)
     else:
         one_scale = None
         if scalar:
@@ -301,19 +307,43 @@ class _Measured:
     bound: float
 
 
-def _measure(weight: Tensor, dequantized: Tensor, *, bound: float) -> _Measured:
-    """Compare a weight with the values of its stored tensors, which are overwritten.
+def _measure_nf4(weight: Tensor, stored: dict[str, Tensor]) -> _Measured:
+    """Compare a weight with the values of its stored tensors."""
+    dequantized = nf4.dequantize(stored, tuple(weight.shape), torch.float32)
+    # In parts of some rows, so that no copy of the whole is made.
+    parts = zip(torch.split(weight, 256), torch.split(dequantized, 256), strict=True)
+    return _measure(parts, NF4_BOUND)
+
+
+def _measure_rotated(weight: Tensor, stored: dict[str, Tensor], scheme: str) -> _Measured:
+    """Compare a weight with the values of its stored tensors, some rows at a time."""
+    rotation = find_rotation(weight.shape[1])
+    part_rows = max(1, CHUNK // weight.shape[1])
+    starts = range(0, len(weight), part_rows)
+    slices = [slice(start, start + part_rows) for start in starts]
+    parts = (
+        (
+            weight[rows],
+            rotated.dequantize(
+                cut_stored(stored, rows), scheme, rotation=rotation, dtype=torch.float32
+            ),
+        )
+        for rows in slices
+    )
+    return _measure(parts, ROTATED_BOUNDS[scheme])
+
+
+def _measure(parts: Iterable[tuple[Tensor, Tensor]], bound: float) -> _Measured:
+    """Compare parts of a weight with what is stored of them, which is overwritten.
 
     `bound` is the largest error, relative to the weight's norm.
     """
     squared_norm = 0.0
     squared_error = 0.0
-    # In parts of some rows, so that no copy of the whole is made.
-    parts = zip(torch.split(weight, 256), torch.split(dequantized, 256), strict=True)
-    for part, other in parts:
+    for part, dequantized in parts:
         values = part.float()
         squared_norm += _compute_squared_norm(values)
-        squared_error += _compute_squared_norm(other.sub_(values))
+        squared_error += _compute_squared_norm(dequantized.sub_(values))
     return _Measured(squared_norm, squared_error, bound * math.sqrt(squared_norm))
 
 
@@ -411,6 +441,15 @@ def dequantize(
     if "_scale" in stored:
         values.mul_(stored["_scale"].float().reshape(-1, 1))
     return values.to(dtype)
+
+
+def cut_stored(stored: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+    """What is stored of some rows of a weight. NF4, whose blocks are no rows, cannot be cut."""
+    cut = {}
+    for suffix, tensor in stored.items():
+        is_shared = suffix in (*SHARED, MARKER) or tensor.ndim == 0
+        cut[suffix] = tensor if is_shared else tensor[rows]
+    return cut
 
 
 def check_values(name: str, stored: Mapping[str, Tensor], where: Piece) -> None:

@@ -23,7 +23,8 @@ from quant.files import explain_reading
 from quant.lora import Adapter, Part, split_name
 from quant.lora_names import DIFF, NORM
 from quant.recipe import OutputTensor
-from quant.weights import SHARED
+from quant.rotated import rotate
+from quant.spec import ROTATED, find_rotation
 
 # So many layers of an adapter are named in a manifest, those with the most noise.
 NAMED_LAYERS = 5
@@ -132,12 +133,17 @@ class Arrival:
         after: Tensor,
         stored: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
     ) -> None:
-        """Compare an output tensor before and after the adapter with what is stored of both."""
+        """Compare an output tensor before and after the adapter with what is stored of both.
+
+        What is stored rotated is compared in its own basis, in which norms are the same.
+        """
         read_without, read_with = (_make_row_reader(each, output) for each in stored)
+        rotation = find_rotation(before.shape[-1]) if output.scheme in ROTATED else 0
         sums = self._layers[output.name.rpartition(".")[0]]
         for rows in split_rows(slice(0, len(before)), columns=before[0].numel()):
             arrived = (read_with(rows) - read_without(rows)).flatten()
-            change = (after[rows].float() - before[rows].float()).flatten().to(arrived.device)
+            merged = (after[rows].float() - before[rows].float()).to(arrived.device)
+            change = rotate(merged, rotation).flatten()
             sums.squared_change += float(change.dot(change))
             sums.product += float(arrived.dot(change))
             noise = arrived.sub_(change)
@@ -168,9 +174,9 @@ def _round(figure: float | None) -> float | None:
 def _make_row_reader(
     stored: Mapping[str, Tensor], output: OutputTensor
 ) -> Callable[[slice], Tensor]:
-    """Return what gives rows, in float32, of an output tensor as it is stored.
+    """Return what gives rows, in float32, of an output tensor as it is stored, not rotated back.
 
-    NF4's scales go over the ends of rows, so that its values are made as a whole.
+    NF4's blocks go over the ends of rows, so that its values are made as a whole.
     """
     shape = output.info.shape
     if output.scheme == "nf4":
@@ -178,10 +184,7 @@ def _make_row_reader(
         return lambda rows: whole[rows]
 
     def read_rows(rows: slice) -> Tensor:
-        part = {}
-        for suffix, tensor in stored.items():
-            is_shared = suffix in SHARED or tensor.ndim == 0
-            part[suffix] = tensor if is_shared else tensor[rows]
+        part = codecs.cut_stored(stored, rows)
         part_shape = (rows.stop - rows.start, *shape[1:])
         return codecs.dequantize(part, output.scheme, part_shape, torch.float32)
 

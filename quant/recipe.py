@@ -1,8 +1,8 @@
 """What a quantized checkpoint will consist of: every file, tensor and byte, before any is written.
 
-Knows the layouts of results: a folder as diffusers has it, or one file with BFL's names or as
-ComfyUI's scaled fp8. Works from headers alone; `quant.bake` carries a recipe out. Sizes are in
-bytes. Stdlib only.
+Knows the layouts of results: a folder as diffusers has it, or one file with BFL's names, as BFL or
+as ComfyUI has it. Works from headers alone; `quant.bake` carries a recipe out. Sizes are in bytes.
+Stdlib only.
 """
 
 import json
@@ -27,13 +27,16 @@ from quant.expected import check_shapes
 from quant.files import check_room
 from quant.lora import Adapter
 from quant.lora_names import BIAS, DIFF_B
+from quant.markers import FP8_FORMAT
 from quant.placing import DESCRIPTION, FOLDER_LAYOUT
-from quant.spec import QuantSpec, lay_out
+from quant.spec import ROTATED, QuantSpec, describe_marker, lay_out
 from quant.tensor_info import TensorInfo
 from quant.weights import Weight
 from quant.writer import SafetensorsWriter
 
 LAYOUTS = (FOLDER_LAYOUT, "bfl", "comfy")
+# The schemes that each layout of one file is written in.
+FILE_SCHEMES = {"bfl": ("fp8",), "comfy": (*ROTATED, "fp8")}
 # Of free disk, beside what is written.
 MARGIN_BYTES = 64 << 20
 NAMED_KEYS = 5  # of an adapter, in an error
@@ -94,6 +97,13 @@ class OutputTensor:
         return replace(first, name=self.name, shape=shape)
 
     @property
+    def marker(self) -> dict[str, object]:
+        """What ComfyUI is told of the scheme in which it is quantized."""
+        if self.scheme in ROTATED:
+            return describe_marker(self.scheme, self.info.shape[1])
+        return {"format": FP8_FORMAT}
+
+    @property
     def stored(self) -> tuple[TensorInfo, ...]:
         """The tensors that the file will have for it."""
         stored = lay_out(self.scheme, self.info)
@@ -132,15 +142,15 @@ class Recipe:
         }
 
     def _make_metadata(self) -> dict[str, str]:
-        """The texts in each weight file's header; ComfyUI reads from them which layers are fp8."""
+        """The texts in each weight file's header; ComfyUI reads from them how layers are packed."""
         spec = json.dumps(self.spec.to_json(), sort_keys=True)
         metadata = {"format": "pt", DESCRIPTION: spec}
         if self.layout == "comfy":
-            layers = {}
-            for tensor in self.tensors:
-                if tensor.scheme:
-                    layer = tensor.name.removesuffix(".weight")
-                    layers[layer] = {"format": "float8_e4m3fn"}
+            layers = {
+                tensor.name.removesuffix(".weight"): tensor.marker
+                for tensor in self.tensors
+                if tensor.scheme
+            }
             described = {"format_version": "1.0", "layers": layers}
             metadata["_quantization_metadata"] = json.dumps(described)
         return metadata
@@ -272,18 +282,19 @@ def _find_copies(folder: Path, *, made_configs: Mapping[str, str]) -> dict[str, 
 def make_file_recipe(
     transformer: Component, spec: QuantSpec, *, kind: str, adapters: tuple[Adapter, ...] = ()
 ) -> Recipe:
-    """The recipe of one file with BFL's names, in fp8.
+    """The recipe of one file with BFL's names, in a scheme of `FILE_SCHEMES`.
 
-    `kind` is "bfl", with a scale for each row, or "comfy", ComfyUI's layout with one for each
-    matrix. Raises `SpecError` for another scheme than fp8, and `CheckpointError` for a source that
-    is quantized already or no whole transformer of FLUX.1, and for an adapter that it has no
-    tensors for.
+    `kind` is "bfl", fp8 with a scale for each row, or "comfy", the layouts of ComfyUI: fp8 with a
+    scale for each matrix, and the rotated schemes with a marker for each. Raises `SpecError` for
+    another scheme, and `CheckpointError` for a source that is quantized already or no whole
+    transformer of FLUX.1, and for an adapter that it has no tensors for.
     """
     _refuse_lost_biases(adapters, {"transformer": transformer})
-    if spec.to != "fp8":
-        why = "that layout is fp8"
+    if spec.to not in FILE_SCHEMES[kind]:
+        why = f"that layout is {' or '.join(FILE_SCHEMES[kind])}"
         which = f"--layout {kind} --to {spec.to}"
-        raise SpecError("impossible choice", which, why=why, hint="--to fp8")
+        hint = f"--to {FILE_SCHEMES[kind][0]}"
+        raise SpecError("impossible choice", which, why=why, hint=hint)
     weights = transformer.weights
     check_shapes("transformer", transformer.folder, config=transformer.config, weights=weights)
     spec.check_keep(weights)
@@ -302,7 +313,7 @@ def make_file_recipe(
                 scheme=scheme,
                 sources=sources,
                 swaps_halves=layer == SWAPPED,
-                has_one_scale=kind == "comfy" and scheme != "",
+                has_one_scale=kind == "comfy" and scheme == "fp8",
             )
             tensors.append(tensor)
     placed = sum(len(tensor.sources) for tensor in tensors)

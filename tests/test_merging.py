@@ -66,7 +66,9 @@ def bake_with(folder: Path, spec: QuantSpec, *paths: Path, target: Path) -> list
 def read_values(folder: Path, name: str) -> torch.Tensor:
     weight = inspect(folder).components["transformer"].weights[name]
     stored = Reader().read(weight)
-    return codecs.dequantize(stored, weight.scheme, weight.shape, torch.float32)
+    return codecs.dequantize(
+        stored, weight.scheme, weight.shape, torch.float32, rotation=weight.rotation
+    )
 
 
 @pytest.mark.parametrize("to", BAKEABLE)

@@ -22,6 +22,7 @@ from fluxcli.errors import ExitCode, Terminated
 from fluxcli.models import find as models
 from fluxcli.request import presets
 from quant.checkpoint import KEEP_FILE, MANIFEST, inspect
+from quant.recipe import FILE_SCHEMES
 from quant.single_file import inspect_transformer as inspect_file
 from quant.spec import BAKEABLE
 from tests.support.helpers import ROOT
@@ -214,14 +215,14 @@ def test_a_dry_run_lists_bytes_and_says_what_the_modulation_costs(micro, capsys)
 
 
 def test_a_single_file_gives_every_file_layout(single, capsys):
-    for kind in ("bfl", "comfy"):
-        target = Path("out") / f"{kind}.safetensors"
+    for kind, to in (("bfl", "fp8"), *(("comfy", to) for to in FILE_SCHEMES["comfy"])):
+        target = Path("out") / f"{kind}-{to}.safetensors"
         arguments = (
             "quantize",
             str(single),
             str(target),
             "--to",
-            "fp8",
+            to,
             "--layout",
             kind,
             "--json",
@@ -233,7 +234,7 @@ def test_a_single_file_gives_every_file_layout(single, capsys):
         made = json.loads(result.stdout)
         assert said["bytes"] == made["bytes"] == {target.name: target.stat().st_size}
         part = inspect_file(target)
-        assert part.precision == "fp8" and part.numel == inspect_file(single).numel
+        assert part.precision == to and part.numel == inspect_file(single).numel
         assert json.loads(Path(f"{target}.json").read_text())["model"] == str(single)
     assert "GB/s" in result.stderr
 
@@ -275,7 +276,10 @@ WRONG = {
     "--scales": ["tiny", "--to", "nf4", "--scales", "best"],
     "--layout": ["tiny", "--to", "nf4", "--layout", "gguf"],
     "nf4 bfl": ["tiny", "x.safetensors", "--to", "nf4", "--layout", "bfl"],
-    "int8 comfy": ["tiny", "x.safetensors", "--to", "int8", "--layout", "comfy"],
+    "int8 bfl": ["tiny", "x.safetensors", "--to", "int8", "--layout", "bfl"],
+    "nf4 comfy": ["tiny", "x.safetensors", "--to", "nf4", "--layout", "comfy"],
+    "--modulation w4a8": ["tiny", "--to", "w4a8", "--modulation", "w4a8"],
+    "scales of int8": ["tiny", "--to", "int8", "--scales", "absmax"],
     "T5 in a file": [
         "tiny",
         "x.safetensors",

@@ -1,4 +1,4 @@
-"""`flux quantize`: a 16-bit model becomes an nf4, fp8 or int8 checkpoint.
+"""`flux quantize`: a 16-bit model becomes a smaller checkpoint.
 
 It is a folder in diffusers' layout, or one file in that of BFL or ComfyUI. Sizes are in bytes.
 """
@@ -116,7 +116,7 @@ def quantize(  # noqa: PLR0917 - typer's options
         str,
         typer.Option(
             "--layout",
-            help="diffusers, or for fp8 bfl or comfy: one file.",
+            help="diffusers; or one file: comfy, not of nf4, or bfl, of fp8.",
             metavar="NAME",
             autocompletion=complete.offer(*LAYOUTS),
         ),
