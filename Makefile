@@ -12,7 +12,9 @@ demo: .venv/ready
 
 # First what must have the machine to itself, then the rest on as many cores as WORKERS says.
 WORKERS ?= 2
-PARALLEL := -n $(WORKERS) --dist loadfile
+# The longest files come first (tests/conftest.py): no core waits for one that began last.
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+SERIAL := $(shell grep -rl "pytest\.mark\.serial" tests --include="test_*.py" | sort)
 
 # A minute: lint, types, and the tests of what most changes touch. It is no replacement of `test`.
 QUICK := $(addprefix tests/test_,$(addsuffix .py,cli console errors events header \
@@ -23,20 +25,24 @@ check: lint types
 
 test: faults pytest
 
-# The tests of tests/card keep one core busy and measure nothing: they run, niced, beside the
-# serial ones, which mostly wait.
+# These tests keep one core busy and measure nothing: they run, niced, beside the serial ones, which
+# mostly wait.
+BESIDE := tests/card tests/test_reserved.py tests/test_compiling.py
+
 pytest: .venv/ready
 	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
-	nice $(BIN)/python -m pytest -m "not serial and not exhaustive" tests/card >"$$log" 2>&1 & \
-	card=$$!; \
-	$(BIN)/python -m pytest -m "serial and not exhaustive" || { kill $$card 2>/dev/null; exit 1; }; \
-	wait $$card || { cat "$$log"; exit 1; }; \
-	echo "tests/card: $$(tail -n 1 "$$log")"
-	$(BIN)/python -m pytest $(PARALLEL) -m "not serial and not exhaustive" --ignore tests/card
+	nice $(BIN)/python -m pytest -m "not serial and not exhaustive" $(BESIDE) >"$$log" 2>&1 & \
+	beside=$$!; \
+	$(BIN)/python -m pytest -m "serial and not exhaustive" $(SERIAL) || \
+		{ kill $$beside 2>/dev/null; exit 1; }; \
+	wait $$beside || { cat "$$log"; exit 1; }; \
+	echo "$(BESIDE): $$(tail -n 1 "$$log")"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not serial and not exhaustive" \
+		$(addprefix --ignore ,$(BESIDE))
 
-# Every second row; test-all runs all.
+# Every fourth row of each kind; test-all runs all.
 faults: .venv/ready
-	$(BIN)/python -m tests.faults --workers $(WORKERS) --every 2
+	$(BIN)/python -m tests.faults --workers $(WORKERS) --every 4
 
 test-all: .venv/ready
 	$(BIN)/python -m tests.faults --workers $(WORKERS) --exhaustive

@@ -31,6 +31,13 @@ settings.register_profile("patient", deadline=None, derandomize="CI" in os.envir
 settings.load_profile("patient")
 
 ROOT = Path(__file__).resolve().parents[1]
+# The files that take longest begin first, so that no core is left alone with one of them.
+LONG = ("test_steps.py", "test_bake_faults.py", "test_streams.py", "test_equals_diffusers.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Move the long files to the front."""
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -36,8 +36,9 @@ from tests.support.bakes import (
 from tests.support.helpers import ROOT
 from tests.support.invariant import files
 
+KINDS = ["diffusers", "bfl"]
 # Kinds of result, and whether an old one is there.
-CASES = [("diffusers", False), ("diffusers", True), ("bfl", False), ("bfl", True)]
+CASES = [(kind, replaces) for kind in KINDS for replaces in (False, True)]
 
 
 @pytest.mark.parametrize("kind, replaces", CASES)
@@ -354,29 +355,30 @@ def test_kept_files_are_copies(micro, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
-def test_a_bake_that_is_killed_at_any_write_leaves_the_old_checkpoint_or_the_new_one(ram):
+@pytest.mark.parametrize("replaces", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
+def test_a_bake_that_is_killed_at_any_write_leaves_the_old_checkpoint_or_the_new_one(replaces, ram):
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
     }
-    folders = [str(ram / "micro"), str(ram / "sweep")]
-    command = [sys.executable, "-m", "tests.test_bake_faults", *folders]
+    given = [str(ram / "micro"), str(ram / "sweep"), "replaces" if replaces else "is new"]
+    command = [sys.executable, "-m", "tests.test_bake_faults", *given]
     result = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, timeout=240
     )
     assert result.returncode == 0, result.stdout + result.stderr
     print(result.stdout)
-    assert result.stdout.count("kill points") == len(CASES)
+    assert result.stdout.count("kill points") == len(KINDS)
 
 
-def sweep(micro: Path, folder: Path) -> None:
+def sweep(micro: Path, folder: Path, *, replaces: bool) -> None:
     """Kill a bake before its k-th write, for each k until one ends untouched.
 
     This runs in a process without threads, since it forks.
     """
     torch.set_num_threads(1)
-    for kind, replaces in CASES:
+    for kind in KINDS:
         started = time.perf_counter()
         recipe = recipe_of(micro, kind)
         target = folder / f"{kind}-{replaces}" / "x"
@@ -440,4 +442,4 @@ def _killed(recipe: Recipe, target: Path, k: int) -> list[str]:
 
 
 if __name__ == "__main__":
-    sweep(Path(sys.argv[1]), Path(sys.argv[2]))
+    sweep(Path(sys.argv[1]), Path(sys.argv[2]), replaces=sys.argv[3] == "replaces")

@@ -55,8 +55,20 @@ CIRCUMSTANCES = {
 }
 
 
-@pytest.mark.parametrize("asked", [{}, {"image_size": 1536}, {"image_size": 512}], ids=str)
-@pytest.mark.parametrize("text", CARDS)
+@pytest.mark.parametrize(
+    ("text", "asked"),
+    [
+        *((text, {}) for text in CARDS),
+        (CARDS[1], {"image_size": 1536}),
+        *(
+            pytest.param(text, {"image_size": size}, marks=pytest.mark.exhaustive)
+            for text in CARDS
+            for size in (512, 1536)
+            if (text, size) != (CARDS[1], 1536)
+        ),
+    ],
+    ids=str,
+)
 def test_the_day_and_the_process_decide_no_pixel(text, asked, variants):
     here = card(text)
     wanted = order("a fox", steps=28, **asked)

@@ -265,6 +265,7 @@ def test_diffusers_opens_the_fp8_file_and_draws_what_we_draw(baked, modulation):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # the bundled width is enough for CI, with a read at real width beside it
 def test_diffusers_opens_bfls_layout_at_real_width(tmp_path):
     """One double and one single block of width 3072, 0.6 B parameters."""
     (tmp_path / "transformer").mkdir()

@@ -273,9 +273,22 @@ def resident(
     return of
 
 
-@pytest.mark.parametrize("way", ["two", "odd", "all", "two from their file", "all from their file"])
+PLACED = ["fp32", "bf16", *BAKED, *(f"packed {to}" for to in BAKED), "gguf Q4_0", "nf4 v2"]
+OFTEN = ["two", "all from their file"]
+
+
 @pytest.mark.parametrize(
-    "precision", ["fp32", "bf16", *BAKED, *(f"packed {to}" for to in BAKED), "gguf Q4_0", "nf4 v2"]
+    ("precision", "way"),
+    [
+        *((precision, way) for precision in PLACED for way in OFTEN),
+        *(("nf4", way) for way in ("odd", "all", "two from their file")),
+        *(
+            pytest.param(precision, way, marks=pytest.mark.exhaustive)
+            for precision in PLACED
+            for way in ("odd", "all", "two from their file")
+            if precision != "nf4"
+        ),
+    ],
 )
 def test_every_placement_gives_the_resident_result_bit_for_bit(resident, adapters, precision, way):
     wanted = resident(precision)

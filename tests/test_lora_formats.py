@@ -367,9 +367,14 @@ def test_hostile_metadata_is_an_error_of_the_file(said, tiny_folder, tmp_path):
         read(pair(GOOD), inspect(tiny_folder), tmp_path, lora_adapter_metadata=json.dumps(said))
 
 
-@settings(max_examples=300, deadline=None)
+@pytest.fixture(scope="module")
+def components(tiny_folder):
+    return inspect(tiny_folder).components
+
+
+@settings(max_examples=200, deadline=None)
 @given(data())
-def test_no_header_does_more_than_raise_an_error_of_the_file(tiny_folder, draw_from):
+def test_no_header_does_more_than_raise_an_error_of_the_file(components, draw_from):
     """Any shapes, endings and layers: only `CheckpointError`, from the file's name to its use."""
     block = "transformer.transformer_blocks.0.attn"
     layers = [
@@ -402,7 +407,7 @@ def test_no_header_does_more_than_raise_an_error_of_the_file(tiny_folder, draw_f
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(CheckpointError):
         save_file(tensors, Path(folder) / "x.safetensors")
         describe(Path(folder) / "x.safetensors")
-        effects(lora.read_adapter(Path(folder) / "x.safetensors", inspect(tiny_folder).components))
+        effects(lora.read_adapter(Path(folder) / "x.safetensors", components))
 
 
 def test_patterns_of_the_metadata_are_no_regular_expressions(tiny_folder, tmp_path):
