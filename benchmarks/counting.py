@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from quant.checkpoint import Checkpoint, Component
-from quant.spec import QuantSpec, lay_out
+from quant.spec import MARKER, ROTATED, SCHEMES, QuantSpec, find_rotation, lay_out, name_stored
 from quant.weights import Piece, Weight
 
 CARD = "cpu:0"
@@ -104,6 +104,11 @@ def pretend_baked(checkpoint: Checkpoint, spec: QuantSpec) -> Checkpoint:
             pieces = {}
             for info in lay_out(scheme, weight.info):
                 pieces[info.name.removeprefix(key)] = Piece(file, info)
-            weights[key] = Weight(key, weight.shape, scheme, pieces)
+            rotation = group = 0
+            if scheme in ROTATED:
+                pieces.pop(name_stored(key, MARKER))
+                rotation = find_rotation(weight.shape[1])
+                group = SCHEMES[scheme].group
+            weights[key] = Weight(key, weight.shape, scheme, pieces, rotation=rotation, group=group)
         components[name] = Component(name, part.folder, part.config, weights)
     return replace(checkpoint, components=components)

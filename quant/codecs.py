@@ -30,6 +30,7 @@ from quant.header import LENGTH_BYTES
 from quant.spec import (
     CHANNEL_SCALE,
     FAMILIES,
+    LEVELS,
     MARKER,
     ROTATED,
     ROW_SCALE,
@@ -80,9 +81,9 @@ NF4_BOUND = 0.15
 # The same of the rotated schemes; whatever the weights are, rotated they have 0.009, 0.021 and
 # 0.073.
 ROTATED_BOUNDS = {"int8": 0.05, "w6a8": 0.05, "w4a8": 0.12}
-# What is read from a state and made of SCB happens on the host: readers ask for its values, and a
-# device divides in another way.
-ON_THE_HOST = (SCB, STATE)
+# What is read from a state or a codebook, and made of SCB, happens on the host: readers ask for its
+# values, and a device divides in another way.
+ON_THE_HOST = (SCB, STATE, LEVELS)
 NOT_FINITE = "weights that are not finite"
 DAMAGED = "the file is damaged: make or download it again"
 
@@ -149,13 +150,13 @@ class Reader:
     def read_checked(
         self, weight: Weight, device: str = "cpu", *, checks: "ValueChecks | None" = None
     ) -> dict[str, Tensor]:
-        """The stored tensors on a device, but for NF4's state, which stays in RAM.
+        """The stored tensors on a device, but for NF4's state and a codebook, which stay in RAM.
 
         Raises `CheckpointError` unless all values are finite; with `checks` they may do so later.
         """
         stored = self.read(weight)
         for suffix, tensor in stored.items():
-            if suffix != STATE:
+            if suffix not in (STATE, LEVELS):
                 stored[suffix] = tensor.to(device)
         where = weight.pieces.get("") or next(iter(weight.pieces.values()))
         if checks is None:
@@ -479,10 +480,12 @@ class ValueChecks:
         if name in self._seen:
             return
         self._seen.add(name)
-        if all(tensor.device.type == "cpu" for tensor in stored.values()):
-            check_values(name, stored, where)
-        else:
-            self._waiting += _find_ranges(name, stored, where)
+        there = {suffix: each for suffix, each in stored.items() if each.device.type != "cpu"}
+        here = {suffix: each for suffix, each in stored.items() if suffix not in there}
+        if here:
+            check_values(name, here, where)
+        if there:
+            self._waiting += _find_ranges(name, there, where)
 
     def finish(self) -> None:
         """Look at what was measured; raises `CheckpointError` for the first that is damaged."""

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quant import gguf_blocks, rotated
+from quant import gguf_blocks, int8_products, rotated
 from quant.codecs import SMALLEST_SCALE, stack_rows
+from quant.codes import Codebook, decode, read_codebook
 from quant.errors import is_out_of_memory
+from quant.int8_products import Int8Rows, Int8Weight
 from quant.nf4 import dequantize_codes, dequantize_scales, read_offset
 from quant.spec import (
     BLOCK,
@@ -26,7 +28,6 @@ from quant.spec import (
     DEQUANTIZE,
     FAMILIES,
     GROUP_SCALE,
-    LEVELS,
     NESTED_BLOCK,
     ROTATED,
     ROW_SCALE,
@@ -37,8 +38,6 @@ from quant.spec import (
 Parts = Sequence[Mapping[str, Tensor]]
 Shapes = Sequence[tuple[int, ...]]
 
-# Rows that are multiplied in int8 at a time: their sums are in memory in int32 and in float32.
-INT8_ROWS = 1024
 # CUDA's _int_mm wants more than 16 rows, and both 8-bit products widths that 16 divides.
 MIN_ROWS = 32
 ALIGNED = 16
@@ -289,13 +288,14 @@ class RotatedLinear(QuantizedLinear):
     """Weights in int8, or in 4 or 6 bits that become int8 for the product (`quant.rotated`).
 
     So many columns as `rotation` says were rotated together, 0 for none; the activations are
-    rotated like them, and become int8 row by row. Parts may differ in what 4-bit codes stand for.
+    rotated like them, and become int8 row by row. That is done where `arithmetic` allows it, the
+    sizes are multiples of 16, and the device can; elsewhere the activations are rotated alone, and
+    multiplied with the dequantized weight. Parts may differ in what 4-bit codes stand for.
     """
 
     weight: Tensor
     weight_scale: Tensor
     group_scale: Tensor
-    levels: Tensor
 
     def __init__(
         self,
@@ -310,7 +310,6 @@ class RotatedLinear(QuantizedLinear):
         super().__init__(shapes, bias=bias)
         self.scheme = scheme
         self.rotation = rotation
-        self.part_rows = [shape[0] for shape in shapes]
         self.register_buffer("weight", stack_rows([part[""] for part in parts]))
         scales = []
         for part, shape in zip(parts, shapes, strict=True):
@@ -319,8 +318,7 @@ class RotatedLinear(QuantizedLinear):
         self.register_buffer("weight_scale", stack_rows(scales).contiguous())
         if scheme != "int8":
             self.register_buffer("group_scale", stack_rows([part[GROUP_SCALE] for part in parts]))
-        if scheme == "w4a8":
-            self.register_buffer("levels", torch.stack([part[LEVELS] for part in parts]))
+            self.runs = _join_runs([read_codebook(part) for part in parts], shapes)
         is_aligned = self.in_features % ALIGNED == 0 and self.out_features % ALIGNED == 0
         self.arithmetic = arithmetic and is_aligned
         if self.arithmetic:
@@ -328,50 +326,44 @@ class RotatedLinear(QuantizedLinear):
             _can_multiply(self.scheme, str(self.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.arithmetic or not _can_multiply(self.scheme, str(x.device)):
-            return super().forward(x)
-        rows = rotated.rotate(x.reshape(-1, self.in_features), self.rotation)  # (M, K)
-        # The largest absolute value of each row, (M, 1).
-        scale = torch.linalg.vector_norm(rows, torch.inf, 1, keepdim=True, dtype=torch.float32)
-        scale = scale.div_(rotated.LARGEST_LEVEL).clamp_(min=SMALLEST_SCALE)
-        values = (rows / scale).round_().char()
-        product = self.multiply(values, scale, x.dtype)
+        rows = x.reshape(-1, self.in_features)  # (M, K)
+        if self.arithmetic and _can_multiply(self.scheme, str(x.device)):
+            product = self.multiply(self.quantize_rows(rows), x.dtype)
+        else:
+            turned = int8_products.rotate_rows(rows, self.rotation)
+            product = functional.linear(turned, self.scale_levels(x.dtype), self.bias)
         return product.view(*x.shape[:-1], self.out_features)
 
-    def multiply(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """The product (M, N) in `dtype` of activations with the weight, and the bias.
+    def quantize_rows(self, rows: Tensor) -> Int8Rows:
+        """The rows (M, K) as they are multiplied."""
+        return int8_products.quantize_rows(rows, self.rotation)
 
-        The activations are int8 `values` (M, K) times float32 `scale` (M, 1).
-        """
-        levels = self.decode_levels()
-        products = []
-        for part, part_scale in zip(
-            torch.split(values, INT8_ROWS), torch.split(scale, INT8_ROWS), strict=True
-        ):
-            missing = max(0, MIN_ROWS - len(part))
-            padded = functional.pad(part, (0, 0, 0, missing))
-            product = torch._int_mm(padded, levels.T)[: len(part)].float()
-            products.append(product.mul_(part_scale).mul_(self.weight_scale).to(dtype))
-        product = stack_rows(products)
-        return product if self.bias is None else product.add_(self.bias)
+    def multiply(self, rows: Int8Rows, dtype: torch.dtype) -> Tensor:
+        """The product (M, N) in `dtype` of quantized rows with the weight, and the bias."""
+        weight = Int8Weight(self.decode_levels(), self.weight_scale)
+        return int8_products.multiply(rows, weight, bias=self.bias, dtype=dtype)
 
     def decode_levels(self, rows: slice = EVERY_ROW) -> Tensor:
         """The levels (N, K) int8 of the weight, or of some of its rows."""
         if self.scheme == "int8":
             return self.weight[rows]
-        levels = []
+        start, stop, _ = rows.indices(self.out_features)
+        decoded = []
         first = 0
-        for part, count in enumerate(self.part_rows):
-            start, stop, _ = rows.indices(self.out_features)
-            chosen = slice(max(first, start), min(first + count, stop))
-            first += count
-            if chosen.start >= chosen.stop:
-                continue
-            stored = {"": self.weight[chosen], GROUP_SCALE: self.group_scale[chosen]}
-            if self.scheme == "w4a8":
-                stored[LEVELS] = self.levels[part]
-            levels.append(rotated.decode_levels(stored, self.scheme))
-        return stack_rows(levels)
+        for run in self.runs:
+            chosen = slice(max(first, start), min(first + run.rows, stop))
+            first += run.rows
+            if chosen.start < chosen.stop:
+                codes, scale = self.weight[chosen], self.group_scale[chosen]
+                decoded.append(decode(codes, scale, run.codebook))
+        return stack_rows(decoded)
+
+    def scale_levels(self, dtype: torch.dtype) -> Tensor:
+        """The weight (N, K) in `dtype`, which is rotated still."""
+        values = torch.empty(
+            self.out_features, self.in_features, dtype=dtype, device=self.weight.device
+        )
+        return torch.mul(self.decode_levels(), self.weight_scale[:, None], out=values)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         return self.dequantize_rows(EVERY_ROW, dtype)
@@ -381,6 +373,24 @@ class RotatedLinear(QuantizedLinear):
         if self.scheme == "int8":
             return rotated.rotate(values, self.rotation).to(dtype)
         return rotated.rotate(values.to(dtype), self.rotation)
+
+
+class Run(NamedTuple):
+    """Rows of a layer whose codes stand for the same."""
+
+    rows: int
+    codebook: Codebook
+
+
+def _join_runs(codebooks: Sequence[Codebook], shapes: Shapes) -> list[Run]:
+    """The runs of a layer's weights, one below the other: one where all stand for the same."""
+    runs: list[Run] = []
+    for codebook, shape in zip(codebooks, shapes, strict=True):
+        if runs and runs[-1].codebook == codebook:
+            runs[-1] = Run(runs[-1].rows + shape[0], codebook)
+        else:
+            runs.append(Run(shape[0], codebook))
+    return runs
 
 
 def make_linear(
@@ -481,11 +491,14 @@ def _try_to_multiply(way: str, device: str) -> str:
         arithmetic=False,
     )
     assert isinstance(layer, FP8Linear | RotatedLinear)
-    multiply = layer.multiply
-    if isinstance(layer, FP8Linear):
-        multiply = layer.multiply_per_tensor if way == PER_TENSOR else layer.multiply_by_rows
+    scale = ones[:, :1].contiguous()
     try:
-        product = multiply(values, ones[:, :1].contiguous(), computing)
+        if isinstance(layer, RotatedLinear):
+            product = layer.multiply(Int8Rows(values, scale), computing)
+        elif way == PER_TENSOR:
+            product = layer.multiply_per_tensor(values, scale, computing)
+        else:
+            product = layer.multiply_by_rows(values, scale, computing)
         return "" if bool((product == MIN_ROWS + 1).all()) else "its product is wrong"
     except (RuntimeError, ValueError) as error:
         if is_out_of_memory(error):

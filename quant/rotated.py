@@ -16,6 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from quant.codes import LARGEST_LEVEL, SIX_BIT_LEVEL, decode, read_codebook
 from quant.spec import (
     CHANNEL_SCALE,
     GROUP,
@@ -23,14 +24,12 @@ from quant.spec import (
     LEVELS,
     MARKER,
     ROW_SCALE,
-    SCHEMES,
     find_rotation,
     make_marker,
 )
 
 # The scale of a row of zeros.
 SMALLEST_SCALE = 1e-12
-LARGEST_LEVEL = 127
 # Values that are quantized at a time.
 CHUNK = 1 << 20
 # What the codes of w4a8 stand for: the 16 levels of least squared error for normal values that were
@@ -41,7 +40,6 @@ NORMAL_LEVELS = (
     0.052541, 0.156985, 0.265284, 0.379533, 0.502636, 0.638953, 0.794876, 0.980671,
 )
 # fmt: on
-SIX_BIT_LEVEL = 31  # the largest code of w6a8; it is stored with 32 added
 HADAMARD_4 = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
 
 
@@ -79,7 +77,7 @@ def quantize(weight: Tensor, scheme: str) -> dict[str, Tensor]:
         )
     stored = {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}
     if scheme == "w4a8":
-        stored[LEVELS] = torch.tensor(NORMAL_LEVELS, device=weight.device)
+        stored[LEVELS] = torch.tensor(NORMAL_LEVELS)
     stored[MARKER] = torch.tensor(list(make_marker(scheme, columns)), dtype=torch.uint8)
     return stored
 
@@ -133,33 +131,11 @@ def _pack(codes: Tensor, scheme: str) -> Tensor:
     return torch.cat((low, upper), 1).view(torch.int8)
 
 
-def _unpack(packed: Tensor, scheme: str, columns: int) -> Tensor:
-    """The unsigned codes (N, K) uint8 of bytes (N, B)."""
-    data = packed.view(torch.uint8)
-    low = data[:, : columns // 2]
-    codes = torch.stack((low & 15, low >> 4), 2).view(-1, columns)
-    if scheme == "w6a8":
-        shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=data.device)
-        high = (data[:, columns // 2 :, None] >> shifts) & 3
-        codes |= high.view(-1, columns) << 4
-    return codes
-
-
 def decode_levels(stored: Mapping[str, Tensor], scheme: str) -> Tensor:
     """The levels (N, K) int8 of a weight's stored tensors."""
-    codes = stored[""]
     if scheme == "int8":
-        return codes
-    relative = stored[GROUP_SCALE]
-    rows, groups = relative.shape
-    columns = codes.shape[1] * 8 // SCHEMES[scheme].bits
-    unpacked = _unpack(codes, scheme, columns)
-    if scheme == "w4a8":
-        values = stored[LEVELS].float()[unpacked.int()]
-    else:
-        values = unpacked.float().sub_(1 + SIX_BIT_LEVEL)
-    values = values.view(rows, groups, -1).mul_(relative.float()[:, :, None])
-    return values.round_().clamp_(-LARGEST_LEVEL, LARGEST_LEVEL).char().view(rows, columns)
+        return stored[""]
+    return decode(stored[""], stored[GROUP_SCALE], read_codebook(stored))
 
 
 def dequantize(

@@ -19,7 +19,9 @@ TORCH = ("fluxcli.engine", "fluxcli.run.session", "fluxcli.run.saving")
 TORCH += (
     "quant.linear",
     "quant.codecs",
+    "quant.codes",
     "quant.gguf_blocks",
+    "quant.int8_products",
     "quant.nf4",
     "quant.bake",
     "quant.deltas",

@@ -17,7 +17,7 @@ from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB, Candidate
 from quant.checkpoint import Checkpoint
 from quant.lora import Adapter, Part
-from quant.spec import QuantSpec
+from quant.spec import ROTATED, QuantSpec
 from quant.tensor_info import GGUF_BITS, TensorInfo
 from quant.weights import Piece, Weight
 from tests.support.helpers import ROOT, order, survey_for
@@ -68,8 +68,8 @@ COUNTED = {
     "fp8": "fp8 scaled_mm",
     "fp8-per-tensor": "fp8 scaled_mm per tensor",
     "fp8-unpacked": "fp8 dequantize",
-    "int8": "int8 int_mm",
-    "int8-unpacked": "int8 dequantize",
+    **{scheme: f"{scheme} int_mm" for scheme in ROTATED},
+    **{f"{scheme}-unpacked": f"{scheme} dequantize" for scheme in ROTATED},
     **{f"gguf-{kind}": kind for kind in GGUF_BITS},
 }
 UPDATE = (
@@ -242,9 +242,9 @@ def test_bf16_is_too_slow_for_8_bit_only_where_somebody_measured(variants):
             assert (found["bf16"].verdict, found["fp8"].verdict) == ("too slow", "chosen")
 
 
-def test_fp8_that_stays_is_faster_for_certain_where_bf16_waits_for_the_bus(variants):
+def test_what_stays_is_faster_for_certain_where_bf16_waits_for_the_bus(variants):
     found = candidates(variants, card("12GiB:sm89", bus_bytes=1e9))
-    assert (found["bf16"].verdict, found["fp8"].verdict) == ("too slow", "chosen")
+    assert (found["bf16"].verdict, found["int8"].verdict) == ("too slow", "chosen")
 
 
 @pytest.mark.parametrize("text", ["8GiB:sm89", "12GiB:sm86", "24GiB:sm89"])

@@ -42,12 +42,12 @@ ROWS = {
     "fp8 scaled_mm": StepRow(Passes(72, 2310.7), Passes(27, 1845.3)),
     "fp8 scaled_mm per tensor": StepRow(Passes(104, 3840.0), Passes(35, 3204.5)),
     "fp8 dequantize": StepRow(Passes(64, 6118.4), Passes(25, 3572.2)),
-    "int8 int_mm": StepRow(Passes(212, 8879.7), Passes(93, 7678.1)),
-    "w6a8 int_mm": StepRow(Passes(212, 8879.7), Passes(93, 7678.1)),
-    "w4a8 int_mm": StepRow(Passes(212, 8879.7), Passes(93, 7678.1)),
-    "w6a8 dequantize": StepRow(Passes(64, 6118.4), Passes(25, 3572.2)),
-    "w4a8 dequantize": StepRow(Passes(64, 6118.4), Passes(25, 3572.2)),
-    "int8 dequantize": StepRow(Passes(64, 6118.4), Passes(25, 3572.2)),
+    "int8 int_mm": StepRow(Passes(104, 4909.5), Passes(38, 4120.0)),
+    "w6a8 int_mm": StepRow(Passes(168, 7715.0), Passes(54, 5518.6)),
+    "w4a8 int_mm": StepRow(Passes(136, 6396.9), Passes(46, 4863.5)),
+    "int8 dequantize": StepRow(Passes(56, 2912.9), Passes(23, 2109.5)),
+    "w6a8 dequantize": StepRow(Passes(120, 5718.4), Passes(39, 3508.0)),
+    "w4a8 dequantize": StepRow(Passes(88, 4400.3), Passes(31, 2852.9)),
     "Q8_0": StepRow(Passes(64, 2565.0), Passes(27, 1795.6)),
     "Q4_0": StepRow(Passes(100, 3471.0), Passes(39, 2248.5)),
     "Q4_1": StepRow(Passes(100, 3088.8), Passes(39, 2057.4)),
@@ -61,15 +61,15 @@ ROWS = {
     "IQ4_NL": StepRow(Passes(776, 8906.8), Passes(341, 4966.4)),
     "IQ4_XS": StepRow(Passes(1160, 8982.9), Passes(509, 5004.5)),
 }
-# The rows in which activations are quantized: what these move beyond 16 bit's grows with tokens. In
-# the others it grows with the weights.
-MULTIPLIED = (
-    "fp8 scaled_mm",
-    "fp8 scaled_mm per tensor",
-    "int8 int_mm",
-    "w6a8 int_mm",
-    "w4a8 int_mm",
-)
+# The row that has what moves with the activations, and so grows with tokens, where that is not 16
+# bit's. What a row moves beyond it grows with the weights.
+ACTIVATIONS = {
+    "fp8 scaled_mm": "fp8 scaled_mm",
+    "fp8 scaled_mm per tensor": "fp8 scaled_mm per tensor",
+    "int8 int_mm": "int8 int_mm",
+    "w6a8 int_mm": "int8 int_mm",
+    "w4a8 int_mm": "int8 int_mm",
+}
 
 
 def find_row(form: str, multiply: str) -> str:
@@ -96,14 +96,10 @@ def moved_bytes(
 
     It has `numel` weights; `element_bytes` is the size of the compute dtype.
     """
-    row, wide = ROWS[key], ROWS[SIXTEEN_BIT]
-    counted = row.single if is_single else row.double
-    of_activations = wide.single if is_single else wide.double
+    row, of_activations = ROWS[key], ROWS[ACTIVATIONS.get(key, SIXTEEN_BIT)]
+    counted_mb = row.single.moved_mb if is_single else row.double.moved_mb
+    activations = of_activations.single if is_single else of_activations.double
     counted_numel = SINGLE_NUMEL if is_single else DOUBLE_NUMEL
     per_value = element_bytes / 2 * tokens * width / (TOKENS * WIDTH)
-    added_mb = counted.moved_mb - of_activations.moved_mb
-    if key in MULTIPLIED:
-        added_mb *= per_value
-    else:
-        added_mb *= numel / counted_numel
-    return (of_activations.moved_mb * per_value + added_mb) * 1e6
+    of_weights_mb = (counted_mb - activations.moved_mb) * numel / counted_numel
+    return (activations.moved_mb * per_value + of_weights_mb) * 1e6

@@ -11,7 +11,7 @@ import bitsandbytes  # noqa: F401 - it asks torch.cuda while it is imported
 import torch
 
 from fluxcli.engine import classes
-from quant import linear
+from quant import codes, int8_products, linear
 from tests.support.card import Card, OnCard, replace_values
 from tests.support.card_streams import Event, Stream
 
@@ -180,7 +180,7 @@ def installed(card: Card) -> Iterator[Card]:
     probed anew, here and afterwards.
     """
     import_libraries()
-    linear.PROBED.clear()
+    _forget_devices()
     is_pinned = torch.Tensor.is_pinned
 
     def ask(tensor: torch.Tensor, *_: object) -> bool:
@@ -201,8 +201,14 @@ def installed(card: Card) -> Iterator[Card]:
             torch.cuda.synchronize()  # what is still under way holds memory
             if any(memory.live_bytes for memory in card.memory):
                 gc.collect()
-            linear.PROBED.clear()
+            _forget_devices()
     assert torch.Tensor.is_pinned is is_pinned
+
+
+def _forget_devices() -> None:
+    """Forget what a device can, and what was made for it."""
+    for known in (linear.PROBED, int8_products.CONSTANTS, codes.TABLES):
+        known.clear()
 
 
 def _make_data() -> property:

@@ -25,9 +25,11 @@ from fluxcli.plan import planner as plan
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import MemoryPlan
 from fluxcli.request.fields import Order
-from quant import codecs, linear
+from quant import codecs, codes, int8_products, linear
 from quant.checkpoint import Checkpoint
 from quant.codecs import Reader
+from quant.rotated import NORMAL_LEVELS
+from quant.spec import LEVELS
 from quant.tensor_info import GGUF_BITS
 from quant.weights import Piece, Weight
 from tests.support.helpers import machine, picture_of, plan_for
@@ -138,6 +140,9 @@ def full_size(monkeypatch: pytest.MonkeyPatch, *, arithmetic: bool = True) -> It
         monkeypatch.setattr(module, "check_values", lambda *_: None)
     monkeypatch.setattr(codecs.ValueChecks, "finish", lambda _: None)
     monkeypatch.setattr(linear, "read_offset", lambda _: 0.0)
+    monkeypatch.setattr(linear, "read_codebook", _read_codebook)
+    monkeypatch.setattr(int8_products, "CONSTANTS", {})
+    monkeypatch.setattr(codes, "TABLES", {})
     monkeypatch.setattr(decode, "is_finite", lambda _: True)
     monkeypatch.setattr(
         decode, "to_pixels", lambda decoded: SimpleNamespace(numpy=lambda: decoded.shape)
@@ -160,6 +165,10 @@ def full_size(monkeypatch: pytest.MonkeyPatch, *, arithmetic: bool = True) -> It
             monkeypatch.setitem(linear.PROBED, (scheme, device), way)
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield read_known_shapes("black-forest-labs/FLUX.1-dev")
+
+
+def _read_codebook(part: dict[str, torch.Tensor]) -> tuple[float, ...]:
+    return NORMAL_LEVELS if LEVELS in part else ()
 
 
 def _tokens(folder: object, prompt: str, text_tokens: int) -> text.TokenIds:
