@@ -139,6 +139,8 @@ _ROWS = (
         library="torch",
         activation_lines=(ATTENTION, ActivationLine(13.0, 5.0)),
         dequantized_lines=_DEQUANTIZED_THROUGH_32_BIT,
+        can_bake_text_encoder=True,
+        text_encoder="int8",
         file_name="flux-int8-convrot.safetensors",
         multiply="int_mm",
         capability=(7, 5),
@@ -155,6 +157,7 @@ _ROWS = (
         library="torch",
         activation_lines=(ATTENTION, ActivationLine(13.0, 25.0)),
         dequantized_lines=_DEQUANTIZED_THROUGH_32_BIT,
+        text_encoder="int8",
         file_name="flux-w6a8.safetensors",
         multiply="int_mm",
         capability=(7, 5),
@@ -172,6 +175,7 @@ _ROWS = (
         library="torch",
         activation_lines=(ATTENTION, ActivationLine(13.0, 25.0)),
         dequantized_lines=_DEQUANTIZED_THROUGH_32_BIT,
+        text_encoder="int8",
         file_name="flux-w4a8.safetensors",
         multiply="int_mm",
         capability=(7, 5),
@@ -211,6 +215,15 @@ QUANTIZABLE = {
         r"encoder\.block\..+\.(?:SelfAttention\.[qkvo]|DenseReluDense\.wi(?:_[01])?)\.weight"
     ),
 }
+# What int8 takes beyond these: T5's `wo`. Other codes there break transformers, which casts the
+# activations of `wo` to the dtype of its weight, unless that is int8.
+QUANTIZABLE_IN_INT8 = {
+    "text_encoder_2": re.compile(r"encoder\.block\..+\.DenseReluDense\.wo\.weight"),
+}
+# The schemes in which T5 multiplies activations, too, if its weights are rotated. A few channels of
+# these are hundreds of times the others: the rotation spreads them, so that the embedding errs less
+# than with fp8 weights alone (docs/memory.md, benchmarks/t5_error.py). Elsewhere they stay wide.
+MULTIPLIED_IN_TEXT_ENCODER = ("int8",)
 
 
 @dataclass(frozen=True)
@@ -254,19 +267,16 @@ class QuantSpec:
 
     def choose_scheme(self, component: str, name: str, shape: tuple[int, ...]) -> str:
         """The scheme of a 16-bit tensor by its diffusers name, "" where it stays as it is."""
-        quantizable = QUANTIZABLE.get(component)
         is_matrix = len(shape) == 2 and all(shape)
-        if quantizable is None or not is_matrix or not quantizable.fullmatch(name):
-            return ""
         if component == "text_encoder_2":
             wish = self.text_encoder
         elif is_modulation(name):
             wish = self.modulation
         else:
             wish = self.to
-        if wish == "keep" or self.is_kept(name) or shape[1] % SCHEMES[wish].columns:
+        if not is_matrix or not can_quantize(component, name, wish) or self.is_kept(name):
             return ""
-        return wish
+        return wish if shape[1] % SCHEMES[wish].columns == 0 else ""
 
     def is_kept(self, name: str) -> bool:
         """Whether a pattern of `keep` matches this tensor's name or its layer's."""
@@ -287,16 +297,24 @@ def _matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(layer, pattern)
 
 
+def can_quantize(component: str, name: str, scheme: str) -> bool:
+    """Whether a weight of a component may be quantized to a scheme; to "keep" none may."""
+    if scheme == "keep":
+        return False
+    rules = [QUANTIZABLE]
+    if scheme == "int8":
+        rules.append(QUANTIZABLE_IN_INT8)
+    return any(component in rule and rule[component].fullmatch(name) for rule in rules)
+
+
 def scheme_in_memory(component: str, name: str, scheme: str) -> str:
     """The scheme in which a weight stored in `scheme` stays in memory.
 
     Linear layers of `quant.linear` keep theirs. It is "" for the weights of torch's own modules
     (an embedding, a norm of T5), which cannot compute with quantized ones: those are dequantized.
     """
-    quantizable = QUANTIZABLE.get(component)
-    if component == "transformer" or (quantizable and quantizable.fullmatch(name)):
-        return scheme
-    return ""
+    is_layer = component == "transformer" or can_quantize(component, name, FAMILIES.get(scheme, ""))
+    return scheme if is_layer else ""
 
 
 def is_modulation(name: str) -> bool:

@@ -17,7 +17,7 @@ from tests.support.helpers import BAKED, order, plan_for, tiny
 from tests.support.simulate import blocked, every_placement, follow, full_size, on_card
 
 MIB = 2**20
-BAKES = {"nf4": QuantSpec("nf4", "nf4"), "fp8": QuantSpec("fp8"), "int8": QuantSpec("int8")}
+BAKES = {"nf4": QuantSpec("nf4", "nf4"), "fp8": QuantSpec("fp8"), "int8": QuantSpec("int8", "int8")}
 OFTEN = [("12GiB:sm86", {"precision": "int8"})]  # card, request
 COMBINATIONS = [
     *OFTEN,

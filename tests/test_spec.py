@@ -10,7 +10,16 @@ from safetensors.torch import _TYPES as DTYPES
 from quant import codecs
 from quant.checkpoint import inspect
 from quant.errors import SpecError
-from quant.spec import BAKEABLE, NF4_ONCE, SCHEMES, QuantSpec, is_modulation, lay_out, name_stored
+from quant.spec import (
+    BAKEABLE,
+    NF4_ONCE,
+    SCHEMES,
+    QuantSpec,
+    is_modulation,
+    lay_out,
+    name_stored,
+    scheme_in_memory,
+)
 from quant.tensor_info import GGUF_BITS, TensorInfo
 from quant.weights import Piece
 
@@ -39,8 +48,8 @@ ALWAYS_16_BIT = {
     "time_text_embed.guidance_embedder.linear_2",
 }
 T5 = {"encoder.block.0.layer.0.SelfAttention.q", "encoder.block.23.layer.1.DenseReluDense.wi_1"}
+T5_WO = {f"encoder.block.{block}.layer.1.DenseReluDense.wo" for block in (0, 23)}
 T5_16_BIT = {
-    "encoder.block.0.layer.1.DenseReluDense.wo",
     "shared",
     "encoder.embed_tokens",
     "encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
@@ -54,17 +63,26 @@ def schemes(
 
 
 @pytest.mark.parametrize("to", BAKEABLE)
-@pytest.mark.parametrize("text_encoder", ["keep", "nf4", "fp8"])
+@pytest.mark.parametrize("text_encoder", ["keep", "nf4", "fp8", "int8"])
 def test_blocks_and_t5_are_quantized_and_nothing_else(to, text_encoder):
     spec = QuantSpec(to, text_encoder)
     assert schemes(spec, "transformer", BLOCK) == {to}
     assert schemes(spec, "text_encoder_2", T5) == {"" if text_encoder == "keep" else text_encoder}
     assert schemes(spec, "transformer", MODULATION | ALWAYS_16_BIT) == {""}
+    assert schemes(spec, "text_encoder_2", T5_WO) == {"int8" if text_encoder == "int8" else ""}
     assert schemes(spec, "text_encoder_2", T5_16_BIT) == {""}
     for component in ("text_encoder", "vae"):
         assert schemes(spec, component, BLOCK | T5) == {""}
     assert schemes(spec, "transformer", BLOCK, "bias", (128,)) == {""}
     assert schemes(spec, "transformer", BLOCK, shape=(128,)) == {""}
+
+
+@pytest.mark.parametrize("form", ["int8", "fp8", "nf4", "Q8_0"])
+def test_a_stored_wo_stays_quantized_in_int8_alone(form):
+    for layer in T5_WO:
+        in_memory = scheme_in_memory("text_encoder_2", f"{layer}.weight", form)
+        assert in_memory == ("int8" if form == "int8" else "")
+    assert scheme_in_memory("text_encoder_2", "shared.weight", form) == ""
 
 
 @pytest.mark.parametrize("to", ["nf4", "fp8"])
@@ -115,7 +133,7 @@ def test_a_pattern_without_a_match_is_refused(pattern):
         ({"to": "fp8", "modulation": "nf4"}, "keep or fp8"),
         ({"to": "int8", "modulation": "int8"}, "--modulation int8"),
         ({"to": "int8", "modulation": "nf4"}, "--modulation"),
-        ({"to": "nf4", "text_encoder": "int8"}, "--text-encoder int8"),
+        ({"to": "nf4", "text_encoder": "w4a8"}, "--text-encoder w4a8"),
         ({"to": "nf4", "scales": "best"}, "--scales best"),
     ],
 )
@@ -125,11 +143,14 @@ def test_impossible_choices_are_refused_by_name(wish, word):
     assert word in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_t5_goes_to_nf4_with_nf4_alone_and_the_policy_has_a_version():
-    assert {to: SCHEMES[to].text_encoder for to in BAKEABLE if to != "nf4"} == dict.fromkeys(
-        ("fp8", "int8", "w6a8", "w4a8"), "keep"
-    )
-    assert SCHEMES["nf4"].text_encoder == "nf4"
+def test_t5_goes_with_the_transformer_and_the_policy_has_a_version():
+    assert {to: SCHEMES[to].text_encoder for to in BAKEABLE} == {
+        "nf4": "nf4",
+        "fp8": "keep",
+        "int8": "int8",
+        "w6a8": "int8",
+        "w4a8": "int8",
+    }
     assert QuantSpec("nf4").to_json()["policy"] == 1
 
 

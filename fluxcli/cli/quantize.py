@@ -78,9 +78,9 @@ def quantize(  # noqa: PLR0917 - typer's options
     text_encoder: Annotated[
         Optional[str],
         typer.Option(
-            help="T5: nf4, fp8, keep; nf4 with nf4, else keep.",
+            help="T5: nf4, fp8, int8, keep; nf4 with nf4, keep with fp8, else int8.",
             metavar="SCHEME",
-            autocompletion=complete.offer("nf4", "fp8", "keep"),
+            autocompletion=complete.offer("nf4", "fp8", "int8", "keep"),
         ),
     ] = None,
     modulation: Annotated[

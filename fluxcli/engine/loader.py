@@ -27,7 +27,15 @@ from quant.errors import CheckpointError, ExplainedError, is_out_of_memory
 from quant.expected import check_keys, map_names
 from quant.linear import fits_together, make_linear
 from quant.lora import Adapter
-from quant.spec import QuantSpec, find_rotation, is_modulation, lay_out, scheme_in_memory
+from quant.spec import (
+    FAMILIES,
+    MULTIPLIED_IN_TEXT_ENCODER,
+    QuantSpec,
+    find_rotation,
+    is_modulation,
+    lay_out,
+    scheme_in_memory,
+)
 from quant.weights import Weight
 
 Shape = tuple[int, ...]
@@ -103,8 +111,6 @@ class Filler:
             found={name: weight.shape for name, weight in self._weights.items()},
         )
         self._schemes = {name: self._scheme_of(weight) for name, weight in self._weights.items()}
-        # Text encoders run once, on activations full of outliers: their layers dequantize.
-        self._arithmetic = component.name == "transformer"
         self._sources: dict[str, tuple[str, ...]] = {}  # the old layers by their new one
         self._fused: dict[str, Place] = {}  # the new place by the old layer
         if component.name == "transformer":
@@ -195,14 +201,24 @@ class Filler:
         bias = None
         if f"{layers[0]}.bias" in self._weights:
             bias = self._read_values(layers, "bias", device)
+        rotation = self._rotation_of(weights[0])
         return make_linear(
             scheme,
             stored,
             shapes=shapes,
             bias=bias,
-            arithmetic=self._arithmetic,
-            rotation=self._rotation_of(weights[0]),
+            arithmetic=self._may_multiply(scheme, rotation),
+            rotation=rotation,
         )
+
+    def _may_multiply(self, scheme: str, rotation: int) -> bool:
+        """Whether layers may multiply quantized activations, where the scheme and the device can.
+
+        Those of text encoders are full of outliers, which only a rotation spreads.
+        """
+        if self._component.name == "transformer":
+            return True
+        return rotation > 0 and FAMILIES[scheme] in MULTIPLIED_IN_TEXT_ENCODER
 
     def _rotation_of(self, weight: Weight) -> int:
         """How many columns of a weight are rotated together: as stored, or as it is quantized."""

@@ -23,7 +23,9 @@ from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import TEXT_ENCODERS, Checkpoint
 from quant.config import DOWNLOAD_AGAIN
 from quant.errors import CheckpointError
+from quant.linear import find_multiply
 from quant.lora import Adapter
+from quant.spec import MULTIPLIED_IN_TEXT_ENCODER
 
 KEPT_PROMPTS = 64  # in RAM, 4 MiB each at the published size
 CLIP_TOKENS = 77
@@ -113,6 +115,11 @@ class PromptEncoder:
         }
         if hardware.kind == "cpu":
             self._depends_on["cpu"] = torch.backends.cpu.get_cpu_capability()
+        t5_scheme = checkpoint.components["text_encoder_2"].precision
+        if plan.spec and not t5_scheme:
+            t5_scheme = plan.spec.text_encoder
+        if t5_scheme in MULTIPLIED_IN_TEXT_ENCODER:
+            self._depends_on["multiply"] = find_multiply(t5_scheme, plan.device)
         self._vocabulary = {
             name: checkpoint.components[name].config.get("vocab_size", size)
             for name, size in VOCABULARY_SIZES.items()

@@ -50,7 +50,7 @@ TINY = order(
 BAKED: dict[str, dict] = {  # specs of the packed bundled model that most tests share
     "nf4": {"text_encoder": "nf4", "scales": "absmax"},
     "fp8": {"text_encoder": "fp8"},
-    "int8": {},
+    "int8": {"text_encoder": "int8"},
 }
 
 
