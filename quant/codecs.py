@@ -14,7 +14,7 @@ import importlib
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -36,7 +36,6 @@ from quant.spec import (
     ROW_SCALE,
     SCHEMES,
     STATE,
-    find_rotation,
 )
 from quant.tensor_info import GGUF_BITS, gguf_block_values
 from quant.weights import SCB, SHARED, Piece, Weight
@@ -78,9 +77,10 @@ SMALLEST_SCALE = 1e-12
 SLACK = 1.001
 # The largest error of NF4, relative to the weight's norm; Gaussian weights have 0.085 to 0.092.
 NF4_BOUND = 0.15
-# The same of the rotated schemes; whatever the weights are, rotated they have 0.009, 0.021 and
-# 0.073.
-ROTATED_BOUNDS = {"int8": 0.05, "w6a8": 0.05, "w4a8": 0.12}
+# By how many of its row's scale a value of the rotated schemes is wrong at most: half of the widest
+# gap of two levels for the largest scale of a group that is tried, and half a step for rounding.
+# int8's scale is 0.85 of the one without clipping at least.
+ROTATED_STEPS = {"int8": 0.65, "w6a8": 3.0, "w4a8": 14.0}
 # What is read from a state or a codebook, and made of SCB, happens on the host: readers ask for its
 # values, and a device divides in another way.
 ON_THE_HOST = (SCB, STATE, LEVELS)
@@ -279,8 +279,10 @@ def quantize(
         stored = nf4.quantize(weight, search=search)
         measured = _measure_nf4(weight, stored)
     elif scheme in ROTATED:
-        stored = rotated.quantize(weight, scheme)
-        measured = _measure_rotated(weight, stored, scheme)
+        stored, squared_norm, squared_error = rotated.round_weight(weight, scheme)
+        scales = stored[ROW_SCALE if scheme == "int8" else CHANNEL_SCALE]
+        bound = float(scales.double().norm()) * math.sqrt(weight.shape[1]) * ROTATED_STEPS[scheme]
+        measured = _Measured(squared_norm, squared_error, bound)
     else:
         one_scale = None
         if scalar:
@@ -290,9 +292,10 @@ def quantize(
     relative_error = 0.0
     if measured.squared_norm:
         relative_error = math.sqrt(measured.squared_error / measured.squared_norm)
-    # The comparison is false for NaN, too.
+    # Comparisons are false for NaN, too.
+    is_finite = measured.squared_norm <= torch.finfo(torch.float32).max
     is_within_bound = measured.squared_error <= measured.bound**2
-    if not math.isfinite(measured.squared_norm) or not is_within_bound:
+    if not is_finite or not is_within_bound:
         why = f"{name} would differ by {relative_error:.3f} of its norm"
         hint = f"--keep {name}"
         raise CheckpointError(f"weights that {scheme} cannot hold", where.file, why=why, hint=hint)
@@ -310,42 +313,16 @@ class _Measured:
 
 def _measure_nf4(weight: Tensor, stored: dict[str, Tensor]) -> _Measured:
     """Compare a weight with the values of its stored tensors."""
+    squared_norm = 0.0
+    squared_error = 0.0
     dequantized = nf4.dequantize(stored, tuple(weight.shape), torch.float32)
     # In parts of some rows, so that no copy of the whole is made.
     parts = zip(torch.split(weight, 256), torch.split(dequantized, 256), strict=True)
-    return _measure(parts, NF4_BOUND)
-
-
-def _measure_rotated(weight: Tensor, stored: dict[str, Tensor], scheme: str) -> _Measured:
-    """Compare a weight with the values of its stored tensors, some rows at a time."""
-    rotation = find_rotation(weight.shape[1])
-    part_rows = max(1, CHUNK // weight.shape[1])
-    starts = range(0, len(weight), part_rows)
-    slices = [slice(start, start + part_rows) for start in starts]
-    parts = (
-        (
-            weight[rows],
-            rotated.dequantize(
-                cut_stored(stored, rows), scheme, rotation=rotation, dtype=torch.float32
-            ),
-        )
-        for rows in slices
-    )
-    return _measure(parts, ROTATED_BOUNDS[scheme])
-
-
-def _measure(parts: Iterable[tuple[Tensor, Tensor]], bound: float) -> _Measured:
-    """Compare parts of a weight with what is stored of them, which is overwritten.
-
-    `bound` is the largest error, relative to the weight's norm.
-    """
-    squared_norm = 0.0
-    squared_error = 0.0
-    for part, dequantized in parts:
+    for part, other in parts:
         values = part.float()
         squared_norm += _compute_squared_norm(values)
-        squared_error += _compute_squared_norm(dequantized.sub_(values))
-    return _Measured(squared_norm, squared_error, bound * math.sqrt(squared_norm))
+        squared_error += _compute_squared_norm(other.sub_(values))
+    return _Measured(squared_norm, squared_error, NF4_BOUND * math.sqrt(squared_norm))
 
 
 def _quantize_rows(

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from quant import rotated
 from quant.codes import LARGEST_LEVEL
-from quant.rotated import SMALLEST_SCALE
 
 # The sums of a product that are in memory at a time: as many as keep a step's peak where that of 16
 # bit is. A product at 1024x1024 is cut in two then, where its output is 21504 wide.
@@ -26,6 +25,8 @@ SUM_BYTES = 256 << 20
 CPU_ROWS = 1024
 # CUDA's _int_mm wants more than 16 rows, and some cards a multiple of 8, or of 32.
 ROW_MULTIPLE = 32
+# The scale of a row of zeros.
+SMALLEST_SCALE = 1e-12
 # float16 numbers from 1024 to 2048 are integers, and the lower byte of 1536 + n is that of n: the
 # sum of a quotient and this rounds it, half to even, and is its int8 in that byte.
 ROUNDER = 1536.0

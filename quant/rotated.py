@@ -12,14 +12,20 @@ device of the tensors that it is given.
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from quant.codes import LARGEST_LEVEL, SIX_BIT_LEVEL, decode, read_codebook
+from quant.codes import LARGEST_LEVEL, decode, read_codebook
+from quant.scales import (
+    NORMAL_LEVELS,
+    choose_group_scales,
+    choose_row_scales,
+    find_largest_scales,
+)
 from quant.spec import (
     CHANNEL_SCALE,
-    GROUP,
     GROUP_SCALE,
     LEVELS,
     MARKER,
@@ -28,18 +34,9 @@ from quant.spec import (
     make_marker,
 )
 
-# The scale of a row of zeros.
-SMALLEST_SCALE = 1e-12
-# Values that are quantized at a time.
-CHUNK = 1 << 20
-# What the codes of w4a8 stand for: the 16 levels of least squared error for normal values that were
-# divided by the largest of their group. It is the table of comfy-kitchen's kernels.
-# fmt: off
-NORMAL_LEVELS = (
-    -0.980602, -0.794529, -0.638165, -0.500986, -0.377321, -0.263187, -0.155210, -0.050720,
-    0.052541, 0.156985, 0.265284, 0.379533, 0.502636, 0.638953, 0.794876, 0.980671,
-)
-# fmt: on
+# Values that are quantized at a time: on a CPU as many as stay in its cache.
+CPU_CHUNK = 1 << 18
+CARD_CHUNK = 1 << 22
 HADAMARD_4 = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
 
 
@@ -60,7 +57,17 @@ def rotate(values: Tensor, rotation: int) -> Tensor:
     if not rotation:
         return values
     matrix = make_hadamard(rotation, dtype=values.dtype, device=values.device)
-    return (values.reshape(-1, rotation) @ matrix).view(values.shape)
+    # Two shapes of a product may differ in a bit: it has the shape of comfy-kitchen's.
+    groups = values.reshape(*values.shape[:-1], values.shape[-1] // rotation, rotation)
+    return (groups @ matrix.T).reshape(values.shape)
+
+
+class Rounded(NamedTuple):
+    """A quantized weight: its stored tensors, and squared norms of the weight and of its error."""
+
+    stored: dict[str, Tensor]
+    squared_norm: float
+    squared_error: float
 
 
 def quantize(weight: Tensor, scheme: str) -> dict[str, Tensor]:
@@ -68,52 +75,74 @@ def quantize(weight: Tensor, scheme: str) -> dict[str, Tensor]:
 
     The group that is rotated is the largest that divides K. All values have to be finite.
     """
-    columns = weight.shape[1]
+    return round_weight(weight, scheme).stored
+
+
+def round_weight(weight: Tensor, scheme: str) -> Rounded:
+    """Quantize as `quantize` does, and measure the error of what is stored.
+
+    Rows are independent of each other, and are done in parts of whole rows, so that little memory
+    is taken beside the result. What is stored depends neither on these parts nor on threads.
+    """
+    rotation = find_rotation(weight.shape[1])
+    chunk = CARD_CHUNK if weight.is_cuda else CPU_CHUNK
     parts = []
-    for part in torch.split(weight, max(1, CHUNK // columns)):
-        rotated = rotate(part.float(), find_rotation(columns))
-        parts.append(
-            _quantize_rows(rotated) if scheme == "int8" else _quantize_groups(rotated, scheme)
-        )
-    stored = {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}
-    if scheme == "w4a8":
-        stored[LEVELS] = torch.tensor(NORMAL_LEVELS)
-    stored[MARKER] = torch.tensor(list(make_marker(scheme, columns)), dtype=torch.uint8)
-    return stored
+    squared_norm = 0.0
+    squared_error = 0.0
+    for rows in torch.split(weight, max(1, chunk // weight.shape[1])):
+        values = rotate_by_sums(rows, rotation)
+        if scheme == "int8":
+            scale = choose_row_scales(values, rotation)
+            steps = values.div_(scale)
+            codes = steps.round().clamp_(-LARGEST_LEVEL, LARGEST_LEVEL).char()
+            stored = {"": codes, ROW_SCALE: scale}
+        else:
+            scale = find_largest_scales(values)
+            steps = values.div_(scale)
+            grouped = choose_group_scales(steps, scheme)
+            codes = _pack(grouped.codes, scheme)
+            stored = {"": codes, GROUP_SCALE: grouped.scales, CHANNEL_SCALE: scale.view(-1)}
+        parts.append(stored)
+        # A rotation keeps lengths: the error is the same before it and after it.
+        row_squares = scale.view(-1).double().square_()
+        squared_norm += float(steps.square().sum(1).double() @ row_squares)
+        errors = steps.sub_(decode_levels(stored | _list_levels(scheme), scheme))
+        squared_error += float(errors.square_().sum(1).double() @ row_squares)
+    joined = {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}
+    joined |= _list_levels(scheme)
+    joined[MARKER] = torch.tensor(list(make_marker(scheme, weight.shape[1])), dtype=torch.uint8)
+    return Rounded(joined, squared_norm, squared_error)
 
 
-def _quantize_rows(rotated: Tensor) -> dict[str, Tensor]:
-    """int8 with a scale for each row (N, 1), of rotated float32 values (N, K)."""
-    scale = rotated.abs().amax(1, keepdim=True).div_(LARGEST_LEVEL).clamp_(min=SMALLEST_SCALE)
-    codes = (rotated / scale).round_().clamp_(-LARGEST_LEVEL, LARGEST_LEVEL).char()
-    return {"": codes, ROW_SCALE: scale}
+def rotate_by_sums(values: Tensor, rotation: int) -> Tensor:
+    """Rotate rows (N, K) of any float dtype, to float32.
+
+    As `rotate`, but for rounding, and faster on a CPU. The order of its sums is fixed, while that
+    of a product depends on the number of rows. Each of four values that the matrix of 4 mixes
+    becomes half of their sum without another one of them.
+    """
+    count = values.numel() // rotation
+    # Rows are the columns of a group, so that what is added lies side by side.
+    turned = values.reshape(count, rotation).t().float().contiguous()
+    other = torch.empty_like(turned)
+    apart = rotation // 4  # columns that are mixed are so far apart
+    while apart:
+        four = turned.view(-1, 4, apart * count)
+        halved = four[:, 0] + four[:, 1]
+        halved.add_(four[:, 2]).add_(four[:, 3]).mul_(0.5)
+        mixed = other.view_as(four)
+        for n in range(4):
+            torch.sub(halved, four[:, 3 - n], out=mixed[:, n])
+        turned, other = other, turned
+        apart //= 4
+    return turned.t().contiguous().view(values.shape)
 
 
-def _quantize_groups(rotated: Tensor, scheme: str) -> dict[str, Tensor]:
-    """4 or 6 bits with a scale for each group of 16, of rotated float32 values (N, K)."""
-    rows, columns = rotated.shape
-    groups = rotated.view(rows, columns // GROUP, GROUP)
-    largest = groups.abs().amax(2, keepdim=True).clamp_(min=SMALLEST_SCALE)
-    if scheme == "w6a8":
-        steps = torch.arange(-SIX_BIT_LEVEL, SIX_BIT_LEVEL + 1, device=rotated.device).float()
-        scale = largest / SIX_BIT_LEVEL
-    else:
-        steps = torch.tensor(NORMAL_LEVELS, device=rotated.device)
-        scale = largest
-    middles = (steps[1:] + steps[:-1]) / 2
-    for _ in range(2):
-        values = steps[torch.bucketize(groups / scale, middles)]
-        squared = values.square().sum(2, keepdim=True).clamp_(min=SMALLEST_SCALE)
-        scale = (groups * values).sum(2, keepdim=True).div_(squared).clamp_(min=SMALLEST_SCALE)
-    values = steps[torch.bucketize(groups / scale, middles)] * scale
-    channel = values.abs().amax((1, 2)).div_(LARGEST_LEVEL).clamp_(min=SMALLEST_SCALE)
-    relative = (scale[:, :, 0] / channel[:, None]).to(torch.float8_e4m3fn)
-    grid = (steps * relative.float()[:, :, None]).round_().clamp_(-LARGEST_LEVEL, LARGEST_LEVEL)
-    middles = (grid[:, :, 1:] + grid[:, :, :-1]) / 2
-    codes = torch.searchsorted(middles, groups / channel[:, None, None]).view(rows, columns)
-    if scheme == "w6a8":
-        codes += 1
-    return {"": _pack(codes, scheme), GROUP_SCALE: relative, CHANNEL_SCALE: channel}
+def _list_levels(scheme: str) -> dict[str, Tensor]:
+    """What the codes of w4a8 stand for, as a stored tensor in RAM; the others have none."""
+    if scheme != "w4a8":
+        return {}
+    return {LEVELS: torch.tensor(NORMAL_LEVELS)}
 
 
 def _pack(codes: Tensor, scheme: str) -> Tensor:

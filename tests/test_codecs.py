@@ -121,7 +121,7 @@ def test_values_that_are_not_finite_are_refused_by_the_tensors_name(scheme, valu
 def test_a_pack_beyond_the_schemes_bound_is_refused_with_the_way_out(scheme, monkeypatch):
     monkeypatch.setattr(codecs.nf4, "dequantize", lambda _, shape, __: torch.full(shape, 1e6))
     monkeypatch.setattr(codecs, "_widen", lambda packed: torch.full(packed.shape, 1e6))
-    monkeypatch.setattr(codecs.rotated, "dequantize", lambda *_, **__: torch.full((64, 64), 1e6))
+    monkeypatch.setattr(codecs.rotated, "decode_levels", lambda *_: torch.full((64, 64), 1e6))
     with pytest.raises(
         CheckpointError, match=f"weights that {scheme} cannot hold.*a.weight"
     ) as caught:

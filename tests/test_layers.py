@@ -27,6 +27,7 @@ TORCH += (
     "quant.deltas",
     "quant.merging",
     "quant.rotated",
+    "quant.scales",
 )
 # Of the heavy ones; the others are slow, and not always needed.
 AT_THE_TOP = {"torch", "numpy", "safetensors"}
