@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP = $(BIN)/pip install --disable-pip-version-check -c constraints.txt -c constraints-torch.txt
 
-.PHONY: demo check test test-all lint types wheel clean faults pytest
+.PHONY: demo check test test-all test-triton lint types wheel clean faults pytest
 
 demo: .venv/ready
 	$(BIN)/flux generate "a red circle on a blue background" -p tiny --seed 1 --force -o demo.png
@@ -48,6 +48,21 @@ test-all: .venv/ready
 	$(BIN)/python -m tests.faults --workers $(WORKERS) --exhaustive
 	$(BIN)/python -m pytest -m serial
 	$(BIN)/python -m pytest $(PARALLEL) -m "not serial"
+	@$(MAKE) --no-print-directory test-triton
+
+# comfy-kitchen's Triton kernels, interpreted. Triton beside torch changes what torch does: it lies
+# in a folder of its own, which no other test sees. A skipped test is a failure.
+TRITON := .venv/triton
+
+test-triton: $(TRITON)/ready
+	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
+	PYTHONPATH=$(TRITON) $(BIN)/python -m pytest tests/interpreted.py >"$$log" 2>&1 && \
+	! grep -q skipped "$$log" || { cat "$$log"; exit 1; }; \
+	echo "tests/interpreted.py: $$(grep passed "$$log"), 0 skipped"
+
+$(TRITON)/ready: .venv/ready
+	$(PIP) --no-deps --target $(TRITON) triton==3.7.1
+	touch $@
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -72,7 +72,7 @@ class MissingLibrary(QuantError):
 
 
 class SpecError(QuantError):
-    """Schemes that cannot be combined, or a pattern of tensor names that matches none."""
+    """Schemes that cannot be combined, a pattern that matches no tensor, a variable's nonsense."""
 
 
 class WriteError(QuantError):

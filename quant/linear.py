@@ -8,6 +8,7 @@ Shapes: weight (N, K), input (..., K), output (..., N).
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quant import gguf_blocks, int8_products, rotated
+from quant import gguf_blocks, int8_products, kernels, rotated
 from quant.codecs import SMALLEST_SCALE, stack_rows
-from quant.codes import Codebook, decode, read_codebook
+from quant.codes import LARGEST_LEVEL, Codebook, decode, read_codebook
 from quant.errors import is_out_of_memory
 from quant.int8_products import Int8Rows, Int8Weight
 from quant.nf4 import dequantize_codes, dequantize_scales, read_offset
@@ -48,6 +49,12 @@ PER_TENSOR = "scaled_mm per tensor"
 # and where it can none, DEQUANTIZE.
 WAYS = {"fp8": ("scaled_mm", PER_TENSOR), **dict.fromkeys(ROTATED, ("int_mm",))}
 EVERY_ROW = slice(None)
+# What comfy-kitchen has to have for a scheme's products; where it does, that is the best way.
+FUNCTIONS = {"int8": "int8_linear", "w6a8": "w4a8_int8_linear", "w4a8": "w4a8_int8_linear"}
+# The sizes of the layer that a kernel is tried with, and how many rows it is given.
+PROBE_COLUMNS = 256
+PROBE_ROWS = 64
+PROBE_TOKENS = 289
 
 
 class Multiplication(NamedTuple):
@@ -326,6 +333,9 @@ class RotatedLinear(QuantizedLinear):
             _can_multiply(self.scheme, str(self.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
+        backend = self._find_backend(x)
+        if backend:
+            return self.run_kernel(x, backend)
         rows = x.reshape(-1, self.in_features)  # (M, K)
         if self.arithmetic and _can_multiply(self.scheme, str(x.device)):
             product = self.multiply(self.quantize_rows(rows), x.dtype)
@@ -333,6 +343,41 @@ class RotatedLinear(QuantizedLinear):
             turned = int8_products.rotate_rows(rows, self.rotation)
             product = functional.linear(turned, self.scale_levels(x.dtype), self.bias)
         return product.view(*x.shape[:-1], self.out_features)
+
+    def _find_backend(self, x: Tensor) -> str:
+        """Whose kernel multiplies x; "" for torch. Packed weights are rotated in all of them."""
+        if not self.arithmetic or (not self.rotation and self.scheme != "int8"):
+            return ""
+        return kernels.find_backend(find_multiply(self.scheme, str(x.device)))
+
+    def run_kernel(self, x: Tensor, backend: str) -> Tensor:
+        """The product (..., N) and the bias, by a back end of comfy-kitchen."""
+        if self.scheme == "int8":
+            return kernels.int8_linear(
+                x,
+                self.weight,
+                self.weight_scale,
+                bias=self.bias,
+                rotation=self.rotation,
+                backend=backend,
+            )
+        products = []
+        first = 0
+        for run in self.runs:
+            rows = slice(first, first + run.rows)
+            first += run.rows
+            weight = kernels.Packed(
+                self.weight[rows],
+                self.group_scale[rows],
+                self.weight_scale[rows],
+                kernels.find_codebook(run.codebook, x.device),
+            )
+            bias = None if self.bias is None else self.bias[rows]
+            product = kernels.packed_linear(
+                x, weight, bias=bias, rotation=self.rotation, backend=backend
+            )
+            products.append(product)
+        return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
 
     def quantize_rows(self, rows: Tensor) -> Int8Rows:
         """The rows (M, K) as they are multiplied."""
@@ -432,7 +477,7 @@ def fits_together(scheme: str, shapes: Shapes) -> bool:
 def find_multiply(scheme: str, device: str) -> str:
     """How a scheme's layers multiply on a device.
 
-    "scaled_mm", "scaled_mm per tensor", "int_mm" or "dequantize".
+    "scaled_mm", "scaled_mm per tensor", "int_mm", "dequantize", or comfy-kitchen and its back end.
     """
     return ask_multiply(scheme, device).by
 
@@ -466,6 +511,12 @@ def _probe(scheme: str, device: str) -> Multiplication:
     if kind == "cuda" and least and torch.cuda.get_device_capability(device) < least:
         return Multiplication(DEQUANTIZE, f"its products need sm{least[0]}{least[1]}")
     why = ""
+    if scheme in FUNCTIONS:
+        check = functools.partial(_check_kernel, scheme, device)
+        choice = kernels.choose([FUNCTIONS[scheme]], device, check=check)
+        if choice.backend:
+            return Multiplication(kernels.PREFIX + choice.backend, choice.why)
+        why = choice.why
     for way in WAYS[scheme]:
         failed = _try_to_multiply(way, device)
         if not failed:
@@ -506,6 +557,63 @@ def _try_to_multiply(way: str, device: str) -> str:
         take_driver_error(device)
         said = str(error).strip() or type(error).__name__
         return said.splitlines()[0][:100].rstrip(". ")
+
+
+def _check_kernel(scheme: str, device: str, backend: str) -> str:
+    """Whether comfy-kitchen computes a small layer as plain torch does on the CPU.
+
+    Returns "", or what is wrong. A unit is the distance of two levels: of a row of activations,
+    whose outputs may err by one in the root mean square; and of the weight, which activations that
+    are 1 in one column alone (after their rotation) show level by level.
+    """
+    layer, x = _make_probe(scheme)
+    dtype = torch.bfloat16
+    if torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        dtype = torch.float16
+    expected = layer.multiply(layer.quantize_rows(x), torch.float32)
+    levels = layer.decode_levels().float()
+    row_units = rotated.rotate(x, PROBE_COLUMNS).abs().amax(1, keepdim=True) / LARGEST_LEVEL
+    units = row_units * layer.weight_scale * levels.norm(dim=1)
+    level_units = row_units * layer.weight_scale * LARGEST_LEVEL
+    try:
+        moved = layer.to(device)
+        found = moved.run_kernel(x.to(device, dtype), backend).float().cpu()
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        take_driver_error(device)
+        return kernels.summarize(error)
+    # What the output's rounding to 16 bit does is no fault.
+    wrong = ((found - expected).abs() - expected.abs() / 256).clamp_(min=0)
+    by_row = (wrong / units).square().mean(1).sqrt()[PROBE_COLUMNS:]
+    by_level = (wrong / level_units)[:PROBE_COLUMNS]
+    most = max(by_row.max().item(), by_level.max().item())
+    if not most <= 1:  # NaN, too
+        return f"it differs from torch by {most:.1f} units of int8"
+    return ""
+
+
+def _make_probe(scheme: str) -> tuple[RotatedLinear, Tensor]:
+    """A small layer, and activations (M, K) that bfloat16 and float16 hold.
+
+    The first K of these are rows of the matrix that rotates them. The others are enough for the
+    kernels that a picture uses, which differ from those for few rows.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(PROBE_ROWS, PROBE_COLUMNS, generator=generator)
+    layer = make_linear(
+        scheme,
+        [rotated.quantize(weight, scheme)],
+        shapes=[tuple(weight.shape)],
+        bias=torch.randn(PROBE_ROWS, generator=generator),
+        arithmetic=False,
+        rotation=PROBE_COLUMNS,
+    )
+    assert isinstance(layer, RotatedLinear)
+    drawn = torch.randn(PROBE_TOKENS, PROBE_COLUMNS, generator=generator)
+    drawn[:, 0] *= 30  # as columns of activations are
+    matrix = rotated.make_hadamard(PROBE_COLUMNS, dtype=torch.float32, device="cpu")
+    return layer, torch.cat([matrix, drawn.bfloat16().float()])
 
 
 def take_driver_error(device: str) -> None:

@@ -28,6 +28,8 @@ STATE = ".quant_state.bitsandbytes__nf4"
 STATE_BYTES = 256
 # How layers multiply in a scheme that the device has no product for: each weight is dequantized.
 DEQUANTIZE = "dequantize"
+# What the name of a way to multiply begins with where it is a kernel's; a back end's name follows.
+KITCHEN = "comfy-kitchen"
 # An NF4 weight whose scales are stored in float32 instead of being quantized themselves.
 NF4_ONCE = "nf4_once"
 

@@ -22,6 +22,7 @@ TORCH += (
     "quant.codes",
     "quant.gguf_blocks",
     "quant.int8_products",
+    "quant.kernels",
     "quant.nf4",
     "quant.bake",
     "quant.deltas",

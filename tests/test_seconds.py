@@ -70,6 +70,7 @@ COUNTED = {
     "fp8-unpacked": "fp8 dequantize",
     **{scheme: f"{scheme} int_mm" for scheme in ROTATED},
     **{f"{scheme}-unpacked": f"{scheme} dequantize" for scheme in ROTATED},
+    **{f"{scheme}-kernels": steps.KITCHEN for scheme in ROTATED},
     **{f"gguf-{kind}": kind for kind in GGUF_BITS},
 }
 UPDATE = (

@@ -27,7 +27,7 @@ from fluxcli.request.settings import coerce
 from fluxcli.run import client
 from quant.errors import MissingLibrary
 from quant.files import nearest
-from quant.spec import DEQUANTIZE
+from quant.spec import DEQUANTIZE, ROTATED
 
 LIBRARIES = (
     "torch",
@@ -220,7 +220,7 @@ def _check_precisions(hardware: Hardware) -> Iterator[Check]:
     """What each precision does on the device: computed in it, or only stored in it."""
     found = "computed" if hardware.bf16 else "slow here, so fp16 or fp32 is taken in its place"
     yield Check("bf16", "ok", found)
-    for scheme in ("fp8", "int8"):
+    for scheme in ("fp8", *ROTATED):
         multiply = hardware.find_multiply(scheme)
         why = hardware.explain_multiply(scheme)
         found = f"computed ({multiply})"

@@ -53,6 +53,7 @@ DIFFERENCES = {
         "device": "made on {then}, here is {here}",
         "precision": "made in {then}, here it is {here}",
         "multiply": "matrices were multiplied as {then}, here as {here}",
+        "kernels": "norms and rotations were by {then}, here by {here}",
         "dtypes": "the parts had the dtypes {then}, here {here}",
         "compiled": "compiled then: {then}, here: {here}",
         "tiled": "decoded in tiles: {then}, here: {here}",
@@ -65,7 +66,7 @@ DIFFERENCES = {
         "transformers": "made with transformers {then}, here is {here}",
     },
 }
-ABSENT = {"compiled": False}  # what it means that a key is not there
+ABSENT = {"compiled": False, "kernels": "torch"}  # what it means that a key is not there
 MAX_SAID = 60  # characters of a value that a picture says
 
 

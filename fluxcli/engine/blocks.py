@@ -7,12 +7,16 @@ k are rotated as complex numbers by a table that is made once for a size, and wh
 itself is changed in place. On CUDA a compiler may join the products and sums of the rotation, which
 changes the last bit of a float32 that is rounded to 16 bit right after.
 
+Where `kernels` names a back end of comfy-kitchen (see `quant.kernels`), norm and rotation of q and
+k are one launch, as are norm and modulation: they round once where diffusers rounds several times.
+
 The classes take the place of diffusers' own on loaded modules; their layers, hooks and weights stay
 what they are. B is the batch, T and S the tokens of text and picture, D the width, H heads of d
 channels, M the width of a single block's MLP.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,20 +24,92 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fluxcli.engine import classes
+from quant import kernels
+from quant.errors import is_out_of_memory
+from quant.linear import take_driver_error
 
 HALF_MAX = 65504  # the largest float16
+# Of comfy-kitchen; see `choose_backend`.
+FUNCTIONS = ("rms_rope", "adaln")
+KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+# What was chosen, by device and dtype.
+CHOSEN: dict[tuple[str, torch.dtype], kernels.Choice] = {}
 
 
-def install(model: Any) -> None:
-    """Make a transformer of diffusers', and its blocks, compute as here."""
+def install(model: Any, *, backend: str = "") -> None:
+    """Make a transformer of diffusers', and its blocks, compute as here.
+
+    `backend` is comfy-kitchen's, for what its kernels compute beside products; "" for plain torch.
+    """
     model.__class__ = transformer()
+    model.kernels = backend
     for block in model.transformer_blocks:
         block.__class__ = double_block()
+        block.kernels = backend
         _prepare_norms(block.norm1, block.norm1_context)
     for block in model.single_transformer_blocks:
         block.__class__ = single_block()
+        block.kernels = backend
         _prepare_norms(block.norm)
     _prepare_norms(model.norm_out)
+
+
+def choose_backend(multiply: str, device: str, *, dtype: torch.dtype) -> kernels.Choice:
+    """Which back end of comfy-kitchen computes what is between products in `dtype`, and why so.
+
+    None where `multiply` is not by one, so that a picture in 16 bit has the same pixels whether the
+    library is there or not. A device is asked once.
+    """
+    if not kernels.find_backend(multiply) or dtype not in KERNEL_DTYPES:
+        return kernels.Choice("")
+    if (device, dtype) not in CHOSEN:
+        check = functools.partial(_check_backend, device, dtype)
+        CHOSEN[device, dtype] = kernels.choose(FUNCTIONS, device, check=check)
+    return CHOSEN[device, dtype]
+
+
+def _check_backend(device: str, dtype: torch.dtype, backend: str) -> str:
+    """Norm, turn and modulate small tensors; returns "", or what is wrong with the result."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype).float()
+
+    x, shift, scale = draw(1, 40, 256), draw(1, 1, 256), draw(1, 1, 256)
+    query, key, weight = draw(1, 40, 3, 64), draw(1, 40, 3, 64), draw(64)
+    angles = draw(40, 32)
+    rotation = torch.polar(torch.ones_like(angles), angles)[:, None]
+    expected = [
+        functional.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift,
+        *(
+            rotate(functional.rms_norm(each, (64,), weight, 1e-6), rotation)
+            for each in (query, key)
+        ),
+    ]
+    there = [each.to(device, dtype) for each in (x, shift, scale, query, key, weight)]
+    x, shift, scale, query, key, weight = there
+    try:
+        modulated = kernels.norm_and_modulate(x, scale, shift, epsilon=1e-6, backend=backend)
+        turned = kernels.norm_and_turn(
+            query,
+            key,
+            _make_turns(angles.cos(), angles.sin()).to(device),
+            query_weight=weight,
+            key_weight=weight,
+            epsilon=1e-6,
+            backend=backend,
+        )
+        found = [each.float().cpu() for each in (modulated, *turned)]
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        take_driver_error(device)
+        return kernels.summarize(error)
+    for made, exact in zip(found, expected, strict=True):
+        # Each value is rounded to 16 bit, some of them before they are turned, too.
+        if not (made - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm():
+            return "it norms otherwise than torch"
+    return ""
 
 
 def _prepare_norms(*norms: Any) -> None:
@@ -51,7 +127,8 @@ class AddOne(nn.Module):
 def make_rotation(model: Any, text_tokens: int, positions: Tensor) -> Tensor:
     """The rotary embedding (T + S, 1, d / 2) complex64 of text and of a picture's tokens.
 
-    `positions` (S, 3) are of the picture's tokens; those of the text are 0.
+    `positions` (S, 3) are of the picture's tokens; those of the text are 0. For kernels it is
+    float32 (1, T + S, 1, d / 2, 2, 2): the matrix of each pair of channels.
     """
     text_positions = positions.new_zeros(text_tokens, positions.shape[1])
     return _rotation_of(model, torch.cat([text_positions, positions]))
@@ -60,7 +137,17 @@ def make_rotation(model: Any, text_tokens: int, positions: Tensor) -> Tensor:
 def _rotation_of(model: Any, positions: Tensor) -> Tensor:
     # Each value stands twice, for the two channels of a pair.
     cosines, sines = model.pos_embed(positions)  # (T + S, d) float32 each
-    return torch.complex(cosines[:, ::2].contiguous(), sines[:, ::2].contiguous())[:, None]
+    cosines = cosines[:, ::2].contiguous()
+    sines = sines[:, ::2].contiguous()
+    if model.kernels:
+        return _make_turns(cosines, sines)
+    return torch.complex(cosines, sines)[:, None]
+
+
+def _make_turns(cosines: Tensor, sines: Tensor) -> Tensor:
+    """The matrices (1, S, 1, d / 2, 2, 2) that turn pairs by angles (S, d / 2)."""
+    values = torch.stack([cosines, -sines, sines, cosines], dim=-1)
+    return values.unflatten(-1, (2, 2))[None, :, None]
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -68,6 +155,8 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
     `rotation` is as of `make_rotation`; in compiled blocks it is a view of that as real numbers.
     """
+    if rotation.ndim == 6:
+        rotation = rotation[0, ..., 0]  # a matrix' first column: cosine and sine
     if not rotation.is_complex():
         return _rotate_real(x, rotation)
     pairs = x.float().view(torch.complex64)  # (..., T + S, H, d / 2)
@@ -83,6 +172,29 @@ def _rotate_real(x: Tensor, rotation: Tensor) -> Tensor:
     cosine, sine = rotation.unbind(-1)
     turned = [real * cosine - imaginary * sine, real * sine + imaginary * cosine]
     return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
+
+
+def norm_and_rotate(
+    query: Tensor, key: Tensor, rotation: Tensor, *, norms: tuple[Any, Any], backend: str
+) -> tuple[Tensor, Tensor]:
+    """q and k (B, T + S, H, d), normed and turned; they may be changed in place.
+
+    `rotation` is as of `make_rotation`, and `norms` are those of q and of k.
+    """
+    norm_query, norm_key = norms
+    # What an adapter does to a norm is a hook on its module, which kernels know nothing of.
+    if not backend or norm_query._forward_hooks or norm_key._forward_hooks:
+        query, key = norm_query(query), norm_key(key)
+        return rotate(query, rotation), rotate(key, rotation)
+    return kernels.norm_and_turn(
+        query,
+        key,
+        rotation,
+        query_weight=norm_query.weight,
+        key_weight=norm_key.weight,
+        epsilon=norm_query.eps,
+        backend=backend,
+    )
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -126,11 +238,16 @@ def double_block() -> type[nn.Module]:
             text_values, text_factors = read_modulation(self.norm1_context, temb, count=6)
             image_values, image_factors = read_modulation(self.norm1, temb, count=6)
 
-            # Neither norm has weights, so that one launch norms both streams.
-            normed = self.norm1.norm(x)
-            normed_text, normed_image = normed.split(sizes, dim=1)
-            normed_text.mul_(text_factors[1]).add_(text_values[0])
-            normed_image.mul_(image_factors[1]).add_(image_values[0])
+            if self.kernels:
+                normed_text, normed_image = self._modulate_by_kernels(
+                    self.norm1.norm, x.split(sizes, dim=1), text_values[:2], image_values[:2]
+                )
+            else:
+                # Neither norm has weights, so that one launch norms both streams.
+                normed = self.norm1.norm(x)
+                normed_text, normed_image = normed.split(sizes, dim=1)
+                normed_text.mul_(text_factors[1]).add_(text_values[0])
+                normed_image.mul_(image_factors[1]).add_(image_values[0])
             attended = self._attend(normed_text, normed_image, rotation)
             attended_text, attended_image = attended.split(sizes, dim=1)
             x = _add_gated(
@@ -139,10 +256,15 @@ def double_block() -> type[nn.Module]:
                 self.attn.to_out[0](attended_image).mul_(image_values[2]),
             )
 
-            normed = self.norm2(x)
-            normed_text, normed_image = normed.split(sizes, dim=1)
-            normed_text.mul_(text_factors[4]).add_(text_values[3])
-            normed_image.mul_(image_factors[4]).add_(image_values[3])
+            if self.kernels:
+                normed_text, normed_image = self._modulate_by_kernels(
+                    self.norm2, x.split(sizes, dim=1), text_values[3:5], image_values[3:5]
+                )
+            else:
+                normed = self.norm2(x)
+                normed_text, normed_image = normed.split(sizes, dim=1)
+                normed_text.mul_(text_factors[4]).add_(text_values[3])
+                normed_image.mul_(image_factors[4]).add_(image_values[3])
             x = _add_gated(
                 x,
                 self.ff_context(normed_text).mul_(text_values[5]),
@@ -151,6 +273,21 @@ def double_block() -> type[nn.Module]:
             if x.dtype == torch.float16:
                 x[:, :text_tokens].clamp_(-HALF_MAX, HALF_MAX)
             return x
+
+        def _modulate_by_kernels(
+            self,
+            norm: Any,
+            streams: Sequence[Tensor],
+            of_text: Sequence[Tensor],
+            of_image: Sequence[Tensor],
+        ) -> list[Tensor]:
+            """Both streams (B, T or S, D), normed and modulated by a shift and a scale for each."""
+            return [
+                kernels.norm_and_modulate(
+                    stream, scale, shift, epsilon=norm.eps, backend=self.kernels
+                )
+                for stream, (shift, scale) in zip(streams, (of_text, of_image), strict=True)
+            ]
 
         def _attend(self, text: Tensor, image: Tensor, rotation: Tensor) -> Tensor:
             """The attention (B, T + S, D) of the two streams' normed tokens."""
@@ -166,6 +303,11 @@ def double_block() -> type[nn.Module]:
                 q_image = attn.to_q(image).unflatten(-1, heads)
                 k_image = attn.to_k(image).unflatten(-1, heads)
                 v_image = attn.to_v(image).unflatten(-1, heads)
+            if self.kernels:
+                query, key = self._norm_by_kernels(
+                    (q_text, q_image), (k_text, k_image), rotation=rotation
+                )
+                return attend(query, key, torch.cat([v_text, v_image], dim=1))
             normed = [
                 attn.norm_added_q(q_text),
                 attn.norm_q(q_image),
@@ -178,6 +320,28 @@ def double_block() -> type[nn.Module]:
             query, key = rotate(both, rotation).unbind(1)
             del both
             return attend(query, key, torch.cat([v_text, v_image], dim=1))
+
+        def _norm_by_kernels(
+            self, queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor], *, rotation: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            """q and k (B, T + S, H, d) of text and picture, normed and turned."""
+            attn = self.attn
+            text_tokens = queries[0].shape[1]
+            text = norm_and_rotate(
+                queries[0],
+                keys[0],
+                rotation[:, :text_tokens],
+                norms=(attn.norm_added_q, attn.norm_added_k),
+                backend=self.kernels,
+            )
+            image = norm_and_rotate(
+                queries[1],
+                keys[1],
+                rotation[:, text_tokens:],
+                norms=(attn.norm_q, attn.norm_k),
+                backend=self.kernels,
+            )
+            return torch.cat([text[0], image[0]], dim=1), torch.cat([text[1], image[1]], dim=1)
 
     return DoubleBlock
 
@@ -202,7 +366,12 @@ def single_block() -> type[nn.Module]:
         def forward(self, x: Tensor, temb: Tensor, rotation: Tensor) -> Tensor:
             """The residual stream (B, T + S, D) after this block."""
             values, factors = read_modulation(self.norm, temb, count=3)
-            normed = self.norm.norm(x).mul_(factors[1]).add_(values[0])
+            if self.kernels:
+                normed = kernels.norm_and_modulate(
+                    x, values[1], values[0], epsilon=self.norm.norm.eps, backend=self.kernels
+                )
+            else:
+                normed = self.norm.norm(x).mul_(factors[1]).add_(values[0])
             if self.attn.fused_projections:
                 wide = self._attend_in_place(self.proj_in(normed), rotation)
             else:
@@ -243,8 +412,8 @@ def single_block() -> type[nn.Module]:
 
         def _attend(self, query: Tensor, key: Tensor, value: Tensor, rotation: Tensor) -> Tensor:
             """The attention (B, T + S, D) of q, k and v (B, T + S, H, d), which are not normed."""
-            query = rotate(self.attn.norm_q(query), rotation)
-            key = rotate(self.attn.norm_k(key), rotation)
+            norms = (self.attn.norm_q, self.attn.norm_k)
+            query, key = norm_and_rotate(query, key, rotation, norms=norms, backend=self.kernels)
             return attend(query, key, value)
 
     return SingleBlock
@@ -290,7 +459,17 @@ def transformer() -> type[nn.Module]:
             for block in self.single_transformer_blocks:
                 x = block(x, temb, rotation)
             values, factors = read_modulation(self.norm_out, temb, count=2)
-            normed = self.norm_out.norm(x[:, text_tokens:]).mul_(factors[0]).add_(values[1])
+            image = x[:, text_tokens:]
+            if self.kernels:
+                normed = kernels.norm_and_modulate(
+                    image,
+                    values[0],
+                    values[1],
+                    epsilon=self.norm_out.norm.eps,
+                    backend=self.kernels,
+                )
+            else:
+                normed = self.norm_out.norm(image).mul_(factors[0]).add_(values[1])
             return (self.proj_out(normed),)
 
     return Transformer

@@ -21,6 +21,7 @@ from fluxcli.engine.ram import read_ram
 from fluxcli.engine.segments import NAMES, has_asked, is_supported
 from fluxcli.errors import DeviceUnusable, NoSuchDevice
 from fluxcli.plan.machine import BF16_SINCE, CONTEXT_BYTES, Hardware
+from quant import kernels
 from quant.errors import is_out_of_memory
 from quant.linear import WAYS, Multiplication, ask_multiply
 
@@ -39,8 +40,10 @@ BUILDS = (("cu126", (5, 0), (7, 2)), ("cu130", (7, 5), (12, 1)))
 def probe(device: str = "auto") -> Hardware:
     """Describe the device that `device` names: auto, cpu, cuda[:n], mps or xpu[:n].
 
-    Raises `NoSuchDevice` for one that is not here, `DeviceUnusable` for one that does not answer.
+    Raises `NoSuchDevice` for one that is not here, `DeviceUnusable` for one that does not answer,
+    and `SpecError` for a FLUX_KERNELS that says nothing.
     """
+    kernels.is_off()  # a wrong FLUX_KERNELS is told here, whatever the device
     counts = _count_accelerators()
     if device == "auto":
         return _probe_best(counts)

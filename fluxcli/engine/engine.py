@@ -23,13 +23,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from fluxcli.engine import condition, decode, denoise, device, encode
+from fluxcli.engine import blocks, condition, decode, denoise, device, encode
 from fluxcli.engine.components import Components
 from fluxcli.engine.picture import Picture
 from fluxcli.events import Event, Notice, is_of_one_row
 from fluxcli.plan.costs import make_workload
 from fluxcli.plan.machine import CONTEXT_BYTES, Hardware
 from fluxcli.plan.placement import MemoryPlan
+from quant import kernels
 from quant.checkpoint import Checkpoint
 from quant.errors import NO_ENGINE, is_out_of_memory
 from quant.linear import find_multiply
@@ -121,13 +122,20 @@ class Engine:
     def multiply(self) -> str:
         """How the transformer's blocks multiply here.
 
-        "bf16", "fp16" or "fp32" where their weights are values, else by "scaled_mm", "int_mm" or
-        "dequantize", see `quant.linear.find_multiply`.
+        "bf16", "fp16" or "fp32" where their weights are values, else by "scaled_mm", "int_mm",
+        "dequantize" and others, see `quant.linear.find_multiply`.
         """
         precision = self.plan.precision
         if precision in SCHEMES:
             return find_multiply(precision, self.plan.device)
         return precision
+
+    @property
+    def kernels(self) -> str:
+        """Whose kernels compute what is between the blocks' products; "" for torch's."""
+        dtype = self.components.dtype("transformer")
+        choice = blocks.choose_backend(self.multiply, self.plan.device, dtype=dtype)
+        return kernels.PREFIX + choice.backend if choice.backend else ""
 
     @property
     def is_compiled(self) -> bool:

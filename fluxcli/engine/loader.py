@@ -25,11 +25,12 @@ from quant.config import DOWNLOAD_AGAIN
 from quant.dialects import ADDED_QKV, QKV, T5_TIED
 from quant.errors import CheckpointError, ExplainedError, is_out_of_memory
 from quant.expected import check_keys, map_names
-from quant.linear import fits_together, make_linear
+from quant.linear import find_multiply, fits_together, make_linear
 from quant.lora import Adapter
 from quant.spec import (
     FAMILIES,
     MULTIPLIED_IN_TEXT_ENCODER,
+    ROTATED,
     QuantSpec,
     find_rotation,
     is_modulation,
@@ -114,7 +115,7 @@ class Filler:
         self._sources: dict[str, tuple[str, ...]] = {}  # the old layers by their new one
         self._fused: dict[str, Place] = {}  # the new place by the old layer
         if component.name == "transformer":
-            blocks.install(self.module)
+            blocks.install(self.module, backend=self._choose_backend())
             self._fuse()
         self.names = [name for name in self.module.state_dict() if name != T5_TIED]
 
@@ -175,6 +176,15 @@ class Filler:
             # The hooks of adapters stay, where the layer is made anew for every forward.
             made._forward_hooks = self.module.get_submodule(layer)._forward_hooks
             _set(self.module, layer, made)
+
+    def _choose_backend(self) -> str:
+        """Which back end of comfy-kitchen computes what is between products; "" for torch."""
+        for form in self._schemes.values():
+            scheme = FAMILIES.get(form, "")
+            if scheme in ROTATED:
+                multiply = find_multiply(scheme, self.device)
+                return blocks.choose_backend(multiply, self.device, dtype=self._dtype).backend
+        return ""
 
     def _scheme_of(self, weight: Weight) -> str:
         """The scheme that a weight has in memory, "" for values."""

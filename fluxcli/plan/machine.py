@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from quant.spec import DEQUANTIZE, SCHEMES
+from quant.spec import DEQUANTIZE, KITCHEN, SCHEMES
 
 CONTEXT_BYTES = 512 << 20  # the driver's context with the kernels, and cuBLAS' workspace
 # What is left alone of a card that other programs are on: their share moves, and the driver loads
@@ -99,10 +99,14 @@ class Hardware:
         """Why a scheme is not multiplied in its best way here; "" where it is, or none has it."""
         known = SCHEMES.get(scheme)
         found = self.find_multiply(scheme)
-        if known is None or found == (known.multiply or DEQUANTIZE):
-            return ""
-        how = "unpacked" if found == DEQUANTIZE else "multiplied per tensor"
         why = self.multiply_why.get(scheme, "")
+        if known is None:
+            return ""
+        if found.startswith(KITCHEN):
+            return f"multiplied by {found} here, because {why}" if why else ""
+        if found == (known.multiply or DEQUANTIZE):
+            return f"multiplied by torch here, because {why}" if why else ""
+        how = "unpacked" if found == DEQUANTIZE else "multiplied per tensor"
         if not why and known.capability and self.capability > (0, 0):
             major, minor = known.capability
             why = f"its products need sm{major}{minor}"

@@ -57,6 +57,7 @@ BROKEN = (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError)
 # Variables that decide which models are found and how they compute: a worker with others is of no
 # use.
 VARIABLES = (
+    "FLUX_KERNELS",
     "FLUX_MIRROR",
     "HF_HOME",
     "HF_HUB_CACHE",

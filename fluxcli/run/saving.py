@@ -99,7 +99,9 @@ def make_metadata(
     """
     request = order.request
     plan = engine.plan
-    compiled = {"compiled": True} if engine.is_compiled else {}
+    only_if: dict[str, Any] = {"compiled": True} if engine.is_compiled else {}
+    if engine.kernels:
+        only_if["kernels"] = engine.kernels
     return {
         "request": order.to_json() | {"output": None},
         "size": list(request.size),
@@ -111,7 +113,7 @@ def make_metadata(
             "dtypes": plan.dtypes,
             "tiled": plan.placement.decode == "tiled",
         }
-        | compiled,
+        | only_if,
         "lora": loras.name_identities(request.lora, adapters),
         "seeded": seeded,
         "versions": fluxcli.versions(),

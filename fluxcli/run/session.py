@@ -607,7 +607,7 @@ def _finish(engine: Engine, row: PlannedRow) -> Done:
     return Done(
         images=tuple(row.images),
         request=row.order.to_json(),
-        plan=plan.to_json() | {"multiply": engine.multiply},
+        plan=plan.to_json() | {"multiply": engine.multiply, "kernels": engine.kernels},
         timings_s={},  # filled in by the reporter, which sees when each phase begins
         peak_memory=device.peak_memory(now.device),
         versions=fluxcli.versions(),

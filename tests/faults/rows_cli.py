@@ -150,6 +150,7 @@ VARIABLES = {
     "size": ("FLUX_SIZE", "1000", [2], "FLUX_SIZE"),
     "near": ("FLUX_STPES", "3", [2], "FLUX_STEPS"),
     "worker": ("FLUX_WORKER", "maybe", [2], "FLUX_WORKER"),
+    "kernels": ("FLUX_KERNELS", "maybe", [2], "FLUX_KERNELS"),
     "other": ("FLUX_WHATEVER", "1", [0], ""),
     "no-color": ("NO_COLOR", "1", [0], ""),
     "force-color": ("FORCE_COLOR", "1", [0], ""),

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from quant.kernels import Library
 from tests.support import guard
 from tests.support.card_demands import check_operands
 from tests.support.card_streams import Races, Streams
@@ -49,6 +50,7 @@ WAITING = {"_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonze
 # What memory holds that nobody has written: NaN in all that has it. Large memory stays untouched.
 GARBAGE = 0xFF
 SMALL_BYTES = 64 << 20
+NO_KITCHEN = Library(None, "comfy-kitchen is not installed")
 NO_KERNEL = "CUDA error: no kernel image is available for execution on the device"
 
 guard.install()
@@ -169,18 +171,20 @@ class Card(TorchDispatchMode):
         total_bytes: int = 24 << 30,
         pinnable_bytes: int = 1 << 40,
         rowwise: bool = True,
+        kitchen: Library = NO_KITCHEN,
         built_for: tuple[str, ...] = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"),
     ) -> None:
         """`sm` is their capability; the driver pins `pinnable_bytes` of RAM and no more.
 
         `rowwise` and `built_for` are of torch: whether it has the row-wise `_scaled_mm`, and the
-        architectures that it has kernels for.
+        architectures that it has kernels for; `kitchen` is comfy-kitchen, as it was found.
         """
         super().__init__()
         self._launching = threading.get_ident()  # the thread that launches kernels
         self.sm = sm
         self.pinnable_bytes = pinnable_bytes
         self.rowwise = rowwise
+        self.kitchen = kitchen
         self.built_for = built_for
         self.memory = [Memory(total_bytes, total_bytes) for _ in range(cards)]
         self.problems: list[str] = []

@@ -10,13 +10,14 @@ from unittest import mock
 import bitsandbytes  # noqa: F401 - it asks torch.cuda while it is imported
 import torch
 
-from fluxcli.engine import classes
-from quant import codes, int8_products, linear
+from fluxcli.engine import blocks, classes
+from quant import codes, int8_products, kernels, linear
 from tests.support.card import Card, OnCard, replace_values
 from tests.support.card_streams import Event, Stream
 
 OUT_OF_MEMORY = 2  # of cudaError
 NOT_REGISTERED = 713
+DRIVER = 13010  # the newest CUDA that it knows
 
 
 class Runtime:
@@ -189,6 +190,8 @@ def installed(card: Card) -> Iterator[Card]:
     with (
         mock.patch.multiple(torch.cuda, **Driver(card).functions()),
         mock.patch.object(torch.version, "cuda", "13.0"),
+        mock.patch.object(kernels, "load_library", lambda: card.kitchen),
+        mock.patch.object(kernels, "read_driver", lambda: DRIVER),
         mock.patch.object(torch, "tensor", _make_and_move(torch.tensor)),
         mock.patch.object(torch, "as_tensor", _make_and_move(torch.as_tensor)),
         mock.patch.object(torch.Tensor, "is_pinned", ask),
@@ -207,7 +210,8 @@ def installed(card: Card) -> Iterator[Card]:
 
 def _forget_devices() -> None:
     """Forget what a device can, and what was made for it."""
-    for known in (linear.PROBED, int8_products.CONSTANTS, codes.TABLES):
+    caches = (linear.PROBED, int8_products.CONSTANTS, codes.TABLES, kernels.CODEBOOKS)
+    for known in (*caches, blocks.CHOSEN):
         known.clear()
 
 

@@ -25,7 +25,7 @@ from fluxcli.plan import planner as plan
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import MemoryPlan
 from fluxcli.request.fields import Order
-from quant import codecs, codes, int8_products, linear
+from quant import codecs, codes, int8_products, kernels, linear
 from quant.checkpoint import Checkpoint
 from quant.codecs import Reader
 from quant.rotated import NORMAL_LEVELS
@@ -143,6 +143,7 @@ def full_size(monkeypatch: pytest.MonkeyPatch, *, arithmetic: bool = True) -> It
     monkeypatch.setattr(linear, "read_codebook", _read_codebook)
     monkeypatch.setattr(int8_products, "CONSTANTS", {})
     monkeypatch.setattr(codes, "TABLES", {})
+    monkeypatch.setattr(kernels, "CODEBOOKS", {})
     monkeypatch.setattr(decode, "is_finite", lambda _: True)
     monkeypatch.setattr(
         decode, "to_pixels", lambda decoded: SimpleNamespace(numpy=lambda: decoded.shape)

@@ -33,13 +33,14 @@ from torch.utils._pytree import tree_flatten
 
 from benchmarks.counting import pretend_baked
 from fluxcli.engine import classes, condition, denoise
+from fluxcli.engine.blocks import CHOSEN, KERNEL_DTYPES
 from fluxcli.engine.engine import Engine
 from fluxcli.engine.picture import Picture
 from fluxcli.engine.prompt_cache import Embeddings
 from fluxcli.events import Step
 from fluxcli.plan import costs
 from fluxcli.plan.placement import Placement
-from quant import linear
+from quant import kernels, linear
 from quant.checkpoint import Checkpoint
 from quant.spec import ROTATED, QuantSpec
 from quant.tensor_info import GGUF_BITS
@@ -56,7 +57,9 @@ BAKES |= {scheme: QuantSpec(scheme) for scheme in ROTATED}
 ATTENTION = ("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention")
 # Operators whose bytes are those of products and attention. A product with a rotation is not among
 # them: it waits for memory.
-COMPUTING = frozenset((*PRODUCTS, *ATTENTION)) - {"bmm"}
+# What passes there are inside of a kernel's product nobody knows.
+COMPUTING = frozenset((*PRODUCTS, "int8_linear", "packed_linear", *ATTENTION)) - {"bmm"}
+KERNELS = f"{kernels.PREFIX}cuda"  # how a card multiplies that can use comfy-kitchen's
 # What is neither a view by its schema nor a launch.
 NO_LAUNCH = frozenset(
     [
@@ -107,6 +110,7 @@ ROWS = {
     "fp8-unpacked": Row("fp8", multiply=linear.DEQUANTIZE),
     **{scheme: Row(scheme) for scheme in ROTATED},
     **{f"{scheme}-unpacked": Row(scheme, multiply=linear.DEQUANTIZE) for scheme in ROTATED},
+    **{f"{scheme}-kernels": Row(scheme, multiply=KERNELS) for scheme in ROTATED},
     **{f"gguf-{kind}": Row("auto", gguf=kind) for kind in GGUF_BITS},
 }
 
@@ -259,6 +263,9 @@ def count_step(row: Row, depth: Depth) -> Counts:
         for scheme, ways in linear.WAYS.items():
             way = linear.Multiplication(row.multiply or ways[0])
             monkeypatch.setitem(linear.PROBED, (scheme, CUDA_CARD), way)
+        backend = kernels.Choice(kernels.find_backend(row.multiply))
+        for dtype in KERNEL_DTYPES:
+            monkeypatch.setitem(CHOSEN, (CUDA_CARD, dtype), backend)
         checkpoint = cut_depth(dev, depth)
         if row.precision in BAKES:
             checkpoint = pretend_baked(checkpoint, BAKES[row.precision])
