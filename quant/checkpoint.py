@@ -91,7 +91,7 @@ class Component:
     def numel(self) -> int:
         return sum(weight.numel for weight in self.weights.values())
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return sum(weight.nbytes for weight in self.weights.values())
 

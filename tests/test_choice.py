@@ -86,9 +86,12 @@ def test_the_day_and_the_process_decide_no_pixel(text, asked, variants):
 
 
 def test_what_the_driver_pins_moves_seconds_and_not_the_precision(variants):
-    """Beyond the limit all of it comes by a feeder, which is slow on this machine."""
-    here = card("12GiB:sm89")
-    here = replace(here, speeds=replace(here.speeds, host_copy_bytes=1e9))
+    """Beyond the limit all of it comes by a feeder, which is slow on this machine.
+
+    The card has no products in 8 bit, so that 16 bit is streamed.
+    """
+    here = card("12GiB:xpu")
+    here = replace(here, speeds=replace(here.speeds, host_copy_bytes=5e8))
     wanted = order("a fox", steps=28)
     usual = survey_for(wanted, variants, here)
     unpinned = survey_for(wanted, variants, replace(here, pin_bytes=0))
@@ -96,8 +99,8 @@ def test_what_the_driver_pins_moves_seconds_and_not_the_precision(variants):
     assert [each.verdict for each in unpinned] == [each.verdict for each in usual]
     seconds = [found[0].plan.seconds["denoise"] for found in (usual, unpinned)]
     assert seconds[1] > 3 * seconds[0]
-    fp8 = [found[1].plan.seconds["denoise"] for found in (usual, unpinned)]
-    assert seconds[1] > 1.25 * fp8[1], "a bf16 that would be too slow, if this day counted"
+    smaller = next(each for each in unpinned if each.precision == "fp8")
+    assert seconds[1] > 1.25 * smaller.plan.seconds["denoise"], "too slow, if this day counted"
 
 
 def test_a_program_that_used_cuda_before_gets_the_same_precision(variants):
@@ -120,7 +123,7 @@ WINDOWS = "Rowwise scaling is not currently supported on your device"
 @pytest.mark.parametrize("text", ["4060", "4090", "5090", "8GiB:sm120"])
 @pytest.mark.parametrize("way", [PER_TENSOR, DEQUANTIZE])
 def test_fp8_without_a_row_wise_kernel_is_said_and_never_preferred(text, way, variants):
-    """torch for Windows: 16 bit stays the choice; a folder of fp8 alone is drawn, and told."""
+    """torch for Windows: the choice stays what it was; a folder of fp8 alone is drawn, and told."""
     here = card(
         text,
         multiply={"fp8": way, "int8": "int_mm"},
@@ -129,7 +132,7 @@ def test_fp8_without_a_row_wise_kernel_is_said_and_never_preferred(text, way, va
     )
     wanted = order("a fox", steps=28)
     beside = survey_for(wanted, variants, here)
-    assert decided(beside)[0] == "bf16"
+    assert decided(beside)[0] == ("bf16" if here.total_bytes > 8 * GIB else "w4a8")
     alone = survey_for(wanted, [each for each in variants if _stored(each) == "fp8"], here)
     assert [each.precision for each in alone] == ["fp8"] and alone[0].verdict == "chosen"
     plan = alone[0].plan

@@ -19,6 +19,7 @@ from fluxcli.plan.machine import CONTEXT_BYTES
 from fluxcli.plan.placement import GIB
 from quant.errors import is_out_of_memory
 from quant.linear import Multiplication
+from quant.spec import ROTATED
 from tests.support.invariant import assert_failed, call
 
 NONE = {"cuda": 0, "xpu": 0, "mps": 0}
@@ -127,7 +128,7 @@ def test_a_number_of_amd_is_no_capability_of_nvidia(two_cards, monkeypatch):
 def test_what_a_card_multiplies_in_is_asked_of_it_and_not_of_its_capability(two_cards, monkeypatch):
     said = {
         "fp8": Multiplication("dequantize", "no row-wise kernel"),
-        "int8": Multiplication("int_mm"),
+        **dict.fromkeys(ROTATED, Multiplication("int_mm")),
     }
     asked = []
 
@@ -138,8 +139,8 @@ def test_what_a_card_multiplies_in_is_asked_of_it_and_not_of_its_capability(two_
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (8, 9))
     monkeypatch.setattr(hardware, "ask_multiply", ask)
     found = hardware.probe("cuda:1")
-    assert asked == [("fp8", "cuda:1"), ("int8", "cuda:1")]  # and no other device
-    assert found.multiply == {"fp8": "dequantize", "int8": "int_mm"}
+    assert asked == [(scheme, "cuda:1") for scheme in ("fp8", *ROTATED)]  # and no other device
+    assert found.multiply == {"fp8": "dequantize"} | dict.fromkeys(ROTATED, "int_mm")
     assert (found.find_multiply("fp8"), found.find_multiply("int8")) == ("dequantize", "int_mm")
     assert found.explain_multiply("fp8") == "unpacked here, because no row-wise kernel"
     assert found.explain_multiply("int8") == found.explain_multiply("nf4") == ""
@@ -452,11 +453,27 @@ def test_products_in_8_bit_that_nobody_measured_may_count_as_fast_as_in_16():
     guess = read_cards().find_speeds("cuda:0", "NVIDIA GeForce RTX 4090", (8, 9))
     assert not guess.is_measured and guess.of("fp8") > guess.wide
     assert guess.without_guesses().eight_bit == {"fp8": guess.wide, "int8": guess.wide}
+    assert guess.name_source("w4a8") == "a table's RTX 4090, int8 products by its data sheet"
+    assert (
+        guess.of("w4a8") == guess.of("w6a8") == guess.of("int8") and guess.of("nf4") == guess.wide
+    )
     row = table()["RTX 4090"] | {"source": "a report"}
     cards = replace(read_cards(), rows={"RTX 4090": row})
     published = cards.find_speeds("cuda:0", "NVIDIA GeForce RTX 4090", (8, 9))
     assert published.source.endswith("published by a report")
     assert published.without_guesses() == published and published.of("fp8") == row["fp8"] * 1e12
+    assert published.name_source("int8") == published.source
+
+
+def test_products_that_others_have_timed_on_a_cards_generation_count_as_fast_as_they_are():
+    for name in ("RTX 3090", "RTX 3060", "an unknown card"):
+        found = read_cards().find_speeds("cuda:0", name, (8, 6))
+        assert found.without_guesses().of("w6a8") == found.of("int8") > 2 * found.wide
+        assert not found.is_measured and "Flux2-INT8" in found.name_source("int8")
+        assert found.name_source("") == found.name_source("nf4") == found.source
+    for capability in ((7, 5), (8, 0), (8, 7), (8, 9), (12, 0)):
+        found = read_cards().find_speeds("cuda:0", "an unknown card", capability)
+        assert not found.published and found.without_guesses().of("int8") == found.wide
 
 
 @pytest.mark.parametrize("kind", ["mps", "xpu"])

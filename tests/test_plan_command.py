@@ -23,7 +23,6 @@ from fluxcli.errors import ExitCode
 from fluxcli.pictures.image import read_metadata
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB, PHASES
-from fluxcli.plan.planner import QUALITY
 from quant.spec import BAKEABLE
 from tests.support.helpers import BAKED, ROOT, machine, order
 from tests.support.invariant import assert_failed, call
@@ -105,9 +104,9 @@ def test_json_has_every_placement_with_its_peaks_seconds_verdict_and_why(text, c
         and found["download_bytes"] > 30e9
     )
     total = found["hardware"]["total_bytes"]
-    assert [row["precision"] for row in found["candidates"]] == sorted(
-        (row["precision"] for row in found["candidates"]), key=QUALITY.index
-    )
+    errors = {row["precision"]: row["error"] for row in found["candidates"]}
+    assert list(errors.values()) == sorted(errors.values()) and min(errors.values()) == 0
+    assert set(BAKEABLE) < set(errors)
     for row in found["candidates"]:
         assert row["verdict"] in VERDICTS and row["why"] and not row["folder_is_packed"]
         if row["verdict"] != "does not fit":
@@ -129,6 +128,7 @@ def test_text_and_json_say_the_same(capsys):
         mark = "*" if row["verdict"] == "chosen" else " "
         cells, verdict = [line for line in lines if line.startswith(f"{mark} {row['precision']} ")]
         assert verdict.endswith(f"{row['verdict']}: {row['why']}")
+        assert f" {row['error']:.3f} " in cells or (row["error"] == 0 and " 0 " in cells)
         peaks = [f"{peak / GIB:.2f}" for peak in row["plan"]["peak_bytes"].values()]
         assert [cell for cell in cells.split() if cell in peaks] == peaks
     chosen = next(row for row in found["candidates"] if row["verdict"] == "chosen")

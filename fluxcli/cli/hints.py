@@ -47,9 +47,11 @@ _DRAWING: dict[str, tuple[str, ...]] = {
         "--quantize", "--quantise", "--quantization", "--bits", "--int8", "--8bit", "-8",
         "--load-in-8bit",
     ),
-    "--precision nf4, or once for all: flux quantize dev --to nf4": (
-        "--4bit", "--nf4", "--load-in-4bit", "--int4", "-4",
+    "--precision w6a8, or once for all: flux quantize dev --to w6a8": ("--w6a8", "--6bit", "-6"),
+    "--precision w4a8, or once for all: flux quantize dev --to w4a8": (
+        "--w4a8", "--4bit", "--load-in-4bit", "--int4", "-4",
     ),
+    "--precision nf4, or once for all: flux quantize dev --to nf4": ("--nf4",),
     "--precision fp8, or once for all: flux quantize dev --to fp8": (
         "--fp8", "--float8", "--fp8-base", "--fp8-scaled",
     ),
@@ -159,7 +161,9 @@ _QUANTIZING: dict[str, tuple[str, ...]] = {
         "--outdir", "--save-path", "--dest", "--outfile",
     ),
     "--to int8": ("--int8", "--8bit", "--bits", "-b", "--quantize", "--w8a8"),
-    "--to nf4": ("--nf4", "--4bit", "--int4", "--load-in-4bit"),
+    "--to w6a8": ("--w6a8", "--6bit"),
+    "--to w4a8": ("--w4a8", "--4bit", "--int4", "--load-in-4bit"),
+    "--to nf4": ("--nf4",),
     "--to fp8": (
         "--fp8", "--type", "--dtype", "--precision", "--scheme", "--qtype", "--format",
         "--quantization", "-t", "-q8", "--method", "--weight-dtype",
@@ -222,5 +226,5 @@ def find_for_words(words: Sequence[str]) -> str:
     """Return the hint for words that follow a prompt."""
     if words and all(word in ("3", "4", "5", "6", "8") for word in words):
         # mflux: -q 8
-        return "--precision int8 or --precision nf4; -q is --quiet here"
+        return "--precision int8 or --precision w4a8; -q is --quiet here"
     return 'quote a prompt of several words: flux generate "a red circle"'

@@ -169,6 +169,7 @@ def _describe(
         rows.append(
             {
                 "precision": candidate.precision,
+                "error": round(candidate.error, 4),
                 "verdict": candidate.verdict,
                 "why": candidate.why,
                 "folder_is_packed": bool(stored),
@@ -248,26 +249,28 @@ def _describe_machine(hardware: Hardware) -> str:
     return f"on {hardware.name} ({memory}; RAM {ram})"
 
 
-# Under 80 columns: mark and precision, blocks, a column a phase, RAM, time.
-PLAN_ROW = "{:<8}{:<12} {:>8} {:>9} {:>8} {:>8} {:>7} {:>12}"
+# Under 80 columns: mark and precision, error, blocks, a column a phase, RAM, time.
+PLAN_ROW = "{:<7}{:<6}{:<12} {:>7} {:>9} {:>7} {:>7} {:>7} {:>11}"
 
 
 def _format_table(candidates: Sequence[Candidate], *, has_ram_column: bool) -> list[str]:
     """The lines of the table: a head, and a row for each candidate that has a plan."""
     heads = [*PHASES, "RAM" if has_ram_column else "", "time"]
     what = "peak memory in GiB while it does" if has_ram_column else "peak RAM in GiB while it does"
-    lines = [PLAN_ROW.format("", "", what, "", "", "", "", "").rstrip()]
-    lines.append(PLAN_ROW.format("", "blocks", *heads).rstrip())
+    lines = [PLAN_ROW.format("", "", "", what, "", "", "", "", "").rstrip()]
+    lines.append(PLAN_ROW.format("", "error", "blocks", *heads).rstrip())
     for candidate in candidates:
         name = f"{_mark(candidate)} {candidate.precision}"
         plan = candidate.plan
         if plan is None:
-            lines.append(f"{name:<8}-")
+            lines.append(f"{name:<7}-")
             continue
         peaks = [f"{plan.peak_bytes[phase] / GIB:.2f}" for phase in PHASES]
         ram = f"{plan.host_bytes / GIB:.2f}" if has_ram_column else ""
+        error = f"{candidate.error:.3f}" if candidate.error else "0"
         blocks = plan.placement.level("denoise")
-        lines.append(PLAN_ROW.format(name, blocks, *peaks, ram, format_duration(plan.total_s)))
+        taken_s = format_duration(plan.total_s)
+        lines.append(PLAN_ROW.format(name, error, blocks, *peaks, ram, taken_s))
     return lines
 
 

@@ -19,6 +19,7 @@ def read_cards() -> CardTable:
     return CardTable(
         rows=parsed["cards"],
         reached=parsed["efficiency"],
+        published=parsed["published"],
         pageable_bytes=parsed["pageable"] * 1e9,
         host_copy_bytes=parsed["host_copy"] * 1e9,
         disk_bytes=parsed["disk"] * 1e9,

@@ -9,7 +9,7 @@ launches beside its products was counted, too (`steps`). Stdlib only.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import inf
+from math import inf, sqrt
 
 from fluxcli.plan import steps
 from fluxcli.plan.machine import Hardware, Speeds
@@ -19,8 +19,10 @@ from quant.lora import Adapter, Part
 from quant.spec import (
     DEQUANTIZE,
     FAMILIES,
+    QUANTIZABLE,
     ActivationLine,
     QuantSpec,
+    find_error,
     is_modulation,
     lay_out,
     scheme_in_memory,
@@ -202,6 +204,20 @@ def _find_form(weight: Weight, component: str, spec: QuantSpec | None) -> str:
     if spec and not weight.scheme:
         return spec.choose_scheme(component, weight.name, weight.shape)
     return scheme_in_memory(component, weight.name, weight.scheme)
+
+
+def estimate_error(transformer: Component, spec: QuantSpec | None) -> float:
+    """The relative error of a layer's output, over the weights of the blocks: root mean square."""
+    total_numel = 0
+    squares = 0.0
+    for name, weight in transformer.weights.items():
+        if is_modulation(name) or not QUANTIZABLE[transformer.name].fullmatch(name):
+            continue
+        form = _find_form(weight, transformer.name, spec)
+        is_rotated = not weight.scheme or weight.rotation > 0
+        squares += weight.numel * find_error(form, is_rotated=is_rotated) ** 2
+        total_numel += weight.numel
+    return sqrt(squares / total_numel) if total_numel else 0.0
 
 
 def component_bytes(

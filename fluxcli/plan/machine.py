@@ -19,6 +19,8 @@ RESERVE_BYTES = 256 << 20
 RESERVE_SHARE = 0.04  # of all its memory, where that is more
 CAPABILITY = re.compile(r"sm(\d+)(\d)")
 BF16_SINCE = (8, 0)  # NVIDIA's first generation that multiplies in bfloat16
+# In which arithmetic of a card the operators multiply (`quant.spec.Scheme.multiply`).
+ARITHMETIC = {"scaled_mm": "fp8", "int_mm": "int8"}
 
 
 @dataclass(frozen=True)
@@ -36,16 +38,34 @@ class Speeds:
     launch_s: float  # of the host, for each kernel
     source: str = "assumed"
     is_measured: bool = False  # somebody did on such a card; else it is a share of a data sheet
+    # By arithmetic in 8 bit: who has timed steps with it on a card of this generation.
+    published: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, scheme: str) -> float:
         """FLOP/s of products in a scheme where the device has its arithmetic, else in 16 bit."""
-        return self.eight_bit.get(scheme, self.wide)
+        return self.eight_bit.get(_find_arithmetic(scheme), self.wide)
+
+    def name_source(self, scheme: str) -> str:
+        """Where the seconds of a step in a scheme are from, that of its products included."""
+        arithmetic = _find_arithmetic(scheme)
+        if self.is_measured or arithmetic not in self.eight_bit:
+            return self.source
+        if arithmetic in self.published:
+            return f"{self.source}, {arithmetic} products as in {self.published[arithmetic]}"
+        return f"{self.source}, {arithmetic} products by its data sheet"
 
     def without_guesses(self) -> "Speeds":
-        """The same with products in 8 bit as slow as in 16 bit, unless they were measured."""
+        """The same with products in 8 bit as slow as in 16 bit, unless somebody has timed them."""
         if self.is_measured:
             return self
-        return replace(self, eight_bit=dict.fromkeys(self.eight_bit, self.wide))
+        sure = {name: self.wide for name in self.eight_bit if name not in self.published}
+        return replace(self, eight_bit=self.eight_bit | sure)
+
+
+def _find_arithmetic(scheme: str) -> str:
+    """In which arithmetic a scheme's products are where the device has it; "" for 16 bit."""
+    known = SCHEMES.get(scheme)
+    return ARITHMETIC.get(known.multiply, "") if known else ""
 
 
 @dataclass(frozen=True)
@@ -136,6 +156,8 @@ class CardTable:
 
     rows: Mapping[str, Mapping[str, Any]]  # by a part of the driver's name, by "smNN", by a kind
     reached: Mapping[str, float]  # the share of a data sheet's figure, by what it is of
+    # By "smNN" and by arithmetic: who has timed steps with it on such a card.
+    published: Mapping[str, Mapping[str, str]]
     pageable_bytes: float  # a second, as the others
     host_copy_bytes: float
     disk_bytes: float
@@ -170,9 +192,11 @@ class CardTable:
         elif "source" in row:
             source += f", published by {row['source']}"
         eight_bit = {}
-        for name, scheme in SCHEMES.items():
+        for scheme in SCHEMES.values():
+            name = ARITHMETIC.get(scheme.multiply, "")
             if name in row and scheme.capability and capability >= scheme.capability:
                 eight_bit[name] = row[name] * reached[name] * 1e12
+        major, minor = capability
         pageable_bytes = self.pageable_bytes
         if "pageable" in row:
             pageable_bytes = row["pageable"] * 1e9
@@ -188,4 +212,5 @@ class CardTable:
             launch_s=self.launch_s,
             source=source,
             is_measured=is_measured,
+            published=self.published.get(f"sm{major}{minor}", {}),
         )

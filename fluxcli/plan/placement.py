@@ -118,6 +118,7 @@ class Candidate:
     dtypes: dict[str, str]
     basis: str  # why it would be computed so
     cost: Cost
+    error: float = 0.0  # relative, of a layer's output: what 16 bit gives is the measure
     verdict: str = ""
     why: str = ""  # this verdict
     plan: MemoryPlan | None = None  # for what is free now
@@ -128,6 +129,16 @@ class Candidate:
         if self.scheme:
             return self.hardware.find_multiply(self.scheme)
         return self.precision
+
+    @property
+    def multiplied(self) -> str:
+        """The scheme that its products are in; "" where they are in 16 or 32 bit."""
+        return self.scheme if self.is_native else ""
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the device multiplies in the precision itself, without dequantizing."""
+        return self.multiply != DEQUANTIZE
 
 
 class Fit(NamedTuple):
@@ -178,6 +189,7 @@ def make_candidate(
         dtypes=dtypes,
         basis=basis,
         cost=cost,
+        error=costs.estimate_error(checkpoint.components["transformer"], spec),
     )
 
 
@@ -317,6 +329,13 @@ def host_limit_now(hardware: Hardware) -> int:
 def _streamed_bytes(candidate: Candidate, placement: Placement) -> int:
     """Bytes of RAM that the streamed blocks take."""
     return sum(candidate.cost.blocks[i].nbytes for i in placement.streamed)
+
+
+def count_copied_bytes(candidate: Candidate, placement: Placement) -> int:
+    """Bytes that come to the device in every step, from RAM or from files."""
+    if placement.denoise == "sequential":
+        return candidate.cost.blocks_bytes
+    return _streamed_bytes(candidate, placement)
 
 
 def estimate_peaks(candidate: Candidate, placement: Placement) -> dict[str, int]:
@@ -502,7 +521,7 @@ def _make_plan(candidate: Candidate, placement: Placement, budget_bytes: int) ->
         live_bytes=estimate_live(candidate, placement),
         activation_bytes=_list_activations(candidate, placement),
         seconds=estimate_seconds(candidate, placement),
-        speeds=hardware.speeds.source,
+        speeds=hardware.speeds.name_source(candidate.multiplied),
         budget_bytes=budget_bytes,
         host_bytes=host_bytes,
         reasons=reasons,
@@ -515,7 +534,7 @@ def _explain(candidate: Candidate, placement: Placement) -> tuple[str, ...]:
     hardware = candidate.hardware
     reasons = [
         f"{hardware.device}: {hardware.reason}",
-        f"seconds by {hardware.speeds.source} speeds",
+        f"seconds by {hardware.speeds.name_source(candidate.multiplied)}",
     ]
     how = hardware.explain_multiply(candidate.scheme)
     if how:

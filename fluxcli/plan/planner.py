@@ -1,11 +1,13 @@
 """Which precision a request gets, and why: every one that a model's checkpoints offer is judged.
 
-By the device's TOTAL memory the best precision is taken that is not predicted slower than 1.25
-times the fastest that fits; its FREE memory decides only where weights are (`placement`), so that
-the same request on the same device gives the same pixels in a busy moment, too. Loading does not
-count, which a worker pays once; and products in 8 bit count as fast as in 16 where nobody has
-measured them, so that no better precision is "too slow" on a guess. Arithmetic on headers;
-docs/memory.md explains it. Opens no file. Sizes are in bytes. Stdlib only.
+By the device's TOTAL memory the precision of least error is taken that is not predicted slower than
+1.25 times the fastest that fits. One whose blocks all stay on the device goes before one that is
+streamed, since nobody has measured how well copies hide, and what must be dequantized for each
+product comes last. The FREE memory decides only where weights are (`placement`), so that the same
+request on the same device gives the same pixels in a busy moment, too. Loading does not count,
+which a worker pays once; and products in 8 bit count as fast as in 16 where nobody has timed them,
+so that no better precision is "too slow" on a guess. Arithmetic on headers; docs/memory.md explains
+it. Opens no file. Sizes are in bytes. Stdlib only.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,6 +24,7 @@ from fluxcli.plan.placement import (
     Candidate,
     Fit,
     MemoryPlan,
+    count_copied_bytes,
     estimate_sure_s,
     fit,
     host_limit,
@@ -32,17 +35,10 @@ from fluxcli.request.fields import GenerationRequest, Resources
 from fluxcli.request.settings import flag
 from quant.checkpoint import Checkpoint
 from quant.lora import Adapter
-from quant.spec import BAKEABLE, SCHEMES, QuantSpec
+from quant.spec import BAKEABLE, SCHEMES, QuantSpec, find_error
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 LONG = {short: long for long, short in SHORT.items()}
-# Precisions, best first: what is not quantized is above every scheme.
-QUALITY = (
-    "fp32",
-    "bf16",
-    "fp16",
-    *sorted(SCHEMES, key=lambda name: SCHEMES[name].error),
-)
 USABLE_SHARE = 0.92  # of the total: the rest is the desktop's and the driver's
 CPU_SHARE = 0.8  # of the RAM, that weights in float32 may take
 COMPILED = "compiled: bytes and seconds are planned as without; the first step takes longer"
@@ -88,6 +84,23 @@ def find_chosen(candidates: Sequence[Candidate]) -> Candidate | None:
     return next((each for each in candidates if each.verdict == "chosen"), None)
 
 
+def choose_bake(
+    workload: Workload, resources: Resources, checkpoint: Checkpoint, *, hardware: Hardware
+) -> Candidate:
+    """What a 16-bit checkpoint is best baked to for a device: what the device's plan would choose.
+
+    Its precision is one of `SCHEMES`, or of 16 or 32 bit, where nothing has to be baked; `why` and
+    the plan's reasons say why. Raises `DoesNotFit` where no precision fits.
+    """
+    found = survey(workload, resources, [checkpoint], hardware=hardware)
+    for candidate in found:
+        if candidate.verdict in ("chosen", "not now"):  # a busy moment decides no bake
+            return candidate
+    why = f"{found[-1].precision}: {found[-1].why}"
+    hint = "--to " + found[-1].precision
+    raise DoesNotFit("no precision fits", which=hardware.name, why=why, hint=hint)
+
+
 def survey(
     workload: Workload,
     resources: Resources,
@@ -97,7 +110,7 @@ def survey(
     margin_bytes: int = 0,
     model: str = "",
 ) -> list[Candidate]:
-    """Every candidate with its verdict, best quality first.
+    """Every candidate with its verdict, that of least error first.
 
     `margin_bytes` of what is free are left alone where that is possible: memory ran out on this
     card before. They move placements and never the precision. Raises `UsageError` for an
@@ -114,10 +127,8 @@ def survey(
     if hardware.kind != "cpu":
         free_bytes = min(total_bytes, hardware.usable_bytes)
 
-    candidates = list(
-        _list_candidates(workload, resources, checkpoints, hardware=hardware, model=model)
-    )
-    candidates.sort(key=lambda candidate: QUALITY.index(candidate.precision))
+    candidates = _list_candidates(workload, resources, checkpoints, hardware=hardware, model=model)
+    candidates.sort(key=lambda candidate: candidate.error)
     always = hardware.without_circumstances()
     anytime = [replace(candidate, hardware=always) for candidate in candidates]
     by_total = [
@@ -135,6 +146,7 @@ def survey(
         if ever.plan
     ]
     fastest_s = min(sure_s, default=0.0)
+    taken = _find_taken(anytime, by_total, fastest_s=fastest_s)
     judged: list[Candidate] = []
     for candidate, ever in zip(candidates, by_total, strict=True):
         now = ever
@@ -147,9 +159,44 @@ def survey(
                 # Other pixels: decided by the total memory, never by a busy moment.
                 may_tile=ever.plan.placement.decode == "tiled",
             )
-        is_taken = any(each.verdict in ("chosen", "not now") for each in judged)
-        judged.append(judge(candidate, ever, now, fastest_s=fastest_s, is_taken=is_taken))
+        judged.append(judge(candidate, ever, now, fastest_s=fastest_s, taken=taken))
     return _explain_choice(judged, compiled=resources.compile)
+
+
+class Taken(NamedTuple):
+    """The candidate whose precision a request gets on a device, by its total memory."""
+
+    precision: str
+    error: float
+    is_whole: bool  # all blocks stay on the device
+    is_native: bool  # as `Candidate.is_native`
+
+
+def _find_taken(
+    candidates: Sequence[Candidate], by_total: Sequence[Fit], *, fastest_s: float
+) -> Taken | None:
+    """The best of those that fit and are not too slow; None where none fits.
+
+    Of those that the device multiplies as they are, one that stays whole goes before one that is
+    streamed. Of whole ones that of least error is taken, of streamed ones that of the fewest bytes
+    to copy. What is dequantized for each product comes after these, by its error.
+    """
+    ranked: list[tuple[tuple[bool, int, float], Taken]] = []
+    for candidate, ever in zip(candidates, by_total, strict=True):
+        if ever.plan is None or _is_slow(ever.plan, fastest_s):
+            continue
+        is_whole = ever.plan.placement.denoise == "resident"
+        is_native = candidate.is_native
+        taken = Taken(candidate.precision, candidate.error, is_whole, is_native)
+        passing_bytes = count_copied_bytes(candidate, ever.plan.placement) if is_native else 0
+        ranked.append(((not is_native, passing_bytes, candidate.error), taken))
+    best = min(ranked, key=lambda row: row[0], default=None)
+    return best[1] if best else None
+
+
+def _is_slow(plan: MemoryPlan, fastest_s: float) -> bool:
+    """Whether a picture takes longer than a better precision may."""
+    return plan.picture_s > SLOWER * fastest_s
 
 
 def _fit_now(
@@ -188,30 +235,43 @@ def _fit_now(
 
 
 def judge(
-    candidate: Candidate, ever: Fit, now: Fit, *, fastest_s: float, is_taken: bool
+    candidate: Candidate, ever: Fit, now: Fit, *, fastest_s: float, taken: Taken | None
 ) -> Candidate:
     """The candidate with its verdict, and the plan for now.
 
     `ever` is what fits into the total memory, which decides pixels; `now` into what is free, which
-    decides the placement; `fastest_s` is of a picture whose model is loaded; `is_taken`: a better
-    precision is taken already. The first that holds is the verdict: it does not fit, it is more
-    than `SLOWER` times as slow as `fastest_s`, a better one is taken, it does not fit now; else it
-    is chosen.
+    decides the placement; `fastest_s` is of a picture whose model is loaded; `taken` is what the
+    device gets. The first that holds is the verdict: it does not fit, it is more than `SLOWER`
+    times as slow as `fastest_s`, another one is taken, it does not fit now; else it is chosen.
     """
     if ever.plan is None:
         return replace(candidate, verdict="does not fit", why=ever.why)
     candidate = replace(candidate, plan=now.plan)
-    ratio = ever.plan.picture_s / fastest_s
-    if ratio > SLOWER:
-        why = f"{ratio:.1f} times the fastest that fits"
+    if _is_slow(ever.plan, fastest_s):
+        why = f"{ever.plan.picture_s / fastest_s:.1f} times the fastest that fits"
         return replace(candidate, verdict="too slow", why=why)
-    if is_taken:
-        return replace(candidate, verdict="fits", why="a better one does, too")
+    assert taken is not None, "it is one of those that are taken from"
+    if candidate.precision != taken.precision:
+        why = _explain_other(candidate, now.plan or ever.plan, taken)
+        return replace(candidate, verdict="fits", why=why)
     if now.plan is None:
         free = f"{candidate.hardware.free_bytes / GIB:.1f} GiB free"
         ram_free = f"{candidate.hardware.ram_free_bytes / GIB:.1f} GiB of RAM"
         return replace(candidate, verdict="not now", why=f"{now.why} ({free}, {ram_free})")
     return replace(candidate, verdict="chosen", why=candidate.basis)
+
+
+def _explain_other(candidate: Candidate, plan: MemoryPlan, taken: Taken) -> str:
+    """Why a candidate that fits and is not too slow is not what is taken."""
+    if candidate.error >= taken.error:
+        return "a better one does, too"
+    if taken.is_native and not candidate.is_native:
+        return f"dequantized for each product, as {taken.precision} is not"
+    blocks = len(candidate.cost.blocks)
+    passing = f"{len(plan.placement.streamed) or blocks} of {blocks} blocks are streamed"
+    if taken.is_whole:
+        return f"{passing}, with {taken.precision} none is"
+    return f"{passing}, with {taken.precision} fewer bytes"
 
 
 def _explain_choice(judged: Sequence[Candidate], *, compiled: bool) -> list[Candidate]:
@@ -249,12 +309,13 @@ def _list_candidates(
     hardware: Hardware,
     *,
     model: str,
-) -> Iterator[Candidate]:
+) -> list[Candidate]:
     """One candidate for each precision that is asked for; raises `UsageError` where there is none.
 
-    Of several checkpoints that give the same precision the first is taken.
+    Of several checkpoints that give the same precision the first is taken; but int8 is packed anew
+    where the file that is there was made without a rotation.
     """
-    found: set[str] = set()
+    found: dict[str, Candidate] = {}
     for checkpoint in checkpoints:
         for asked, spec in _list_precisions(checkpoint, resources.precision):
             dtypes = _choose_dtypes(workload, checkpoint, hardware, precision=asked, spec=spec)
@@ -266,10 +327,12 @@ def _list_candidates(
                 basis = "packed while loading (flux quantize does that once for all)"
             else:
                 name = SHORT[dtypes.by_component["transformer"]]
-            if name in found or resources.precision not in ("auto", name):
+            if resources.precision not in ("auto", name):
                 continue
-            found.add(name)
-            yield make_candidate(
+            known = found.get(name)
+            if known is not None and (spec is None or known.error <= find_error(spec.to)):
+                continue
+            candidate = make_candidate(
                 workload,
                 checkpoint,
                 hardware,
@@ -278,12 +341,14 @@ def _list_candidates(
                 dtypes=dtypes.by_component,
                 basis=basis,
             )
+            found[name] = candidate
     if not found:
         stored = [each.components["transformer"].precision or "16 bit" for each in checkpoints]
         why = f"its weights are {' and '.join(dict.fromkeys(stored))}"
         hint = "the 16-bit model, or --precision auto"
         what = f"--precision {resources.precision} is impossible"
         raise UsageError(what, which=model, why=why, hint=hint)
+    return list(found.values())
 
 
 def _list_precisions(checkpoint: Checkpoint, wanted: str) -> Iterator[tuple[str, QuantSpec | None]]:
@@ -333,15 +398,13 @@ def _choose_dtypes(
 
 # --- what would fit instead
 
+SMALLEST = ("w4a8", "nf4")  # which is smaller by a tenth, and errs more
 # Changes of resources, and a side in pixels, in the order in which they are tried.
 TRIES: tuple[tuple[dict[str, Any], int | None], ...] = (
     ({"offload": "auto"}, None),
-    ({"precision": "nf4"}, None),
+    *(({"precision": name}, None) for name in SMALLEST),
     ({"precision": "auto"}, None),
-    ({"precision": "nf4"}, 1024),
-    ({"precision": "nf4"}, 768),
-    ({"precision": "nf4"}, 512),
-    ({"precision": "nf4"}, 256),
+    *(({"precision": name}, side_px) for side_px in (1024, 768, 512, 256) for name in SMALLEST),
 )
 
 

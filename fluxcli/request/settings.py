@@ -409,8 +409,11 @@ _ROWS = (
     Setting("metadata", Switch(), help="Write the bare picture.", flags=("--no-metadata",)),
     Setting(
         "precision",
-        Text("auto|bf16|fp16|fp32|fp8|int8|nf4", "auto, bf16, fp16, fp32, fp8, int8 or nf4"),
-        help="auto, bf16, fp16, fp32, fp8, int8 or nf4.",
+        Text(
+            "auto|bf16|fp16|fp32|int8|w6a8|fp8|w4a8|nf4",
+            "auto, bf16, fp16, fp32, int8, w6a8, fp8, w4a8 or nf4",
+        ),
+        help="auto, bf16, fp16, fp32, int8, w6a8, fp8, w4a8 or nf4.",
         flags=("--precision",),
     ),
     Setting(

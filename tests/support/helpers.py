@@ -51,6 +51,8 @@ BAKED: dict[str, dict] = {  # specs of the packed bundled model that most tests 
     "nf4": {"text_encoder": "nf4", "scales": "absmax"},
     "fp8": {"text_encoder": "fp8"},
     "int8": {"text_encoder": "int8"},
+    "w6a8": {},
+    "w4a8": {},
 }
 
 
