@@ -27,7 +27,7 @@ test: faults pytest
 
 # These tests keep one core busy and measure nothing: they run, niced, beside the serial ones, which
 # mostly wait.
-BESIDE := tests/card tests/test_reserved.py tests/test_compiling.py
+BESIDE := tests/card tests/test_steps.py
 
 pytest: .venv/ready
 	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \

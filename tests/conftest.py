@@ -32,7 +32,7 @@ settings.load_profile("patient")
 
 ROOT = Path(__file__).resolve().parents[1]
 # The files that take longest begin first, so that no core is left alone with one of them.
-LONG = ("test_steps.py", "test_bake_faults.py", "test_streams.py", "test_equals_diffusers.py")
+LONG = ("test_reserved.py", "test_survival.py", "test_memory.py", "test_bake_faults.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

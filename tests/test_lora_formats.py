@@ -372,9 +372,7 @@ def components(tiny_folder):
     return inspect(tiny_folder).components
 
 
-@settings(max_examples=200, deadline=None)
-@given(data())
-def test_no_header_does_more_than_raise_an_error_of_the_file(components, draw_from):
+def read_any_header(components, draw_from):
     """Any shapes, endings and layers: only `CheckpointError`, from the file's name to its use."""
     block = "transformer.transformer_blocks.0.attn"
     layers = [
@@ -408,6 +406,19 @@ def test_no_header_does_more_than_raise_an_error_of_the_file(components, draw_fr
         save_file(tensors, Path(folder) / "x.safetensors")
         describe(Path(folder) / "x.safetensors")
         effects(lora.read_adapter(Path(folder) / "x.safetensors", components))
+
+
+@settings(max_examples=100, deadline=None)
+@given(data())
+def test_no_header_does_more_than_raise_an_error_of_the_file(components, draw_from):
+    read_any_header(components, draw_from)
+
+
+@pytest.mark.exhaustive
+@settings(max_examples=1000, deadline=None)
+@given(data())
+def test_no_header_of_a_thousand_does(components, draw_from):
+    read_any_header(components, draw_from)
 
 
 def test_patterns_of_the_metadata_are_no_regular_expressions(tiny_folder, tmp_path):
