@@ -35,7 +35,7 @@ from quant.spec import (
 )
 
 # Values that are quantized at a time: on a CPU as many as stay in its cache.
-CPU_CHUNK = 1 << 18
+CPU_CHUNK = 1 << 19
 CARD_CHUNK = 1 << 22
 HADAMARD_4 = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
 
@@ -90,9 +90,9 @@ def round_weight(weight: Tensor, scheme: str) -> Rounded:
     squared_norm = 0.0
     squared_error = 0.0
     for rows in torch.split(weight, max(1, chunk // weight.shape[1])):
-        values = rotate_by_sums(rows, rotation)
+        values = rotate_in_two(rows, rotation)
         if scheme == "int8":
-            scale = choose_row_scales(values, rotation)
+            scale = choose_row_scales(values)
             steps = values.div_(scale)
             codes = steps.round().clamp_(-LARGEST_LEVEL, LARGEST_LEVEL).char()
             stored = {"": codes, ROW_SCALE: scale}
@@ -104,38 +104,35 @@ def round_weight(weight: Tensor, scheme: str) -> Rounded:
             stored = {"": codes, GROUP_SCALE: grouped.scales, CHANNEL_SCALE: scale.view(-1)}
         parts.append(stored)
         # A rotation keeps lengths: the error is the same before it and after it.
-        row_squares = scale.view(-1).double().square_()
-        squared_norm += float(steps.square().sum(1).double() @ row_squares)
-        errors = steps.sub_(decode_levels(stored | _list_levels(scheme), scheme))
-        squared_error += float(errors.square_().sum(1).double() @ row_squares)
+        squared_norm += _sum_squares(steps, scale)
+        levels = decode_levels(stored | _list_levels(scheme), scheme)
+        squared_error += _sum_squares(steps.sub_(levels.float()), scale)
     joined = {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}
     joined |= _list_levels(scheme)
     joined[MARKER] = torch.tensor(list(make_marker(scheme, weight.shape[1])), dtype=torch.uint8)
     return Rounded(joined, squared_norm, squared_error)
 
 
-def rotate_by_sums(values: Tensor, rotation: int) -> Tensor:
-    """Rotate rows (N, K) of any float dtype, to float32.
+def rotate_in_two(values: Tensor, rotation: int) -> Tensor:
+    """Rotate rows (N, K) of any float dtype, to float32, by two products with at most 16 columns.
 
-    As `rotate`, but for rounding, and faster on a CPU. The order of its sums is fixed, while that
-    of a product depends on the number of rows. Each of four values that the matrix of 4 mixes
-    becomes half of their sum without another one of them.
+    It is `rotate` but for rounding, and takes a fifth of its time on a CPU. There the 16 products
+    are added up in their order, while the order of 256 depends on the number of rows.
     """
-    count = values.numel() // rotation
-    # Rows are the columns of a group, so that what is added lies side by side.
-    turned = values.reshape(count, rotation).t().float().contiguous()
-    other = torch.empty_like(turned)
-    apart = rotation // 4  # columns that are mixed are so far apart
-    while apart:
-        four = turned.view(-1, 4, apart * count)
-        halved = four[:, 0] + four[:, 1]
-        halved.add_(four[:, 2]).add_(four[:, 3]).mul_(0.5)
-        mixed = other.view_as(four)
-        for n in range(4):
-            torch.sub(halved, four[:, 3 - n], out=mixed[:, n])
-        turned, other = other, turned
-        apart //= 4
-    return turned.t().contiguous().view(values.shape)
+    inner = min(rotation, 16)
+    matrix = make_hadamard(inner, dtype=torch.float32, device=values.device)
+    turned = values.float().reshape(-1, inner) @ matrix
+    if rotation > inner:
+        outer = rotation // inner
+        matrix = make_hadamard(outer, dtype=torch.float32, device=values.device)
+        turned = matrix @ turned.view(-1, outer, inner)
+    return turned.view(values.shape)
+
+
+def _sum_squares(steps: Tensor, scale: Tensor) -> float:
+    """The sum of the squares of values (N, K) in steps, which are as large as `scale` (N, 1)."""
+    lengths = torch.linalg.vector_norm(steps, dim=1, keepdim=True)
+    return float(lengths.double().mul_(scale).square_().sum())
 
 
 def _list_levels(scheme: str) -> dict[str, Tensor]:

@@ -151,13 +151,13 @@ def test_the_levels_of_w4a8_are_those_that_comfy_kitchens_kernels_decode():
 
 
 @pytest.mark.parametrize("size", [4, 16, 64, 256])
-def test_the_matrix_is_comfy_kitchens_and_sums_rotate_as_it_does(size):
+def test_the_matrix_is_comfy_kitchens_and_two_products_rotate_as_it_does(size):
     matrix = rotated.make_hadamard(size, dtype=torch.float32, device="cpu")
     assert torch.equal(matrix, _build_hadamard(size))
     values = torch.randn(7, 2 * size, generator=torch.Generator().manual_seed(9))
-    by_sums = rotated.rotate_by_sums(values, size)
-    assert torch.allclose(by_sums, rotated.rotate(values, size), atol=2e-6)
-    assert torch.allclose(rotated.rotate_by_sums(by_sums, size), values, atol=2e-6)
+    in_two = rotated.rotate_in_two(values, size)
+    assert torch.allclose(in_two, rotated.rotate(values, size), atol=2e-6)
+    assert torch.allclose(rotated.rotate_in_two(in_two, size), values, atol=2e-6)
 
 
 @pytest.mark.parametrize("scheme", ROTATED)
