@@ -1,5 +1,5 @@
 """GGUF's blocks unpack as by the gguf package and by diffusers, on the CPU and on a card, where the
-host does not wait.
+host does not wait, launches are few, and little is taken beside the result.
 """
 
 import gguf
@@ -8,13 +8,19 @@ import pytest
 import torch
 from diffusers.quantizers.gguf.utils import dequantize_functions
 from gguf import GGMLQuantizationType
+from torch._subclasses import FakeTensorMode
 
+from fluxcli.plan import costs
 from quant import gguf_blocks
 from quant.tensor_info import GGUF_BITS
 from tests.support import exports
+from tests.support.allocator import Allocator
 from tests.support.card import Card
 from tests.support.card_driver import installed
+from tests.support.simulate_cuda import CUDA_CARD, CardMemory, pretend_cuda
+from tests.support.steps import StepCounter
 
+TOTAL_BYTES = 24 << 30  # of the card
 # The gguf package writes these; the others it only reads.
 WRITTEN = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,7 +55,8 @@ def test_any_bytes_unpack_bit_for_bit_as_in_diffusers_and_on_a_card_without_wait
     function = dequantize_functions[GGMLQuantizationType[kind]]
     wide = function(rows.view(-1, block_bytes), block_values, block_bytes, torch.float32)
     expected = wide.view(64, -1)
-    monkeypatch.setattr(gguf_blocks, "DEVICE_PART", 40 * expected.shape[1])  # and 24 rows
+    for name in ("DEVICE_PART", "LEAN_PART"):
+        monkeypatch.setattr(gguf_blocks, name, 40 * expected.shape[1])  # and 24 rows
     with installed(Card()) as card:
         on_card = rows.to("cuda:0")
         for dtype in DTYPES:
@@ -59,6 +66,30 @@ def test_any_bytes_unpack_bit_for_bit_as_in_diffusers_and_on_a_card_without_wait
             for each in (found.cpu(), gguf_blocks.unpack(rows, kind, dtype)):
                 assert_same_bits(each, expected.to(dtype))
         assert card.problems == []
+
+
+# Of FLUX.1: a single block's first weight, its second one, and a double block's q, k and v.
+WEIGHTS = [(21504, 3072), (3072, 15360), (9216, 3072)]
+
+
+@pytest.mark.parametrize("kind", GGUF_BITS)
+def test_unpacking_takes_few_launches_and_little_memory_on_a_card(kind, monkeypatch):
+    """At most ten launches for each 64 MiB of a result in 16 bit, and no wait of the host."""
+    memory = CardMemory(Allocator(TOTAL_BYTES))
+    pretend_cuda(monkeypatch, memory.allocator, TOTAL_BYTES)
+    for rows, columns in WEIGHTS:
+        row_bytes = int(columns * GGUF_BITS[kind]) // 8
+        memory.phase = f"{rows} x {columns}"
+        with FakeTensorMode(), memory, StepCounter() as counter:
+            packed = torch.empty(rows, row_bytes, dtype=torch.uint8, device=CUDA_CARD)
+            result = gguf_blocks.unpack(packed, kind, torch.bfloat16)
+            counts = counter.take()
+            given_bytes = packed.nbytes + result.nbytes
+        del packed, result
+        assert counts.launches.total() <= 10 * -(-rows * columns // (32 << 20))
+        assert not counts.syncs and not counts.copies
+        beside_bytes = memory.live_bytes[memory.phase] - given_bytes
+        assert beside_bytes <= costs.LOOKING_UP_BYTES.get(kind, costs.DEQUANTIZING_BYTES)
 
 
 def assert_same_bits(found: torch.Tensor, expected: torch.Tensor) -> None:

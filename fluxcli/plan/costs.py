@@ -34,7 +34,11 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 ENCODER_SCORES = 1.63  # live tensors (heads, tokens, tokens) of T5
 ENCODER_WIDE = 4.0  # live tensors (tokens, d_ff) of T5
 T5_DEFAULTS = {"num_heads": 64, "d_ff": 10240, "d_model": 4096}  # where the config says nothing
-DEQUANTIZING_BYTES = 80 << 20  # temporary ones, of dequantizing a part of a GGUF weight
+# Temporary ones, of dequantizing a part of a GGUF weight (tests/test_gguf_blocks.py); a kind whose
+# codes are looked up by numbers of 32 bits takes more.
+DEQUANTIZING_BYTES = 96 << 20
+LOOKING_UP_BYTES = {"IQ4_XS": 176 << 20}
+LINE_BYTES = 64 << 20  # of them, what the activation lines have
 PIXEL_ACTIVATIONS = 6  # live tensors (first width of the VAE, height, width) at the peak of decode
 # The same with cuDNN's workspaces and what the allocator cannot use again: 2200 values a pixel at
 # this decoder's first width of 128. InvokeAI measured 2185 on an RTX 4090 (invoke-ai/InvokeAI#8414,
@@ -267,6 +271,7 @@ def estimate_cost(
     outputs = sum(w.shape[0] for w in modulation if w.name.endswith(".linear.weight"))
     config = transformer.config
     width = config["num_attention_heads"] * config["attention_head_dim"]
+    dequantizing_bytes = count_temporary_bytes(transformer)
     pixel_bytes = 0  # of a workspace
     if has_workspaces:
         pixel_bytes = _workspace_bytes_of_a_pixel(parts["vae"], dtypes["vae"])
@@ -282,14 +287,15 @@ def estimate_cost(
         modulation_bytes=sum(modulation_numels) * wide_bytes,
         largest_modulation_bytes=max(modulation_numels, default=0) * wide_bytes,
         modulation_numel=sum(modulation_numels),
-        dequantizing_bytes=DEQUANTIZING_BYTES if transformer.precision == "gguf" else 0,
+        dequantizing_bytes=dequantizing_bytes,
         vae_bytes=loaded_bytes["vae"],
         stored_bytes=checkpoint.nbytes,
         width=width,
         element_bytes=wide_bytes,
         encode_bytes=_estimate_encode(workload, t5, dtype=dtypes[t5.name], spec=spec),
         tables_bytes=workload.steps * outputs * wide_bytes,
-        denoise_bytes=_estimate_step(workload, lines, width=width, dtype=dtypes["transformer"]),
+        denoise_bytes=_estimate_step(workload, lines, width=width, dtype=dtypes["transformer"])
+        + max(0, dequantizing_bytes - LINE_BYTES),
         decode_bytes=_estimate_decode(workload, parts["vae"], dtype=dtypes["vae"]),
         decode_tiled_bytes=_estimate_tiled_decode(workload, parts["vae"], dtype=dtypes["vae"]),
         workspace_bytes=pixel_bytes * workload.pixels,
@@ -342,6 +348,14 @@ def _is_for_text(name: str) -> bool:
 # --- bytes beside weights
 
 
+def count_temporary_bytes(component: Component) -> int:
+    """The most bytes that dequantizing a part of a GGUF weight of it takes beside the result."""
+    if component.precision != "gguf":
+        return 0
+    kinds = {weight.scheme for weight in component.weights.values()}
+    return max(LOOKING_UP_BYTES.get(kind, DEQUANTIZING_BYTES) for kind in kinds)
+
+
 def _estimate_encode(
     workload: Workload, t5: Component, *, dtype: str, spec: QuantSpec | None
 ) -> int:
@@ -352,8 +366,7 @@ def _estimate_encode(
     numel += ENCODER_WIDE * known["d_ff"] * tokens
     if t5.precision or (spec and spec.text_encoder != "keep"):
         numel += known["d_ff"] * known["d_model"]
-    temporary_bytes = DEQUANTIZING_BYTES if t5.precision == "gguf" else 0
-    return int(numel * DTYPE_BYTES[dtype]) + temporary_bytes
+    return int(numel * DTYPE_BYTES[dtype]) + count_temporary_bytes(t5)
 
 
 def _estimate_step(
