@@ -27,6 +27,8 @@ BAKES = {
     "fp8": ["--to", "fp8"],
     "fp8, not verified": ["--to", "fp8", "--no-verify"],
     "int8": ["--to", "int8"],
+    "w6a8": ["--to", "w6a8"],
+    "w4a8": ["--to", "w4a8"],
     "nf4 absmax": ["--to", "nf4", "--scales", "absmax"],
     "nf4 search": ["--to", "nf4"],
     "nf4 search, not verified": ["--to", "nf4", "--no-verify"],

@@ -29,7 +29,7 @@ from quant.lora import Adapter
 from quant.lora_names import BIAS, DIFF_B
 from quant.markers import FP8_FORMAT
 from quant.placing import DESCRIPTION, FOLDER_LAYOUT
-from quant.spec import ROTATED, QuantSpec, describe_marker, lay_out
+from quant.spec import ROTATED, SCHEMES, QuantSpec, describe_marker, lay_out
 from quant.tensor_info import TensorInfo
 from quant.weights import Weight
 from quant.writer import SafetensorsWriter
@@ -39,6 +39,8 @@ LAYOUTS = (FOLDER_LAYOUT, "bfl", "comfy")
 FILE_SCHEMES = {"bfl": ("fp8",), "comfy": (*ROTATED, "fp8")}
 # Of free disk, beside what is written.
 MARGIN_BYTES = 64 << 20
+# What two CPU cores and their disk copied, in GB/s (benchmarks/bake.py, 2026-11-23).
+COPY_GB_S = 0.37
 NAMED_KEYS = 5  # of an adapter, in an error
 # Files of a folder that are copied from the source where nothing changes the component.
 COPIED = (".json", ".safetensors", ".txt", ".model", ".md")
@@ -171,6 +173,17 @@ class Recipe:
                 if tensor.scheme and changes:
                     total_bytes += tensor.info.nbytes
         return total_bytes
+
+    @property
+    def bake_s(self) -> float:
+        """Seconds that a bake takes on two CPU cores: the source's bytes by their speeds."""
+        total_s = self.copied_bytes / (COPY_GB_S * 1e9)
+        for tensor in self.tensors:
+            gb_s = SCHEMES[tensor.scheme].bake_gb_s if tensor.scheme else COPY_GB_S
+            total_s += tensor.info.nbytes / (gb_s * 1e9)
+        if self.changed_bytes:
+            total_s += self.changed_bytes / (SCHEMES[self.spec.to].bake_gb_s * 1e9)
+        return total_s
 
     @cached_property
     def sizes(self) -> dict[str, int]:

@@ -85,6 +85,9 @@ class Scheme:
     activation_lines: tuple[ActivationLine, ActivationLine]
     dequantized_lines: tuple[ActivationLine, ActivationLine]
     can_bake: bool = True  # flux can quantize to it
+    # GB of 16-bit weights that two CPU cores read, quantize and write in a second: fp8 and nf4 in
+    # whole bakes (benchmarks/bake.py), the others by how fast they quantize beside these.
+    bake_gb_s: float = 0.0
     can_bake_modulation: bool = False
     can_bake_text_encoder: bool = False
     # T5's scheme beside a transformer in this one, unless asked otherwise.
@@ -116,6 +119,7 @@ _ROWS = (
         can_bake_modulation=True,
         can_bake_text_encoder=True,
         text_encoder="nf4",
+        bake_gb_s=0.085,
     ),
     Scheme(
         name="fp8",
@@ -132,6 +136,7 @@ _ROWS = (
         multiply="scaled_mm",
         capability=(8, 9),
         largest=448.0,
+        bake_gb_s=0.187,
     ),
     Scheme(
         name="int8",
@@ -150,6 +155,7 @@ _ROWS = (
         largest=127.0,
         columns=4,
         is_rotated=True,
+        bake_gb_s=0.17,
     ),
     Scheme(
         name="w6a8",
@@ -168,6 +174,7 @@ _ROWS = (
         columns=32,
         is_rotated=True,
         group=GROUP,
+        bake_gb_s=0.11,
     ),
     Scheme(
         name="w4a8",
@@ -186,6 +193,7 @@ _ROWS = (
         columns=16,
         is_rotated=True,
         group=GROUP,
+        bake_gb_s=0.12,
     ),
     Scheme(
         name="gguf",

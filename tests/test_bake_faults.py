@@ -36,7 +36,7 @@ from tests.support.bakes import (
 from tests.support.helpers import ROOT
 from tests.support.invariant import files
 
-KINDS = ["diffusers", "bfl"]
+KINDS = ["diffusers", "comfy"]
 # Kinds of result, and whether an old one is there.
 CASES = [(kind, replaces) for kind in KINDS for replaces in (False, True)]
 
@@ -241,7 +241,7 @@ def test_foreign_files_in_an_old_checkpoint_that_was_moved_away_stay(tmp_path):
 
 
 @pytest.mark.parametrize("force", [False, True])
-@pytest.mark.parametrize("kind", ["diffusers", "bfl"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("what", ["folder", "empty folder", "file", "link", "beside"])
 def test_what_appears_meanwhile_is_left_alone_and_the_bake_kept(what, kind, force, micro, tmp_path):
     target = tmp_path / "out" / "x.safetensors"
@@ -273,7 +273,7 @@ def test_what_appears_meanwhile_is_left_alone_and_the_bake_kept(what, kind, forc
     assert list(content(kept).values()) == list(content(tmp_path / "same").values())
 
 
-@pytest.mark.parametrize("kind", ["diffusers", "bfl"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_file_that_is_put_into_the_old_checkpoint_meanwhile_stays(kind, micro, tmp_path):
     target = tmp_path / "x.safetensors"
     put_old(target, kind)

@@ -138,8 +138,8 @@ def test_comfy_kitchens_classes_dequantize_and_multiply_as_we_do(to, comfy):
         difference = (functional.linear(x, theirs, bias) - layer_of_ours(x)).abs()
         # What one unit of int8 in one activation makes.
         largest = rotated.rotate(x, rotation).abs().amax(1, keepdim=True)
-        unit = largest / 127 * 127 * layer_of_ours.weight_scale
-        assert (difference <= unit).all(), layer
+        unit = largest * layer_of_ours.weight_scale  # / 127 by the step, x 127 by the largest level
+        assert (difference <= unit * 1.001).all(), layer
 
 
 @pytest.mark.parametrize("to", ROTATED)

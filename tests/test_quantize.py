@@ -214,6 +214,31 @@ def test_a_dry_run_lists_bytes_and_says_what_the_modulation_costs(micro, capsys)
     assert all(line.startswith("flux: ") for line in result.stderr.splitlines())
 
 
+def test_without_a_scheme_it_takes_what_the_plan_takes_and_says_why(capsys, monkeypatch):
+    arguments = ("quantize", "tiny", "x", "--dry-run", "--json")
+    message = assert_failed(call(capsys, *arguments), ExitCode.USAGE)
+    assert "hint: --to int8" in message and "no scheme is chosen" in message
+    monkeypatch.setenv("FLUX_PRECISION", "w6a8")
+    result = call(capsys, *arguments)
+    assert json.loads(result.stdout)["recipe"]["to"] == "w6a8"
+    assert "flux: --to w6a8, as " in result.stderr
+
+
+def test_without_a_scheme_a_single_file_is_fp8_in_bfls_layout_and_else_refused(single, capsys):
+    result = call(capsys, "quantize", str(single), "--layout", "bfl", "--dry-run", "--json")
+    assert json.loads(result.stdout)["recipe"]["to"] == "fp8"
+    result = call(capsys, "quantize", str(single), "--layout", "comfy", "--dry-run")
+    assert "hint: --to int8" in assert_failed(result, ExitCode.USAGE)
+
+
+def test_a_bake_that_takes_minutes_is_announced(micro, capsys, monkeypatch):
+    monkeypatch.setattr("quant.recipe.COPY_GB_S", 1e-6)
+    arguments = ("quantize", str(micro), "out", "--to", "w4a8", "--dry-run")
+    assert " on two CPU cores" in call(capsys, *arguments).stderr
+    monkeypatch.undo()
+    assert " on two CPU cores" not in call(capsys, *arguments).stderr
+
+
 def test_a_single_file_gives_every_file_layout(single, capsys):
     for kind, to in (("bfl", "fp8"), *(("comfy", to) for to in FILE_SCHEMES["comfy"])):
         target = Path("out") / f"{kind}-{to}.safetensors"
@@ -270,7 +295,7 @@ def test_a_model_of_the_hub_is_named_as_such(dev, capsys):
 WRONG = {
     "no --to": ["tiny"],
     "--to": ["tiny", "--to", "nf5"],
-    "--text-encoder": ["tiny", "--to", "nf4", "--text-encoder", "int8"],
+    "--text-encoder": ["tiny", "--to", "nf4", "--text-encoder", "w4a8"],
     "--modulation": ["tiny", "--to", "nf4", "--modulation", "fp8"],
     "--modulation int8": ["tiny", "--to", "int8", "--modulation", "int8"],
     "--scales": ["tiny", "--to", "nf4", "--scales", "best"],

@@ -18,21 +18,26 @@ import fluxcli
 from fluxcli import paths
 from fluxcli.cli import complete, console
 from fluxcli.cli.ending import explain_early_end
+from fluxcli.cli.plan import format_duration
 from fluxcli.engine.check import check_torch
 from fluxcli.errors import ExitCode, UsageError, WeightsUnavailable
 from fluxcli.models import find, loras
+from fluxcli.plan.costs import make_workload
+from fluxcli.plan.planner import choose_bake
 from fluxcli.request import presets
 from fluxcli.request.settings import LoraRef, coerce
-from quant.checkpoint import MANIFEST, Checkpoint, Component, inspect
+from fluxcli.resolve import resolve_order
+from quant.checkpoint import MANIFEST, Checkpoint, Component, check_components, inspect
 from quant.config import read_json
 from quant.gguf_header import is_gguf
 from quant.lora import Adapter
 from quant.placing import FOLDER_LAYOUT, check_place, describe_path, remove_remains
-from quant.recipe import LAYOUTS, Recipe, check_disk, make_file_recipe, make_recipe
+from quant.recipe import FILE_SCHEMES, LAYOUTS, Recipe, check_disk, make_file_recipe, make_recipe
 from quant.single_file import assemble_checkpoint, inspect_file, inspect_transformer
 from quant.spec import BAKEABLE, SCHEMES, QuantSpec, is_modulation
 
 GB = 1e9
+SAID_S = 20  # a bake that takes less is not announced
 SCHEMES_HELP = "; ".join(f"{name}: {SCHEMES[name].words}" for name in BAKEABLE) + "."
 
 
@@ -66,15 +71,15 @@ def quantize(  # noqa: PLR0917 - typer's options
         Optional[str], typer.Argument(help="Folder, or .safetensors file.", show_default=False)
     ] = None,
     to: Annotated[
-        str,
+        Optional[str],
         typer.Option(
             "--to",
-            help=SCHEMES_HELP,
+            help=f"{SCHEMES_HELP} Without it: what a plan for this machine's device takes.",
             show_default=False,
             metavar="SCHEME",
             autocompletion=complete.offer(*BAKEABLE),
         ),
-    ] = ...,  # type: ignore[assignment]
+    ] = None,
     text_encoder: Annotated[
         Optional[str],
         typer.Option(
@@ -145,9 +150,19 @@ def quantize(  # noqa: PLR0917 - typer's options
     ] = False,
 ) -> int:
     """Make a quantized checkpoint once, instead of quantizing at every start."""
-    spec = _make_spec(to, layout=layout, text_encoder=text_encoder)
-    spec = replace(spec, modulation=modulation, scales=scales, keep=tuple(keep or ()))
+    _check_layout(layout)
+    make_spec = partial(
+        _make_spec,
+        layout=layout,
+        text_encoder=text_encoder,
+        modulation=modulation,
+        scales=scales,
+        keep=tuple(keep or ()),
+    )
+    if to:  # what cannot be asked for is said before the model is looked for
+        make_spec(to)
     found = _find_source(source, layout=layout)
+    spec = make_spec(to or _choose_scheme(source, found, layout=layout))
     refs = loras.make_absolute(LoraRef.parse(text) for text in lora or ())
     adapters = loras.resolve_loras(refs, found.components)
     for line in loras.describe_unmatched(adapters):
@@ -162,6 +177,7 @@ def quantize(  # noqa: PLR0917 - typer's options
     check_place(path, layout, force=force)
     if not quiet:
         _say_choices(recipe, make)
+        _say_time(recipe)
     if dry_run:
         check_disk(recipe, path)
         _show_plan(recipe, path, as_json=json_output)
@@ -187,20 +203,27 @@ def quantize(  # noqa: PLR0917 - typer's options
 # --- what is wanted
 
 
-def _make_spec(to: str, *, layout: str, text_encoder: str | None) -> QuantSpec:
-    """The schemes of the transformer and T5; raises `UsageError` for a layout that is none."""
+def _check_layout(layout: str) -> None:
+    """Raise `UsageError` for a layout that is none."""
     if layout not in LAYOUTS:
         why = f"known are {', '.join(LAYOUTS)}"
-        raise UsageError("unknown layout", which=layout, why=why, hint="--layout bfl")
+        raise UsageError("unknown layout", which=layout, why=why, hint="--layout comfy")
+
+
+def _make_spec(to: str, *, layout: str, text_encoder: str | None, **choices: Any) -> QuantSpec:
+    """The schemes of the transformer and T5, and `QuantSpec`'s other choices.
+
+    Raises `UsageError` for T5 in a file without it.
+    """
     if layout != FOLDER_LAYOUT:
         if text_encoder not in (None, "keep"):
             hint = "leave --text-encoder out"
             raise UsageError("the file has no T5", which=f"--layout {layout}", hint=hint)
-        return QuantSpec(to)
+        return QuantSpec(to, **choices)
     if text_encoder is None:
         # QuantSpec refuses a `to` that is no scheme.
         text_encoder = SCHEMES[to].text_encoder if to in SCHEMES else "keep"
-    return QuantSpec(to, text_encoder)
+    return QuantSpec(to, text_encoder, **choices)
 
 
 def _find_source(named: str, *, layout: str) -> Source:
@@ -223,6 +246,36 @@ def _find_source(named: str, *, layout: str) -> Source:
     if not is_whole:
         return Source(name, path, transformer, checkpoint=None)
     return Source(name, path, transformer, checkpoint=_add_other_parts(transformer, path))
+
+
+def _choose_scheme(named: str, source: Source, *, layout: str) -> str:
+    """The scheme that a plan for this machine takes, which is said with the reason.
+
+    `named` is the source as it was given. Raises `UsageError` where that is no scheme, and where
+    nothing can be planned.
+    """
+    if layout == "bfl":
+        return FILE_SCHEMES[layout][0]
+    checkpoint = source.checkpoint
+    if checkpoint is None and source.path.is_dir():
+        checkpoint = inspect(source.path)
+    if checkpoint is None:
+        why = "a single file has no text encoders to plan with"
+        raise UsageError("--to is missing", which=named, why=why, hint="--to int8")
+    check_components(checkpoint.components)
+    check_torch()
+    from fluxcli.engine import device as devices
+
+    is_preset = presets.model_of(named, paths.config_folder()) != named
+    order = resolve_order("a plan", {"preset" if is_preset else "model": named})
+    hardware = devices.probe(order.resources.device)
+    workload = make_workload(order.request)
+    candidate = choose_bake(workload, order.resources, checkpoint, hardware=hardware)
+    if candidate.precision not in BAKEABLE:
+        why = f"{hardware.name} takes {candidate.precision}, {candidate.why}"
+        raise UsageError("no scheme is chosen by itself", which=named, why=why, hint="--to int8")
+    console.say(f"--to {candidate.precision}, as {hardware.name} would take it: {candidate.why}")
+    return candidate.precision
 
 
 def _add_other_parts(transformer: Component, path: Path) -> Checkpoint:
@@ -377,6 +430,12 @@ def _say_choices(recipe: Recipe, make: Callable[[QuantSpec], Recipe]) -> None:
             f"each new prompt reads {modulation_bytes / GB:.2f} GB of it, "
             f"{modulation_bytes / speed:.1f} s at {speed / GB:.0f} GB/s"
         )
+
+
+def _say_time(recipe: Recipe) -> None:
+    """Say how long the bake takes, where that is worth a word."""
+    if recipe.bake_s >= SAID_S:
+        console.say(f"about {format_duration(recipe.bake_s)} on two CPU cores")
 
 
 def _read_arrivals(path: Path, layout: str) -> list[dict[str, Any]]:

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     import torch
 
 ORIGIN = {"model": "a test", "flux": "0"}
+# What is baked to each layout, where a test asks for nothing else.
+USUAL = {
+    "diffusers": QuantSpec("nf4", "nf4", scales="absmax"),
+    "bfl": QuantSpec("fp8"),
+    "comfy": QuantSpec("w4a8"),
+}
 CALLS = ("fsync", "link", "rename", "replace", "mkdir", "unlink", "rmdir")
 ATTENTION = "transformer_blocks.0.attn"
 MICRO = {
@@ -90,11 +96,10 @@ def make_micro(tiny: Path, folder: Path) -> Path:
 
 def recipe_of(folder: Path, kind: str = "diffusers", spec: QuantSpec | None = None) -> Recipe:
     checkpoint = inspect(folder)
+    spec = spec or USUAL[kind]
     if kind == "diffusers":
-        return make_recipe(checkpoint, spec or QuantSpec("nf4", "nf4", scales="absmax"))
-    return make_file_recipe(
-        checkpoint.components["transformer"], spec or QuantSpec("fp8"), kind=kind
-    )
+        return make_recipe(checkpoint, spec)
+    return make_file_recipe(checkpoint.components["transformer"], spec, kind=kind)
 
 
 def change(folder: Path, name: str, values: "torch.Tensor") -> None:
