@@ -26,8 +26,10 @@ from quant.dialects import T5_TIED, UNUSED, guess_kind
 from quant.errors import CheckpointError
 from quant.expected import check_tensors
 from quant.files import open_regular
-from quant.header import file_identity, read_header, read_whole_header
-from quant.spec import FAMILIES, SCHEMES
+from quant.header import file_identity, read_whole_header
+from quant.header_json import MARKERS as METADATA
+from quant.markers import read_layers
+from quant.spec import FAMILIES, SCALED_BLOCKS, SCHEMES
 from quant.weights import SCB, Piece, Weight, group_weights
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -296,11 +298,12 @@ def list_tokenizer_files(folder: Path) -> list[Path]:
 def inspect_component(name: str, folder: Path) -> Component:
     """Return the component `name` that a folder holds; raises `CheckpointError`."""
     config = read_config(name, folder / "config.json")
-    pieces, unused = split_unused(name, _read_folder(folder))
-    weights = group_weights(pieces)
+    tensors = _read_folder(folder)
+    pieces, unused = split_unused(name, tensors.pieces)
+    weights = group_weights(pieces, markers=tensors.markers)
     kept = folder / KEEP_FILE
     if kept.is_file():
-        originals = group_weights(_read_pieces([kept]))
+        originals = group_weights(_read_pieces([kept]).pieces)
         for key, original in originals.items():
             if key not in weights or weights[key].shape != original.shape:
                 raise CheckpointError("originals of other weights", kept, why=key)
@@ -331,6 +334,8 @@ def _describe_dialect(component: Component) -> str:
             names += [piece.info.name for piece in weight.pieces.values()]
     if not names:
         return "diffusers"
+    if component.precision in SCALED_BLOCKS:
+        return f"diffusers, {component.precision}"
     writer = "flux"
     if component.precision == "nf4" or any(name.endswith(SCB) for name in names):
         writer = "bitsandbytes"
@@ -339,32 +344,42 @@ def _describe_dialect(component: Component) -> str:
     return f"diffusers, {component.precision} by {writer}"
 
 
-def _read_pieces(files: list[Path]) -> dict[str, Piece]:
-    """The tensors of several files by name; raises `CheckpointError` where one stands in two."""
+class _Tensors(NamedTuple):
+    """The tensors of files by name, and ComfyUI's markers of layers, None for no such metadata."""
+
+    pieces: dict[str, Piece]
+    markers: dict[str, object] | None
+
+
+def _read_pieces(files: list[Path]) -> _Tensors:
+    """The tensors of several files; raises `CheckpointError` where one stands in two."""
     pieces: dict[str, Piece] = {}
+    markers = None
     for path in files:
-        header = read_header(path)
-        twice = sorted(header.keys() & pieces.keys())
+        header = read_whole_header(path)
+        twice = sorted(header.tensors.keys() & pieces.keys())
         if twice:
             raise CheckpointError("a tensor stands in two shards", path, why=twice[0][:60])
-        pieces |= {name: Piece(path, info) for name, info in header.items()}
-    return pieces
+        pieces |= {name: Piece(path, info) for name, info in header.tensors.items()}
+        if METADATA in header.metadata:
+            markers = (markers or {}) | read_layers(header.metadata)
+    return _Tensors(pieces, markers)
 
 
-def _read_folder(folder: Path) -> dict[str, Piece]:
-    """The tensors of a component's folder by name.
+def _read_folder(folder: Path) -> _Tensors:
+    """The tensors of a component's folder.
 
     Raises `CheckpointError` where one stands in two files, or not where the index says.
     """
     files = _find_files(folder)
-    pieces = _read_pieces(files.weights)
+    tensors = _read_pieces(files.weights)
     for name, shard in files.shards.items():
-        is_there = name in pieces and pieces[name].file.name == shard
+        is_there = name in tensors.pieces and tensors.pieces[name].file.name == shard
         # Some indexes have T5's embedding under both of its names.
         if not is_there and name != T5_TIED:
             why = f"{name[:60]} is not in {shard[:60]}"
             raise CheckpointError("corrupt shard index", folder, why=why, hint=DOWNLOAD_AGAIN)
-    return pieces
+    return tensors
 
 
 class _Files(NamedTuple):

@@ -2,8 +2,8 @@
 
 `quant.nf4` does so for NF4, `quant.rotated` for int8, w6a8 and w4a8. fp8 is quantized by
 optimum-quanto with a scale for each row; its import takes seconds, and happens only where something
-is quantized. `quant.gguf_blocks` dequantizes GGUF's blocks. Knows nothing of layers, models or
-folders.
+is quantized. `quant.gguf_blocks` dequantizes GGUF's blocks, `quant.block_scaled` nvfp4 and
+mxfp8. Knows nothing of layers, models or folders.
 
 A weight's stored tensors are a dict by what follows the weight's name in a file, as in
 `quant.spec.lay_out`: "" for the codes, "_scale" for the scales of fp8 and int8. A weight that is
@@ -23,19 +23,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quant import gguf_blocks, nf4, rotated
+from quant import block_scaled, gguf_blocks, nf4, rotated
 from quant.errors import CheckpointError, MissingLibrary
 from quant.gguf_header import MAGIC
 from quant.header import LENGTH_BYTES
 from quant.spec import (
     CHANNEL_SCALE,
     FAMILIES,
+    GROUP_SCALE,
     LEVELS,
     MARKER,
+    OVERALL_SCALE,
     ROTATED,
     ROW_SCALE,
+    SCALED_BLOCKS,
     SCHEMES,
     STATE,
+    TILED,
 )
 from quant.tensor_info import GGUF_BITS, gguf_block_values
 from quant.weights import SCB, SHARED, Piece, Weight
@@ -137,14 +141,23 @@ class Reader:
     def read(self, weight: Weight) -> dict[str, Tensor]:
         """The stored tensors of a weight, GGUF's blocks as rows of bytes.
 
-        Row scales are under "_scale", whatever they are called in the file. Raises
-        `CheckpointError` where a file cannot be read, or has become shorter.
+        Row scales are under "_scale", whatever they are called in the file, scales of blocks are
+        row after row, and w4a8 has its levels. Raises `CheckpointError` where a file cannot be
+        read, or has become shorter.
         """
         stored = {
             suffix: self._read_piece(suffix, piece) for suffix, piece in weight.pieces.items()
         }
         if SCB in stored:
             stored["_scale"] = self._send(stored.pop(SCB).float() / SCHEMES["int8"].largest)
+        if weight.scheme in TILED:
+            ranges = weight.pieces[""].rows or ((0, weight.shape[0]),)
+            columns = weight.shape[1] // SCALED_BLOCKS[weight.scheme]
+            stored[ROW_SCALE] = block_scaled.order_scales(stored[ROW_SCALE], ranges, columns)
+        if GROUP_SCALE in stored and stored[GROUP_SCALE].dtype != torch.float8_e4m3fn:
+            stored[GROUP_SCALE] = stored[GROUP_SCALE].float()
+        if weight.scheme == "w4a8" and LEVELS not in stored:
+            stored[LEVELS] = torch.arange(-8.0, 8.0)
         return stored
 
     def read_checked(
@@ -413,6 +426,8 @@ def dequantize(
         return nf4.dequantize(stored, shape, dtype)
     if family == "gguf":
         return gguf_blocks.unpack(stored[""], scheme, dtype)
+    if scheme in SCALED_BLOCKS:
+        return block_scaled.dequantize(stored, scheme, dtype)
     if family in ROTATED:
         return rotated.dequantize(stored, scheme, rotation=rotation, dtype=dtype)
     values = _widen(stored[""])
@@ -491,7 +506,7 @@ class _Range(NamedTuple):
             if self.may_be_infinite:
                 why = f"NaN or Inf in {self.name}{self.suffix}"
             raise CheckpointError(NOT_FINITE, self.where.file, why=why, hint=DAMAGED)
-        is_scale = self.suffix in (ROW_SCALE, CHANNEL_SCALE)
+        is_scale = self.suffix in (ROW_SCALE, CHANNEL_SCALE, OVERALL_SCALE)
         if is_scale and self.may_be_infinite and lowest <= 0:
             why = f"one of {self.name} is 0 or negative"
             raise CheckpointError("impossible scales", self.where.file, why=why)
@@ -506,6 +521,11 @@ def _find_ranges(name: str, stored: Mapping[str, Tensor], where: Piece) -> Itera
             # It has no Inf; NaN has all bits set, the sign either way.
             has_nan = (tensor.view(torch.uint8) & 127 == 127).any()
             bounds = torch.zeros(2, device=tensor.device).masked_fill_(has_nan, math.nan)
+            yield _Range(name, suffix, where, bounds=bounds, may_be_infinite=False)
+        elif suffix == ROW_SCALE and tensor.dtype == torch.uint8:
+            # Exponents, of which 255 is NaN.
+            bounds = torch.zeros(2, device=tensor.device)
+            bounds.masked_fill_((tensor == 255).any(), math.nan)
             yield _Range(name, suffix, where, bounds=bounds, may_be_infinite=False)
         elif tensor.is_floating_point() and tensor.numel():
             # aminmax is far faster than isfinite, and gives NaN where there is one. torch has none

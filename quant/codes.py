@@ -40,8 +40,10 @@ def decode(codes: Tensor, group_scale: Tensor, codebook: Codebook) -> Tensor:
 
     In 4 bits a byte has two neighbours, the first one in its lower half. In 6 bits these are
     followed by bytes that have the upper 2 bits of four neighbours. `group_scale` (N, groups) is
-    float8_e4m3fn.
+    float8_e4m3fn, or a wider float, as some converters have it: that takes no table.
     """
+    if group_scale.dtype != torch.float8_e4m3fn:
+        return _compute_levels(codes, group_scale.float(), codebook)
     rows, groups = group_scale.shape
     pairs = codes.shape[1] if codebook else codes.shape[1] * 2 // 3
     table = _find_table(codebook, str(codes.device))
@@ -64,6 +66,24 @@ def decode(codes: Tensor, group_scale: Tensor, codebook: Codebook) -> Tensor:
             index[:, 1::2].add_(high >> 4, alpha=256)
         torch.index_select(table, 0, index.view(-1), out=target.view(-1))
     return result.view(torch.int8)
+
+
+def _compute_levels(codes: Tensor, group_scale: Tensor, codebook: Codebook) -> Tensor:
+    """As `decode`, of float32 scales."""
+    data = codes.view(torch.uint8)
+    rows, width = data.shape
+    pairs = width if codebook else width * 2 // 3
+    low = data[:, :pairs]
+    numbers = torch.stack((low & 15, low >> 4), dim=2).view(rows, -1)  # (N, K)
+    if codebook:
+        levels = torch.tensor(codebook, device=codes.device)
+        values = levels.index_select(0, numbers.flatten().int())
+    else:
+        shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=codes.device)
+        high = data[:, pairs:, None] >> shifts & 3
+        values = (numbers | high.view(rows, -1) << 4).float().sub_(SIX_BIT_LEVEL + 1)
+    groups = values.view(rows, group_scale.shape[1], -1).mul_(group_scale[:, :, None])
+    return groups.round_().clamp_(-LARGEST_LEVEL, LARGEST_LEVEL).char().view(rows, -1)
 
 
 def _find_table(codebook: Codebook, device: str) -> Tensor:

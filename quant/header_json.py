@@ -14,6 +14,8 @@ MAX_MEMBERS = 1 << 16
 MAX_NAME_BYTES = 1024
 # Longer texts of the metadata are not kept.
 MAX_TEXT_BYTES = 1 << 20
+# Where ComfyUI says how layers are quantized (see `quant.markers`).
+MARKERS = "_quantization_metadata"
 
 SPACE = re.compile(rb"[ \t\n\r]*")
 TEXT = re.compile(rb'"(?:[^"\\\x00-\x1f]++|\\.)*+"')
@@ -62,7 +64,7 @@ class HeaderJson:
         """The texts of an object by name.
 
         Numbers, which the format does not allow but some trainers write, and long texts are left
-        out; so is a value that is no object.
+        out; so is a value that is no object. "" stands for what is too long and must not be missed.
         """
         texts: dict[str, str] = {}
         if self._match(PLAIN_VALUE) is not None:
@@ -74,6 +76,8 @@ class HeaderJson:
             text = self._match(TEXT, longest=MAX_TEXT_BYTES)
             if text is not None:
                 texts[name] = _decode(text)
+            elif self._position > start and name == MARKERS:
+                texts[name] = ""
             elif self._position == start:
                 raise ValueError(f"the metadata {name[:60]!r} is no text")
         return texts

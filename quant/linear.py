@@ -1,9 +1,9 @@
-"""Linear layers over quantized weights: NF4Linear, FP8Linear, RotatedLinear, GGUFLinear.
+"""Linear layers over quantized weights, one class for each way to store them.
 
 A layer may have several weights, one below the other, as q, k and v. fp8 multiplies in float8, and
 int8, w6a8 and w4a8 in int8 where the device can, with activations quantized row by row; elsewhere,
-and for NF4 and GGUF always, the weight is dequantized before each product. Knows nothing of files
-or models.
+and for NF4, GGUF, nvfp4 and mxfp8 always, the weight is dequantized before each product. Knows
+nothing of files or models.
 Shapes: weight (N, K), input (..., K), output (..., N).
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quant import gguf_blocks, int8_products, kernels, rotated
+from quant import block_scaled, gguf_blocks, int8_products, kernels, rotated
 from quant.codecs import SMALLEST_SCALE, stack_rows
 from quant.codes import LARGEST_LEVEL, Codebook, decode, read_codebook
 from quant.errors import is_out_of_memory
@@ -29,9 +29,12 @@ from quant.spec import (
     DEQUANTIZE,
     FAMILIES,
     GROUP_SCALE,
+    MXFP8,
     NESTED_BLOCK,
+    OVERALL_SCALE,
     ROTATED,
     ROW_SCALE,
+    SCALED_BLOCKS,
     SCHEMES,
 )
 
@@ -186,6 +189,36 @@ class GGUFLinear(QuantizedLinear):
 
     def dequantize_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
         return gguf_blocks.unpack(self.weight[rows], self.scheme, dtype)
+
+
+class BlockScaledLinear(QuantizedLinear):
+    """Weights in nvfp4 or mxfp8, whose blocks have scales in 8 bit (`quant.block_scaled`)."""
+
+    weight: Tensor
+    weight_scale: Tensor
+    overall_scale: Tensor
+
+    def __init__(self, parts: Parts, shapes: Shapes, *, bias: Tensor | None, scheme: str) -> None:
+        super().__init__(shapes, bias=bias)
+        self.scheme = scheme
+        self.register_buffer("weight", stack_rows([part[""] for part in parts]))
+        self.register_buffer("weight_scale", stack_rows([part[ROW_SCALE] for part in parts]))
+        if scheme == MXFP8:
+            return
+        # nvfp4 has one scale for all values of a part; here each row has that of its part.
+        scales = []
+        for part, shape in zip(parts, shapes, strict=True):
+            scales.append(part[OVERALL_SCALE].float().reshape(-1, 1).expand(shape[0], 1))
+        self.register_buffer("overall_scale", stack_rows(scales).contiguous())
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return self.dequantize_rows(EVERY_ROW, dtype)
+
+    def dequantize_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        stored = {"": self.weight[rows], ROW_SCALE: self.weight_scale[rows]}
+        if self.scheme != MXFP8:
+            stored[OVERALL_SCALE] = self.overall_scale[rows]
+        return block_scaled.dequantize(stored, self.scheme, dtype)
 
 
 class FP8Linear(QuantizedLinear):
@@ -457,6 +490,8 @@ def make_linear(
         return NF4Linear(parts, shapes, bias=bias)
     if family == "gguf":
         return GGUFLinear(parts, shapes, bias=bias, scheme=scheme)
+    if scheme in SCALED_BLOCKS:
+        return BlockScaledLinear(parts, shapes, bias=bias, scheme=scheme)
     if family == "fp8":
         return FP8Linear(parts, shapes, bias=bias, arithmetic=arithmetic)
     return RotatedLinear(

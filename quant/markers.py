@@ -2,24 +2,40 @@
 
 A file has them as small tensors, `LAYER.comfy_quant`, or together in its header's metadata, or
 both. Weights in 8 bit look alike in several forms, so that a reader which does not know a marker
-would make noise of them: what is not known here is refused. Stdlib only.
+would make noise of them: what is not known here is refused. Keys and defaults are those of
+ComfyUI's loader (`comfy/ops.py`, `comfy/utils.py`) and of convert_to_quant. Stdlib only.
 """
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from quant.errors import CheckpointError
-from quant.spec import GROUP, GROUP_SCALES, ROW_SCALES
+from quant.header_json import MARKERS
+from quant.spec import FLOAT4, GROUP, GROUP_SCALES, MXFP8, ROW_SCALES
 
 MAX_MARKER_BYTES = 4096
-# How large a group may be by a marker; the largest of a published form is 256.
-LARGEST_GROUP = 1 << 16
 # ComfyUI's group where a marker says that the weight is rotated, and no more.
 USUAL_ROTATION = 256
 FP8_FORMAT = "float8_e4m3fn"
-FORMATS = (FP8_FORMAT, ROW_SCALES, GROUP_SCALES)
-READABLE = "read are float8_e4m3fn and int8 with a scale per matrix or row, w4a8, nf4, and GGUF"
+FORMATS = (FP8_FORMAT, ROW_SCALES, GROUP_SCALES, FLOAT4, MXFP8)
+# Keys that change nothing of what the codes mean; the sizes are told by the tensors.
+DESCRIBING = (
+    "bits",
+    "format_version",
+    "full_precision_matrix_mult",
+    "orig_dtype",
+    "orig_shape",
+    "per_row",
+    "version",
+)
+KNOWN_KEYS = ("format", "params", "convrot", "convrot_groupsize", "group_size", *DESCRIBING)
 UNREAD = "weights packed in a way that is not read"
+READABLE = (
+    "read are float8_e4m3fn, int8_tensorwise, asym_w4a8_int8, nvfp4 and mxfp8, "
+    "bitsandbytes' nf4 and int8, and GGUF"
+)
 
 
 class Marker(NamedTuple):
@@ -27,35 +43,91 @@ class Marker(NamedTuple):
 
     format: str
     rotation: int = 0  # how many columns are rotated together, 0 where none are
-    group: int = 0  # how many values of a row share a scale, 0 where all do
+    group: int = 0  # how many values of a row share a scale, where the format does not say it
 
 
-def read_marker(layer: str, described: Any, *, file: Path) -> Marker:
+def read_layers(metadata: Mapping[str, str]) -> dict[str, object]:
+    """What the metadata of a header says of layers, by their names; {} where it is not ComfyUI's.
+
+    ComfyUI writes it beside marker tensors, or in place of them.
+    """
+    try:
+        return dict(json.loads(metadata[MARKERS])["layers"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return {}
+
+
+def parse_marker(layer: str, data: bytes, *, file: Path) -> Marker:
+    """Return what a marker's tensor says; raises `CheckpointError` as `read_marker` does."""
+    try:
+        described = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        why = f"the marker of {layer[:60]} is no JSON"
+        raise CheckpointError(UNREAD, file, why=why, hint=READABLE) from error
+    return read_marker(layer, described, file=file)
+
+
+def read_marker(layer: str, described: object, *, file: Path) -> Marker:
     """Return what a marker says; `layer` is whose it is, for errors.
 
-    Raises `CheckpointError` for a form that is not known, and for sizes that cannot be.
+    Raises `CheckpointError` for a form that is not known, for sizes that cannot be, and for an
+    unknown key that may change what the codes mean.
     """
-    if not isinstance(described, dict) or not isinstance(described.get("format"), str):
-        why = f"{layer[:60]} has no form in its marker"
-        raise CheckpointError(UNREAD, file, why=why)
-    if described["format"] not in FORMATS:
-        why = f"{layer[:60]} is {described['format'][:40]}"
-        raise CheckpointError(UNREAD, file, why=why, hint=READABLE)
+    if isinstance(described, str):  # as some converters write it
+        described = {"format": described}
+    if not isinstance(described, dict):
+        raise _refuse(layer, f"has {described!r:.40} for a marker", file)
+    said = described
+    nested = described.get("params")
+    if isinstance(nested, dict):  # of older converters; what stands outside counts
+        said = nested | described
+    name = said.get("format", FP8_FORMAT)
+    if name not in FORMATS:
+        raise _refuse(layer, f"is {name!s:.40}", file)
+    _refuse_unknown_keys(layer, said, file)
+    is_rotated = said.get("convrot", name == GROUP_SCALES)
+    if type(is_rotated) is not bool:
+        raise _refuse(layer, f"convrot is {is_rotated!r:.40}", file)
+    if is_rotated and name not in (ROW_SCALES, GROUP_SCALES):
+        raise _refuse(layer, f"is {name} with convrot", file)
+    if name == GROUP_SCALES and not is_rotated:
+        raise _refuse(layer, f"is {name} without convrot", file)
     rotation = 0
-    if described.get("convrot"):
-        rotation = _read_size(
-            layer, described, "convrot_groupsize", file=file, usual=USUAL_ROTATION
-        )
+    if is_rotated:
+        rotation = _read_size(layer, said, "convrot_groupsize", file=file, usual=USUAL_ROTATION)
+        if not _is_power_of_four(rotation):
+            raise _refuse(layer, f"convrot_groupsize is {rotation}, no power of 4", file)
     group = 0
-    if described["format"] == GROUP_SCALES:
-        group = _read_size(layer, described, "group_size", file=file, usual=GROUP)
-    return Marker(described["format"], rotation, group)
+    if name == GROUP_SCALES:
+        group = _read_size(layer, said, "group_size", file=file, usual=GROUP)
+    return Marker(name, rotation, group)
 
 
-def _read_size(layer: str, described: dict[str, Any], key: str, *, file: Path, usual: int) -> int:
+def _refuse(layer: str, why: str, file: Path) -> CheckpointError:
+    return CheckpointError(UNREAD, file, why=f"{layer[:60]} {why}", hint=READABLE)
+
+
+def _refuse_unknown_keys(layer: str, said: Mapping[str, Any], file: Path) -> None:
+    """Raise `CheckpointError` for an unknown key that is `true` or a number other than 0.
+
+    It may say of another transform, as QuIP's `hadamard_quip` does. Texts and lists only describe.
+    """
+    for key, value in said.items():
+        if key not in KNOWN_KEYS and isinstance(value, int | float) and value:
+            raise _refuse(layer, f"has {key[:40]} {value!r:.20} in its marker", file)
+
+
+def _read_size(layer: str, said: Mapping[str, Any], key: str, *, file: Path, usual: int) -> int:
     """A size of a group, `usual` where the marker says none; raises `CheckpointError`."""
-    size = described.get(key, usual)
-    if type(size) is not int or not 0 < size <= LARGEST_GROUP:
-        why = f"{layer[:60]}: {key} is {size!r:.40}"
-        raise CheckpointError(UNREAD, file, why=why)
+    size = said.get(key, usual)
+    if type(size) is not int or size < 1:
+        raise _refuse(layer, f"{key} is {size!r:.40}", file)
     return size
+
+
+def _is_power_of_four(size: int) -> bool:
+    while size % 4 == 0:
+        size //= 4
+        if size == 1:
+            return True
+    return False

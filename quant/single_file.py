@@ -1,11 +1,11 @@
 """Single weight files as people download them: which components one holds, in which dialect.
 
-Read are BFL's own files, ComfyUI's (fp8 without scales, with scales in the old or the new layout,
-all-in-one), GGUF, Forge's bitsandbytes NF4, and text encoders and VAEs by themselves. Together with
-a model folder, which has what a file lacks, they make a checkpoint. Stdlib only.
+Read are BFL's own files (in nvfp4, too), ComfyUI's (fp8 without scales, with scales in the old or
+the new layout; int8, w6a8, w4a8, nvfp4 and mxfp8; all-in-one), GGUF, Forge's bitsandbytes NF4, and
+text encoders and VAEs by themselves. Together with a model folder, which has what a file lacks,
+they make a checkpoint. Stdlib only.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -43,7 +43,9 @@ from quant.dialects import (
 )
 from quant.errors import CheckpointError, ForeignFile
 from quant.header import Header, read_whole_header
-from quant.spec import MARKER, ROTATED
+from quant.header_json import MARKERS as METADATA
+from quant.markers import read_layers
+from quant.spec import FLOAT4, MARKER, MXFP8, ROTATED
 from quant.weights import Piece, Weight, group_weights
 
 FOREIGN = "not a FLUX.1 model in one file"
@@ -170,13 +172,8 @@ def _make_component(
         for stored_name, piece in used.items()
         if stored_name.endswith(MARKER) or not MARKERS.fullmatch(stored_name)
     }
-    is_scaled = _has_scales(header, stored)
-    described = _read_formats_in_metadata(header)
-    markers = {
-        short_name.removesuffix(".weight"): described[piece.info.name.removesuffix(".weight")]
-        for short_name, piece in pieces.items()
-        if piece.info.name.removesuffix(".weight") in described
-    }
+    markers = _find_markers(name, header)
+    is_scaled = _has_scales(stored, markers or {})
     weights = group_weights(pieces, unscaled=not is_scaled, markers=markers)
     config: dict[str, Any] = {}
     if name == "transformer":
@@ -209,26 +206,26 @@ def _refuse_kontext(path: Path) -> None:
         raise CheckpointError("another kind of FLUX model", path, why=why, hint=hint)
 
 
-def _has_scales(header: Header, stored: Mapping[str, Piece]) -> bool:
-    """Whether a component's fp8 weights have scales.
+def _find_markers(name: str, header: Header) -> dict[str, object] | None:
+    """The markers of a component's layers in the header's metadata, None where it has none.
 
-    The names of its tensors say it (`stored`, without prefix), or the header's metadata.
+    Some name the layers with the prefix that they have in the file, some without.
     """
+    if METADATA not in header.metadata:
+        return None
+    markers = {}
+    for layer, described in read_layers(header.metadata).items():
+        component, short_name = _split_prefix(layer)
+        if component in ("", name):
+            markers[short_name] = described
+    return markers
+
+
+def _has_scales(stored: Mapping[str, Piece], markers: Mapping[str, object]) -> bool:
+    """Whether a component's fp8 weights have scales, by the names of its tensors and layers."""
     if any(name.endswith(SCALED_ENDS) for name in stored):
         return True
-    layers = {piece.info.name.removesuffix(".weight") for piece in stored.values()}
-    return not layers.isdisjoint(_read_formats_in_metadata(header))
-
-
-def _read_formats_in_metadata(header: Header) -> dict[str, Any]:
-    """How layers are packed, by the header's metadata; {} where that is not ComfyUI's.
-
-    ComfyUI writes it beside `comfy_quant` tensors, or in place of them.
-    """
-    try:
-        return dict(json.loads(header.metadata["_quantization_metadata"])["layers"])
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return {}
+    return any(f"{layer}.weight" in stored for layer in markers)
 
 
 def _read_t5(weights: Mapping[str, Weight]) -> dict[str, Weight]:
@@ -243,18 +240,38 @@ def _describe_dialect(
     component: Component, *, header: Header, stored: Mapping[str, Piece], is_scaled: bool
 ) -> str:
     """Who wrote a component of a file, and in which form, for people."""
-    if component.precision == "nf4":
-        return "bitsandbytes nf4 (Forge)"
-    if component.precision in ROTATED:
-        is_rotated = any(weight.rotation for weight in component.weights.values())
-        return f"ComfyUI {component.precision} ConvRot" if is_rotated else "int8 rows"
-    if component.precision == "fp8":
-        return _describe_fp8(stored, is_scaled=is_scaled)
-    if header.is_gguf:
+    if component.precision == "gguf" or header.is_gguf:
         return "GGUF"
+    if component.precision:
+        return _describe_packed(component, header=header, stored=stored, is_scaled=is_scaled)
     if component.name == "vae" or is_bfl(stored):
         return "BFL"
     return "diffusers" if component.name == "transformer" else "Hugging Face"
+
+
+def _describe_packed(
+    component: Component, *, header: Header, stored: Mapping[str, Piece], is_scaled: bool
+) -> str:
+    """Who quantized a component of a file, and to what."""
+    forms = {weight.scheme for weight in component.weights.values()}
+    words = {
+        "nf4": "bitsandbytes nf4 (Forge)",
+        FLOAT4: "nvfp4 (ComfyUI)" if FLOAT4 in forms else "nvfp4 (BFL)",
+        MXFP8: MXFP8,
+    }
+    if component.precision in ROTATED:
+        is_marked = METADATA in header.metadata or any(name.endswith(MARKER) for name in stored)
+        return _describe_int8(component, is_marked=is_marked)
+    if component.precision == "fp8":
+        return _describe_fp8(stored, is_scaled=is_scaled)
+    return words[component.precision]
+
+
+def _describe_int8(component: Component, *, is_marked: bool) -> str:
+    """Who wrote a component in int8, w6a8 or w4a8: the former files of flux have no markers."""
+    if any(weight.rotation for weight in component.weights.values()):
+        return f"ComfyUI {component.precision} ConvRot"
+    return "ComfyUI int8" if is_marked else "int8 rows"
 
 
 def _describe_fp8(stored: Mapping[str, Piece], *, is_scaled: bool) -> str:

@@ -8,7 +8,7 @@ shapes and numbers, and no data. Sizes are in bytes. Stdlib only.
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from math import ceil
@@ -46,6 +46,17 @@ MARKER = ".comfy_quant"
 # What ComfyUI calls the two forms.
 ROW_SCALES = "int8_tensorwise"
 GROUP_SCALES = "asym_w4a8_int8"
+
+# The schemes of 8-bit scales for blocks, and BFL's form of the first. So many values share a scale;
+# nvfp4 has one for all values, too.
+FLOAT4 = "nvfp4"
+FLOAT4_BFL = "nvfp4_bfl"
+MXFP8 = "mxfp8"
+SCALED_BLOCKS = {FLOAT4: 16, FLOAT4_BFL: 16, MXFP8: 32}
+OVERALL_SCALE = "_scale_2"
+# ComfyUI stores their scales in tiles of so many rows and columns, the last ones filled up.
+SCALE_TILE = (128, 4)
+TILED = (FLOAT4, MXFP8)
 
 
 class ActivationLine(NamedTuple):
@@ -202,6 +213,28 @@ _ROWS = (
         error=0.0,
         forms=tuple(GGUF_BITS),
         library="gguf",
+        activation_lines=_DEQUANTIZED_TO_16_BIT,
+        dequantized_lines=_DEQUANTIZED_TO_16_BIT,
+        can_bake=False,
+    ),
+    Scheme(
+        name=FLOAT4,
+        words="4-bit floats with a float8 scale for each 16, as the file has them",
+        bits=4,
+        error=0.0925,
+        forms=(FLOAT4, FLOAT4_BFL),
+        library="torch",
+        activation_lines=_DEQUANTIZED_TO_16_BIT,
+        dequantized_lines=_DEQUANTIZED_TO_16_BIT,
+        can_bake=False,
+    ),
+    Scheme(
+        name=MXFP8,
+        words="8-bit floats with a power of two for each 32, as the file has them",
+        bits=8,
+        error=0.032,
+        forms=(MXFP8,),
+        library="torch",
         activation_lines=_DEQUANTIZED_TO_16_BIT,
         dequantized_lines=_DEQUANTIZED_TO_16_BIT,
         can_bake=False,
@@ -375,6 +408,15 @@ def find_rotation(columns: int) -> int:
     return rotation if rotation > 1 else 0
 
 
+def find_tiles(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """For ranges of a weight's rows, those rows of its stored scales that hold their tiles."""
+    tile_rows = SCALE_TILE[0]
+    return tuple(
+        (start // tile_rows * tile_rows, ceil(stop / tile_rows) * tile_rows)
+        for start, stop in ranges
+    )
+
+
 def describe_marker(scheme: str, columns: int) -> dict[str, object]:
     """What the marker of a weight of so many columns says, in a rotated scheme."""
     described: dict[str, object] = {"format": ROW_SCALES}
@@ -407,6 +449,8 @@ def lay_out(scheme: str, tensor: TensorInfo) -> tuple[TensorInfo, ...]:
         return codes, scales
     if FAMILIES.get(scheme) in ROTATED:
         return _layout_rotated(scheme, tensor)
+    if scheme in SCALED_BLOCKS:
+        return _layout_scaled_blocks(scheme, tensor)
     if scheme in ("nf4", NF4_ONCE):
         return _layout_nf4(tensor, has_nested_scales=scheme == "nf4")
     return (TensorInfo(tensor.name, tensor.dtype, tensor.shape),)
@@ -428,6 +472,22 @@ def _layout_rotated(scheme: str, tensor: TensorInfo) -> tuple[TensorInfo, ...]:
         scales.append(TensorInfo(name + LEVELS, "F32", (16,)))
     marker = TensorInfo(name_stored(name, MARKER), "U8", (len(make_marker(scheme, columns)),))
     return (codes, *scales, marker)
+
+
+def _layout_scaled_blocks(scheme: str, tensor: TensorInfo) -> tuple[TensorInfo, ...]:
+    """The tensors of nvfp4 and mxfp8, as they are in memory: with the scales row after row."""
+    rows, columns = tensor.shape
+    scales_shape = (rows, columns // SCALED_BLOCKS[scheme])
+    if scheme == MXFP8:
+        return (
+            TensorInfo(tensor.name, "F8_E4M3", tensor.shape),
+            TensorInfo(tensor.name + ROW_SCALE, "U8", scales_shape),
+        )
+    return (
+        TensorInfo(tensor.name, "U8", (rows, columns // 2)),
+        TensorInfo(tensor.name + ROW_SCALE, "F8_E4M3", scales_shape),
+        TensorInfo(tensor.name + OVERALL_SCALE, "F32", (rows, 1)),
+    )
 
 
 def _layout_nf4(tensor: TensorInfo, *, has_nested_scales: bool) -> tuple[TensorInfo, ...]:

@@ -9,6 +9,7 @@ import pytest
 
 from quant.checkpoint import COMPONENTS, inspect
 from quant.errors import CheckpointError
+from quant.header import Header
 
 CLASSES = {
     "text_encoder": {"architectures": ["CLIPTextModel"]},
@@ -195,7 +196,12 @@ def test_architectures_that_name_nothing_are_no_crash(architectures, folder):
 def test_an_index_that_leaves_the_folder_is_refused_unopened(shard, folder, monkeypatch):
     edit(folder / INDEX, weight_map={"a": shard})
     opened = []
-    monkeypatch.setattr("quant.checkpoint.read_header", lambda path: opened.append(path) or {})
+
+    def note(path: Path) -> Header:
+        opened.append(path)
+        return Header({}, metadata={}, is_gguf=False)
+
+    monkeypatch.setattr("quant.checkpoint.read_whole_header", note)
     assert "unsafe shard index" in refusal(folder)
     assert all("transformer" not in str(path) for path in opened)
 

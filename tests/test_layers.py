@@ -19,6 +19,7 @@ TORCH = ("fluxcli.engine", "fluxcli.run.session", "fluxcli.run.saving")
 TORCH += (
     "quant.linear",
     "quant.codecs",
+    "quant.block_scaled",
     "quant.codes",
     "quant.gguf_blocks",
     "quant.int8_products",

@@ -72,6 +72,8 @@ COUNTED = {
     **{f"{scheme}-unpacked": f"{scheme} dequantize" for scheme in ROTATED},
     **{f"{scheme}-kernels": steps.KITCHEN for scheme in ROTATED},
     **{f"gguf-{kind}": kind for kind in GGUF_BITS},
+    "nvfp4": "nvfp4",
+    "mxfp8": "mxfp8",
 }
 UPDATE = (
     "if that is meant: `python -m tests.test_seconds` prints the rows for fluxcli/plan/steps.py"

@@ -19,7 +19,7 @@ from tests.support.steps import (
 
 # Kinds of GGUF in which FLUX.1 is hardly published, and what does as int8 does.
 RARE = [f"gguf-{kind}" for kind in ("Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS")]
-RARE += ["w6a8-kernels", "w4a8-kernels"]
+RARE += ["w6a8-kernels", "w4a8-kernels", "nvfp4", "mxfp8"]
 # What no change may exceed: launches, and GB that a step moves beside its products.
 LIMITS = {
     "bf16": (1650, 95),

@@ -34,7 +34,6 @@ from quant.spec import (
     QuantSpec,
     find_rotation,
     is_modulation,
-    lay_out,
     scheme_in_memory,
 )
 from quant.weights import Weight
@@ -154,7 +153,7 @@ class Filler:
         for name, weight in self._weights.items():
             if name.startswith(f"{block}.") and not skip(name):
                 if scheme := self._schemes[name]:
-                    total += sum(info.nbytes for info in lay_out(scheme, weight.info))
+                    total += weight.bytes_in(scheme)
                 else:
                     total += weight.numel * self._dtype.itemsize
         return total
@@ -278,8 +277,8 @@ class Filler:
         names = [f"{prefix}{layer}.weight" for layer in layers]
         schemes = {self._schemes[name] for name in names}
         shapes = [self._weights[name].shape for name in names]
-        groups = {(self._weights[name].rotation, self._weights[name].group) for name in names}
-        is_alike = len(schemes) == 1 and len(groups) == 1
+        kinds = {self._weights[name].kind for name in names}
+        is_alike = len(schemes) == 1 and len(kinds) == 1
         return is_alike and fits_together(schemes.pop(), shapes)
 
     def _fuse_layers(self, block: Any, fusion: Fusion, *, prefix: str) -> None:

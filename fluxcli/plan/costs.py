@@ -24,7 +24,6 @@ from quant.spec import (
     QuantSpec,
     find_error,
     is_modulation,
-    lay_out,
     scheme_in_memory,
 )
 from quant.weights import Weight
@@ -199,7 +198,7 @@ def weight_bytes(weight: Weight, component: str, *, dtype: str, spec: QuantSpec 
     """Bytes of a weight in memory: as it is stored, or as `spec` will store it, else in `dtype`."""
     form = _find_form(weight, component, spec)
     if form:
-        return sum(info.nbytes for info in lay_out(form, weight.info))
+        return weight.bytes_in(form)
     return weight.numel * DTYPE_BYTES[dtype]
 
 
@@ -349,8 +348,8 @@ def _is_for_text(name: str) -> bool:
 
 
 def count_temporary_bytes(component: Component) -> int:
-    """The most bytes that dequantizing a part of a GGUF weight of it takes beside the result."""
-    if component.precision != "gguf":
+    """The most bytes that dequantizing a part of a weight in blocks takes beside the result."""
+    if component.precision not in ("gguf", "nvfp4", "mxfp8"):
         return 0
     kinds = {weight.scheme for weight in component.weights.values()}
     return max(LOOKING_UP_BYTES.get(kind, DEQUANTIZING_BYTES) for kind in kinds)

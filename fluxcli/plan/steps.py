@@ -50,6 +50,8 @@ ROWS = {
     "w4a8 dequantize": StepRow(Passes(88, 4400.3), Passes(31, 2852.9)),
     # Of int8, w6a8 and w4a8 alike: their products' own passes are inside of a kernel.
     KITCHEN: StepRow(Passes(30, 1024.4), Passes(10, 740.9)),
+    "nvfp4": StepRow(Passes(222, 4660.7), Passes(72, 2843.3)),
+    "mxfp8": StepRow(Passes(92, 3548.9), Passes(37, 2287.5)),
     "Q8_0": StepRow(Passes(56, 2565.1), Passes(25, 1795.6)),
     "Q4_0": StepRow(Passes(80, 3471.0), Passes(34, 2248.6)),
     "Q4_1": StepRow(Passes(72, 3088.8), Passes(31, 2057.5)),

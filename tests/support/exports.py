@@ -28,6 +28,7 @@ from quant.checkpoint import inspect
 from quant.recipe import make_file_recipe
 from quant.spec import QuantSpec
 from tests import published
+from tests.support import comfy
 
 Tensors = dict[str, torch.Tensor]
 Export = Callable[[Tensors, Path], Tensors]
@@ -65,7 +66,7 @@ T5_NAMES = {ours: theirs for theirs, ours in OURS_OF_T5.items()}
 def blank(name: str, path: Path, *changes: str) -> Path:
     """A sparse file with the header of published/NAME.json and as many bytes as it says.
 
-    All are 0 but the quant states.
+    All are 0 but the quant states and ComfyUI's markers.
 
     `changes` name lists whose tensors and metadata take the place of the first one's.
     """
@@ -75,20 +76,24 @@ def blank(name: str, path: Path, *changes: str) -> Path:
     if name.startswith("gguf"):
         return _blank_gguf(tensors, metadata, path)
     entries: dict = {"__metadata__": metadata} if metadata else {}
-    at, states = 0, []
+    at, texts = 0, []
     for full, (dtype, shape) in tensors.items():
         size = BYTES[dtype] * math.prod(shape)
         entries[full] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
         if full.endswith(STATE):
-            states.append((at, size, full.removesuffix(STATE)))
+            weight = full.removesuffix(STATE)
+            nested = f"{weight}.nested_absmax" in tensors
+            texts.append((at, _state(weight, size, nested=nested)))
+        elif full.endswith(".comfy_quant"):
+            texts.append((at, b'{"format": "float8_e4m3fn"}'.ljust(size)))
         at += size
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for start, size, weight in states:
+        for start, content in texts:
             file.seek(8 + len(text) + start)
-            file.write(_state(weight, size, nested=f"{weight}.nested_absmax" in tensors))
+            file.write(content)
     os.truncate(path, 8 + len(text) + at)
     return path
 
@@ -373,6 +378,7 @@ DIALECTS: dict[str, tuple[Export, str, str]] = {
     "gguf F16": (in_gguf("F16", "F16"), "gguf", "GGUF"),
     "nf4 v1": (in_nf4(nested=True), "safetensors", "bitsandbytes nf4 (Forge)"),
     "nf4 v2": (in_nf4(nested=False), "safetensors", "bitsandbytes nf4 (Forge)"),
+    **comfy.DIALECTS,
 }
 
 

@@ -29,7 +29,7 @@ from quant import codecs, codes, int8_products, kernels, linear
 from quant.checkpoint import Checkpoint
 from quant.codecs import Reader
 from quant.rotated import NORMAL_LEVELS
-from quant.spec import LEVELS
+from quant.spec import LEVELS, SCALED_BLOCKS, lay_out
 from quant.tensor_info import GGUF_BITS
 from quant.weights import Piece, Weight
 from tests.support.helpers import machine, picture_of, plan_for
@@ -102,14 +102,18 @@ def every_placement(
 
 
 def blocked(checkpoint: Checkpoint, kind: str) -> Checkpoint:
-    """The same model with its transformer in GGUF's blocks of one kind, as in published files."""
+    """The same model with its transformer in blocks of one kind, as in published files.
+
+    `kind` is one of GGUF's, nvfp4 or mxfp8.
+    """
     part, weights = checkpoint.components["transformer"], {}
     for key, weight in part.weights.items():
         packs = len(weight.shape) == 2 and weight.numel > 1 << 20
         info = replace(weight.info, dtype=kind) if packs else weight.info
-        weights[key] = Weight(
-            key, weight.shape, kind if packs else "", {"": Piece(weight.pieces[""].file, info)}
-        )
+        infos = lay_out(kind, weight.info) if packs and kind in SCALED_BLOCKS else [info]
+        file = weight.pieces[""].file
+        pieces = {each.name.removeprefix(info.name): Piece(file, each) for each in infos}
+        weights[key] = Weight(key, weight.shape, kind if packs else "", pieces)
     return replace(
         checkpoint, components=checkpoint.components | {part.name: replace(part, weights=weights)}
     )

@@ -90,7 +90,7 @@ class Row:
     """One way to store and to place the transformer."""
 
     precision: str
-    gguf: str = ""  # the kind of the blocks, where it is read from GGUF
+    gguf: str = ""  # the kind of the blocks, where it is read from GGUF, nvfp4 or mxfp8
     multiply: str = ""  # how the card multiplies in 8 bit, where not in the best way
     streamed: bool = False  # all of its blocks
 
@@ -112,6 +112,8 @@ ROWS = {
     **{f"{scheme}-unpacked": Row(scheme, multiply=linear.DEQUANTIZE) for scheme in ROTATED},
     **{f"{scheme}-kernels": Row(scheme, multiply=KERNELS) for scheme in ROTATED},
     **{f"gguf-{kind}": Row("auto", gguf=kind) for kind in GGUF_BITS},
+    "nvfp4": Row("auto", gguf="nvfp4"),
+    "mxfp8": Row("auto", gguf="mxfp8"),
 }
 
 
