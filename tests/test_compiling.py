@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from fluxcli import paths
-from fluxcli.engine import compiling
+from fluxcli.engine import blocks, compiling
 from fluxcli.engine.engine import Engine
 from fluxcli.events import Notice
 from fluxcli.pictures.image import read_metadata
 from fluxcli.plan import costs
 from fluxcli.plan.placement import Placement
 from fluxcli.plan.planner import COMPILED
+from quant import kernels, linear
 from quant.checkpoint import Checkpoint, inspect
 from quant.single_file import assemble_checkpoint
 from tests.support.helpers import BAKED, draw, engine_of, order, tiny
@@ -92,6 +93,26 @@ def test_sizes_steps_and_adapters_share_one_graph_a_kind_with_the_same_pixels(
         assert compiled.components.compiler.failure == ""
         assert np.array_equal(pixels, draw(plain, request)[1])
     assert len(graphs) == 2
+
+
+def test_kernels_are_operators_of_the_graphs(baked, graphs, monkeypatch):
+    """As on a card, but by comfy-kitchen's eager back end: the pixels are those without graphs."""
+    packed = inspect(baked("int8"))
+    multiply = linear.Multiplication(f"{kernels.PREFIX}eager")
+    monkeypatch.setitem(linear.PROBED, ("int8", "cpu"), multiply)
+    monkeypatch.setattr(blocks, "choose_backend", lambda *_, **__: kernels.Choice("eager"))
+    request = tiny(**SIZES[1], steps=2, precision="int8")
+    _, expected = draw(engine_of(packed, request), request)
+    before = len(graphs)
+    compiled = engine_of(packed, tiny(**SIZES[1], steps=2, precision="int8", compile=True))
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        _, pixels = draw(compiled, request)
+    assert compiled.components.compiler.failure == "" and np.array_equal(pixels, expected)
+    made = graphs[before:]
+    assert len(made) == 2
+    for graph in made:
+        called = " ".join(str(node.target) for node in graph.graph.nodes)
+        assert "flux.rms_rope" in called and "flux.adaln" in called
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from fluxcli.errors import DeviceUnusable, DoesNotFit, ExitCode
 from fluxcli.events import Event, explain
 from quant import linear
 from quant.checkpoint import inspect
+from quant.spec import ROTATED
 from tests.support.card import Card
 from tests.support.card_driver import installed
 from tests.support.helpers import BAKED, picture_of, tiny
@@ -65,7 +66,7 @@ def test_the_probe_is_quick_happens_once_and_leaves_no_error(sm, fp8, int8):
     with installed(card):
         found = device.probe("cuda")
         launched = card.launched[0]
-        assert found.multiply == {"fp8": fp8, "int8": int8}
+        assert found.multiply == {"fp8": fp8, **dict.fromkeys(ROTATED, int8)}
         device.probe("cuda")
         assert card.launched[0] == launched <= 40
         assert torch.zeros(1, device="cuda").item() == 0 and card.problems == []
@@ -84,7 +85,8 @@ def test_a_full_card_is_planned_by_its_capability_and_asked_again():
         filler = torch.empty((1 << 30) - 1, dtype=torch.uint8, device="cuda")
         assert device.probe("cuda").multiply == {}
         del filler
-        assert device.probe("cuda").multiply == {"fp8": "scaled_mm", "int8": "int_mm"}
+        found = device.probe("cuda").multiply
+        assert found == {"fp8": "scaled_mm", **dict.fromkeys(ROTATED, "int_mm")}
 
 
 def test_a_card_without_kernels_is_exit_8_and_auto_takes_the_cpu():

@@ -23,15 +23,21 @@ def make_card(**options: object) -> Card:
 
 
 @pytest.mark.parametrize(
-    "placement", ["stream", pytest.param("none", marks=pytest.mark.exhaustive)]
+    ("precision", "placement"),
+    [
+        ("w4a8", "stream"),
+        pytest.param("int8", "none", marks=pytest.mark.exhaustive),
+        pytest.param("w6a8", "sequential", marks=pytest.mark.exhaustive),
+    ],
 )
-def test_a_picture_by_kernels_is_nearly_that_of_torch(placement, baked):
-    checkpoint = inspect(baked("int8"))
-    order = tiny(precision="int8", offload=placement, device="cuda")
+def test_a_picture_by_kernels_is_nearly_that_of_torch(precision, placement, baked):
+    checkpoint = inspect(baked(precision))
+    order = tiny(precision=precision, offload=placement, device="cuda")
     run = draw_on_card(order, checkpoint, make_card())
     assert run.multiply == ENGAGED and run.card.problems == [] and run.waits() == []
     launches = run.steps[-1].launches
-    assert launches["int8_linear"] and launches["rms_rope"] and launches["adaln"]
+    product = "int8_linear" if precision == "int8" else "packed_linear"
+    assert launches[product] and launches["rms_rope"] and launches["adaln"]
     assert not launches["_int_mm"] and not launches["rms_norm"]
     run.ways = {scheme: linear.Multiplication("int_mm") for scheme in run.ways}
     difference = run.pixels.astype(float) - draw_on_cpu(order, run)
