@@ -12,7 +12,7 @@ from tests.faults.rows_lora import pack
 
 DAY_S = 24 * 3600
 FAST = ("--to", "nf4", "--scales", "absmax", "-q")
-FILE = ("--to", "fp8", "--layout", "bfl", "-q")
+FILE = ("--to", "w4a8", "--layout", "comfy", "-q")
 
 
 def quantize(case: Case, *arguments: str | Path, **options: object) -> Ended:
@@ -32,6 +32,11 @@ def lost_bias(case: Case) -> None:
     name = "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q.diff_b"
     adapter = case.write("x.safetensors", pack({name: ((128,), 1)}))
     quantize(case, "x", *FAST, "--lora", adapter)
+
+
+@fault("quantize-no-scheme", "no --to where 16 bit is best", codes=[2], says="--to int8")
+def no_scheme(case: Case) -> None:
+    quantize(case, "x")
 
 
 # --- what is there
