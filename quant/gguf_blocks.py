@@ -36,6 +36,8 @@ CPU_PART = 1 << 20
 DEVICE_PART = 32 << 20
 LEAN_PART = 48 << 20
 LEAN = ("Q4_0", "Q4_1", "Q8_0", "Q2_K", "Q4_K")
+# Kinds of devices of which some or all have no float64.
+WITHOUT_DOUBLES = ("mps", "xpu")
 # What the 16 codes of IQ4_NL and IQ4_XS stand for.
 IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
@@ -95,13 +97,17 @@ def _negate_halves(blocks: Tensor, index: int) -> Tensor:
 def _make_table(blocks: Tensor, numbers: Sequence[int]) -> Tensor:
     """At most 16 numbers of 8 bits, as uint8, where the blocks are.
 
-    They are the bits of one complex number: filling that in is one launch.
+    They are the bits of one complex number: filling that in is one launch. It is three, of two
+    integers, where there are no doubles.
     """
-    real, imaginary = struct.unpack(
-        "<2d", bytes(number & 255 for number in numbers).ljust(16, b"\0")
-    )
-    number = blocks.new_full((1,), complex(real, imaginary), dtype=torch.complex128)
-    return number.view(torch.uint8)[: len(numbers)]
+    bits = bytes(number & 255 for number in numbers).ljust(16, b"\0")
+    if blocks.device.type in WITHOUT_DOUBLES:
+        integers = struct.unpack("<2q", bits)
+        table = torch.cat([blocks.new_full((1,), each, dtype=torch.int64) for each in integers])
+    else:
+        number = complex(*struct.unpack("<2d", bits))
+        table = blocks.new_full((1,), number, dtype=torch.complex128)
+    return table.view(torch.uint8)[: len(numbers)]
 
 
 def _split_bytes(data: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:

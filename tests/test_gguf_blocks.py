@@ -26,8 +26,10 @@ WRITTEN = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.mark.parametrize("kind", GGUF_BITS)
-def test_blocks_unpack_as_the_gguf_package_unpacks_them(kind, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "has_doubles"), [*((kind, True) for kind in GGUF_BITS), ("IQ4_XS", False)]
+)
+def test_blocks_unpack_as_the_gguf_package_unpacks_them(kind, has_doubles, monkeypatch):
     chosen, rows, columns = GGMLQuantizationType[kind], 7, 768
     if kind in WRITTEN:
         blocks = gguf.quantize(
@@ -36,6 +38,7 @@ def test_blocks_unpack_as_the_gguf_package_unpacks_them(kind, monkeypatch):
     else:
         blocks = exports.random_blocks(chosen, rows * columns, seed=3).reshape(rows, -1)
     expected = torch.from_numpy(gguf.dequantize(blocks, chosen))
+    monkeypatch.setattr(gguf_blocks, "WITHOUT_DOUBLES", () if has_doubles else ("cpu",))
     # All at once, two rows at a time and an odd one, each row by itself.
     for part in (1 << 20, 1536, 1):
         monkeypatch.setattr(gguf_blocks, "CPU_PART", part)
