@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fluxcli.engine import blocks
 from quant import kernels, linear
@@ -206,10 +208,15 @@ def make_operands() -> dict[str, tuple[list, dict]]:
 
 
 @pytest.mark.parametrize("name", make_operands())
-def test_an_operator_can_be_compiled_and_described_without_values(name):
+def test_an_operator_is_described_without_values_as_it_is(name):
     operands, named = make_operands()[name]
-    operator = getattr(torch.ops.flux, name).default
-    torch.library.opcheck(operator, tuple(operands), named, test_utils="test_faketensor")
+    operator = getattr(torch.ops.flux, name)
+    real = operator(*operands, **named)
+    with FakeTensorMode() as mode:
+        given = tree_map_only(torch.Tensor, mode.from_tensor, (operands, named))
+        described = operator(*given[0], **given[1])
+    for found, made in zip(tree_leaves(described), tree_leaves(real), strict=True):
+        assert (found.shape, found.dtype, found.stride()) == (made.shape, made.dtype, made.stride())
 
 
 @pytest.mark.parametrize("name", ["int8_linear", "packed_linear"])
