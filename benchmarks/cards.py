@@ -12,9 +12,9 @@ diffusers; each answer and each row is a JSON line in --out (or in benchmarks/re
 card) as soon as it is there. What fails is a row with its error, and the rest goes on; after Ctrl-C
 there is what came until then. A table for people, then one JSON line.
 
-The defaults are meant for 8 minutes. Reckoned, not measured: a minute of questions; 12 placements
+The defaults are meant for 9 minutes. Reckoned, not measured: a minute of questions; 16 placements
 of 10 to 24 GB that are copied at 4 GB/s, 3 steps of 0.3 to 2 s and compute beside them, 15 to 20 s
-each, 4 minutes; three pipelines that fill 24 GB of weights and copy them, 3 minutes.
+each, 5 minutes; three pipelines that fill 24 GB of weights and copy them, 3 minutes.
 
 With --row it prints the row of presets/shapes/cards.toml for this card, as measured now; that file
 says where it goes. With --shrunk all is as small as the bundled model, and budgets are MiB: within
@@ -58,7 +58,7 @@ from fluxcli.request.fields import Order
 from quant import linear
 from quant.checkpoint import Checkpoint, inspect
 from quant.codecs import Reader
-from quant.spec import BAKEABLE, DEQUANTIZE, QuantSpec
+from quant.spec import BAKEABLE, DEQUANTIZE, SCHEMES, QuantSpec
 from quant.weights import Weight
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
-SPECS = (QuantSpec("nf4", "nf4"), QuantSpec("fp8"), QuantSpec("int8"))
+SPECS = [QuantSpec(name, SCHEMES[name].text_encoder) for name in BAKEABLE]
 WAYS = ("resident", "model offload", "group offload")  # of diffusers
 INTERRUPTED = 130
 LOADED_FOR = {"transformer": "denoise", "vae": "decode"}  # the phase that a component is loaded for

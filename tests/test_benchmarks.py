@@ -18,6 +18,7 @@ from benchmarks.cards import measure_products
 from fluxcli.engine import device
 from fluxcli.models.shapes import read_known_shapes
 from quant.codecs import Reader
+from quant.spec import BAKEABLE
 from tests.support.card import Card
 from tests.support.card_driver import installed
 from tests.support.helpers import ROOT
@@ -40,7 +41,7 @@ def read_rows(out: Path) -> list[dict]:
 
 def check_placements(rows: list[dict]) -> None:
     """Every placement was carried out as planned, within its plan."""
-    assert {row["precision"] for row in rows} == {"bf16", "nf4", "fp8", "int8"}
+    assert {row["precision"] for row in rows} == {"bf16", *BAKEABLE}
     assert {row["placed"] for row in rows} >= {"resident", "streamed 6", "sequential"}
     for row in rows:
         assert row["cap"] == 12 and row["went_on_as_planned"] and row["step_s"] > 0

@@ -17,7 +17,7 @@ from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB, Candidate
 from quant.checkpoint import Checkpoint
 from quant.linear import PER_TENSOR
-from quant.spec import DEQUANTIZE, QuantSpec
+from quant.spec import DEQUANTIZE, KITCHEN, ROTATED, QuantSpec
 from tests.support.helpers import order, survey_for
 
 DEV = "black-forest-labs/FLUX.1-dev"
@@ -115,6 +115,22 @@ def test_a_program_that_used_cuda_before_gets_the_same_precision(variants):
         assert [each.verdict for each in grows] == [each.verdict for each in fixed]
     taken = [next(each for each in found if each.verdict == "chosen") for found in (grows, fixed)]
     assert taken[0].plan.peak_bytes["denoise"] < taken[1].plan.peak_bytes["denoise"]
+
+
+@pytest.mark.parametrize("text", ["8GiB:sm86", "12GiB:sm89", "16GiB:sm75", "24GiB:sm89"])
+def test_installed_kernels_move_seconds_and_not_the_precision(text, variants):
+    here = card(text)
+    wanted = order("a fox", steps=28)
+    usual = survey_for(wanted, variants, here)
+    kernels = dict.fromkeys(ROTATED, f"{KITCHEN} cuda")
+    faster = survey_for(wanted, variants, replace(here, multiply=kernels))
+    assert decided(faster) == decided(usual)
+    assert [each.verdict for each in faster] == [each.verdict for each in usual]
+    seconds = [
+        next(each.plan.seconds["denoise"] for each in found if each.precision == "int8")
+        for found in (usual, faster)
+    ]
+    assert seconds[1] < seconds[0]
 
 
 WINDOWS = "Rowwise scaling is not currently supported on your device"

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,10 +13,12 @@ from quant.checkpoint import inspect
 from quant.errors import SpecError
 from quant.spec import (
     BAKEABLE,
+    GGUF_ERRORS,
     NF4_ONCE,
     SCALED_BLOCKS,
     SCHEMES,
     QuantSpec,
+    find_error,
     is_modulation,
     lay_out,
     name_stored,
@@ -195,6 +198,19 @@ def test_the_bundled_model_in_each_scheme_keeps_the_same_layers(tiny_folder):
         all("norm" in layer or "embed" in layer or layer == "proj_out" for layer in wide)
         and len(wide) == 19
     )
+
+
+def test_the_errors_of_gguf_are_what_its_package_gives():
+    """Of the kinds that the gguf package can quantize to, on the weights that the table is of."""
+    from gguf import GGMLQuantizationType, quants
+
+    weights = np.random.default_rng(1).standard_t(6, size=(256, 3072)).astype(np.float32)
+    for kind in ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"):
+        form = GGMLQuantizationType[kind]
+        decoded = quants.dequantize(quants.quantize(weights, form), form)
+        error = np.linalg.norm(decoded - weights) / np.linalg.norm(weights)
+        assert find_error(kind) == pytest.approx(float(error), rel=0.05), kind
+    assert set(GGUF_ERRORS) == set(GGUF_BITS) and find_error("") == 0
 
 
 def test_a_schemes_row_agrees_with_itself():

@@ -135,10 +135,14 @@ class Hardware:
     def without_circumstances(self) -> "Hardware":
         """The same with what is so on every day and in every process, which may decide pixels.
 
-        How much RAM the driver pins was learned by earlier runs, and segments cannot grow in a
-        program that had used CUDA before it imported flux.
+        How much RAM the driver pins was learned by earlier runs, segments cannot grow in a program
+        that had used CUDA before it imported flux, and kernels come and go with a package.
         """
-        return replace(self, pin_bytes=None, expandable=False)
+        multiply = dict(self.multiply)
+        for scheme, way in self.multiply.items():
+            if way.startswith(KITCHEN):
+                multiply[scheme] = SCHEMES[scheme].multiply
+        return replace(self, pin_bytes=None, expandable=False, multiply=multiply)
 
     @property
     def usable_bytes(self) -> int:

@@ -465,7 +465,9 @@ def estimate_seconds(
         quantize_bytes = QUANTIZE_BYTES
         if candidate.hardware.kind == "cpu":
             quantize_bytes *= CPU_QUANTIZE_SHARE
-        quantized_numel = sum(block.image_numel + block.text_numel for block in cost.blocks)
+        quantized_numel = sum(sum(block.numel_by_form.values()) for block in cost.blocks)
+        if candidate.spec.text_encoder != "keep":
+            quantized_numel += cost.t5_numel
         load_s += quantized_numel * 2 / quantize_bytes
 
     encode_s = 2 * cost.t5_numel * cost.workload.text_tokens / speeds.wide
