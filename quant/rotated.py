@@ -86,31 +86,41 @@ def round_weight(weight: Tensor, scheme: str) -> Rounded:
     """
     rotation = find_rotation(weight.shape[1])
     chunk = CARD_CHUNK if weight.is_cuda else CPU_CHUNK
-    parts = []
+    stored: dict[str, Tensor] = {}
     squared_norm = 0.0
     squared_error = 0.0
+    start = 0
     for rows in torch.split(weight, max(1, chunk // weight.shape[1])):
-        values = rotate_in_two(rows, rotation)
-        if scheme == "int8":
-            scale = choose_row_scales(values)
-            steps = values.div_(scale)
-            codes = steps.round().clamp_(-LARGEST_LEVEL, LARGEST_LEVEL).char()
-            stored = {"": codes, ROW_SCALE: scale}
-        else:
-            scale = find_largest_scales(values)
-            steps = values.div_(scale)
-            grouped = choose_group_scales(steps, scheme)
-            codes = _pack(grouped.codes, scheme)
-            stored = {"": codes, GROUP_SCALE: grouped.scales, CHANNEL_SCALE: scale.view(-1)}
-        parts.append(stored)
+        steps, scale, part = _round_rows(rotate_in_two(rows, rotation), scheme)
+        for suffix, tensor in part.items():
+            if suffix not in stored:
+                stored[suffix] = tensor.new_empty(len(weight), *tensor.shape[1:])
+            stored[suffix][start : start + len(rows)] = tensor
+        start += len(rows)
         # A rotation keeps lengths: the error is the same before it and after it.
         squared_norm += _sum_squares(steps, scale)
-        levels = decode_levels(stored | _list_levels(scheme), scheme)
+        levels = decode_levels(part | _list_levels(scheme), scheme)
         squared_error += _sum_squares(steps.sub_(levels.float()), scale)
-    joined = {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}
-    joined |= _list_levels(scheme)
-    joined[MARKER] = torch.tensor(list(make_marker(scheme, weight.shape[1])), dtype=torch.uint8)
-    return Rounded(joined, squared_norm, squared_error)
+    stored |= _list_levels(scheme)
+    stored[MARKER] = torch.tensor(list(make_marker(scheme, weight.shape[1])), dtype=torch.uint8)
+    return Rounded(stored, squared_norm, squared_error)
+
+
+def _round_rows(values: Tensor, scheme: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Quantize rotated rows (N, K), which are overwritten.
+
+    Returns them in steps of the int8 grid, these steps (N, 1), and the tensors that rows have.
+    """
+    if scheme == "int8":
+        scale = choose_row_scales(values)
+        steps = values.div_(scale)
+        codes = steps.round().clamp_(-LARGEST_LEVEL, LARGEST_LEVEL).char()
+        return steps, scale, {"": codes, ROW_SCALE: scale}
+    scale = find_largest_scales(values)
+    steps = values.div_(scale)
+    found = choose_group_scales(steps, scheme)
+    packed = _pack(found.codes, scheme)
+    return steps, scale, {"": packed, GROUP_SCALE: found.scales, CHANNEL_SCALE: scale.view(-1)}
 
 
 def rotate_in_two(values: Tensor, rotation: int) -> Tensor:

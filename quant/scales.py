@@ -74,16 +74,15 @@ def choose_row_scales(values: Tensor) -> Tensor:
 
 
 class Grouped(NamedTuple):
-    """Values (N, K) as codes, the scales of their groups, and the levels that these decode to."""
+    """Values (N, K) as codes, and the scales of their groups."""
 
     codes: Tensor  # (N, K) uint8, not packed
     scales: Tensor  # (N, K / GROUP) float8_e4m3fn
-    levels: Tensor  # (N, K) float32, integers of -127..127
 
 
 def choose_group_scales(values: Tensor, scheme: str) -> Grouped:
     """Choose the scales of least error and the codes of w6a8 or w4a8 for values (N, K) in steps."""
-    table, decoded = _make_group_tables(scheme, values.device)
+    table, nearest_codes = _make_group_tables(scheme, values.device)
     groups = values.reshape(-1, GROUP)
     largest = groups.abs().amax(1).div_(_list_multiples(scheme)[-1])
     nearest = largest.to(torch.float8_e4m3fn).view(torch.uint8).int()
@@ -93,9 +92,9 @@ def choose_group_scales(values: Tensor, scheme: str) -> Grouped:
     errors = functional.embedding_bag(parts + first * GROUP_ROWS, table, mode="sum")
     chosen = first + errors.argmin(1, keepdim=True)  # (groups, 1)
     halves = parts.bitwise_right_shift_(SHIFT).add_(chosen * HALVES)
-    found = decoded.index_select(0, halves.view(-1)).view(values.shape)
+    codes = nearest_codes.index_select(0, halves.view(-1)).view(values.shape)
     scales = chosen.to(torch.uint8).view(torch.float8_e4m3fn).view(len(values), -1)
-    return Grouped((found & 255).to(torch.uint8), scales, (found >> 8).float())
+    return Grouped(codes, scales)
 
 
 def _list_multiples(scheme: str) -> Tensor:
@@ -111,7 +110,7 @@ def _make_group_tables(scheme: str, device: torch.device) -> tuple[Tensor, Tenso
 
     The first table (scales * GROUP_ROWS, WINDOW) float32 has, for the first scale of a window and a
     value by its part of a step, the squared errors without the value's own square. The second
-    (scales * HALVES) int16 has 256 times the nearest level, plus its code, by the half of a step.
+    (scales * HALVES) uint8 has the code of the nearest level, by the half of a step.
     """
     scales = torch.arange(GROUP_SCALES, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     multiples = _list_multiples(scheme)
@@ -121,11 +120,11 @@ def _make_group_tables(scheme: str, device: torch.device) -> tuple[Tensor, Tenso
     codes = torch.searchsorted(borders, middles.repeat(GROUP_SCALES, 1))
     levels = grid.gather(1, codes)  # (scales, HALVES)
     first_code = 0 if scheme == "w4a8" else 1
-    decoded = (levels * 256 + codes + first_code).to(torch.int16)
+    nearest_codes = codes.add(first_code).to(torch.uint8)
 
     # Times GROUP_PARTS, l * l - 2 * l * v is an integer for the middle v of a part.
     levels = levels.repeat_interleave(GROUP_PARTS // 2, 1)  # (scales, GROUP_ROWS)
     doubled = torch.arange(GROUP_ROWS) * 2.0 + 1 - GROUP_ROWS
     errors = (levels * GROUP_PARTS - doubled).mul_(levels)
     windows = errors.unfold(0, WINDOW, 1).contiguous().view(-1, WINDOW)
-    return windows.to(device), decoded.view(-1).to(device)
+    return windows.to(device), nearest_codes.view(-1).to(device)

@@ -90,7 +90,7 @@ def test_errors_are_within_the_limits_and_below_comfy_kitchens(kind, scheme):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("scheme", ROTATED)
 @pytest.mark.parametrize("kind", WEIGHTS)
-@pytest.mark.parametrize("seed", [2, 3])
+@pytest.mark.parametrize("seed", [1, 3])
 def test_errors_of_weights_of_full_size(kind, scheme, seed):
     check_errors(make_weight(kind, 1024, 3072, seed=seed), scheme)
 
@@ -211,7 +211,10 @@ def test_codes_are_the_nearest_and_scales_the_best_of_all(scheme):
     groups = values.view(-1, GROUP)
     errors = (groups[None, :, :, None] - grid[:, None, None]).square().amin(3).sum(2)
     chosen = found.scales.view(torch.uint8).view(-1).long() - 1
-    own = (groups - found.levels.view(-1, GROUP)).square().sum(1)
+    multiples_of = dict(enumerate(multiples.tolist(), start=0 if scheme == "w4a8" else 1))
+    own_multiples = torch.tensor([multiples_of[code] for code in found.codes.view(-1).tolist()])
+    own_levels = (own_multiples.view(-1, GROUP) * every[chosen][:, None]).round().clamp(-127, 127)
+    own = (groups - own_levels).square().sum(1)
     nearest = errors[chosen, torch.arange(len(groups))]
     assert torch.allclose(own, nearest, rtol=1e-5, atol=1e-5)
     assert float(own.sum()) <= 1.005 * float(errors.amin(0).sum())
