@@ -10,6 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from fluxcli.engine.streaming import load_component
 from fluxcli.engine.text import PromptEncoder
+from fluxcli.models.shapes import read_known_shapes
+from fluxcli.plan.costs import component_bytes
+from fluxcli.plan.placement import GIB
 from quant.checkpoint import inspect
 from quant.linear import QuantizedLinear
 from quant.rotated import rotate
@@ -23,11 +26,9 @@ CLOSE = 0.07  # this T5 makes 0.01 of a layer five times as much
 IDS = torch.arange(2, 34)[None]
 
 
-def load(folder: Path, to: str = "keep", dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """A folder's T5; with `to` it is quantized while it is loaded."""
-    spec = QuantSpec("fp8", to) if to != "keep" else None
-    component = inspect(folder).components[T5]
-    return load_component(component, dtype=dtype, device="cpu", spec=spec).module
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """A folder's T5."""
+    return load_component(inspect(folder).components[T5], dtype=dtype, device="cpu").module
 
 
 def quantized_layers(module: torch.nn.Module) -> dict[str, QuantizedLinear]:
@@ -43,6 +44,15 @@ def encode(module: torch.nn.Module) -> torch.Tensor:
 
 def relative(found: torch.Tensor, reference: torch.Tensor) -> float:
     return float((found.float() - reference).norm() / reference.norm())
+
+
+def test_at_full_size_it_takes_what_the_documents_say():
+    parts = read_known_shapes("black-forest-labs/FLUX.1-dev").components
+    sizes = {
+        to: component_bytes(parts[T5], dtype="bfloat16", spec=QuantSpec("w4a8", to)) / GIB
+        for to in ("keep", "int8")
+    }
+    assert sizes == {"keep": pytest.approx(8.87, abs=0.005), "int8": pytest.approx(4.56, abs=0.005)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -91,13 +101,13 @@ def with_outliers(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def test_with_outliers_int8_errs_less_than_fp8_in_the_other_channels_too(tiny_folder):
+def test_with_outliers_int8_errs_less_than_fp8_in_the_other_channels_too(baked, tiny_folder):
     """The decision that `MULTIPLIED_IN_TEXT_ENCODER` stands for; at full size: benchmarks."""
     reference = encode(with_outliers(load(tiny_folder)))
     others = [channel for channel in range(reference.shape[1]) if channel not in OUTLIERS]
     errors = {}
     for to in ("int8", "fp8"):
-        found = encode(with_outliers(load(tiny_folder, to)))
+        found = encode(with_outliers(load(baked(to, **BAKED[to]))))
         errors[to] = (relative(found, reference), relative(found[:, others], reference[:, others]))
     assert errors["int8"][0] < errors["fp8"][0]
     assert errors["int8"][1] < errors["fp8"][1]
