@@ -166,7 +166,7 @@ _ROWS = (
         largest=127.0,
         columns=4,
         is_rotated=True,
-        bake_gb_s=0.17,
+        bake_gb_s=0.18,
     ),
     Scheme(
         name="w6a8",
@@ -185,7 +185,7 @@ _ROWS = (
         columns=32,
         is_rotated=True,
         group=GROUP,
-        bake_gb_s=0.11,
+        bake_gb_s=0.057,
     ),
     Scheme(
         name="w4a8",
@@ -204,7 +204,7 @@ _ROWS = (
         columns=16,
         is_rotated=True,
         group=GROUP,
-        bake_gb_s=0.12,
+        bake_gb_s=0.066,
     ),
     Scheme(
         name="gguf",
