@@ -20,7 +20,7 @@ from quant.codes import LARGEST_LEVEL
 
 # The sums of a product that are in memory at a time: as many as keep a step's peak where that of 16
 # bit is. A product at 1024x1024 is cut in two then, where its output is 21504 wide.
-SUM_BYTES = 256 << 20
+SUM_BYTES = 192 << 20
 # On the CPU parts are so small that they stay in its caches.
 CPU_ROWS = 1024
 # CUDA's _int_mm wants more than 16 rows, and some cards a multiple of 8, or of 32.
@@ -123,14 +123,21 @@ def multiply(
         strict=True,
     )
     for values, scale, target in parts:
-        sums = torch._int_mm(values, weight.levels.T)[: len(target)]
-        # The scaled sums take the place of the sums.
-        scaled = torch.mul(sums, scale, out=sums.view(torch.float32))
-        if bias is None:
-            torch.mul(scaled, weight.scale, out=target)
-        else:
-            torch.addcmul(bias, scaled, weight.scale, out=target)
+        _multiply_part(Int8Rows(values, scale), weight, bias=bias, target=target)
     return product
+
+
+def _multiply_part(
+    rows: Int8Rows, weight: Int8Weight, *, bias: Tensor | None, target: Tensor
+) -> None:
+    """Write a product into its target (M, N); the sums are gone before those of the next part."""
+    sums = torch._int_mm(rows.values, weight.levels.T)[: len(target)]
+    # Scaled, they stay where they are.
+    scaled = torch.mul(sums, rows.scale, out=sums.view(torch.float32))
+    if bias is None:
+        torch.mul(scaled, weight.scale, out=target)
+    else:
+        torch.addcmul(bias, scaled, weight.scale, out=target)
 
 
 def _choose_part(values: Tensor, *, width: int) -> int:

@@ -438,10 +438,9 @@ class RotatedLinear(QuantizedLinear):
 
     def scale_levels(self, dtype: torch.dtype) -> Tensor:
         """The weight (N, K) in `dtype`, which is rotated still."""
-        values = torch.empty(
-            self.out_features, self.in_features, dtype=dtype, device=self.weight.device
-        )
-        return torch.mul(self.decode_levels(), self.weight_scale[:, None], out=values)
+        levels = self.decode_levels()
+        values = torch.empty(levels.shape, dtype=dtype, device=levels.device)
+        return torch.mul(levels, self.weight_scale[:, None], out=values)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         return self.dequantize_rows(EVERY_ROW, dtype)

@@ -115,6 +115,8 @@ class Scheme:
 # A weight is dequantized to the compute dtype directly, or by way of float32.
 _DEQUANTIZED_TO_16_BIT = (ATTENTION, ActivationLine(10.6, 7.2))
 _DEQUANTIZED_THROUGH_32_BIT = (ATTENTION, ActivationLine(6.0, 21.3))
+# Codes of 4 or 6 bits become levels by a table, whose indexes take two bytes for a weight.
+_DECODED = (ATTENTION, ActivationLine(12.6, 12.0))
 
 # The planner ranks 16 and 32 bit above all of these, in steps of ten.
 _ROWS = (
@@ -156,8 +158,8 @@ _ROWS = (
         error=0.012,
         forms=("int8",),
         library="torch",
-        activation_lines=(ATTENTION, ActivationLine(13.0, 5.0)),
-        dequantized_lines=_DEQUANTIZED_THROUGH_32_BIT,
+        activation_lines=(ATTENTION, ActivationLine(17.3, 4.9)),
+        dequantized_lines=_DEQUANTIZED_TO_16_BIT,
         can_bake_text_encoder=True,
         text_encoder="int8",
         file_name="flux-int8-convrot.safetensors",
@@ -175,8 +177,8 @@ _ROWS = (
         error=0.022,
         forms=("w6a8",),
         library="torch",
-        activation_lines=(ATTENTION, ActivationLine(13.0, 25.0)),
-        dequantized_lines=_DEQUANTIZED_THROUGH_32_BIT,
+        activation_lines=_DECODED,
+        dequantized_lines=_DECODED,
         text_encoder="int8",
         file_name="flux-w6a8.safetensors",
         multiply="int_mm",
@@ -194,8 +196,8 @@ _ROWS = (
         error=0.075,
         forms=("w4a8",),
         library="torch",
-        activation_lines=(ATTENTION, ActivationLine(13.0, 25.0)),
-        dequantized_lines=_DEQUANTIZED_THROUGH_32_BIT,
+        activation_lines=_DECODED,
+        dequantized_lines=_DECODED,
         text_encoder="int8",
         file_name="flux-w4a8.safetensors",
         multiply="int_mm",

@@ -117,7 +117,14 @@ def test_kernels_are_operators_of_the_graphs(baked, graphs, monkeypatch):
 
 @pytest.mark.parametrize(
     ("precision", "level"),
-    [("nf4", "streamed"), ("fp8", "sequential"), ("int8", "streamed"), ("gguf Q4_0", "sequential")],
+    [
+        ("nf4", "streamed"),
+        ("fp8", "sequential"),
+        ("w4a8", "streamed"),
+        ("gguf Q4_0", "sequential"),
+        pytest.param("int8", "streamed", marks=pytest.mark.exhaustive),
+        pytest.param("w6a8", "sequential", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_packed_and_passing_blocks_share_the_graphs(
     precision, level, tiny_folder, baked, exported, graphs, loras
@@ -125,7 +132,7 @@ def test_packed_and_passing_blocks_share_the_graphs(
     if precision.startswith("gguf"):
         packed = assemble_checkpoint(exported(precision)[0], lambda _: tiny_folder)
     else:
-        packed = inspect(baked(precision, **BAKED[precision]))
+        packed = inspect(baked(precision, **BAKED.get(precision, {})))
     blocks = range(0, len(costs.block_names(packed.components["transformer"])), 2)
     placement = Placement(
         denoise=level, decode="alone", streamed=tuple(blocks) if level == "streamed" else ()

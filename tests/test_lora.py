@@ -41,6 +41,7 @@ from tests.support.loras import (
 from tests.test_placement import WAYS, forward, inputs, place
 
 BLOCKS = r"(single_)?transformer_blocks\.\d+\.(attn|ff|proj).*"
+SPECS: dict[str, dict] = BAKED | {"w6a8": {}, "w4a8": {}}
 MOVES = 10  # of 255: what a picture differs at least with an adapter that acts
 MODULATION = r".*norm\w*\.linear|time_text_embed.*"
 
@@ -257,12 +258,12 @@ def resident(
         to, _, packs = precision.partition(" ")
         component, spec = checkpoint.components["transformer"], None
         if to == "packed":
-            spec = QuantSpec(packs, **BAKED[packs])
+            spec = QuantSpec(packs, **SPECS[packs])
         elif packs:
             whole = assemble_checkpoint(exported(precision)[0], lambda _: tiny_folder)
             component = whole.components["transformer"]
-        elif to in BAKED:
-            component = inspect(baked(to, **BAKED[to])).components["transformer"]
+        elif to in SPECS:
+            component = inspect(baked(to, **SPECS[to])).components["transformer"]
         dtype = torch.bfloat16 if to == "bf16" else torch.float32
         given = inputs(dtype)
         model = place(component, (), dtype=dtype, spec=spec)
@@ -275,6 +276,8 @@ def resident(
 
 PLACED = ["fp32", "bf16", *BAKED, *(f"packed {to}" for to in BAKED), "gguf Q4_0", "nf4 v2"]
 OFTEN = ["two", "all from their file"]
+# Beside int8, with which they share their layers.
+RARE = ["w6a8", "w4a8", "packed w6a8", "packed w4a8"]
 
 
 @pytest.mark.parametrize(
@@ -282,6 +285,13 @@ OFTEN = ["two", "all from their file"]
     [
         *((precision, way) for precision in PLACED for way in OFTEN),
         *(("nf4", way) for way in ("odd", "all", "two from their file")),
+        ("w4a8", "two"),
+        *(
+            pytest.param(precision, way, marks=pytest.mark.exhaustive)
+            for precision in RARE
+            for way in WAYS
+            if (precision, way) != ("w4a8", "two")
+        ),
         *(
             pytest.param(precision, way, marks=pytest.mark.exhaustive)
             for precision in PLACED
@@ -313,11 +323,11 @@ def test_every_placement_gives_the_resident_result_bit_for_bit(resident, adapter
         assert torch.equal(forward(model, given), plain)
 
 
-@pytest.mark.parametrize("to", [None, *BAKED])
+@pytest.mark.parametrize("to", [None, *SPECS])
 def test_a_layer_adds_the_product_to_what_it_gives_alone(checkpoint, tmp_path, baked, to):
     """On rows of a fused layer, with two adapters in their order."""
     component = (
-        inspect(baked(to, **BAKED[to])).components["transformer"]
+        inspect(baked(to, **SPECS[to])).components["transformer"]
         if to
         else checkpoint.components["transformer"]
     )

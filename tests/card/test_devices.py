@@ -6,18 +6,21 @@ import torch
 
 from fluxcli.plan.placement import GIB
 from quant.checkpoint import inspect
+from quant.spec import ROTATED, SCHEMES
 from tests.support.card import Card
 from tests.support.helpers import BAKED, tiny
 from tests.support.on_card import draw_on_card, draw_on_cpu
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes")
 MIB = 1 << 20
-EVERY_PRECISION = ("auto", "bf16", "fp16", "fp8", "int8", "nf4")
-IN_CI = {((7, 5), "auto"), ((8, 6), "fp8"), ((12, 0), "fp8")}
+EVERY_PRECISION = ("auto", "bf16", "fp16", "fp8", "nf4", *ROTATED)
+IN_CI = {((7, 5), "auto"), ((7, 5), "w6a8"), ((8, 6), "fp8")}
 
 
 def folder_of(precision, tiny_folder, baked):
-    return baked(precision, **BAKED[precision]) if precision in BAKED else tiny_folder
+    if precision in SCHEMES:
+        return baked(precision, **BAKED.get(precision, {}))
+    return tiny_folder
 
 
 def expect_equal(order, run):
@@ -43,7 +46,7 @@ def test_each_generation_draws_in_what_it_has(sm, precision, tiny_folder, baked)
         assert run.dtype == (torch.float16 if sm < (8, 0) else torch.bfloat16)
     if precision == "fp8":
         assert run.multiply == ("scaled_mm" if sm >= (8, 9) else "dequantize")
-    if precision == "int8":
+    if precision in ROTATED:
         assert run.multiply == "int_mm"
 
 

@@ -10,6 +10,7 @@ import pytest
 from fluxcli.request.fields import Order
 from quant.checkpoint import Checkpoint, inspect
 from quant.single_file import assemble_checkpoint
+from quant.spec import ROTATED
 from tests.support import loras
 from tests.support.helpers import BAKED, tiny
 from tests.support.on_card import draw_on_card, draw_on_cpu
@@ -17,7 +18,9 @@ from tests.support.on_card import draw_on_card, draw_on_cpu
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes")
 
 PLACEMENTS = ("none", "stream", "sequential")
-FOLDERS = ("bf16", "fp16", "fp32", "nf4", "fp8", "int8")  # by precision, quantized ones baked
+QUANTIZED = (*BAKED, *ROTATED)
+# By precision; quantized ones are baked.
+FOLDERS = ("bf16", "fp16", "fp32", "nf4", "fp8", *ROTATED)
 WHILE_LOADING = ("nf4", "fp8", "int8")
 FILES = (  # dialects of tests/support/exports.py
     "bfl bf16",
@@ -44,10 +47,11 @@ IN_CI = {
     ("folder bf16", "none", ""),
     ("folder fp16", "sequential", ""),
     ("folder nf4", "none", "adapters"),
-    ("folder nf4", "stream", ""),
-    ("folder fp8", "sequential", "adapters"),
-    ("folder int8", "stream", "adapters"),
-    ("while loading fp8", "none", ""),
+    ("folder fp8", "sequential", ""),
+    ("folder int8", "sequential", "adapters"),
+    ("folder w6a8", "none", ""),
+    ("folder w4a8", "stream", "adapters"),
+    ("while loading int8", "none", ""),
     ("while loading nf4", "stream", ""),
     ("file bfl bf16", "none", ""),
     ("file comfy scaled", "stream", ""),
@@ -79,8 +83,8 @@ def open_files(baked, exported, tiny_folder) -> Callable[[str], Checkpoint]:
         if kind == "file":
             path, _ = exported(name)
             return assemble_checkpoint(path, lambda lacking: tiny_folder)
-        if kind == "folder" and name in BAKED:
-            return inspect(baked(name, **BAKED[name]))
+        if kind == "folder" and name in QUANTIZED:
+            return inspect(baked(name, **BAKED.get(name, {})))
         return inspect(tiny_folder)
 
     return open_kind
