@@ -16,6 +16,8 @@ from quant.header_json import MARKERS
 from quant.spec import FLOAT4, GROUP, GROUP_SCALES, MXFP8, ROW_SCALES
 
 MAX_MARKER_BYTES = 4096
+# How large a group may be; the largest of a published file is 256, FLUX.1's widest layer has 15360.
+LARGEST_GROUP = 1 << 14
 # ComfyUI's group where a marker says that the weight is rotated, and no more.
 USUAL_ROTATION = 256
 FP8_FORMAT = "float8_e4m3fn"
@@ -120,7 +122,7 @@ def _refuse_unknown_keys(layer: str, said: Mapping[str, Any], file: Path) -> Non
 def _read_size(layer: str, said: Mapping[str, Any], key: str, *, file: Path, usual: int) -> int:
     """A size of a group, `usual` where the marker says none; raises `CheckpointError`."""
     size = said.get(key, usual)
-    if type(size) is not int or size < 1:
+    if type(size) is not int or not 0 < size <= LARGEST_GROUP:
         raise _refuse(layer, f"{key} is {size!r:.40}", file)
     return size
 

@@ -389,9 +389,14 @@ def gguf_tensor_twice(case: Case) -> None:
     case.draw("-p", "tiny", "-m", case.write("x.gguf", pack_gguf(fields)))
 
 
-@fault("convrot", "ComfyUI's int8 with rotated weights, which would be noise", codes=[4])
-def convrot(case: Case) -> None:
-    layers = {"img_in": {"format": "int8_tensorwise", "convrot": True}}
+@fault(
+    "convrot-w4a4",
+    "a form of ComfyUI's that is not read, and would be noise",
+    codes=[4],
+    says="convrot_w4a4",
+)
+def convrot_w4a4(case: Case) -> None:
+    layers = {"img_in": {"format": "convrot_w4a4", "convrot_groupsize": 256}}
     known = {"_quantization_metadata": json.dumps({"layers": layers})}
     entries = {
         name: {"dtype": "I8", "shape": [4, 4], "data_offsets": [16 * n, 16 * n + 16]}

@@ -47,6 +47,24 @@ NF4 = {
     ".quant_state.bitsandbytes__nf4": ("U8", [256]),
 }
 FP8 = {"": ("F8_E4M3", [8, 8]), "_scale": ("F32", [8])}
+MARKER = ".comfy_quant"  # follows the layer's name
+CONVROT = {"": ("I8", [8, 8]), "_scale": ("F32", [8, 1]), MARKER: ("U8", [99])}
+W4A8 = {
+    "": ("I8", [8, 8]),
+    "_s_rel": ("F8_E4M3", [8, 1]),
+    "_s_channel": ("F32", [8]),
+    "_codebook": ("F32", [16]),
+    MARKER: ("U8", [99]),
+}
+NVFP4 = {"": ("U8", [8, 8]), "_scale": ("F8_E4M3", [128, 4]), "_scale_2": ("F32", [])}
+BFL_NVFP4 = NVFP4 | {"_scale": ("F8_E4M3", [8, 1])}
+MXFP8 = {"": ("F8_E4M3", [8, 32]), "_scale": ("U8", [128, 4]), MARKER: ("U8", [99])}
+SAID = {  # by kind of folder
+    "convrot": {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 4},
+    "w4a8": {"format": "asym_w4a8_int8", "group_size": 16, "convrot_groupsize": 16},
+    "nvfp4": {"format": "nvfp4"},
+    "mxfp8": {"format": "mxfp8", "params": {}},
+}
 GGUF = "model.gguf"
 GGUF_TENSORS = {  # type, shape as GGUF has it, bytes
     "img_in.weight": (0, (64, 32), 8192),
@@ -58,7 +76,7 @@ GGUF_TENSORS = {  # type, shape as GGUF has it, bytes
 }
 OURS = ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.ff.net.2", "proj_out")
 BFL = ("double_blocks.0.img_attn.qkv", "single_blocks.0.linear1", "final_layer.adaLN_modulation.1")
-ENDS = (*NF4, *FP8, "._data", "._scale", ".scale", ".SCB", ".weight")
+ENDS = (*NF4, *FP8, *W4A8, "_scale_2", "._data", "._scale", ".scale", ".SCB", ".weight")
 PATHS = (
     "../x",
     f"../{OUTSIDE}",
@@ -169,13 +187,24 @@ def folders() -> dict[str, dict[str, bytes]]:
         ("fp8", FP8, OURS),
         ("bfl-nf4", NF4, BFL),
         ("bfl-fp8", FP8, BFL),
+        ("convrot", CONVROT, OURS),
+        ("w4a8", W4A8, OURS),
+        ("nvfp4", NVFP4 | {MARKER: ("U8", [99])}, OURS),
+        ("bfl-nvfp4", BFL_NVFP4, BFL),
+        ("mxfp8", MXFP8, OURS),
     ):
-        shards = _shards(
-            _with_data(
-                {f"{name}.weight{end}": part for name in names for end, part in parts.items()}
-            )
+        tensors = _with_data(
+            {
+                name + (end if end == MARKER else f".weight{end}"): part
+                for name in names
+                for end, part in parts.items()
+            }
         )
-        kinds[kind] = plain | shards
+        for name, (dtype, shape, _) in tensors.items():
+            if name.endswith(MARKER):
+                said = json.dumps(SAID[kind]).encode().ljust(shape[0])
+                tensors[name] = (dtype, shape, said)
+        kinds[kind] = plain | _shards(tensors)
     config = json.loads(plain["transformer/config.json"]) | {
         "quantization_config": {"quant_method": "bitsandbytes"}
     }
@@ -299,7 +328,8 @@ def _retyped(rng: Random, tensors: dict) -> dict:
 
     It has another name, type, shape or state, or is missing.
     """
-    name = rng.choice([n for n in tensors if "state" in n and rng.random() < 0.5] or [*tensors])
+    texts = [name for name in tensors if "state" in name or name.endswith(MARKER)]
+    name = rng.choice([name for name in texts if rng.random() < 0.5] or [*tensors])
     dtype, shape, data = tensors[name]
     match rng.randrange(4):
         case 0:
