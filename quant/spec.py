@@ -97,7 +97,8 @@ class Scheme:
     dequantized_lines: tuple[ActivationLine, ActivationLine]
     can_bake: bool = True  # flux can quantize to it
     # GB of 16-bit weights that two CPU cores read, quantize and write in a second: fp8 and nf4 in
-    # whole bakes (benchmarks/bake.py), the others by how fast they quantize beside these.
+    # whole bakes (benchmarks/bake.py), the others by bakes of two blocks beside fp8's
+    # (benchmarks/results/2026-11-30-formats-two-cpu-cores.json).
     bake_gb_s: float = 0.0
     can_bake_modulation: bool = False
     can_bake_text_encoder: bool = False
@@ -187,7 +188,7 @@ _ROWS = (
         columns=32,
         is_rotated=True,
         group=GROUP,
-        bake_gb_s=0.057,
+        bake_gb_s=0.1,
     ),
     Scheme(
         name="w4a8",
@@ -206,7 +207,7 @@ _ROWS = (
         columns=16,
         is_rotated=True,
         group=GROUP,
-        bake_gb_s=0.066,
+        bake_gb_s=0.11,
     ),
     Scheme(
         name="gguf",
