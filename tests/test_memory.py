@@ -12,12 +12,13 @@ from benchmarks.counting import Counter, pretend_baked
 from fluxcli.engine.cards import describe_card
 from fluxcli.plan.placement import GIB, PHASES, MemoryPlan
 from quant.checkpoint import Checkpoint, inspect
-from quant.spec import QuantSpec
+from quant.spec import ROTATED, QuantSpec
 from tests.support.helpers import BAKED, order, plan_for, tiny
 from tests.support.simulate import blocked, every_placement, follow, full_size, on_card
 
 MIB = 2**20
-BAKES = {"nf4": QuantSpec("nf4", "nf4"), "fp8": QuantSpec("fp8"), "int8": QuantSpec("int8", "int8")}
+BAKES = {"nf4": QuantSpec("nf4", "nf4"), "fp8": QuantSpec("fp8")}
+BAKES |= {scheme: QuantSpec(scheme, "int8") for scheme in ROTATED}
 OFTEN = [("12GiB:sm86", {"precision": "int8"})]  # card, request
 COMBINATIONS = [
     *OFTEN,
@@ -31,6 +32,8 @@ COMBINATIONS = [
     ("8GiB:sm86", {"precision": "bf16", "text_tokens": 256}),
     ("24GiB:sm75", {"precision": "fp16"}),
     ("12GiB:sm89", {"precision": "fp8"}),
+    ("10GiB:sm86", {"precision": "w6a8"}),
+    ("8GiB:sm89", {"precision": "w4a8"}),
     ("8GiB:sm89", {"precision": "nf4"}),
     ("6GiB:sm89", {"precision": "nf4", "image_size": 1536}),
 ]

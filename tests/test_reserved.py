@@ -41,6 +41,8 @@ COMBINATIONS: list[tuple[str, dict[str, Any]]] = [  # those of docs/memory.md
     ("24GiB:sm75", {"precision": "fp16"}),
     ("12GiB:sm89", {"precision": "fp8"}),
     ("8GiB:sm89", {"precision": "fp8", "image_size": 1536, "aspect_ratio": "16:9"}),
+    ("10GiB:sm86", {"precision": "w6a8"}),
+    ("8GiB:sm89", {"precision": "w4a8"}),
     ("8GiB:sm89", {"precision": "nf4"}),
     ("6GiB:sm89", {"precision": "nf4", "image_size": 1536}),
     ("6GiB:sm89", {"precision": "nf4", "offload": "sequential"}),
