@@ -55,7 +55,7 @@ from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB, PHASES, Candidate
 from fluxcli.plan.planner import survey
 from fluxcli.request.fields import Order
-from quant import linear
+from quant import codes, linear
 from quant.checkpoint import Checkpoint, inspect
 from quant.codecs import Reader
 from quant.spec import BAKEABLE, DEQUANTIZE, SCHEMES, QuantSpec
@@ -185,6 +185,7 @@ def carry_out(candidate: Candidate, machine: Hardware, *, order: Order) -> dict:
     plan = candidate.plan
     if plan is None:
         raise ValueError(candidate.why)
+    codes.TABLES.clear()  # of the candidates before
     engine = Engine(candidate.checkpoint, plan, machine)
     run = Run(engine)
     run.draw(order)

@@ -20,6 +20,7 @@ from torch import Tensor
 from fluxcli.engine import device as hardware
 from quant import linear
 from quant.codecs import quantize
+from quant.scales import drop_tables
 from quant.spec import BAKEABLE
 from quant.tensor_info import TensorInfo
 from quant.weights import Piece
@@ -161,6 +162,7 @@ def ask_layers(device: str, *, tokens: int, width: int) -> Iterator[Answer]:
                 if by == linear.DEQUANTIZE:
                     continue
             yield said | {"precision": scheme, "by": by} | attempt(time_quantized)
+    drop_tables()  # of quantizing, which placements do not need
 
 
 def time_layer(scheme: str, x: Tensor, *, weight: Tensor, bias: Tensor, arithmetic: bool) -> Answer:

@@ -97,6 +97,11 @@ def choose_group_scales(values: Tensor, scheme: str) -> Grouped:
     return Grouped(codes, scales)
 
 
+def drop_tables() -> None:
+    """Free what `choose_group_scales` has looked up so far: 8 MB a scheme and device."""
+    _make_group_tables.cache_clear()
+
+
 def _list_multiples(scheme: str) -> Tensor:
     """What a scale is multiplied by, by the codes from the first that is used on."""
     if scheme == "w4a8":

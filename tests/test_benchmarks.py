@@ -18,7 +18,7 @@ from benchmarks.cards import measure_products
 from fluxcli.engine import device
 from fluxcli.models.shapes import read_known_shapes
 from quant.codecs import Reader
-from quant.spec import BAKEABLE
+from quant.spec import BAKEABLE, ROTATED
 from tests.support.card import Card
 from tests.support.card_driver import installed
 from tests.support.helpers import ROOT
@@ -39,6 +39,10 @@ def read_rows(out: Path) -> list[dict]:
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
+# Of codes by their scale, which a process makes once; in real plans they are within the margin.
+TABLES_BYTES = {"w6a8": 2 << 20, "w4a8": 128 << 10}
+
+
 def check_placements(rows: list[dict]) -> None:
     """Every placement was carried out as planned, within its plan."""
     assert {row["precision"] for row in rows} == {"bf16", *BAKEABLE}
@@ -47,7 +51,8 @@ def check_placements(rows: list[dict]) -> None:
         assert row["cap"] == 12 and row["went_on_as_planned"] and row["step_s"] > 0
         for phase, planned in row["plan_bytes"].items():
             assert 0 < row["live_bytes"][phase] <= row["measured_bytes"][phase]
-            assert row["measured_bytes"][phase] <= planned + (256 << 10), (
+            most_bytes = planned + (256 << 10) + TABLES_BYTES.get(row["precision"], 0)
+            assert row["measured_bytes"][phase] <= most_bytes, (
                 row["precision"],
                 row["placed"],
                 phase,
@@ -75,8 +80,7 @@ def test_cards_runs_shrunk(card, tmp_path, capsys, monkeypatch):
         ("nf4", "dequantize"),
         ("fp8", "scaled_mm"),
         ("fp8", "dequantize"),
-        ("int8", "int_mm"),
-        ("int8", "dequantize"),
+        *((scheme, by) for scheme in ROTATED for by in ("int_mm", "dequantize")),
     ]
     assert all(each["ms"] > 0 and each["host_ms"] > 0 for each in layers)
     assert [each["question"] for each in answers if each not in layers] == [
