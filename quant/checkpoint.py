@@ -28,7 +28,7 @@ from quant.expected import check_tensors
 from quant.files import open_regular
 from quant.header import file_identity, read_whole_header
 from quant.header_json import MARKERS as METADATA
-from quant.markers import read_layers
+from quant.markers import add_layers, read_layers
 from quant.spec import FAMILIES, SCALED_BLOCKS, SCHEMES
 from quant.weights import SCB, Piece, Weight, group_weights
 
@@ -303,7 +303,8 @@ def inspect_component(name: str, folder: Path) -> Component:
     weights = group_weights(pieces, markers=tensors.markers)
     kept = folder / KEEP_FILE
     if kept.is_file():
-        originals = group_weights(_read_pieces([kept]).pieces)
+        tensors = _read_pieces([kept])
+        originals = group_weights(tensors.pieces, markers=tensors.markers)
         for key, original in originals.items():
             if key not in weights or weights[key].shape != original.shape:
                 raise CheckpointError("originals of other weights", kept, why=key)
@@ -362,7 +363,7 @@ def _read_pieces(files: list[Path]) -> _Tensors:
             raise CheckpointError("a tensor stands in two shards", path, why=twice[0][:60])
         pieces |= {name: Piece(path, info) for name, info in header.tensors.items()}
         if METADATA in header.metadata:
-            markers = (markers or {}) | read_layers(header.metadata)
+            markers = add_layers(markers or {}, read_layers(header.metadata), file=path)
     return _Tensors(pieces, markers)
 
 

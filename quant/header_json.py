@@ -58,7 +58,7 @@ class HeaderJson:
         entry = self._match(ENTRY)
         if entry is None:
             raise ValueError("an entry is no object of a dtype, a shape and offsets")
-        return json.loads(entry.decode(), object_pairs_hook=_make_dict)
+        return json.loads(entry.decode(), object_pairs_hook=make_dict)
 
     def read_metadata(self) -> dict[str, str]:
         """The texts of an object by name.
@@ -133,7 +133,7 @@ def _decode(text: bytes) -> str:
     return decoded
 
 
-def _make_dict(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def make_dict(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """A JSON object's dict; raises `ValueError` where a name stands twice, which json allows."""
     result = dict(pairs)
     if len(result) != len(pairs):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from quant.errors import CheckpointError
-from quant.header_json import MARKERS
+from quant.header_json import MARKERS, make_dict
 from quant.spec import FLOAT4, GROUP, GROUP_SCALES, MXFP8, ROW_SCALES
 
 MAX_MARKER_BYTES = 4096
@@ -54,15 +54,25 @@ def read_layers(metadata: Mapping[str, str]) -> dict[str, object]:
     ComfyUI writes it beside marker tensors, or in place of them.
     """
     try:
-        return dict(json.loads(metadata[MARKERS])["layers"])
+        return dict(json.loads(metadata[MARKERS], object_pairs_hook=make_dict)["layers"])
     except (KeyError, TypeError, ValueError, RecursionError):
         return {}
+
+
+def add_layers(
+    layers: dict[str, object], others: Mapping[str, object], *, file: Path
+) -> dict[str, object]:
+    """What two parts of metadata say of layers; raises `CheckpointError` where they contradict."""
+    for layer, described in others.items():
+        if layers.setdefault(layer, described) != described:
+            raise _refuse(layer, "is described twice, not alike", file)
+    return layers
 
 
 def parse_marker(layer: str, data: bytes, *, file: Path) -> Marker:
     """Return what a marker's tensor says; raises `CheckpointError` as `read_marker` does."""
     try:
-        described = json.loads(data.decode("utf-8"))
+        described = json.loads(data.decode("utf-8"), object_pairs_hook=make_dict)
     except (ValueError, RecursionError) as error:
         why = f"the marker of {layer[:60]} is no JSON"
         raise CheckpointError(UNREAD, file, why=why, hint=READABLE) from error
@@ -79,10 +89,10 @@ def read_marker(layer: str, described: object, *, file: Path) -> Marker:
         described = {"format": described}
     if not isinstance(described, dict):
         raise _refuse(layer, f"has {described!r:.40} for a marker", file)
-    said = described
-    nested = described.get("params")
-    if isinstance(nested, dict):  # of older converters; what stands outside counts
-        said = nested | described
+    nested = described.get("params") or {}
+    if not isinstance(nested, dict):
+        raise _refuse(layer, f"has {nested!r:.40} for params in its marker", file)
+    said = nested | described  # of older converters; what stands outside counts
     name = said.get("format", FP8_FORMAT)
     if name not in FORMATS:
         raise _refuse(layer, f"is {name!s:.40}", file)
@@ -110,12 +120,12 @@ def _refuse(layer: str, why: str, file: Path) -> CheckpointError:
 
 
 def _refuse_unknown_keys(layer: str, said: Mapping[str, Any], file: Path) -> None:
-    """Raise `CheckpointError` for an unknown key that is `true` or a number other than 0.
+    """Raise `CheckpointError` for an unknown key that is `true`, a number but 0, or an object.
 
     It may say of another transform, as QuIP's `hadamard_quip` does. Texts and lists only describe.
     """
     for key, value in said.items():
-        if key not in KNOWN_KEYS and isinstance(value, int | float) and value:
+        if key not in KNOWN_KEYS and isinstance(value, int | float | dict) and value:
             raise _refuse(layer, f"has {key[:40]} {value!r:.20} in its marker", file)
 
 

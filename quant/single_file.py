@@ -44,7 +44,7 @@ from quant.dialects import (
 from quant.errors import CheckpointError, ForeignFile
 from quant.header import Header, read_whole_header
 from quant.header_json import MARKERS as METADATA
-from quant.markers import read_layers
+from quant.markers import READABLE, UNREAD, add_layers, read_layers
 from quant.spec import FLOAT4, MARKER, MXFP8, ROTATED
 from quant.weights import Piece, Weight, group_weights
 
@@ -66,15 +66,15 @@ MARKS = {
     "text_encoder_2": ("encoder.block.0.layer.0.", "enc.blk.0."),
     "vae": ("decoder.mid.block_1.", "decoder.mid_block."),
 }
-# Tensors that are not read: scales of activations, and markers of a layout.
-MARKERS = re.compile(
-    r"(.*\.)?(scaled_fp8|input_scale|scale_input|comfy_quant|logit_scale|spiece_model|"
+# Tensors that are not read: scales of activations, and a layout's mark of the whole file.
+UNREAD_TENSORS = re.compile(
+    r"comfy_quant|(.*\.)?(scaled_fp8|input_scale|scale_input|logit_scale|spiece_model|"
     r"text_projection(\.weight)?|position_ids)"
 )
-# How ComfyUI's scales of weights are called in its two layouts; the new one is read.
+# How ComfyUI's scales of weights are called in its two layouts; they get the new one's names.
 OLD_SCALE_END = ".scale_weight"
 SCALE_END = ".weight_scale"
-SCALED_ENDS = (SCALE_END, OLD_SCALE_END, "scaled_fp8", "comfy_quant")
+SCALED_ENDS = (SCALE_END, "scaled_fp8", "comfy_quant")
 
 
 def inspect_file(path: Path) -> dict[str, Component]:
@@ -119,11 +119,20 @@ def _split_into_components(path: Path, header: Header) -> dict[str, dict[str, Pi
     parts: dict[str, dict[str, Piece]] = {}
     for name, info in tensors.items():
         component, short_name = _split_prefix(name)
-        parts.setdefault(component, {})[short_name] = Piece(path, info)
+        short_name = short_name.replace(OLD_SCALE_END, SCALE_END)
+        pieces = parts.setdefault(component, {})
+        if short_name in pieces and not UNREAD_TENSORS.fullmatch(short_name):
+            why = f"{pieces[short_name].info.name[:80]} and {name[:80]}"
+            raise CheckpointError("a tensor under two names", path, why=why)
+        pieces[short_name] = Piece(path, info)
     for component, pieces in list(parts.items()):
-        # Such tensors alone are no component; a marker of a layout often stands without prefix.
-        if all(MARKERS.fullmatch(name) for name in pieces):
+        # Such tensors alone are no component; the mark of a file often stands without prefix.
+        read = [name for name in pieces if not UNREAD_TENSORS.fullmatch(name)]
+        if not read:
             del parts[component]
+        elif all(name.endswith(MARKER) for name in read):
+            why = f"{pieces[read[0]].info.name[:80]} has no weight with that prefix"
+            raise CheckpointError(UNREAD, path, why=why, hint=READABLE)
     without_prefix = parts.pop("", {})
     if without_prefix:
         component = _recognize_component(without_prefix)
@@ -168,11 +177,11 @@ def _make_component(
     if kind:
         raise ForeignFile(FOREIGN, path, why=kind)
     pieces = {
-        stored_name.replace(OLD_SCALE_END, SCALE_END): piece
+        stored_name: piece
         for stored_name, piece in used.items()
-        if stored_name.endswith(MARKER) or not MARKERS.fullmatch(stored_name)
+        if not UNREAD_TENSORS.fullmatch(stored_name)
     }
-    markers = _find_markers(name, header)
+    markers = _find_markers(name, path, header)
     is_scaled = _has_scales(stored, markers or {})
     weights = group_weights(pieces, unscaled=not is_scaled, markers=markers)
     config: dict[str, Any] = {}
@@ -206,18 +215,19 @@ def _refuse_kontext(path: Path) -> None:
         raise CheckpointError("another kind of FLUX model", path, why=why, hint=hint)
 
 
-def _find_markers(name: str, header: Header) -> dict[str, object] | None:
-    """The markers of a component's layers in the header's metadata, None where it has none.
+def _find_markers(name: str, path: Path, header: Header) -> dict[str, object] | None:
+    """The markers of a component's layers in the header's metadata, None for a file without any.
 
     Some name the layers with the prefix that they have in the file, some without.
     """
-    if METADATA not in header.metadata:
+    has_tensors = any(stored.endswith(MARKER) for stored in header.tensors)
+    if METADATA not in header.metadata and not has_tensors:
         return None
-    markers = {}
+    markers: dict[str, object] = {}
     for layer, described in read_layers(header.metadata).items():
         component, short_name = _split_prefix(layer)
         if component in ("", name):
-            markers[short_name] = described
+            markers = add_layers(markers, {short_name: described}, file=path)
     return markers
 
 
@@ -276,7 +286,7 @@ def _describe_int8(component: Component, *, is_marked: bool) -> str:
 
 def _describe_fp8(stored: Mapping[str, Piece], *, is_scaled: bool) -> str:
     """Who wrote a component in fp8: flux has a scale for each row, ComfyUI one for the matrix."""
-    if any(name.endswith(OLD_SCALE_END) for name in stored):
+    if any(piece.info.name.endswith(OLD_SCALE_END) for piece in stored.values()):
         return "ComfyUI scaled fp8, old layout"
     scales = [piece for name, piece in stored.items() if name.endswith(SCALE_END)]
     if any(piece.shape and piece.shape[0] > 1 for piece in scales):

@@ -367,7 +367,8 @@ def _make_scaled_weight(
     if scheme is None or len(values.shape) != 2:
         why = f"{name} is {dtype} with scales in {scale.info.dtype}"
         raise CheckpointError(UNREAD, file, why=why, hint=READABLE)
-    if math.prod(scale.shape) not in (1, values.shape[0]) or scale.info.dtype not in FLOATS:
+    has_one = math.prod(scale.shape) == 1
+    if not (has_one or _is_column(scale, values.shape[0])) or scale.info.dtype not in FLOATS:
         raise CheckpointError("impossible scales", file, why=f"of {name}: {scale.shape}")
     rotation = 0
     if marker:
@@ -376,6 +377,11 @@ def _make_scaled_weight(
             raise _refuse_marked(name, values, marker.format)
         _check_rotation(name, values, columns=values.shape[1], rotation=rotation)
     return Weight(name, values.shape, scheme=scheme, pieces=pieces, rotation=rotation)
+
+
+def _is_column(scale: Piece, rows: int) -> bool:
+    """Whether a tensor has one value for each row; one row of them would be for the columns."""
+    return math.prod(scale.shape) == rows and scale.shape[0] == rows
 
 
 def _refuse_marked(name: str, values: Piece, form: str) -> CheckpointError:
@@ -447,7 +453,7 @@ def _make_grouped_weight(name: str, pieces: dict[str, Piece], marker: Marker) ->
     is_possible = (
         scales.shape == (rows, columns // marker.group)
         and scales.info.dtype in (*FLOATS, "F8_E4M3")
-        and math.prod(channels.shape) == rows
+        and _is_column(channels, rows)
         and channels.info.dtype in FLOATS
         and (levels is None or (levels.shape == (16,) and levels.info.dtype in FLOATS))
     )

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from fluxcli.engine.loader import read_tensors
 from fluxcli.engine.streaming import load_component
 from quant import codecs
-from quant.checkpoint import COMPONENTS, Component, inspect
+from quant.checkpoint import COMPONENTS, KEEP_FILE, Component, inspect
 from quant.codecs import Reader
 from quant.errors import CheckpointError
 from quant.header import read_whole_header
@@ -35,6 +35,7 @@ from tests.test_formats import named
 
 Tensors = dict[str, torch.Tensor]
 LAYER = "layer"
+PREFIX = "model.diffusion_model."
 FILE = Path("x.safetensors")
 FLOATS = (torch.float32, torch.bfloat16)
 TABLES = torch.linspace(-1, 1, 16), torch.linspace(-0.9, 1, 16).flip(0)
@@ -240,6 +241,8 @@ REFUSED = {  # the marker, and what is said of it
     "another rotation": ({"format": KNOWN, "hadamard_size": 128}, "hadamard_size 128"),
     "nested": ({"format": KNOWN, "params": {"smooth": True}}, "smooth True"),
     "experts": ({"format": KNOWN, "num_experts": 8}, "num_experts 8"),
+    "an object": ({"format": KNOWN, "rotation": {"size": 64}}, "rotation {'size': 64}"),
+    "pairs": ({"format": KNOWN, "params": [["convrot", True]]}, "[['convrot', True]] for params"),
 }
 
 
@@ -251,7 +254,12 @@ def test_a_marker_that_is_not_known_is_refused_by_its_name(said, words):
     assert words in str(caught.value) and LAYER in caught.value.why
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe{}", b'{"format":"x"' * 9000, b"[" * 4000])
+TWICE = b'{"format":"int8_tensorwise","convrot":true,"convrot":false}'
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"\xff\xfe{}", b'{"format":"x"' * 9000, b"[" * 4000, TWICE]
+)
 def test_a_marker_that_is_no_json_is_refused(data):
     packed = pack(matrix(16), "int8 rows")
     with pytest.raises(CheckpointError, match="the marker of layer is no JSON"):
@@ -327,6 +335,8 @@ MISFITS = {  # what is stored, what is changed, what it is marked as, and what i
         "int8 rows", lambda parts: {"": parts[""].bfloat16(), "_scale": None}, None, "is BF16 [16"
     ),
     "7 scales": ("int8 convrot", put(_scale=torch.ones(7)), None, "impossible scales"),
+    "scales in a row": ("int8 rows", put(_scale=torch.ones(1, 16)), None, "impossible scales"),
+    "channels in a row": ("w6a8", put(_s_channel=torch.ones(1, 16)), None, "impossible scales"),
     "codes without levels": ("w4a8", without("_s_channel"), None, "weight_s_channel"),
 }  # fmt: skip
 
@@ -502,12 +512,11 @@ def test_a_prefix_may_be_in_the_names_or_not(dialect, exported, tiny_folder):
     """In the file's names, in those of the metadata, in both, or in none."""
     path, expected = exported(dialect)
     tensors, said = load_file(path), read_layers(read_whole_header(path).metadata)
-    prefix = "model.diffusion_model."
-    bare = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    bare = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     bare = {name: tensor for name, tensor in bare.items() if not name.endswith("comfy_quant")}
-    layers = {name.removeprefix(prefix): each for name, each in said.items()}
-    for start in ("", prefix, "diffusion_model."):
-        for other in ("", prefix):
+    layers = {name.removeprefix(PREFIX): each for name, each in said.items()}
+    for start in ("", PREFIX, "diffusion_model."):
+        for other in ("", PREFIX):
             save_file(
                 {start + name: tensor for name, tensor in bare.items()},
                 FILE,
@@ -518,6 +527,50 @@ def test_a_prefix_may_be_in_the_names_or_not(dialect, exported, tiny_folder):
             weights = ["transformer_blocks.0.attn.to_k.weight", "proj_out.weight"]
             found = read_tensors(part, weights, dtype=torch.float32, device="cpu")
             assert same(found, {name: expected[name] for name in weights})
+
+
+T5_QUERY = "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q"
+
+
+def change_prefixes(tensors: Tensors, *, of_weights: str, of_markers: str) -> Tensors:
+    changed = {}
+    for name, tensor in tensors.items():
+        prefix = of_markers if name.endswith("comfy_quant") else of_weights
+        changed[prefix + name.removeprefix(PREFIX)] = tensor
+    return changed
+
+
+def test_markers_apart_from_their_weights_are_never_passed_over(exported):
+    tensors = load_file(exported("comfy int8 convrot")[0])
+    for prefixes in (("", PREFIX), (PREFIX, ""), ("", "vae.")):
+        save_file(change_prefixes(tensors, of_weights=prefixes[0], of_markers=prefixes[1]), FILE)
+        with pytest.raises(CheckpointError, match="comfy_quant has no weight with that prefix"):
+            inspect_file(FILE)
+    packed = pack(matrix(16), "int8 convrot")
+    unmarked = {name: tensor for name, tensor in tensors.items() if "comfy_quant" not in name}
+    query = {f"{T5_QUERY}.weight{suffix}": part for suffix, part in packed.stored.items()}
+    save_file(unmarked | query | {f"{T5_QUERY}.comfy_quant": marker(packed.described)}, FILE)
+    with pytest.raises(CheckpointError, match="has no marker, as others have"):
+        inspect_file(FILE)
+
+
+def test_what_stands_under_two_names_is_refused(exported):
+    tensors = load_file(exported("comfy int8 convrot")[0])
+    layer = f"{PREFIX}double_blocks.0.img_attn.proj"
+    doubled = {
+        f"{layer.removeprefix('model.')}.comfy_quant": marker({"format": INT8}),
+        f"{layer.removeprefix('model.')}.weight": torch.ones(128, 128),
+        f"{layer}.scale_weight": torch.ones(128, 1),
+    }
+    for name, tensor in doubled.items():
+        save_file(tensors | {name: tensor}, FILE)
+        with pytest.raises(CheckpointError, match="a tensor under two names"):
+            inspect_file(FILE)
+    bare = {name: tensor for name, tensor in tensors.items() if "comfy_quant" not in name}
+    said = {layer: {"format": INT8}, layer.removeprefix(PREFIX): {"format": INT8, "convrot": True}}
+    save_file(bare, FILE, metadata(said))
+    with pytest.raises(CheckpointError, match="is described twice, not alike"):
+        inspect_file(FILE)
 
 
 T5_KINDS = {
@@ -575,3 +628,7 @@ def test_a_folder_of_diffusers_names_is_read_by_its_markers(diffusers_tensors, t
         expected = comfy.comfy("int8 convrot", marks=marks)(diffusers_tensors, path)
         part = inspect(folder).components["transformer"]
         assert part.precision == "int8" and same(read_all(part), expected)
+    # Originals may be marked, too.
+    path.rename(path.with_name(KEEP_FILE))
+    shutil.copy(tiny_folder / "transformer" / path.name, path)
+    assert same(read_all(inspect(folder).components["transformer"]), expected)
