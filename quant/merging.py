@@ -3,7 +3,8 @@
 Quantizing rounds a weight to coarse steps. A change that is smaller than these is lost among them,
 which two figures tell: with D, the change that an adapter makes, and d, the difference of what is
 stored with the adapter and without it, the projection <d, D> / <D, D> is 1 where the change arrives
-as a whole, and the noise ||d - D|| / ||D|| is above 1 where what rounding adds is more than it.
+as a whole. The noise ||d - D|| / ||D|| is 1 where nothing of it arrives, and above where rounding
+adds more than the change.
 
 Adapters are merged one after the other, and each is compared with what was there before it, so that
 their differences add up. Knows no files of checkpoints.
@@ -162,7 +163,7 @@ class Arrival:
             "projection": _round(whole.projection),
             "noise": _round(whole.noise),
             "layers": len(noises),
-            "drowned_layers": sum(noise > 1 for noise in noises.values()),
+            "drowned_layers": sum(noise >= 1 for noise in noises.values()),
             "worst_layers": {layer: noises[layer] for layer in worst},
         }
 

@@ -309,7 +309,7 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if self.to not in BAKEABLE:
             why = f"known are {' or '.join(BAKEABLE)}"
-            hint = f"--to {BAKEABLE[0]}"
+            hint = "--to int8"
             raise SpecError("impossible choice", f"--to {self.to}", why=why, hint=hint)
         text_encoders = [name for name in BAKEABLE if SCHEMES[name].can_bake_text_encoder]
         self._check_choice("--text-encoder", self.text_encoder, known=["keep", *text_encoders])

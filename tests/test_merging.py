@@ -114,6 +114,17 @@ def test_a_tiny_change_drowns_in_nf4_and_the_warning_names_its_layers(
     assert "are quantized once more" in result.stderr
 
 
+@pytest.mark.parametrize("to", ["int8", "w4a8"])
+def test_a_change_of_which_nothing_arrives_is_warned_of(to, micro, write_adapter, tmp_path, capsys):
+    adapter = write_adapter(tmp_path / "lost.safetensors", size=1e-7)
+    result = call(capsys, "quantize", str(micro), "x", "--to", to, "--json", "--lora", str(adapter))
+    (about,) = json.loads(result.stdout)["lora"]
+    assert (about["projection"], about["noise"], about["drowned_layers"]) == (0, 1, 1)
+    assert "0.0% of its change arrived" in result.stderr and "-0.0%" not in result.stderr
+    (warning,) = [line for line in result.stderr.splitlines() if "drowns" in line]
+    assert TO_Q in warning
+
+
 def test_what_stays_in_16_bit_is_only_rounded_to_it(micro, write_adapter, tmp_path):
     adapter = write_adapter(tmp_path / "a.safetensors", size=LARGE)
     spec = QuantSpec("nf4", keep=("*",), scales="absmax")

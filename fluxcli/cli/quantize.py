@@ -446,18 +446,18 @@ def _read_arrivals(path: Path, layout: str) -> list[dict[str, Any]]:
 
 
 def _say_arrivals(arrivals: Sequence[Mapping[str, Any]]) -> None:
-    """Say how much of each adapter arrived, and warn where rounding adds more than it changes."""
+    """Say how much of each adapter arrived, and warn where it is lost among the rounding."""
     for arrival in arrivals:
         name = Path(arrival["path"]).name
         if arrival["noise"] is None:
             console.say(f"{name}: it changes nothing")
             continue
         console.say(
-            f"{name}: {arrival['projection']:.1%} of its change arrived, "
+            f"{name}: {arrival['projection']:z.1%} of its change arrived, "
             f"rounding beside it is {arrival['noise']:.2f} times as large"
         )
-        if arrival["noise"] > 1:
-            drowned = [layer for layer, noise in arrival["worst_layers"].items() if noise > 1]
+        if arrival["noise"] >= 1:
+            drowned = [layer for layer, noise in arrival["worst_layers"].items() if noise >= 1]
             more = arrival["drowned_layers"] - len(drowned)
             named = ", ".join(drowned) + (f" and {more} more" if more else "")
             console.say(
