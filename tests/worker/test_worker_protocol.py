@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import time
 
 import pytest
@@ -61,9 +62,12 @@ def test_a_stranger_is_not_asked_for_its_memory(home, monkeypatch):
 
 def test_a_worker_whose_folder_is_gone_gets_no_twin_and_ends(start, home, monkeypatch):
     first = start()
+    # The first one would see that its folder is gone, and end, before the second one has begun.
+    first.send_signal(signal.SIGSTOP)
     shutil.rmtree(client.locate_socket().parent)
     second = start(wait=False)
     assert second.wait(10) == 0  # it met the first one's other lock
+    first.send_signal(signal.SIGCONT)
     assert first.wait(10) == 0
     third = start()
     assert client.ask("status")["pid"] == third.pid
