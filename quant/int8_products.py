@@ -9,7 +9,7 @@ not finite in a row makes its whole product NaN. Shapes: rows (M, K), weight (N,
 Sizes are in bytes.
 """
 
-from math import ceil
+from math import ceil, isqrt
 from typing import NamedTuple
 
 import torch
@@ -52,9 +52,9 @@ class Int8Weight(NamedTuple):
 def rotate_rows(rows: Tensor, rotation: int) -> Tensor:
     """The rows (M, K), rotated in groups of so many columns; 0 returns them as they are.
 
-    It is one product with the whole matrix. As two with its factors of 16 x 16 it would be an
-    eighth of the operations, but another pass over memory, which is what a card waits for; on a CPU
-    it is slower in 16 bit, and as fast in 32 (docs/LOG.md).
+    They are divided by `find_divisor`. It is one product with the whole matrix. As two with its
+    factors of 16 x 16 it would be an eighth of the operations, but another pass over memory, which
+    is what a card waits for; on a CPU it is slower in 16 bit, and as fast in 32 (docs/LOG.md).
     """
     if not rotation:
         return rows
@@ -71,6 +71,14 @@ def rotate_rows(rows: Tensor, rotation: int) -> Tensor:
     return result
 
 
+def find_divisor(dtype: torch.dtype, rotation: int) -> int:
+    """What rotated rows are divided by: where a sum may be too large for float16, a power of 2.
+
+    The largest sum of a group is its largest value times the root of its columns.
+    """
+    return isqrt(rotation) if rotation and dtype == torch.float16 else 1
+
+
 def quantize_rows(rows: Tensor, rotation: int) -> Int8Rows:
     """The rows (M, K) of a floating dtype, rotated in groups of `rotation` and then quantized."""
     count, columns = rows.shape
@@ -78,6 +86,7 @@ def quantize_rows(rows: Tensor, rotation: int) -> Int8Rows:
     values = torch.empty(padded, columns, dtype=torch.int8, device=rows.device)
     scale = torch.empty(count, 1, dtype=torch.float32, device=rows.device)
     part_rows = CPU_ROWS if rows.device.type == "cpu" else max(1, count)
+    divisor = find_divisor(rows.dtype, rotation)
     parts = zip(
         torch.split(rows, part_rows),
         torch.split(values[:count], part_rows),
@@ -86,20 +95,21 @@ def quantize_rows(rows: Tensor, rotation: int) -> Int8Rows:
     )
     for part, part_values, part_scale in parts:
         turned = rotate_rows(part, rotation)
-        _find_scale(turned, part_scale)
+        _find_scale(turned, part_scale, divisor=divisor)
         quotients = _make_halves(turned, may_overwrite=turned is not part)
-        torch.addcdiv(_find_constant(rows, 0), turned, part_scale, out=quotients)
+        rounder = _find_constant(rows, 0)
+        torch.addcdiv(rounder, turned, part_scale, value=divisor, out=quotients)
         part_values.copy_(quotients.view(torch.int8)[:, ::2])
     return Int8Rows(values, scale)
 
 
-def _find_scale(rows: Tensor, scale: Tensor) -> None:
-    """Write the scales (M, 1) of rows (M, K): their largest absolute values become 127."""
+def _find_scale(rows: Tensor, scale: Tensor, *, divisor: int) -> None:
+    """Write the scales (M, 1) of rows (M, K) times `divisor`: their largest values become 127."""
     if rows.device.type == "cpu":  # whose vector_norm is slow
         scale.copy_(rows.abs().amax(1, keepdim=True))
     else:
         torch.linalg.vector_norm(rows, torch.inf, 1, keepdim=True, dtype=torch.float32, out=scale)
-    scale.div_(LARGEST_LEVEL).clamp_(min=SMALLEST_SCALE)
+    scale.div_(LARGEST_LEVEL / divisor).clamp_(min=SMALLEST_SCALE)
 
 
 def _make_halves(rows: Tensor, *, may_overwrite: bool) -> Tensor:
@@ -152,13 +162,14 @@ def _choose_part(values: Tensor, *, width: int) -> int:
 def _find_constant(like: Tensor, rotation: int) -> Tensor:
     """The matrix (G, G) in a tensor's dtype that rotates groups of so many columns, on its device.
 
-    For 0 it is `ROUNDER` (1,) in float32.
+    It is divided by `find_divisor`. For 0 it is `ROUNDER` (1,) in float32.
     """
     dtype = like.dtype if rotation else torch.float32
     key = (str(like.device), dtype, rotation)
     if key not in CONSTANTS:
         if rotation:
-            CONSTANTS[key] = rotated.make_hadamard(rotation, dtype=dtype, device=like.device)
+            matrix = rotated.make_hadamard(rotation, dtype=dtype, device=like.device)
+            CONSTANTS[key] = matrix / find_divisor(dtype, rotation)
         else:
             CONSTANTS[key] = like.new_full((1,), ROUNDER, dtype=dtype)
     return CONSTANTS[key]

@@ -374,7 +374,7 @@ class RotatedLinear(QuantizedLinear):
             product = self.multiply(self.quantize_rows(rows), x.dtype)
         else:
             turned = int8_products.rotate_rows(rows, self.rotation)
-            product = functional.linear(turned, self.scale_levels(x.dtype), self.bias)
+            product = functional.linear(turned, self.make_factor(x.dtype), self.bias)
         return product.view(*x.shape[:-1], self.out_features)
 
     def _find_backend(self, x: Tensor) -> str:
@@ -436,11 +436,18 @@ class RotatedLinear(QuantizedLinear):
                 decoded.append(decode(codes, scale, run.codebook))
         return stack_rows(decoded)
 
-    def scale_levels(self, dtype: torch.dtype) -> Tensor:
-        """The weight (N, K) in `dtype`, which is rotated still."""
+    def make_factor(self, dtype: torch.dtype) -> Tensor:
+        """What rotated rows in `dtype` are multiplied with: the weight (N, K), rotated still.
+
+        It is times what these rows were divided by.
+        """
         levels = self.decode_levels()
+        scale = self.weight_scale[:, None]
+        divisor = int8_products.find_divisor(dtype, self.rotation)
+        if divisor > 1:
+            scale = scale * divisor
         values = torch.empty(levels.shape, dtype=dtype, device=levels.device)
-        return torch.mul(levels, self.weight_scale[:, None], out=values)
+        return torch.mul(levels, scale, out=values)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         return self.dequantize_rows(EVERY_ROW, dtype)

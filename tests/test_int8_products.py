@@ -42,7 +42,8 @@ def test_rows_are_rotated_by_the_matrix_wherever_they_lie(columns, rotation, dty
     matrix = _build_hadamard(rotation, dtype=torch.float64)
     for rows in (wide[:, :columns], wide[:, 40:].contiguous(), wide[:1, 40:], wide[:0, 40:]):
         groups = rows.double().reshape(len(rows), columns // rotation, rotation)
-        expected = (groups @ matrix).reshape(rows.shape)
+        divisor = int8_products.find_divisor(dtype, rotation)
+        expected = (groups @ matrix).reshape(rows.shape) / divisor
         found = int8_products.rotate_rows(rows, rotation)
         assert found.dtype == dtype and found.is_contiguous()
         assert torch.equal(found, expected.to(dtype))
@@ -75,10 +76,11 @@ def test_a_row_is_quantized_by_its_own_largest_value_after_it_was_rotated(
     given = rows.clone()
     found = int8_products.quantize_rows(rows, rotation)
     assert torch.equal(rows, given)
-    turned = int8_products.rotate_rows(rows, rotation)
-    scale = turned.abs().amax(1, keepdim=True).float().div(127).clamp(min=1e-12)
+    turned = int8_products.rotate_rows(rows, rotation).float()
+    turned *= int8_products.find_divisor(dtype, rotation)
+    scale = turned.abs().amax(1, keepdim=True).div(127).clamp(min=1e-12)
     assert torch.equal(found.scale, scale)
-    assert (found.values[:50] - turned.float() / scale).abs().max() <= 0.5 + 2**-13
+    assert (found.values[:50] - turned / scale).abs().max() <= 0.5 + 2**-13
     assert not found.values[7].any() and found.values.shape == (64, 128)
     monkeypatch.setattr(int8_products, "CPU_ROWS", 32)
     in_parts = int8_products.quantize_rows(rows, rotation)
@@ -177,6 +179,25 @@ def make_layer(scheme: str, shapes: list, *, rotation: int, levels: tuple = ()) 
         parts.append(stored)
     bias = noise(sum(shape[0] for shape in shapes), seed=9)
     return make_linear(scheme, parts, shapes=shapes, bias=bias, arithmetic=True, rotation=rotation)
+
+
+@pytest.mark.parametrize("arithmetic", [True, False], ids=["int8", "dequantized"])
+@pytest.mark.parametrize("rotation", [64, 256])
+def test_what_float16_holds_overflows_in_no_rotation(rotation, arithmetic):
+    """A group's largest sum is its largest value times the root of its columns, 6e4 times 16."""
+    layer = make_layer("int8", [(32, 512)], rotation=rotation)
+    layer.arithmetic = arithmetic
+    layer.weight_scale /= 1024  # the output itself is to fit
+    x = (6e4 * noise(40, 512).sign()).half()
+    x[0, :rotation] = 6e4 * _build_hadamard(rotation, dtype=torch.float32)[1].sign()
+    x[1:3] *= 1e-5
+    layer.bias = layer.bias.half()
+    exact = x.double() @ layer.dequantize(torch.float32).double().T + layer.bias.double()
+    assert exact.abs().max() < 6e4
+    found = layer(x)
+    assert found.dtype == torch.float16 and found.isfinite().all()
+    wrong = (found - exact).norm(dim=1) / exact.norm(dim=1)
+    assert wrong.max() < (0.02 if arithmetic else 0.002)
 
 
 def test_parts_whose_codes_stand_for_different_levels_are_decoded_apart():

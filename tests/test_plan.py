@@ -416,6 +416,14 @@ def test_of_streamed_ones_a_small_one_is_taken_and_says_why_no_better_one(varian
     whole = survey_for(request(), variants, card("RTX 4060"))
     better = {each.precision: each.why for each in whole}
     assert better["bf16"] == "48 of 57 blocks are streamed, with w4a8 none is"
+    # Its own plan streams nothing; the one by which it was compared does.
+    (int8,) = (
+        each
+        for each in survey_for(request(), variants, card("RTX 2080 Ti"))
+        if each.precision == "int8"
+    )
+    assert int8.plan.placement.denoise == "resident"
+    assert int8.why == "where segments cannot grow 8 of 57 blocks are streamed, with w6a8 none is"
 
 
 def test_what_would_fit_is_said(variants, dev):

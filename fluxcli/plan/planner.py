@@ -252,7 +252,7 @@ def judge(
         return replace(candidate, verdict="too slow", why=why)
     assert taken is not None, "it is one of those that are taken from"
     if candidate.precision != taken.precision:
-        why = _explain_other(candidate, now.plan or ever.plan, taken)
+        why = _explain_other(candidate, ever.plan, taken)
         return replace(candidate, verdict="fits", why=why)
     if now.plan is None:
         free = f"{candidate.hardware.free_bytes / GIB:.1f} GiB free"
@@ -261,14 +261,24 @@ def judge(
     return replace(candidate, verdict="chosen", why=candidate.basis)
 
 
-def _explain_other(candidate: Candidate, plan: MemoryPlan, taken: Taken) -> str:
-    """Why a candidate that fits and is not too slow is not what is taken."""
+def _explain_other(candidate: Candidate, ever: MemoryPlan, taken: Taken) -> str:
+    """Why a candidate that fits and is not too slow is not what is taken.
+
+    `ever` is the plan by which it was compared, in segments that are fixed.
+    """
     if candidate.error >= taken.error:
         return "a better one does, too"
     if taken.is_native and not candidate.is_native:
         return f"dequantized for each product, as {taken.precision} is not"
+    shown = candidate.plan or ever
+    where = ""
+    if shown.placement.denoise == "resident":
+        shown = ever
+        where = "where segments cannot grow "
     blocks = len(candidate.cost.blocks)
-    passing = f"{len(plan.placement.streamed) or blocks} of {blocks} blocks are streamed"
+    # A placement that reads every block from its file has none in `streamed`.
+    count = len(shown.placement.streamed) or blocks
+    passing = f"{where}{count} of {blocks} blocks are streamed"
     if taken.is_whole:
         return f"{passing}, with {taken.precision} none is"
     return f"{passing}, with {taken.precision} fewer bytes"
