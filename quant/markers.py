@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from quant.errors import CheckpointError
 from quant.header_json import MARKERS, make_dict
-from quant.spec import FLOAT4, GROUP, GROUP_SCALES, MXFP8, ROW_SCALES
+from quant.spec import FLOAT4, GROUP, GROUP_FORMAT, MXFP8, ROW_FORMAT
 
 MAX_MARKER_BYTES = 4096
 # How large a group may be; the largest of a published file is 256, FLUX.1's widest layer has 15360.
@@ -21,7 +21,7 @@ LARGEST_GROUP = 1 << 14
 # ComfyUI's group where a marker says that the weight is rotated, and no more.
 USUAL_ROTATION = 256
 FP8_FORMAT = "float8_e4m3fn"
-FORMATS = (FP8_FORMAT, ROW_SCALES, GROUP_SCALES, FLOAT4, MXFP8)
+FORMATS = (FP8_FORMAT, ROW_FORMAT, GROUP_FORMAT, FLOAT4, MXFP8)
 # Keys that change nothing of what the codes mean; the sizes are told by the tensors.
 DESCRIBING = (
     "bits",
@@ -97,12 +97,12 @@ def read_marker(layer: str, described: object, *, file: Path) -> Marker:
     if name not in FORMATS:
         raise _refuse(layer, f"is {name!s:.40}", file)
     _refuse_unknown_keys(layer, said, file)
-    is_rotated = said.get("convrot", name == GROUP_SCALES)
+    is_rotated = said.get("convrot", name == GROUP_FORMAT)
     if type(is_rotated) is not bool:
         raise _refuse(layer, f"convrot is {is_rotated!r:.40}", file)
-    if is_rotated and name not in (ROW_SCALES, GROUP_SCALES):
+    if is_rotated and name not in (ROW_FORMAT, GROUP_FORMAT):
         raise _refuse(layer, f"is {name} with convrot", file)
-    if name == GROUP_SCALES and not is_rotated:
+    if name == GROUP_FORMAT and not is_rotated:
         raise _refuse(layer, f"is {name} without convrot", file)
     rotation = 0
     if is_rotated:
@@ -110,7 +110,7 @@ def read_marker(layer: str, described: object, *, file: Path) -> Marker:
         if not _is_power_of_four(rotation):
             raise _refuse(layer, f"convrot_groupsize is {rotation}, no power of 4", file)
     group = 0
-    if name == GROUP_SCALES:
+    if name == GROUP_FORMAT:
         group = _read_size(layer, said, "group_size", file=file, usual=GROUP)
     return Marker(name, rotation, group)
 

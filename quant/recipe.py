@@ -25,6 +25,7 @@ from quant.dialects import SWAPPED, bfl_name, map_bfl_layers
 from quant.errors import CheckpointError, SpecError
 from quant.expected import check_shapes
 from quant.files import check_room
+from quant.header_json import MARKERS
 from quant.lora import Adapter
 from quant.lora_names import BIAS, DIFF_B
 from quant.markers import FP8_FORMAT
@@ -154,7 +155,7 @@ class Recipe:
                 if tensor.scheme
             }
             described = {"format_version": "1.0", "layers": layers}
-            metadata["_quantization_metadata"] = json.dumps(described)
+            metadata[MARKERS] = json.dumps(described)
         return metadata
 
     @property

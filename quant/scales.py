@@ -43,7 +43,7 @@ GROUP_ROWS = 2 * (LARGEST_LEVEL + 1) * GROUP_PARTS
 HALVES = 2 * (LARGEST_LEVEL + 1) * 2
 SHIFT = 2  # GROUP_PARTS / 2 parts are a half: shifting by so many bits divides by them
 # The float8_e4m3 numbers from 0 to the largest, by their bits.
-GROUP_SCALES = 127
+FLOAT8_COUNT = 127
 # Scales that are tried for a group, and how many of them are below that of its largest value. All
 # 126 find nothing better: 0.01 % of the error.
 WINDOW = 8
@@ -86,7 +86,7 @@ def choose_group_scales(values: Tensor, scheme: str) -> Grouped:
     groups = values.reshape(-1, GROUP)
     largest = groups.abs().amax(1).div_(_list_multiples(scheme)[-1])
     nearest = largest.to(torch.float8_e4m3fn).view(torch.uint8).int()
-    first = nearest.sub_(BELOW).clamp_(1, GROUP_SCALES - WINDOW)[:, None]
+    first = nearest.sub_(BELOW).clamp_(1, FLOAT8_COUNT - WINDOW)[:, None]
     # Integers are clamped, not values: what is not a number has no row.
     parts = groups.mul(GROUP_PARTS).add_(GROUP_ROWS // 2).int().clamp_(0, GROUP_ROWS - 1)
     errors = functional.embedding_bag(parts + first * GROUP_ROWS, table, mode="sum")
@@ -117,12 +117,12 @@ def _make_group_tables(scheme: str, device: torch.device) -> tuple[Tensor, Tenso
     value by its part of a step, the squared errors without the value's own square. The second
     (scales * HALVES) uint8 has the code of the nearest level, by the half of a step.
     """
-    scales = torch.arange(GROUP_SCALES, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    scales = torch.arange(FLOAT8_COUNT, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     multiples = _list_multiples(scheme)
     grid = (multiples * scales[:, None]).round_().clamp_(-LARGEST_LEVEL, LARGEST_LEVEL)
     borders = (grid[:, 1:] + grid[:, :-1]) / 2
     middles = (torch.arange(HALVES) + 0.5) / 2 - LARGEST_LEVEL - 1
-    codes = torch.searchsorted(borders, middles.repeat(GROUP_SCALES, 1))
+    codes = torch.searchsorted(borders, middles.repeat(FLOAT8_COUNT, 1))
     levels = grid.gather(1, codes)  # (scales, HALVES)
     first_code = 0 if scheme == "w4a8" else 1
     nearest_codes = codes.add(first_code).to(torch.uint8)

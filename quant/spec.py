@@ -44,8 +44,8 @@ CHANNEL_SCALE = "_s_channel"
 LEVELS = "_codebook"
 MARKER = ".comfy_quant"
 # What ComfyUI calls the two forms.
-ROW_SCALES = "int8_tensorwise"
-GROUP_SCALES = "asym_w4a8_int8"
+ROW_FORMAT = "int8_tensorwise"
+GROUP_FORMAT = "asym_w4a8_int8"
 
 # The schemes of 8-bit scales for blocks, and BFL's form of the first. So many values share a scale;
 # nvfp4 has one for all values, too.
@@ -422,9 +422,9 @@ def find_tiles(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]
 
 def describe_marker(scheme: str, columns: int) -> dict[str, object]:
     """What the marker of a weight of so many columns says, in a rotated scheme."""
-    described: dict[str, object] = {"format": ROW_SCALES}
+    described: dict[str, object] = {"format": ROW_FORMAT}
     if SCHEMES[scheme].group:
-        described = {"format": GROUP_SCALES, "group_size": GROUP}
+        described = {"format": GROUP_FORMAT, "group_size": GROUP}
     return described | {"convrot": True, "convrot_groupsize": find_rotation(columns)}
 
 

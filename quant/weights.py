@@ -28,15 +28,15 @@ from quant.spec import (
     BLOCK,
     CHANNEL_SCALE,
     FLOAT4_BFL,
+    GROUP_FORMAT,
     GROUP_SCALE,
-    GROUP_SCALES,
     LEVELS,
     MARKER,
     MXFP8,
     NESTED_BLOCK,
     NF4_ONCE,
     OVERALL_SCALE,
-    ROW_SCALES,
+    ROW_FORMAT,
     SCALE_TILE,
     SCALED_BLOCKS,
     STATE,
@@ -311,7 +311,7 @@ def _make_weight(
     if SMOOTHING in pieces:
         why = f"{name[:60]} is for activations that were multiplied ({SMOOTHING[1:]})"
         raise CheckpointError(UNREAD, values.file, why=why, hint=READABLE)
-    if marker and marker.format == GROUP_SCALES:
+    if marker and marker.format == GROUP_FORMAT:
         return _make_grouped_weight(name, pieces, marker)
     if marker and marker.format in TILED:
         return _make_block_weight(name, pieces, marker.format)
@@ -373,7 +373,7 @@ def _make_scaled_weight(
     rotation = 0
     if marker:
         rotation = marker.rotation
-        if marker.format != (ROW_SCALES if scheme == "int8" else FP8_FORMAT):
+        if marker.format != (ROW_FORMAT if scheme == "int8" else FP8_FORMAT):
             raise _refuse_marked(name, values, marker.format)
         _check_rotation(name, values, columns=values.shape[1], rotation=rotation)
     return Weight(name, values.shape, scheme=scheme, pieces=pieces, rotation=rotation)
