@@ -426,6 +426,18 @@ def test_of_streamed_ones_a_small_one_is_taken_and_says_why_no_better_one(varian
     assert int8.why == "where segments cannot grow 8 of 57 blocks are streamed, with w6a8 none is"
 
 
+def test_what_is_faster_on_a_guess_alone_is_named(variants):
+    reason = "int8 may be 1.3 times as fast, but nobody has timed it"
+    best = chosen(survey_for(request(), variants, card("24GiB:sm89")))
+    assert best.precision == "bf16" and best.plan.reasons[-1] == reason
+    timed = chosen(survey_for(request(), variants, card("24GiB:sm86")))
+    assert not any("nobody has timed" in said for said in timed.plan.reasons)
+    busy = replace(card("24GiB:sm89"), free_bytes=8 * GIB)
+    streamed = chosen(survey_for(request(), variants, busy))
+    assert streamed.precision == "bf16" and streamed.plan.placement.denoise == "streamed"
+    assert not any("nobody has timed" in said for said in streamed.plan.reasons)
+
+
 def test_what_would_fit_is_said(variants, dev):
     asked, here = request(image_size=2048, offload="none", precision="bf16"), card("12GiB:sm89")
     with pytest.raises(DoesNotFit):
