@@ -29,7 +29,7 @@ from quant.files import open_regular
 from quant.header import file_identity, read_whole_header
 from quant.header_json import MARKERS as METADATA
 from quant.markers import add_layers, read_layers
-from quant.spec import FAMILIES, SCALED_BLOCKS, SCHEMES
+from quant.spec import FAMILIES, ROTATED, SCALED_BLOCKS, SCHEMES
 from quant.weights import SCB, Piece, Weight, group_weights
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -65,6 +65,8 @@ VARIANTS = ("bf16", "fp16")
 # Names of their own for weights that diffusers does not know to be quantized: under a plain name,
 # from_pretrained would load them without their scales, and pictures would be noise.
 PACKED_FILES = {name: row.file_name for name, row in SCHEMES.items() if row.file_name}
+# Those in which every quantized weight has a marker; without, nothing would say that it is rotated.
+MARKED_FILES = tuple(PACKED_FILES[name] for name in ROTATED)
 # What flux wrote before it rotated weights; read, never written.
 FORMER_FILES = ("flux-int8.safetensors",)
 # 16-bit originals of layers that are quantized only for bitsandbytes' readers (see `quant.recipe`).
@@ -362,7 +364,7 @@ def _read_pieces(files: list[Path]) -> _Tensors:
         if twice:
             raise CheckpointError("a tensor stands in two shards", path, why=twice[0][:60])
         pieces |= {name: Piece(path, info) for name, info in header.tensors.items()}
-        if METADATA in header.metadata:
+        if METADATA in header.metadata or path.name in MARKED_FILES:
             markers = add_layers(markers or {}, read_layers(header.metadata), file=path)
     return _Tensors(pieces, markers)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from quant.checkpoint import (
     COMPONENTS,
+    MARKED_FILES,
     SHARD,
     TEXT_ENCODERS,
     TOKENIZERS,
@@ -221,7 +222,8 @@ def _find_markers(name: str, path: Path, header: Header) -> dict[str, object] | 
     Some name the layers with the prefix that they have in the file, some without.
     """
     has_tensors = any(stored.endswith(MARKER) for stored in header.tensors)
-    if METADATA not in header.metadata and not has_tensors:
+    is_marked = has_tensors or METADATA in header.metadata or path.name in MARKED_FILES
+    if not is_marked:
         return None
     markers: dict[str, object] = {}
     for layer, described in read_layers(header.metadata).items():

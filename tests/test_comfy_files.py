@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from fluxcli.engine.loader import read_tensors
 from fluxcli.engine.streaming import load_component
 from quant import codecs
-from quant.checkpoint import COMPONENTS, KEEP_FILE, Component, inspect
+from quant.checkpoint import COMPONENTS, KEEP_FILE, PACKED_FILES, Component, inspect
 from quant.codecs import Reader
 from quant.errors import CheckpointError
 from quant.header import read_whole_header
@@ -628,6 +628,17 @@ def test_a_folder_of_diffusers_names_is_read_by_its_markers(diffusers_tensors, t
         expected = comfy.comfy("int8 convrot", marks=marks)(diffusers_tensors, path)
         part = inspect(folder).components["transformer"]
         assert part.precision == "int8" and same(read_all(part), expected)
+    # Under its own name it is rotated, whatever it says.
+    own = path.with_name(PACKED_FILES["int8"])
+    unmarked = {name: each for name, each in load_file(path).items() if "comfy_quant" not in name}
+    save_file(unmarked, own)
+    path.rename("marked.safetensors")
+    with pytest.raises(CheckpointError, match="has no marker, as others have"):
+        inspect(folder)
+    with pytest.raises(CheckpointError, match="has no marker, as others have"):
+        inspect_file(own)
+    own.unlink()
+    Path("marked.safetensors").rename(path)
     # Originals may be marked, too.
     path.rename(path.with_name(KEEP_FILE))
     shutil.copy(tiny_folder / "transformer" / path.name, path)
