@@ -13,10 +13,10 @@ from fluxcli.engine.text import PromptEncoder
 from fluxcli.models.shapes import read_known_shapes
 from fluxcli.plan.costs import component_bytes
 from fluxcli.plan.placement import GIB
-from quant.checkpoint import inspect
+from quant.checkpoint import FORMER_FILES, inspect
 from quant.linear import QuantizedLinear
 from quant.rotated import rotate
-from quant.spec import MARKER, QuantSpec
+from quant.spec import MARKER, SCHEMES, QuantSpec
 from tests.support.helpers import BAKED, machine, order, plan_for
 
 T5 = "text_encoder_2"
@@ -71,8 +71,8 @@ def test_every_layer_multiplies_in_int8_and_gets_the_models_dtype(baked, tiny_fo
 
 
 def write_unrotated(folder: Path) -> None:
-    """Rotate a folder's int8 T5 back, its levels rounded once more, and drop the markers."""
-    (path,) = (folder / T5).glob("*.safetensors")
+    """Rotate a folder's int8 T5 back, as flux wrote int8 before, its levels rounded once more."""
+    path = folder / T5 / SCHEMES["int8"].file_name
     state = load_file(path)
     for marker in [name for name in state if name.endswith(MARKER)]:
         weight = marker.removesuffix(MARKER) + ".weight"
@@ -83,7 +83,8 @@ def write_unrotated(folder: Path) -> None:
         state[weight] = (values / scale).round().char()
         state[f"{weight}_scale"] = scale.flatten()
         del state[marker]
-    save_file(state, path)
+    save_file(state, path.with_name(FORMER_FILES[0]))
+    path.unlink()
 
 
 def test_what_is_not_rotated_dequantizes(baked, tmp_path, tiny_folder):
