@@ -593,11 +593,7 @@ def _try_to_multiply(way: str, device: str) -> str:
             product = layer.multiply_by_rows(values, scale, computing)
         return "" if bool((product == MIN_ROWS + 1).all()) else "its product is wrong"
     except (RuntimeError, ValueError) as error:
-        if is_out_of_memory(error):
-            raise
-        take_driver_error(device)
-        said = str(error).strip() or type(error).__name__
-        return said.splitlines()[0][:100].rstrip(". ")
+        return explain_failed_probe(error, device)
 
 
 def _check_kernel(scheme: str, device: str, backend: str) -> str:
@@ -619,11 +615,8 @@ def _check_kernel(scheme: str, device: str, backend: str) -> str:
     try:
         moved = layer.to(device)
         found = moved.run_kernel(x.to(device, dtype), backend).float().cpu()
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        take_driver_error(device)
-        return kernels.summarize(error)
+    except Exception as error:  # noqa: BLE001 - kernels raise anything
+        return explain_failed_probe(error, device)
     # What the output's rounding to 16 bit does is no fault.
     wrong = ((found - expected).abs() - expected.abs() / 256).clamp_(min=0)
     by_row = (wrong / units).square().mean(1).sqrt()[PROBE_COLUMNS:]
@@ -655,6 +648,17 @@ def _make_probe(scheme: str) -> tuple[RotatedLinear, Tensor]:
     drawn[:, 0] *= 30  # as columns of activations are
     matrix = rotated.make_hadamard(PROBE_COLUMNS, dtype=torch.float32, device="cpu")
     return layer, torch.cat([matrix, drawn.bfloat16().float()])
+
+
+def explain_failed_probe(error: Exception, device: str) -> str:
+    """Why a device cannot compute what it was asked to, in its own words.
+
+    Raises the error itself where memory ran out, which says nothing of what the device can.
+    """
+    if is_out_of_memory(error):
+        raise error
+    take_driver_error(device)
+    return kernels.summarize(error)
 
 
 def take_driver_error(device: str) -> None:

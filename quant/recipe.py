@@ -163,7 +163,7 @@ class Recipe:
         """Bytes of the files that are copied."""
         return sum(path.stat().st_size for path in self.copies.values())
 
-    @property
+    @cached_property
     def changed_bytes(self) -> int:
         """Bytes, in the source, of the quantized tensors that each adapter changes, summed."""
         total_bytes = 0
@@ -175,16 +175,14 @@ class Recipe:
                     total_bytes += tensor.info.nbytes
         return total_bytes
 
-    @property
+    @cached_property
     def bake_s(self) -> float:
         """Seconds that a bake takes on two CPU cores: the source's bytes by their speeds."""
         total_s = self.copied_bytes / (COPY_GB_S * 1e9)
         for tensor in self.tensors:
             gb_s = SCHEMES[tensor.scheme].bake_gb_s if tensor.scheme else COPY_GB_S
             total_s += tensor.info.nbytes / (gb_s * 1e9)
-        if self.changed_bytes:
-            total_s += self.changed_bytes / (SCHEMES[self.spec.to].bake_gb_s * 1e9)
-        return total_s
+        return total_s + self.changed_bytes / (SCHEMES[self.spec.to].bake_gb_s * 1e9)
 
     @cached_property
     def sizes(self) -> dict[str, int]:

@@ -153,17 +153,18 @@ def _list_levels(scheme: str) -> dict[str, Tensor]:
 
 
 def _pack(codes: Tensor, scheme: str) -> Tensor:
-    """The bytes (N, B) int8 of unsigned codes (N, K).
+    """The bytes (N, B) int8 of codes (N, K) uint8.
 
     The lower 4 bits of two columns are a byte, the even column's lower; in 6 bits the upper 2 bits
     of four columns follow in bytes behind those of the row.
     """
-    codes = codes.to(torch.uint8)
     low = (codes[:, 0::2] & 15) | ((codes[:, 1::2] & 15) << 4)
     if scheme == "w4a8":
         return low.view(torch.int8)
     high = codes >> 4
-    upper = high[:, 0::4] | (high[:, 1::4] << 2) | (high[:, 2::4] << 4) | (high[:, 3::4] << 6)
+    upper = high[:, 0::4]
+    for n in range(1, 4):
+        upper = upper | (high[:, n::4] << 2 * n)
     return torch.cat((low, upper), 1).view(torch.int8)
 
 

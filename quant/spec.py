@@ -119,7 +119,6 @@ _DEQUANTIZED_THROUGH_32_BIT = (ATTENTION, ActivationLine(6.0, 21.3))
 # Codes of 4 or 6 bits become levels by a table, whose indexes take two bytes for a weight.
 _DECODED = (ATTENTION, ActivationLine(12.6, 12.0))
 
-# The planner ranks 16 and 32 bit above all of these, in steps of ten.
 _ROWS = (
     Scheme(
         name="nf4",

@@ -25,8 +25,7 @@ from torch.nn import functional
 
 from fluxcli.engine import classes
 from quant import kernels
-from quant.errors import is_out_of_memory
-from quant.linear import take_driver_error
+from quant.linear import explain_failed_probe
 
 HALF_MAX = 65504  # the largest float16
 # Of comfy-kitchen; see `choose_backend`.
@@ -100,11 +99,8 @@ def _check_backend(device: str, dtype: torch.dtype, backend: str) -> str:
             backend=backend,
         )
         found = [each.float().cpu() for each in (modulated, *turned)]
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        take_driver_error(device)
-        return kernels.summarize(error)
+    except Exception as error:  # noqa: BLE001 - kernels raise anything
+        return explain_failed_probe(error, device)
     for made, exact in zip(found, expected, strict=True):
         # Each value is rounded to 16 bit, some of them before they are turned, too.
         if not (made - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm():
@@ -174,6 +170,32 @@ def _rotate_real(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
 
 
+def norm_streams(
+    norm: Any,
+    x: Tensor,
+    *,
+    sizes: Sequence[int],
+    shifts: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    backend: str,
+) -> list[Tensor]:
+    """The streams of x (B, T + S, D), of so many tokens as `sizes` says, normed and modulated.
+
+    Each has a shift, a scale and a factor (B, 1, D) of its own; the factor is the scale plus one.
+    """
+    if backend:
+        return [
+            kernels.norm_and_modulate(stream, scale, shift, epsilon=norm.eps, backend=backend)
+            for stream, scale, shift in zip(x.split(sizes, dim=1), scales, shifts, strict=True)
+        ]
+    # The norm has no weights, so that one launch norms all streams.
+    streams = norm(x).split(sizes, dim=1)
+    for stream, factor, shift in zip(streams, factors, shifts, strict=True):
+        stream.mul_(factor).add_(shift)
+    return list(streams)
+
+
 def norm_and_rotate(
     query: Tensor, key: Tensor, rotation: Tensor, *, norms: tuple[Any, Any], backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -238,16 +260,15 @@ def double_block() -> type[nn.Module]:
             text_values, text_factors = read_modulation(self.norm1_context, temb, count=6)
             image_values, image_factors = read_modulation(self.norm1, temb, count=6)
 
-            if self.kernels:
-                normed_text, normed_image = self._modulate_by_kernels(
-                    self.norm1.norm, x.split(sizes, dim=1), text_values[:2], image_values[:2]
-                )
-            else:
-                # Neither norm has weights, so that one launch norms both streams.
-                normed = self.norm1.norm(x)
-                normed_text, normed_image = normed.split(sizes, dim=1)
-                normed_text.mul_(text_factors[1]).add_(text_values[0])
-                normed_image.mul_(image_factors[1]).add_(image_values[0])
+            normed_text, normed_image = norm_streams(
+                self.norm1.norm,
+                x,
+                sizes=sizes,
+                shifts=(text_values[0], image_values[0]),
+                scales=(text_values[1], image_values[1]),
+                factors=(text_factors[1], image_factors[1]),
+                backend=self.kernels,
+            )
             attended = self._attend(normed_text, normed_image, rotation)
             attended_text, attended_image = attended.split(sizes, dim=1)
             x = _add_gated(
@@ -256,15 +277,15 @@ def double_block() -> type[nn.Module]:
                 self.attn.to_out[0](attended_image).mul_(image_values[2]),
             )
 
-            if self.kernels:
-                normed_text, normed_image = self._modulate_by_kernels(
-                    self.norm2, x.split(sizes, dim=1), text_values[3:5], image_values[3:5]
-                )
-            else:
-                normed = self.norm2(x)
-                normed_text, normed_image = normed.split(sizes, dim=1)
-                normed_text.mul_(text_factors[4]).add_(text_values[3])
-                normed_image.mul_(image_factors[4]).add_(image_values[3])
+            normed_text, normed_image = norm_streams(
+                self.norm2,
+                x,
+                sizes=sizes,
+                shifts=(text_values[3], image_values[3]),
+                scales=(text_values[4], image_values[4]),
+                factors=(text_factors[4], image_factors[4]),
+                backend=self.kernels,
+            )
             x = _add_gated(
                 x,
                 self.ff_context(normed_text).mul_(text_values[5]),
@@ -273,21 +294,6 @@ def double_block() -> type[nn.Module]:
             if x.dtype == torch.float16:
                 x[:, :text_tokens].clamp_(-HALF_MAX, HALF_MAX)
             return x
-
-        def _modulate_by_kernels(
-            self,
-            norm: Any,
-            streams: Sequence[Tensor],
-            of_text: Sequence[Tensor],
-            of_image: Sequence[Tensor],
-        ) -> list[Tensor]:
-            """Both streams (B, T or S, D), normed and modulated by a shift and a scale for each."""
-            return [
-                kernels.norm_and_modulate(
-                    stream, scale, shift, epsilon=norm.eps, backend=self.kernels
-                )
-                for stream, (shift, scale) in zip(streams, (of_text, of_image), strict=True)
-            ]
 
         def _attend(self, text: Tensor, image: Tensor, rotation: Tensor) -> Tensor:
             """The attention (B, T + S, D) of the two streams' normed tokens."""
@@ -366,12 +372,15 @@ def single_block() -> type[nn.Module]:
         def forward(self, x: Tensor, temb: Tensor, rotation: Tensor) -> Tensor:
             """The residual stream (B, T + S, D) after this block."""
             values, factors = read_modulation(self.norm, temb, count=3)
-            if self.kernels:
-                normed = kernels.norm_and_modulate(
-                    x, values[1], values[0], epsilon=self.norm.norm.eps, backend=self.kernels
-                )
-            else:
-                normed = self.norm.norm(x).mul_(factors[1]).add_(values[0])
+            [normed] = norm_streams(
+                self.norm.norm,
+                x,
+                sizes=[x.shape[1]],
+                shifts=values[:1],
+                scales=values[1:2],
+                factors=factors[1:2],
+                backend=self.kernels,
+            )
             if self.attn.fused_projections:
                 wide = self._attend_in_place(self.proj_in(normed), rotation)
             else:
@@ -460,16 +469,15 @@ def transformer() -> type[nn.Module]:
                 x = block(x, temb, rotation)
             values, factors = read_modulation(self.norm_out, temb, count=2)
             image = x[:, text_tokens:]
-            if self.kernels:
-                normed = kernels.norm_and_modulate(
-                    image,
-                    values[0],
-                    values[1],
-                    epsilon=self.norm_out.norm.eps,
-                    backend=self.kernels,
-                )
-            else:
-                normed = self.norm_out.norm(image).mul_(factors[0]).add_(values[1])
+            [normed] = norm_streams(
+                self.norm_out.norm,
+                image,
+                sizes=[image.shape[1]],
+                shifts=values[1:],
+                scales=values[:1],
+                factors=factors[:1],
+                backend=self.kernels,
+            )
             return (self.proj_out(normed),)
 
     return Transformer
