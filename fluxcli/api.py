@@ -131,7 +131,6 @@ class Flux:
         session = self._open_session()
 
         from fluxcli.engine.engine import Denoised, Drawn
-        from fluxcli.engine.picture import Picture
         from fluxcli.run.saving import make_metadata
         from fluxcli.run.session import draw_pictures
 
@@ -141,9 +140,7 @@ class Flux:
             orders = {}
             for k in range(total):
                 one = order.picture(k)
-                picture = Picture(
-                    one.request, adapters=prepared.adapters, position=k + 1, total=total
-                )
+                picture = prepared.make_picture(one.request, position=k + 1, total=total)
                 orders[picture] = one
             with closing(draw_pictures(engine, list(orders))) as drawing:
                 for event in drawing:

@@ -4,16 +4,22 @@ The command line and the Python face both go through here, so that the same word
 picture. Knows nothing of options or how text reaches it.
 """
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fluxcli.errors import UsageError
 from fluxcli.models import find, loras
 from fluxcli.paths import config_folder
-from fluxcli.pictures import names
+from fluxcli.pictures import inputs, names
 from fluxcli.request import presets
-from fluxcli.request.fields import Order
-from fluxcli.request.sizes import add_other_side
+from fluxcli.request.fields import DEFAULT_STRENGTH, Order
+from fluxcli.request.sizes import add_other_side, size_of
+
+# What says how large a picture is; without them one that starts from another has its ratio.
+SIZES = ("aspect_ratio", "image_size", "width", "height")
 
 
 def resolve_order(prompt: str, given: Mapping[str, Any]) -> Order:
@@ -48,8 +54,30 @@ def build_order(prompt: str, values: Mapping[str, Any], given: Mapping[str, Any]
         resolved["vae"] = find.make_absolute(values["vae"])
     resolved["text_encoders"] = tuple(find.make_absolute(each) for each in values["text_encoders"])
     resolved["lora"] = loras.make_absolute(values["lora"])
+    resolved |= _make_pictures_absolute(values)
+    if resolved["image"] and values["strength"] is None:
+        resolved["strength"] = DEFAULT_STRENGTH
     width, height = values["width"], values["height"]
-    if (width is None) != (height is None):
+    if resolved["image"] and not any(given.get(name) for name in SIZES):
+        pixels = math.prod(size_of(values["aspect_ratio"], values["image_size"]))
+        size = inputs.measure_picture(resolved["image"])
+        resolved["width"], resolved["height"] = inputs.fit_size(size, pixels)
+    elif (width is None) != (height is None):
         sides = add_other_side(values["aspect_ratio"], width=width, height=height)
         resolved["width"], resolved["height"] = sides
     return Order.from_settings(prompt, resolved)
+
+
+def _make_pictures_absolute(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that name pictures, by names that hold in any working folder."""
+
+    def absolute(name: str) -> str:
+        return str(Path(name).expanduser().absolute())
+
+    return {
+        "image": absolute(values["image"]) if values["image"] else None,
+        "mask": absolute(values["mask"]) if values["mask"] else None,
+        "reference": tuple(map(absolute, values["reference"])),
+        "redux": tuple(replace(each, image=absolute(each.image)) for each in values["redux"]),
+        "control": tuple(replace(each, image=absolute(each.image)) for each in values["control"]),
+    }

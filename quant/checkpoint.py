@@ -28,6 +28,7 @@ from quant.expected import check_tensors
 from quant.files import open_regular
 from quant.header import file_identity, read_whole_header
 from quant.header_json import MARKERS as METADATA
+from quant.kinds import describe_name, find_kind
 from quant.markers import add_layers, read_layers
 from quant.spec import FAMILIES, ROTATED, SCALED_BLOCKS, SCHEMES
 from quant.weights import SCB, Piece, Weight, group_weights
@@ -54,8 +55,11 @@ TOKENIZER_FILES = (
 MAX_EXTRA_IDS = 1000  # the published T5 has 100
 COMPONENTS = (*TEXT_ENCODERS, "transformer", "vae")
 PLAIN_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-# Pipelines whose transformer is that of text alone, by a regular expression.
-PIPELINES = re.compile(r"Flux(Img2Img|Inpaint|DifferentialImg2Img|CFG)?Pipeline(With\w+)?")
+# Pipelines that a FLUX.1 of any kind may name, by a regular expression.
+PIPELINES = re.compile(
+    r"Flux(Fill|Kontext|KontextInpaint|(Control|ControlNet)?(Img2Img|Inpaint)?|DifferentialImg2Img"
+    r"|CFG)?Pipeline(With\w+)?"
+)
 # Files that diffusers writes with `variant="bf16"`, and their index of shards.
 VARIANT_FILE = re.compile(r"(?:diffusion_pytorch_model|model)\.(\w+)\.safetensors")
 VARIANT_INDEX = re.compile(r".+\.safetensors\.index\.(\w+)\.json")
@@ -114,6 +118,14 @@ class Component:
             return ""
         return max(counts, key=counts.__getitem__)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that change with the config and the weights, see `Checkpoint`."""
+        digest = hashlib.sha256(_to_bytes(self.config))
+        for path in self.files:
+            digest.update(file_identity(path))
+        return digest.hexdigest()[:16]
+
     def _pieces(self) -> Iterator[Piece]:
         for weight in self.weights.values():
             yield from weight.pieces.values()
@@ -126,11 +138,25 @@ class _Fingerprints(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete model: components by name, the scheduler's config, the folder of tokenizers."""
+    """A complete model: components by name, the scheduler's config, the folder of tokenizers.
+
+    Beside the four of `COMPONENTS` there may be what a request adds, as ControlNets. `pipeline` is
+    the class that the folder's index names, `said_kind` what the user says that the model is.
+    """
 
     folder: Path
     components: dict[str, Component]
     scheduler: dict[str, Any]
+    pipeline: str = ""
+    said_kind: str = ""
+
+    @cached_property
+    def kind(self) -> str:
+        """Which kind of FLUX.1 it is, of `quant.kinds.KINDS`."""
+        transformer = self.components["transformer"]
+        name = describe_name(transformer.folder)
+        found = find_kind(transformer.config, pipeline=self.pipeline, name=name)
+        return self.said_kind or found
 
     @property
     def nbytes(self) -> int:
@@ -160,6 +186,8 @@ class Checkpoint:
         whole = hashlib.sha256(_to_bytes(self.scheduler))
         text_encoders = hashlib.sha256()
         for name, component in self.components.items():
+            if name not in COMPONENTS:
+                continue
             identities = [file_identity(path) for path in component.files]
             for part in (_to_bytes(component.config), *identities):
                 whole.update(part)
@@ -200,7 +228,7 @@ def inspect(folder: Path) -> Checkpoint:
     for name in TOKENIZERS:
         check_tokenizer(folder / name)
     scheduler = read_config("scheduler", folder / "scheduler" / "scheduler_config.json")
-    return Checkpoint(folder, components, scheduler)
+    return Checkpoint(folder, components, scheduler, pipeline=pipeline)
 
 
 def check_components(components: Mapping[str, Component]) -> None:

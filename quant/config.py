@@ -13,6 +13,8 @@ from typing import Any
 
 from quant.errors import CheckpointError
 from quant.files import read_small_file
+from quant.kinds import CHANNELS
+from quant.kinds import LATENT_CHANNELS as FLUX_CHANNELS
 
 CLASSES = {
     "text_encoder": "CLIPTextModel",
@@ -48,7 +50,6 @@ OTHER_CLASSES = {
 MAX_JSON_BYTES = 4 << 20
 MAX_LAYERS = 256
 MAX_NUMBER = 1_000_000
-FLUX_CHANNELS = 64
 READABLE_METHODS = ("bitsandbytes", "quanto")
 # The values that this project itself reads, with the libraries' defaults for them. What a file has
 # must be of the default's type.
@@ -173,9 +174,8 @@ def check_config(name: str, path: Path, config: dict[str, Any]) -> dict[str, Any
     _check_quantization(path, checked.pop("quantization_config", {}))
     if name == "vae" and not checked["scaling_factor"]:
         raise CheckpointError("impossible config", path, why="scaling_factor is 0")
-    if name == "transformer" and checked["in_channels"] != FLUX_CHANNELS:
-        channels = f"{checked['in_channels']} channels (a Fill or control model)"
-        why = f"its transformer takes {channels}, not {FLUX_CHANNELS}"
+    if name == "transformer" and checked["in_channels"] not in CHANNELS:
+        why = f"its transformer takes {checked['in_channels']} channels, not {FLUX_CHANNELS}"
         raise CheckpointError("another kind of FLUX model", path, why=why)
     if name == "scheduler":
         _check_schedule(path, checked)
@@ -244,7 +244,7 @@ def _find_contradiction_in_transformer(values: Mapping[str, Any]) -> str:
         return f"axes_dims_rope is {axes}, not three even numbers whose sum is {head}"
     if values["patch_size"] != 1:
         return f"patch_size is {values['patch_size']}, FLUX.1 has 1"
-    if values.get("out_channels") not in (None, values["in_channels"]):
+    if (values.get("out_channels") or values["in_channels"]) != FLUX_CHANNELS:
         return f"out_channels is {values['out_channels']!r:.20}"
     return ""
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from quant.config import LONG_CLIP_TOKENS
 from quant.errors import CheckpointError
+from quant.kinds import LATENT_CHANNELS
 from quant.weights import RowRanges, Weight
 
 # Regular expressions, and what their matches are replaced by.
@@ -338,7 +339,7 @@ def _infer_config(stored: Mapping[str, Weight], tellers: _Tellers) -> dict[str, 
         "_class_name": "FluxTransformer2DModel",
         "patch_size": 1,
         "in_channels": channels,
-        "out_channels": None,
+        "out_channels": None if channels == LATENT_CHANNELS else LATENT_CHANNELS,
         "num_layers": _count_blocks(stored, tellers.double_block),
         "num_single_layers": _count_blocks(stored, tellers.single_block),
         "attention_head_dim": head,

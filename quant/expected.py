@@ -137,7 +137,7 @@ def _list_transformer(values: Mapping[str, Any]) -> Shapes:
     shapes |= _linear("context_embedder", width, values["joint_attention_dim"])
     shapes |= _linear("x_embedder", width, values["in_channels"])
     shapes |= _linear("norm_out.linear", 2 * width, width)
-    shapes |= _linear("proj_out", values["in_channels"], width)
+    shapes |= _linear("proj_out", values.get("out_channels") or values["in_channels"], width)
     for i in range(values["num_layers"]):
         shapes |= _list_double_block(f"transformer_blocks.{i}", width=width, head=head)
     for i in range(values["num_single_layers"]):

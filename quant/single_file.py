@@ -187,7 +187,6 @@ def _make_component(
     weights = group_weights(pieces, unscaled=not is_scaled, markers=markers)
     config: dict[str, Any] = {}
     if name == "transformer":
-        _refuse_kontext(path)
         if is_bfl(stored):
             weights, config = from_bfl(weights)
         else:
@@ -200,20 +199,6 @@ def _make_component(
     component = Component(name, path, config=config, weights=weights, unused=unused)
     dialect = _describe_dialect(component, header=header, stored=stored, is_scaled=is_scaled)
     return replace(component, dialect=dialect)
-
-
-def _refuse_kontext(path: Path) -> None:
-    """Raise `CheckpointError` for a transformer whose file or folder is called Kontext."""
-    names = [path.name.lower()]
-    if path.is_dir():
-        names.append(path.parent.name.lower())
-    if any("kontext" in name for name in names):
-        why = (
-            "its name says Kontext, which edits a given picture; "
-            "by its weights it cannot be told from dev"
-        )
-        hint = "rename it if it is none"
-        raise CheckpointError("another kind of FLUX model", path, why=why, hint=hint)
 
 
 def _find_markers(name: str, path: Path, header: Header) -> dict[str, object] | None:
@@ -318,8 +303,11 @@ def assemble_checkpoint(
     if vae:
         replacements |= _inspect_parts(vae, ("vae",))
     folder = model
+    pipeline = ""
     if (model / "model_index.json").is_file():
-        found = inspect(model).components | replacements
+        whole = inspect(model)
+        pipeline = whole.pipeline
+        found = whole.components | replacements
     else:
         found = _inspect_model_part(model) | replacements
         _require_transformer(found, model)
@@ -334,13 +322,12 @@ def assemble_checkpoint(
             component = replace(component, config=config)
         components[name] = component
     scheduler = read_config("scheduler", folder / "scheduler" / "scheduler_config.json")
-    return Checkpoint(folder, components, scheduler)
+    return Checkpoint(folder, components, scheduler, pipeline=pipeline)
 
 
 def _inspect_model_part(path: Path) -> dict[str, Component]:
     """The components in a file, or in a folder that is no whole model; raises `CheckpointError`."""
     if path.is_dir():
-        _refuse_kontext(path)
         return _inspect_parts(path, COMPONENTS)
     if SHARD.fullmatch(path.name):
         why = "its name says that it is one of several files"

@@ -155,7 +155,7 @@ DEFECTS = {
     ),
     "not finite": (_edit("vae/config.json", scaling_factor=float("nan")), "scaling_factor"),
     "no tokenizer": (lambda root: (root / "tokenizer").rename(root / "away"), "no tokenizer"),
-    "Fill": (_edit("transformer/config.json", in_channels=384), "384 channels"),
+    "other channels": (_edit("transformer/config.json", in_channels=96), "96 channels"),
     "no weights": (_unlink(WEIGHTS), "no weights"),
     "empty weights": (_write(WEIGHTS, b""), "0 bytes"),
     "missing shard": (_unlink("transformer/d-2-of-2.safetensors"), "d-2-of-2.safetensors"),

@@ -259,14 +259,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, list[str]]] = {
         "transformer: impossible config",
         [],
     ),
-    "Fill": (
-        lambda f: say(f, "transformer/config.json", in_channels=384),
+    "other channels": (
+        lambda f: say(f, "transformer/config.json", in_channels=96),
         "transformer: another kind",
         [],
     ),
     "another pipeline": (
-        lambda f: say(f, "model_index.json", _class_name="FluxFillPipeline"),
-        "FluxFillPipeline",
+        lambda f: say(f, "model_index.json", _class_name="Flux2Pipeline"),
+        "Flux2Pipeline",
         [],
     ),
     "other scheduler": (

@@ -103,7 +103,7 @@ def test_every_norm_looks_at_one_static_row(checkpoint):
     draw(engine, tiny())
     model, row = (
         engine.components.loaded["transformer"].module,
-        engine.components.modulation_row._row,
+        engine.components.rows["transformer"]._row,
     )
     views = [
         model.get_submodule(n)()
@@ -113,7 +113,7 @@ def test_every_norm_looks_at_one_static_row(checkpoint):
     assert storage == {row.untyped_storage().data_ptr()}
     before = row.data_ptr()
     table = torch.arange(2 * row.shape[1], dtype=torch.float32).view(2, -1)
-    engine.components.modulation_row.select(table, 1)
+    engine.components.rows["transformer"].select(table, 1)
     assert row.data_ptr() == before
     assert torch.equal(torch.cat(views, dim=1), table[1:2])
 

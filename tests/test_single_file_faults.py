@@ -294,7 +294,7 @@ HEADERS = {  # fields of the header, and what is said of them
     "a name twice": ({f"{QKV} name": IMG}, "stands twice"),
     "SDXL": ({"architecture": "sdxl"}, "its architecture is 'sdxl'"),
     "a language model": ({"architecture": "llama"}, "its architecture is 'llama'"),
-    "Fill": ({f"{IMG} dim 0": 384, f"{IMG} type": 2}, "384 channels"),
+    "other channels": ({f"{IMG} dim 0": 96, f"{IMG} type": 2}, "96 channels"),
 }
 
 

@@ -11,11 +11,12 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 PICTURE = "Picture"
+PICTURES = "From pictures"
 OUTPUT = "Output"
 MANY = "Many pictures"
 MACHINE = "Machine"
 OTHER = "Options"
-ORDER = ("Arguments", PICTURE, OUTPUT, MANY, MACHINE, OTHER)
+ORDER = ("Arguments", PICTURE, PICTURES, OUTPUT, MANY, MACHINE, OTHER)
 WIDEST = 30  # columns of what stands left of an explanation; longer ones have a line of their own
 
 

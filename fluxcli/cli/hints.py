@@ -7,8 +7,7 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 
-_NO_IMAGE = "flux draws from text alone: it takes no picture to begin with"
-_NO_NEGATIVE = "FLUX.1 has no negative prompt: say in the prompt what you want to see"
+_NEGATIVE = "--negative-prompt TEXT, which computes each step twice"
 _ONE_SAMPLER = "there is one sampler, the published one: leave it out"
 _NAME_LORA = "--lora FILE:0.8, once for each; the scale follows the colon"
 
@@ -32,17 +31,21 @@ _DRAWING: dict[str, tuple[str, ...]] = {
         "--seeds", "--repeat", "--num",
     ),
     "--guidance 3.5": (
-        "-g", "-l", "--cfg-scale", "--cfg", "--guidance-scale", "--scale", "--true-cfg-scale",
-        "--distilled-guidance",
+        "-g", "-l", "--cfg-scale", "--cfg", "--guidance-scale", "--scale", "--distilled-guidance",
     ),
-    _NO_NEGATIVE: ("--negative-prompt", "--negative", "--neg", "--neg-prompt", "--uncond"),
-    _NO_IMAGE: (
-        "-i", "--image", "--images-path", "--init-image", "--init-img", "--init", "--input-image",
-        "--image-path", "--image-strength", "--strength", "--denoise", "--denoising-strength",
-        "--img2img", "--inpaint", "--mask", "--mask-image", "--control-image", "--control-net",
-        "--controlnet", "--controlnet-image-path", "--controlnet-strength", "--ip-adapter",
-        "--redux-image-paths", "--reference-image", "--ref-image",
+    _NEGATIVE: ("--negative", "--neg", "--neg-prompt", "--uncond"),
+    "--true-cfg 3 beside --negative-prompt": ("--true-cfg-scale",),
+    "--image FILE --strength 0.6": (
+        "-i", "--images-path", "--init-image", "--init-img", "--input-image", "--image-path",
+        "--image-strength", "--denoise", "--denoising-strength", "--img2img",
     ),
+    "--image FILE --mask FILE": ("--inpaint", "--mask-image", "--mask-path"),
+    "--control KIND:FILE:0.7": (
+        "--control-image", "--control-net", "--controlnet", "--controlnet-image-path",
+        "--controlnet-strength",
+    ),
+    "--redux FILE:0.8": ("--redux-image-paths", "--ip-adapter"),
+    "--reference FILE": ("--reference-image", "--ref-image"),
     "--precision int8, or once for all: flux quantize dev --to int8": (
         "--quantize", "--quantise", "--quantization", "--bits", "--int8", "--8bit", "-8",
         "--load-in-8bit",
@@ -218,7 +221,7 @@ def find_for_count(arguments: Sequence[str]) -> str:
     """Return the hint for a text after -n, which elsewhere is a negative prompt, else ""."""
     for option, value in pairwise(arguments):
         if option == "-n" and re.search(r"[A-Za-z]", value):
-            return f"-n is the number of pictures. {_NO_NEGATIVE}"
+            return f"-n is the number of pictures. {_NEGATIVE}"
     return ""
 
 

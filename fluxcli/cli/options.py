@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple, Optional
 import typer
 
 from fluxcli.cli import complete
-from fluxcli.cli.help import MACHINE, MANY, OTHER, OUTPUT, PICTURE
+from fluxcli.cli.help import MACHINE, MANY, OTHER, OUTPUT, PICTURE, PICTURES
 from fluxcli.request.fields import DEFAULTS
 from fluxcli.request.settings import SETTINGS
 
@@ -44,6 +44,19 @@ _SHOWN = {
     "image_size": _Shown(PICTURE, "PX"),
     "width": _Shown(PICTURE, "PX"),
     "height": _Shown(PICTURE, "PX"),
+    "image": _Shown(PICTURES, "FILE"),
+    "strength": _Shown(PICTURES, "X"),
+    "mask": _Shown(PICTURES, "FILE"),
+    "mask_invert": _Shown(PICTURES, ""),
+    "mask_feather": _Shown(PICTURES, "PX"),
+    "expand": _Shown(PICTURES, "L,T,R,B"),
+    "reference": _Shown(PICTURES, "FILE"),
+    "redux": _Shown(PICTURES, "FILE[:X]"),
+    "control": _Shown(PICTURES, "KIND:FILE"),
+    "negative_prompt": _Shown(PICTURE, "TEXT"),
+    "true_cfg": _Shown(PICTURE, "X"),
+    "kind": _Shown(PICTURE, "KIND"),
+    "preview_every": _Shown(OUTPUT, "N"),
     "steps": _Shown(PICTURE, "N"),
     "guidance": _Shown(PICTURE, "X"),
     "seed": _Shown(PICTURE, "N"),
@@ -132,7 +145,16 @@ REQUEST_OPTIONS: dict[str, Any] = {
     "debug": _declare_option(bool, "--debug", text="Tracebacks and library warnings.", panel=OTHER),
 }
 # The parameters that only matter where pictures are written.
-_WRITING = ("output", "format", "quality", "no_metadata", "force", "events", "quiet")
+_WRITING = (
+    "output",
+    "format",
+    "preview_every",
+    "quality",
+    "no_metadata",
+    "force",
+    "events",
+    "quiet",
+)
 # Those that change nothing in a plan. They are taken, so that "generate" can become "plan" in a
 # command line, but not shown.
 IDLE_IN_PLAN = (*_WRITING, "seed", "count", "no_wait", "no_worker", "no_cache")
@@ -140,7 +162,8 @@ IDLE_IN_PLAN = (*_WRITING, "seed", "count", "no_wait", "no_worker", "no_cache")
 IDLE_IN_DECODE = (
     "preset", "model", "text_encoders", "vae", "lora", "aspect_ratio", "image_size", "width",
     "height", "steps", "guidance", "seed", "count", "text_tokens", "precision", "compile",
-    "no_cache",
+    "no_cache", "image", "strength", "mask", "mask_invert", "mask_feather", "expand", "reference",
+    "redux", "control", "negative_prompt", "true_cfg", "kind", "preview_every",
 )  # fmt: skip
 _IDLE = {"plan_command": IDLE_IN_PLAN, "decode": IDLE_IN_DECODE}
 # Commands where what is not given is as it was in the picture: no default is shown.

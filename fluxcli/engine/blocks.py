@@ -17,6 +17,7 @@ channels, M the width of a single block's MLP.
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -118,6 +119,31 @@ class AddOne(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         return 1 + values
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """What one ControlNet adds to a picture's tokens after the transformer's blocks.
+
+    Tensors (B, S, D), of which each serves as many blocks in a row as there are more blocks than
+    tensors; with `repeats` they take turns instead, as XLabs' do.
+    """
+
+    double: Sequence[Tensor] = ()
+    single: Sequence[Tensor] = ()
+    repeats: bool = False
+
+    def add_double(self, image: Tensor, index: int, count: int) -> None:
+        """Add to the picture's tokens (B, S, D) what is for double block `index` of `count`."""
+        if self.double and self.repeats:
+            image.add_(self.double[index % len(self.double)])
+        elif self.double:
+            image.add_(self.double[index // -(-count // len(self.double))])
+
+    def add_single(self, image: Tensor, index: int, count: int) -> None:
+        """Add to the picture's tokens (B, S, D) what is for single block `index` of `count`."""
+        if self.single:
+            image.add_(self.single[index // -(-count // len(self.single))])
 
 
 def make_rotation(model: Any, text_tokens: int, positions: Tensor) -> Tensor:
@@ -444,12 +470,14 @@ def transformer() -> type[nn.Module]:
             img_ids: Tensor | None = None,
             txt_ids: Tensor | None = None,
             rotation: Tensor | None = None,
+            residuals: Sequence[Residuals] = (),
             return_dict: bool = False,
         ) -> tuple[Tensor]:
             """The velocity (B, S, 64) of packed latents, for a text's embeddings (B, T, C).
 
             `rotation` is as of `make_rotation`; without it the ids give one. With modulation tables
             nothing looks at timestep, guidance and pooled embeddings, and they may be missing.
+            `residuals` are those of ControlNets.
             """
             image = self.x_embedder(hidden_states)
             text = self.context_embedder(encoder_hidden_states)
@@ -463,10 +491,16 @@ def transformer() -> type[nn.Module]:
             text_tokens = text.shape[1]
             x = torch.cat([text, image], dim=1)
             del text, image
-            for block in self.transformer_blocks:
+            count = len(self.transformer_blocks)
+            for index, block in enumerate(self.transformer_blocks):
                 x = block(x, temb, rotation, text_tokens)
-            for block in self.single_transformer_blocks:
+                for each in residuals:
+                    each.add_double(x[:, text_tokens:], index, count)
+            count = len(self.single_transformer_blocks)
+            for index, block in enumerate(self.single_transformer_blocks):
                 x = block(x, temb, rotation)
+                for each in residuals:
+                    each.add_single(x[:, text_tokens:], index, count)
             values, factors = read_modulation(self.norm_out, temb, count=2)
             image = x[:, text_tokens:]
             [normed] = norm_streams(

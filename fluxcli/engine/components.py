@@ -58,8 +58,9 @@ class Components:
         self.hardware = hardware
         self.loaded: dict[str, LoadedComponent] = {}
         self.compiler = BlockCompiler() if plan.compiled else None
-        self.modulation_row: ModulationRow | None = None  # that the transformer's norms look at
-        self.modulation_weights: dict[str, Tensor] = {}  # where the plan keeps them
+        self.rows: dict[str, ModulationRow] = {}  # by component: what its norms look at
+        # Of each component, where the plan keeps them.
+        self.modulation_weights: dict[str, dict[str, Tensor]] = {}
         self.prompts = PromptEncoder(checkpoint, plan, hardware, on_disk=prompt_cache)
         self.tables: Recent[Condition, Tensor] = Recent(TABLES_BYTES, weigh=_nbytes)
         device.cap(plan.device, plan.budget_bytes)
@@ -137,11 +138,10 @@ class Components:
         if "modulation" not in now.keep:
             self.modulation_weights.clear()
 
-    @property
-    def kept_modulation(self) -> dict[str, Tensor] | None:
-        """Where the modulation's weights stay; None if the plan does not keep them."""
+    def find_kept_modulation(self, name: str) -> dict[str, Tensor] | None:
+        """Where a component's modulation weights stay; None if the plan does not keep them."""
         if "modulation" in self.plan.placement.keep:
-            return self.modulation_weights
+            return self.modulation_weights.setdefault(name, {})
         return None
 
     def dtype(self, name: str) -> torch.dtype:
@@ -186,7 +186,7 @@ class Components:
         )
         taken_s = time.perf_counter() - started_s
         if is_transformer:
-            self.modulation_row = ModulationRow(
+            self.rows[name] = ModulationRow(
                 loaded.module, component, dtype=self.dtype(name), device=self.plan.device
             )
         self.loaded[name] = loaded

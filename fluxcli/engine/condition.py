@@ -1,49 +1,98 @@
-"""The second phase: timestep, guidance and pooled prompt become modulation tables.
+"""The third phase: timestep, guidance and pooled prompt become modulation tables.
 
-All tables that a group of pictures lacks are made in one pass over the modulation's weights (see
-`modulation`); a table is kept for the next picture with the same prompt, guidance and steps.
+All tables that a group of pictures lacks are made in one pass over the modulation's weights of each
+component that takes steps (see `modulation`); a table is kept for the next picture with the same
+prompt, guidance and steps.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+
+from torch import Tensor
 
 from fluxcli.engine import denoise, modulation
 from fluxcli.engine.components import Components
 from fluxcli.engine.modulation import Condition
 from fluxcli.engine.picture import Picture
+from fluxcli.engine.prompt_cache import Embeddings
 from fluxcli.events import Event, Phase
 
 
 def run(components: Components, pictures: Sequence[Picture]) -> Iterator[Event]:
-    """Give each picture that is not denoised its `table` (steps, sum of outputs)."""
+    """Give each picture that is not denoised its `tables` (steps, sum of outputs)."""
     waiting = [picture for picture in pictures if not picture.denoised]
-    conditions = {picture: _condition_of(components, picture) for picture in waiting}
-    distinct = dict.fromkeys(conditions.values())
-    tables = {condition: components.tables.get(condition) for condition in distinct}
-    missing = [condition for condition, table in tables.items() if table is None]
+    for name in _list_names(waiting):
+        conditions = {
+            picture: _condition_of(components, picture, name, picture.embeddings)
+            for picture in waiting
+            if name in list_stepping(picture)
+        }
+        negative = {}
+        if name == "transformer":
+            negative = {
+                picture: _condition_of(components, picture, name, picture.negative_embeddings)
+                for picture in waiting
+                if picture.negative_embeddings
+            }
+        tables = yield from _make_tables(
+            components, name, [*conditions.values(), *negative.values()]
+        )
+        for picture, condition in conditions.items():
+            picture.tables[name] = tables[condition]
+        for picture, condition in negative.items():
+            picture.negative_table = tables[condition]
+
+
+def list_stepping(picture: Picture) -> list[str]:
+    """The components that compute in a picture's steps: ControlNets, and the transformer."""
+    parts = dict.fromkeys(control.part for control in picture.controls if control.part)
+    return [*parts, "transformer"]
+
+
+def _list_names(pictures: Sequence[Picture]) -> list[str]:
+    return list(dict.fromkeys(name for picture in pictures for name in list_stepping(picture)))
+
+
+def _make_tables(
+    components: Components, name: str, conditions: Sequence[Condition]
+) -> Generator[Event, None, dict[Condition, Tensor]]:
+    """The table of each condition of a component: those that are known, and the others made."""
+    tables: dict[Condition, Tensor] = {}
+    missing = []
+    for condition in dict.fromkeys(conditions):
+        table = components.tables.get(condition)
+        if table is None:
+            missing.append(condition)
+        else:
+            tables[condition] = table
     if missing:
-        yield from components.make_room("transformer")
+        yield from components.make_room(name)
         yield Phase("condition")
         components.join_free_memory("condition")
         made = modulation.make_tables(
-            components.checkpoint.components["transformer"],
+            components.checkpoint.components[name],
             missing,
-            keep=components.kept_modulation,
+            keep=components.find_kept_modulation(name),
         )
         for condition, table in made.items():
             components.tables.keep(condition, table)
         tables |= made
-    for picture, condition in conditions.items():
-        picture.table = tables[condition]
+    return tables
 
 
-def _condition_of(components: Components, picture: Picture) -> Condition:
-    """What the picture's table depends on."""
-    assert picture.embeddings, "a phase was left out"
-    pooled = picture.embeddings.pooled
+def _condition_of(
+    components: Components, picture: Picture, name: str, embeddings: Embeddings | None
+) -> Condition:
+    """What a component's table for the picture depends on, with these embeddings of a prompt."""
+    assert embeddings, "a phase was left out"
+    component = components.checkpoint.components[name]
+    takes_guidance = component.config["guidance_embeds"]
+    weights = components.checkpoint.fingerprint
+    if name != "transformer":
+        weights = component.fingerprint
     return modulation.make_condition(
-        pooled.to(components.plan.device, components.dtype("transformer")),
-        weights=components.checkpoint.fingerprint,
-        guidance=picture.request.guidance,
+        embeddings.pooled.to(components.plan.device, components.dtype("transformer")),
+        weights=weights,
+        guidance=picture.request.guidance if takes_guidance else None,
         timesteps=denoise.make_scheduler(components.checkpoint, picture.request).timesteps,
-        adapters=picture.adapters,
+        adapters=picture.adapters if name == "transformer" else (),
     )

@@ -1,12 +1,14 @@
-"""The third phase: noise becomes latents, by Euler steps of the rectified flow.
+"""The fourth phase: noise becomes latents, by Euler steps of the rectified flow.
 
 Formulas as in black-forest-labs/flux, `sampling.py`, and diffusers' FluxPipeline, whose scheduler
 and transformer compute here. Pictures are (width, height) in pixels; packed latents (1, S, 64) with
 S = height/16 x width/16: each 2x2 patch of the latents (1, 16, height/8, width/8) is one token.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,8 @@ from torch import Tensor
 from fluxcli.engine import blocks, classes
 from fluxcli.engine.components import Components
 from fluxcli.engine.loader import refusing
-from fluxcli.engine.picture import Picture
+from fluxcli.engine.modulation import ModulationRow
+from fluxcli.engine.picture import InputLatents, Picture
 from fluxcli.engine.prompt_cache import Embeddings
 from fluxcli.events import Event, Notice, Phase, Step
 from fluxcli.request.fields import GenerationRequest
@@ -41,24 +44,39 @@ def _denoise(components: Components, model: Any, picture: Picture) -> Iterator[E
     request = picture.request
     device = components.plan.device
     dtype = components.dtype("transformer")
-    row = components.modulation_row
-    assert row and picture.embeddings and picture.table is not None, "a phase was left out"
+    row = components.rows["transformer"]
+    assert picture.embeddings and picture.tables, "a phase was left out"
 
+    latents = _move(picture.latents or InputLatents(), device=device, dtype=dtype)
     scheduler = make_scheduler(components.checkpoint, request)
+    if picture.tokens is None:
+        picture.step = request.first_step
     scheduler.set_begin_index(picture.step)
-    inputs = _make_inputs(model, request.size, picture.embeddings, device=device, dtype=dtype)
-    table = picture.table.to(device)
     tokens = picture.tokens
     if tokens is None:
-        tokens = make_noise(request.seed, request.size, dtype=dtype)
+        tokens = _begin(request, latents, scheduler, dtype=dtype)
     tokens = tokens.to(device, dtype)
+    make_inputs = functools.partial(
+        _make_inputs, model, request.size, latents, device=device, dtype=dtype
+    )
+    ways = [_Way(picture.tables["transformer"].to(device), make_inputs(picture.embeddings))]
+    if picture.negative_embeddings and picture.negative_table is not None:
+        negative = make_inputs(picture.negative_embeddings)
+        ways.append(_Way(picture.negative_table.to(device), negative))
     compiler = components.compiler
     if compiler and compiler.begins:
         yield Notice("the first step compiles the blocks: it takes longer than the others")
     for index in range(picture.step, request.steps):
-        row.select(table, index)
-        timestep = scheduler.timesteps[index]
-        tokens = take_step(model, scheduler, tokens, timestep=timestep, inputs=inputs)
+        tokens = take_step(
+            model,
+            scheduler,
+            tokens,
+            row=row,
+            ways=ways,
+            latents=latents,
+            index=index,
+            true_scale=request.true_scale,
+        )
         picture.tokens = tokens
         picture.step = index + 1
         yield Step(picture.step, request.steps, picture.position, images=picture.total)
@@ -66,8 +84,88 @@ def _denoise(components: Components, model: Any, picture: Picture) -> Iterator[E
         if failure:
             yield Notice(f"not compiled, the picture is drawn without: {failure}")
     picture.tokens = tokens.cpu()
-    picture.table = None
+    picture.latents = None
+    picture.tables = {}
+    picture.negative_table = None
     picture.embeddings = None
+    picture.negative_embeddings = None
+
+
+@dataclass(frozen=True)
+class _Way:
+    """What one forward of the transformer takes for a prompt: its table and its inputs."""
+
+    table: Tensor  # (steps, sum of outputs)
+    inputs: Mapping[str, Tensor]
+
+
+def _move(latents: InputLatents, *, device: str, dtype: torch.dtype) -> InputLatents:
+    """The same latents on the device, in what the transformer computes in."""
+    values = {
+        each.name: value.to(device, dtype)
+        for each in fields(latents)
+        if isinstance(value := getattr(latents, each.name), Tensor)
+    }
+    controls = tuple(each.to(device, dtype) for each in latents.controls)
+    return replace(latents, **values, controls=controls)
+
+
+def _begin(
+    request: GenerationRequest, latents: InputLatents, scheduler: Any, *, dtype: torch.dtype
+) -> Tensor:
+    """The tokens (1, S, 64) before the first step: noise, mixed with what the picture starts as."""
+    if latents.noise is None:
+        return make_noise(request.seed, request.size, dtype=dtype)
+    if latents.start is None:
+        return latents.noise
+    timestep = scheduler.timesteps[request.first_step : request.first_step + 1]
+    return scheduler.scale_noise(latents.start, timestep, latents.noise)
+
+
+def take_step(
+    model: Any,
+    scheduler: Any,
+    tokens: Tensor,
+    *,
+    row: ModulationRow,
+    ways: Sequence[_Way],
+    latents: InputLatents,
+    index: int,
+    true_scale: float = 1.0,
+) -> Tensor:
+    """Euler step `index` (from 0): packed latents (1, S, 64) at its timestep -> at the next one.
+
+    The first way is the prompt's. Where there is a second, the negative prompt's, the velocity goes
+    `true_scale` times the way from that one's to the first one's.
+    """
+    hidden = tokens
+    if latents.channels is not None:
+        hidden = torch.cat([hidden, latents.channels], dim=2)
+    if latents.references is not None:
+        hidden = torch.cat([hidden, latents.references], dim=1)
+    velocities = []
+    for way in ways:
+        row.select(way.table, index)
+        velocities.append(model(hidden_states=hidden, **way.inputs)[0][:, : tokens.shape[1]])
+    velocity = velocities[0]
+    if len(ways) > 1:
+        velocity = velocities[1] + true_scale * (velocity - velocities[1])
+    stepped = scheduler.step(velocity, scheduler.timesteps[index], tokens, return_dict=False)[0]
+    if latents.mask is None:
+        return stepped
+    return _restore_around(stepped, latents, scheduler, index=index)
+
+
+def _restore_around(tokens: Tensor, latents: InputLatents, scheduler: Any, *, index: int) -> Tensor:
+    """The tokens after step `index`, around the mask those of the picture that it starts from.
+
+    These have the noise of the next step; after the last one they have none.
+    """
+    kept = latents.start
+    assert kept is not None and latents.mask is not None, "a mask is of a picture"
+    if index + 1 < len(scheduler.timesteps):
+        kept = scheduler.scale_noise(kept, scheduler.timesteps[index + 1][None], latents.noise)
+    return (1 - latents.mask) * kept + latents.mask * tokens
 
 
 def make_noise(seed: int, size: tuple[int, int], *, dtype: torch.dtype) -> Tensor:
@@ -100,6 +198,7 @@ def make_scheduler(checkpoint: Checkpoint, request: GenerationRequest) -> Any:
 def _make_inputs(
     model: Any,
     size: tuple[int, int],
+    latents: InputLatents,
     embeddings: Embeddings,
     *,
     device: str,
@@ -108,6 +207,8 @@ def _make_inputs(
     """What every forward of the transformer takes beside the latents: the same in each step."""
     sequence = embeddings.sequence.to(device, dtype)  # (1, T, C)
     positions = make_position_ids(size).to(sequence)
+    if latents.reference_ids is not None:
+        positions = torch.cat([positions, latents.reference_ids.to(sequence)])
     rotation = blocks.make_rotation(model, sequence.shape[1], positions)
     return {"encoder_hidden_states": sequence, "rotation": rotation}
 
@@ -118,16 +219,3 @@ def make_position_ids(size: tuple[int, int]) -> Tensor:
     rows = torch.arange(height // 16)
     columns = torch.arange(width // 16)
     return torch.cartesian_prod(torch.tensor([0]), rows, columns)
-
-
-def take_step(
-    model: Any,
-    scheduler: Any,
-    tokens: Tensor,
-    *,
-    timestep: Tensor,
-    inputs: Mapping[str, Tensor],
-) -> Tensor:
-    """One Euler step: packed latents (1, S, 64) at `timestep` -> at the next one."""
-    velocity = model(hidden_states=tokens, **inputs)[0]
-    return scheduler.step(velocity, timestep, tokens, return_dict=False)[0]

@@ -5,6 +5,7 @@ room for one of them needs no more.
 """
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -17,6 +18,26 @@ from fluxcli.events import Event, Notice, Phase
 
 def run(components: Components, pictures: Sequence[Picture]) -> Iterator[Event]:
     """Give each picture that is not denoised its `embeddings`; a prompt is encoded once for all."""
+    yield from _encode(components, pictures)
+    for picture in pictures:
+        if picture.request.true_scale > 1 and not picture.denoised:
+            yield from _encode_negative(components, picture)
+
+
+def _encode_negative(components: Components, picture: Picture) -> Iterator[Event]:
+    """Give a picture the embeddings of its negative prompt, as if that were one of its own."""
+    if picture.negative_embeddings is not None:
+        return
+    negative = replace(
+        picture.request, prompt=picture.request.negative_prompt or "", negative_prompt=None
+    )
+    stand_in = Picture(negative, picture.adapters)
+    yield from _encode(components, [stand_in])
+    picture.negative_embeddings = stand_in.embeddings
+
+
+def _encode(components: Components, pictures: Sequence[Picture]) -> Iterator[Event]:
+    """Give each picture its `embeddings`, of its prompt alone."""
     prompts = components.prompts
     waiting = [
         picture for picture in pictures if not picture.denoised and picture.embeddings is None

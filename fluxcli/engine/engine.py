@@ -1,4 +1,6 @@
-"""The engine: requests become pixels, in phases encode -> condition -> denoise -> decode.
+"""The engine: requests become pixels.
+
+Its phases are encode -> prepare -> condition -> denoise -> decode.
 
 Each phase is a module with a function `run(components, pictures)`, a generator of events that gives
 the pictures what the phase makes. A phase can be begun again: it goes on with what the pictures
@@ -23,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from fluxcli.engine import blocks, condition, decode, denoise, device, encode
+from fluxcli.engine import blocks, condition, decode, denoise, device, encode, prepare
 from fluxcli.engine.components import Components
 from fluxcli.engine.picture import Picture
 from fluxcli.events import Event, Notice, is_of_one_row
@@ -54,6 +56,7 @@ class EnginePhase:
 
 PHASES = (
     EnginePhase("encode", encode.run),
+    EnginePhase("prepare", prepare.run),
     EnginePhase("condition", condition.run),
     EnginePhase("denoise", denoise.run, one_by_one=True),
     EnginePhase("decode", decode.run, one_by_one=True),
@@ -239,7 +242,7 @@ class Engine:
                 failed = said.splitlines()[0][:100].strip()
             # Only here has the error gone, and with its frames the tensors that they hold.
             needed_bytes = CONTEXT_BYTES + device.peak_live_memory(self.plan.device)
-            needed_bytes = max(needed_bytes, self.plan.peak_bytes[phase.name])
+            needed_bytes = max(needed_bytes, self.plan.peak_bytes.get(phase.name, 0))
             missing_bytes = needed_bytes - self._available_bytes()
             self.out_of_memory.append(OutOfMemory(phase.name, missing_bytes))
             largest = max(self._under_way, key=lambda picture: math.prod(picture.request.size))

@@ -4,14 +4,34 @@ Knows no file and no name of one. Between phases everything is in RAM, so that a
 takes no more of the device than one does.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 
 from fluxcli.engine.prompt_cache import Embeddings
+from fluxcli.models.parts import Control
+from fluxcli.pictures.inputs import NO_INPUTS, InputPictures
 from fluxcli.request.fields import GenerationRequest
 from quant.lora import Adapter
+
+
+@dataclass
+class InputLatents:
+    """What the prepare phase makes of a picture's inputs, in RAM; S are the tokens of the picture.
+
+    With `start` the picture begins as a mixture of it and of `noise`; where `mask` is 0, it stays
+    what it was. `channels` are put beside the latents, `references` behind them, as tokens at
+    positions of their own. `controls` has a tensor for each of the picture's controls.
+    """
+
+    start: Tensor | None = None  # (1, S, 64)
+    noise: Tensor | None = None  # (1, S, 64)
+    mask: Tensor | None = None  # (1, S, 64), 1 where it is painted
+    channels: Tensor | None = None  # (1, S, C - 64)
+    references: Tensor | None = None  # (1, R, 64)
+    reference_ids: Tensor | None = None  # (R, 3)
+    controls: tuple[Tensor, ...] = ()
 
 
 # Compared by identity: two pictures of equal requests are two, and tensors have no truth value.
@@ -25,12 +45,17 @@ class Picture:
 
     request: GenerationRequest  # of this picture alone: its seed is this picture's
     adapters: tuple[Adapter, ...] = ()  # those of `request.lora`, resolved by the caller
+    inputs: InputPictures = NO_INPUTS  # those that the request names, looked at by the caller
+    controls: tuple[Control, ...] = ()  # those of `request.control`, resolved by the caller
     position: int = 1  # for progress: this is picture `position` of `total`
     total: int = 1
     tokens: Tensor | None = None
     step: int = 0
     embeddings: Embeddings | None = None
-    table: Tensor | None = None  # (steps, sum of outputs), see `engine.modulation`
+    negative_embeddings: Embeddings | None = None  # with true guidance, of the negative prompt
+    latents: InputLatents | None = None
+    tables: dict[str, Tensor] = field(default_factory=dict)  # (steps, sum of outputs), by component
+    negative_table: Tensor | None = None  # of the transformer, for the negative prompt
     pixels: np.ndarray | None = None  # (H, W, 3) uint8
     error: Exception | None = None  # what ended it
     taken_s: float = 0.0  # its seconds so far, and its share of those that a group takes together

@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -192,6 +193,8 @@ def list_checkpoints(order: Order, settings: Path, say: Callable[[str], None]) -
     for folder in folders:
         try:
             checkpoint = assemble(folder, request, lambda: base_models(order.preset, settings))
+            if request.kind != "auto":
+                checkpoint = replace(checkpoint, said_kind=request.kind)
             check_components(checkpoint.components)
             check_guidance(request, checkpoint)
             found.append(checkpoint)

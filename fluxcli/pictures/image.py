@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fluxcli.errors import BadInputFile, OutputError
+from fluxcli.request.fields import is_default_input
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +31,7 @@ OWN_PICTURE = "name a png, jpg or webp that flux has made"
 KNOWN_HASHES = 65_536  # of files that were read, remembered by a process
 
 # Settings that were asked for, such as device "auto"; what was taken stands under "compute".
-RESOURCES = ("device", "precision", "vram_limit", "offload", "compile")
+RESOURCES = ("device", "precision", "vram_limit", "offload", "compile", "preview_every")
 
 XMP = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
@@ -153,7 +154,11 @@ def hash_request(metadata: Metadata, *, seeded: bool = True) -> str:
     For an order that gives no seed (`seeded` is False) the seed is left out, and whether it was
     asked for is put in: so pictures of such an order have equal hashes, whatever seeds they got.
     """
-    request = {name: value for name, value in metadata["request"].items() if name not in RESOURCES}
+    request = {
+        name: value
+        for name, value in metadata["request"].items()
+        if name not in RESOURCES and not is_default_input(name, value)
+    }
     parts = {name: metadata.get(name) for name in ("size", "model", "compute", "lora")}
     if not seeded:
         request["seed"] = -1

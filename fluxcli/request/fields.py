@@ -12,10 +12,22 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from fluxcli.errors import UsageError
-from fluxcli.request.settings import MAX_SEED, SETTINGS, LoraRef, check, coerce, flag, to_json_value
+from fluxcli.request.inputs import ControlRef, Expand, ReduxRef
+from fluxcli.request.settings import (
+    FROM_PICTURES,
+    MAX_SEED,
+    SETTINGS,
+    LoraRef,
+    check,
+    coerce,
+    flag,
+    to_json_value,
+)
 from fluxcli.request.sizes import check_size, size_of
 
 MAX_PROMPT_BYTES = 8192  # four times what 512 T5 tokens hold, and what fits into a jpg's metadata
+DEFAULT_TRUE_CFG = 3.0  # where a negative prompt alone is given
+DEFAULT_STRENGTH = 0.6  # diffusers' own, of FluxImg2ImgPipeline
 MAX_RANDOM_SEED = 2**32  # short enough to be typed again
 
 
@@ -43,7 +55,9 @@ class GenerationRequest:
     """Which picture is wanted: everything that decides it but the hardware's arithmetic.
 
     `seed` -1 asks for a random one. `guidance` None is for models without that input. Either
-    `width` and `height` are given, or `aspect_ratio` and `image_size`, the longest side.
+    `width` and `height` are given, or `aspect_ratio` and `image_size`, the longest side. `image`,
+    `mask` and `reference` are files of pictures; `strength` None is the default of what is drawn.
+    The prompt is empty only beside `redux`.
     """
 
     prompt: str
@@ -59,9 +73,22 @@ class GenerationRequest:
     text_encoders: tuple[str, ...] = ()
     vae: str | None = None
     lora: tuple[LoraRef, ...] = ()
+    image: str | None = None
+    strength: float | None = None
+    mask: str | None = None
+    mask_invert: bool = False
+    mask_feather: int = 0
+    expand: Expand | None = None
+    reference: tuple[str, ...] = ()
+    redux: tuple[ReduxRef, ...] = ()
+    control: tuple[ControlRef, ...] = ()
+    negative_prompt: str | None = None
+    true_cfg: float | None = None
+    kind: str = "auto"
 
     def __post_init__(self) -> None:
-        check_prompt(self.prompt)
+        if self.prompt or not self.redux:
+            check_prompt(self.prompt)
         _check_fields(self)
         if (self.width is None) != (self.height is None):
             raise UsageError("--width and --height go together", hint="or give --ar and --size")
@@ -74,6 +101,20 @@ class GenerationRequest:
         if self.width is not None and self.height is not None:
             return self.width, self.height
         return size_of(self.aspect_ratio, self.image_size)
+
+    @property
+    def true_scale(self) -> float:
+        """The scale of real classifier-free guidance; 1.0 where there is none."""
+        if self.true_cfg is not None:
+            return self.true_cfg
+        return 1.0 if self.negative_prompt is None else DEFAULT_TRUE_CFG
+
+    @property
+    def first_step(self) -> int:
+        """The step that the picture begins with, from 0: those before it `strength` leaves out."""
+        if self.image is None or self.strength is None:
+            return 0
+        return int(max(self.steps - min(self.steps * self.strength, self.steps), 0))
 
 
 @dataclass(frozen=True)
@@ -98,7 +139,8 @@ class Output:
     """Into which files `count` pictures go.
 
     `output` is a file, a folder, a template, - for stdout, or None for the current folder.
-    `metadata` says whether a file tells how its picture was made.
+    `metadata` says whether a file tells how its picture was made, `preview_every` after how many
+    steps a preview of it is written, None for none.
     """
 
     output: str | None = None
@@ -106,6 +148,7 @@ class Output:
     quality: int = 80
     metadata: bool = True
     count: int = 1
+    preview_every: int | None = None
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -209,6 +252,14 @@ def _check_fields(part: GenerationRequest | Resources | Output) -> None:
     for each in fields(part):
         if each.name in SETTINGS:
             check(each.name, getattr(part, each.name), where=flag(each.name))
+
+
+def is_default_input(name: str, value: object) -> bool:
+    """Whether a setting of input pictures has its default, as JSON has it.
+
+    Pictures of before there were these settings do not say them, and are what they are.
+    """
+    return name in FROM_PICTURES and value == to_json_value(DEFAULTS[name])
 
 
 DEFAULTS: dict[str, Any] = Order(GenerationRequest("x")).settings()

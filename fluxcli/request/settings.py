@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from typing import Any, ClassVar
 
 from fluxcli.errors import UsageError
+from fluxcli.request.inputs import ControlRef, Expand, ReduxRef
 from fluxcli.request.sizes import (
     ASPECT_RATIOS,
     MAX_SIZE_PX,
@@ -273,6 +274,38 @@ class Loras(Texts):
         return tuple(LoraRef.parse(text) for text in super().convert(value))
 
 
+class Controls(Texts):
+    """A list of control pictures, each as KIND:IMAGE[:SCALE][:START-END]."""
+
+    def convert(self, value: Any) -> tuple[ControlRef, ...]:
+        if isinstance(value, tuple) and all(isinstance(each, ControlRef) for each in value):
+            return value
+        return tuple(ControlRef.parse(text) for text in super().convert(value))
+
+
+class Reduxes(Texts):
+    """A list of pictures to look like, each as IMAGE[:STRENGTH]."""
+
+    def convert(self, value: Any) -> tuple[ReduxRef, ...]:
+        if isinstance(value, tuple) and all(isinstance(each, ReduxRef) for each in value):
+            return value
+        return tuple(ReduxRef.parse(text) for text in super().convert(value))
+
+
+class Borders(Kind):
+    """By how many pixels a picture grows: LEFT,TOP,RIGHT,BOTTOM."""
+
+    words: ClassVar[str] = "LEFT,TOP,RIGHT,BOTTOM in pixels"
+    example: ClassVar[str] = "0,0,256,0"
+
+    def convert(self, value: Any) -> Expand:
+        if isinstance(value, Expand):
+            return value
+        if not isinstance(value, str):
+            raise TypeError(value)
+        return Expand.parse(value)
+
+
 def _check_range(name: str, value: float, *, low: float, high: float, where: str) -> None:
     """Raise `UsageError` for a number outside `low` to `high`, and for NaN."""
     if not low <= value <= high:
@@ -301,6 +334,8 @@ class Setting:
         """The long flag on the command line."""
         return self.flags[-1]
 
+
+PICTURE_FILE = Text(r"[^\0]{1,4000}", "a file of a picture")
 
 _ROWS = (
     Setting(
@@ -362,6 +397,87 @@ _ROWS = (
         flags=("--height",),
         optional=True,
     ),
+    Setting(
+        "image",
+        PICTURE_FILE,
+        help="Picture to start from; its ratio decides the size unless one is given.",
+        flags=("--init", "--image"),
+        optional=True,
+    ),
+    Setting(
+        "strength",
+        Number(0.0, 1.0),
+        help="How much of --image is drawn anew, 0 to 1.",
+        flags=("--strength",),
+        optional=True,
+    ),
+    Setting(
+        "mask",
+        PICTURE_FILE,
+        help="Where --image is drawn anew: white is painted, black stays.",
+        flags=("--mask",),
+        optional=True,
+    ),
+    Setting(
+        "mask_invert",
+        Switch(),
+        help="Paint where the mask is black.",
+        flags=("--mask-invert",),
+    ),
+    Setting(
+        "mask_feather",
+        Integer(0, 512),
+        help="Soften the mask's edge by so many pixels.",
+        flags=("--mask-feather",),
+    ),
+    Setting(
+        "expand",
+        Borders(),
+        help="Paint LEFT,TOP,RIGHT,BOTTOM pixels around --image (a Fill model).",
+        flags=("--expand",),
+        optional=True,
+    ),
+    Setting(
+        "reference",
+        Texts(),
+        help="Picture that a Kontext model edits as the prompt says; repeatable.",
+        flags=("--reference",),
+    ),
+    Setting(
+        "redux",
+        Reduxes(),
+        help="IMAGE[:STRENGTH] that the picture is to look like; repeatable.",
+        flags=("--redux",),
+    ),
+    Setting(
+        "control",
+        Controls(),
+        help="KIND:IMAGE[:SCALE][:START-END]; repeatable.",
+        flags=("--control",),
+    ),
+    Setting(
+        "negative_prompt",
+        Text(),
+        help="What the picture is not to show: each step is computed twice.",
+        flags=("--negative-prompt",),
+        optional=True,
+    ),
+    Setting(
+        "true_cfg",
+        Number(1.0, 100.0),
+        help="How strongly --negative-prompt pushes away.",
+        flags=("--true-cfg",),
+        optional=True,
+    ),
+    Setting(
+        "kind",
+        Text(
+            "auto|dev|schnell|fill|kontext|canny|depth",
+            "auto, dev, schnell, fill, kontext, canny or depth",
+        ),
+        help="Which kind of FLUX.1 the model is, where its file does not tell.",
+        flags=("--kind",),
+    ),
     Setting("steps", Integer(1, 1000), help="Denoising steps.", flags=("--steps",)),
     Setting(
         "guidance",
@@ -405,6 +521,13 @@ _ROWS = (
         help="jpg, png or webp.",
         flags=("--format",),
     ),
+    Setting(
+        "preview_every",
+        Integer(1, 1000),
+        help="Write a small preview beside the target every N steps.",
+        flags=("--preview-every",),
+        optional=True,
+    ),
     Setting("quality", Integer(1, 100), help="1 to 100, for jpg and webp.", flags=("--quality",)),
     Setting("metadata", Switch(), help="Write the bare picture.", flags=("--no-metadata",)),
     Setting(
@@ -444,14 +567,20 @@ _ROWS = (
 )
 
 SETTINGS: dict[str, Setting] = {row.name: row for row in _ROWS}
+# Settings that hold pictures or say what is done with them: left out of what identifies a picture
+# where they have their defaults, so that pictures of before keep their hashes.
+FROM_PICTURES = (
+    "image", "strength", "mask", "mask_invert", "mask_feather", "expand", "reference", "redux",
+    "control", "negative_prompt", "true_cfg", "kind", "preview_every",
+)  # fmt: skip
 ALIASES: dict[str, str] = {row.alias: row.name for row in _ROWS if row.alias}
 KEYS = tuple(row.key for row in _ROWS)  # as they are shown
 FORMATS = ("jpg", "png", "webp")
 
 
 def to_json_value(value: Any) -> Any:
-    """Return a setting's value as JSON has it: adapters as texts, tuples as lists."""
-    if isinstance(value, LoraRef):
+    """Return a setting's value as JSON has it: adapters and pictures as texts, tuples as lists."""
+    if isinstance(value, LoraRef | ControlRef | ReduxRef | Expand):
         return str(value)
     if isinstance(value, tuple):
         return [to_json_value(each) for each in value]

@@ -33,20 +33,22 @@ from fluxcli.events import (
     is_of_one_row,
 )
 from fluxcli.models import find, loras
+from fluxcli.models.parts import Control, resolve_parts
+from fluxcli.pictures.inputs import NO_INPUTS, InputPictures, describe_remarks, load_inputs
 from fluxcli.pictures.latents import Latents
 from fluxcli.pictures.names import Destination, check_writable, parse_target
 from fluxcli.plan.costs import DTYPE_BYTES, make_workload
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import FRAGMENTS_SHARE, MemoryPlan, Placement, weaker
 from fluxcli.plan.planner import make_plan, suggest_options
-from fluxcli.request.fields import Order, Output
+from fluxcli.request.fields import GenerationRequest, Order, Output
 from fluxcli.request.job import Job, Row
 from fluxcli.request.settings import LoraRef
 from fluxcli.request.target import Target
 from fluxcli.run import saving
 from fluxcli.run.lock import DeviceLock
 from fluxcli.run.margin import grow_margin, read_margin
-from quant.checkpoint import Checkpoint
+from quant.checkpoint import COMPONENTS, Checkpoint
 from quant.errors import ExplainedError
 from quant.lora import Adapter
 
@@ -68,6 +70,12 @@ class Prepared:
     hardware: Hardware
     adapters: tuple[Adapter, ...]
     alternatives: tuple[Checkpoint, ...]
+    inputs: InputPictures = NO_INPUTS
+    controls: tuple[Control, ...] = ()
+
+    def make_picture(self, request: GenerationRequest, **about: Any) -> Picture:
+        """Return a picture that is to be drawn with this."""
+        return Picture(request, self.adapters, inputs=self.inputs, controls=self.controls, **about)
 
     @property
     def engine_key(self) -> tuple[object, ...]:
@@ -76,6 +84,11 @@ class Prepared:
         return (
             self.checkpoint.fingerprint,
             self.checkpoint.components["transformer"].folder,
+            tuple(
+                (name, part.fingerprint)
+                for name, part in self.checkpoint.components.items()
+                if name not in COMPONENTS
+            ),
             plan.device,
             plan.precision,
             plan.spec,
@@ -236,8 +249,12 @@ class Session:
         """
         resources = order.resources
         said: list[str] = []
+        inputs = load_inputs(order.request)
+        yield from map(Notice, describe_remarks(inputs))
         checkpoints = find.list_checkpoints(order, paths.config_folder(), said.append)
         yield from map(Notice, said)
+        parts = resolve_parts(order.request, checkpoints[-1])
+        checkpoints = [parts.add_to(checkpoint) for checkpoint in checkpoints]
         adapters = (known or Known()).resolve_loras(order, checkpoints[-1])
         yield from map(Notice, loras.describe_unmatched(adapters))
         hardware = device.probe(resources.device)
@@ -271,7 +288,13 @@ class Session:
         if lock and hardware.kind == "cpu" and is_large:
             yield from self._lock(hardware.identity, no_wait=no_wait)
         return Prepared(
-            checkpoint, plan, hardware, adapters=adapters, alternatives=tuple(checkpoints)
+            checkpoint,
+            plan,
+            hardware,
+            adapters=adapters,
+            alternatives=tuple(checkpoints),
+            inputs=inputs,
+            controls=parts.controls,
         )
 
     def _plan_row(
@@ -466,9 +489,9 @@ def _take_stock(
     pending = []
     for destination, path in zip(destinations, done, strict=True):
         if path is None:
-            picture = Picture(destination.order.request, adapters)
-            picture.position = destination.n
-            picture.total = len(destinations)
+            picture = row.prepared.make_picture(
+                destination.order.request, position=destination.n, total=len(destinations)
+            )
             waiting = Pending(picture, destination, row)
             if may_be_done:
                 found = saving.find_latents(engine, destination, adapters, taken=taken)

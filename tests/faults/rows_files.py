@@ -538,7 +538,7 @@ for pipeline in ("FluxImg2ImgPipeline", "FluxInpaintPipeline"):
         case.draw("-m", model)
 
 
-for pipeline in ("FluxKontextPipeline", "FluxFillPipeline", "Flux2Pipeline", "FluxControlPipeline"):
+for pipeline in ("Flux2Pipeline", "FluxPriorReduxPipeline", "StableDiffusion3Pipeline"):
 
     @fault(f"names-{pipeline}", f"a folder of {pipeline}", codes=[4], says=pipeline)
     def names_pipeline(case: Case, pipeline: str = pipeline) -> None:
