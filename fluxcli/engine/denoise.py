@@ -73,7 +73,7 @@ def _denoise(components: Components, model: Any, picture: Picture) -> Iterator[E
             tokens,
             row=row,
             ways=ways,
-            latents=latents,
+            inputs=latents,
             index=index,
             true_scale=request.true_scale,
         )
@@ -129,7 +129,7 @@ def take_step(
     *,
     row: ModulationRow,
     ways: Sequence[_Way],
-    latents: InputLatents,
+    inputs: InputLatents,
     index: int,
     true_scale: float = 1.0,
 ) -> Tensor:
@@ -139,10 +139,10 @@ def take_step(
     `true_scale` times the way from that one's to the first one's.
     """
     hidden = tokens
-    if latents.channels is not None:
-        hidden = torch.cat([hidden, latents.channels], dim=2)
-    if latents.references is not None:
-        hidden = torch.cat([hidden, latents.references], dim=1)
+    if inputs.channels is not None:
+        hidden = torch.cat([hidden, inputs.channels], dim=2)
+    if inputs.references is not None:
+        hidden = torch.cat([hidden, inputs.references], dim=1)
     velocities = []
     for way in ways:
         row.select(way.table, index)
@@ -151,9 +151,9 @@ def take_step(
     if len(ways) > 1:
         velocity = velocities[1] + true_scale * (velocity - velocities[1])
     stepped = scheduler.step(velocity, scheduler.timesteps[index], tokens, return_dict=False)[0]
-    if latents.mask is None:
+    if inputs.mask is None:
         return stepped
-    return _restore_around(stepped, latents, scheduler, index=index)
+    return _restore_around(stepped, inputs, scheduler, index=index)
 
 
 def _restore_around(tokens: Tensor, latents: InputLatents, scheduler: Any, *, index: int) -> Tensor:

@@ -147,6 +147,8 @@ def _read_file(path: str) -> bytes:
         return read_small_file(Path(path), MAX_FILE_BYTES)
     except OSError as error:
         raise _refuse(path, error.strerror or "it cannot be read") from error
+    except ValueError as error:  # NUL or what is no text in its name
+        raise _refuse(path, "no file can have this name") from error
 
 
 def _open(path: str, data: bytes) -> Any:
