@@ -135,6 +135,8 @@ class Components:
             self.evict("transformer")
         if now.encode != before.encode:
             self.evict("text_encoder_2")
+        if now.controls != before.controls:
+            self.evict(*(name for name in list(self.loaded) if costs.is_control(name)))
         if "modulation" not in now.keep:
             self.modulation_weights.clear()
 
@@ -178,10 +180,10 @@ class Components:
             component,
             dtype=self.dtype(name),
             device=self.plan.device,
-            spec=self.plan.spec,
+            spec=self.plan.find_spec(name),
             skip=is_modulation if is_transformer else None,
             blocks=_find_passing_blocks(component, placed),
-            from_arena=is_transformer and placed.denoise == "streamed",
+            from_arena=_comes_from_arena(name, placed),
             change_blocks=self.compiler.install if is_transformer and self.compiler else None,
         )
         taken_s = time.perf_counter() - started_s
@@ -225,10 +227,8 @@ class Components:
 
     def make_room(self, name: str) -> Iterator[Event]:
         """Evict what may not stay beside a component."""
-        keep = self.plan.placement.keep
-        leaving = [
-            other for other in self.loaded if other != name and not (name in keep and other in keep)
-        ]
+        placed = self.plan.placement
+        leaving = [other for other in self.loaded if not placed.allows(name, other)]
         if leaving:
             yield Phase("evict", " ".join(leaving))
             self.evict(*leaving)
@@ -258,10 +258,19 @@ class Components:
         device.empty_cache(self.plan.device)
 
 
+def _comes_from_arena(name: str, placed: Placement) -> bool:
+    """Whether the blocks of a component that pass through the device lie in RAM."""
+    if costs.is_control(name):
+        return placed.controls == "streamed"
+    return name == "transformer" and placed.denoise == "streamed"
+
+
 def _find_passing_blocks(component: Component, placed: Placement) -> list[str]:
     """The component's blocks that pass through the device instead of staying on it."""
     if component.name == "text_encoder_2" and placed.encode == "sequential":
         return costs.t5_block_names(component)
+    if costs.is_control(component.name) and placed.controls != "resident":
+        return costs.block_names(component)
     if component.name == "transformer" and placed.denoise == "sequential":
         return costs.block_names(component)
     if component.name == "transformer" and placed.denoise == "streamed":

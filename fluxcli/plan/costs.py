@@ -1,10 +1,10 @@
 """What a picture costs in bytes and in seconds: arithmetic on headers, sizes and speeds.
 
-Opens no file and knows neither prompts nor adapters' files: a `Workload` is all it knows of a
-request. Sizes are in bytes, speeds in bytes or FLOP a second. The activations of a step are lines
-fitted to counted values of the full-size model (`quant.spec`, docs/memory.md). FLOP are 2 for each
-weight and row, and 4 x tokens^2 x width for the attention of each block; what a step moves and
-launches beside its products was counted, too (`steps`). Stdlib only.
+Opens no file and knows neither prompts nor files of adapters and pictures: a `Workload` is all it
+knows of a request. Sizes are in bytes, speeds in bytes or FLOP a second. The activations of a step
+are lines fitted to counted values of the full-size model (`quant.spec`, docs/memory.md). FLOP are 2
+for each weight and row, and 4 x tokens^2 x width for the attention of each block; what a step moves
+and launches beside its products was counted, too (`steps`). Stdlib only.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,9 +17,11 @@ from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import Checkpoint, Component
 from quant.lora import Adapter, Part
 from quant.spec import (
+    BAKEABLE,
     DEQUANTIZE,
     FAMILIES,
     QUANTIZABLE,
+    SCHEMES,
     ActivationLine,
     QuantSpec,
     find_error,
@@ -44,11 +46,21 @@ PIXEL_ACTIVATIONS = 6  # live tensors (first width of the VAE, height, width) at
 # 4.27 GiB reserved for 1024x1024 in bfloat16), ComfyUI reckons with 2178 (comfy/sd.py, `VAE`).
 PIXEL_ACTIVATIONS_RESERVED = 2200 / 128
 DECODE_BYTES = 12 << 20  # beside these
-TILE_PX = 512  # of a tiled decode
-VAE_FLOP = 1.0e7  # for each pixel
+# The same of the VAE's encoder, counted like the decoder's. What is reserved for it nobody has
+# measured; ComfyUI reckons with 1767 values a pixel, and says that it should be less
+# (comfy/sd.py, `memory_used_encode`).
+INPUT_ACTIVATIONS = 5.03
+INPUT_ACTIVATIONS_RESERVED = 1767 / 128
+TILE_PX = 512  # of what the VAE does in tiles
+VAE_FLOP = 1.0e7  # for each pixel that is decoded
+INPUT_FLOP = 4.2e6  # for each pixel that is encoded, counted by torch's FlopCounterMode
 TILED_WORK = 1.35  # overlaps of tiles are computed twice
 SLOW_BF16 = 0.25  # of float32's speed, on a CPU without units for it
 T5_BLOCKS = "encoder.block."
+# SigLIP and Redux' embedder, which make text tokens of a picture.
+IMAGE_ENCODERS = ("image_encoder", "image_embedder")
+IMAGE_ENCODER_BYTES = 128 << 20  # beside their weights, for the 729 tokens of a picture
+CONTROLNET = "controlnet"  # what the names of such components begin with
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,15 @@ class Workload:
     width_px: int
     height_px: int
     text_tokens: int
-    steps: int
+    steps: int  # that are taken: a picture to start from leaves out the first
+    reference_tokens: int = 0  # of pictures that the transformer sees beside its own, in each step
+    extra_text_tokens: int = 0  # that are no prompt's, as Redux' of a picture
+    passes: int = 1  # of the transformer in a step: two with true guidance
+    input_pixels: tuple[int, ...] = ()  # of each picture that the VAE encodes
+    # The names of ControlNets' components, one for each control picture, and how many steps each
+    # computes in. One component may have several pictures.
+    controls: tuple[str, ...] = ()
+    control_steps: tuple[int, ...] = ()
     # By component: the numbers of all adapters that stay on the device beside its weights.
     adapter_numel: Mapping[str, int] = field(default_factory=dict)
     # Of all adapters in one step of the transformer.
@@ -75,6 +95,26 @@ class Workload:
     def image_tokens(self) -> int:
         """Rows that the transformer computes for the picture: one for 16 x 16 pixels."""
         return self.pixels // 256
+
+    @property
+    def image_rows(self) -> int:
+        """Rows of the stream that the picture is in: those of references, too."""
+        return self.image_tokens + self.reference_tokens
+
+    @property
+    def text_rows(self) -> int:
+        """Rows of the stream that the prompt is in: those that Redux adds, too."""
+        return self.text_tokens + self.extra_text_tokens
+
+    @property
+    def rows(self) -> int:
+        """Rows that attention looks at."""
+        return self.image_rows + self.text_rows
+
+    @property
+    def largest_input_pixels(self) -> int:
+        """Pixels of the largest picture that the VAE encodes, 0 where it encodes none."""
+        return max(self.input_pixels, default=0)
 
 
 def make_workload(request: GenerationRequest, adapters: Sequence[Adapter] = ()) -> Workload:
@@ -110,8 +150,16 @@ def _count_tokens(workload: Workload, part: Part) -> int:
     """How many tokens the layers of an adapter's part see in a step."""
     layer = next(iter(part.layers))
     if layer.startswith("single"):
-        return workload.image_tokens + workload.text_tokens
-    return workload.text_tokens if _is_for_text(layer) else workload.image_tokens
+        return workload.rows
+    return workload.text_rows if _is_for_text(layer) else workload.image_rows
+
+
+def count_control_steps(steps: int, *, start: float, end: float) -> int:
+    """In how many of the steps a ControlNet computes: those that lie within its shares of all.
+
+    As diffusers counts them: by the first step's share at `start`, by the last one's at `end`.
+    """
+    return sum(index / steps >= start and (index + 1) / steps <= end for index in range(steps))
 
 
 @dataclass(frozen=True)
@@ -123,6 +171,35 @@ class Block:
     text_numel: int  # weights that text tokens are multiplied by
     is_single: bool  # image and text tokens are one sequence there
     numel_by_form: Mapping[str, int]  # weights by the form they have on the device, "" for 16 bit
+
+
+@dataclass(frozen=True)
+class ControlCost:
+    """What a ControlNet takes, whatever number of pictures it is given."""
+
+    name: str  # of its component
+    blocks: tuple[Block, ...]  # in the order of the forward, before the transformer's
+    rest_bytes: int  # neither in a block nor modulation
+    rest_numel: int
+    quantized_numel: int  # that is quantized while loading
+    residual_tensors: int  # (1, S, D) that its blocks give to the transformer's
+    pictures: int
+    calls: int  # in all steps, for all its pictures
+
+    @property
+    def blocks_bytes(self) -> int:
+        """All blocks together."""
+        return sum(block.nbytes for block in self.blocks)
+
+    @property
+    def nbytes(self) -> int:
+        """What a step needs of it: all but its modulation."""
+        return self.rest_bytes + self.blocks_bytes
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of its largest block."""
+        return max((block.nbytes for block in self.blocks), default=0)
 
 
 @dataclass(frozen=True)
@@ -156,6 +233,12 @@ class Cost:
     decode_tiled_bytes: int  # beside the VAE, tile by tile
     workspace_bytes: int  # of cuDNN, on top of `decode_bytes`
     workspace_tiled_bytes: int  # of cuDNN, on top of `decode_tiled_bytes`
+    controls: tuple[ControlCost, ...] = ()  # in the order in which they compute
+    image_encoders_bytes: int = 0  # of SigLIP and Redux' embedder, where they are needed
+    prepare_bytes: int = 0  # beside the VAE, to encode the largest picture at once
+    prepare_tiled_bytes: int = 0  # beside the VAE, tile by tile
+    prepare_workspace_bytes: int = 0  # of cuDNN, on top of `prepare_bytes`
+    prepare_workspace_tiled_bytes: int = 0  # of cuDNN, on top of `prepare_tiled_bytes`
 
     @property
     def blocks_bytes(self) -> int:
@@ -168,20 +251,55 @@ class Cost:
         return self.rest_bytes + self.blocks_bytes
 
     @property
+    def controls_bytes(self) -> int:
+        """What a step needs of all ControlNets."""
+        return sum(control.nbytes for control in self.controls)
+
+    @property
+    def control_blocks(self) -> tuple[Block, ...]:
+        """The blocks of all ControlNets, in the order in which they compute."""
+        return tuple(block for control in self.controls for block in control.blocks)
+
+    @property
+    def encoders_bytes(self) -> int:
+        """All that reads prompts, and pictures as prompts."""
+        return self.clip_bytes + self.t5_bytes + self.image_encoders_bytes
+
+    @property
     def total_bytes(self) -> int:
         """All components but for the modulation."""
-        return self.clip_bytes + self.t5_bytes + self.transformer_bytes + self.vae_bytes
+        of_steps_bytes = self.transformer_bytes + self.controls_bytes
+        return self.encoders_bytes + of_steps_bytes + self.vae_bytes
 
 
 # --- bytes of weights
 
 
 def block_names(transformer: Component) -> list[str]:
-    """The transformer's blocks in the order of the forward: first the double, then the single."""
+    """The blocks of a transformer or a ControlNet in the order of the forward.
+
+    The double ones come first, then the single ones.
+    """
     config = transformer.config
     double = [f"transformer_blocks.{i}" for i in range(config["num_layers"])]
     single = [f"single_transformer_blocks.{i}" for i in range(config["num_single_layers"])]
     return double + single
+
+
+def is_control(name: str) -> bool:
+    """Whether a component of this name is a ControlNet."""
+    return name.startswith(CONTROLNET)
+
+
+def find_control_spec(precision: str) -> QuantSpec | None:
+    """What ControlNets in 16 bit are quantized to while they are loaded beside a transformer.
+
+    They get its precision, whether it was quantized before or is now; None where flux cannot
+    quantize to that.
+    """
+    if precision not in BAKEABLE:
+        return None
+    return QuantSpec(precision, SCHEMES[precision].text_encoder)
 
 
 def t5_block_names(t5: Component) -> list[str]:
@@ -241,13 +359,15 @@ def estimate_cost(
     dtypes: Mapping[str, str],
     spec: QuantSpec | None,
     lines: Sequence[ActivationLine],
+    control_spec: QuantSpec | None = None,
     has_workspaces: bool = False,
 ) -> Cost:
     """The bytes of every part that is placed by itself, and of what is needed beside them.
 
-    `dtypes` has what each component computes in, `spec` what is quantized while loading, and
-    `lines` the activations of the transformer's precision, of which the largest counts. With
-    `has_workspaces` convolutions are cuDNN's, which takes memory of its own.
+    `dtypes` has what each component computes in, `spec` what is quantized while loading, of
+    ControlNets `control_spec`, and `lines` the activations of the transformer's precision, of which
+    the largest counts. With `has_workspaces` convolutions are cuDNN's, which takes memory of its
+    own.
     """
     parts = checkpoint.components
     t5 = parts["text_encoder_2"]
@@ -264,16 +384,45 @@ def estimate_cost(
         component_bytes(t5, dtype=dtypes[t5.name], spec=spec, prefix=f"{block}.")
         for block in t5_block_names(t5)
     ]
-    blocks, rest_bytes = _split_transformer(transformer, dtype=dtypes["transformer"], spec=spec)
-    modulation = [w for name, w in transformer.weights.items() if is_modulation(name)]
-    modulation_numels = [weight.numel for weight in modulation]
-    outputs = sum(w.shape[0] for w in modulation if w.name.endswith(".linear.weight"))
+    blocks, rest = _split_blocks(transformer, dtype=dtypes["transformer"], spec=spec)
+    rest_bytes = sum(
+        weight_bytes(w, transformer.name, dtype=dtypes["transformer"], spec=spec) for w in rest
+    )
+    stepping = [parts[name] for name in dict.fromkeys(workload.controls)]
+    modulation_numels = [
+        weight.numel
+        for part in (*stepping, transformer)
+        for name, weight in part.weights.items()
+        if is_modulation(name)
+    ]
+    # One table for each pass of the transformer, and one for each ControlNet.
+    outputs = workload.passes * _count_outputs(transformer)
+    outputs += sum(_count_outputs(part) for part in stepping)
     config = transformer.config
     width = config["num_attention_heads"] * config["attention_head_dim"]
     dequantizing_bytes = count_temporary_bytes(transformer)
-    pixel_bytes = 0  # of a workspace
+    controls = tuple(
+        _estimate_control(name, workload, parts, dtypes=dtypes, spec=control_spec)
+        for name in dict.fromkeys(workload.controls)
+    )
+    denoise_bytes = _estimate_step(workload, lines, width=width, dtype=dtypes["transformer"])
+    denoise_bytes += max(0, dequantizing_bytes - LINE_BYTES)
+    denoise_bytes += _count_residuals(controls) * workload.image_tokens * width * wide_bytes
+    vae_dtype = dtypes["vae"]
+    input_pixels = workload.largest_input_pixels
+    tile_pixels = min(workload.width_px, TILE_PX) * min(workload.height_px, TILE_PX)
+    input_tile_pixels = min(input_pixels, TILE_PX**2)
+    of_pixel = _bytes_of_a_pixel(parts["vae"], vae_dtype, PIXEL_ACTIVATIONS)
+    of_input_pixel = _bytes_of_a_pixel(parts["vae"], vae_dtype, INPUT_ACTIVATIONS)
+    # What cuDNN and the allocator take on top of these.
+    more_of_pixel = more_of_input_pixel = 0
     if has_workspaces:
-        pixel_bytes = _workspace_bytes_of_a_pixel(parts["vae"], dtypes["vae"])
+        reserved = _bytes_of_a_pixel(parts["vae"], vae_dtype, PIXEL_ACTIVATIONS_RESERVED)
+        more_of_pixel = reserved - of_pixel
+        reserved = _bytes_of_a_pixel(parts["vae"], vae_dtype, INPUT_ACTIVATIONS_RESERVED)
+        more_of_input_pixel = reserved - of_input_pixel
+    # Three channels, twice: the tiles that are done, and the picture that they are joined to.
+    joined_bytes = 2 * 3 * DTYPE_BYTES[vae_dtype] * workload.pixels
     return Cost(
         workload=workload,
         clip_bytes=loaded_bytes["text_encoder"],
@@ -293,32 +442,98 @@ def estimate_cost(
         element_bytes=wide_bytes,
         encode_bytes=_estimate_encode(workload, t5, dtype=dtypes[t5.name], spec=spec),
         tables_bytes=workload.steps * outputs * wide_bytes,
-        denoise_bytes=_estimate_step(workload, lines, width=width, dtype=dtypes["transformer"])
-        + max(0, dequantizing_bytes - LINE_BYTES),
-        decode_bytes=_estimate_decode(workload, parts["vae"], dtype=dtypes["vae"]),
-        decode_tiled_bytes=_estimate_tiled_decode(workload, parts["vae"], dtype=dtypes["vae"]),
-        workspace_bytes=pixel_bytes * workload.pixels,
-        workspace_tiled_bytes=pixel_bytes * _count_tile_pixels(workload),
+        denoise_bytes=denoise_bytes,
+        decode_bytes=of_pixel * workload.pixels + DECODE_BYTES,
+        decode_tiled_bytes=of_pixel * tile_pixels + joined_bytes + DECODE_BYTES,
+        workspace_bytes=more_of_pixel * workload.pixels,
+        workspace_tiled_bytes=more_of_pixel * tile_pixels,
+        controls=controls,
+        image_encoders_bytes=_count_image_encoders(workload, parts, dtypes),
+        prepare_bytes=of_input_pixel * input_pixels + DECODE_BYTES,
+        prepare_tiled_bytes=of_input_pixel * input_tile_pixels + DECODE_BYTES,
+        prepare_workspace_bytes=more_of_input_pixel * input_pixels,
+        prepare_workspace_tiled_bytes=more_of_input_pixel * input_tile_pixels,
     )
 
 
-def _split_transformer(
-    transformer: Component, *, dtype: str, spec: QuantSpec | None
-) -> tuple[tuple[Block, ...], int]:
-    """The blocks without their modulation, and the bytes of what is in no block."""
-    inside: dict[str, list[Weight]] = {name: [] for name in block_names(transformer)}
-    rest_bytes = 0
-    for name, weight in transformer.weights.items():
+def _count_outputs(component: Component) -> int:
+    """Numbers in a row of a component's modulation table."""
+    return sum(
+        weight.shape[0]
+        for name, weight in component.weights.items()
+        if is_modulation(name) and name.endswith(".linear.weight")
+    )
+
+
+def _count_image_encoders(
+    workload: Workload, parts: Mapping[str, Component], dtypes: Mapping[str, str]
+) -> int:
+    """Bytes of what makes text tokens of a picture, where the workload has such tokens."""
+    if not workload.extra_text_tokens:
+        return 0
+    return sum(
+        component_bytes(parts[name], dtype=dtypes[name], spec=None)
+        for name in IMAGE_ENCODERS
+        if name in parts
+    )
+
+
+def _estimate_control(
+    name: str,
+    workload: Workload,
+    parts: Mapping[str, Component],
+    *,
+    dtypes: Mapping[str, str],
+    spec: QuantSpec | None,
+) -> ControlCost:
+    """What a ControlNet of the workload takes, with all its pictures."""
+    component = parts[name]
+    blocks, rest = _split_blocks(component, dtype=dtypes[name], spec=spec)
+    steps = [
+        count
+        for of_name, count in zip(workload.controls, workload.control_steps, strict=True)
+        if of_name == name
+    ]
+    return ControlCost(
+        name=name,
+        blocks=blocks,
+        rest_bytes=sum(
+            weight_bytes(w, component.name, dtype=dtypes[name], spec=spec) for w in rest
+        ),
+        rest_numel=sum(weight.numel for weight in rest),
+        quantized_numel=sum(
+            weight.numel
+            for weight in component.weights.values()
+            if not weight.scheme and _find_form(weight, component.name, spec)
+        ),
+        residual_tensors=len(blocks),
+        pictures=len(steps),
+        calls=sum(steps),
+    )
+
+
+def _count_residuals(controls: Sequence[ControlCost]) -> int:
+    """How many tensors (1, S, D) are there in a step for the transformer's blocks."""
+    return sum(control.residual_tensors * control.pictures for control in controls)
+
+
+def _split_blocks(
+    component: Component, *, dtype: str, spec: QuantSpec | None
+) -> tuple[tuple[Block, ...], list[Weight]]:
+    """The blocks of a transformer or a ControlNet without modulation, and what is in no block."""
+    inside: dict[str, list[Weight]] = {name: [] for name in block_names(component)}
+    rest = []
+    for name, weight in component.weights.items():
         if is_modulation(name):
             continue
         block = ".".join(name.split(".")[:2])
         if block in inside:
             inside[block].append(weight)
         else:
-            rest_bytes += weight_bytes(weight, transformer.name, dtype=dtype, spec=spec)
+            rest.append(weight)
     blocks = []
     for block_name, weights in inside.items():
-        sizes = [weight_bytes(w, transformer.name, dtype=dtype, spec=spec) for w in weights]
+        sizes = [weight_bytes(w, component.name, dtype=dtype, spec=spec) for w in weights]
         is_single = block_name.startswith("single")
         text = [w for w in weights if _is_for_text(w.name)]
         image = [w for w in weights if not _is_for_text(w.name)]
@@ -326,7 +541,7 @@ def _split_transformer(
             text = image
         numel_by_form: dict[str, int] = {}
         for weight in weights:
-            form = _find_form(weight, transformer.name, spec)
+            form = _find_form(weight, component.name, spec)
             numel_by_form[form] = numel_by_form.get(form, 0) + weight.numel
         made = Block(
             sum(sizes),
@@ -336,7 +551,7 @@ def _split_transformer(
             numel_by_form=numel_by_form,
         )
         blocks.append(made)
-    return tuple(blocks), rest_bytes
+    return tuple(blocks), rest
 
 
 def _is_for_text(name: str) -> bool:
@@ -372,40 +587,18 @@ def _estimate_step(
     workload: Workload, lines: Sequence[ActivationLine], *, width: int, dtype: str
 ) -> int:
     """Bytes beside the transformer's weights at the peak of a step: the largest of the lines."""
-    tokens = workload.image_tokens + workload.text_tokens
+    tokens = workload.rows
     numel = max((line.per_token * tokens + line.per_width * width) * width for line in lines)
     return int(numel * DTYPE_BYTES[dtype])
 
 
-def _bytes_of_a_pixel(vae: Component, dtype: str) -> int:
-    """Bytes of the VAE's activations for each pixel that is decoded at once."""
+def _bytes_of_a_pixel(vae: Component, dtype: str, tensors: float) -> int:
+    """Bytes that the VAE takes for each pixel that it has in hand.
+
+    `tensors` says how many there are with the VAE's first width of channels.
+    """
     channels: int = vae.config["block_out_channels"][0]
-    return PIXEL_ACTIVATIONS * channels * DTYPE_BYTES[dtype]
-
-
-def _workspace_bytes_of_a_pixel(vae: Component, dtype: str) -> int:
-    """What cuDNN and the allocator take on top of these for each pixel that is decoded at once."""
-    channels: int = vae.config["block_out_channels"][0]
-    reserved_bytes = int(PIXEL_ACTIVATIONS_RESERVED * channels * DTYPE_BYTES[dtype])
-    return reserved_bytes - _bytes_of_a_pixel(vae, dtype)
-
-
-def _count_tile_pixels(workload: Workload) -> int:
-    """The pixels of a tile."""
-    return min(workload.width_px, TILE_PX) * min(workload.height_px, TILE_PX)
-
-
-def _estimate_decode(workload: Workload, vae: Component, *, dtype: str) -> int:
-    """Bytes beside the VAE's weights when the whole picture is decoded at once."""
-    return _bytes_of_a_pixel(vae, dtype) * workload.pixels + DECODE_BYTES
-
-
-def _estimate_tiled_decode(workload: Workload, vae: Component, *, dtype: str) -> int:
-    """Bytes beside the VAE's weights when it decodes in tiles, which are then joined."""
-    # Three channels, twice: the tiles that are done, and the picture that they are joined to.
-    joined_bytes = 2 * 3 * DTYPE_BYTES[dtype] * workload.pixels
-    tile_bytes = _bytes_of_a_pixel(vae, dtype) * _count_tile_pixels(workload)
-    return tile_bytes + joined_bytes + DECODE_BYTES
+    return int(tensors * channels * DTYPE_BYTES[dtype])
 
 
 # --- seconds
@@ -424,17 +617,26 @@ def block_seconds(cost: Cost, hardware: Hardware, speeds: Speeds) -> list[float]
     return [_estimate_block(cost, block, hardware, speeds) + outside_s for block in cost.blocks]
 
 
+def control_seconds(
+    cost: Cost, control: ControlCost, hardware: Hardware, speeds: Speeds
+) -> list[float]:
+    """Seconds that each block of a ControlNet computes in one call, as of `block_seconds`."""
+    outside_s = 2 * control.rest_numel * cost.workload.image_rows / speeds.wide
+    outside_s /= len(control.blocks)
+    return [_estimate_block(cost, block, hardware, speeds) + outside_s for block in control.blocks]
+
+
 def _scale_outside(cost: Cost) -> float:
     """Bytes that a step moves outside of its blocks."""
-    tokens = cost.workload.image_tokens + cost.workload.text_tokens
+    tokens = cost.workload.rows
     per_value = cost.element_bytes / 2 * tokens * cost.width / (steps.TOKENS * steps.WIDTH)
     return steps.OUTSIDE.moved_mb * 1e6 * per_value
 
 
 def _estimate_block(cost: Cost, block: Block, hardware: Hardware, speeds: Speeds) -> float:
     """Seconds that a block computes in one step."""
-    image = cost.workload.image_tokens
-    text = cost.workload.text_tokens
+    image = cost.workload.image_rows
+    text = cost.workload.text_rows
     flop = 2 * (block.image_numel * image + block.text_numel * text)
     total_numel = block.image_numel if block.is_single else block.image_numel + block.text_numel
     device_s = 4 * (image + text) ** 2 * cost.width / speeds.attention
@@ -475,6 +677,11 @@ class Bus:
             is_pinned = pinned_bytes <= self.pin_limit_bytes
             found.append(size / (self.bus_bytes if is_pinned else self.fed_bytes))
         return found
+
+
+def put_before(cost: Cost, control: ControlCost) -> Cost:
+    """The cost with a ControlNet's blocks before the transformer's, as they compute."""
+    return replace(cost, blocks=(*control.blocks, *cost.blocks))
 
 
 def choose_streamed(

@@ -4,19 +4,20 @@ seconds, and the next one down when memory runs out all the same.
 Arithmetic on `costs`: opens no file and asks no device. Sizes are in bytes. Stdlib only.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from math import inf
 from typing import Any, NamedTuple
 
 from fluxcli.plan import costs
-from fluxcli.plan.costs import Bus, Cost, Workload
+from fluxcli.plan.costs import Bus, ControlCost, Cost, Workload
 from fluxcli.plan.machine import CONTEXT_BYTES, Hardware, Speeds
 from quant.checkpoint import Checkpoint
 from quant.spec import ATTENTION, DEQUANTIZE, SCHEMES, ActivationLine, QuantSpec
 
 GIB = 2**30
-PHASES = ("encode", "condition", "denoise", "decode")
+PHASES = ("encode", "condition", "denoise", "decode")  # of every picture
+PREPARE = "prepare"  # after the first of these, where the VAE encodes pictures
 READING = ("load", "condition")  # whose seconds are those of reading files
 RAM_SHARE = 0.6  # of all RAM, that streamed blocks may take
 FREE_RAM_SHARE = 0.8  # of the RAM that is free now, that they may take
@@ -30,6 +31,8 @@ QUANTIZE_BYTES = 1.5e9  # a second, of 16-bit weights that are quantized while l
 CPU_QUANTIZE_SHARE = 0.1  # of that speed, on a CPU
 # Of a step in 16 bit: beside attention, a fused weight while it is loaded.
 SIXTEEN_BIT_LINES = (ATTENTION, ActivationLine(0.0, 7.2))
+TILEABLE = (PREPARE, "decode")  # phases in which the VAE computes
+CONTROL_LEVELS = ("resident", "streamed", "sequential")
 # What stays on the device between phases, by the names of `Placement.keep`.
 KEEP_ALL = ("text_encoder", "text_encoder_2", "transformer", "vae", "modulation")
 KEEP_LARGE = ("transformer", "vae")
@@ -40,8 +43,11 @@ class Placement:
     """Where weights are in each phase.
 
     encode: T5 is "resident" on the device, or "sequential", block by block from its file.
+    prepare: the VAE encodes pictures "whole", or "tiled", which gives other pixels.
     denoise: the transformer is "resident", "streamed" (the blocks in `streamed`, by index, come
     from pinned memory), or "sequential" (every block from its file in every step).
+    controls: ControlNets, which stay beside it, are "resident", "streamed" (every block of each
+    comes from pinned memory, through two slots of its own), or "sequential".
     decode: the VAE works "together" with the transformer, "alone" after it has left, or "tiled",
     alone and in tiles, which gives other pixels.
     """
@@ -51,13 +57,30 @@ class Placement:
     decode: str = "together"
     streamed: tuple[int, ...] = ()
     keep: tuple[str, ...] = ()  # components, and "modulation", that may stay beside each other
+    prepare: str = "whole"
+    controls: str = "resident"
 
     def level(self, phase: str) -> str:
         """A phase's level in words, streamed blocks with their count; "" for condition."""
         if phase == "denoise" and self.denoise == "streamed":
             return f"streamed {len(self.streamed)}"
         levels = {"encode": self.encode, "denoise": self.denoise, "decode": self.decode}
+        levels[PREPARE] = self.prepare
         return levels.get(phase, "")
+
+    @property
+    def tiles(self) -> tuple[str, ...]:
+        """The phases in which the VAE works in tiles."""
+        levels = {PREPARE: self.prepare, "decode": self.decode}
+        return tuple(phase for phase, level in levels.items() if level == "tiled")
+
+    def allows(self, name: str, other: str) -> bool:
+        """Whether two components may be on the device at once.
+
+        ControlNets compute in the transformer's steps, and may stay wherever it may.
+        """
+        one, two = ("transformer" if costs.is_control(each) else each for each in (name, other))
+        return one == two or (one in self.keep and two in self.keep)
 
 
 @dataclass(frozen=True)
@@ -94,6 +117,12 @@ class MemoryPlan:
     def picture_s(self) -> float:
         """Of one picture whose model is loaded: what a worker and a batch pay for each."""
         return sum(taken_s for name, taken_s in self.seconds.items() if name not in READING)
+
+    def find_spec(self, component: str) -> QuantSpec | None:
+        """What is quantized of a component while it is loaded."""
+        if costs.is_control(component):
+            return costs.find_control_spec(self.precision)
+        return self.spec
 
     def to_json(self) -> dict[str, Any]:
         """The plan in JSON types; the placement has the key "residency" that it always had."""
@@ -178,6 +207,7 @@ def make_candidate(
         dtypes=dtypes,
         spec=spec,
         lines=lines,
+        control_spec=costs.find_control_spec(precision),
         has_workspaces=hardware.kind == "cuda",
     )
     return Candidate(
@@ -202,24 +232,29 @@ def fit(
     offload: str,
     budget_bytes: int,
     host_bytes: int,
-    may_tile: bool = True,
+    tiles: Collection[str] = TILEABLE,
 ) -> Fit:
     """The fastest placement within a budget on the device and so much RAM for streamed blocks.
 
     `offload` is the request's wish: "auto", or "none", "stream" or "sequential", which leave one
-    level. `may_tile` allows the decode that changes pixels; without it the whole picture is decoded
-    in less memory than cuDNN would take, rather than not at all. Each phase takes the first level
-    that fits, from most memory to least.
+    level. `tiles` are the phases that may work in tiles, which changes pixels; others have the VAE
+    take the whole picture in less memory than cuDNN would take, rather than not at all. Each phase
+    takes the first level that fits, from most memory to least.
     """
     hardware = candidate.hardware
     placement = Placement(keep=_choose_keep(candidate, offload, budget_bytes))
-    for phase in ("encode", "denoise", "decode"):
+    fitted = ["encode", "denoise", "decode"]
+    if candidate.cost.workload.input_pixels:
+        fitted.append(PREPARE)
+    for phase in fitted:
         chosen = None
         why = f"{phase} cannot be so: packing again in every step is never worth it"
-        for level in _list_levels(candidate, phase, placement, offload=offload, may_tile=may_tile):
+        for level in _list_levels(
+            candidate, phase, placement, offload=offload, may_tile=phase in tiles
+        ):
             peak_bytes = estimate_peaks(candidate, level)[phase]
-            if phase == "decode" and level.decode == "alone" and not may_tile:
-                peak_bytes -= candidate.cost.workspace_bytes
+            if phase not in tiles:
+                peak_bytes -= _count_spared_bytes(candidate, phase, level)
             streamed_bytes = _streamed_bytes(candidate, level)
             if peak_bytes <= budget_bytes and streamed_bytes <= host_bytes:
                 chosen = level
@@ -239,13 +274,24 @@ def fit(
     return Fit(_make_plan(candidate, placement, budget_bytes))
 
 
+def _count_spared_bytes(candidate: Candidate, phase: str, level: Placement) -> int:
+    """The workspace that the VAE goes without, where it would have to work in tiles else."""
+    if phase == "decode" and level.decode == "alone":
+        return candidate.cost.workspace_bytes
+    if phase == PREPARE and not level.keep:
+        return candidate.cost.prepare_workspace_bytes
+    return 0
+
+
 def _choose_keep(candidate: Candidate, offload: str, budget_bytes: int) -> tuple[str, ...]:
     """What stays on the device between phases: everything, where the model is small."""
     whole_bytes = candidate.cost.total_bytes + candidate.cost.modulation_bytes
     is_small = whole_bytes < budget_bytes * RESIDENT_SHARE
-    if is_small and offload in ("auto", "none"):
-        return KEEP_ALL
-    return KEEP_LARGE
+    if not is_small or offload not in ("auto", "none"):
+        return KEEP_LARGE
+    if candidate.cost.image_encoders_bytes:
+        return (*KEEP_ALL, *costs.IMAGE_ENCODERS)
+    return KEEP_ALL
 
 
 def _list_levels(
@@ -256,6 +302,8 @@ def _list_levels(
         return _list_encode_levels(candidate, now, offload)
     if phase == "denoise":
         return _list_denoise_levels(candidate, now, offload)
+    if phase == PREPARE:
+        return _list_prepare_levels(now, may_tile=may_tile)
     return _list_decode_levels(now, may_tile=may_tile)
 
 
@@ -275,11 +323,29 @@ def _list_denoise_levels(candidate: Candidate, now: Placement, offload: str) -> 
         counts = _list_counts(candidate)
         if offload == "stream":
             counts = counts[-1:]
-        for count in counts:
-            yield _stream(candidate, now, count)
+        # The bytes that come in a step are the same, whichever blocks stay. A ControlNet's are
+        # double ones, and go last.
+        for controls in ("resident", "streamed"):
+            if controls == "resident" and offload == "stream" and candidate.cost.controls:
+                continue
+            if controls == "streamed" and not candidate.cost.controls:
+                continue
+            for count in counts:
+                yield replace(_stream(candidate, now, count), controls=controls)
     # What is quantized while loading would be quantized again in every step: never worth it.
     if offload != "stream" and candidate.spec is None:
-        yield replace(now, denoise="sequential")
+        yield replace(now, denoise="sequential", controls=_find_least_of_controls(candidate))
+
+
+def _find_least_of_controls(candidate: Candidate) -> str:
+    """The level of ControlNets that takes the least memory of the device.
+
+    What would be quantized again in every step comes from RAM.
+    """
+    if not candidate.cost.controls:
+        return "resident"
+    is_quantized = any(control.quantized_numel for control in candidate.cost.controls)
+    return "streamed" if is_quantized else "sequential"
 
 
 def _list_decode_levels(now: Placement, *, may_tile: bool) -> Iterator[Placement]:
@@ -287,6 +353,20 @@ def _list_decode_levels(now: Placement, *, may_tile: bool) -> Iterator[Placement
     yield replace(now, keep=(), decode="alone")
     if may_tile:
         yield replace(now, keep=(), decode="tiled")
+
+
+def _list_prepare_levels(now: Placement, *, may_tile: bool) -> Iterator[Placement]:
+    yield now
+    alone = _leave_nothing(now)
+    yield alone
+    if may_tile:
+        yield replace(alone, prepare="tiled")
+
+
+def _leave_nothing(now: Placement) -> Placement:
+    """The placement with nothing that stays beside what computes."""
+    decode = "alone" if now.decode == "together" else now.decode
+    return replace(now, keep=(), decode=decode)
 
 
 def _list_counts(candidate: Candidate) -> range:
@@ -327,15 +407,22 @@ def host_limit_now(hardware: Hardware) -> int:
 
 
 def _streamed_bytes(candidate: Candidate, placement: Placement) -> int:
-    """Bytes of RAM that the streamed blocks take."""
-    return sum(candidate.cost.blocks[i].nbytes for i in placement.streamed)
+    """Bytes of RAM that the streamed blocks take, those of ControlNets, too."""
+    streamed_bytes = sum(candidate.cost.blocks[i].nbytes for i in placement.streamed)
+    if placement.controls == "streamed":
+        streamed_bytes += sum(control.blocks_bytes for control in candidate.cost.controls)
+    return streamed_bytes
 
 
 def count_copied_bytes(candidate: Candidate, placement: Placement) -> int:
     """Bytes that come to the device in every step, from RAM or from files."""
+    cost = candidate.cost
+    copied_bytes = sum(cost.blocks[i].nbytes for i in placement.streamed)
     if placement.denoise == "sequential":
-        return candidate.cost.blocks_bytes
-    return _streamed_bytes(candidate, placement)
+        copied_bytes = cost.blocks_bytes
+    if placement.controls != "resident":
+        copied_bytes += sum(control.blocks_bytes for control in cost.controls)
+    return copied_bytes
 
 
 def estimate_peaks(candidate: Candidate, placement: Placement) -> dict[str, int]:
@@ -355,62 +442,112 @@ def estimate_peaks(candidate: Candidate, placement: Placement) -> dict[str, int]
     share = EXPANDABLE_SHARE if hardware.expandable else FRAGMENTS_SHARE
     for phase, size in live_bytes.items():
         peaks[phase] += FRAGMENTS_BYTES
-        if phase != "decode":
+        if phase not in TILEABLE:
             peaks[phase] += int(size * share)
     # The workspaces are those that others have measured, as reserved bytes: with their fragments.
     is_tiled = placement.decode == "tiled"
     peaks["decode"] += cost.workspace_tiled_bytes if is_tiled else cost.workspace_bytes
+    if PREPARE in peaks:
+        peaks[PREPARE] += cost.prepare_workspace_bytes
+        if placement.prepare == "tiled":
+            peaks[PREPARE] += cost.prepare_workspace_tiled_bytes - cost.prepare_workspace_bytes
     return peaks
 
 
 def estimate_live(candidate: Candidate, placement: Placement) -> dict[str, int]:
     """Bytes of tensors on the device at the peak of each phase."""
     cost = candidate.cost
+    held = _hold_for_steps(cost, placement)
     always_bytes = 0
     if "modulation" in placement.keep:
         always_bytes += cost.modulation_bytes
     encoders_bytes = 0  # that stay through all phases
     if "text_encoder_2" in placement.keep:
-        encoders_bytes = cost.clip_bytes + cost.t5_bytes
+        encoders_bytes = cost.encoders_bytes
     beside_bytes = cost.vae_bytes if "transformer" in placement.keep else 0
 
-    if placement.denoise == "sequential":
-        left_bytes = cost.rest_bytes  # of the transformer after the last step
-        transformer_bytes = left_bytes + max(block.nbytes for block in cost.blocks)
-    else:
-        slot_bytes = max((cost.blocks[i].nbytes for i in placement.streamed), default=0)
-        left_bytes = cost.transformer_bytes + 2 * slot_bytes
-        left_bytes -= _streamed_bytes(candidate, placement)
-        transformer_bytes = left_bytes
-
     if encoders_bytes:
-        encode_bytes = encoders_bytes + transformer_bytes + beside_bytes + cost.encode_bytes
+        encode_bytes = encoders_bytes + held.computing_bytes + beside_bytes + cost.encode_bytes
     else:
-        t5_bytes = cost.t5_bytes
-        if placement.encode == "sequential":
-            # A block that is quantized while loading is there twice.
-            copies = 2 if candidate.spec else 1
-            t5_bytes = cost.t5_rest_bytes + cost.t5_block_bytes * copies
-        encode_bytes = max(t5_bytes + cost.encode_bytes, cost.clip_bytes)
+        encode_bytes = _estimate_encoders(candidate, placement)
 
     condition_bytes = encoders_bytes + _estimate_condition(candidate)
+    if cost.workload.input_pixels:
+        condition_bytes += beside_bytes
 
-    denoise_bytes = encoders_bytes + transformer_bytes + beside_bytes
+    denoise_bytes = encoders_bytes + held.computing_bytes + beside_bytes
     denoise_bytes += cost.tables_bytes + cost.denoise_bytes
 
-    decode_bytes = encoders_bytes + cost.vae_bytes
-    if placement.decode == "tiled":
-        decode_bytes += cost.decode_tiled_bytes
-    else:
-        decode_bytes += cost.decode_bytes
+    beside = _list_activations(candidate, placement)
+    decode_bytes = encoders_bytes + cost.vae_bytes + beside["decode"]
     if placement.decode == "together":
-        decode_bytes += left_bytes
-    return {
+        decode_bytes += held.left_bytes
+    found = {
         "encode": always_bytes + encode_bytes,
         "condition": always_bytes + condition_bytes,
         "denoise": always_bytes + denoise_bytes,
         "decode": always_bytes + decode_bytes,
     }
+    if PREPARE in beside:
+        prepare_bytes = encoders_bytes + cost.vae_bytes + beside[PREPARE]
+        if "transformer" in placement.keep:  # of the picture before
+            prepare_bytes += held.left_bytes
+        found[PREPARE] = always_bytes + prepare_bytes
+    return {phase: found[phase] for phase in list_phases(cost.workload)}
+
+
+def list_phases(workload: Workload) -> tuple[str, ...]:
+    """The phases of a workload's pictures, in their order."""
+    if not workload.input_pixels:
+        return PHASES
+    return (PHASES[0], PREPARE, *PHASES[1:])
+
+
+class _Held(NamedTuple):
+    """Bytes of the transformer and the ControlNets on the device."""
+
+    computing_bytes: int  # at the peak of a step
+    left_bytes: int  # after the last one
+
+
+def _hold_for_steps(cost: Cost, placement: Placement) -> _Held:
+    """What is on the device of all that a step computes."""
+    controls_bytes = _count_controls(cost, placement)
+    if placement.denoise == "sequential":
+        left_bytes = cost.rest_bytes + controls_bytes
+        # Each block leaves before the next one comes, a ControlNet's or the transformer's.
+        passing = [block.nbytes for block in cost.blocks]
+        if placement.controls == "sequential":
+            passing += [block.nbytes for block in cost.control_blocks]
+        return _Held(left_bytes + max(passing), left_bytes)
+    slot_bytes = max((cost.blocks[i].nbytes for i in placement.streamed), default=0)
+    left_bytes = cost.transformer_bytes + 2 * slot_bytes + controls_bytes
+    left_bytes -= sum(cost.blocks[i].nbytes for i in placement.streamed)
+    return _Held(left_bytes, left_bytes)
+
+
+def _estimate_encoders(candidate: Candidate, placement: Placement) -> int:
+    """Bytes at the peak of encode, where each encoder is there alone."""
+    cost = candidate.cost
+    t5_bytes = cost.t5_bytes
+    if placement.encode == "sequential":
+        # A block that is quantized while loading is there twice.
+        copies = 2 if candidate.spec else 1
+        t5_bytes = cost.t5_rest_bytes + cost.t5_block_bytes * copies
+    of_images_bytes = 0
+    if cost.image_encoders_bytes:
+        of_images_bytes = cost.image_encoders_bytes + costs.IMAGE_ENCODER_BYTES
+    return max(t5_bytes + cost.encode_bytes, cost.clip_bytes, of_images_bytes)
+
+
+def _count_controls(cost: Cost, placement: Placement) -> int:
+    """Bytes of ControlNets on the device between their blocks."""
+    if placement.controls == "resident":
+        return cost.controls_bytes
+    held_bytes = sum(control.rest_bytes for control in cost.controls)
+    if placement.controls == "streamed":
+        held_bytes += sum(2 * control.slot_bytes for control in cost.controls)
+    return held_bytes
 
 
 def _estimate_condition(candidate: Candidate) -> int:
@@ -428,11 +565,15 @@ def _list_activations(candidate: Candidate, placement: Placement) -> dict[str, i
     cost = candidate.cost
     is_tiled = placement.decode == "tiled"
     decode_bytes = cost.decode_tiled_bytes if is_tiled else cost.decode_bytes
-    return {
+    found = {
         "condition": _estimate_condition(candidate),
         "denoise": cost.denoise_bytes,
         "decode": decode_bytes,
     }
+    if cost.workload.input_pixels:
+        is_tiled = placement.prepare == "tiled"
+        found[PREPARE] = cost.prepare_tiled_bytes if is_tiled else cost.prepare_bytes
+    return found
 
 
 def _speeds_of(candidate: Candidate) -> Speeds:
@@ -461,35 +602,68 @@ def estimate_seconds(
 
     modulation_stored_bytes = cost.modulation_numel * 2
     load_s = (cost.stored_bytes - modulation_stored_bytes) / speeds.disk_bytes
+    quantize_bytes = QUANTIZE_BYTES
+    if candidate.hardware.kind == "cpu":
+        quantize_bytes *= CPU_QUANTIZE_SHARE
+    quantized_numel = sum(control.quantized_numel for control in cost.controls)
     if candidate.spec:
-        quantize_bytes = QUANTIZE_BYTES
-        if candidate.hardware.kind == "cpu":
-            quantize_bytes *= CPU_QUANTIZE_SHARE
-        quantized_numel = sum(sum(block.numel_by_form.values()) for block in cost.blocks)
+        quantized_numel += sum(sum(block.numel_by_form.values()) for block in cost.blocks)
         if candidate.spec.text_encoder != "keep":
             quantized_numel += cost.t5_numel
-        load_s += quantized_numel * 2 / quantize_bytes
+    load_s += quantized_numel * 2 / quantize_bytes
 
-    encode_s = 2 * cost.t5_numel * cost.workload.text_tokens / speeds.wide
+    workload = cost.workload
+    # Each pass of a step has a prompt of its own.
+    encode_s = 2 * cost.t5_numel * workload.text_tokens * workload.passes / speeds.wide
     if placement.encode == "sequential":
-        encode_s += cost.t5_bytes / speeds.pageable_bytes
+        encode_s += cost.t5_bytes * workload.passes / speeds.pageable_bytes
 
     compute_s = costs.block_seconds(cost, candidate.hardware, speeds)
     bus = find_bus(candidate.hardware)
-    step_s = costs.step_seconds(cost, compute_s, placement.streamed, bus=bus)
+    pass_s = costs.step_seconds(cost, compute_s, placement.streamed, bus=bus)
     if placement.denoise == "sequential":
-        step_s += cost.blocks_bytes / speeds.pageable_bytes
+        pass_s += cost.blocks_bytes / speeds.pageable_bytes
+    denoise_s = pass_s * workload.passes * workload.steps
+    for control in cost.controls:
+        denoise_s += control.calls * _estimate_call(candidate, control, placement, speeds)
 
+    prepare_s = sum(workload.input_pixels) * costs.INPUT_FLOP / speeds.wide
+    if placement.prepare == "tiled":
+        prepare_s *= costs.TILED_WORK
     decode_s = cost.workload.pixels * costs.VAE_FLOP / speeds.wide
     if placement.decode == "tiled":
         decode_s *= costs.TILED_WORK
-    return {
-        "load": round(load_s, 3),
-        "encode": round(encode_s, 3),
-        "condition": round(modulation_stored_bytes / speeds.disk_bytes, 3),
-        "denoise": round(step_s * cost.workload.steps, 3),
-        "decode": round(decode_s, 3),
+    found = {
+        "load": load_s,
+        "encode": encode_s,
+        PREPARE: prepare_s,
+        "condition": modulation_stored_bytes / speeds.disk_bytes,
+        "denoise": denoise_s,
+        "decode": decode_s,
     }
+    return {name: round(found[name], 3) for name in ("load", *list_phases(workload))}
+
+
+def _estimate_call(
+    candidate: Candidate, control: ControlCost, placement: Placement, speeds: Speeds
+) -> float:
+    """Seconds by which a ControlNet makes a step longer that it computes in.
+
+    Streamed blocks come while others compute, the transformer's among them.
+    """
+    cost = candidate.cost
+    own_s = costs.control_seconds(cost, control, candidate.hardware, speeds)
+    if placement.controls == "sequential":
+        return sum(own_s) + control.blocks_bytes / speeds.pageable_bytes
+    if placement.controls == "resident":
+        return sum(own_s)
+    compute_s = costs.block_seconds(cost, candidate.hardware, speeds)
+    bus = find_bus(candidate.hardware)
+    without_s = costs.step_seconds(cost, compute_s, placement.streamed, bus=bus)
+    count = len(own_s)
+    streamed = (*range(count), *(count + index for index in placement.streamed))
+    both = costs.put_before(cost, control)
+    return costs.step_seconds(both, [*own_s, *compute_s], streamed, bus=bus) - without_s
 
 
 def estimate_sure_s(candidate: Candidate, plan: MemoryPlan) -> float:
@@ -510,9 +684,10 @@ def _make_plan(candidate: Candidate, placement: Placement, budget_bytes: int) ->
     if hardware.kind == "cpu":
         host_bytes += max(peak_bytes.values())  # RAM is the device's memory there
     reasons = _explain(candidate, placement)
-    if peak_bytes["decode"] > budget_bytes:
-        peak_bytes["decode"] = budget_bytes
-        reasons += ("the VAE decodes in less memory than cuDNN would take, more slowly",)
+    for phase, does in (("decode", "decodes"), (PREPARE, "encodes")):
+        if peak_bytes.get(phase, 0) > budget_bytes:
+            peak_bytes[phase] = budget_bytes
+            reasons += (f"the VAE {does} in less memory than cuDNN would take, more slowly",)
     return MemoryPlan(
         device=hardware.device,
         precision=candidate.precision,
@@ -559,6 +734,7 @@ def _explain(candidate: Candidate, placement: Placement) -> tuple[str, ...]:
         if placement.streamed:
             how = "streamed from RAM"
         reasons.append(f"{passing} of {whole}, are {how}")
+    reasons += _explain_inputs(candidate, placement)
     streamed_bytes = _streamed_bytes(candidate, placement)
     if hardware.pin_bytes is not None and streamed_bytes > hardware.pin_bytes:
         limit = f"{hardware.pin_bytes / GIB:.1f} of {streamed_bytes / GIB:.1f} GiB"
@@ -572,6 +748,36 @@ def _explain(candidate: Candidate, placement: Placement) -> tuple[str, ...]:
     return tuple(reasons)
 
 
+def _explain_inputs(candidate: Candidate, placement: Placement) -> list[str]:
+    """What pictures and true guidance add, a sentence for each."""
+    cost = candidate.cost
+    workload = cost.workload
+    reasons = []
+    if workload.passes > 1:
+        reasons.append(f"true guidance: {workload.passes} passes of the transformer in each step")
+    if workload.reference_tokens:
+        tokens = f"{workload.reference_tokens} tokens of references"
+        reasons.append(f"{tokens} are in each step beside {workload.image_tokens} of the picture")
+    if workload.extra_text_tokens:
+        size = f"{cost.image_encoders_bytes / GIB:.1f} GiB"
+        tokens = f"{workload.extra_text_tokens} tokens"
+        reasons.append(f"SigLIP and Redux' embedder ({size}) add {tokens} to the prompt's")
+    for control in cost.controls:
+        size = f"{control.nbytes / GIB:.1f} GiB in {len(control.blocks)} blocks"
+        how = {
+            "resident": "stays beside the transformer",
+            "streamed": "is streamed from RAM",
+            "sequential": "is read from its files in every step",
+        }[placement.controls]
+        called = f"{control.calls} of {workload.steps} steps"
+        if control.pictures > 1:
+            called = f"{control.calls} calls for {control.pictures} pictures"
+        reasons.append(f"{control.name} {how}: {size}, for {called}")
+    if placement.prepare == "tiled":
+        reasons.append("the VAE encodes pictures in tiles")
+    return reasons
+
+
 # --- less memory than planned
 
 
@@ -582,6 +788,7 @@ def weaker(first: Placement, second: Placement) -> Placement:
         return placement.denoise == "sequential", len(placement.streamed)
 
     denoise = max(first, second, key=rank_denoise)
+    prepare_levels = ("whole", "tiled")
     encode_levels = ("resident", "sequential")
     decode_levels = ("together", "alone", "tiled")
     return Placement(
@@ -590,6 +797,8 @@ def weaker(first: Placement, second: Placement) -> Placement:
         decode=max(first.decode, second.decode, key=decode_levels.index),
         streamed=denoise.streamed,
         keep=tuple(name for name in first.keep if name in second.keep),
+        prepare=max(first.prepare, second.prepare, key=prepare_levels.index),
+        controls=max(first.controls, second.controls, key=CONTROL_LEVELS.index),
     )
 
 
@@ -597,16 +806,15 @@ def step_down(plan: MemoryPlan, phase: str, candidate: Candidate) -> StepDown | 
     """The plan to go on with after a phase ran out of memory; None where nothing is left.
 
     First nothing else stays on the device; then the phase itself takes less: T5 passes block by
-    block, the VAE decodes alone and then in tiles, more blocks are streamed (an eighth of them at
-    a time, as far as the RAM goes), and last every block is read from its file.
+    block, the VAE encodes in tiles, or decodes alone and then in tiles, more blocks are streamed
+    (an eighth of them at a time, as far as the RAM goes), then those of ControlNets, and last every
+    block is read from its file.
     """
     now = plan.placement
     following: Placement | None = None
     change = ""
     if now.keep:
-        following = replace(now, keep=())
-        if now.decode == "together":
-            following = replace(following, decode="alone")
+        following = _leave_nothing(now)
         change = "nothing else stays"
     elif phase == "encode" and now.encode == "resident":
         following = replace(now, encode="sequential")
@@ -614,18 +822,32 @@ def step_down(plan: MemoryPlan, phase: str, candidate: Candidate) -> StepDown | 
     elif phase == "decode" and now.decode != "tiled":
         following = replace(now, decode="tiled")
         change = "the VAE decodes in tiles (the pixels differ a little)"
+    elif phase == PREPARE and now.prepare != "tiled":
+        following = replace(now, prepare="tiled")
+        change = "the VAE encodes in tiles (the pixels differ a little)"
     elif phase in ("condition", "denoise") and now.denoise != "sequential":
-        following = _stream_more(candidate, now)
-        if following:
-            blocks = len(candidate.cost.blocks)
-            change = f"{len(following.streamed)} of {blocks} blocks streamed"
-        elif candidate.spec is None:
-            following = replace(now, denoise="sequential", streamed=())
-            change = "every block from its file"
+        following, change = _step_down_denoise(candidate, now)
     if following is None:
         return None
     made = _make_plan(candidate, following, plan.budget_bytes)
     return StepDown(replace(made, device=plan.device, margin_bytes=plan.margin_bytes), change)
+
+
+def _step_down_denoise(candidate: Candidate, now: Placement) -> tuple[Placement | None, str]:
+    """The next placement whose steps take less memory, None where there is none, and the change."""
+    following = _stream_more(candidate, now)
+    if following:
+        blocks = len(candidate.cost.blocks)
+        return following, f"{len(following.streamed)} of {blocks} blocks streamed"
+    if candidate.cost.controls and now.controls == "resident" and now.denoise == "streamed":
+        following = replace(now, controls="streamed")
+        if _streamed_bytes(candidate, following) <= host_limit_now(candidate.hardware):
+            return following, "the ControlNets streamed, too"
+    if candidate.spec is not None:
+        return None, ""
+    controls = _find_least_of_controls(candidate)
+    following = replace(now, denoise="sequential", streamed=(), controls=controls)
+    return following, "every block from its file"
 
 
 def _stream_more(candidate: Candidate, now: Placement) -> Placement | None:

@@ -10,7 +10,7 @@ so that no better precision is "too slow" on a guess. Arithmetic on headers; doc
 it. Opens no file. Sizes are in bytes. Stdlib only.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -157,7 +157,7 @@ def survey(
                 free_bytes=free_bytes,
                 margin_bytes=margin_bytes,
                 # Other pixels: decided by the total memory, never by a busy moment.
-                may_tile=ever.plan.placement.decode == "tiled",
+                tiles=ever.plan.placement.tiles,
             )
         judged.append(judge(candidate, ever, now, fastest_s=fastest_s, taken=taken))
     return _explain_choice(judged, compiled=resources.compile)
@@ -205,7 +205,7 @@ def _fit_now(
     *,
     free_bytes: int,
     margin_bytes: int,
-    may_tile: bool,
+    tiles: Collection[str],
 ) -> Fit:
     """The plan within what is free, without the margin where the rest is enough."""
     budget_bytes = free_bytes - margin_bytes
@@ -215,7 +215,7 @@ def _fit_now(
         offload=resources.offload,
         budget_bytes=budget_bytes,
         host_bytes=host_bytes,
-        may_tile=may_tile,
+        tiles=tiles,
     )
     if not margin_bytes:
         return found
@@ -226,7 +226,7 @@ def _fit_now(
             offload=resources.offload,
             budget_bytes=free_bytes,
             host_bytes=host_bytes,
-            may_tile=may_tile,
+            tiles=tiles,
         )
     size = f"{margin_bytes / GIB:.1f} GiB"
     reason = f"{size} are left free: memory ran out here before"
@@ -405,18 +405,21 @@ def _choose_dtypes(
     # Before sm80 cuDNN has no convolutions in bfloat16, which the VAE needs.
     if precision == "bf16" and (hardware.bf16 or hardware.kind != "cuda"):
         return Dtypes(in_bfloat16, "asked for")
+    stepping = [name for name in checkpoint.components if costs.is_control(name)]
+    stepping.append("transformer")
     if precision in LONG:
-        return Dtypes(in_float32 | {"transformer": LONG[precision]}, "asked for")
+        return Dtypes(in_float32 | dict.fromkeys(stepping, LONG[precision]), "asked for")
     if hardware.bf16:
         return Dtypes(in_bfloat16, "the device computes it")
     if hardware.kind != "cpu":
         # T5 and the VAE overflow in float16.
         why = "the device has no bfloat16 (encoders and VAE compute in float32)"
-        return Dtypes(in_float32 | {"transformer": "float16"}, why)
+        return Dtypes(in_float32 | dict.fromkeys(stepping, "float16"), why)
     cost = costs.estimate_cost(
         workload, checkpoint, dtypes=in_float32, spec=spec, lines=SIXTEEN_BIT_LINES
     )
-    needed_bytes = max(cost.t5_bytes, cost.transformer_bytes + cost.vae_bytes)
+    of_steps_bytes = cost.transformer_bytes + cost.controls_bytes + cost.vae_bytes
+    needed_bytes = max(cost.t5_bytes, of_steps_bytes)
     if needed_bytes <= hardware.total_bytes * CPU_SHARE:
         return Dtypes(in_float32, "this CPU has no fast bfloat16")
     return Dtypes(in_bfloat16, "slowly: float32 does not fit into this RAM")
