@@ -22,6 +22,7 @@ CLASSES = {
     "vae": "AutoencoderKL",
     "transformer": "FluxTransformer2DModel",
     "scheduler": "FlowMatchEulerDiscreteScheduler",
+    "controlnet": "FluxControlNetModel",
 }
 DOWNLOAD_AGAIN = "download the model again"
 # Classes whose configs and weights have all that the class above needs, by regular expressions:
@@ -117,6 +118,14 @@ ASSUMED: dict[str, dict[str, Any]] = {
         "mid_block_add_attention": True,
     },
 }
+# A ControlNet is made of the transformer's blocks, and has the same fields for them.
+READ["controlnet"] = READ["transformer"]
+ASSUMED["controlnet"] = ASSUMED["transformer"]
+# Whole numbers that may be missing, or null.
+OPTIONAL = {"controlnet": ("num_mode", "conditioning_embedding_channels")}
+# Counts that may be 0.
+MAY_BE_NONE = {"controlnet": ("num_layers", "num_single_layers")}
+HINT_PATCH = 2  # of XLabs' hint block, whose pixels are an eighth of the picture's a side
 LATENT_CHANNELS = FLUX_CHANNELS // 4
 PROMPT_TOKENS = 77  # that CLIP's tokenizer makes
 LONG_CLIP_TOKENS = 248
@@ -231,17 +240,42 @@ def find_contradiction(name: str, config: Mapping[str, Any]) -> str:
         "text_encoder": _find_contradiction_in_clip,
         "text_encoder_2": _find_contradiction_in_t5,
         "vae": _find_contradiction_in_vae,
+        "controlnet": _find_contradiction_in_controlnet,
     }
     if name not in finders:
         return ""
     return finders[name](complete(name, config))
 
 
-def _find_contradiction_in_transformer(values: Mapping[str, Any]) -> str:
+def _find_wrong_axes(values: Mapping[str, Any]) -> str:
     axes = values["axes_dims_rope"]
     head = values["attention_head_dim"]
     if len(axes) != 3 or any(axis % 2 for axis in axes) or sum(axes) != head:
         return f"axes_dims_rope is {axes}, not three even numbers whose sum is {head}"
+    return ""
+
+
+def _find_contradiction_in_controlnet(values: Mapping[str, Any]) -> str:
+    extra = [key for key, value in values.items() if key.startswith("extra_condition") and value]
+    if extra:
+        return f"it takes more than a map ({extra[0][:40]}), as ControlNets for inpainting do"
+    if values["in_channels"] != FLUX_CHANNELS:
+        return f"in_channels is {values['in_channels']}, the latents have {FLUX_CHANNELS}"
+    if not values["num_layers"] + values["num_single_layers"]:
+        return "it has no blocks"
+    patch = values["patch_size"]
+    channels = values.get("conditioning_embedding_channels")
+    if channels is None and patch != 1:
+        return f"patch_size is {patch}, without a hint block it is 1"
+    if channels is not None and (patch, channels * patch**2) != (HINT_PATCH, FLUX_CHANNELS):
+        return f"a hint block of {channels} channels in patches of {patch} is none of XLabs'"
+    return _find_wrong_axes(values)
+
+
+def _find_contradiction_in_transformer(values: Mapping[str, Any]) -> str:
+    wrong_axes = _find_wrong_axes(values)
+    if wrong_axes:
+        return wrong_axes
     if values["patch_size"] != 1:
         return f"patch_size is {values['patch_size']}, FLUX.1 has 1"
     if (values.get("out_channels") or values["in_channels"]) != FLUX_CHANNELS:
@@ -286,14 +320,20 @@ def _find_contradiction_in_vae(values: Mapping[str, Any]) -> str:
 
 def _check_values(name: str, path: Path, config: dict[str, Any]) -> None:
     """Raise `CheckpointError` for a number out of bounds, and for a value of another type."""
-    defaults = READ.get(name, {}) | ASSUMED.get(name, {})
     for key, value in config.items():
-        sane = _is_bounded(key, value)
-        if key in defaults:
-            sane = sane and _is_like(defaults[key], value)
-        if not sane:
+        if not (_is_bounded(key, value) and _is_of_type(name, key, value)):
             why = f"{key[:60]} is {str(value)[:60]}"
             raise CheckpointError("impossible config", path, why=why)
+
+
+def _is_of_type(name: str, key: str, value: object) -> bool:
+    """Whether a value of a component's config has the type of its default, if there is one."""
+    if key in OPTIONAL.get(name, ()):
+        return value is None or _is_like(1, value)
+    if key in MAY_BE_NONE.get(name, ()) and type(value) is int and value == 0:
+        return True
+    defaults = READ.get(name, {}) | ASSUMED.get(name, {})
+    return key not in defaults or _is_like(defaults[key], value)
 
 
 def _is_bounded(key: str, value: object) -> bool:

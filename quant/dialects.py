@@ -187,6 +187,11 @@ def is_bfl(names: Collection[str]) -> bool:
     for part in NOT_FLUX_1:
         if any(part in name for name in names):
             return False
+    return has_bfl_blocks(names)
+
+
+def has_bfl_blocks(names: Collection[str]) -> bool:
+    """Whether blocks of FLUX.1 are among these keys, as BFL names them."""
     return any(BLOCK_KEY.match(name) for name in names)
 
 
@@ -267,6 +272,11 @@ DIFFUSERS_TELLERS = _Tellers(
 )
 
 
+def infer_bfl_config(stored: Mapping[str, Weight]) -> dict[str, Any]:
+    """The config that a transformer by BFL's names implies; raises `CheckpointError`."""
+    return _infer_config(stored, BFL_TELLERS)
+
+
 def infer_diffusers_config(stored: Mapping[str, Weight]) -> dict[str, Any]:
     """The config that a transformer by diffusers' names implies; raises `CheckpointError`."""
     return _infer_config(stored, DIFFUSERS_TELLERS)
@@ -277,8 +287,17 @@ def from_bfl(stored: Mapping[str, Weight]) -> tuple[dict[str, Weight], dict[str,
 
     Raises `CheckpointError` for keys that FLUX.1 does not have, and for impossible shapes.
     """
-    config = _infer_config(stored, BFL_TELLERS)
-    layers = map_bfl_layers(config)
+    config = infer_bfl_config(stored)
+    return translate_layers(stored, map_bfl_layers(config)), config
+
+
+def translate_layers(
+    stored: Mapping[str, Weight], layers: Mapping[str, tuple[str, ...]]
+) -> dict[str, Weight]:
+    """The weights by diffusers' names; `layers` is as of `map_bfl_layers`.
+
+    Raises `CheckpointError` for a weight of none of these layers, and for impossible shapes.
+    """
     weights = {}
     for name, weight in stored.items():
         layer, _, leaf = name.rpartition(".")
@@ -291,7 +310,7 @@ def from_bfl(stored: Mapping[str, Weight]) -> tuple[dict[str, Weight], dict[str,
         for part, rows in zip(layers[layer], ranges, strict=True):
             ours = f"{part}.{our_leaf}"
             weights[ours] = weight.take_rows(ours, rows)
-    return weights, config
+    return weights
 
 
 def _split_rows(

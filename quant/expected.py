@@ -20,6 +20,9 @@ Shapes = dict[str, tuple[int, ...]]
 CLIP_PREFIX = "text_model."
 # Channels of the sines and cosines of a timestep.
 TIMESTEP_CHANNELS = 256
+# Channels of XLabs' hint block, and its convolutions between the first and the last.
+HINT_WIDTH = 16
+HINT_CONVOLUTIONS = 6
 
 
 def check_tensors(
@@ -105,6 +108,7 @@ def list_shapes(component: str, config: Mapping[str, Any]) -> Shapes:
         "text_encoder": _list_clip,
         "text_encoder_2": _list_t5,
         "vae": _list_vae,
+        "controlnet": _list_controlnet,
     }
     return lists[component](values)
 
@@ -125,6 +129,15 @@ def _convolution(name: str, outputs: int, inputs: int, kernel: int = 3) -> Shape
 
 
 def _list_transformer(values: Mapping[str, Any]) -> Shapes:
+    width = values["num_attention_heads"] * values["attention_head_dim"]
+    shapes = _list_embedders_and_blocks(values)
+    shapes |= _linear("norm_out.linear", 2 * width, width)
+    shapes |= _linear("proj_out", values.get("out_channels") or values["in_channels"], width)
+    return shapes
+
+
+def _list_embedders_and_blocks(values: Mapping[str, Any]) -> Shapes:
+    """What a transformer and a ControlNet have alike."""
     head = values["attention_head_dim"]
     width = values["num_attention_heads"] * head
     embedders = {"timestep": TIMESTEP_CHANNELS, "text": values["pooled_projection_dim"]}
@@ -136,8 +149,6 @@ def _list_transformer(values: Mapping[str, Any]) -> Shapes:
         shapes |= _linear(f"time_text_embed.{name}_embedder.linear_2", width, width)
     shapes |= _linear("context_embedder", width, values["joint_attention_dim"])
     shapes |= _linear("x_embedder", width, values["in_channels"])
-    shapes |= _linear("norm_out.linear", 2 * width, width)
-    shapes |= _linear("proj_out", values.get("out_channels") or values["in_channels"], width)
     for i in range(values["num_layers"]):
         shapes |= _list_double_block(f"transformer_blocks.{i}", width=width, head=head)
     for i in range(values["num_single_layers"]):
@@ -168,6 +179,28 @@ def _list_single_block(block: str, *, width: int, head: int) -> Shapes:
         shapes[f"{block}.attn.{norm}.weight"] = (head,)
     for layer in ("to_q", "to_k", "to_v"):
         shapes |= _linear(f"{block}.attn.{layer}", width, width)
+    return shapes
+
+
+# --- a ControlNet
+
+
+def _list_controlnet(values: Mapping[str, Any]) -> Shapes:
+    width = values["num_attention_heads"] * values["attention_head_dim"]
+    shapes = _list_embedders_and_blocks(values)
+    shapes |= _linear("controlnet_x_embedder", width, values["in_channels"])
+    for i in range(values["num_layers"]):
+        shapes |= _linear(f"controlnet_blocks.{i}", width, width)
+    for i in range(values["num_single_layers"]):
+        shapes |= _linear(f"controlnet_single_blocks.{i}", width, width)
+    if values.get("num_mode") is not None:
+        shapes["controlnet_mode_embedder.weight"] = (values["num_mode"], width)
+    channels = values.get("conditioning_embedding_channels")
+    if channels is not None:
+        shapes |= _convolution("input_hint_block.conv_in", HINT_WIDTH, 3)
+        for i in range(HINT_CONVOLUTIONS):
+            shapes |= _convolution(f"input_hint_block.blocks.{i}", HINT_WIDTH, HINT_WIDTH)
+        shapes |= _convolution("input_hint_block.conv_out", channels, HINT_WIDTH)
     return shapes
 
 

@@ -49,6 +49,13 @@ COPIED = (".json", ".safetensors", ".txt", ".model", ".md")
 # match these as parts of dotted names and as the last parts of names.
 SKIPPED_IN_T5 = ["wo"]
 SKIPPED_EMBEDDERS = ["x_embedder", "context_embedder", "time_text_embed", "norm_out"]
+SKIPPED_IN_CONTROLNET = [
+    "controlnet_blocks",
+    "controlnet_single_blocks",
+    "controlnet_x_embedder",
+    "controlnet_mode_embedder",
+    "input_hint_block",
+]
 SKIPPED_MODULATION = ["norm1", "norm1_context", "norm"]
 # The transformer's last layer cannot be listed: "proj_out" would also mean that of every single
 # block.
@@ -81,8 +88,14 @@ class OutputTensor:
 
     @property
     def component(self) -> str:
-        """The component that it is of: a result in one file is a transformer."""
-        return self.file.partition("/")[0] or "transformer"
+        """The component that it is of: a result in one file is a transformer.
+
+        A ControlNet's folder has its file at the top.
+        """
+        folder, slash, _ = self.file.partition("/")
+        if slash:
+            return folder
+        return "controlnet" if self.file else "transformer"
 
     @property
     def is_original(self) -> bool:
@@ -335,6 +348,24 @@ def make_file_recipe(
     return Recipe(spec, kind, tuple(tensors), texts={}, copies={}, adapters=adapters)
 
 
+def make_controlnet_recipe(controlnet: Component, spec: QuantSpec) -> Recipe:
+    """The recipe of a ControlNet's folder in diffusers' layout, from a folder or a file.
+
+    Raises `CheckpointError` for a source that is quantized already, `SpecError` for a pattern of
+    `keep` without a match.
+    """
+    spec.check_keep(controlnet.weights)
+    file_name = PACKED_FILES.get(spec.to, PLAIN_FILES[0])
+    tensors = _quantize_component(controlnet, spec, file=file_name)
+    copies = {}
+    if controlnet.folder.is_dir():
+        for path in controlnet.folder.iterdir():
+            if path.name.startswith("LICENSE") and path.is_file():
+                copies[path.name] = path
+    texts = {"config.json": _make_config(controlnet, spec, to=spec.to)}
+    return Recipe(spec, FOLDER_LAYOUT, tuple(tensors), texts=texts, copies=copies)
+
+
 def _find_sources(
     transformer: Component, parts: tuple[str, ...], *, layer: str, leaf: str
 ) -> tuple[Weight, ...]:
@@ -391,6 +422,8 @@ def _list_skipped_layers(component: Component, spec: QuantSpec) -> list[str]:
         skipped = list(SKIPPED_IN_T5)
     else:
         skipped = list(SKIPPED_EMBEDDERS)
+        if component.name == "controlnet":
+            skipped += SKIPPED_IN_CONTROLNET
         if spec.modulation == "keep":
             skipped += SKIPPED_MODULATION
     without_exceptions = replace(spec, keep=())

@@ -177,14 +177,7 @@ def _make_component(
     kind = find_foreign_text_encoder(name, {key: piece.shape for key, piece in used.items()})
     if kind:
         raise ForeignFile(FOREIGN, path, why=kind)
-    pieces = {
-        stored_name: piece
-        for stored_name, piece in used.items()
-        if not UNREAD_TENSORS.fullmatch(stored_name)
-    }
-    markers = _find_markers(name, path, header)
-    is_scaled = _has_scales(stored, markers or {})
-    weights = group_weights(pieces, unscaled=not is_scaled, markers=markers)
+    is_scaled, weights = group_stored(name, path, header=header, stored=used)
     config: dict[str, Any] = {}
     if name == "transformer":
         if is_bfl(stored):
@@ -199,6 +192,20 @@ def _make_component(
     component = Component(name, path, config=config, weights=weights, unused=unused)
     dialect = _describe_dialect(component, header=header, stored=stored, is_scaled=is_scaled)
     return replace(component, dialect=dialect)
+
+
+def group_stored(
+    name: str, path: Path, *, header: Header, stored: Mapping[str, Piece]
+) -> tuple[bool, dict[str, Weight]]:
+    """A component's weights from its tensors in a file, and whether its fp8 weights have scales."""
+    pieces = {
+        stored_name: piece
+        for stored_name, piece in stored.items()
+        if not UNREAD_TENSORS.fullmatch(stored_name)
+    }
+    markers = _find_markers(name, path, header)
+    is_scaled = _has_scales(stored, markers or {})
+    return is_scaled, group_weights(pieces, unscaled=not is_scaled, markers=markers)
 
 
 def _find_markers(name: str, path: Path, header: Header) -> dict[str, object] | None:

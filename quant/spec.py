@@ -281,6 +281,12 @@ QUANTIZABLE = {
         r"encoder\.block\..+\.(?:SelfAttention\.[qkvo]|DenseReluDense\.wi(?:_[01])?)\.weight"
     ),
 }
+# A ControlNet's blocks are the transformer's. What makes residuals of their outputs stays wide.
+QUANTIZABLE["controlnet"] = QUANTIZABLE["transformer"]
+# The components that are made of FLUX.1's blocks, over streams of text and picture.
+STREAMS = ("transformer", "controlnet")
+# Those of their modules that are no linear layers, by the beginnings of names.
+NO_LAYERS = ("controlnet_mode_embedder.", "input_hint_block.")
 # What int8 takes beyond these: T5's `wo`. Other codes there break transformers, which casts the
 # activations of `wo` to the dtype of its weight, unless that is int8.
 QUANTIZABLE_IN_INT8 = {
@@ -379,7 +385,9 @@ def scheme_in_memory(component: str, name: str, scheme: str) -> str:
     Linear layers of `quant.linear` keep theirs. It is "" for the weights of torch's own modules
     (an embedding, a norm of T5), which cannot compute with quantized ones: those are dequantized.
     """
-    is_layer = component == "transformer" or can_quantize(component, name, FAMILIES.get(scheme, ""))
+    if component in STREAMS:
+        return "" if name.startswith(NO_LAYERS) else scheme
+    is_layer = can_quantize(component, name, FAMILIES.get(scheme, ""))
     return scheme if is_layer else ""
 
 

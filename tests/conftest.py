@@ -143,6 +143,15 @@ def baked(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 
 @pytest.fixture(scope="session")
+def controlnet(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders with ControlNets of tests/support/controlnets.py, by kind: `controlnet("union")`."""
+    from tests.support.controlnets import write_controlnet
+
+    folder = tmp_path_factory.mktemp("controlnets")
+    return functools.cache(lambda kind: write_controlnet(kind, folder / kind))
+
+
+@pytest.fixture(scope="session")
 def exported(
     tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], tuple[Path, dict]]:

@@ -29,10 +29,19 @@ from fluxcli.request.settings import LoraRef, coerce
 from fluxcli.resolve import resolve_order
 from quant.checkpoint import MANIFEST, Checkpoint, Component, check_components, inspect
 from quant.config import read_json
+from quant.controlnet import inspect_controlnet, is_controlnet
 from quant.gguf_header import is_gguf
 from quant.lora import Adapter
 from quant.placing import FOLDER_LAYOUT, check_place, describe_path, remove_remains
-from quant.recipe import FILE_SCHEMES, LAYOUTS, Recipe, check_disk, make_file_recipe, make_recipe
+from quant.recipe import (
+    FILE_SCHEMES,
+    LAYOUTS,
+    Recipe,
+    check_disk,
+    make_controlnet_recipe,
+    make_file_recipe,
+    make_recipe,
+)
 from quant.single_file import assemble_checkpoint, inspect_file, inspect_transformer
 from quant.spec import BAKEABLE, SCHEMES, QuantSpec, is_modulation
 
@@ -43,26 +52,31 @@ SCHEMES_HELP = "; ".join(f"{name}: {SCHEMES[name].words}" for name in BAKEABLE) 
 
 @dataclass(frozen=True)
 class Source:
-    """A model to quantize: what it is called, where it lies, its parts."""
+    """A model or a ControlNet to quantize: what it is called, where it lies, its parts."""
 
     name: str
     path: Path
-    transformer: Component
-    checkpoint: Checkpoint | None  # None where the transformer alone is wanted
+    part: Component  # the transformer, or the ControlNet
+    checkpoint: Checkpoint | None  # None where that part alone is wanted
+
+    @property
+    def is_controlnet(self) -> bool:
+        """Whether it is a ControlNet, and no model."""
+        return self.part.name == "controlnet"
 
     @property
     def components(self) -> Mapping[str, Component]:
         """The parts that are read."""
         if self.checkpoint:
             return self.checkpoint.components
-        return {"transformer": self.transformer}
+        return {self.part.name: self.part}
 
 
 def quantize(  # noqa: PLR0917 - typer's options
     source: Annotated[
         str,
         typer.Argument(
-            help="Preset, model folder, hub id or BFL file.",
+            help="Preset, model or ControlNet: folder, hub id or file.",
             show_default=False,
             autocompletion=complete.offer_sources,
         ),
@@ -162,6 +176,9 @@ def quantize(  # noqa: PLR0917 - typer's options
     if to:  # what cannot be asked for is said before the model is looked for
         make_spec(to)
     found = _find_source(source, layout=layout)
+    if found.is_controlnet:
+        _check_options_of_controlnet(layout, text_encoder=text_encoder, lora=lora, to=to)
+        make_spec = partial(make_spec, text_encoder="keep")
     spec = make_spec(to or _choose_scheme(source, found, layout=layout))
     refs = loras.make_absolute(LoraRef.parse(text) for text in lora or ())
     adapters = loras.resolve_loras(refs, found.components)
@@ -176,7 +193,7 @@ def quantize(  # noqa: PLR0917 - typer's options
             console.say(f"left beside it: {folder}; delete it if no other flux quantize runs")
     check_place(path, layout, force=force)
     if not quiet:
-        _say_choices(recipe, make)
+        _say_choices(recipe, make, what="ControlNet" if found.is_controlnet else "transformer")
         _say_time(recipe)
     if dry_run:
         check_disk(recipe, path)
@@ -210,6 +227,26 @@ def _check_layout(layout: str) -> None:
         raise UsageError("unknown layout", which=layout, why=why, hint="--layout comfy")
 
 
+def _check_options_of_controlnet(
+    layout: str, *, text_encoder: str | None, lora: Sequence[str] | None, to: str | None
+) -> None:
+    """Raise `UsageError` for what a ControlNet has none of, and where no scheme is named."""
+    which = ""
+    if layout != FOLDER_LAYOUT:
+        which = f"--layout {layout}"
+    elif text_encoder not in (None, "keep"):
+        which = f"--text-encoder {text_encoder}"
+    elif lora:
+        which = f"--lora {lora[0]}"
+    if which:
+        why = "a ControlNet becomes a folder of its own, without encoders and adapters"
+        raise UsageError("not of a ControlNet", which=which, why=why, hint="leave it out")
+    if not to:
+        why = "nothing is planned for a ControlNet by itself"
+        hint = "--to int8, or what its model has"
+        raise UsageError("--to is missing", why=why, hint=hint)
+
+
 def _make_spec(to: str, *, layout: str, text_encoder: str | None, **choices: Any) -> QuantSpec:
     """The schemes of the transformer and T5, and `QuantSpec`'s other choices.
 
@@ -232,6 +269,8 @@ def _find_source(named: str, *, layout: str) -> Source:
     path = find.locate(model)
     name = str(path) if find.find_path(model) else model
     is_whole = layout == FOLDER_LAYOUT
+    if is_controlnet(path):
+        return Source(name, path, inspect_controlnet(path), checkpoint=None)
     if path.is_dir():
         checkpoint = inspect(path)
         transformer = checkpoint.components["transformer"]
@@ -294,9 +333,11 @@ def _add_other_parts(transformer: Component, path: Path) -> Checkpoint:
 def _make_recipe(
     source: Source, spec: QuantSpec, *, adapters: tuple[Adapter, ...], layout: str
 ) -> Recipe:
+    if source.is_controlnet:
+        return make_controlnet_recipe(source.part, spec)
     if source.checkpoint:
         return make_recipe(source.checkpoint, spec, adapters=adapters)
-    return make_file_recipe(source.transformer, spec, kind=layout, adapters=adapters)
+    return make_file_recipe(source.part, spec, kind=layout, adapters=adapters)
 
 
 # --- where it goes
@@ -400,8 +441,11 @@ def _bake(
     return seconds
 
 
-def _say_choices(recipe: Recipe, make: Callable[[QuantSpec], Recipe]) -> None:
-    """Say the transformer's size, and the seconds of the condition phase, for each --modulation."""
+def _say_choices(recipe: Recipe, make: Callable[[QuantSpec], Recipe], *, what: str) -> None:
+    """Say the size of the transformer (`what`), or of the ControlNet, for each --modulation.
+
+    And the seconds of the condition phase.
+    """
     from fluxcli.engine.cards import read_cards
 
     speed = read_cards().disk_bytes
@@ -426,7 +470,7 @@ def _say_choices(recipe: Recipe, make: Callable[[QuantSpec], Recipe]) -> None:
                 modulation_bytes += tensor_bytes
         chosen = " (chosen)" if choice == recipe.spec.modulation else ""
         console.say(
-            f"--modulation {choice}{chosen}: transformer {size_bytes / GB:.2f} GB; "
+            f"--modulation {choice}{chosen}: {what} {size_bytes / GB:.2f} GB; "
             f"each new prompt reads {modulation_bytes / GB:.2f} GB of it, "
             f"{modulation_bytes / speed:.1f} s at {speed / GB:.0f} GB/s"
         )

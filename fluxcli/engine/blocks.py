@@ -42,6 +42,12 @@ def install(model: Any, *, backend: str = "") -> None:
     `backend` is comfy-kitchen's, for what its kernels compute beside products; "" for plain torch.
     """
     model.__class__ = transformer()
+    install_blocks(model, backend=backend)
+    _prepare_norms(model.norm_out)
+
+
+def install_blocks(model: Any, *, backend: str) -> None:
+    """As `install`, of a model whose own forward stays as it is."""
     model.kernels = backend
     for block in model.transformer_blocks:
         block.__class__ = double_block()
@@ -51,7 +57,6 @@ def install(model: Any, *, backend: str = "") -> None:
         block.__class__ = single_block()
         block.kernels = backend
         _prepare_norms(block.norm)
-    _prepare_norms(model.norm_out)
 
 
 def choose_backend(multiply: str, device: str, *, dtype: torch.dtype) -> kernels.Choice:

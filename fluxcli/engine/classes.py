@@ -47,6 +47,10 @@ def transformer() -> type[Any]:
     return _import_class("diffusers.models.transformers.transformer_flux", "FluxTransformer2DModel")
 
 
+def controlnet() -> type[Any]:
+    return _import_class("diffusers.models.controlnets.controlnet_flux", "FluxControlNetModel")
+
+
 def double_block() -> type[Any]:
     return _import_class("diffusers.models.transformers.transformer_flux", "FluxTransformerBlock")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fluxcli.engine import blocks, classes
+from fluxcli.engine import blocks, classes, controlnet
 from fluxcli.engine.feeder import make_feeder
 from fluxcli.errors import find_broken_library
 from quant import codecs
@@ -31,6 +31,7 @@ from quant.spec import (
     FAMILIES,
     MULTIPLIED_IN_TEXT_ENCODER,
     ROTATED,
+    STREAMS,
     QuantSpec,
     find_rotation,
     is_modulation,
@@ -113,8 +114,9 @@ class Filler:
         self._schemes = {name: self._scheme_of(weight) for name, weight in self._weights.items()}
         self._sources: dict[str, tuple[str, ...]] = {}  # the old layers by their new one
         self._fused: dict[str, Place] = {}  # the new place by the old layer
-        if component.name == "transformer":
-            blocks.install(self.module, backend=self._choose_backend())
+        if component.name in STREAMS:
+            installers = {"transformer": blocks.install, "controlnet": controlnet.install}
+            installers[component.name](self.module, backend=self._choose_backend())
             self._fuse()
         self.names = [name for name in self.module.state_dict() if name != T5_TIED]
 
@@ -225,7 +227,7 @@ class Filler:
 
         Those of text encoders are full of outliers, which only a rotation spreads.
         """
-        if self._component.name == "transformer":
+        if self._component.name in STREAMS:
             return True
         return rotation > 0 and FAMILIES[scheme] in MULTIPLIED_IN_TEXT_ENCODER
 
@@ -345,6 +347,7 @@ def build(component: Component) -> Any:
         "vae": classes.vae,
         "text_encoder": classes.clip,
         "text_encoder_2": classes.t5,
+        "controlnet": classes.controlnet,
     }
     kind = kinds[component.name]()
     with _parameters_on_meta(), refusing(f"cannot build {component.name}", component.folder):

@@ -1,0 +1,101 @@
+"""The ControlNets of a picture in its steps: which of them act, and what they add together.
+
+The sum is that of diffusers' FluxMultiControlNetModel: tensor by tensor, and where one network has
+fewer than another, as many as the shorter has. XLabs' networks, whose tensors go to other blocks of
+the transformer, are summed by themselves.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fluxcli.engine.blocks import Residuals
+from fluxcli.engine.components import Components
+from fluxcli.engine.controlnet import ControlInputs, Samples, takes_pixels
+from fluxcli.engine.modulation import ModulationRow
+from fluxcli.models.parts import Control
+
+
+class Network(NamedTuple):
+    """One control picture, and the network that looks at it."""
+
+    control: Control
+    model: Any  # a module of `controlnet.controlnet`
+    row: ModulationRow
+    table: Tensor  # (steps, sum of outputs), on the device
+    inputs: ControlInputs
+
+    @property
+    def repeats(self) -> bool:
+        """Whether its tensors take turns over the transformer's blocks: XLabs' do."""
+        return takes_pixels(self.model.config)
+
+
+class Counts(NamedTuple):
+    """How many tensors go to the transformer."""
+
+    double: int
+    single: int
+
+
+class Controls:
+    """All control pictures of one picture under way, whose steps begin with `first_step`."""
+
+    def __init__(self, networks: Sequence[Network], *, first_step: int, steps: int) -> None:
+        self._networks = networks
+        self._first_step = first_step
+        self._steps = steps - first_step
+        self._counts = _count_tensors(networks)
+
+    def compute(self, tokens: Tensor, index: int) -> list[Residuals]:
+        """What all of them add in step `index` (from 0), for packed latents (1, S, 64)."""
+        sums: dict[bool, Samples] = {}
+        for network in self._networks:
+            scale = self._find_scale(network.control, index)
+            if not scale:
+                continue
+            network.row.select(network.table, index)
+            samples = network.model(tokens, network.inputs, scale)
+            counts = self._counts[network.repeats]
+            if network.repeats in sums:
+                _add(sums[network.repeats].double, samples.double[: counts.double])
+                _add(sums[network.repeats].single, samples.single[: counts.single])
+            else:
+                sums[network.repeats] = Samples(
+                    samples.double[: counts.double], samples.single[: counts.single]
+                )
+        return [Residuals(*samples, repeats=repeats) for repeats, samples in sums.items()]
+
+    def _find_scale(self, control: Control, index: int) -> float:
+        """A control's scale in a step; 0 in those that do not lie within its shares of all."""
+        passed = index - self._first_step
+        begins = passed / self._steps
+        ends = (passed + 1) / self._steps
+        return 0.0 if begins < control.start or ends > control.end else control.scale
+
+
+def _count_tensors(networks: Sequence[Network]) -> Mapping[bool, Counts]:
+    """By `Network.repeats`: how many tensors the sum has, in whatever step.
+
+    diffusers leaves out what the first network has none of.
+    """
+    found: dict[bool, Counts] = {}
+    for network in networks:
+        config = network.model.config
+        mine = Counts(config["num_layers"], config["num_single_layers"])
+        before = found.get(network.repeats, mine)
+        found[network.repeats] = Counts(
+            min(before.double, mine.double or before.double),
+            min(before.single, mine.single or before.single),
+        )
+    return found
+
+
+def _add(sums: list[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Add tensors to those at the same places; where there are none yet, they are the sums."""
+    if not sums:
+        sums.extend(tensors)
+        return
+    for total, tensor in zip(sums, tensors, strict=False):
+        total.add_(tensor)
