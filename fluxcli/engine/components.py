@@ -31,7 +31,7 @@ from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB, MemoryPlan, Placement, make_candidate, step_down
 from quant.checkpoint import Checkpoint, Component
 from quant.lora import Adapter
-from quant.spec import is_modulation
+from quant.spec import STREAMS, is_modulation
 
 # The component whose weights are there before a phase computes, with the phase.
 COMPUTES = {"transformer": "denoise", "vae": "decode"}
@@ -174,20 +174,21 @@ class Components:
         """Load a component where the plan wants it, and say what the user should know of that."""
         component = self.checkpoint.components[name]
         placed = self.plan.placement
-        is_transformer = name == "transformer"
+        takes_steps = component.name in STREAMS
+        spec = self.plan.find_spec(name)
         started_s = time.perf_counter()
         loaded = load_component(
             component,
             dtype=self.dtype(name),
             device=self.plan.device,
-            spec=self.plan.find_spec(name),
-            skip=is_modulation if is_transformer else None,
+            spec=spec,
+            skip=is_modulation if takes_steps else None,
             blocks=_find_passing_blocks(component, placed),
             from_arena=_comes_from_arena(name, placed),
-            change_blocks=self.compiler.install if is_transformer and self.compiler else None,
+            change_blocks=self.compiler.install if takes_steps and self.compiler else None,
         )
         taken_s = time.perf_counter() - started_s
-        if is_transformer:
+        if takes_steps:
             self.rows[name] = ModulationRow(
                 loaded.module, component, dtype=self.dtype(name), device=self.plan.device
             )
@@ -201,10 +202,11 @@ class Components:
             streamed_bytes = loaded.pinned_bytes + loaded.unpinned_bytes
             limit = f"{loaded.pinned_bytes / GIB:.1f} of {streamed_bytes / GIB:.1f} GiB of RAM"
             yield Notice(f"the driver pins {limit}: the rest passes through a buffer")
-        if is_transformer and self.plan.spec:
+        if takes_steps and spec and not component.precision:
             to = self.plan.precision
+            what = "" if name == "transformer" else f"{name} "
             saves = f"flux quantize ... --to {to} saves that"
-            yield Notice(f"quantized to {to} in {taken_s:.1f} s while loading: {saves}")
+            yield Notice(f"{what}quantized to {to} in {taken_s:.1f} s while loading: {saves}")
 
     def _attach(self, name: str, adapters: tuple[Adapter, ...]) -> None:
         """Make these adapters act instead of those of another request; the weights stay."""

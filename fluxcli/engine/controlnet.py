@@ -56,7 +56,7 @@ def controlnet() -> type[nn.Module]:
             values (B, 3, H, W) in -1 to 1. A union network needs a `mode`.
             """
             text = self.context_embedder(sequence)
-            if self.union:
+            if mode is not None:
                 modes = torch.full((len(text), 1), mode, device=text.device)
                 text = torch.cat([self.controlnet_mode_embedder(modes), text], dim=1)
             if self.input_hint_block is not None:

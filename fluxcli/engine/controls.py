@@ -14,6 +14,7 @@ from fluxcli.engine.blocks import Residuals
 from fluxcli.engine.components import Components
 from fluxcli.engine.controlnet import ControlInputs, Samples, takes_pixels
 from fluxcli.engine.modulation import ModulationRow
+from fluxcli.engine.picture import InputLatents, Picture
 from fluxcli.models.parts import Control
 
 
@@ -39,6 +40,14 @@ class Counts(NamedTuple):
     single: int
 
 
+def list_networks(controls: Sequence[Control]) -> list[str]:
+    """The names of the components of control pictures, each once.
+
+    A control that the transformer itself takes in its channels has none.
+    """
+    return list(dict.fromkeys(control.part for control in controls if control.part))
+
+
 class Controls:
     """All control pictures of one picture under way, whose steps begin with `first_step`."""
 
@@ -47,6 +56,37 @@ class Controls:
         self._first_step = first_step
         self._steps = steps - first_step
         self._counts = _count_tensors(networks)
+
+    @classmethod
+    def make(
+        cls,
+        components: Components,
+        picture: Picture,
+        latents: InputLatents,
+        *,
+        sequence: Tensor,
+        positions: Tensor,
+    ) -> "Controls":
+        """Those of a picture, whose networks are loaded; each is given its table and its inputs.
+
+        On the device are the `latents`, the `sequence` (1, T, C) of the prompt's embeddings, and
+        the `positions` (S, 3) of the picture's tokens.
+        """
+        request = picture.request
+        networks = []
+        for control, values in zip(picture.controls, latents.controls, strict=True):
+            if not control.part:
+                continue
+            model = components.loaded[control.part].module
+            network = Network(
+                control,
+                model,
+                row=components.rows[control.part],
+                table=picture.tables[control.part].to(components.plan.device),
+                inputs=model.embed(sequence, values, positions=positions, mode=control.mode),
+            )
+            networks.append(network)
+        return cls(networks, first_step=request.first_step, steps=request.steps)
 
     def compute(self, tokens: Tensor, index: int) -> list[Residuals]:
         """What all of them add in step `index` (from 0), for packed latents (1, S, 64)."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fluxcli.engine import blocks, classes
 from fluxcli.engine.components import Components
+from fluxcli.engine.controls import Controls, list_networks
 from fluxcli.engine.loader import refusing
 from fluxcli.engine.modulation import ModulationRow
 from fluxcli.engine.picture import InputLatents, Picture
@@ -34,6 +35,8 @@ def run(components: Components, pictures: Sequence[Picture]) -> Iterator[Event]:
     for picture in pictures:
         if picture.denoised:
             continue
+        for name in list_networks(picture.controls):
+            yield from components.load(name)
         model = yield from components.load("transformer", picture.adapters)
         yield Phase("denoise")
         yield from _denoise(components, model, picture)
@@ -63,6 +66,14 @@ def _denoise(components: Components, model: Any, picture: Picture) -> Iterator[E
     if picture.negative_embeddings and picture.negative_table is not None:
         negative = make_inputs(picture.negative_embeddings)
         ways.append(_Way(picture.negative_table.to(device), negative))
+    sequence = ways[0].inputs["encoder_hidden_states"]
+    controls = Controls.make(
+        components,
+        picture,
+        latents,
+        sequence=sequence,
+        positions=make_position_ids(request.size).to(sequence),
+    )
     compiler = components.compiler
     if compiler and compiler.begins:
         yield Notice("the first step compiles the blocks: it takes longer than the others")
@@ -74,6 +85,7 @@ def _denoise(components: Components, model: Any, picture: Picture) -> Iterator[E
             row=row,
             ways=ways,
             inputs=latents,
+            controls=controls,
             index=index,
             true_scale=request.true_scale,
         )
@@ -130,14 +142,17 @@ def take_step(
     row: ModulationRow,
     ways: Sequence[_Way],
     inputs: InputLatents,
+    controls: Controls | None = None,
     index: int,
     true_scale: float = 1.0,
 ) -> Tensor:
     """Euler step `index` (from 0): packed latents (1, S, 64) at its timestep -> at the next one.
 
     The first way is the prompt's. Where there is a second, the negative prompt's, the velocity goes
-    `true_scale` times the way from that one's to the first one's.
+    `true_scale` times the way from that one's to the first one's. ControlNets look at the prompt
+    alone, and what they add is the same for both.
     """
+    residuals = controls.compute(tokens, index) if controls else ()
     hidden = tokens
     if inputs.channels is not None:
         hidden = torch.cat([hidden, inputs.channels], dim=2)
@@ -146,7 +161,8 @@ def take_step(
     velocities = []
     for way in ways:
         row.select(way.table, index)
-        velocities.append(model(hidden_states=hidden, **way.inputs)[0][:, : tokens.shape[1]])
+        velocity = model(hidden_states=hidden, residuals=residuals, **way.inputs)[0]
+        velocities.append(velocity[:, : tokens.shape[1]])
     velocity = velocities[0]
     if len(ways) > 1:
         velocity = velocities[1] + true_scale * (velocity - velocities[1])

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from fluxcli.engine.components import Components
+from fluxcli.engine.controlnet import takes_pixels
 from fluxcli.engine.picture import InputLatents, Picture
 from fluxcli.events import Event, Phase
 from fluxcli.pictures.inputs import resize
+from quant.checkpoint import Checkpoint
 
 
 def run(components: Components, pictures: Sequence[Picture]) -> Iterator[Event]:
@@ -26,7 +28,7 @@ def run(components: Components, pictures: Sequence[Picture]) -> Iterator[Event]:
         vae = yield from components.load("vae", picture.adapters)
         yield Phase("prepare")
         encoder = Encoder(vae, device=components.plan.device, dtype=components.dtype("vae"))
-        picture.latents = prepare(picture, encoder)
+        picture.latents = prepare(picture, encoder, components.checkpoint)
 
 
 def is_needed(picture: Picture) -> bool:
@@ -58,17 +60,44 @@ class Encoder:
         return (latents - config.shift_factor) * config.scaling_factor
 
 
-def prepare(picture: Picture, encoder: Encoder) -> InputLatents:
-    """Make latents of all that a picture starts from."""
+def prepare(picture: Picture, encoder: Encoder, checkpoint: Checkpoint) -> InputLatents:
+    """Make latents of all that a picture starts from.
+
+    diffusers' pipelines draw for control pictures first, then for the picture to start from, then
+    noise.
+    """
     request = picture.request
     generator = torch.Generator("cpu").manual_seed(request.seed)
     latents = InputLatents()
+    if picture.controls:
+        latents.controls = _prepare_controls(picture, encoder, generator, checkpoint=checkpoint)
+        latents.noise = pack(torch.randn(_latent_shape(request.size), generator=generator))
     if picture.inputs.image:
         values = to_values(resize(picture.inputs.image.read_pixels(), request.size))
         start = encoder.encode(values, generator)
         latents.start = pack(start)
         latents.noise = pack(torch.randn(start.shape, generator=generator))
     return latents
+
+
+def _prepare_controls(
+    picture: Picture, encoder: Encoder, generator: torch.Generator, *, checkpoint: Checkpoint
+) -> tuple[Tensor, ...]:
+    """Packed latents (1, S, 64) of each control picture; XLabs' networks take its values."""
+    prepared = []
+    for control, given in zip(picture.controls, picture.inputs.controls, strict=True):
+        values = to_values(resize(given.read_pixels(), picture.request.size))
+        component = checkpoint.components.get(control.part)
+        if component and takes_pixels(component.config):
+            prepared.append(values)
+        else:
+            prepared.append(pack(encoder.encode(values, generator)))
+    return tuple(prepared)
+
+
+def _latent_shape(size: tuple[int, int]) -> tuple[int, int, int, int]:
+    width, height = size
+    return 1, 16, height // 8, width // 8
 
 
 def to_values(pixels: np.ndarray) -> Tensor:

@@ -1,0 +1,172 @@
+"""ControlNets act as in diffusers' FluxControlNetPipeline: at most 1/255 apart from its pictures."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from fluxcli.engine.engine import Drawn, Engine
+from fluxcli.engine.picture import Picture
+from fluxcli.models.parts import Control, Parts
+from fluxcli.pictures.inputs import InputPictures, read_picture
+from fluxcli.request.fields import Order
+from quant.checkpoint import Checkpoint, inspect
+from quant.controlnet import inspect_controlnet
+from tests.support.helpers import engine_of, tiny
+
+ORDER = tiny(steps=4, seed=5, width=96, height=64, text_tokens=24)
+MOVED = 8  # of 255: less is no effect
+
+
+@dataclass(frozen=True)
+class Case:
+    """Networks with their pictures, and how they act."""
+
+    kinds: tuple[str, ...]
+    scales: tuple[float, ...]
+    spans: tuple[tuple[float, float], ...]
+    modes: tuple[int | None, ...]
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """The component of each control picture: one for each network."""
+        names = list(dict.fromkeys(self.kinds))
+        return [f"controlnet_{names.index(kind) + 1}" for kind in self.kinds]
+
+
+def case(*kinds: str, scales=None, spans=None, modes=None) -> Case:
+    count = len(kinds)
+    return Case(
+        kinds,
+        tuple(scales or [0.7] * count),
+        tuple(spans or [(0.0, 1.0)] * count),
+        tuple(modes or [None] * count),
+    )
+
+
+CASES = {
+    "single": case("single"),
+    "union": case("union", modes=[1], scales=[0.5]),
+    "xlabs": case("xlabs", scales=[0.8]),
+    "two": case("single", "double", scales=[0.4, 0.5]),
+    "two of other depths": case("union", "double", modes=[2, None], scales=[0.6, 0.6]),
+    "one union, two pictures": case("union", "union", modes=[0, 2], scales=[0.4, 0.3]),
+    "windows": case("single", "double", scales=[0.5, 0.9], spans=[(0.0, 0.5), (0.25, 1.0)]),
+    "no guidance": case("unguided"),
+}
+
+
+@pytest.fixture(scope="session")
+def maps(tmp_path_factory) -> list[Path]:
+    """Two control pictures of the size of `ORDER`."""
+    folder = tmp_path_factory.mktemp("maps")
+    paths = []
+    for k, box in enumerate(((10, 12, 50, 52), (40, 5, 90, 40))):
+        image = Image.new("RGB", ORDER.request.size, (20 * k, 0, 10))
+        ImageDraw.Draw(image).ellipse(box, outline="white", width=3)
+        image.save(folder / f"{k}.png")
+        paths.append(folder / f"{k}.png")
+    return paths
+
+
+@pytest.fixture(scope="session")
+def pipeline(tiny_folder):
+    """diffusers' pipeline of the bundled model, whose network is set by each case."""
+    from diffusers import FluxControlNetPipeline, FluxPipeline
+
+    plain = FluxPipeline.from_pretrained(tiny_folder, torch_dtype=torch.float32)
+    made = FluxControlNetPipeline(**plain.components, controlnet=None)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def draw_by_diffusers(pipeline, wanted: Case, controlnet, maps: Sequence[Path]) -> np.ndarray:
+    from diffusers import FluxControlNetModel, FluxMultiControlNetModel
+
+    request = ORDER.request
+    networks = [
+        FluxControlNetModel.from_pretrained(controlnet(kind), torch_dtype=torch.float32)
+        for kind in dict.fromkeys(wanted.kinds)
+    ]
+    images = [Image.open(path) for path in maps[: len(wanted.kinds)]]
+    options = {
+        "control_image": images,
+        "controlnet_conditioning_scale": list(wanted.scales),
+        "control_guidance_start": [start for start, _ in wanted.spans],
+        "control_guidance_end": [end for _, end in wanted.spans],
+        "control_mode": list(wanted.modes),
+    }
+    pipeline.controlnet = FluxMultiControlNetModel(networks)
+    if len(images) == 1:
+        pipeline.controlnet = networks[0]
+        options = {name: values[0] for name, values in options.items()}
+    image = pipeline(
+        request.prompt,
+        width=request.size[0],
+        height=request.size[1],
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance,
+        max_sequence_length=request.text_tokens,
+        generator=torch.Generator("cpu").manual_seed(request.seed),
+        **options,
+    ).images[0]
+    return np.asarray(image).astype(int)
+
+
+def make_parts(wanted: Case, controlnet) -> Parts:
+    components = {
+        key: inspect_controlnet(controlnet(kind))
+        for key, kind in zip(wanted.keys, wanted.kinds, strict=True)
+    }
+    controls = [
+        Control(key, scale, *span, mode)
+        for key, scale, span, mode in zip(
+            wanted.keys, wanted.scales, wanted.spans, wanted.modes, strict=True
+        )
+    ]
+    return Parts(components, tuple(controls))
+
+
+def draw_by_flux(
+    engine: Engine, controls: Sequence[Control], maps: Sequence[Path], order: Order = ORDER
+) -> np.ndarray:
+    shown = tuple(read_picture(str(path)) for path in maps[: len(controls)])
+    picture = Picture(
+        order.request, inputs=InputPictures(controls=shown), controls=tuple(controls)
+    )
+    events = list(engine.draw([picture]))
+    assert any(isinstance(event, Drawn) for event in events)
+    return picture.pixels.astype(int)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tiny_folder) -> Checkpoint:
+    return inspect(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def plain(checkpoint) -> np.ndarray:
+    """The picture of `ORDER` without a control."""
+    return draw_by_flux(engine_of(checkpoint, ORDER), (), ())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_diffusers(name, pipeline, checkpoint, controlnet, maps, plain):
+    wanted = CASES[name]
+    reference = draw_by_diffusers(pipeline, wanted, controlnet, maps)
+    parts = make_parts(wanted, controlnet)
+    engine = engine_of(parts.add_to(checkpoint), ORDER)
+    found = draw_by_flux(engine, parts.controls, maps)
+    apart = np.abs(found - reference).max()
+    moved = np.abs(found - plain).max()
+    other = np.abs(found - draw_by_flux(engine, parts.controls, maps[::-1])).max()
+    print(f"{name}: {apart}/255 apart, moved by {moved}, by another map {other}")
+    assert apart <= 1
+    assert moved > MOVED
+    assert other > MOVED
+    assert reference.std() > 1
