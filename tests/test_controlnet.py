@@ -1,7 +1,7 @@
-"""ControlNets act as in diffusers' FluxControlNetPipeline: at most 1/255 apart from its pictures."""
+"""ControlNets act as in diffusers' FluxControlNetPipeline: at most 1/255 from its pictures."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -136,9 +136,7 @@ def draw_by_flux(
     engine: Engine, controls: Sequence[Control], maps: Sequence[Path], order: Order = ORDER
 ) -> np.ndarray:
     shown = tuple(read_picture(str(path)) for path in maps[: len(controls)])
-    picture = Picture(
-        order.request, inputs=InputPictures(controls=shown), controls=tuple(controls)
-    )
+    picture = Picture(order.request, inputs=InputPictures(controls=shown), controls=tuple(controls))
     events = list(engine.draw([picture]))
     assert any(isinstance(event, Drawn) for event in events)
     return picture.pixels.astype(int)

@@ -71,12 +71,13 @@ def prepare(picture: Picture, encoder: Encoder, checkpoint: Checkpoint) -> Input
     latents = InputLatents()
     if picture.controls:
         latents.controls = _prepare_controls(picture, encoder, generator, checkpoint=checkpoint)
-        latents.noise = pack(torch.randn(_latent_shape(request.size), generator=generator))
     if picture.inputs.image:
         values = to_values(resize(picture.inputs.image.read_pixels(), request.size))
         start = encoder.encode(values, generator)
         latents.start = pack(start)
         latents.noise = pack(torch.randn(start.shape, generator=generator))
+    elif picture.controls:
+        latents.noise = pack(torch.randn(_latent_shape(request.size), generator=generator))
     return latents
 
 
