@@ -283,7 +283,8 @@ def quieten_libraries(*, is_debug: bool) -> None:
         for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB"):
             settings[f"{library}_VERBOSITY"] = "error"
         warnings.simplefilter("ignore")
-        logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+        for library in ("bitsandbytes", "PIL"):
+            logging.getLogger(library).setLevel(logging.CRITICAL)
     for name, value in settings.items():
         os.environ.setdefault(name, value)
     _drop_wrong_variables()
