@@ -6,7 +6,6 @@ picture. Knows nothing of options or how text reaches it.
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,22 @@ from fluxcli.models import find, loras
 from fluxcli.paths import config_folder
 from fluxcli.pictures import inputs, names
 from fluxcli.request import presets
-from fluxcli.request.fields import DEFAULT_STRENGTH, Order
+from fluxcli.request.fields import DEFAULT_STRENGTH, DEFAULTS, Order
+from fluxcli.request.inputs import STDIN, rename_pictures
+from fluxcli.request.settings import flag
 from fluxcli.request.sizes import add_other_side, size_of
 
 # What says how large a picture is; without them one that starts from another has its ratio.
 SIZES = ("aspect_ratio", "image_size", "width", "height")
+# What a setting does nothing without, whatever the model: one of the others.
+NEEDED = {
+    "mask": ("image", "reference"),
+    "mask_invert": ("mask",),
+    "mask_feather": ("mask",),
+    "expand": ("image",),
+    "strength": ("image", "mask"),
+    "true_cfg": ("negative_prompt",),
+}
 
 
 def resolve_order(prompt: str, given: Mapping[str, Any]) -> Order:
@@ -44,7 +54,7 @@ def build_order(prompt: str, values: Mapping[str, Any], given: Mapping[str, Any]
         )
     format_given = values["format"] if given.get("format") else None
     format_of_name = names.read_format(values["output"], given=format_given)
-    resolved = dict(values)
+    resolved = _drop_idle(values, given)
     if format_of_name:
         resolved["format"] = format_of_name
     # A preset's name stands for its model, as in `flux models download`, unless it is a folder's.
@@ -54,8 +64,8 @@ def build_order(prompt: str, values: Mapping[str, Any], given: Mapping[str, Any]
         resolved["vae"] = find.make_absolute(values["vae"])
     resolved["text_encoders"] = tuple(find.make_absolute(each) for each in values["text_encoders"])
     resolved["lora"] = loras.make_absolute(values["lora"])
-    resolved |= _make_pictures_absolute(values)
-    if resolved["image"] and values["strength"] is None:
+    resolved |= rename_pictures(resolved, _make_absolute)
+    if resolved["image"] and resolved["strength"] is None:
         resolved["strength"] = DEFAULT_STRENGTH
     width, height = values["width"], values["height"]
     if resolved["image"] and not any(given.get(name) for name in SIZES):
@@ -68,16 +78,28 @@ def build_order(prompt: str, values: Mapping[str, Any], given: Mapping[str, Any]
     return Order.from_settings(prompt, resolved)
 
 
-def _make_pictures_absolute(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that name pictures, by names that hold in any working folder."""
+def _drop_idle(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without those that do nothing here; they get their defaults.
 
-    def absolute(name: str) -> str:
-        return str(Path(name).expanduser().absolute())
+    Such as a strength that config.toml says, of a picture that starts from none. Raises
+    `UsageError` for one that was said.
+    """
+    found = dict(values)
+    for name, needed in NEEDED.items():
+        is_idle = all(found[other] == DEFAULTS[other] for other in needed)
+        if not is_idle or found[name] == DEFAULTS[name]:
+            continue
+        if name in given:
+            flags = " or ".join(flag(other) for other in needed)
+            hint = f"{flag(needed[0])} beside it, or neither"
+            raise UsageError(f"{flag(name)} does nothing here", why=f"it needs {flags}", hint=hint)
+        found[name] = DEFAULTS[name]
+    return found
 
-    return {
-        "image": absolute(values["image"]) if values["image"] else None,
-        "mask": absolute(values["mask"]) if values["mask"] else None,
-        "reference": tuple(map(absolute, values["reference"])),
-        "redux": tuple(replace(each, image=absolute(each.image)) for each in values["redux"]),
-        "control": tuple(replace(each, image=absolute(each.image)) for each in values["control"]),
-    }
+
+def _make_absolute(name: str) -> str:
+    """Return the name of a picture that holds in any working folder."""
+    if name == STDIN:
+        why = "a picture from stdin is an option's, of a single picture"
+        raise UsageError("no file of a picture", which=name, why=why, hint="give a file")
+    return str(Path(name).expanduser().absolute())

@@ -28,7 +28,7 @@ from quant.expected import check_tensors
 from quant.files import open_regular
 from quant.header import file_identity, read_whole_header
 from quant.header_json import MARKERS as METADATA
-from quant.kinds import describe_name, find_kind
+from quant.kinds import CHANNELS_OF, KINDS, Kind, describe_name, find_kind, find_title
 from quant.markers import add_layers, read_layers
 from quant.spec import FAMILIES, ROTATED, SCALED_BLOCKS, SCHEMES
 from quant.weights import SCB, Piece, Weight, group_weights
@@ -85,7 +85,7 @@ class Component:
 
     `folder` is the file where the part came in one. `dialect` describes for people who wrote the
     files, and in which layout. `unused` has the names of tensors that FLUX.1 does not use, as those
-    of CLIP's vision half.
+    of CLIP's vision half. `title` is what the metadata of its file call the model, "" for nothing.
     """
 
     name: str
@@ -94,6 +94,7 @@ class Component:
     weights: dict[str, Weight]
     dialect: str = "diffusers"
     unused: tuple[str, ...] = ()
+    title: str = ""
 
     @property
     def numel(self) -> int:
@@ -141,7 +142,8 @@ class Checkpoint:
     """A complete model: components by name, the scheduler's config, the folder of tokenizers.
 
     Beside the four of `COMPONENTS` there may be what a request adds, as ControlNets. `pipeline` is
-    the class that the folder's index names, `said_kind` what the user says that the model is.
+    the class that the folder's index names, `said_kind` what the user, or the manifest of a bake,
+    says that the model is.
     """
 
     folder: Path
@@ -150,13 +152,15 @@ class Checkpoint:
     pipeline: str = ""
     said_kind: str = ""
 
-    @cached_property
+    @property
     def kind(self) -> str:
         """Which kind of FLUX.1 it is, of `quant.kinds.KINDS`."""
-        transformer = self.components["transformer"]
-        name = describe_name(transformer.folder)
-        found = find_kind(transformer.config, pipeline=self.pipeline, name=name)
-        return self.said_kind or found
+        return self.said_kind or self.found_kind.name
+
+    @cached_property
+    def found_kind(self) -> Kind:
+        """Which kind it is by its files, and what tells it."""
+        return find_kind_of(self.components["transformer"], self.pipeline)
 
     @property
     def nbytes(self) -> int:
@@ -207,6 +211,16 @@ class Checkpoint:
         return _Fingerprints(whole.hexdigest()[:16], text_encoders.hexdigest()[:16])
 
 
+def find_kind_of(transformer: Component, pipeline: str = "") -> Kind:
+    """Return which kind of FLUX.1 a transformer is of, in a model of this pipeline."""
+    return find_kind(
+        transformer.config,
+        pipeline=pipeline,
+        title=transformer.title or find_title(transformer.config),
+        name=describe_name(transformer.folder),
+    )
+
+
 def _to_bytes(config: dict[str, Any]) -> bytes:
     return json.dumps(config, sort_keys=True).encode()
 
@@ -228,7 +242,25 @@ def inspect(folder: Path) -> Checkpoint:
     for name in TOKENIZERS:
         check_tokenizer(folder / name)
     scheduler = read_config("scheduler", folder / "scheduler" / "scheduler_config.json")
-    return Checkpoint(folder, components, scheduler, pipeline=pipeline)
+    kind = _read_baked_kind(folder, components["transformer"])
+    return Checkpoint(folder, components, scheduler, pipeline=pipeline, said_kind=kind)
+
+
+def _read_baked_kind(folder: Path, transformer: Component) -> str:
+    """What the manifest of a bake says that the model is; "" where nothing says it.
+
+    The folder may have the index of another kind's model: the parts that its source lacked are of
+    that.
+    """
+    if not os.path.lexists(folder / MANIFEST):
+        return ""
+    try:
+        said = read_json(folder / MANIFEST, "no manifest").get("kind")
+    except CheckpointError:
+        return ""
+    if said not in KINDS or CHANNELS_OF[said] != transformer.config["in_channels"]:
+        return ""
+    return str(said)
 
 
 def check_components(components: Mapping[str, Component]) -> None:

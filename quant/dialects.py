@@ -115,8 +115,8 @@ NOT_FLUX_1 = (
 CLIP_G_WIDTH = 1280
 BIAS_TABLE = "relative_attention_bias"
 NUNCHAKU = "a nunchaku (SVDQuant) checkpoint, which is not read"
-CONTROLNET = "a ControlNet, which is not read: flux takes no picture"
-IP_ADAPTER = "an IP-Adapter, which is not read: flux takes no picture"
+CONTROLNET = "a ControlNet, which --control KIND:PICTURE takes"
+IP_ADAPTER = "an IP-Adapter, which is not read: --redux PICTURE draws alike"
 MFLUX = "an mflux (MLX) checkpoint, which is not read"
 # What a file is, by parts of its metadata's names and values.
 KINDS_BY_METADATA = {"svdq": NUNCHAKU, "nunchaku": NUNCHAKU, "mflux_version": MFLUX}
@@ -132,8 +132,8 @@ OTHER_KINDS = {
     "ip_adapter": IP_ADAPTER,
     "to_k_ip": IP_ADAPTER,
     "image_proj": IP_ADAPTER,
-    "pulid": "a PuLID adapter, which is not read: flux takes no picture",
-    "redux_": "a Redux adapter, which is not read: flux takes no picture",
+    "pulid": "a PuLID adapter, which is not read",
+    "redux_": "a Redux adapter, which --redux PICTURE takes",
     "double_stream_modulation": "FLUX.2",
     "distilled_guidance_layer": "Chroma",
     "joint_blocks": "Stable Diffusion 3",

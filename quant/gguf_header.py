@@ -11,7 +11,7 @@ import struct
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from quant.errors import CheckpointError
 from quant.tensor_info import (
@@ -93,10 +93,17 @@ def is_gguf(path: Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
-def parse_gguf_header(path: Path, header: bytes, file_bytes: int) -> dict[str, TensorInfo]:
-    """Return the tensors of a GGUF file by name, in the order of their data.
+class GgufHeader(NamedTuple):
+    """The tensors of a GGUF file by name, and what texts it says of the model, as its name."""
 
-    Their shapes are as torch has them, the reverse of GGUF's. `header` is the file's beginning,
+    tensors: dict[str, TensorInfo]
+    texts: dict[str, str]
+
+
+def parse_gguf_header(path: Path, header: bytes, file_bytes: int) -> GgufHeader:
+    """Return the tensors of a GGUF file, in the order of their data, and its texts.
+
+    Shapes are as torch has them, the reverse of GGUF's. `header` is the file's beginning,
     long enough to hold its header, `file_bytes` the size of the whole file. Raises
     `CheckpointError` for any defect, and for the file of another model.
     """
@@ -127,7 +134,12 @@ def parse_gguf_header(path: Path, header: bytes, file_bytes: int) -> dict[str, T
         raise CheckpointError(
             "corrupt GGUF file", path, why=why, hint="download it again"
         ) from error
-    return by_name
+    texts = {
+        key: value
+        for key, value in values.items()
+        if key.startswith("general.") and isinstance(value, str)
+    }
+    return GgufHeader(by_name, texts)
 
 
 def _read_counts(data: BytesIO) -> tuple[int, int]:

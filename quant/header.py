@@ -50,8 +50,8 @@ PAGE_BYTES = 4096
 class Header:
     """What the header of a weight file says: tensors by name, in the order of their data.
 
-    `metadata` has the texts of a safetensors file's `__metadata__`, but for very long ones; it is
-    empty for a GGUF.
+    `metadata` has the texts of a safetensors file's `__metadata__`, but for very long ones, and of
+    a GGUF those that say what model it is.
     """
 
     tensors: dict[str, TensorInfo]
@@ -80,8 +80,8 @@ def read_whole_header(path: Path) -> Header:
             start = file.read(LENGTH_BYTES)
             if start.startswith(gguf_header.MAGIC):
                 header = start + file.read(gguf_header.MAX_HEADER_BYTES)
-                tensors = gguf_header.parse_gguf_header(path, header, status.st_size)
-                return Header(tensors, metadata={}, is_gguf=True)
+                found = gguf_header.parse_gguf_header(path, header, status.st_size)
+                return Header(found.tensors, metadata=found.texts, is_gguf=True)
             header_bytes = int.from_bytes(start, "little")
             room_bytes = status.st_size - LENGTH_BYTES
             # This comes before a look at the magic: a JSON of 640 bytes begins like a pickle.

@@ -45,6 +45,7 @@ from quant.dialects import (
 from quant.errors import CheckpointError, ForeignFile
 from quant.header import Header, read_whole_header
 from quant.header_json import MARKERS as METADATA
+from quant.kinds import find_title
 from quant.markers import READABLE, UNREAD, add_layers, read_layers
 from quant.spec import FLOAT4, MARKER, MXFP8, ROTATED
 from quant.weights import Piece, Weight, group_weights
@@ -189,7 +190,8 @@ def _make_component(
         weights = _read_t5(weights)
     elif name == "vae":
         weights = from_ldm(weights)
-    component = Component(name, path, config=config, weights=weights, unused=unused)
+    title = find_title(header.metadata)
+    component = Component(name, path, config=config, weights=weights, unused=unused, title=title)
     dialect = _describe_dialect(component, header=header, stored=stored, is_scaled=is_scaled)
     return replace(component, dialect=dialect)
 
@@ -311,9 +313,11 @@ def assemble_checkpoint(
         replacements |= _inspect_parts(vae, ("vae",))
     folder = model
     pipeline = ""
+    kind = ""
     if (model / "model_index.json").is_file():
         whole = inspect(model)
         pipeline = whole.pipeline
+        kind = whole.said_kind
         found = whole.components | replacements
     else:
         found = _inspect_model_part(model) | replacements
@@ -329,7 +333,7 @@ def assemble_checkpoint(
             component = replace(component, config=config)
         components[name] = component
     scheduler = read_config("scheduler", folder / "scheduler" / "scheduler_config.json")
-    return Checkpoint(folder, components, scheduler, pipeline=pipeline)
+    return Checkpoint(folder, components, scheduler, pipeline=pipeline, said_kind=kind)
 
 
 def _inspect_model_part(path: Path) -> dict[str, Component]:

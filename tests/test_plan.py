@@ -19,6 +19,7 @@ from fluxcli.cli import console
 from fluxcli.engine.cards import describe_card
 from fluxcli.errors import DoesNotFit, ExitCode, UsageError
 from fluxcli.models import find as models
+from fluxcli.models.abilities import check_abilities
 from fluxcli.models.shapes import read_known_shapes
 from fluxcli.plan import costs, placement
 from fluxcli.plan.costs import Cost
@@ -514,11 +515,11 @@ def test_guidance_that_does_nothing_or_is_missing_is_refused(checkpoint):
     part = replace(checkpoint.components["transformer"], config=schnell)
     without = replace(checkpoint, components={**checkpoint.components, "transformer": part})
     with pytest.raises(UsageError, match="without effect"):
-        models.check_guidance(tiny(guidance=3.5).request, without)
+        check_abilities(tiny(guidance=3.5).request, without)
     with pytest.raises(UsageError, match="needs a guidance"):
-        models.check_guidance(tiny(guidance=None).request, checkpoint)
-    models.check_guidance(tiny(guidance=None).request, without)
-    models.check_guidance(tiny(guidance=0.0).request, checkpoint)
+        check_abilities(tiny(guidance=None).request, checkpoint)
+    check_abilities(tiny(guidance=None).request, without)
+    check_abilities(tiny(guidance=0.0).request, checkpoint)
 
 
 def test_more_pixels_steps_and_tokens_never_need_less(dev):

@@ -406,13 +406,13 @@ FAMILIES = {
         "single_transformer_blocks.0.attn.to_q.qweight",
         "single_transformer_blocks.0.attn.to_q.qzeros",
     ],
-    "a ControlNet, which is not read: flux takes no picture": [
+    "a ControlNet, which --control KIND:PICTURE takes": [
         "controlnet_blocks.0.weight",
         "controlnet_mode_embedder.weight",
         "transformer_blocks.0.attn.to_q.weight",
         "single_transformer_blocks.0.attn.to_q.weight",
     ],
-    "an IP-Adapter, which is not read: flux takes no picture": [
+    "an IP-Adapter, which is not read: --redux PICTURE draws alike": [
         "double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight",
         "ip_adapter_proj_model.proj.weight",
     ],

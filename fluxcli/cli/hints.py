@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 
-_NEGATIVE = "--negative-prompt TEXT, which computes each step twice"
+_NEGATIVE = "--negative-prompt TEXT says what the picture is not to show"
 _ONE_SAMPLER = "there is one sampler, the published one: leave it out"
 _NAME_LORA = "--lora FILE:0.8, once for each; the scale follows the colon"
 
@@ -33,19 +33,31 @@ _DRAWING: dict[str, tuple[str, ...]] = {
     "--guidance 3.5": (
         "-g", "-l", "--cfg-scale", "--cfg", "--guidance-scale", "--scale", "--distilled-guidance",
     ),
-    _NEGATIVE: ("--negative", "--neg", "--neg-prompt", "--uncond"),
-    "--true-cfg 3 beside --negative-prompt": ("--true-cfg-scale",),
+    _NEGATIVE: ("--negative", "--neg", "--neg-prompt", "--uncond", "--negative-prompts"),
+    "--negative-prompt TEXT --true-cfg 3": ("--true-cfg-scale", "--real-cfg"),
     "--image FILE --strength 0.6": (
         "-i", "--images-path", "--init-image", "--init-img", "--input-image", "--image-path",
-        "--image-strength", "--denoise", "--denoising-strength", "--img2img",
+        "--img2img", "--source-image",
     ),
-    "--image FILE --mask FILE": ("--inpaint", "--mask-image", "--mask-path"),
-    "--control KIND:FILE:0.7": (
+    "--strength 0.6: 1 draws all of --image anew, 0 leaves it as it is": (
+        "--image-strength", "--denoise", "--denoising-strength", "--init-image-strength",
+    ),
+    "--image FILE --mask FILE: white is painted": (
+        "--inpaint", "--mask-image", "--mask-path", "--masked-image-path",
+    ),
+    "-p fill --image FILE --expand 0,0,256,0": (
+        "--outpaint", "--image-outpaint-padding", "--outpaint-padding",
+    ),
+    "--control canny:FILE:0.7": (
         "--control-image", "--control-net", "--controlnet", "--controlnet-image-path",
-        "--controlnet-strength",
+        "--controlnet-strength", "--control-strength", "--control-type", "--canny", "--depth",
     ),
-    "--redux FILE:0.8": ("--redux-image-paths", "--ip-adapter"),
-    "--reference FILE": ("--reference-image", "--ref-image"),
+    "--redux FILE:0.8": (
+        "--redux-image-paths", "--redux-image-strengths", "--ip-adapter", "--image-prompt",
+    ),
+    "-p kontext --reference FILE": (
+        "--reference-image", "--ref-image", "--kontext", "--edit-image", "--image-paths",
+    ),
     "--precision int8, or once for all: flux quantize dev --to int8": (
         "--quantize", "--quantise", "--quantization", "--bits", "--int8", "--8bit", "-8",
         "--load-in-8bit",

@@ -17,6 +17,7 @@ from fluxcli.engine.cards import describe_card
 from fluxcli.engine.check import check_torch
 from fluxcli.errors import DoesNotFit, ExitCode, UsageError, WeightsUnavailable
 from fluxcli.models import find, loras
+from fluxcli.models.abilities import apply_kind, check_abilities
 from fluxcli.models.shapes import read_known_shapes
 from fluxcli.paths import config_folder
 from fluxcli.plan.card import Ram
@@ -111,7 +112,8 @@ def _find_model(order: Order) -> Model:
         shapes = read_known_shapes(order.request.model)
         if shapes is None:
             raise
-        find.check_guidance(order.request, shapes)
+        shapes = apply_kind(order.request, shapes)
+        check_abilities(order.request, shapes)
         return Model([shapes], shapes.nbytes)
 
 

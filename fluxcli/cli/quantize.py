@@ -27,10 +27,18 @@ from fluxcli.plan.planner import choose_bake
 from fluxcli.request import presets
 from fluxcli.request.settings import LoraRef, coerce
 from fluxcli.resolve import resolve_order
-from quant.checkpoint import MANIFEST, Checkpoint, Component, check_components, inspect
+from quant.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    Component,
+    check_components,
+    find_kind_of,
+    inspect,
+)
 from quant.config import read_json
 from quant.controlnet import inspect_controlnet, is_controlnet
 from quant.gguf_header import is_gguf
+from quant.kinds import CONTROLNET
 from quant.lora import Adapter
 from quant.placing import FOLDER_LAYOUT, check_place, describe_path, remove_remains
 from quant.recipe import (
@@ -62,7 +70,7 @@ class Source:
     @property
     def is_controlnet(self) -> bool:
         """Whether it is a ControlNet, and no model."""
-        return self.part.name == "controlnet"
+        return self.part.name == CONTROLNET
 
     @property
     def components(self) -> Mapping[str, Component]:
@@ -70,6 +78,13 @@ class Source:
         if self.checkpoint:
             return self.checkpoint.components
         return {self.part.name: self.part}
+
+    @property
+    def kind(self) -> str:
+        """Which kind of FLUX.1 it is, or "controlnet"."""
+        if self.is_controlnet:
+            return CONTROLNET
+        return self.checkpoint.kind if self.checkpoint else find_kind_of(self.part).name
 
 
 def quantize(  # noqa: PLR0917 - typer's options
@@ -199,7 +214,7 @@ def quantize(  # noqa: PLR0917 - typer's options
         check_disk(recipe, path)
         _show_plan(recipe, path, as_json=json_output)
         return ExitCode.OK
-    origin = {"model": name, "flux": fluxcli.__version__}
+    origin = {"model": name, "kind": found.kind, "flux": fluxcli.__version__}
     verify = not no_verify
     with explain_early_end(_Placed(path), quiet=quiet):
         seconds = _bake(

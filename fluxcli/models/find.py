@@ -8,11 +8,11 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from fluxcli.errors import UsageError, WeightsUnavailable
+from fluxcli.models.abilities import apply_kind, check_abilities
 from fluxcli.models.address import read_address
 from fluxcli.paths import BUNDLED, baked_folder, hub_cache_folder, mirror_folder
 from fluxcli.request.fields import GenerationRequest, Order
@@ -193,10 +193,9 @@ def list_checkpoints(order: Order, settings: Path, say: Callable[[str], None]) -
     for folder in folders:
         try:
             checkpoint = assemble(folder, request, lambda: base_models(order.preset, settings))
-            if request.kind != "auto":
-                checkpoint = replace(checkpoint, said_kind=request.kind)
+            checkpoint = apply_kind(request, checkpoint)
             check_components(checkpoint.components)
-            check_guidance(request, checkpoint)
+            check_abilities(request, checkpoint)
             found.append(checkpoint)
         except CheckpointError as error:
             if folder == folders[-1] and not found:
@@ -268,14 +267,3 @@ def assemble(
     if request.vae:
         vae = locate(request.vae, components=())
     return assemble_checkpoint(path, find_base, text_encoders=text_encoders, vae=vae)
-
-
-def check_guidance(request: GenerationRequest, checkpoint: Checkpoint) -> None:
-    """Raise `UsageError` for a guidance that the model does not take, or one that is missing."""
-    if checkpoint.takes_guidance and request.guidance is None:
-        hint = "--guidance 3.5"
-        raise UsageError("this model needs a guidance", which=request.model, hint=hint)
-    if not checkpoint.takes_guidance and request.guidance is not None:
-        why = "it has no guidance input, the value would do nothing"
-        hint = "-p schnell, or --guidance none"
-        raise UsageError("guidance without effect", which=request.model, why=why, hint=hint)

@@ -5,8 +5,9 @@ as JSON. Knows no file: a name is text here, and what it names is looked up else
 """
 
 import re
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from fluxcli.errors import UsageError
 
@@ -18,6 +19,7 @@ NUMBER = r"\d+(?:\.\d*)?|\.\d+"
 SPAN = re.compile(rf"({NUMBER})-({NUMBER})")
 # A colon that divides: not that of C:\ or C:/, which follows a single letter.
 DIVIDING_COLON = re.compile(r":(?![\\/])|(?<=[^:][^:]):(?=[\\/])")
+STDIN = "-"  # as the name of a picture
 CONTROL_KEYS = ("kind", "image", "scale", "start", "end")
 
 
@@ -166,3 +168,33 @@ class Expand(NamedTuple):
     def __str__(self) -> str:
         """Return LEFT,TOP,RIGHT,BOTTOM, which `parse` reads back."""
         return ",".join(str(each) for each in self)
+
+
+def rename_pictures(values: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+    """Return those of the settings that name pictures, with what `rename` makes of the names.
+
+    The values are of the fields' types; settings that are not among them stay out.
+    """
+    found: dict[str, Any] = {}
+    for name in ("image", "mask"):
+        if name in values:
+            found[name] = None if values[name] is None else rename(values[name])
+    if "reference" in values:
+        found["reference"] = tuple(rename(name) for name in values["reference"])
+    for name in ("redux", "control"):
+        if name in values:
+            refs = values[name]
+            found[name] = tuple(replace(ref, image=rename(ref.image)) for ref in refs)
+    return found
+
+
+def list_pictures(values: Mapping[str, Any]) -> list[str]:
+    """Return the names of all pictures in settings of the fields' types."""
+    names: list[str] = []
+
+    def note(name: str) -> str:
+        names.append(name)
+        return name
+
+    rename_pictures(values, note)
+    return names

@@ -207,6 +207,19 @@ class Number(Kind):
         _check_range(name, value, low=self.low, high=self.high, where=where)
 
 
+class TrueScale(Number):
+    """A scale of true guidance: at 1 there is none."""
+
+    example: ClassVar[str] = "3"
+
+    def check(self, name: str, value: float, *, where: str) -> None:
+        if value == 1:
+            why = "at 1 the negative prompt has no part in the picture"
+            hint = "--true-cfg 3, or neither it nor --negative-prompt"
+            raise UsageError("no true guidance", which=where, why=why, hint=hint)
+        super().check(name, value, where=where)
+
+
 @dataclass(frozen=True)
 class Bytes(Kind):
     """A size in bytes, written like 8GiB."""
@@ -464,7 +477,7 @@ _ROWS = (
     ),
     Setting(
         "true_cfg",
-        Number(1.0, 100.0),
+        TrueScale(1.01, 100.0),
         help="How strongly --negative-prompt pushes away.",
         flags=("--true-cfg",),
         optional=True,

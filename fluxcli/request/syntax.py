@@ -51,7 +51,7 @@ FORMS = (
     ),
     _Form(
         re.compile(r"\bNegative prompt:", re.I),
-        "a negative prompt in the prompt is read as something to draw: FLUX.1 takes none",
+        "a negative prompt in the prompt is read as something to draw: --negative-prompt takes it",
     ),
 )
 
