@@ -6,11 +6,12 @@ picture. Knows nothing of options or how text reaches it.
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fluxcli.errors import UsageError
-from fluxcli.models import find, loras
+from fluxcli.models import controls, find, loras
 from fluxcli.paths import config_folder
 from fluxcli.pictures import inputs, names
 from fluxcli.request import presets
@@ -65,6 +66,9 @@ def build_order(prompt: str, values: Mapping[str, Any], given: Mapping[str, Any]
     resolved["text_encoders"] = tuple(find.make_absolute(each) for each in values["text_encoders"])
     resolved["lora"] = loras.make_absolute(values["lora"])
     resolved |= rename_pictures(resolved, _make_absolute)
+    resolved["control"] = tuple(
+        replace(each, kind=controls.make_absolute(each.kind)) for each in resolved["control"]
+    )
     if resolved["image"] and resolved["strength"] is None:
         resolved["strength"] = DEFAULT_STRENGTH
     width, height = values["width"], values["height"]

@@ -18,7 +18,7 @@ import hashlib
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from quant.checkpoint import Component
@@ -67,6 +67,7 @@ LAYER = re.compile(
     r"(?:text_model\.)?(.+)"
     r"(?<!_embedding)(?<!embed_tokens)(?<!shared)(?<!attention_bias)\.weight"
 )
+INPUT_LAYER = "x_embedder"  # of the transformer
 # Values that are computed at a time where a difference is not kept whole, and how many numbers of
 # the compute dtype the temporary tensors of each take at most.
 CHUNK = 1 << 20
@@ -141,6 +142,17 @@ class Adapter:
     notices: tuple[str, ...] = field(compare=False)  # what was taken for granted, for people
     about: dict[str, str] = field(compare=False)  # the metadata of the file's header
 
+    @property
+    def input_channels(self) -> int:
+        """How many channels of the transformer's input it is for; 0 where it does not look at them.
+
+        BFL's control adapters take more than the model: a control picture's beside the latents'.
+        """
+        for part in self.active_parts("transformer"):
+            if INPUT_LAYER in part.layers:
+                return part.shape[-1]
+        return 0
+
     def active_parts(self, component: str) -> list[Part]:
         """The parts that change a component: none at scale 0."""
         if self.scale == 0:
@@ -203,16 +215,24 @@ class _FileLayer:
 
 
 def read_adapter(
-    path: Path, components: Mapping[str, Component], *, scale: float = 1.0, fits: bool = True
+    path: Path,
+    components: Mapping[str, Component],
+    *,
+    scale: float = 1.0,
+    fits: bool = True,
+    channels: int = 0,
 ) -> Adapter:
     """The adapter in a file, for a model of these components.
 
-    With `fits` off its shapes are not compared with the model's. Raises `CheckpointError` for a
-    file that is no adapter, one for another model, and kinds that are not supported.
+    With `fits` off its shapes are not compared with the model's. `channels` is how many the
+    transformer is given, where a control picture makes them more than its own. Raises
+    `CheckpointError` for a file that is no adapter, one for another model, and kinds that are not
+    supported.
     """
     header = read_whole_header(path)
     _refuse_others(path, header.tensors)
     layers, unmatched = _match_layers(header.tensors, components)
+    layers = [_widen(layer, channels) for layer in layers]
     source = read_alpha_source(path, header, ranks={layer.rank for layer in layers} - {0})
     numbers = read_numbers(path, [layer.alpha for layer in layers if layer.alpha])
     parts = []
@@ -346,6 +366,21 @@ def _layer_shapes(component: Component) -> Shapes:
     return shapes
 
 
+def _widen(layer: _FileLayer, channels: int) -> _FileLayer:
+    """The layer for an input of so many channels, if that is what it was made for.
+
+    The weight then has columns of zeros behind its own, as BFL's `optionally_expand_state_dict`
+    and diffusers' loader say.
+    """
+    down = layer.tensors.get(DOWN)
+    if not down or not _takes_more_channels(layer, down) or down.shape[1] != channels:
+        return layer
+    if layer.tensors.keys() & {MAGNITUDE, DORA_SCALE}:
+        return layer  # whose norms are those of a weight that is not here
+    (rows, _) = layer.targets[INPUT_LAYER]
+    return replace(layer, targets={INPUT_LAYER: (rows, channels)})
+
+
 def _check_tensors(path: Path, layer: _FileLayer) -> None:
     """Raise `CheckpointError` for half an adapter, and for tensors that hold no floats."""
     kinds = layer.tensors.keys()
@@ -381,7 +416,7 @@ def _check_shapes(path: Path, layer: _FileLayer) -> None:
         channels = math.prod(layer.input_shape)
         why = f"it takes {down.shape[1]} channels, a picture alone has {channels}"
         raise CheckpointError(
-            "an adapter that needs a control image", path, why=why, hint="choose another one"
+            "an adapter that needs a control image", path, why=why, hint="--control canny:photo.jpg"
         )
     rows = layer.rows
     columns = math.prod(layer.input_shape)
@@ -444,7 +479,7 @@ def _is_lokr(info: TensorInfo) -> bool:
 
 def _takes_more_channels(layer: _FileLayer, down: TensorInfo) -> bool:
     """Whether A is for latents with more channels than a picture has, as for a control image."""
-    if "x_embedder" not in layer.targets or len(down.shape) != 2:
+    if INPUT_LAYER not in layer.targets or len(down.shape) != 2:
         return False
     return down.shape[1] > math.prod(layer.input_shape)
 

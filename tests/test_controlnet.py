@@ -1,7 +1,7 @@
 """ControlNets act as in diffusers' FluxControlNetPipeline: at most 1/255 from its pictures."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from fluxcli.engine.picture import Picture
 from fluxcli.models.parts import Control, Parts
 from fluxcli.pictures.inputs import InputPictures, read_picture
 from fluxcli.request.fields import Order
+from fluxcli.request.inputs import ControlRef
 from quant.checkpoint import Checkpoint, inspect
 from quant.controlnet import inspect_controlnet
 from tests.support.helpers import engine_of, tiny
@@ -136,7 +137,9 @@ def draw_by_flux(
     engine: Engine, controls: Sequence[Control], maps: Sequence[Path], order: Order = ORDER
 ) -> np.ndarray:
     shown = tuple(read_picture(str(path)) for path in maps[: len(controls)])
-    picture = Picture(order.request, inputs=InputPictures(controls=shown), controls=tuple(controls))
+    refs = tuple(ControlRef("a/network", each.path) for each in shown)
+    request = replace(order.request, control=refs)
+    picture = Picture(request, inputs=InputPictures(controls=shown), controls=tuple(controls))
     events = list(engine.draw([picture]))
     assert any(isinstance(event, Drawn) for event in events)
     return picture.pixels.astype(int)

@@ -12,7 +12,10 @@ from fluxcli.request.fields import Order
 from fluxcli.request.settings import SETTINGS
 from tests.support.invariant import call
 
-BUNDLED = ("dev", "draft", "hyper", "krea", "quality", "schnell", "tiny", "turbo")
+BUNDLED = (
+    "canny-dev", "canny-lora", "depth-dev", "depth-lora", "dev", "draft", "hyper", "krea",
+    "quality", "schnell", "tiny", "turbo",
+)  # fmt: skip
 VALUES = {
     "steps": st.integers(1, 1000),
     "seed": st.integers(0, 2**63),

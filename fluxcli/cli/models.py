@@ -11,7 +11,7 @@ from fluxcli.cli import complete, console
 from fluxcli.cli.help import App
 from fluxcli.cli.show import describe_bytes
 from fluxcli.errors import BadInputFile, UsageError, WeightsUnavailable
-from fluxcli.models import find, hub, local, loras
+from fluxcli.models import controls, find, hub, local, loras
 from fluxcli.models.address import read_address
 from fluxcli.paths import config_folder
 from fluxcli.request import presets
@@ -63,7 +63,7 @@ def download(
     name: Annotated[
         str,
         typer.Argument(
-            help="A preset, ORG/NAME, ORG/NAME:FILE.safetensors, or an address of the hub.",
+            help="A preset, a kind of --control, ORG/NAME[:FILE.safetensors], or an address.",
             show_default=False,
             autocompletion=complete.offer_downloads,
         ),
@@ -89,6 +89,8 @@ def download(
     Prints the folder or file.
     """
     model = presets.model_of(read_address(name), config_folder())
+    if model == name:
+        model = controls.repository_of(name)
     parts = [part.strip() for part in only.split(",") if part.strip()]
     bundled = model.startswith("bundled/")
     if parts and (bundled or ":" in model):
@@ -96,7 +98,7 @@ def download(
         raise UsageError("--only does not apply", which=name, why=why, hint="leave --only out")
     if bundled:
         console.say(f"{name} comes with flux, there is nothing to download")
-        path = find.locate(model)
+        path = controls.locate(name) if model.startswith("bundled/control/") else find.locate(model)
     else:
         say = _say_nothing if quiet else console.say
         with console.Reporter(quiet=quiet, started=time.perf_counter()) as reporter:

@@ -150,7 +150,11 @@ def _read_ram(text: str | None) -> Ram | None:
 def _find_adapters(order: Order, checkpoints: Sequence[Checkpoint]) -> tuple[Adapter, ...]:
     """The adapters of --lora, each header read once; none where one of them is not here."""
     try:
-        return loras.resolve_loras(order.request.lora, checkpoints[-1].components)
+        return loras.resolve_loras(
+            order.request.lora,
+            checkpoints[-1].components,
+            channels=loras.count_channels(order.request),
+        )
     except WeightsUnavailable as error:
         console.say(f"planned without adapters: {error}")
         return ()

@@ -40,6 +40,7 @@ def attach(
     first: dict[str, list[Hook]] = {}  # what looks at a layer's own output comes before the others
     then: dict[str, list[Hook]] = {}
     magnitudes: dict[str, list[_Magnitude]] = {}
+    widened: dict[str, _WidenedInput] = {}
     for adapter in adapters:
         reader = Reader()
         for part in adapter.active_parts(component):
@@ -61,16 +62,28 @@ def attach(
                     magnitude = _Magnitude(read, spans, scale=adapter.scale)
                     magnitudes.setdefault(layer, []).append(magnitude)
                 hook = _make_linear_hook(read, spans, scale=adapter.scale, magnitude=magnitude)
+                own_columns = _count_columns(module.get_submodule(layer))
+                if part.shape[1] > own_columns:
+                    wide = widened.setdefault(layer, _WidenedInput(own_columns))
+                    hook = wide.make_hook(hook)
                 then.setdefault(layer, []).append(hook)
     for layer, of_layer in magnitudes.items():
         first.setdefault(layer, []).append(_MagnitudeHook(of_layer))
     # Every tensor has been read: from here on nothing fails.
-    handles = []
+    handles: list[RemovableHandle] = [
+        module.get_submodule(layer).register_forward_pre_hook(wide.cut)
+        for layer, wide in widened.items()
+    ]
     for hooks in (first, then):
         for layer, of_this in hooks.items():
             owner = module.get_submodule(layer)
             handles += [owner.register_forward_hook(hook) for hook in of_this]
     return handles
+
+
+def _count_columns(layer: Any) -> int:
+    """The size of a linear layer's input."""
+    return int(layer.in_features)
 
 
 def _find_spans(part: Part, places: Mapping[str, Place]) -> dict[str, list[Span]]:
@@ -145,6 +158,31 @@ def _make_linear_hook(
                 rows_of_output[:, span.columns].add_(bias[span.rows])
 
     return add_product
+
+
+class _WidenedInput:
+    """The input of a layer that has more columns than its weight.
+
+    An adapter multiplies all of them, the layer its own, which come first: so its weight need not
+    grow by columns of zeros, in whatever way it is stored.
+    """
+
+    def __init__(self, own_columns: int) -> None:
+        self._own_columns = own_columns
+        self._whole: tuple[Tensor, ...] = ()
+
+    def cut(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Keep the input (B, S, K) for the adapter, and leave the layer its own columns."""
+        self._whole = inputs
+        return inputs[0][..., : self._own_columns]
+
+    def make_hook(self, hook: Hook) -> Hook:
+        """Make a hook that is given the whole input instead of the layer's."""
+
+        def run(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            return hook(module, self._whole, output)
+
+        return run
 
 
 class _Magnitude:

@@ -61,6 +61,12 @@ class Picture:
     taken_s: float = 0.0  # its seconds so far, and its share of those that a group takes together
 
     @property
+    def maps_key(self) -> object:
+        """What the maps of its controls depend on: those of pictures with equal keys are equal."""
+        kinds = tuple(ref.kind for ref in self.request.control)
+        return kinds, self.inputs.controls, self.request.size
+
+    @property
     def denoised(self) -> bool:
         """Whether the latents are at the last step, so that only the decoder is needed."""
         return self.tokens is not None and self.step == self.request.steps

@@ -8,27 +8,35 @@ of the seed's generator, this draws, too. Pictures are (width, height) in pixels
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fluxcli.engine.components import Components
-from fluxcli.engine.controlnet import takes_pixels
+from fluxcli.engine.control_maps import ControlMap
 from fluxcli.engine.picture import InputLatents, Picture
-from fluxcli.events import Event, Phase
+from fluxcli.engine.prepare_controls import add_controls, make_maps, to_values
+from fluxcli.events import Event, Notice, Phase
 from fluxcli.pictures.inputs import resize
 from quant.checkpoint import Checkpoint
 
 
 def run(components: Components, pictures: Sequence[Picture]) -> Iterator[Event]:
     """Give each picture that starts from others its `latents`. Raises `BadInputFile`."""
+    known: dict[object, list[ControlMap]] = {}
     for picture in pictures:
         if picture.denoised or picture.latents is not None or not is_needed(picture):
             continue
+        maps = known.get(picture.maps_key)
+        if maps is None:
+            maps = make_maps(picture)
+            for shown, made in zip(picture.inputs.controls, maps, strict=True):
+                for remark in made.remarks:
+                    yield Notice(f"{shown.path}: {remark}")
+        known = {picture.maps_key: maps}
         vae = yield from components.load("vae", picture.adapters)
         yield Phase("prepare")
         encoder = Encoder(vae, device=components.plan.device, dtype=components.dtype("vae"))
-        picture.latents = prepare(picture, encoder, components.checkpoint)
+        picture.latents = prepare(picture, encoder, components.checkpoint, maps=maps)
 
 
 def is_needed(picture: Picture) -> bool:
@@ -60,8 +68,10 @@ class Encoder:
         return (latents - config.shift_factor) * config.scaling_factor
 
 
-def prepare(picture: Picture, encoder: Encoder, checkpoint: Checkpoint) -> InputLatents:
-    """Make latents of all that a picture starts from.
+def prepare(
+    picture: Picture, encoder: Encoder, checkpoint: Checkpoint, *, maps: Sequence[ControlMap] = ()
+) -> InputLatents:
+    """Make latents of all that a picture starts from; `maps` are those of its controls.
 
     diffusers' pipelines draw for control pictures first, then for the picture to start from, then
     noise.
@@ -70,41 +80,23 @@ def prepare(picture: Picture, encoder: Encoder, checkpoint: Checkpoint) -> Input
     generator = torch.Generator("cpu").manual_seed(request.seed)
     latents = InputLatents()
     if picture.controls:
-        latents.controls = _prepare_controls(picture, encoder, generator, checkpoint=checkpoint)
+        add_controls(
+            latents,
+            picture,
+            maps,
+            components=checkpoint.components,
+            encode=lambda values: pack(encoder.encode(values, generator)),
+            generator=generator,
+        )
     if picture.inputs.image:
         values = to_values(resize(picture.inputs.image.read_pixels(), request.size))
         start = encoder.encode(values, generator)
         latents.start = pack(start)
         latents.noise = pack(torch.randn(start.shape, generator=generator))
     elif picture.controls:
-        latents.noise = pack(torch.randn(_latent_shape(request.size), generator=generator))
+        width, height = request.size
+        latents.noise = pack(torch.randn((1, 16, height // 8, width // 8), generator=generator))
     return latents
-
-
-def _prepare_controls(
-    picture: Picture, encoder: Encoder, generator: torch.Generator, *, checkpoint: Checkpoint
-) -> tuple[Tensor, ...]:
-    """Packed latents (1, S, 64) of each control picture; XLabs' networks take its values."""
-    prepared = []
-    for control, given in zip(picture.controls, picture.inputs.controls, strict=True):
-        values = to_values(resize(given.read_pixels(), picture.request.size))
-        component = checkpoint.components.get(control.part)
-        if component and takes_pixels(component.config):
-            prepared.append(values)
-        else:
-            prepared.append(pack(encoder.encode(values, generator)))
-    return tuple(prepared)
-
-
-def _latent_shape(size: tuple[int, int]) -> tuple[int, int, int, int]:
-    width, height = size
-    return 1, 16, height // 8, width // 8
-
-
-def to_values(pixels: np.ndarray) -> Tensor:
-    """Pixels (H, W, 3) uint8 -> values (1, 3, H, W) float32 in -1 to 1."""
-    shares = torch.from_numpy(pixels.astype(np.float32) / 255)
-    return shares.permute(2, 0, 1)[None] * 2 - 1
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ Count = Callable[[int, int, str], None]
 PAUSES_S = (1, 4, 15, 60)
 # How long the library's threads may take to end, and to remove their partial files, after Ctrl-C.
 GRACE_S = 2
-NON_COMMERCIAL = re.compile(r"black-forest-labs/FLUX\.1-.*dev")
+NON_COMMERCIAL = re.compile(r"black-forest-labs/FLUX\.1-.*dev(-lora)?")
 # The files of a model folder that are used: never code, pickles or half-precision copies.
 WANTED = re.compile(
     r"model_index\.json"
@@ -47,6 +47,8 @@ WANTED = re.compile(
     r"|tokenizer(_2)?/[^/]+\.(json|txt|model)"
     r"|(text_encoder|text_encoder_2|transformer|vae)/(?![^/]*\.fp16)[^/]+\.(json|safetensors)"
 )
+# Those of a repository with one network in diffusers' layout, such as a ControlNet.
+NETWORK = re.compile(r"config\.json|diffusion_pytorch_model(?!.*\.fp16)[^/]*\.(json|safetensors)")
 # Files of every part that come with whichever part is asked for.
 SMALL = re.compile(r"model_index\.json|scheduler/.*|.*/config\.json")
 MAX_NOTE_BYTES = 4096  # of what the library notes of a file
@@ -217,6 +219,10 @@ def _choose_files(
     if weights:
         hint = f"flux models download {model}:FILE, with FILE one of {', '.join(weights[:5])}"
     needed = file or "model_index.json"
+    network = [name for name in published if NETWORK.fullmatch(name)]
+    if not file and needed not in published and "config.json" in network and len(network) > 1:
+        _refuse_parts_of_network(model, only)
+        return network
     if needed not in published:
         raise WeightsUnavailable("not in this repository", which=f"{model}:{needed}", hint=hint)
     if file:
@@ -231,6 +237,13 @@ def _choose_files(
         why = f"no usable file in {lacking[0]}/"
         raise WeightsUnavailable("not a whole model", which=model, why=why, hint=hint)
     return [name for name in wanted if SMALL.fullmatch(name) or name.partition("/")[0] in parts]
+
+
+def _refuse_parts_of_network(model: str, only: Sequence[str]) -> None:
+    """Raise `UsageError` where parts are asked for of a repository that holds one network."""
+    if only:
+        why = "it holds one network"
+        raise UsageError("--only does not apply", which=model, why=why, hint="leave --only out")
 
 
 def _fetch(

@@ -17,10 +17,12 @@ from fluxcli.models import find
 from fluxcli.models.address import read_address
 from fluxcli.models.shapes import read_known_shapes
 from fluxcli.paths import lora_folder
+from fluxcli.request.fields import GenerationRequest
 from fluxcli.request.settings import LoraRef, merge_loras
 from quant.checkpoint import Component
 from quant.errors import CheckpointError
 from quant.header import read_header
+from quant.kinds import CONTROL_CHANNELS
 from quant.lora import Adapter, compute_identity, read_adapter
 from quant.lora_names import is_lora
 
@@ -32,14 +34,23 @@ BASE_MODEL_KEYS = ("modelspec.architecture", "ss_base_model_version", "base_mode
 
 
 def resolve_loras(
-    refs: Sequence[LoraRef], components: Mapping[str, Component]
+    refs: Sequence[LoraRef], components: Mapping[str, Component], *, channels: int = 0
 ) -> tuple[Adapter, ...]:
     """Return the adapters that --lora names for a model, in their order; reads each file's header.
 
-    A command calls this once for a model, and hands the adapters on. Raises what `locate` and
-    `quant.lora.read_adapter` raise.
+    `channels` is how many the transformer is given, where a control picture makes them more than
+    its own. A command calls this once for a model, and hands the adapters on. Raises what `locate`
+    and `quant.lora.read_adapter` raise.
     """
-    return tuple(read_adapter(locate(ref.name), components, scale=ref.scale) for ref in refs)
+    return tuple(
+        read_adapter(locate(ref.name), components, scale=ref.scale, channels=channels)
+        for ref in refs
+    )
+
+
+def count_channels(request: GenerationRequest) -> int:
+    """Return how many channels a request gives to a transformer: more than its own, or 0."""
+    return CONTROL_CHANNELS if request.control else 0
 
 
 def locate(name: str, environment: Mapping[str, str] = os.environ) -> Path:
@@ -232,11 +243,14 @@ def describe(path: Path) -> dict[str, Any]:
     published = read_known_shapes()
     assert published is not None
     try:
-        adapter = read_adapter(path, published.components, fits=False)
+        adapter = read_adapter(path, published.components, fits=False, channels=CONTROL_CHANNELS)
     except CheckpointError as error:
         return described | {"usable": False, "needs": [], "problems": [str(error)]}
     products = [part for part in adapter.parts if part.rank]
     layers = [(part.component, layer) for part in adapter.parts for layer in part.layers]
+    needs = ["a model of the same width: --lora"]
+    if adapter.input_channels == CONTROL_CHANNELS:
+        needs.append("a control picture: --control")
     bases = [adapter.about[key] for key in BASE_MODEL_KEYS if key in adapter.about]
     return described | {
         "usable": True,
@@ -247,7 +261,7 @@ def describe(path: Path) -> dict[str, Any]:
         "layers": sorted({_number_blocks_n(layer) for _, layer in layers}),
         "unmatched": list(adapter.unmatched),
         "base_model": bases[0] if bases else None,
-        "needs": ["a model of the same width: --lora"],
+        "needs": needs,
         "problems": _list_doubts(adapter),
     }
 

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fluxcli.errors import UsageError
-from fluxcli.models import find
+from fluxcli.models.controls import COMPUTED, computed_map, resolve_control
 from fluxcli.request.fields import GenerationRequest
 from fluxcli.request.inputs import ControlRef
 from quant.checkpoint import Checkpoint, Component
 from quant.controlnet import check_fit, inspect_controlnet
+from quant.kinds import CONTROL_CHANNELS
+from quant.lora import Adapter
 
 
 @dataclass(frozen=True)
@@ -49,22 +51,62 @@ class Parts:
         return replace(checkpoint, components=checkpoint.components | dict(self.components))
 
 
-def resolve_parts(request: GenerationRequest, checkpoint: Checkpoint) -> Parts:
-    """Find what a request adds to a model; raises what looking for weights raises."""
+def resolve_parts(
+    request: GenerationRequest, checkpoint: Checkpoint, adapters: Sequence[Adapter] = ()
+) -> Parts:
+    """Find what a request adds to a model with its adapters.
+
+    Raises `UsageError` for controls that the model cannot take, and what looking for weights
+    raises.
+    """
+    if not request.control:
+        return Parts()
+    if takes_control_channels(checkpoint, adapters):
+        return Parts(controls=(_take_in_channels(request, checkpoint),))
     return resolve_controls(request.control, checkpoint)
+
+
+def takes_control_channels(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> bool:
+    """Whether the transformer itself takes a control picture: BFL's, or by one of their LoRAs."""
+    channels = checkpoint.components["transformer"].config["in_channels"]
+    return CONTROL_CHANNELS in (channels, *(each.input_channels for each in adapters))
+
+
+def _take_in_channels(request: GenerationRequest, checkpoint: Checkpoint) -> Control:
+    """The control of a model that takes one picture in its channels, and acts by it fully."""
+    ref = request.control[0]
+    if len(request.control) > 1:
+        why = "the model takes one control picture, in its channels"
+        hint = "one --control; ControlNets on -p dev take several"
+        raise UsageError("too many controls", which=request.model, why=why, hint=hint)
+    own = checkpoint.kind
+    if own in COMPUTED and computed_map(ref.kind) != own:
+        why = f"{request.model} follows a {own} map"
+        hint = f"--control {own}:{ref.image}, or -p dev --control {ref.kind}:{ref.image}"
+        raise UsageError("the model has no such control", which=ref.kind, why=why, hint=hint)
+    if not computed_map(ref.kind):
+        why = "the model takes a canny or depth map itself, and no ControlNet"
+        hint = f"--control canny:{ref.image}, or leave out the LoRA that takes one"
+        raise UsageError("the model has no such control", which=ref.kind, why=why, hint=hint)
+    if (ref.scale, ref.start, ref.end, ref.mode) != (None, None, None, None):
+        why = "it would do nothing: the model takes the picture in its channels, in every step"
+        hint = f"--control {ref.kind}:{ref.image}"
+        raise UsageError("a scale without effect", which=str(ref), why=why, hint=hint)
+    return Control("")
 
 
 def resolve_controls(refs: Sequence[ControlRef], checkpoint: Checkpoint) -> Parts:
     """Find the networks of control pictures, and check that they fit the model.
 
-    A kind is the folder, the file or the hub id of one. `WeightsUnavailable` where it is not here,
-    `CheckpointError` where it is none, or of another model, `UsageError` for a wrong mode.
+    `WeightsUnavailable` where one is not here, `CheckpointError` where it is none, or of another
+    model, `UsageError` for an unknown kind and a wrong mode.
     """
     components: dict[str, Component] = {}
     keys: dict[Path, str] = {}
     controls = []
     for ref in refs:
-        path = find.locate(ref.kind, components=())
+        resolved = resolve_control(ref)
+        path = resolved.path
         if path not in keys:
             found = inspect_controlnet(path)
             check_fit(found, checkpoint.components["transformer"])
@@ -72,9 +114,10 @@ def resolve_controls(refs: Sequence[ControlRef], checkpoint: Checkpoint) -> Part
             components[keys[path]] = found
         control = Control(
             keys[path],
-            scale=1.0 if ref.scale is None else ref.scale,
-            start=ref.start or 0.0,
-            end=1.0 if ref.end is None else ref.end,
+            scale=resolved.scale,
+            start=resolved.start,
+            end=resolved.end,
+            mode=resolved.mode,
         )
         _check_mode(control, components[control.part], kind=ref.kind)
         controls.append(control)

@@ -7,6 +7,7 @@ as JSON. Knows no file: a name is text here, and what it names is looked up else
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from fluxcli.errors import UsageError
@@ -17,10 +18,17 @@ EXPAND_EXAMPLE = "--expand 0,0,256,0"
 MAX_EXPAND_PX = 4096
 NUMBER = r"\d+(?:\.\d*)?|\.\d+"
 SPAN = re.compile(rf"({NUMBER})-({NUMBER})")
-# A colon that divides: not that of C:\ or C:/, which follows a single letter.
-DIVIDING_COLON = re.compile(r":(?![\\/])|(?<=[^:][^:]):(?=[\\/])")
 STDIN = "-"  # as the name of a picture
-CONTROL_KEYS = ("kind", "image", "scale", "start", "end")
+MAX_CONTROL_SCALE = 10
+# What a kind may begin with and hold a colon in it: a drive of Windows, an address, a file of the
+# hub.
+KIND_START = re.compile(
+    r"[A-Za-z]:(?=[\\/])|[A-Za-z][A-Za-z0-9+.-]+://|hf:(?=[\w.-]+/)"
+    r"|[\w.-]+/[\w.-]+(?:@[\w./-]+)?:(?=[^:]+\.(?:safetensors|sft|gguf):)",
+    re.IGNORECASE,
+)
+CONTROL_KEYS = ("kind", "image", "scale", "start", "end", "mode")
+PAIR = re.compile(rf",(?=(?:{'|'.join(CONTROL_KEYS)})=)")
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,8 @@ class ControlRef:
     """A control picture: `kind` picks the weights, by a preset's name, a path or a hub id.
 
     `scale` is how strongly it acts, `start` and `end` are the shares of the steps between which it
-    does (0 to 1). None takes what the kind's preset says.
+    does (0 to 1), `mode` is what the picture shows, to a union of several networks: a name of the
+    kind's preset, or a number. None takes what the kind's preset says.
     """
 
     kind: str
@@ -36,73 +45,85 @@ class ControlRef:
     scale: float | None = None
     start: float | None = None
     end: float | None = None
+    mode: str | None = None
 
     @classmethod
     def parse(cls, text: str, *, where: str = "--control") -> "ControlRef":
-        """Parse KIND:IMAGE[:SCALE][:START-END] or kind=..,image=..,scale=..,start=..,end=...
+        """Parse KIND:IMAGE[:SCALE][:START-END] or kind=..,image=..,scale=..,start=..,end=..,mode=..
 
-        The first form is taken apart from the right, so that an image's name may hold colons.
-        Raises `UsageError`, which names `where` the text stood.
+        The first form is taken apart from the right, and then where the kind ends, so that the
+        image's name may hold colons. Raises `UsageError`, which names `where` the text stood.
         """
-        if text.startswith(("kind=", "image=")):
+        if text.startswith(tuple(f"{key}=" for key in CONTROL_KEYS)):
             return cls._parse_pairs(text, where)
         rest = text
         span: tuple[float | None, float | None] = (None, None)
         scale = None
-        head, _, last = rest.rpartition(":")
-        if match := SPAN.fullmatch(last):
+        match = SPAN.fullmatch(rest.rpartition(":")[2])
+        if match:
             span = (float(match[1]), float(match[2]))
-            rest = head
-            head, _, last = rest.rpartition(":")
-        if re.fullmatch(NUMBER, last) and DIVIDING_COLON.search(head):
+            rest = rest.rpartition(":")[0]
+        head, _, last = rest.rpartition(":")
+        if re.fullmatch(NUMBER, last) and _find_end_of_kind(head) > 0:
             scale = float(last)
             rest = head
-        colon = DIVIDING_COLON.search(rest)
-        if not colon:
+        end = _find_end_of_kind(rest)
+        if end < 0:
             raise _refuse_control(text, where, why="it names no picture")
-        return cls._make(
-            rest[: colon.start()], rest[colon.end() :], scale, *span, text=text, where=where
-        )
+        return cls.make(rest[:end], rest[end + 1 :], scale=scale, span=span, where=where)
 
     @classmethod
     def _parse_pairs(cls, text: str, where: str) -> "ControlRef":
-        pairs = {}
-        for part in re.split(rf",(?=(?:{'|'.join(CONTROL_KEYS)})=)", text):
+        pairs: dict[str, str] = {}
+        for part in PAIR.split(text):
             key, _, value = part.partition("=")
-            if key not in CONTROL_KEYS:
-                raise _refuse_control(text, where, why=f"{key[:40]!r} is none of its keys")
+            if key in pairs:
+                raise _refuse_control(text, where, why=f"{key} stands in it twice")
             pairs[key] = value
-        numbers = []
+        numbers = {}
         for key in ("scale", "start", "end"):
-            try:
-                numbers.append(float(pairs[key]) if key in pairs else None)
-            except ValueError as error:
+            if key in pairs and not re.fullmatch(NUMBER, pairs[key]):
                 why = f"{key} is {pairs[key][:40]!r}, not a number"
-                raise _refuse_control(text, where, why=why) from error
-        kind = pairs.get("kind", "")
-        return cls._make(kind, pairs.get("image", ""), *numbers, text=text, where=where)
+                raise _refuse_control(text, where, why=why)
+            numbers[key] = float(pairs[key]) if key in pairs else None
+        return cls.make(
+            pairs.get("kind", ""),
+            pairs.get("image", ""),
+            scale=numbers["scale"],
+            span=(numbers["start"], numbers["end"]),
+            mode=pairs.get("mode"),
+            where=where,
+        )
 
     @classmethod
-    def _make(
+    def make(
         cls,
         kind: str,
         image: str,
-        scale: float | None,
-        start: float | None,
-        end: float | None,
         *,
-        text: str,
-        where: str,
+        scale: float | None = None,
+        span: tuple[float | None, float | None] = (None, None),
+        mode: str | None = None,
+        where: str = "--control",
     ) -> "ControlRef":
+        """Make one of its parts; raises `UsageError` for what cannot be."""
+        text = f"{kind}:{image}"
         if not kind.strip() or not image.strip() or "\0" in text:
-            raise _refuse_control(text, where, why="kind and picture are needed")
-        if scale is not None and not 0 <= scale <= 10:
-            raise _refuse_control(text, where, why=f"the scale {scale:g} is not in 0 to 10")
-        first, last = start or 0.0, 1.0 if end is None else end
+            raise _refuse_control(text, where, why="a kind and a picture are needed")
+        if PAIR.search(kind) or PAIR.search(image):
+            raise _refuse_control(text, where, why="a comma and KEY= are in a name; rename it")
+        if mode is not None and not re.fullmatch(r"[\w.-]{1,40}", mode):
+            raise _refuse_control(text, where, why=f"the mode {mode[:40]!r} is no name or number")
+        if scale is not None and not 0 <= scale <= MAX_CONTROL_SCALE:
+            why = f"the scale {scale:g} is not in 0 to {MAX_CONTROL_SCALE}"
+            raise _refuse_control(text, where, why=why)
+        start, end = span
+        first = 0.0 if start is None else start
+        last = 1.0 if end is None else end
         if not 0 <= first < last <= 1:
             why = f"{first:g}-{last:g} are no shares of the steps, as 0-0.8 is"
             raise _refuse_control(text, where, why=why)
-        return cls(kind, image, scale, start, end)
+        return cls(kind, image, scale, start, end, mode)
 
     def __str__(self) -> str:
         """Return a text that `parse` reads back."""
@@ -110,8 +131,20 @@ class ControlRef:
         for key in ("scale", "start", "end"):
             value = getattr(self, key)
             if value is not None:
-                text += f",{key}={value!r}"
-        return text
+                text += f",{key}={_write_number(value)}"
+        return text if self.mode is None else f"{text},mode={self.mode}"
+
+
+def _find_end_of_kind(text: str) -> int:
+    """Return where the colon between KIND and IMAGE is, less than 0 where there is none."""
+    start = KIND_START.match(text)
+    return text.find(":", start.end() if start else 0)
+
+
+def _write_number(value: float) -> str:
+    """Return a number from 0 to 10 without an exponent, which no option's text has."""
+    text = repr(float(value))
+    return format(Decimal(text), "f") if "e" in text else text
 
 
 def _refuse_control(text: str, where: str, *, why: str) -> UsageError:

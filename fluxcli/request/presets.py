@@ -110,7 +110,7 @@ def load(name: str, config_folder: Path, *, bundled: bool = False) -> Preset:
             hint=f"did you mean {near[0]!r}?" if near else "flux presets",
         )
     path = known[name]
-    settings = _read_toml(path)
+    settings = read_toml(path)
     extends = settings.pop("extends", "")
     description = settings.pop("description", "")
     if not isinstance(extends, str) or not isinstance(description, str):
@@ -180,7 +180,7 @@ def read_config(config_folder: Path) -> dict[str, Any]:
         path.lstat()
     except OSError:
         return {}
-    return _coerce_table(_read_toml(path), path)
+    return _coerce_table(read_toml(path), path)
 
 
 def read_environment(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
@@ -286,7 +286,7 @@ def _coerce_table(
     return coerce_all(named, lambda _: where)
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
     """Read a file of settings; raises `UsageError` for what is no such file."""
     try:
         text = read_small_file(path, MAX_SETTINGS_BYTES).decode("utf-8-sig")

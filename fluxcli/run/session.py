@@ -102,15 +102,18 @@ class Known:
     """What rows of a job share: plans, and adapters, whose headers are read once."""
 
     plans: dict[Order, Prepared] = field(default_factory=dict)
-    adapters: dict[tuple[str, tuple[LoraRef, ...]], tuple[Adapter, ...]] = field(
+    adapters: dict[tuple[str, int, tuple[LoraRef, ...]], tuple[Adapter, ...]] = field(
         default_factory=dict
     )
 
     def resolve_loras(self, order: Order, checkpoint: Checkpoint) -> tuple[Adapter, ...]:
         """Return the adapters of an order; raises what `loras.resolve_loras` raises."""
-        key = (checkpoint.fingerprint, order.request.lora)
+        channels = loras.count_channels(order.request)
+        key = (checkpoint.fingerprint, channels, order.request.lora)
         if key not in self.adapters:
-            self.adapters[key] = loras.resolve_loras(order.request.lora, checkpoint.components)
+            self.adapters[key] = loras.resolve_loras(
+                order.request.lora, checkpoint.components, channels=channels
+            )
         return self.adapters[key]
 
 
@@ -253,9 +256,9 @@ class Session:
         yield from map(Notice, describe_remarks(inputs))
         checkpoints = find.list_checkpoints(order, paths.config_folder(), said.append)
         yield from map(Notice, said)
-        parts = resolve_parts(order.request, checkpoints[-1])
-        checkpoints = [parts.add_to(checkpoint) for checkpoint in checkpoints]
         adapters = (known or Known()).resolve_loras(order, checkpoints[-1])
+        parts = resolve_parts(order.request, checkpoints[-1], adapters)
+        checkpoints = [parts.add_to(checkpoint) for checkpoint in checkpoints]
         yield from map(Notice, loras.describe_unmatched(adapters))
         hardware = device.probe(resources.device)
         if lock and hardware.kind != "cpu":

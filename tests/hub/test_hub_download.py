@@ -7,10 +7,10 @@ import pytest
 
 from fluxcli import paths
 from fluxcli.errors import ExitCode
+from fluxcli.models import controls, hub
 from fluxcli.models import find as models
-from fluxcli.models import hub
 from quant.checkpoint import inspect
-from tests.support.hub import DEV, error_of, snapshot, weights_asked
+from tests.support.hub import DEV, EVIL, LORA, error_of, snapshot, weights_asked
 from tests.support.hub_server import COMMIT
 from tests.support.invariant import files
 
@@ -169,3 +169,21 @@ def test_a_mirror_takes_what_the_cache_has(server, run, tmp_path):
     server.requests.clear()
     assert run("download", "dev", "--mirror", str(tmp_path)).returncode == 0
     assert not weights_asked(server) and inspect(tmp_path / DEV)
+
+
+CONTROL = "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro-2.0"
+
+
+def test_a_kind_of_control_is_downloaded_by_its_name(server, run):
+    server.repositories[CONTROL] = {
+        "config.json": b"{}",
+        "diffusion_pytorch_model.safetensors": LORA,
+        "diffusion_pytorch_model.fp16.safetensors": LORA,
+        "controlnet_flux.py": EVIL,
+        "conds/canny.png": b"x",
+    }
+    result = run("download", "canny")
+    assert (result.returncode, result.stdout) == (0, f"{snapshot(CONTROL)}\n")
+    assert set(files(snapshot(CONTROL))) == {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert controls.locate("canny") == controls.locate(CONTROL) == snapshot(CONTROL)
+    assert "one network" in error_of(run("download", "pose", "--only", "vae"), ExitCode.USAGE)

@@ -12,8 +12,10 @@ from fluxcli.engine.engine import Drawn, Engine
 from fluxcli.engine.picture import Picture
 from fluxcli.events import Event, Notice, Saved
 from fluxcli.models import loras
+from fluxcli.models.parts import resolve_parts
 from fluxcli.pictures import names as output
 from fluxcli.pictures.image import open_picture
+from fluxcli.pictures.inputs import load_inputs
 from fluxcli.pictures.latents import Latents
 from fluxcli.plan.costs import make_workload
 from fluxcli.plan.machine import Hardware, Speeds
@@ -107,7 +109,10 @@ def plan_for(
 ) -> Planned:
     """The checkpoint and the plan of an order, its adapters read once."""
     request = order.request
-    workload = make_workload(request, loras.resolve_loras(request.lora, checkpoints[-1].components))
+    adapters = loras.resolve_loras(
+        request.lora, checkpoints[-1].components, channels=loras.count_channels(request)
+    )
+    workload = make_workload(request, adapters)
     return make_plan(
         workload, order.resources, checkpoints, hardware, model=request.model, **options
     )
@@ -140,8 +145,13 @@ def picture_of(
     engine: Engine, order: Order, *, resume: Latents | None = None, **options: object
 ) -> Picture:
     """A picture of the engine's model with the order's adapters, begun or (`resume`) half done."""
-    adapters = loras.resolve_loras(order.request.lora, engine.checkpoint.components)
-    picture = Picture(order.request, adapters, **options)
+    request = order.request
+    adapters = loras.resolve_loras(
+        request.lora, engine.checkpoint.components, channels=loras.count_channels(request)
+    )
+    options.setdefault("inputs", load_inputs(request))
+    parts = resolve_parts(request, engine.checkpoint, adapters)
+    picture = Picture(request, adapters, controls=parts.controls, **options)
     if resume:
         picture.tokens = resume.tokens
         picture.step = resume.step

@@ -1,0 +1,66 @@
+"""Control pictures at the size of the picture that they control.
+
+One of the same ratio is resized as diffusers' image processor does, another is cut at the centre
+first: stretching it would change the shapes that it is there for. Pixels are arrays (H, W, 3) of
+uint8, sizes (width, height) in pixels. PIL and numpy are imported inside functions.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from fluxcli.request.sizes import MAX_RATIO
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# Sides are multiples of 16, so that a ratio cannot always be kept: so far apart, two are the same.
+SAME_RATIO = 0.03
+
+
+class Fitted(NamedTuple):
+    """A picture at another size, and what was done to it, "" where nothing is to be said."""
+
+    pixels: "np.ndarray"  # (H, W, 3) uint8
+    remark: str
+
+
+def fit_control(pixels: "np.ndarray", size: tuple[int, int]) -> Fitted:
+    """Return a control picture at a size: cut at the centre to its ratio, and resized."""
+    import numpy as np
+    from PIL import Image
+
+    height, width, _ = pixels.shape
+    if (width, height) == size:
+        return Fitted(pixels, "")
+    box = find_box((width, height), size)
+    left, top, right, bottom = box
+    was = f"{width}x{height} resized to {size[0]}x{size[1]}"
+    remark = was
+    if box != (0, 0, width, height):
+        lost = f"{left + width - right} px of its width"
+        if (left, right) == (0, width):
+            lost = f"{top + height - bottom} px of its height"
+        remark = f"{was}; of another ratio, it lost {lost} at its borders"
+        if max(width, height) <= MAX_RATIO * min(width, height):
+            remark += f" (--ar {width}:{height} keeps them)"
+    image = Image.fromarray(pixels, "RGB").crop(box)
+    resized = image.resize(size, Image.Resampling.LANCZOS)
+    return Fitted(np.asarray(resized), remark)
+
+
+def find_box(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return what stays of a picture for a wanted ratio: (left, top, right, bottom).
+
+    That is all of it where the ratios are nearly the same, else the largest part at its centre.
+    """
+    width, height = size
+    ratio = wanted[0] / wanted[1]
+    apart = width / height / ratio
+    if 1 / (1 + SAME_RATIO) <= apart <= 1 + SAME_RATIO:
+        return 0, 0, width, height
+    if apart > 1:
+        kept = max(1, round(height * ratio))
+        left = (width - kept) // 2
+        return left, 0, left + kept, height
+    kept = max(1, round(width / ratio))
+    top = (height - kept) // 2
+    return 0, top, width, top + kept
