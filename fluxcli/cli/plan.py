@@ -18,12 +18,14 @@ from fluxcli.engine.check import check_torch
 from fluxcli.errors import DoesNotFit, ExitCode, UsageError, WeightsUnavailable
 from fluxcli.models import find, loras
 from fluxcli.models.abilities import apply_kind, check_abilities
+from fluxcli.models.parts import Parts, resolve_parts
 from fluxcli.models.shapes import read_known_shapes
 from fluxcli.paths import config_folder
+from fluxcli.pictures.inputs import load_inputs
 from fluxcli.plan.card import Ram
 from fluxcli.plan.costs import make_workload
 from fluxcli.plan.machine import Hardware
-from fluxcli.plan.placement import GIB, PHASES, Candidate
+from fluxcli.plan.placement import GIB, PHASES, PREPARE, Candidate
 from fluxcli.plan.planner import find_chosen, suggest_options, survey
 from fluxcli.request.fields import Order
 from fluxcli.request.settings import parse_bytes
@@ -70,13 +72,18 @@ def plan_command(
     Needs no weights.
     """
     order = resolve_order(read_prompt(prompt), given_settings(options))
+    inputs = load_inputs(order.request)
     model = _find_model(order)
+    parts = _find_parts(order, model.checkpoints)
+    model = model._replace(checkpoints=[parts.add_to(each) for each in model.checkpoints])
     hardware, margin_bytes = _find_hardware(order, card, ram=_read_ram(ram))
     adapters = _find_adapters(order, model.checkpoints)
     if not adapters:
         order = replace(order, request=replace(order.request, lora=()))
     candidates = survey(
-        make_workload(order.request, adapters),
+        make_workload(
+            order.request, adapters, references=inputs.references, controls=parts.controls
+        ),
         order.resources,
         model.checkpoints,
         hardware=hardware,
@@ -89,7 +96,13 @@ def plan_command(
         _show(order, model, hardware=hardware, candidates=candidates)
     if find_chosen(candidates) is None:
         found = suggest_options(
-            order.request, order.resources, model.checkpoints, hardware=hardware, adapters=adapters
+            order.request,
+            order.resources,
+            model.checkpoints,
+            hardware=hardware,
+            adapters=adapters,
+            references=inputs.references,
+            controls=parts.controls,
         )
         hint = found or "a larger card, or -p tiny"
         why = candidates[0].why
@@ -158,6 +171,15 @@ def _find_adapters(order: Order, checkpoints: Sequence[Checkpoint]) -> tuple[Ada
     except WeightsUnavailable as error:
         console.say(f"planned without adapters: {error}")
         return ()
+
+
+def _find_parts(order: Order, checkpoints: Sequence[Checkpoint]) -> Parts:
+    """What the request's controls and looks add to the model; nothing where it is not here."""
+    try:
+        return resolve_parts(order.request, checkpoints[-1])
+    except WeightsUnavailable as error:
+        console.say(f"planned without what is not here: {error}")
+        return Parts()
 
 
 def _describe(
@@ -257,26 +279,33 @@ def _describe_machine(hardware: Hardware) -> str:
 
 # Under 80 columns: mark and precision, error, blocks, a column a phase, RAM, time.
 PLAN_ROW = "{:<7}{:<6}{:<12} {:>7} {:>9} {:>7} {:>7} {:>7} {:>11}"
+# The same where the VAE encodes pictures, too, and one head is shorter for that.
+PREPARED_ROW = "{:<7}{:<6}{:<12} {:>6} {:>7} {:>5} {:>7} {:>6} {:>6} {:>10}"
+SHORT_HEADS = {"condition": "cond."}
 
 
 def _format_table(candidates: Sequence[Candidate], *, has_ram_column: bool) -> list[str]:
     """The lines of the table: a head, and a row for each candidate that has a plan."""
-    heads = [*PHASES, "RAM" if has_ram_column else "", "time"]
+    plans = [candidate.plan for candidate in candidates if candidate.plan]
+    phases = tuple(plans[0].peak_bytes) if plans else PHASES
+    row = PREPARED_ROW if PREPARE in phases else PLAN_ROW
+    heads = [SHORT_HEADS.get(phase, phase) if PREPARE in phases else phase for phase in phases]
+    heads += ["RAM" if has_ram_column else "", "time"]
     what = "peak memory in GiB while it does" if has_ram_column else "peak RAM in GiB while it does"
-    lines = [PLAN_ROW.format("", "", "", what, "", "", "", "", "").rstrip()]
-    lines.append(PLAN_ROW.format("", "error", "blocks", *heads).rstrip())
+    lines = [f"{'':<25} {what}"]
+    lines.append(row.format("", "error", "blocks", *heads).rstrip())
     for candidate in candidates:
         name = f"{_mark(candidate)} {candidate.precision}"
         plan = candidate.plan
         if plan is None:
             lines.append(f"{name:<7}-")
             continue
-        peaks = [f"{plan.peak_bytes[phase] / GIB:.2f}" for phase in PHASES]
+        peaks = [f"{plan.peak_bytes[phase] / GIB:.2f}" for phase in phases]
         ram = f"{plan.host_bytes / GIB:.2f}" if has_ram_column else ""
         error = f"{candidate.error:.3f}" if candidate.error else "0"
         blocks = plan.placement.level("denoise")
         taken_s = format_duration(plan.total_s)
-        lines.append(PLAN_ROW.format(name, error, blocks, *peaks, ram, taken_s))
+        lines.append(row.format(name, error, blocks, *peaks, ram, taken_s))
     return lines
 
 

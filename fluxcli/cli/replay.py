@@ -57,6 +57,7 @@ DIFFERENCES = {
         "dtypes": "the parts had the dtypes {then}, here {here}",
         "compiled": "compiled then: {then}, here: {here}",
         "tiled": "decoded in tiles: {then}, here: {here}",
+        "tiled_inputs": "input pictures encoded in tiles: {then}, here: {here}",
     },
     "versions": {
         "flux": "made with flux {then}, here is {here}",
@@ -66,7 +67,11 @@ DIFFERENCES = {
         "transformers": "made with transformers {then}, here is {here}",
     },
 }
-ABSENT = {"compiled": False, "kernels": "torch"}  # what it means that a key is not there
+ABSENT = {
+    "compiled": False,
+    "kernels": "torch",
+    "tiled_inputs": False,
+}  # what it means that a key is not there
 MAX_SAID = 60  # characters of a value that a picture says
 
 

@@ -126,6 +126,11 @@ class Components:
         whole = replace(self.plan.placement, decode="alone")
         self.plan = replace(self.plan, placement=whole)
 
+    def prepare_whole(self) -> None:
+        """Encode pictures without tiles again, as `decode_whole`."""
+        whole = replace(self.plan.placement, prepare="whole")
+        self.plan = replace(self.plan, placement=whole)
+
     def _place(self, plan: MemoryPlan) -> None:
         """Take the plan, and drop what it places elsewhere."""
         before = self.plan.placement
@@ -152,18 +157,22 @@ class Components:
 
     # --- what is loaded
 
-    def load(self, name: str, adapters: Sequence[Adapter] = ()) -> Generator[Event, None, Any]:
+    def load(
+        self, name: str, adapters: Sequence[Adapter] = (), *, phase: str = ""
+    ) -> Generator[Event, None, Any]:
         """The component's module, placed as the plan says, with the adapters that act on it.
 
-        Yields what happens meanwhile: components leave for it, it is loaded.
+        It computes in `phase`, which only for the VAE is one of two. Yields what happens meanwhile:
+        components leave for it, it is loaded.
         """
         yield from self.make_room(name)
         if name not in self.loaded:
             yield Phase("load", name)
             yield from self._load(name)
         self._attach(name, tuple(adapter for adapter in adapters if adapter.numel(name)))
-        if name in COMPUTES:
-            self.join_free_memory(COMPUTES[name])
+        phase = phase or COMPUTES.get(name, "")
+        if phase:
+            self.join_free_memory(phase)
         return self.loaded[name].module
 
     def join_free_memory(self, phase: str) -> None:

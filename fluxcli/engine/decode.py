@@ -36,7 +36,7 @@ def _decode(components: Components, picture: Picture) -> Generator[Event, None, 
         raise NotFinite("the picture is not finite", which=seed, why=why, hint=NOT_FINITE_HINT)
     vae = yield from components.load("vae", picture.adapters)
     yield Phase("decode")
-    _set_tiles(vae, tiled=components.plan.placement.decode == "tiled")
+    set_tiles(vae, tiled=components.plan.placement.decode == "tiled")
     latents = unpack(tokens.to(components.plan.device), picture.request.size)
     dtype = components.dtype("vae")
     decoded = decode_latents(vae, latents.to(dtype))
@@ -50,8 +50,8 @@ def _decode(components: Components, picture: Picture) -> Generator[Event, None, 
     return to_pixels(decoded).numpy()
 
 
-def _set_tiles(vae: Any, *, tiled: bool) -> None:
-    """Make diffusers' decoder work in tiles of `costs.TILE_PX`, or on the whole."""
+def set_tiles(vae: Any, *, tiled: bool) -> None:
+    """Make diffusers' VAE work in tiles of `costs.TILE_PX`, or on the whole."""
     vae.use_tiling = tiled
     if tiled:
         vae.tile_sample_min_size = costs.TILE_PX

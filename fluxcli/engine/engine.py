@@ -159,6 +159,17 @@ class Engine:
         could be drawn after it (see `is_of_one_row`); else raises whatever a phase raises.
         """
         self._under_way = pictures
+        was_whole = self.plan.placement.prepare != "tiled"
+        try:
+            yield from self._draw(pictures, isolate=isolate)
+        finally:
+            if was_whole and self.plan.placement.prepare == "tiled":
+                self.components.prepare_whole()
+
+    def _draw(
+        self, pictures: Sequence[Picture], *, isolate: bool
+    ) -> Iterator[Event | Denoised | Drawn]:
+        """All phases, see `draw`."""
         for phase in self._before:
             if not phase.one_by_one:
                 started_s = time.perf_counter()
@@ -246,7 +257,12 @@ class Engine:
             missing_bytes = needed_bytes - self._available_bytes()
             self.out_of_memory.append(OutOfMemory(phase.name, missing_bytes))
             largest = max(self._under_way, key=lambda picture: math.prod(picture.request.size))
-            workload = make_workload(largest.request, largest.adapters)
+            workload = make_workload(
+                largest.request,
+                largest.adapters,
+                references=largest.inputs.references,
+                controls=largest.controls,
+            )
             change = self.components.step_down(phase.name, workload, failed=failed)
             yield Notice(f"out of memory in {phase.name} ({level}): once more, {change}")
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fluxcli.engine.components import Components
 from fluxcli.engine.control_maps import ControlMap
+from fluxcli.engine.decode import set_tiles
 from fluxcli.engine.picture import InputLatents, Picture
 from fluxcli.engine.prepare_controls import add_controls, make_maps, to_values
 from fluxcli.events import Event, Notice, Phase
@@ -33,8 +34,9 @@ def run(components: Components, pictures: Sequence[Picture]) -> Iterator[Event]:
                 for remark in made.remarks:
                     yield Notice(f"{shown.path}: {remark}")
         known = {picture.maps_key: maps}
-        vae = yield from components.load("vae", picture.adapters)
+        vae = yield from components.load("vae", picture.adapters, phase="prepare")
         yield Phase("prepare")
+        set_tiles(vae, tiled=components.plan.placement.prepare == "tiled")
         encoder = Encoder(vae, device=components.plan.device, dtype=components.dtype("vae"))
         picture.latents = prepare(picture, encoder, components.checkpoint, maps=maps)
 

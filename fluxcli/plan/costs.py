@@ -10,6 +10,7 @@ and launches beside its products was counted, too (`steps`). Stdlib only.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf, sqrt
+from typing import Protocol
 
 from fluxcli.plan import steps
 from fluxcli.plan.machine import Hardware, Speeds
@@ -59,7 +60,8 @@ SLOW_BF16 = 0.25  # of float32's speed, on a CPU without units for it
 T5_BLOCKS = "encoder.block."
 # SigLIP and Redux' embedder, which make text tokens of a picture.
 IMAGE_ENCODERS = ("image_encoder", "image_embedder")
-IMAGE_ENCODER_BYTES = 128 << 20  # beside their weights, for the 729 tokens of a picture
+IMAGE_ENCODER_BYTES = 128 << 20  # beside their weights
+LOOK_TOKENS = 729  # that Redux adds to a prompt's: SigLIP's of 27 x 27 patches
 CONTROLNET = "controlnet"  # what the names of such components begin with
 
 
@@ -117,15 +119,59 @@ class Workload:
         return max(self.input_pixels, default=0)
 
 
-def make_workload(request: GenerationRequest, adapters: Sequence[Adapter] = ()) -> Workload:
-    """What a plan must know of a request that is drawn with these adapters."""
+class Measured(Protocol):
+    """A picture whose size is known."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+
+
+class Window(Protocol):
+    """When a control picture acts, and what looks at it."""
+
+    @property
+    def part(self) -> str:
+        """The name of a ControlNet's component; "" where the transformer itself looks at it."""
+
+    @property
+    def start(self) -> float:
+        """The share of the steps from which on it acts."""
+
+    @property
+    def end(self) -> float:
+        """The share of the steps until which it acts."""
+
+
+def make_workload(
+    request: GenerationRequest,
+    adapters: Sequence[Adapter] = (),
+    *,
+    references: Sequence[Measured] = (),
+    controls: Sequence[Window] = (),
+) -> Workload:
+    """What a plan must know of a request that is drawn with these adapters.
+
+    `references` and `controls` are those that the request names, the latter resolved.
+    """
     width_px, height_px = request.size
+    steps = request.steps - request.first_step
+    networks = [control for control in controls if control.part]
+    reference_pixels = _count_canvas_pixels(request, references)
     components = {part.component for adapter in adapters for part in adapter.parts}
     workload = Workload(
         width_px=width_px,
         height_px=height_px,
         text_tokens=request.text_tokens,
-        steps=request.steps,
+        steps=steps,
+        reference_tokens=reference_pixels // 256,
+        extra_text_tokens=LOOK_TOKENS if request.redux else 0,
+        passes=2 if request.true_scale > 1 else 1,
+        input_pixels=_list_input_pixels(request, reference_pixels, controls=len(controls)),
+        controls=tuple(control.part for control in networks),
+        control_steps=tuple(
+            count_control_steps(steps, start=control.start, end=control.end) for control in networks
+        ),
         adapter_numel={
             name: sum(adapter.numel(name) for adapter in adapters) for name in sorted(components)
         },
@@ -144,6 +190,25 @@ def make_workload(request: GenerationRequest, adapters: Sequence[Adapter] = ()) 
     return replace(
         workload, adapter_flop=flop, adapter_moved_numel=moved_numel, adapter_launches=launches
     )
+
+
+def _count_canvas_pixels(request: GenerationRequest, references: Sequence[Measured]) -> int:
+    """The pixels of all references together, as the transformer sees them."""
+    if not references:
+        return 0
+    width_px, height_px = request.size
+    return width_px * height_px
+
+
+def _list_input_pixels(
+    request: GenerationRequest, reference_pixels: int, *, controls: int
+) -> tuple[int, ...]:
+    """The pixels of each picture that the VAE encodes for a request with so many controls."""
+    width_px, height_px = request.size
+    found = [width_px * height_px] * (controls + bool(request.image))
+    if reference_pixels:
+        found.append(reference_pixels)
+    return tuple(found)
 
 
 def _count_tokens(workload: Workload, part: Part) -> int:
@@ -407,7 +472,7 @@ def estimate_cost(
     )
     denoise_bytes = _estimate_step(workload, lines, width=width, dtype=dtypes["transformer"])
     denoise_bytes += max(0, dequantizing_bytes - LINE_BYTES)
-    denoise_bytes += _count_residuals(controls) * workload.image_tokens * width * wide_bytes
+    denoise_bytes += _count_control_numel(controls, workload) * width * wide_bytes
     vae_dtype = dtypes["vae"]
     input_pixels = workload.largest_input_pixels
     tile_pixels = min(workload.width_px, TILE_PX) * min(workload.height_px, TILE_PX)
@@ -512,9 +577,15 @@ def _estimate_control(
     )
 
 
-def _count_residuals(controls: Sequence[ControlCost]) -> int:
-    """How many tensors (1, S, D) are there in a step for the transformer's blocks."""
-    return sum(control.residual_tensors * control.pictures for control in controls)
+def _count_control_numel(controls: Sequence[ControlCost], workload: Workload) -> int:
+    """Values for each channel that ControlNets keep beside the transformer's own in a step.
+
+    Tensors for the picture's tokens after blocks, of which those of a second picture are there
+    until they are added to the first one's; and the embedded text and control of each picture.
+    """
+    tensors = [control.residual_tensors for control in controls for _ in range(control.pictures)]
+    kept = sum(sorted(tensors, reverse=True)[:2])
+    return kept * workload.image_tokens + len(tensors) * workload.rows
 
 
 def _split_blocks(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from fluxcli.errors import DoesNotFit, UsageError
 from fluxcli.plan import costs
-from fluxcli.plan.costs import Workload
+from fluxcli.plan.costs import Measured, Window, Workload
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import (
     GIB,
@@ -444,6 +444,8 @@ def suggest_options(
     hardware: Hardware,
     *,
     adapters: Sequence[Adapter] = (),
+    references: Sequence[Measured] = (),
+    controls: Sequence[Window] = (),
 ) -> str:
     """The command-line options with which the request would fit, "" where none of `TRIES` helps.
 
@@ -457,7 +459,7 @@ def suggest_options(
         is_same = tried == request and with_resources == resources
         if is_same or max(tried.size) > max(request.size):
             continue
-        workload = costs.make_workload(tried, adapters)
+        workload = costs.make_workload(tried, adapters, references=references, controls=controls)
         try:
             candidates = survey(workload, with_resources, checkpoints, hardware=hardware)
         except UsageError:  # a precision that these weights do not have

@@ -102,6 +102,8 @@ def make_metadata(
     only_if: dict[str, Any] = {"compiled": True} if engine.is_compiled else {}
     if engine.kernels:
         only_if["kernels"] = engine.kernels
+    if plan.placement.prepare == "tiled":
+        only_if["tiled_inputs"] = True
     return {
         "request": order.to_json() | {"output": None},
         "size": list(request.size),
@@ -159,13 +161,15 @@ def _list_slots(
 def _make_hashes(engine: Engine, destination: Destination, adapters: Sequence[Adapter]) -> set[str]:
     """Return the hashes that a picture may carry: computed as planned, or as it may have to be.
 
-    That is decoded in tiles, where memory runs out, and not compiled, where that fails.
+    That is in tiles, where memory runs out, and not compiled, where that fails.
     """
     seeded = destination.seeded
     planned = make_metadata(engine, destination.order, adapters, seeded=seeded)
     compute = planned["compute"]
     without = {key: value for key, value in compute.items() if key != "compiled"}
     found = [compute, compute | {"tiled": True}, without, without | {"tiled": True}]
+    if engine.plan.live_bytes.get("prepare"):
+        found += [each | {"tiled_inputs": True} for each in found]
     return {image.hash_request(planned | {"compute": each}, seeded=seeded) for each in found}
 
 

@@ -135,8 +135,8 @@ class PlannedRow:
 
         Tiles give other pixels: whether there are some is decided by each row's own plan.
         """
-        is_tiled = self.prepared.plan.placement.decode == "tiled"
-        return *self.prepared.engine_key, is_tiled, self.order.resources.vram_limit
+        tiles = self.prepared.plan.placement.tiles
+        return *self.prepared.engine_key, tiles, self.order.resources.vram_limit
 
     def list_destinations(self) -> list[Destination]:
         """Return where each of the row's pictures goes."""
@@ -273,7 +273,12 @@ class Session:
             hardware = replace(hardware, ram_free_bytes=ram_free_bytes)
         try:
             checkpoint, plan = make_plan(
-                make_workload(order.request, adapters),
+                make_workload(
+                    order.request,
+                    adapters,
+                    references=inputs.references,
+                    controls=parts.controls,
+                ),
                 resources,
                 checkpoints,
                 hardware=hardware,
@@ -282,7 +287,13 @@ class Session:
             )
         except DoesNotFit as error:
             options = suggest_options(
-                order.request, resources, checkpoints, hardware=hardware, adapters=adapters
+                order.request,
+                resources,
+                checkpoints,
+                hardware=hardware,
+                adapters=adapters,
+                references=inputs.references,
+                controls=parts.controls,
             )
             error.hint = options or error.hint
             raise
