@@ -18,10 +18,12 @@ from fluxcli.request import presets
 from fluxcli.request.fields import DEFAULT_STRENGTH, DEFAULTS, Order
 from fluxcli.request.inputs import STDIN, rename_pictures
 from fluxcli.request.settings import flag
-from fluxcli.request.sizes import add_other_side, size_of
+from fluxcli.request.sizes import add_other_side, fit_kontext, size_of
 
 # What says how large a picture is; without them one that starts from another has its ratio.
 SIZES = ("aspect_ratio", "image_size", "width", "height")
+# What says which ratio it has; without them one that Kontext edits has that of its first reference.
+SHAPES = ("aspect_ratio", "width", "height")
 # What a setting does nothing without, whatever the model: one of the others.
 NEEDED = {
     "mask": ("image", "reference"),
@@ -30,6 +32,7 @@ NEEDED = {
     "expand": ("image",),
     "strength": ("image", "mask"),
     "true_cfg": ("negative_prompt",),
+    "redux_model": ("redux",),
 }
 
 
@@ -65,14 +68,18 @@ def build_order(prompt: str, values: Mapping[str, Any], given: Mapping[str, Any]
         resolved["vae"] = find.make_absolute(values["vae"])
     resolved["text_encoders"] = tuple(find.make_absolute(each) for each in values["text_encoders"])
     resolved["lora"] = loras.make_absolute(values["lora"])
+    resolved["redux_model"] = tuple(find.make_absolute(each) for each in values["redux_model"])
     resolved |= rename_pictures(resolved, _make_absolute)
     resolved["control"] = tuple(
         replace(each, kind=controls.make_absolute(each.kind)) for each in resolved["control"]
     )
-    if resolved["image"] and resolved["strength"] is None:
+    if resolved["image"] and resolved["strength"] is None and not resolved["reference"]:
         resolved["strength"] = DEFAULT_STRENGTH
     width, height = values["width"], values["height"]
-    if resolved["image"] and not any(given.get(name) for name in SIZES):
+    if resolved["reference"] and not any(given.get(name) for name in SHAPES):
+        size = inputs.measure_picture(resolved["image"] or resolved["reference"][0])
+        resolved["width"], resolved["height"] = fit_kontext(size, values["image_size"] ** 2)
+    elif resolved["image"] and not any(given.get(name) for name in SIZES):
         pixels = math.prod(size_of(values["aspect_ratio"], values["image_size"]))
         size = inputs.measure_picture(resolved["image"])
         resolved["width"], resolved["height"] = inputs.fit_size(size, pixels)

@@ -23,6 +23,8 @@ CLASSES = {
     "transformer": "FluxTransformer2DModel",
     "scheduler": "FlowMatchEulerDiscreteScheduler",
     "controlnet": "FluxControlNetModel",
+    "image_encoder": "SiglipVisionModel",
+    "image_embedder": "ReduxImageEncoder",
 }
 DOWNLOAD_AGAIN = "download the model again"
 # Classes whose configs and weights have all that the class above needs, by regular expressions:
@@ -31,6 +33,7 @@ ALSO_READ = {
     "text_encoder": "CLIPModel|CLIPTextModelWithProjection",
     "text_encoder_2": "T5ForConditionalGeneration|T5Model|T5WithLMHeadModel",
     "transformer": r"FluxTransformer2DModelWith\w+",
+    "image_encoder": "SiglipModel",
 }
 # What other classes are, for errors, by regular expressions; the first that fits counts.
 OTHER_CLASSES = {
@@ -117,6 +120,18 @@ ASSUMED: dict[str, dict[str, Any]] = {
         "use_post_quant_conv": True,
         "mid_block_add_attention": True,
     },
+    "image_encoder": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_channels": 3,
+        "image_size": 224,
+        "patch_size": 16,
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-6,
+    },
+    "image_embedder": {"redux_dim": 1152, "txt_in_features": 4096},
 }
 # A ControlNet is made of the transformer's blocks, and has the same fields for them.
 READ["controlnet"] = READ["transformer"]
@@ -126,6 +141,8 @@ OPTIONAL = {"controlnet": ("num_mode", "conditioning_embedding_channels")}
 # Counts that may be 0.
 MAY_BE_NONE = {"controlnet": ("num_layers", "num_single_layers")}
 HINT_PATCH = 2  # of XLabs' hint block, whose pixels are an eighth of the picture's a side
+# The half of a model for texts and pictures that FLUX.1 uses, by the key of its config.
+HALVES = {"text_encoder": "text_config", "image_encoder": "vision_config"}
 LATENT_CHANNELS = FLUX_CHANNELS // 4
 PROMPT_TOKENS = 77  # that CLIP's tokenizer makes
 LONG_CLIP_TOKENS = 248
@@ -172,10 +189,9 @@ def check_config(name: str, path: Path, config: dict[str, Any]) -> dict[str, Any
     values.
     """
     _check_class(name, path, config)
-    text_config = config.get("text_config")
-    if name == "text_encoder" and isinstance(text_config, dict):
-        # The half of a whole CLIP that FLUX.1 uses.
-        config = {"quantization_config": config.get("quantization_config")} | text_config
+    half = config.get(HALVES.get(name, ""))
+    if isinstance(half, dict):
+        config = {"quantization_config": config.get("quantization_config")} | half
     checked = READ.get(name, {}) | config
     if "_class_name" in checked:
         checked["_class_name"] = CLASSES[name]
@@ -241,6 +257,7 @@ def find_contradiction(name: str, config: Mapping[str, Any]) -> str:
         "text_encoder_2": _find_contradiction_in_t5,
         "vae": _find_contradiction_in_vae,
         "controlnet": _find_contradiction_in_controlnet,
+        "image_encoder": _find_contradiction_in_siglip,
     }
     if name not in finders:
         return ""
@@ -315,6 +332,17 @@ def _find_contradiction_in_vae(values: Mapping[str, Any]) -> str:
         return f"latent_channels is {values['latent_channels']}, FLUX.1 has {LATENT_CHANNELS}"
     if (values["in_channels"], values["out_channels"]) != (3, 3):
         return "in_channels and out_channels are not 3"
+    return ""
+
+
+def _find_contradiction_in_siglip(values: Mapping[str, Any]) -> str:
+    heads = values["num_attention_heads"]
+    if values["hidden_size"] % heads:
+        return f"{heads} heads do not divide the width {values['hidden_size']}"
+    if values["num_channels"] != 3:
+        return "num_channels is not 3"
+    if values["image_size"] < values["patch_size"]:
+        return f"a picture of {values['image_size']} px has no patch of {values['patch_size']} px"
     return ""
 
 

@@ -99,6 +99,10 @@ UNUSED = {
         r"|(?:.*\.)?text_projection(?:\..*)?|logit_scale"
     ),
     "text_encoder_2": re.compile(r"(?:decoder|lm_head|dec|output)\..*|spiece_model"),
+    # Redux takes SigLIP's last hidden state, not what its head pools.
+    "image_encoder": re.compile(
+        r"(?:vision_model\.)?head\..*|text_model\..*|(?:.*\.)?position_ids|logit_(?:scale|bias)"
+    ),
 }
 
 # Parts of keys that no FLUX.1 transformer has, though other models' keys may look like its own.

@@ -17,7 +17,8 @@ from quant.weights import Weight
 
 Shapes = dict[str, tuple[int, ...]]
 
-CLIP_PREFIX = "text_model."
+# What modules of transformers leave out at the beginning of their tensors' names in files.
+MODULE_PREFIXES = {"text_encoder": "text_model.", "image_encoder": "vision_model."}
 # Channels of the sines and cosines of a timestep.
 TIMESTEP_CHANNELS = 256
 # Channels of XLabs' hint block, and its convolutions between the first and the last.
@@ -91,7 +92,8 @@ def _refuse_tensors(name: str, folder: Path, what: str, keys: Sequence[str]) -> 
 
 def map_names(component: str, stored: Mapping[str, Weight]) -> dict[str, str]:
     """Module key -> key in the file, for the dialects that published folders use."""
-    names = {name.removeprefix(CLIP_PREFIX): name for name in stored}
+    prefix = MODULE_PREFIXES.get(component, "")
+    names = {name.removeprefix(prefix): name for name in stored}
     if component == "text_encoder_2":  # one tensor under two names
         shared = names.get(T5_SHARED) or names.get(T5_TIED)
         if shared:
@@ -109,6 +111,8 @@ def list_shapes(component: str, config: Mapping[str, Any]) -> Shapes:
         "text_encoder_2": _list_t5,
         "vae": _list_vae,
         "controlnet": _list_controlnet,
+        "image_encoder": _list_siglip,
+        "image_embedder": _list_redux,
     }
     return lists[component](values)
 
@@ -247,6 +251,35 @@ def _list_t5(values: Mapping[str, Any]) -> Shapes:
         for layer in (attention, mlp):
             shapes[f"{layer}.layer_norm.weight"] = (width,)
     return shapes
+
+
+# --- what Redux reads a picture with
+
+
+def _list_siglip(values: Mapping[str, Any]) -> Shapes:
+    """SigLIP without its pooling head, which Redux does not use."""
+    width = values["hidden_size"]
+    inner = values["intermediate_size"]
+    patch = values["patch_size"]
+    patches = (values["image_size"] // patch) ** 2
+    shapes = _convolution("embeddings.patch_embedding", width, values["num_channels"], kernel=patch)
+    shapes["embeddings.position_embedding.weight"] = (patches, width)
+    shapes |= _norm("post_layernorm", width)
+    for i in range(values["num_hidden_layers"]):
+        block = f"encoder.layers.{i}"
+        for layer in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= _linear(f"{block}.self_attn.{layer}", width, width)
+        shapes |= _linear(f"{block}.mlp.fc1", inner, width)
+        shapes |= _linear(f"{block}.mlp.fc2", width, inner)
+        shapes |= _norm(f"{block}.layer_norm1", width)
+        shapes |= _norm(f"{block}.layer_norm2", width)
+    return shapes
+
+
+def _list_redux(values: Mapping[str, Any]) -> Shapes:
+    width = values["txt_in_features"]
+    shapes = _linear("redux_up", 3 * width, values["redux_dim"])
+    return shapes | _linear("redux_down", width, 3 * width)
 
 
 # --- the VAE

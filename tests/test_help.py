@@ -81,7 +81,7 @@ def test_plan_and_decode_show_what_means_something_there(capsys):
 def test_settings_that_presets_decide_are_those_that_differ_between_presets():
     said = [tomllib.loads(path.read_text("utf-8")) for path in BUNDLED.glob("*.toml")]
     decided = {name for each in said for name in each if name in SETTINGS}
-    assert decided - {"model", "lora"} == set(PRESET_SETTINGS)
+    assert decided - {"model", "lora", "redux_model"} == set(PRESET_SETTINGS)
 
 
 @pytest.mark.parametrize("path", ["generate", "replay", "plan", "quantize"])

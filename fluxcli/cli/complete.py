@@ -95,6 +95,6 @@ def offer_values(setting: str) -> Offer:
 
 
 def _list_published() -> Words:
-    """The hub ids of the bundled presets' models."""
-    models = [presets.model_of(name, config_folder()) for name in offer_presets()]
+    """The hub ids of the bundled presets' weights."""
+    models = [presets.weights_of(name, config_folder()) for name in offer_presets()]
     return [model for model in dict.fromkeys(models) if "/" in model]

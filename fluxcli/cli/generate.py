@@ -99,12 +99,14 @@ def generate(
         if is_on:
             why = "it is for many pictures"
             raise UsageError(f"{flag} needs --from", why=why, hint="--from prompts.txt")
+    given = given_settings(options)
+    if prompt is None and given.get("redux"):
+        prompt = ""  # its pictures say what to draw
     if prompt is None:
         hint = 'flux generate "a red circle on a blue background" -p tiny'
         if sys.stdin is not None and not sys.stdin.isatty():
             hint = f"{hint}; a prompt from stdin is read by: flux generate -"
         raise UsageError("no prompt", hint=hint)
-    given = given_settings(options)
     order = resolve_order(read_prompt(prompt), given)
     if not options["quiet"]:
         say_what_is_meant(given)

@@ -88,7 +88,7 @@ def download(
     What was downloaded stays when it is interrupted; the file that was under way begins anew.
     Prints the folder or file.
     """
-    model = presets.model_of(read_address(name), config_folder())
+    model = presets.weights_of(read_address(name), config_folder())
     if model == name:
         model = controls.repository_of(name)
     parts = [part.strip() for part in only.split(",") if part.strip()]
@@ -180,7 +180,7 @@ def remove(
 def _find(name: str) -> list[local.LocalModel]:
     """The models that have exactly this name, else those of the preset of this name."""
     name = read_address(name).partition("@")[0]
-    for wanted in (name, presets.model_of(name, config_folder())):
+    for wanted in (name, presets.weights_of(name, config_folder())):
         found = [each for each in local.list_models(also=[wanted]) if each.name == wanted]
         if found:
             return found

@@ -52,6 +52,7 @@ _SHOWN = {
     "expand": _Shown(PICTURES, "L,T,R,B"),
     "reference": _Shown(PICTURES, "FILE"),
     "redux": _Shown(PICTURES, "FILE[:X]"),
+    "redux_model": _Shown(PICTURES, "MODEL"),
     "control": _Shown(PICTURES, "KIND:FILE"),
     "negative_prompt": _Shown(PICTURE, "TEXT"),
     "true_cfg": _Shown(PICTURE, "X"),
@@ -163,7 +164,7 @@ IDLE_IN_DECODE = (
     "preset", "model", "text_encoders", "vae", "lora", "aspect_ratio", "image_size", "width",
     "height", "steps", "guidance", "seed", "count", "text_tokens", "precision", "compile",
     "no_cache", "image", "strength", "mask", "mask_invert", "mask_feather", "expand", "reference",
-    "redux", "control", "negative_prompt", "true_cfg", "kind", "preview_every",
+    "redux", "redux_model", "control", "negative_prompt", "true_cfg", "kind", "preview_every",
 )  # fmt: skip
 _IDLE = {"plan_command": IDLE_IN_PLAN, "decode": IDLE_IN_DECODE}
 # Commands where what is not given is as it was in the picture: no default is shown.

@@ -88,6 +88,14 @@ def t5() -> type[Any]:
     return _import_class("transformers.models.t5.modeling_t5", "T5EncoderModel")
 
 
+def siglip() -> type[Any]:
+    return _import_class("transformers.models.siglip.modeling_siglip", "SiglipVisionModel")
+
+
+def redux_embedder() -> type[Any]:
+    return _import_class("diffusers.pipelines.flux.modeling_flux", "ReduxImageEncoder")
+
+
 def clip_tokenizer() -> type[Any]:
     return _import_class("transformers.models.clip.tokenization_clip", "CLIPTokenizer")
 

@@ -21,6 +21,7 @@ from fluxcli.engine.lora_hooks import attach
 from fluxcli.engine.modulation import Condition, ModulationRow
 from fluxcli.engine.pinned import learn_pin_limit
 from fluxcli.engine.recent import Recent
+from fluxcli.engine.redux import Looks
 from fluxcli.engine.streaming import load_component
 from fluxcli.engine.text import PromptEncoder
 from fluxcli.errors import DoesNotFit, hint_for_memory
@@ -62,6 +63,7 @@ class Components:
         # Of each component, where the plan keeps them.
         self.modulation_weights: dict[str, dict[str, Tensor]] = {}
         self.prompts = PromptEncoder(checkpoint, plan, hardware, on_disk=prompt_cache)
+        self.looks = Looks(checkpoint, plan, hardware, on_disk=prompt_cache)
         self.tables: Recent[Condition, Tensor] = Recent(TABLES_BYTES, weigh=_nbytes)
         device.cap(plan.device, plan.budget_bytes)
 
@@ -80,6 +82,7 @@ class Components:
         self._place(replace(plan, placement=now))
         self.hardware = hardware
         self.prompts.on_disk = prompt_cache
+        self.looks.on_disk = prompt_cache
         device.cap(plan.device, plan.budget_bytes)
 
     def step_down(self, phase: str, workload: Workload, *, failed: str) -> str:

@@ -1,5 +1,7 @@
 """The first phase: prompts become embeddings, by CLIP and T5, unless they are known already.
 
+Where a picture is to look like others, tokens of these stand behind its prompt's (see `redux`).
+
 The encoders take one after the other, each for all prompts of the group, so that a device that has
 room for one of them needs no more.
 """
@@ -9,19 +11,86 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from fluxcli.engine import redux
 from fluxcli.engine.components import Components
 from fluxcli.engine.picture import Picture
 from fluxcli.engine.prompt_cache import Embeddings
 from fluxcli.engine.text import TokenIds
 from fluxcli.events import Event, Notice, Phase
+from fluxcli.pictures.inputs import InputPicture
 
 
 def run(components: Components, pictures: Sequence[Picture]) -> Iterator[Event]:
     """Give each picture that is not denoised its `embeddings`; a prompt is encoded once for all."""
-    yield from _encode(components, pictures)
+    waiting = [
+        picture for picture in pictures if not picture.denoised and picture.embeddings is None
+    ]
+    looks = yield from _look(components, waiting)
+    yield from _encode(components, [each for each in waiting if each.request.prompt])
+    for picture in waiting:
+        if picture.inputs.redux:
+            _add_looks(components, picture, looks)
     for picture in pictures:
         if picture.request.true_scale > 1 and not picture.denoised:
             yield from _encode_negative(components, picture)
+
+
+def _look(
+    components: Components, pictures: Sequence[Picture]
+) -> Generator[Event, None, dict[str, Tensor]]:
+    """What the inputs of these pictures look like, (1, L, C) each, by its file's digest."""
+    looks = components.looks
+    found: dict[str, Tensor] = {}
+    unknown: dict[str, InputPicture] = {}
+    for given in dict.fromkeys(each for picture in pictures for each in picture.inputs.redux):
+        known = looks.find(looks.key_of(given))
+        if known is None:
+            unknown[given.sha256] = given
+        else:
+            found[given.sha256] = known
+    states = yield from _run_image_encoder(components, unknown)
+    found |= yield from _run_image_embedder(components, unknown, states=states)
+    return found
+
+
+def _run_image_encoder(
+    components: Components, unknown: Mapping[str, InputPicture]
+) -> Generator[Event, None, dict[str, Tensor]]:
+    """SigLIP's last hidden state (1, L, D) of each picture, by its file's digest."""
+    states = {}
+    for digest, given in unknown.items():
+        siglip = yield from components.load("image_encoder")
+        yield Phase("encode")
+        values = redux.make_values(given.read_pixels(), components.looks.side_px)
+        values = values.to(siglip.device, siglip.dtype)
+        states[digest] = siglip(values).last_hidden_state.cpu()
+    return states
+
+
+def _run_image_embedder(
+    components: Components, unknown: Mapping[str, InputPicture], *, states: Mapping[str, Tensor]
+) -> Generator[Event, None, dict[str, Tensor]]:
+    """The look (1, L, C) of each picture, by its file's digest."""
+    found = {}
+    for digest, given in unknown.items():
+        embedder = yield from components.load("image_embedder")
+        yield Phase("encode")
+        look = embedder(states[digest].to(embedder.device, embedder.dtype)).image_embeds.cpu()
+        components.looks.keep(components.looks.key_of(given), look)
+        found[digest] = look
+    return found
+
+
+def _add_looks(components: Components, picture: Picture, looks: Mapping[str, Tensor]) -> None:
+    """Put what a picture is to look like behind its prompt's embeddings, or behind zeros."""
+    prompt = picture.embeddings
+    if prompt is None:
+        prompt = redux.make_empty_prompt(picture.request, components.checkpoint)
+    picture.embeddings = redux.combine(
+        prompt,
+        [looks[given.sha256] for given in picture.inputs.redux],
+        [each.strength for each in picture.request.redux],
+    )
 
 
 def _encode_negative(components: Components, picture: Picture) -> Iterator[Event]:

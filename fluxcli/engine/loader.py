@@ -348,6 +348,8 @@ def build(component: Component) -> Any:
         "text_encoder": classes.clip,
         "text_encoder_2": classes.t5,
         "controlnet": classes.controlnet,
+        "image_encoder": classes.siglip,
+        "image_embedder": classes.redux_embedder,
     }
     kind = kinds[component.name]()
     with _parameters_on_meta(), refusing(f"cannot build {component.name}", component.folder):
@@ -359,6 +361,8 @@ def build(component: Component) -> Any:
             for key, value in component.config.items()
             if "attn_implementation" not in key
         }
+        if component.name == "image_encoder":
+            options["vision_use_head"] = False  # Redux takes what is before it
         return kind(kind.config_class(**options))
 
 

@@ -16,6 +16,7 @@ from fluxcli.engine.control_maps import ControlMap
 from fluxcli.engine.decode import set_tiles
 from fluxcli.engine.picture import InputLatents, Picture
 from fluxcli.engine.prepare_controls import add_controls, make_maps, to_values
+from fluxcli.engine.references import add_references
 from fluxcli.events import Event, Notice, Phase
 from fluxcli.pictures.inputs import resize
 from quant.checkpoint import Checkpoint
@@ -55,7 +56,7 @@ class Encoder:
         self.device = device
         self.dtype = dtype
 
-    def encode(self, values: Tensor, generator: torch.Generator | None) -> Tensor:
+    def encode(self, values: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The latents (1, 16, H/8, W/8) on the CPU of values (1, 3, H, W) in -1 to 1.
 
         They are drawn from the encoder's distribution by the generator, on the CPU so that every
@@ -92,12 +93,15 @@ def prepare(
         )
     if picture.inputs.image:
         values = to_values(resize(picture.inputs.image.read_pixels(), request.size))
-        start = encoder.encode(values, generator)
+        # Kontext's pipelines take the mode, and draw the noise alone.
+        start = encoder.encode(values, None if picture.inputs.references else generator)
         latents.start = pack(start)
         latents.noise = pack(torch.randn(start.shape, generator=generator))
     elif picture.controls:
         width, height = request.size
         latents.noise = pack(torch.randn((1, 16, height // 8, width // 8), generator=generator))
+    if picture.inputs.references:
+        add_references(latents, picture, lambda pixels: pack(encoder.encode(to_values(pixels))))
     return latents
 
 

@@ -35,11 +35,15 @@ SHARES = ("\\\\", "//")
 UNFINISHED = ".tmp-"
 # How presets call the published models, and what getting them takes.
 LICENCE = "huggingface.co/black-forest-labs/FLUX.1-dev"
+LICENCE_KONTEXT = "huggingface.co/black-forest-labs/FLUX.1-Kontext-dev"
 PUBLISHED = {
     "black-forest-labs/FLUX.1-dev": (
         f"dev (34 GB, gated: first accept the licence at {LICENCE}, then hf auth login)"
     ),
     "black-forest-labs/FLUX.1-schnell": "schnell (34 GB)",
+    "black-forest-labs/FLUX.1-Kontext-dev": (
+        f"kontext (34 GB, gated: first accept the licence at {LICENCE_KONTEXT}, then hf auth login)"
+    ),
 }
 TRY_TINY = 'or try at once: flux generate "a red circle on a blue background" -p tiny'
 

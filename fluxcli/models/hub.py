@@ -28,6 +28,7 @@ from quant.errors import CheckpointError
 from quant.files import check_room, nearest, read_small_file
 from quant.header import read_header
 from quant.placing import FOLDER_LAYOUT, find_foreign, remove_checkpoint
+from quant.redux import REDUX_PARTS
 
 if TYPE_CHECKING:
     from huggingface_hub import DryRunFileInfo
@@ -45,19 +46,21 @@ WANTED = re.compile(
     r"model_index\.json"
     r"|scheduler/[^/]+\.json"
     r"|tokenizer(_2)?/[^/]+\.(json|txt|model)"
-    r"|(text_encoder|text_encoder_2|transformer|vae)/(?![^/]*\.fp16)[^/]+\.(json|safetensors)"
+    r"|feature_extractor/[^/]+\.json"
+    r"|(text_encoder|text_encoder_2|transformer|vae|image_encoder|image_embedder)"
+    r"/(?![^/]*\.fp16)[^/]+\.(json|safetensors)"
 )
 # Those of a repository with one network in diffusers' layout, such as a ControlNet.
 NETWORK = re.compile(r"config\.json|diffusion_pytorch_model(?!.*\.fp16)[^/]*\.(json|safetensors)")
 # Files of every part that come with whichever part is asked for.
-SMALL = re.compile(r"model_index\.json|scheduler/.*|.*/config\.json")
+SMALL = re.compile(r"model_index\.json|scheduler/.*|feature_extractor/.*|.*/config\.json")
 MAX_NOTE_BYTES = 4096  # of what the library notes of a file
 DAMAGED = "the hub delivers a damaged file"
 PROXY = "is a proxy in between? try it later"
 WEIGHTS = (".safetensors", ".gguf")
 PARTS: dict[str, Sequence[str]] = {
     "tokenizers": TOKENIZERS,
-    **{name: (name,) for name in (*COMPONENTS, *TOKENIZERS)},
+    **{name: (name,) for name in (*COMPONENTS, *TOKENIZERS, *REDUX_PARTS)},
 }
 
 
@@ -228,6 +231,8 @@ def _choose_files(
     if file:
         return [file]
     parts = {*COMPONENTS, *TOKENIZERS}
+    if all(f"{name}/config.json" in published for name in REDUX_PARTS):
+        parts = set(REDUX_PARTS)
     if only:
         parts = {folder for part in only for folder in PARTS[part]}
     wanted = [name for name in published if WANTED.fullmatch(name)]

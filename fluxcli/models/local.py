@@ -14,6 +14,7 @@ from fluxcli.models import find
 from quant.checkpoint import MANIFEST, is_complete
 from quant.config import read_json
 from quant.errors import CheckpointError
+from quant.redux import is_whole_redux
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class LocalModel:
     @property
     def state(self) -> str:
         """Return "complete", "partial" for a model folder that lacks something, or "files"."""
-        if is_complete(self.path):
+        if is_complete(self.path) or is_whole_redux(self.path):
             return "complete"
         return "partial" if _read_pipeline(self.path) else "files"
 

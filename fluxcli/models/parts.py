@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fluxcli.errors import UsageError
+from fluxcli.models import redux
 from fluxcli.models.controls import COMPUTED, computed_map, resolve_control
 from fluxcli.request.fields import GenerationRequest
 from fluxcli.request.inputs import ControlRef
@@ -59,11 +60,15 @@ def resolve_parts(
     Raises `UsageError` for controls that the model cannot take, and what looking for weights
     raises.
     """
-    if not request.control:
-        return Parts()
-    if takes_control_channels(checkpoint, adapters):
-        return Parts(controls=(_take_in_channels(request, checkpoint),))
-    return resolve_controls(request.control, checkpoint)
+    parts = Parts()
+    if request.control and takes_control_channels(checkpoint, adapters):
+        parts = Parts(controls=(_take_in_channels(request, checkpoint),))
+    elif request.control:
+        parts = resolve_controls(request.control, checkpoint)
+    if request.redux:
+        looking = redux.find_redux(request.redux_model, checkpoint.components["transformer"])
+        parts = replace(parts, components=dict(parts.components) | looking)
+    return parts
 
 
 def takes_control_channels(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> bool:

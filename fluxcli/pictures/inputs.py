@@ -61,11 +61,18 @@ NO_INPUTS = InputPictures()
 
 
 def load_inputs(request: GenerationRequest) -> InputPictures:
-    """Read every picture that a request names; raises `BadInputFile`."""
+    """Read every picture that a request names; raises `BadInputFile`.
+
+    A mask without an image is one for the first reference.
+    """
+    image = read_picture(request.image) if request.image else None
+    references = tuple(map(read_picture, request.reference))
+    if request.mask and references and not image:
+        image = references[0]
     return InputPictures(
-        image=read_picture(request.image) if request.image else None,
+        image=image,
         mask=read_mask(request.mask) if request.mask else None,
-        references=tuple(map(read_picture, request.reference)),
+        references=references,
         redux=tuple(read_picture(each.image) for each in request.redux),
         controls=tuple(read_picture(each.image) for each in request.control),
     )

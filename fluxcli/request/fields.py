@@ -81,6 +81,7 @@ class GenerationRequest:
     expand: Expand | None = None
     reference: tuple[str, ...] = ()
     redux: tuple[ReduxRef, ...] = ()
+    redux_model: tuple[str, ...] = ()
     control: tuple[ControlRef, ...] = ()
     negative_prompt: str | None = None
     true_cfg: float | None = None
@@ -112,7 +113,7 @@ class GenerationRequest:
     @property
     def first_step(self) -> int:
         """The step that the picture begins with, from 0: those before it `strength` leaves out."""
-        if self.image is None or self.strength is None:
+        if self.strength is None or (self.image is None and self.mask is None):
             return 0
         return int(max(self.steps - min(self.steps * self.strength, self.steps), 0))
 

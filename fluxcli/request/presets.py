@@ -157,6 +157,17 @@ def model_of(name: str, config_folder: Path) -> str:
     return str(merge({"preset": name}, config_folder, {}).values["model"])
 
 
+def weights_of(name: str, config_folder: Path) -> str:
+    """Return what there is to download for the preset of that name; any other as it is.
+
+    That is its model, unless its own file adds other weights to the model of what it extends.
+    """
+    if name not in list_presets(config_folder):
+        return name
+    added: tuple[str, ...] = load(name, config_folder).settings.get("redux_model", ())
+    return added[0] if added else model_of(name, config_folder)
+
+
 def base_models(name: str, config_folder: Path) -> list[str]:
     """Return the models of a preset and of what it extends, strongest first.
 

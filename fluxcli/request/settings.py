@@ -463,6 +463,12 @@ _ROWS = (
         flags=("--redux",),
     ),
     Setting(
+        "redux_model",
+        Texts(),
+        help="Where SigLIP and Redux' embedder are: folder, file or hub id; repeatable.",
+        flags=("--redux-model",),
+    ),
+    Setting(
         "control",
         Controls(),
         help="KIND:IMAGE[:SCALE][:START-END]; repeatable.",
@@ -584,7 +590,7 @@ SETTINGS: dict[str, Setting] = {row.name: row for row in _ROWS}
 # where they have their defaults, so that pictures of before keep their hashes.
 FROM_PICTURES = (
     "image", "strength", "mask", "mask_invert", "mask_feather", "expand", "reference", "redux",
-    "control", "negative_prompt", "true_cfg", "kind", "preview_every",
+    "redux_model", "control", "negative_prompt", "true_cfg", "kind", "preview_every",
 )  # fmt: skip
 ALIASES: dict[str, str] = {row.alias: row.name for row in _ROWS if row.alias}
 KEYS = tuple(row.key for row in _ROWS)  # as they are shown

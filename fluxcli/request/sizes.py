@@ -5,6 +5,7 @@ transformer packs 2x2 patches of that. Stdlib only.
 """
 
 import re
+from collections.abc import Sequence
 
 from fluxcli.errors import UsageError
 
@@ -17,6 +18,17 @@ MAX_SIZE_PX = 4096
 MAX_AREA_PX = 8 * 1024 * 1024
 MAX_RATIO = 4
 RATIO = re.compile(r"(\d{1,5}(?:\.\d{1,4})?):(\d{1,5}(?:\.\d{1,4})?)")
+
+# Those that Kontext was trained at (BFL's `util.py`, and PREFERRED_KONTEXT_RESOLUTIONS in
+# diffusers' pipeline_flux_kontext.py), all of about a megapixel.
+KONTEXT_SIZES = (
+    (672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184),
+    (944, 1104), (1024, 1024), (1104, 944), (1184, 880), (1248, 832), (1328, 800), (1392, 752),
+    (1456, 720), (1504, 688), (1568, 672),
+)  # fmt: skip
+KONTEXT_AREA_PX = 1024 * 1024
+# A picture of fewer pixels gets its references in about as many: a quick look is to be quick.
+QUICK_AREA_PX = KONTEXT_AREA_PX // 2
 
 PIXELS = re.compile(r"(\d{1,5})\s*[xX*\u00d7]\s*(\d{1,5})")  # the last is a multiplication sign
 
@@ -135,3 +147,42 @@ def _largest_size(aspect_ratio: str) -> tuple[int, int]:
         if width * height <= MAX_AREA_PX:
             return width, height
         side -= MULTIPLE_PX
+
+
+def fit_kontext(size: tuple[int, int], area_px: int) -> tuple[int, int]:
+    """Return (width, height) of what Kontext makes of a picture of this size.
+
+    At `area_px` of a megapixel it is the preferred size whose ratio is nearest, as diffusers
+    chooses it, else multiples of 16 in its ratio at about so many pixels.
+    """
+    # diffusers looks at whole tokens
+    width, height = (max(side // MULTIPLE_PX, 1) for side in size)
+    return _scale(_find_preferred(width / height), area_px)
+
+
+def fit_references(sizes: Sequence[tuple[int, int]], area_px: int) -> tuple[int, int]:
+    """Return (width, height) of the canvas that takes Kontext's references of these sizes.
+
+    Several stand side by side, in one height; those that are wider together than any preferred size
+    keep their ratio. `area_px` are the pixels of the picture that is drawn.
+    """
+    area_px = area_px if area_px < QUICK_AREA_PX else KONTEXT_AREA_PX
+    if len(sizes) == 1:
+        return fit_kontext(sizes[0], area_px)
+    ratio = sum(width / height for width, height in sizes)
+    preferred = _find_preferred(ratio)
+    if preferred == KONTEXT_SIZES[-1]:
+        exact = (KONTEXT_AREA_PX * ratio) ** 0.5, (KONTEXT_AREA_PX / ratio) ** 0.5
+        return _scale(exact, area_px)
+    return _scale(preferred, area_px)
+
+
+def _find_preferred(ratio: float) -> tuple[int, int]:
+    _, width, height = min((abs(ratio - wide / high), wide, high) for wide, high in KONTEXT_SIZES)
+    return width, height
+
+
+def _scale(size: tuple[float, float], area_px: int) -> tuple[int, int]:
+    """Return a size of about a megapixel at another area."""
+    factor = (area_px / KONTEXT_AREA_PX) ** 0.5
+    return _round_side(size[0] * factor), _round_side(size[1] * factor)
