@@ -221,7 +221,8 @@ def offered(line: str, program: str = "flux", **environment: str) -> list[str]:
 
 
 OFFERED = {
-    "generate x -p d": ["dev", "draft"],
+    "generate x -p d": ["depth-dev", "depth-lora", "dev", "draft"],
+    "generate x --control po": ["pose:"],
     "generate x --preset ti": ["tiny"],
     "generate x --precision f": ["fp16", "fp32", "fp8"],
     "generate x --ar 9": ["9:16", "9:21"],

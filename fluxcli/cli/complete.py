@@ -8,7 +8,7 @@ and headers of files, no weights; loads no torch.
 from collections.abc import Callable
 
 from fluxcli.paths import config_folder
-from fluxcli.request import presets
+from fluxcli.request import controls, presets
 from fluxcli.request.settings import SETTINGS, Text
 from fluxcli.request.sizes import ASPECT_RATIOS
 from quant.errors import ExplainedError
@@ -59,8 +59,14 @@ def offer_local_models() -> Words:
 
 @_silent
 def offer_downloads() -> Words:
-    """The presets, and the models of the hub that they name."""
-    return [*offer_presets(), *_list_published()]
+    """The presets, the models of the hub that they name, and the kinds of control."""
+    return [*offer_presets(), *_list_published(), *controls.list_kinds(config_folder())]
+
+
+@_silent
+def offer_controls() -> Words:
+    """The kinds of control, bundled and of one's own, before the name of a picture."""
+    return [f"{name}:" for name in controls.list_kinds(config_folder())]
 
 
 @_silent

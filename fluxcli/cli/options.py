@@ -53,7 +53,7 @@ _SHOWN = {
     "reference": _Shown(PICTURES, "FILE"),
     "redux": _Shown(PICTURES, "FILE[:X]"),
     "redux_model": _Shown(PICTURES, "MODEL"),
-    "control": _Shown(PICTURES, "KIND:FILE"),
+    "control": _Shown(PICTURES, "KIND:FILE", complete.offer_controls),
     "negative_prompt": _Shown(PICTURE, "TEXT"),
     "true_cfg": _Shown(PICTURE, "X"),
     "kind": _Shown(PICTURE, "KIND"),

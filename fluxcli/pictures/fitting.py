@@ -5,6 +5,7 @@ first: stretching it would change the shapes that it is there for. Pixels are ar
 uint8, sizes (width, height) in pixels. PIL and numpy are imported inside functions.
 """
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from fluxcli.request.sizes import MAX_RATIO
@@ -33,15 +34,15 @@ def fit_control(pixels: "np.ndarray", size: tuple[int, int]) -> Fitted:
         return Fitted(pixels, "")
     box = find_box((width, height), size)
     left, top, right, bottom = box
-    was = f"{width}x{height} resized to {size[0]}x{size[1]}"
-    remark = was
+    remark = ""
     if box != (0, 0, width, height):
         lost = f"{left + width - right} px of its width"
         if (left, right) == (0, width):
             lost = f"{top + height - bottom} px of its height"
-        remark = f"{was}; of another ratio, it lost {lost} at its borders"
+        remark = f"{width}x{height} is another ratio than {size[0]}x{size[1]}: it lost {lost}"
         if max(width, height) <= MAX_RATIO * min(width, height):
-            remark += f" (--ar {width}:{height} keeps them)"
+            shared = math.gcd(width, height)
+            remark += f" (--ar {width // shared}:{height // shared} keeps them)"
     image = Image.fromarray(pixels, "RGB").crop(box)
     resized = image.resize(size, Image.Resampling.LANCZOS)
     return Fitted(np.asarray(resized), remark)

@@ -471,7 +471,7 @@ _ROWS = (
     Setting(
         "control",
         Controls(),
-        help="KIND:IMAGE[:SCALE][:START-END]; repeatable.",
+        help="KIND:IMAGE[:SCALE][:START-END] to follow, as canny:a.jpg; repeatable.",
         flags=("--control",),
     ),
     Setting(
