@@ -6,7 +6,7 @@ config.json, tensors and their shapes imply the config. Works from headers alone
 """
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,12 @@ from quant.dialects import (
 from quant.errors import CheckpointError, ForeignFile
 from quant.expected import HINT_CONVOLUTIONS, check_tensors
 from quant.header import read_whole_header
+from quant.kinds import CONTROLNET, find_part
 from quant.single_file import OLD_SCALE_END, SCALE_END, group_stored
 from quant.weights import Piece, Weight
 
-NAME = "controlnet"  # of such a component, by whatever key a checkpoint has it
+NAME = CONTROLNET  # of such a component, by whatever key a checkpoint has it
 FOREIGN = "not a ControlNet for FLUX.1"
-# A tensor that each has, by the names of diffusers and of XLabs.
-MARKS = ("controlnet_x_embedder.weight", "pos_embed_input.weight")
 # Keys of the first union network were those of a layer more.
 RENAMED = ((r"^controlnet_mode_embedder\.fc\.", "controlnet_mode_embedder."),)
 MODES = "controlnet_mode_embedder.weight"
@@ -49,7 +48,7 @@ def is_controlnet(path: Path) -> bool:
                 return is_class_of(NAME, read_json(config, "").get("_class_name"))
             file = _find_only_file(path)
             return file is not None and is_controlnet(file)
-        return _has_mark(read_whole_header(path).tensors)
+        return find_part(read_whole_header(path).tensors) == CONTROLNET
     except CheckpointError:
         return False
 
@@ -83,10 +82,6 @@ def _measure(values: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def _has_mark(names: Collection[str]) -> bool:
-    return any(mark in names for mark in MARKS)
-
-
 def _inspect_folder(folder: Path) -> Component:
     """A folder with a config; or one that has nothing but a file, as some repositories are."""
     file = _find_only_file(folder)
@@ -104,7 +99,7 @@ def _find_only_file(folder: Path) -> Path | None:
 def _inspect_file(path: Path) -> Component:
     """A ControlNet from one file; its tensors imply the config."""
     header = read_whole_header(path)
-    if not _has_mark(header.tensors):
+    if find_part(header.tensors) != CONTROLNET:
         raise ForeignFile(FOREIGN, path, why=guess_kind(header.tensors, header.metadata))
     stored = {
         name.replace(OLD_SCALE_END, SCALE_END): Piece(path, info)

@@ -16,16 +16,19 @@ import torch
 
 from fluxcli import paths
 from fluxcli.engine import blocks, compiling
-from fluxcli.engine.engine import Engine
+from fluxcli.engine.engine import Drawn, Engine
 from fluxcli.events import Notice
+from fluxcli.models.parts import resolve_parts
 from fluxcli.pictures.image import read_metadata
+from fluxcli.pictures.inputs import load_inputs
 from fluxcli.plan import costs
 from fluxcli.plan.placement import Placement
 from fluxcli.plan.planner import COMPILED
 from quant import kernels, linear
 from quant.checkpoint import Checkpoint, inspect
 from quant.single_file import assemble_checkpoint
-from tests.support.helpers import BAKED, draw, engine_of, order, tiny
+from tests.support.controlnets import save_map
+from tests.support.helpers import BAKED, draw, engine_of, order, picture_of, tiny
 from tests.support.invariant import call
 from tests.support.loras import write_lora, write_special
 
@@ -92,6 +95,24 @@ def test_sizes_steps_and_adapters_share_one_graph_a_kind_with_the_same_pixels(
         _, pixels = draw(compiled, request)
         assert compiled.components.compiler.failure == ""
         assert np.array_equal(pixels, draw(plain, request)[1])
+    assert len(graphs) == 2
+
+
+def test_a_controlnet_shares_the_graphs(checkpoint, graphs, controlnet):
+    """Its blocks are the transformer's: none is compiled again."""
+    save_map(Path("map.png"))
+    request = tiny(steps=2, control=[f"{controlnet('single')}:map.png:0.5"])
+    parts = resolve_parts(request.request, checkpoint)
+    together = parts.add_to(checkpoint)
+    pixels = []
+    for engine in (engine_of(together), compiled_engine(together)):
+        picture = picture_of(engine, request)
+        picture.controls = parts.controls
+        picture.inputs = load_inputs(request.request)
+        assert any(isinstance(event, Drawn) for event in engine.draw([picture]))
+        pixels.append(picture.pixels)
+    assert engine.components.compiler.failure == ""
+    assert np.array_equal(*pixels)
     assert len(graphs) == 2
 
 

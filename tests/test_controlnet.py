@@ -8,17 +8,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
+from fluxcli.engine.blocks import Residuals
+from fluxcli.engine.controls import Controls
 from fluxcli.engine.engine import Drawn, Engine
 from fluxcli.engine.picture import Picture
 from fluxcli.models.parts import Control, Parts
 from fluxcli.pictures.inputs import InputPictures, read_picture
 from fluxcli.request.fields import Order
 from fluxcli.request.inputs import ControlRef
-from quant.checkpoint import Checkpoint, inspect
+from quant.bake import bake
+from quant.checkpoint import Checkpoint, Component, inspect
 from quant.controlnet import inspect_controlnet
-from tests.support.helpers import engine_of, tiny
+from quant.linear import QuantizedLinear
+from quant.recipe import make_controlnet_recipe
+from quant.spec import BAKEABLE, QuantSpec
+from tests.support.controlnets import save_map
+from tests.support.helpers import changed, engine_of, tiny
 
 ORDER = tiny(steps=4, seed=5, width=96, height=64, text_tokens=24)
 MOVED = 8  # of 255: less is no effect
@@ -66,13 +73,9 @@ CASES = {
 def maps(tmp_path_factory) -> list[Path]:
     """Two control pictures of the size of `ORDER`."""
     folder = tmp_path_factory.mktemp("maps")
-    paths = []
-    for k, box in enumerate(((10, 12, 50, 52), (40, 5, 90, 40))):
-        image = Image.new("RGB", ORDER.request.size, (20 * k, 0, 10))
-        ImageDraw.Draw(image).ellipse(box, outline="white", width=3)
-        image.save(folder / f"{k}.png")
-        paths.append(folder / f"{k}.png")
-    return paths
+    size = ORDER.request.size
+    boxes = {"first": (10, 12, 50, 52), "second": (40, 5, 90, 40)}
+    return [save_map(folder / f"{name}.png", size=size, box=boxes[name]) for name in boxes]
 
 
 @pytest.fixture(scope="session")
@@ -156,7 +159,13 @@ def plain(checkpoint) -> np.ndarray:
     return draw_by_flux(engine_of(checkpoint, ORDER), (), ())
 
 
-@pytest.mark.parametrize("name", CASES)
+RARE = ("two", "one union, two pictures", "no guidance")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.exhaustive] if name in RARE else []) for name in CASES],
+)
 def test_equals_diffusers(name, pipeline, checkpoint, controlnet, maps, plain):
     wanted = CASES[name]
     reference = draw_by_diffusers(pipeline, wanted, controlnet, maps)
@@ -171,3 +180,86 @@ def test_equals_diffusers(name, pipeline, checkpoint, controlnet, maps, plain):
     assert moved > MOVED
     assert other > MOVED
     assert reference.std() > 1
+
+
+# --- wherever its weights are, in whatever precision
+
+
+def with_controls(checkpoint: Checkpoint, parts: Parts, order: Order = ORDER, **placed) -> Engine:
+    """An engine for a picture with controls, whose blocks are where `placed` says."""
+    engine = engine_of(parts.add_to(checkpoint), order)
+    if placed:
+        plan = replace(engine.plan, placement=replace(engine.plan.placement, **placed))
+        engine = Engine(engine.checkpoint, plan, engine.hardware)
+    return engine
+
+
+PLACES = {
+    "streamed": {"denoise": "streamed", "streamed": (1, 4, 6), "controls": "streamed"},
+    "sequential": {"denoise": "sequential", "controls": "sequential", "keep": ()},
+    "the transformer alone is streamed": {"denoise": "streamed", "streamed": tuple(range(7))},
+}
+
+
+@pytest.fixture(scope="session")
+def two(controlnet) -> Parts:
+    """Two networks: double and single blocks with a mode, and double blocks that act in the end."""
+    return make_parts(CASES["two of other depths"], controlnet)
+
+
+@pytest.fixture(scope="session")
+def resident(checkpoint, two, maps) -> np.ndarray:
+    return draw_by_flux(with_controls(checkpoint, two), two.controls, maps)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_pixels_are_the_same_wherever_the_blocks_are(place, checkpoint, two, maps, resident):
+    engine = with_controls(checkpoint, two, **PLACES[place])
+    for _ in range(2):  # the second finds slots as the first has left them
+        assert np.array_equal(draw_by_flux(engine, two.controls, maps), resident)
+
+
+def test_memory_that_runs_out_is_survived(checkpoint, two, maps, resident, monkeypatch):
+    real, failed = Controls.compute, []
+
+    def compute(self: Controls, tokens: torch.Tensor, index: int) -> list[Residuals]:
+        if index == 2 and len(failed) < 2:
+            failed.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(self, tokens, index)
+
+    monkeypatch.setattr(Controls, "compute", compute)
+    engine = with_controls(checkpoint, two)
+    assert np.array_equal(draw_by_flux(engine, two.controls, maps), resident)
+    assert len(engine.out_of_memory) == 2
+
+
+def bake_controlnet(component: Component, to: str, folder: Path) -> Component:
+    recipe = make_controlnet_recipe(component, QuantSpec(to))
+    assert list(bake(recipe, folder, origin={"model": "a test"}))
+    return inspect_controlnet(folder)
+
+
+@pytest.mark.parametrize(
+    "to",
+    ["int8", *(pytest.param(to, marks=pytest.mark.exhaustive) for to in BAKEABLE if to != "int8")],
+)
+def test_quantized_while_loading_is_as_baked(to, checkpoint, controlnet, maps, resident, tmp_path):
+    order = changed(ORDER, precision=to)
+    wanted = CASES["two of other depths"]
+    parts = make_parts(wanted, controlnet)
+    engine = with_controls(checkpoint, parts, order)
+    while_loading = draw_by_flux(engine, parts.controls, maps, order)
+    assert engine.plan.precision == to
+    layer = engine.components.loaded["controlnet_1"].module.transformer_blocks[0].ff.net[2]
+    assert isinstance(layer, QuantizedLinear)
+
+    components = {
+        name: bake_controlnet(component, to, tmp_path / name)
+        for name, component in parts.components.items()
+    }
+    assert {component.precision for component in components.values()} == {to}
+    baked = Parts(components, parts.controls)
+    engine = with_controls(checkpoint, baked, order)
+    assert np.array_equal(draw_by_flux(engine, baked.controls, maps, order), while_loading)
+    assert np.abs(while_loading - resident).mean() < 40

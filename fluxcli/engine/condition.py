@@ -16,6 +16,9 @@ from fluxcli.engine.picture import Picture
 from fluxcli.engine.prompt_cache import Embeddings
 from fluxcli.events import Event, Phase
 
+# What a ControlNet for [dev] is told beside [schnell], whose requests have no guidance.
+DEV_GUIDANCE = 3.5
+
 
 def run(components: Components, pictures: Sequence[Picture]) -> Iterator[Event]:
     """Give each picture that is not denoised its `tables` (steps, sum of outputs)."""
@@ -85,14 +88,18 @@ def _condition_of(
     """What a component's table for the picture depends on, with these embeddings of a prompt."""
     assert embeddings, "a phase was left out"
     component = components.checkpoint.components[name]
-    takes_guidance = component.config["guidance_embeds"]
+    guidance = None
+    if component.config["guidance_embeds"]:
+        guidance = picture.request.guidance
+        if guidance is None:
+            guidance = DEV_GUIDANCE
     weights = components.checkpoint.fingerprint
     if name != "transformer":
         weights = component.fingerprint
     return modulation.make_condition(
         embeddings.pooled.to(components.plan.device, components.dtype("transformer")),
         weights=weights,
-        guidance=picture.request.guidance if takes_guidance else None,
+        guidance=guidance,
         timesteps=denoise.make_scheduler(components.checkpoint, picture.request).timesteps,
         adapters=picture.adapters if name == "transformer" else (),
     )

@@ -7,6 +7,7 @@ the MLP's input of a single block. Sizes are in bytes.
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -354,7 +355,9 @@ def build(component: Component) -> Any:
     kind = kinds[component.name]()
     with _parameters_on_meta(), refusing(f"cannot build {component.name}", component.folder):
         if not hasattr(kind, "config_class"):  # diffusers' classes read a config themselves
-            return kind.from_config(component.config)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of names that diffusers itself uses
+                return kind.from_config(component.config)
         # How attention computes is this library's choice, not the file's.
         options = {
             key: value

@@ -190,8 +190,10 @@ class ModulationRow:
         widths = _linear_widths(transformer)
         self._row = torch.zeros(1, sum(widths), dtype=dtype, device=device)
         self._factors = torch.ones_like(self._row)  # 1 + the row
-        views = self._row.split(widths, dim=1)
-        factors = self._factors.split(widths, dim=1)
+        # (1, width) each, whose strides do not tell how long the row is: a compiled block's graph
+        # serves a transformer and ControlNets.
+        views = [view[None] for view in self._row[0].split(widths)]
+        factors = [factor[None] for factor in self._factors[0].split(widths)]
         for name, view, factor in zip(linear_names(transformer), views, factors, strict=True):
             norm: Any = model.get_submodule(name.rpartition(".")[0])
             norm.silu = nn.Identity()

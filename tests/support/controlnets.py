@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 from fluxcli.paths import BUNDLED
@@ -53,6 +54,16 @@ def write_controlnet(kind: str, folder: Path, *, seed: int = 0, strength: float 
         parameter.data = noise * scale / inputs**0.5
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+def save_map(
+    path: Path, *, size: tuple[int, int] = (64, 64), box: tuple[int, int, int, int] = (9, 9, 40, 50)
+) -> Path:
+    """A control picture: the outline of an ellipse in a box (left, top, right, bottom)."""
+    image = Image.new("RGB", size, (10 * (box[0] % 3), 0, 10))
+    ImageDraw.Draw(image).ellipse(box, outline="white", width=3)
+    image.save(path)
+    return path
 
 
 # The layers of a double block by XLabs' names, which are BFL's, and the rows that each holds.
