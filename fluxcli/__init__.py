@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fluxcli import events as events
     from fluxcli.api import Flux as Flux
     from fluxcli.api import ImageReady as ImageReady
+    from fluxcli.api import PreviewReady as PreviewReady
     from fluxcli.api import generate as generate
     from fluxcli.errors import FluxError as FluxError
     from quant.errors import ExplainedError as ExplainedError
@@ -22,13 +23,23 @@ __version__ = "0.2.0"
 FACE = {  # where each name comes from
     "Flux": "fluxcli.api",
     "ImageReady": "fluxcli.api",
+    "PreviewReady": "fluxcli.api",
     "generate": "fluxcli.api",
     "FluxError": "fluxcli.errors",
     "ExplainedError": "quant.errors",
 }
 MODULES = ("errors", "events")  # whose contents are part of the face
 
-__all__ = ["ExplainedError", "Flux", "FluxError", "ImageReady", "errors", "events", "generate"]
+__all__ = [
+    "ExplainedError",
+    "Flux",
+    "FluxError",
+    "ImageReady",
+    "PreviewReady",
+    "errors",
+    "events",
+    "generate",
+]
 
 
 def __getattr__(name: str) -> "Any":

@@ -21,13 +21,28 @@ from fluxcli.resolve import build_order, resolve_order
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from fluxcli.engine.picture import Picture
     from fluxcli.plan.placement import MemoryPlan
     from fluxcli.run.session import Session
 
 INFO_KEY = "flux"  # of an image's `info`: how it was made
 UNPLANNED_PROMPT = "a plan"  # what is planned does not depend on the prompt
 
-OnEvent = Callable[[Event], object]
+OnEvent = Callable[["Event | PreviewReady"], object]
+
+
+@dataclass(frozen=True)
+class PreviewReady:
+    """What picture `position` of `total` (from 1) will be, after step `index` of `steps`.
+
+    `image` is a small PIL image. These come with the setting `preview_every`.
+    """
+
+    image: "Image"
+    index: int
+    steps: int
+    position: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -120,8 +135,10 @@ class Flux:
             raise
         return images
 
-    def events(self, prompt: str, **settings: Any) -> Iterator[Event | ImageReady]:
+    def events(self, prompt: str, **settings: Any) -> Iterator[Event | PreviewReady | ImageReady]:
         """Yield what happens, as it happens, and an `ImageReady` for each picture.
+
+        With `preview_every` a `PreviewReady` comes after every so many steps.
 
         Closing the generator stops after the current step. Raises `FluxError` and `QuantError`.
         """
@@ -131,6 +148,7 @@ class Flux:
         session = self._open_session()
 
         from fluxcli.engine.engine import Denoised, Drawn
+        from fluxcli.engine.preview import Estimated
         from fluxcli.run.saving import make_metadata
         from fluxcli.run.session import draw_pictures
 
@@ -141,10 +159,14 @@ class Flux:
             for k in range(total):
                 one = order.picture(k)
                 picture = prepared.make_picture(one.request, position=k + 1, total=total)
+                picture.preview_every = order.output.preview_every
                 orders[picture] = one
             with closing(draw_pictures(engine, list(orders))) as drawing:
                 for event in drawing:
                     if isinstance(event, Denoised):
+                        continue
+                    if isinstance(event, Estimated):
+                        yield _make_preview(event.picture, event.pixels)
                         continue
                     if not isinstance(event, Drawn):
                         yield event
@@ -198,7 +220,7 @@ class Flux:
         target = names.parse_target(order.output, force=force)
         names.check_writable(target, order)
         destination = names.Destination(target, order, seeded=metadata["seeded"])
-        metadata = metadata | {"request": order.to_json() | {"output": None}}
+        metadata = metadata | {"request": order.to_json() | {"output": None, "preview_every": None}}
         return save_pixels(pixels, destination, metadata).path
 
     def _resolve(self, prompt: str, settings: Mapping[str, Any]) -> Order:
@@ -223,6 +245,15 @@ def _name_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     keys = {find_name(key, where=key): key for key in settings}
     said = {name: settings[key] for name, key in keys.items()}
     return coerce_all(said, lambda name: keys.get(name, "size"))
+
+
+def _make_preview(picture: "Picture", pixels: Any) -> PreviewReady:
+    """Return what is handed out of an estimate: pixels (h, w, 3) uint8."""
+    from PIL import Image
+
+    image = Image.fromarray(pixels)
+    steps = picture.request.steps
+    return PreviewReady(image, picture.step, steps, picture.position, total=picture.total)
 
 
 def _make_image(pixels: Any, metadata: dict[str, Any]) -> "Image":

@@ -45,6 +45,20 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Preview:
+    """A small picture of what the one with this seed will be lies in a file, after a step of all.
+
+    The next preview replaces it, and it is deleted when the picture is saved or given up.
+    """
+
+    path: str
+    index: int
+    total: int
+    seed: int
+    row: int = 0
+
+
+@dataclass(frozen=True)
 class Notice:
     """Something the user should know; the run goes on."""
 
@@ -140,7 +154,7 @@ class Summary:
     seconds: float
 
 
-Event = Phase | Step | Notice | Saved | Kept | Skipped | Done | Failed | Summary
+Event = Phase | Step | Preview | Notice | Saved | Kept | Skipped | Done | Failed | Summary
 KINDS = {kind.__name__.lower(): kind for kind in get_args(Event)}
 
 

@@ -15,6 +15,7 @@ from fluxcli.events import (
     Kept,
     Notice,
     Phase,
+    Preview,
     Saved,
     Skipped,
     Step,
@@ -27,6 +28,7 @@ IMAGE = GeneratedImage("ein Bär-7.png", 2**64 - 1, 1024, 576, "png", 3, "ab" * 
 SAMPLES = [
     Phase("load", "transformer"),
     Step(3, 28, 2, 4),
+    Preview("ein Bär-7.preview.jpg", 3, 28, 2**64 - 1, 7),
     Notice('lost: "…" 🦊'),
     Saved(IMAGE),
     Saved(IMAGE, 7, 2.5),

@@ -20,6 +20,7 @@ from fluxcli.events import (
     Failed,
     Notice,
     Phase,
+    Preview,
     Saved,
     Skipped,
     Step,
@@ -230,6 +231,7 @@ class Reporter:
         self._phase = "load"
         self._phase_started = started
         self._noticed: set[Notice] = set()
+        self._has_preview = False
         # The first row that failed for a reason (its message and hint), and those after it of which
         # nothing has been said yet.
         self._first_failed: dict[tuple[str, str], int] = {}
@@ -283,10 +285,7 @@ class Reporter:
         if isinstance(event, Done):
             self._end_run()
             event = replace(event, timings_s=dict(self.timings_s))
-        if self._events:
-            self._print(lambda: data_json(to_json(event)))
-        elif self._json and isinstance(event, Done | Failed | Skipped | Summary):
-            self._print(lambda: data_json(asdict(event)))
+        self._print_json(event)
         if isinstance(event, Saved | Notice | Skipped | Summary):
             self.say_alike()
         match event:
@@ -294,6 +293,8 @@ class Reporter:
                 self._begin_phase(event)
             case Step():
                 self._show_step(event)
+            case Preview():
+                self._show_preview(event)
             case Saved():
                 self._show_saved(event)
             case Done() if len(event.images) > 1 and not event.row and not self._quiet:
@@ -303,6 +304,13 @@ class Reporter:
                 self._show_failed(event)
             case Notice() | Skipped() | Summary() if not self._quiet:
                 say(_describe(event))
+
+    def _print_json(self, event: Event) -> None:
+        """Print an event for programs, where that was asked for."""
+        if self._events:
+            self._print(lambda: data_json(to_json(event)))
+        elif self._json and isinstance(event, Preview | Done | Failed | Skipped | Summary):
+            self._print(lambda: data_json(asdict(event)))
 
     def show_bytes(self, done_bytes: int, total_bytes: int, what: str) -> None:
         """Show how much is done, with GB/s and the time left; raises as `show` does."""
@@ -338,6 +346,12 @@ class Reporter:
             total=step.total,
             speed=f"{step_s:.2f} s/it, {left}",
         )
+
+    def _show_preview(self, preview: Preview) -> None:
+        """Say where previews are, once: the others lie where theirs should."""
+        if not self._quiet and not self._has_preview:
+            self._has_preview = True
+            self._print(lambda: say(f"{preview.path} shows what it will be"))
 
     def _show_saved(self, saved: Saved) -> None:
         image = saved.image

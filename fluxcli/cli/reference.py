@@ -39,8 +39,9 @@ TAIL = """## What is printed
 Paths of pictures go to stdout, everything for people to stderr. With `--json` stdout has one object
 when all is done: `images`, `request`, `plan`, `timings_s`, `peak_memory`, `versions`, `row`; with
 `--from` one for each row that is done, each failure, each picture that was skipped, and a summary.
-With `--events` it has one object a line while it goes on: `phase`, `step`, `notice`, `saved` and
-`skipped`, at the end `done` or `failed`, of a batch `summary`.
+With `--events` it has one object a line while it goes on: `phase`, `step`, `preview`, `notice`,
+`saved` and `skipped`, at the end `done` or `failed`, of a batch `summary`. With
+`--preview-every` an object with the `path` of each preview comes before the others of `--json`.
 """
 
 

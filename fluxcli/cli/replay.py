@@ -312,6 +312,7 @@ def _draw_and_hash(order: Order, *, metadata: Metadata, options: Mapping[str, An
     check_torch()
     from fluxcli.engine.engine import Denoised, Drawn
     from fluxcli.engine.picture import Picture
+    from fluxcli.engine.preview import Estimated
     from fluxcli.pictures.image import hash_pixels
     from fluxcli.run.saving import make_metadata
     from fluxcli.run.session import Session, draw_pictures
@@ -327,7 +328,7 @@ def _draw_and_hash(order: Order, *, metadata: Metadata, options: Mapping[str, An
             reporter.show(Notice(line))
         picture = Picture(order.request, prepared.adapters)
         for event in draw_pictures(engine, [picture]):
-            if not isinstance(event, Denoised | Drawn):
+            if not isinstance(event, Denoised | Drawn | Estimated):
                 reporter.show(event)
         assert picture.pixels is not None
         return hash_pixels(picture.pixels)

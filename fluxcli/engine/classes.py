@@ -73,6 +73,10 @@ def vae() -> type[Any]:
     return _import_class("diffusers.models.autoencoders.autoencoder_kl", "AutoencoderKL")
 
 
+def tiny_vae() -> type[Any]:
+    return _import_class("diffusers.models.autoencoders.autoencoder_tiny", "AutoencoderTiny")
+
+
 def scheduler() -> type[Any]:
     return _import_class(
         "diffusers.schedulers.scheduling_flow_match_euler_discrete",

@@ -21,13 +21,14 @@ from fluxcli.engine.controls import Controls, list_networks
 from fluxcli.engine.loader import refusing
 from fluxcli.engine.modulation import ModulationRow
 from fluxcli.engine.picture import InputLatents, Picture
+from fluxcli.engine.preview import Estimated, Previewer
 from fluxcli.engine.prompt_cache import Embeddings
 from fluxcli.events import Event, Notice, Phase, Step
 from fluxcli.request.fields import GenerationRequest
 from quant.checkpoint import Checkpoint
 
 
-def run(components: Components, pictures: Sequence[Picture]) -> Iterator[Event]:
+def run(components: Components, pictures: Sequence[Picture]) -> Iterator[Event | Estimated]:
     """Take the steps that each picture's `tokens` lack, one picture after the other.
 
     An interrupted picture keeps its tokens, so that another run goes on where this one ended.
@@ -42,7 +43,7 @@ def run(components: Components, pictures: Sequence[Picture]) -> Iterator[Event]:
         yield from _denoise(components, model, picture)
 
 
-def _denoise(components: Components, model: Any, picture: Picture) -> Iterator[Event]:
+def _denoise(components: Components, model: Any, picture: Picture) -> Iterator[Event | Estimated]:
     """Take one picture's steps; its latents are set after each, so that they outlive an error."""
     request = picture.request
     device = components.plan.device
@@ -77,7 +78,13 @@ def _denoise(components: Components, model: Any, picture: Picture) -> Iterator[E
     compiler = components.compiler
     if compiler and compiler.begins:
         yield Notice("the first step compiles the blocks: it takes longer than the others")
+    previewer = None
+    if picture.preview_every:
+        previewer = Previewer(components.checkpoint.components["vae"].config)
+        if previewer.problem:
+            yield Notice(previewer.problem)
     for index in range(picture.step, request.steps):
+        before = tokens
         tokens = take_step(
             model,
             scheduler,
@@ -92,6 +99,9 @@ def _denoise(components: Components, model: Any, picture: Picture) -> Iterator[E
         picture.tokens = tokens
         picture.step = index + 1
         yield Step(picture.step, request.steps, picture.position, images=picture.total)
+        if previewer and picture.is_due:
+            sigmas = scheduler.sigmas[index : index + 2]
+            yield Estimated(picture, previewer.draw(before, tokens, sigmas, request.size))
         failure = compiler.tell_failure() if compiler else ""
         if failure:
             yield Notice(f"not compiled, the picture is drawn without: {failure}")

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from fluxcli.engine import blocks, condition, decode, denoise, device, encode, prepare
 from fluxcli.engine.components import Components
 from fluxcli.engine.picture import Picture
+from fluxcli.engine.preview import Estimated
 from fluxcli.events import Event, Notice, is_of_one_row
 from fluxcli.plan.costs import make_workload
 from fluxcli.plan.machine import CONTEXT_BYTES, Hardware
@@ -50,7 +51,7 @@ class EnginePhase:
     """
 
     name: str
-    run: Callable[[Components, Sequence[Picture]], Iterator[Event]]
+    run: Callable[[Components, Sequence[Picture]], Iterator[Event | Estimated]]
     one_by_one: bool = False  # takes picture by picture, as the last phase always does
 
 
@@ -152,8 +153,10 @@ class Engine:
 
     def draw(
         self, pictures: Sequence[Picture], *, isolate: bool = False
-    ) -> Iterator[Event | Denoised | Drawn]:
+    ) -> Iterator[Event | Estimated | Denoised | Drawn]:
         """Yield the events of all phases, a `Denoised` and a `Drawn` as soon as a picture is so.
+
+        Where a picture is watched, an `Estimated` comes between its steps.
 
         With `isolate` an error ends only the picture that has it, as its `error`, unless no picture
         could be drawn after it (see `is_of_one_row`); else raises whatever a phase raises.
@@ -202,7 +205,7 @@ class Engine:
             return True
         return plan.seconds["load"] < RELOAD_SHARE * plan.seconds["denoise"]
 
-    def _denoise(self, picture: Picture, *, isolate: bool) -> Iterator[Event]:
+    def _denoise(self, picture: Picture, *, isolate: bool) -> Iterator[Event | Estimated]:
         """The phases that take picture by picture, but for the last."""
         started_s = time.perf_counter()
         for phase in self._before:
@@ -210,7 +213,7 @@ class Engine:
                 yield from self._run(phase, _without_errors([picture]), isolate=isolate)
         picture.taken_s += time.perf_counter() - started_s
 
-    def _decode(self, picture: Picture, *, isolate: bool) -> Iterator[Event | Drawn]:
+    def _decode(self, picture: Picture, *, isolate: bool) -> Iterator[Event | Estimated | Drawn]:
         """The last phase; tiles are for the picture alone that they were needed for."""
         started_s = time.perf_counter()
         was_whole = self.plan.placement.decode != "tiled"
@@ -223,7 +226,7 @@ class Engine:
 
     def _run(
         self, phase: EnginePhase, pictures: Sequence[Picture], *, isolate: bool
-    ) -> Iterator[Event]:
+    ) -> Iterator[Event | Estimated]:
         """A phase for all pictures; to `isolate` an error, for each of them alone."""
         try:
             yield from self._survive(phase, pictures)
@@ -237,7 +240,9 @@ class Engine:
             for picture in pictures:
                 yield from self._run(phase, [picture], isolate=True)
 
-    def _survive(self, phase: EnginePhase, pictures: Sequence[Picture]) -> Iterator[Event]:
+    def _survive(
+        self, phase: EnginePhase, pictures: Sequence[Picture]
+    ) -> Iterator[Event | Estimated]:
         """The phase; where memory runs out, again with less of it, until `DoesNotFit`."""
         while pictures:
             device.begin_phase(self.plan.device)

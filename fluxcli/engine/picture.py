@@ -49,6 +49,7 @@ class Picture:
     controls: tuple[Control, ...] = ()  # those of `request.control`, resolved by the caller
     position: int = 1  # for progress: this is picture `position` of `total`
     total: int = 1
+    preview_every: int | None = None  # after so many steps its estimate is handed out
     tokens: Tensor | None = None
     step: int = 0
     embeddings: Embeddings | None = None
@@ -70,3 +71,10 @@ class Picture:
     def denoised(self) -> bool:
         """Whether the latents are at the last step, so that only the decoder is needed."""
         return self.tokens is not None and self.step == self.request.steps
+
+    @property
+    def is_due(self) -> bool:
+        """Whether an estimate of it is wanted after this step; after the last one none is."""
+        if not self.preview_every or self.denoised:
+            return False
+        return self.step % self.preview_every == 0

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,7 +88,7 @@ def place(destination: Destination) -> Path:
 
 def find_kept(destination: Destination) -> list[Path]:
     """Return the files of latents that lie beside a picture's names, best first."""
-    destination = _move_from_stdout(destination)
+    destination = names.move_from_stdout(destination)
     if names.list_open_fields(destination):
         return list(names.list_there(destination, SUFFIX))
     found: list[Path] = []
@@ -107,15 +107,8 @@ def aim_beside(path: Path) -> Target:
 
 def _list_places(destination: Destination) -> Iterator[Path]:
     """Yield the names that latents of a picture can have, without end."""
-    for path in names.list_candidates(_move_from_stdout(destination)):
+    for path in names.list_candidates(names.move_from_stdout(destination)):
         yield path.with_name(names.join_name(path.stem, SUFFIX))
-
-
-def _move_from_stdout(destination: Destination) -> Destination:
-    """Return the place of latents: of a picture for stdout it is the current folder."""
-    if not destination.target.stdout:
-        return destination
-    return replace(destination, target=Target(Path(), names.DEFAULT_TEMPLATE))
 
 
 def load(path: Path) -> Latents:

@@ -14,7 +14,7 @@ import string
 import sys
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from itertools import count, dropwhile, takewhile
 from pathlib import Path
@@ -201,6 +201,13 @@ def list_candidates(destination: Destination) -> Iterator[Path]:
     yield first
     for k in count(2):
         yield first.with_name(join_name(first.stem, f"-{k}{first.suffix}"))
+
+
+def move_from_stdout(destination: Destination) -> Destination:
+    """Return where files beside a picture go: of one for stdout they go into the current folder."""
+    if not destination.target.stdout:
+        return destination
+    return replace(destination, target=Target(Path(), DEFAULT_TEMPLATE))
 
 
 def join_name(stem: str, end: str) -> str:

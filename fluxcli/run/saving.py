@@ -105,7 +105,7 @@ def make_metadata(
     if plan.placement.prepare == "tiled":
         only_if["tiled_inputs"] = True
     return {
-        "request": order.to_json() | {"output": None},
+        "request": order.to_json() | {"output": None, "preview_every": None},
         "size": list(request.size),
         "model": {"name": request.model, "fingerprint": engine.checkpoint.fingerprint},
         "compute": {

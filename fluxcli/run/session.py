@@ -19,7 +19,8 @@ from fluxcli import paths
 from fluxcli.engine import device, modulation
 from fluxcli.engine.engine import Denoised, Drawn, Engine
 from fluxcli.engine.picture import Picture
-from fluxcli.errors import DoesNotFit, NotFinite
+from fluxcli.engine.preview import Estimated
+from fluxcli.errors import DoesNotFit, NotFinite, explain_write
 from fluxcli.events import (
     Done,
     Event,
@@ -27,6 +28,7 @@ from fluxcli.events import (
     Kept,
     Notice,
     Phase,
+    Preview,
     Saved,
     Skipped,
     explain,
@@ -37,6 +39,7 @@ from fluxcli.models.parts import Control, resolve_parts
 from fluxcli.pictures.inputs import NO_INPUTS, InputPictures, describe_remarks, load_inputs
 from fluxcli.pictures.latents import Latents
 from fluxcli.pictures.names import Destination, check_writable, parse_target
+from fluxcli.pictures.previews import PreviewFile
 from fluxcli.plan.costs import DTYPE_BYTES, make_workload
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import FRAGMENTS_SHARE, MemoryPlan, Placement, weaker
@@ -168,6 +171,8 @@ class Pending:
     row: PlannedRow
     latents: Path | None = None
     ours: bool = True
+    preview: PreviewFile = field(default_factory=PreviewFile)
+    cannot_preview: bool = False
 
     def begin_with(self, kept: Latents) -> None:
         """Go on from kept latents; a picture without a seed gets theirs."""
@@ -506,6 +511,7 @@ def _take_stock(
             picture = row.prepared.make_picture(
                 destination.order.request, position=destination.n, total=len(destinations)
             )
+            picture.preview_every = row.order.output.preview_every
             waiting = Pending(picture, destination, row)
             if may_be_done:
                 found = saving.find_latents(engine, destination, adapters, taken=taken)
@@ -533,7 +539,7 @@ def _take_stock(
 
 def draw_pictures(
     engine: Engine, pictures: Sequence[Picture], *, isolate: bool = False
-) -> Generator[Event | Denoised | Drawn, None, None]:
+) -> Generator[Event | Estimated | Denoised | Drawn, None, None]:
     """Draw pictures as `Engine.draw` does; memory that ran out is remembered for later plans."""
     known = len(engine.out_of_memory)
     try:
@@ -544,6 +550,17 @@ def draw_pictures(
 
 
 def _draw_group(
+    engine: Engine, group: Sequence[Pending], *, isolate: bool, untold: list[Event]
+) -> Iterator[Event]:
+    """Draw the pictures of a group, see `_draw_and_save`; no preview of them is left."""
+    try:
+        yield from _draw_and_save(engine, group, isolate=isolate, untold=untold)
+    finally:
+        for pending in group:
+            pending.preview.remove()
+
+
+def _draw_and_save(
     engine: Engine, group: Sequence[Pending], *, isolate: bool, untold: list[Event]
 ) -> Iterator[Event]:
     """Draw the pictures of a group, each a file as soon as it can be; yields the ends of rows, too.
@@ -562,6 +579,8 @@ def _draw_group(
                 yield from _save(engine, left[event.picture], isolate=isolate)
                 if not event.picture.error:
                     del left[event.picture]
+            elif isinstance(event, Estimated):
+                yield from _show_estimate(left[event.picture], event)
             else:
                 yield event
     except GeneratorExit as end:
@@ -575,6 +594,22 @@ def _draw_group(
         if ended_by:
             yield from _keep_what_is_left(ended_by, engine, [pending])
             yield explain(ended_by, pending.destination.row)
+
+
+def _show_estimate(pending: Pending, estimated: Estimated) -> Iterator[Event]:
+    """Write the preview of a picture, and say where; a preview that fails ends no picture."""
+    if pending.cannot_preview:
+        return
+    picture = estimated.picture
+    try:
+        path = pending.preview.write(estimated.pixels, pending.destination)
+    except OSError as error:
+        pending.cannot_preview = True
+        yield Notice(f"no preview can be written: {explain_write(error)}")
+        return
+    request = picture.request
+    row = pending.destination.row
+    yield Preview(str(path), picture.step, request.steps, seed=request.seed, row=row)
 
 
 def _save(engine: Engine, pending: Pending, *, isolate: bool) -> Iterator[Event]:
@@ -594,6 +629,7 @@ def _save(engine: Engine, pending: Pending, *, isolate: bool) -> Iterator[Event]
     if pending.latents and pending.ours:
         with contextlib.suppress(OSError):
             pending.latents.unlink()
+    pending.preview.remove()
     picture.tokens = None  # from here on there is nothing of it to keep
     pending.row.add(image)
     yield Saved(image, pending.destination.row, round(picture.taken_s, 3))

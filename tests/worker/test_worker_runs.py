@@ -121,6 +121,15 @@ def test_a_warm_call_imports_no_torch_and_gives_the_path_and_the_picture(worker,
     assert warm.stdout.splitlines() == ["sub/a-red-circle-1-2.png", "[] 0"]
     raw = flux_bytes(*run[3:], "-o", "-")  # no worker has this stdout
     assert raw == Path("sub/a-red-circle-1.png").read_bytes() and worker()["jobs"] == 2
+    watched = flux(
+        "generate", "a red circle", *SMALL, "--seed", "2", "--preview-every", "1", "--events",
+        "-o", "sub/",
+    )  # fmt: skip
+    events = [json.loads(line) for line in watched.stdout.splitlines()]
+    assert [each["path"] for each in events if each["event"] == "preview"] == [
+        "sub/a-red-circle-2.preview.jpg"
+    ]
+    assert not list(Path("sub").glob("*.preview.jpg")) and worker()["jobs"] == 3
 
 
 def test_errors_are_those_of_a_run_without_it(worker, capsys):
