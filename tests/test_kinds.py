@@ -98,6 +98,7 @@ VALUES = {
     "expand": "0,0,16,0",
     "reference": "a.png",
     "redux": "a.png:0.5",
+    "redux_model": "ORG/REDUX",
     "control": "canny:a.png",
     "negative_prompt": "fog",
     "true_cfg": "2",
@@ -112,6 +113,7 @@ BESIDE = {
     "mask_feather": ("image", "mask"),
     "expand": ("image",),
     "true_cfg": ("negative_prompt",),
+    "redux_model": ("redux",),
 }
 
 

@@ -10,8 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from fluxcli.engine.picture import Picture
-from fluxcli.engine.references import find_canvas_size
 from fluxcli.pictures.inputs import load_inputs
 from fluxcli.pictures.references import stitch
 from fluxcli.request.fields import Order
@@ -66,9 +64,9 @@ def draw_with_diffusers(pipe: Any, order: Order, **inputs: object) -> np.ndarray
 
 def make_canvas(order: Order) -> Image.Image:
     """The canvas of an order's references, which diffusers is given."""
-    picture = Picture(order.request, inputs=load_inputs(order.request))
-    pixels = [each.read_pixels() for each in picture.inputs.references]
-    return Image.fromarray(stitch(pixels, find_canvas_size(picture)))
+    references = load_inputs(order.request).references
+    size = order.request.fit_canvas([each.size for each in references])
+    return Image.fromarray(stitch([each.read_pixels() for each in references], size))
 
 
 def test_pictures_are_those_of_diffusers(kontext_folder):

@@ -5,7 +5,6 @@ no random number is drawn, and the first column of their ids is 1. Several are s
 Sizes are (width, height) in pixels.
 """
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from fluxcli.engine.picture import InputLatents, Picture
 from fluxcli.pictures.references import stitch
-from fluxcli.request.sizes import fit_references
 
 
 def add_references(
@@ -24,23 +22,10 @@ def add_references(
 
     `encode` makes tokens (1, R, 64) of pixels (H, W, 3). Raises `BadInputFile`.
     """
-    size = find_canvas_size(picture)
+    size = picture.request.fit_canvas([each.size for each in picture.inputs.references])
     pixels = stitch([each.read_pixels() for each in picture.inputs.references], size)
     latents.references = encode(pixels)
     latents.reference_ids = make_reference_ids(size)
-
-
-def find_canvas_size(picture: Picture) -> tuple[int, int]:
-    """The size of the canvas that a picture's references take.
-
-    A single one that is edited within a mask has that of the picture, as in diffusers'
-    FluxKontextInpaintPipeline.
-    """
-    inputs = picture.inputs
-    if inputs.mask and inputs.image in inputs.references and len(inputs.references) == 1:
-        return picture.request.size
-    sizes = [each.size for each in inputs.references]
-    return fit_references(sizes, math.prod(picture.request.size))
 
 
 def make_reference_ids(size: tuple[int, int]) -> Tensor:

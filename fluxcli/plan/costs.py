@@ -196,7 +196,7 @@ def _count_canvas_pixels(request: GenerationRequest, references: Sequence[Measur
     """The pixels of all references together, as the transformer sees them."""
     if not references:
         return 0
-    width_px, height_px = request.size
+    width_px, height_px = request.fit_canvas([each.size for each in references])
     return width_px * height_px
 
 

@@ -7,7 +7,7 @@ or devices. Stdlib only. Sizes are in pixels, (width, height).
 """
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from fluxcli.request.settings import (
     flag,
     to_json_value,
 )
-from fluxcli.request.sizes import check_size, size_of
+from fluxcli.request.sizes import check_size, fit_references, size_of
 
 MAX_PROMPT_BYTES = 8192  # four times what 512 T5 tokens hold, and what fits into a jpg's metadata
 DEFAULT_TRUE_CFG = 3.0  # where a negative prompt alone is given
@@ -102,6 +102,17 @@ class GenerationRequest:
         if self.width is not None and self.height is not None:
             return self.width, self.height
         return size_of(self.aspect_ratio, self.image_size)
+
+    def fit_canvas(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """Return (width, height) of the canvas that takes references of these sizes.
+
+        A single one that is edited within a mask has the size of the picture, as in diffusers'
+        FluxKontextInpaintPipeline.
+        """
+        if self.mask and len(sizes) == 1:
+            return self.size
+        width, height = self.size
+        return fit_references(sizes, width * height)
 
     @property
     def true_scale(self) -> float:
