@@ -21,6 +21,7 @@ from tests.support.controls import (
     draw_photo,
     make_control_model,
     measure,
+    open_image,
 )
 from tests.support.helpers import draw, engine_of, tiny
 from tests.support.loras import linear_layers, low_rank, peft_tensors
@@ -51,7 +52,7 @@ def load(pipeline: type, folder: Path) -> object:
 
 
 def open_images(pictures: dict[str, Path]) -> dict[str, Image.Image]:
-    return {name: Image.open(path).convert("RGB") for name, path in pictures.items()}
+    return {name: open_image(path) for name, path in pictures.items()}
 
 
 def test_a_control_model_draws_what_its_pipeline_draws(folder, pictures):

@@ -71,6 +71,12 @@ def draw_mask(path: Path, size: tuple[int, int] = (SIDE_PX, SIDE_PX)) -> Path:
     return path
 
 
+def open_image(path: Path) -> Image.Image:
+    """A picture in RGB, its file closed."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
 def draw_by_diffusers(pipe: Any, order: Order, **inputs: object) -> np.ndarray:
     """The pixels that a pipeline of diffusers makes of an order, and of these inputs."""
     request = order.request
