@@ -171,7 +171,7 @@ class Engine:
 
     def _draw(
         self, pictures: Sequence[Picture], *, isolate: bool
-    ) -> Iterator[Event | Denoised | Drawn]:
+    ) -> Iterator[Event | Estimated | Denoised | Drawn]:
         """All phases, see `draw`."""
         for phase in self._before:
             if not phase.one_by_one:
