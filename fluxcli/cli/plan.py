@@ -74,10 +74,10 @@ def plan_command(
     order = resolve_order(read_prompt(prompt), given_settings(options))
     inputs = load_inputs(order.request)
     model = _find_model(order)
-    parts = _find_parts(order, model.checkpoints)
+    adapters = _find_adapters(order, model.checkpoints)
+    parts = _find_parts(order, model.checkpoints, adapters)
     model = model._replace(checkpoints=[parts.add_to(each) for each in model.checkpoints])
     hardware, margin_bytes = _find_hardware(order, card, ram=_read_ram(ram))
-    adapters = _find_adapters(order, model.checkpoints)
     if not adapters:
         order = replace(order, request=replace(order.request, lora=()))
     candidates = survey(
@@ -173,10 +173,12 @@ def _find_adapters(order: Order, checkpoints: Sequence[Checkpoint]) -> tuple[Ada
         return ()
 
 
-def _find_parts(order: Order, checkpoints: Sequence[Checkpoint]) -> Parts:
+def _find_parts(
+    order: Order, checkpoints: Sequence[Checkpoint], adapters: Sequence[Adapter]
+) -> Parts:
     """What the request's controls and looks add to the model; nothing where it is not here."""
     try:
-        return resolve_parts(order.request, checkpoints[-1])
+        return resolve_parts(order.request, checkpoints[-1], adapters)
     except WeightsUnavailable as error:
         console.say(f"planned without what is not here: {error}")
         return Parts()
