@@ -238,6 +238,7 @@ def test_a_flag_that_the_model_cannot_honour_is_exit_2(kontext, photo, drawn, ca
         (["--mask-invert"], "--mask"),
         (["--mask-feather", "3"], "--mask"),
         (["--expand", "0,0,16,0"], "--image"),
+        (["--redux-model", "x"], "--redux"),
         (["--true-cfg", "3"], "--negative-prompt"),
     ],
 )

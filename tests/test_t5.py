@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fluxcli.engine.streaming import load_component
-from fluxcli.engine.text import PromptEncoder
+from fluxcli.engine.text import PromptEncoder, Text
 from fluxcli.models.shapes import read_known_shapes
 from fluxcli.plan.costs import component_bytes
 from fluxcli.plan.placement import GIB
@@ -121,7 +121,8 @@ def test_embeddings_of_an_int8_t5_are_entries_of_their_own(
         wanted = order("a red circle", precision=precision)
         here = machine(8, "cpu")
         checkpoint, plan = plan_for(wanted, [inspect(folder)], here)
-        return PromptEncoder(checkpoint, plan, here, on_disk=False).key_of(wanted.request, [])
+        encoder = PromptEncoder(checkpoint, plan, here, on_disk=False)
+        return encoder.key_of(Text("a red circle", wanted.request.text_tokens))
 
     folder = baked("int8", **BAKED["int8"])
     keys = [key_of(folder, "int8"), key_of(tiny_folder, "int8"), key_of(tiny_folder, "fp32")]

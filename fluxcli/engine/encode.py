@@ -7,7 +7,6 @@ room for one of them needs no more.
 """
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -15,24 +14,44 @@ from fluxcli.engine import redux
 from fluxcli.engine.components import Components
 from fluxcli.engine.picture import Picture
 from fluxcli.engine.prompt_cache import Embeddings
-from fluxcli.engine.text import TokenIds
+from fluxcli.engine.text import Text, TokenIds
 from fluxcli.events import Event, Notice, Phase
 from fluxcli.pictures.inputs import InputPicture
 
 
 def run(components: Components, pictures: Sequence[Picture]) -> Iterator[Event]:
-    """Give each picture that is not denoised its `embeddings`; a prompt is encoded once for all."""
-    waiting = [
-        picture for picture in pictures if not picture.denoised and picture.embeddings is None
-    ]
-    looks = yield from _look(components, waiting)
-    yield from _encode(components, [each for each in waiting if each.request.prompt])
-    for picture in waiting:
+    """Give each picture that is not denoised its `embeddings`, and those of its negative prompt.
+
+    A text is encoded once for all.
+    """
+    waiting = [picture for picture in pictures if not picture.denoised]
+    lacking = [picture for picture in waiting if picture.embeddings is None]
+    prompts = {
+        picture: _make_text(picture, picture.request.prompt)
+        for picture in lacking
+        if picture.request.prompt
+    }
+    negatives = {
+        picture: _make_text(picture, picture.request.negative_prompt or "")
+        for picture in waiting
+        if picture.request.true_scale > 1 and picture.negative_embeddings is None
+    }
+    looks = yield from _look(components, lacking)
+    found = yield from _encode(components, [*prompts.values(), *negatives.values()])
+    for picture in lacking:
+        prompt = found[prompts[picture]] if picture in prompts else None
         if picture.inputs.redux:
-            _add_looks(components, picture, looks)
-    for picture in pictures:
-        if picture.request.true_scale > 1 and not picture.denoised:
-            yield from _encode_negative(components, picture)
+            prompt = _add_looks(components, picture, prompt=prompt, looks=looks)
+        picture.embeddings = prompt
+    for picture, text in negatives.items():
+        picture.negative_embeddings = found[text]
+    one_of_each = {text: picture.request for picture, text in prompts.items()}
+    for remark in components.prompts.list_remarks(list(one_of_each.values())):
+        yield Notice(remark)
+
+
+def _make_text(picture: Picture, prompt: str) -> Text:
+    return Text(prompt, picture.request.text_tokens, picture.adapters)
 
 
 def _look(
@@ -81,76 +100,59 @@ def _run_image_embedder(
     return found
 
 
-def _add_looks(components: Components, picture: Picture, looks: Mapping[str, Tensor]) -> None:
-    """Put what a picture is to look like behind its prompt's embeddings, or behind zeros."""
-    prompt = picture.embeddings
+def _add_looks(
+    components: Components,
+    picture: Picture,
+    *,
+    prompt: Embeddings | None,
+    looks: Mapping[str, Tensor],
+) -> Embeddings:
+    """The prompt's embeddings, or zeros, with what a picture is to look like behind them."""
     if prompt is None:
         prompt = redux.make_empty_prompt(picture.request, components.checkpoint)
-    picture.embeddings = redux.combine(
+    return redux.combine(
         prompt,
         [looks[given.sha256] for given in picture.inputs.redux],
         [each.strength for each in picture.request.redux],
     )
 
 
-def _encode_negative(components: Components, picture: Picture) -> Iterator[Event]:
-    """Give a picture the embeddings of its negative prompt, as if that were one of its own."""
-    if picture.negative_embeddings is not None:
-        return
-    negative = replace(
-        picture.request, prompt=picture.request.negative_prompt or "", negative_prompt=None
-    )
-    stand_in = Picture(negative, picture.adapters)
-    yield from _encode(components, [stand_in])
-    picture.negative_embeddings = stand_in.embeddings
-
-
-def _encode(components: Components, pictures: Sequence[Picture]) -> Iterator[Event]:
-    """Give each picture its `embeddings`, of its prompt alone."""
+def _encode(
+    components: Components, texts: Sequence[Text]
+) -> Generator[Event, None, dict[Text, Embeddings]]:
+    """The embeddings of each text; says what they lack."""
     prompts = components.prompts
-    waiting = [
-        picture for picture in pictures if not picture.denoised and picture.embeddings is None
-    ]
-    by_key: dict[str, list[Picture]] = {}
-    for picture in waiting:
-        key = prompts.key_of(picture.request, picture.adapters)
-        by_key.setdefault(key, []).append(picture)
-
-    found: dict[str, Embeddings] = {}
-    unknown: dict[str, Picture] = {}  # one picture of each prompt
-    for key, same in by_key.items():
+    keys = {text: prompts.key_of(text) for text in texts}
+    known: dict[str, Embeddings] = {}
+    unknown: dict[str, Text] = {}  # one text of each key
+    for text, key in keys.items():
         embeddings = prompts.find(key)
         if embeddings is None:
-            unknown[key] = same[0]
+            unknown[key] = text
         else:
-            found[key] = embeddings
-
+            known[key] = embeddings
     token_ids = yield from _tokenize(components, unknown)
     pooled = yield from _run_clip(components, unknown, token_ids=token_ids)
-    found |= yield from _run_t5(components, unknown, token_ids=token_ids, pooled=pooled)
-
-    for key, same in by_key.items():
-        for picture in same:
-            picture.embeddings = found[key]
-        if lost := found[key].lost:
-            limit = same[0].request.text_tokens
+    known |= yield from _run_t5(components, unknown, token_ids=token_ids, pooled=pooled)
+    for key, text in {key: text for text, key in keys.items()}.items():
+        if lost := known[key].lost:
+            limit = text.text_tokens
             yield Notice(f"the prompt is longer than {limit} T5 tokens; lost: {lost!r}")
-        unread = found[key].unknown
+        unread = known[key].unknown
         if unread and not prompts.is_bundled:  # whose words are known, see `list_remarks`
             yield Notice(f"T5 has no tokens for these, and reads <unk> in their place: {unread}")
-    for remark in prompts.list_remarks([same[0].request for same in by_key.values()]):
-        yield Notice(remark)
+    return {text: known[key] for text, key in keys.items()}
 
 
 def _tokenize(
-    components: Components, unknown: Mapping[str, Picture]
+    components: Components, unknown: Mapping[str, Text]
 ) -> Generator[Event, None, dict[str, TokenIds]]:
-    """The token ids of each prompt, by its key."""
+    """The token ids of each text, by its key."""
     token_ids = {}
-    for key, picture in unknown.items():
+    for key, text in unknown.items():
         if not components.prompts.has_tokenizers:
             yield Phase("load", "tokenizers")
-        token_ids[key] = components.prompts.tokenize(picture.request)
+        token_ids[key] = components.prompts.tokenize(text)
     return token_ids
 
 
@@ -158,12 +160,12 @@ def _tokenize(
 
 
 def _run_clip(
-    components: Components, unknown: Mapping[str, Picture], *, token_ids: Mapping[str, TokenIds]
+    components: Components, unknown: Mapping[str, Text], *, token_ids: Mapping[str, TokenIds]
 ) -> Generator[Event, None, dict[str, Tensor]]:
-    """The pooled embeddings (1, P) of each prompt, by its key."""
+    """The pooled embeddings (1, P) of each text, by its key."""
     pooled = {}
-    for key, picture in unknown.items():
-        clip = yield from components.load("text_encoder", picture.adapters)
+    for key, text in unknown.items():
+        clip = yield from components.load("text_encoder", text.adapters)
         yield Phase("encode")
         pooled[key] = clip(token_ids[key].clip.to(clip.device)).pooler_output.cpu()
     return pooled
@@ -171,15 +173,15 @@ def _run_clip(
 
 def _run_t5(
     components: Components,
-    unknown: Mapping[str, Picture],
+    unknown: Mapping[str, Text],
     *,
     token_ids: Mapping[str, TokenIds],
     pooled: Mapping[str, Tensor],
 ) -> Generator[Event, None, dict[str, Embeddings]]:
-    """The embeddings of each prompt, by its key; kept one by one, in case that memory runs out."""
+    """The embeddings of each text, by its key; kept one by one, in case that memory runs out."""
     found = {}
-    for key, picture in unknown.items():
-        t5 = yield from components.load("text_encoder_2", picture.adapters)
+    for key, text in unknown.items():
+        t5 = yield from components.load("text_encoder_2", text.adapters)
         yield Phase("encode")
         sequence = t5(token_ids[key].t5.to(t5.device))[0].cpu()  # (1, T, C)
         found[key] = Embeddings(pooled[key], sequence, token_ids[key].lost, token_ids[key].unknown)

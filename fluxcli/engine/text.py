@@ -40,6 +40,14 @@ class Tokenizers(NamedTuple):
     t5: Any
 
 
+class Text(NamedTuple):
+    """A text that is to be encoded, and everything of a request that its embeddings depend on."""
+
+    prompt: str
+    text_tokens: int
+    adapters: tuple[Adapter, ...] = ()
+
+
 class TokenIds(NamedTuple):
     """A prompt for both text encoders.
 
@@ -132,17 +140,17 @@ class PromptEncoder:
         """Whether the tokenizers are loaded, which takes a second."""
         return self._tokenizers is not None
 
-    def key_of(self, request: GenerationRequest, adapters: Sequence[Adapter]) -> str:
-        """The key of a request's embeddings."""
+    def key_of(self, text: Text) -> str:
+        """The key of a text's embeddings."""
         acting = [
             [adapter.identity, adapter.scale]
-            for adapter in adapters
+            for adapter in text.adapters
             if any(adapter.numel(name) for name in TEXT_ENCODERS)
         ]
         return prompt_cache.key_of(
             **self._depends_on,
-            prompt=request.prompt,
-            text_tokens=request.text_tokens,
+            prompt=text.prompt,
+            text_tokens=text.text_tokens,
             adapters=acting,
             versions=fluxcli.versions(),
         )
@@ -156,12 +164,12 @@ class PromptEncoder:
                 self._known.keep(key, found)
         return found
 
-    def tokenize(self, request: GenerationRequest) -> TokenIds:
-        """The token ids of the request's prompt; `CheckpointError` for bad tokenizer files."""
+    def tokenize(self, text: Text) -> TokenIds:
+        """The token ids of a text; `CheckpointError` for bad tokenizer files."""
         if self._tokenizers is None:
             self._tokenizers = load_tokenizers(self._folder)
         with refusing("cannot use the tokenizers", self._folder):
-            ids = tokenize(self._tokenizers, request.prompt, request.text_tokens)
+            ids = tokenize(self._tokenizers, text.prompt, text.text_tokens)
         _check_ids(ids.clip, self._vocabulary["text_encoder"], self._folder / "tokenizer")
         _check_ids(ids.t5, self._vocabulary["text_encoder_2"], self._folder / "tokenizer_2")
         return ids
@@ -170,6 +178,7 @@ class PromptEncoder:
         """Yield what the authors of requests should know of their prompts and sizes, each once."""
         for request in requests:
             yield from syntax.list_notices(request.prompt)
+            yield from syntax.list_notices(request.negative_prompt or "")
         if self.is_bundled:
             yield from bundled.list_remarks(requests)
 

@@ -117,9 +117,9 @@ class GenerationRequest:
     @property
     def true_scale(self) -> float:
         """The scale of real classifier-free guidance; 1.0 where there is none."""
-        if self.true_cfg is not None:
-            return self.true_cfg
-        return 1.0 if self.negative_prompt is None else DEFAULT_TRUE_CFG
+        if self.negative_prompt is None:
+            return 1.0
+        return DEFAULT_TRUE_CFG if self.true_cfg is None else self.true_cfg
 
     @property
     def first_step(self) -> int:
