@@ -4,7 +4,6 @@ The command line and the Python face both go through here, so that the same word
 picture. Knows nothing of options or how text reaches it.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +12,12 @@ from typing import Any
 from fluxcli.errors import UsageError
 from fluxcli.models import controls, find, loras
 from fluxcli.paths import config_folder
-from fluxcli.pictures import inputs, names
+from fluxcli.pictures import canvas, inputs, names
 from fluxcli.request import presets
 from fluxcli.request.fields import DEFAULT_STRENGTH, DEFAULTS, Order
 from fluxcli.request.inputs import STDIN, rename_pictures
 from fluxcli.request.settings import flag
-from fluxcli.request.sizes import add_other_side, fit_kontext, size_of
+from fluxcli.request.sizes import MAX_RATIO, add_other_side, fit_kontext, size_like, size_of
 
 # What says how large a picture is; without them one that starts from another has its ratio.
 SIZES = ("aspect_ratio", "image_size", "width", "height")
@@ -28,7 +27,7 @@ SHAPES = ("aspect_ratio", "width", "height")
 NEEDED = {
     "mask": ("image", "reference"),
     "mask_invert": ("mask",),
-    "mask_feather": ("mask",),
+    "mask_feather": ("mask", "expand"),
     "expand": ("image",),
     "strength": ("image", "mask"),
     "true_cfg": ("negative_prompt",),
@@ -40,9 +39,59 @@ def resolve_order(prompt: str, given: Mapping[str, Any]) -> Order:
     """Return the order of a prompt and of what was said, by field name.
 
     What was not said comes from variables, presets, config.toml and the defaults. Raises
-    `UsageError`.
+    `UsageError`, and `BadInputFile` for a picture whose size is asked for and cannot be read.
     """
-    return build_order(prompt, presets.merge(given, config_folder()).values, given)
+    values = presets.merge(given, config_folder()).values
+    if values["image"] or values["reference"]:
+        values = values | follow_picture(values, given)
+    return build_order(prompt, values, given)
+
+
+def follow_picture(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sides of a picture that starts from another, as far as nobody said them.
+
+    They have the ratio of that one, grown by `expand`, unless a ratio is given. Raises `UsageError`
+    for a picture that is beyond 4:1.
+    """
+    said = {name for name in SIZES if given.get(name)}
+    if "aspect_ratio" in said or (said and values["width"] and values["height"]):
+        return {}
+    path = _make_absolute(values["image"] or values["reference"][0])
+    size = inputs.measure_picture(path)
+    if values["reference"] and not said & set(SHAPES):
+        width, height = fit_kontext(size, values["image_size"] ** 2)
+    else:
+        grown = canvas.grow(size, values["expand"])
+        _check_ratio(path, grown)
+        width, height = _keep_ratio(grown, values, by_longest="image_size" in said)
+    return {"width": width, "height": height}
+
+
+def _check_ratio(path: str, size: tuple[int, int]) -> None:
+    if max(size) > MAX_RATIO * min(size):
+        which = f"{path}, {size[0]}x{size[1]}"
+        why = f"the picture is beyond {MAX_RATIO}:1"
+        hint = "crop it, or squeeze it: --ar 4:1 or 1:4"
+        raise UsageError("size not possible", which=which, why=why, hint=hint)
+
+
+def _keep_ratio(
+    size: tuple[int, int], values: Mapping[str, Any], *, by_longest: bool
+) -> tuple[int, int]:
+    """Return (width, height) in the ratio of a picture's size.
+
+    One side or, with `by_longest`, the longest one is what the settings say; else there are about
+    as many pixels as they say.
+    """
+    ratio = f"{size[0]}:{size[1]}"
+    width, height = values["width"], values["height"]
+    if (width is None) != (height is None):
+        return add_other_side(ratio, width=width, height=height)
+    if by_longest:
+        return size_of(ratio, values["image_size"])
+    if not width:
+        width, height = size_of(values["aspect_ratio"], values["image_size"])
+    return size_like(*size, area_px=width * height)
 
 
 def build_order(prompt: str, values: Mapping[str, Any], given: Mapping[str, Any]) -> Order:
@@ -76,14 +125,7 @@ def build_order(prompt: str, values: Mapping[str, Any], given: Mapping[str, Any]
     if resolved["image"] and resolved["strength"] is None and not resolved["reference"]:
         resolved["strength"] = DEFAULT_STRENGTH
     width, height = values["width"], values["height"]
-    if resolved["reference"] and not any(given.get(name) for name in SHAPES):
-        size = inputs.measure_picture(resolved["image"] or resolved["reference"][0])
-        resolved["width"], resolved["height"] = fit_kontext(size, values["image_size"] ** 2)
-    elif resolved["image"] and not any(given.get(name) for name in SIZES):
-        pixels = math.prod(size_of(values["aspect_ratio"], values["image_size"]))
-        size = inputs.measure_picture(resolved["image"])
-        resolved["width"], resolved["height"] = inputs.fit_size(size, pixels)
-    elif (width is None) != (height is None):
+    if (width is None) != (height is None):
         sides = add_other_side(values["aspect_ratio"], width=width, height=height)
         resolved["width"], resolved["height"] = sides
     return Order.from_settings(prompt, resolved)

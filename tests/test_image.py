@@ -147,6 +147,13 @@ def test_more_quality_is_nearer_and_larger(format, tmp_path):
     assert sizes == sorted(sizes) and errors == sorted(errors, reverse=True)
 
 
+def test_a_webp_of_quality_100_is_lossless(tmp_path):
+    for quality, is_lossless in ((99, False), (100, True)):
+        path = tmp_path / f"{quality}.webp"
+        path.write_bytes(encode(PIXELS, "webp", quality=quality, metadata=None))
+        assert np.array_equal(read_pixels(path), PIXELS) == is_lossless
+
+
 def test_the_pixel_hash_is_over_size_and_pixels():
     assert hash_pixels(PIXELS) == hashlib.sha256(b"40x24:" + PIXELS.tobytes()).hexdigest()
     turned = np.ascontiguousarray(PIXELS.reshape(40, 24, 3))

@@ -236,7 +236,7 @@ def test_a_flag_that_the_model_cannot_honour_is_exit_2(kontext, photo, drawn, ca
         (["--strength", "0"], "--image or --mask"),
         (["--mask", "photo.png"], "--image or --reference"),
         (["--mask-invert"], "--mask"),
-        (["--mask-feather", "3"], "--mask"),
+        (["--mask-feather", "3"], "--mask or --expand"),
         (["--expand", "0,0,16,0"], "--image"),
         (["--redux-model", "x"], "--redux"),
         (["--true-cfg", "3"], "--negative-prompt"),

@@ -13,8 +13,8 @@ from fluxcli.request.settings import SETTINGS
 from tests.support.invariant import call
 
 BUNDLED = (
-    "canny-dev", "canny-lora", "depth-dev", "depth-lora", "dev", "draft", "hyper", "kontext",
-    "krea", "quality", "redux", "schnell", "tiny", "turbo",
+    "canny-dev", "canny-lora", "depth-dev", "depth-lora", "dev", "draft", "fill", "hyper",
+    "kontext", "krea", "quality", "redux", "schnell", "tiny", "turbo",
 )  # fmt: skip
 VALUES = {
     "steps": st.integers(1, 1000),

@@ -21,7 +21,7 @@ DEV_GUIDANCE = 3.5
 
 
 def run(components: Components, pictures: Sequence[Picture]) -> Iterator[Event]:
-    """Give each picture that is not denoised its `tables` (steps, sum of outputs)."""
+    """Give each picture that is not denoised its `tables` (steps taken, sum of outputs)."""
     waiting = [picture for picture in pictures if not picture.denoised]
     for name in _list_names(waiting):
         conditions = {
@@ -96,10 +96,11 @@ def _condition_of(
     weights = components.checkpoint.fingerprint
     if name != "transformer":
         weights = component.fingerprint
+    timesteps = denoise.make_scheduler(components.checkpoint, picture.request).timesteps
     return modulation.make_condition(
         embeddings.pooled.to(components.plan.device, components.dtype("transformer")),
         weights=weights,
         guidance=guidance,
-        timesteps=denoise.make_scheduler(components.checkpoint, picture.request).timesteps,
+        timesteps=timesteps[picture.request.first_step :],
         adapters=picture.adapters if name == "transformer" else (),
     )

@@ -24,7 +24,7 @@ class Network(NamedTuple):
     control: Control
     model: Any  # a module of `controlnet.controlnet`
     row: ModulationRow
-    table: Tensor  # (steps, sum of outputs), on the device
+    table: Tensor  # (steps taken, sum of outputs), on the device
     inputs: ControlInputs
 
     @property
@@ -95,7 +95,7 @@ class Controls:
             scale = self._find_scale(network.control, index)
             if not scale:
                 continue
-            network.row.select(network.table, index)
+            network.row.select(network.table, index - self._first_step)
             samples = network.model(tokens, network.inputs, scale)
             counts = self._counts[network.repeats]
             if network.repeats in sums:

@@ -14,16 +14,29 @@ from fluxcli.engine.components import Components
 from fluxcli.engine.picture import Picture
 from fluxcli.errors import NotFinite
 from fluxcli.events import Event, Notice, Phase
+from fluxcli.pictures.canvas import paste
 from fluxcli.plan import costs
 
 NOT_FINITE_HINT = "generate with another --precision or --seed; flux models verify checks weights"
 
 
 def run(components: Components, pictures: Sequence[Picture]) -> Iterator[Event]:
-    """Give each picture its `pixels`. Raises `NotFinite`."""
+    """Give each picture its `pixels`, where a mask was black those of its input.
+
+    Raises `NotFinite`, and `BadInputFile` for an input that is needed and has gone.
+    """
     for picture in pictures:
         if picture.pixels is None:
-            picture.pixels = yield from _decode(components, picture)
+            decoded = yield from _decode(components, picture)
+            picture.pixels = _paste_input(decoded, picture)
+            picture.canvas = None
+
+
+def _paste_input(decoded: np.ndarray, picture: Picture) -> np.ndarray:
+    request = picture.request
+    if picture.inputs.image and (request.mask or request.expand):
+        return paste(decoded, picture.load_canvas(), feather_px=request.mask_feather)
+    return decoded
 
 
 def _decode(components: Components, picture: Picture) -> Generator[Event, None, np.ndarray]:

@@ -63,10 +63,12 @@ def _denoise(components: Components, model: Any, picture: Picture) -> Iterator[E
     make_inputs = functools.partial(
         _make_inputs, model, request.size, latents, device=device, dtype=dtype
     )
-    ways = [_Way(picture.tables["transformer"].to(device), make_inputs(picture.embeddings))]
+    first = request.first_step
+    table = picture.tables["transformer"].to(device)
+    ways = [_Way(table, first, make_inputs(picture.embeddings))]
     if picture.negative_embeddings and picture.negative_table is not None:
         negative = make_inputs(picture.negative_embeddings)
-        ways.append(_Way(picture.negative_table.to(device), negative))
+        ways.append(_Way(picture.negative_table.to(device), first, negative))
     sequence = ways[0].inputs["encoder_hidden_states"]
     controls = Controls.make(
         components,
@@ -98,7 +100,8 @@ def _denoise(components: Components, model: Any, picture: Picture) -> Iterator[E
         )
         picture.tokens = tokens
         picture.step = index + 1
-        yield Step(picture.step, request.steps, picture.position, images=picture.total)
+        taken = picture.step - request.first_step
+        yield Step(taken, request.steps_taken, picture.position, images=picture.total)
         if previewer and picture.is_due:
             sigmas = scheduler.sigmas[index : index + 2]
             yield Estimated(picture, previewer.draw(before, tokens, sigmas, request.size))
@@ -117,7 +120,8 @@ def _denoise(components: Components, model: Any, picture: Picture) -> Iterator[E
 class _Way:
     """What one forward of the transformer takes for a prompt: its table and its inputs."""
 
-    table: Tensor  # (steps, sum of outputs)
+    table: Tensor  # (steps taken, sum of outputs)
+    first_step: int  # the table's first row is of this one
     inputs: Mapping[str, Tensor]
 
 
@@ -170,7 +174,7 @@ def take_step(
         hidden = torch.cat([hidden, inputs.references], dim=1)
     velocities = []
     for way in ways:
-        row.select(way.table, index)
+        row.select(way.table, index - way.first_step)
         velocity = model(hidden_states=hidden, residuals=residuals, **way.inputs)[0]
         velocities.append(velocity[:, : tokens.shape[1]])
     velocity = velocities[0]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fluxcli.engine.prompt_cache import Embeddings
 from fluxcli.models.parts import Control
+from fluxcli.pictures.canvas import Canvas, load_canvas
 from fluxcli.pictures.inputs import NO_INPUTS, InputPictures
 from fluxcli.request.fields import GenerationRequest
 from quant.lora import Adapter
@@ -54,12 +55,19 @@ class Picture:
     step: int = 0
     embeddings: Embeddings | None = None
     negative_embeddings: Embeddings | None = None  # with true guidance, of the negative prompt
+    canvas: Canvas | None = None  # what `request.image` is drawn on
     latents: InputLatents | None = None
-    tables: dict[str, Tensor] = field(default_factory=dict)  # (steps, sum of outputs), by component
+    tables: dict[str, Tensor] = field(default_factory=dict)  # (steps taken, outputs), by component
     negative_table: Tensor | None = None  # of the transformer, for the negative prompt
     pixels: np.ndarray | None = None  # (H, W, 3) uint8
     error: Exception | None = None  # what ended it
     taken_s: float = 0.0  # its seconds so far, and its share of those that a group takes together
+
+    def load_canvas(self) -> Canvas:
+        """What `request.image` is drawn on, read once; raises `BadInputFile`."""
+        if self.canvas is None:
+            self.canvas = load_canvas(self.inputs, self.request)
+        return self.canvas
 
     @property
     def maps_key(self) -> object:

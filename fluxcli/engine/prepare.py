@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fluxcli.engine import masks
 from fluxcli.engine.components import Components
 from fluxcli.engine.control_maps import ControlMap
-from fluxcli.engine.decode import set_tiles
+from fluxcli.engine.decode import is_finite, set_tiles
 from fluxcli.engine.picture import InputLatents, Picture
 from fluxcli.engine.prepare_controls import add_controls, make_maps, to_values
 from fluxcli.engine.references import add_references
 from fluxcli.events import Event, Notice, Phase
-from fluxcli.pictures.inputs import resize
 from quant.checkpoint import Checkpoint
 
 
@@ -63,6 +63,9 @@ class Encoder:
         device draws the same; without one they are its mode.
         """
         distribution = self.vae.encode(values.to(self.device, self.dtype)).latent_dist
+        if not is_finite(distribution.parameters) and self.dtype != torch.float32:
+            distribution = self.vae.float().encode(values.to(self.device)).latent_dist
+            self.vae.to(self.dtype)  # what is encoded next starts as this did
         latents = distribution.mean.float().cpu()
         if generator:
             noise = torch.randn(latents.shape, generator=generator)
@@ -92,17 +95,38 @@ def prepare(
             generator=generator,
         )
     if picture.inputs.image:
-        values = to_values(resize(picture.inputs.image.read_pixels(), request.size))
-        # Kontext's pipelines take the mode, and draw the noise alone.
-        start = encoder.encode(values, None if picture.inputs.references else generator)
-        latents.start = pack(start)
-        latents.noise = pack(torch.randn(start.shape, generator=generator))
+        _prepare_image(latents, picture, encoder, generator=generator, kind=checkpoint.kind)
     elif picture.controls:
         width, height = request.size
         latents.noise = pack(torch.randn((1, 16, height // 8, width // 8), generator=generator))
     if picture.inputs.references:
         add_references(latents, picture, lambda pixels: pack(encoder.encode(to_values(pixels))))
     return latents
+
+
+def _prepare_image(
+    latents: InputLatents,
+    picture: Picture,
+    encoder: Encoder,
+    *,
+    generator: torch.Generator,
+    kind: str,
+) -> None:
+    """Set what a picture begins as, and where it is painted: by its channels in a Fill model."""
+    canvas = picture.load_canvas()
+    values = to_values(canvas.pixels)
+    # Kontext's pipelines take the mode, and draw the noise alone.
+    start = encoder.encode(values, None if picture.inputs.references else generator)
+    latents.start = pack(start)
+    latents.noise = pack(torch.randn(start.shape, generator=generator))
+    if canvas.mask is None:
+        return
+    if kind == "fill":
+        shown = values * ~torch.from_numpy(canvas.mask)
+        masked = pack(encoder.encode(shown, generator))
+        latents.channels = torch.cat([masked, masks.to_channels(canvas.mask)], dim=2)
+    else:
+        latents.mask = masks.to_tokens(canvas.mask)
 
 
 def pack(latents: Tensor) -> Tensor:

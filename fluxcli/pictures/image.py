@@ -27,6 +27,7 @@ Metadata = Mapping[str, Any]  # JSON types, see `run.saving.make_metadata`
 
 MAX_PIXELS = 64 * 1024 * 1024
 FULL_CHROMA_QUALITY = 90  # from here on a jpg keeps the colours of every pixel
+LOSSLESS_QUALITY = 100  # a webp keeps every pixel
 OWN_PICTURE = "name a png, jpg or webp that flux has made"
 KNOWN_HASHES = 65_536  # of files that were read, remembered by a process
 
@@ -54,8 +55,8 @@ SURROGATE = re.compile("[\ud800-\udfff]")  # of a path that is no text
 def encode(pixels: "np.ndarray", format: str, *, quality: int, metadata: Metadata | None) -> bytes:
     """Return the bytes of a jpg, png or webp file; without `metadata` it is a bare picture.
 
-    `quality` is from 1 to 100 and means nothing for a png. Raises `OutputError` for metadata that
-    the format does not hold: a jpg takes 64 KB.
+    `quality` is from 1 to 100 and means nothing for a png; a webp of 100 is lossless. Raises
+    `OutputError` for metadata that the format does not hold: a jpg takes 64 KB.
     """
     from PIL import Image
 
@@ -70,6 +71,8 @@ def encode(pixels: "np.ndarray", format: str, *, quality: int, metadata: Metadat
         options["quality"] = quality
     if format == "jpg":
         options["subsampling"] = "4:4:4" if quality >= FULL_CHROMA_QUALITY else "4:2:0"
+    if format == "webp":
+        options["lossless"] = quality >= LOSSLESS_QUALITY
     buffer = io.BytesIO()
     try:
         image.save(buffer, "jpeg" if format == "jpg" else format, **options)

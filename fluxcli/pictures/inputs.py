@@ -124,11 +124,3 @@ def resize(pixels: "np.ndarray", size: tuple[int, int]) -> "np.ndarray":
 def describe_remarks(inputs: InputPictures) -> list[str]:
     """Return what the owners of pictures should know, each with the picture's name."""
     return [f"{each.path}: {remark}" for each in inputs.list_all() for remark in each.remarks]
-
-
-def fit_size(size: tuple[int, int], pixels: int) -> tuple[int, int]:
-    """Return (width, height), multiples of 16, of a picture's ratio at about so many pixels."""
-    width, height = size
-    factor = (pixels / (width * height)) ** 0.5
-    fitted = [max(16, int(side * factor / 16 + 0.5) * 16) for side in (width, height)]
-    return fitted[0], fitted[1]

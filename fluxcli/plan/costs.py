@@ -155,7 +155,7 @@ def make_workload(
     `references` and `controls` are those that the request names, the latter resolved.
     """
     width_px, height_px = request.size
-    steps = request.steps - request.first_step
+    steps = request.steps_taken
     networks = [control for control in controls if control.part]
     reference_pixels = _count_canvas_pixels(request, references)
     components = {part.component for adapter in adapters for part in adapter.parts}

@@ -93,6 +93,10 @@ class GenerationRequest:
         _check_fields(self)
         if (self.width is None) != (self.height is None):
             raise UsageError("--width and --height go together", hint="or give --ar and --size")
+        if not self.steps_taken:
+            which = f"--strength {self.strength:g}"
+            why = f"none of {self.steps} steps would be taken"
+            raise UsageError("nothing to draw", which=which, why=why, hint="--strength 0.6")
         width, height = self.size
         check_size(width, height, aspect_ratio=None if self.width else self.aspect_ratio)
 
@@ -127,6 +131,11 @@ class GenerationRequest:
         if self.strength is None or (self.image is None and self.mask is None):
             return 0
         return int(max(self.steps - min(self.steps * self.strength, self.steps), 0))
+
+    @property
+    def steps_taken(self) -> int:
+        """How many of the steps are computed."""
+        return self.steps - self.first_step
 
 
 @dataclass(frozen=True)

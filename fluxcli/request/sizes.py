@@ -4,6 +4,7 @@ Sizes are (width, height) in pixels, both multiples of 16: the VAE divides them 
 transformer packs 2x2 patches of that. Stdlib only.
 """
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -89,6 +90,21 @@ def add_other_side(aspect_ratio: str, *, width: int | None, height: int | None) 
         return width, _round_side(width * high / wide)
     assert height is not None
     return _round_side(height * wide / high), height
+
+
+def size_like(width: int, height: int, *, area_px: int) -> tuple[int, int]:
+    """Return the size of about `area_px` pixels with the ratio of (width, height), of any size.
+
+    Both sides are the multiples of 16 that are nearest to it. Neither passes the longest side that
+    a picture can have, nor does rounding lead beyond 4:1. A ratio that is beyond it stays so.
+    """
+    scale = min(math.sqrt(area_px / (width * height)), MAX_SIZE_PX / max(width, height))
+    wide = _round_side(width * scale)
+    high = _round_side(height * scale)
+    if max(width, height) <= MAX_RATIO * min(width, height):
+        wide = min(wide, MAX_RATIO * high)
+        high = min(high, MAX_RATIO * wide)
+    return wide, high
 
 
 def _round_side(exact_px: float) -> int:

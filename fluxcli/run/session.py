@@ -36,6 +36,7 @@ from fluxcli.events import (
 )
 from fluxcli.models import find, loras
 from fluxcli.models.parts import Control, resolve_parts
+from fluxcli.pictures.canvas import describe_fit
 from fluxcli.pictures.inputs import NO_INPUTS, InputPictures, describe_remarks, load_inputs
 from fluxcli.pictures.latents import Latents
 from fluxcli.pictures.names import Destination, check_writable, parse_target
@@ -264,6 +265,7 @@ class Session:
         adapters = (known or Known()).resolve_loras(order, checkpoints[-1])
         parts = resolve_parts(order.request, checkpoints[-1], adapters)
         checkpoints = [parts.add_to(checkpoint) for checkpoint in checkpoints]
+        yield from map(Notice, describe_fit(inputs, order.request))
         yield from map(Notice, loras.describe_unmatched(adapters))
         hardware = device.probe(resources.device)
         if lock and hardware.kind != "cpu":
@@ -458,6 +460,8 @@ def _announce(order: Order, plan: MemoryPlan) -> Notice:
     request = order.request
     width, height = request.size
     steps = "1 step" if request.steps == 1 else f"{request.steps} steps"
+    if request.first_step:
+        steps = f"{request.steps_taken} of {steps}"
     parts = [f"{width}x{height}", steps]
     if request.seed >= 0:
         parts.append(f"seed {request.seed}")
@@ -478,7 +482,7 @@ def _choose_group_size(rows: Sequence[PlannedRow]) -> int:
     """Return how many pictures go through a phase together: by the RAM that their tables take."""
     prepared = rows[0].prepared
     width = modulation.row_width(prepared.checkpoint.components["transformer"])
-    steps = max(row.order.request.steps for row in rows)
+    steps = max(row.order.request.steps_taken for row in rows)
     table_bytes = steps * width * DTYPE_BYTES[prepared.plan.dtypes["transformer"]]
     fitting = int(prepared.hardware.ram_free_bytes * TABLES_SHARE) // table_bytes
     return max(1, min(MAX_GROUP, fitting))
