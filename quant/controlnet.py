@@ -58,9 +58,14 @@ def inspect_controlnet(path: Path) -> Component:
 
     `ForeignFile` for a file that is something else.
     """
-    component = _inspect_folder(path) if path.is_dir() else _inspect_file(path)
+    component = read_controlnet(path)
     check_tensors(NAME, path, config=component.config, weights=component.weights)
     return component
+
+
+def read_controlnet(path: Path) -> Component:
+    """As `inspect_controlnet`, of which the tensors are not checked."""
+    return _inspect_folder(path) if path.is_dir() else _inspect_file(path)
 
 
 def check_fit(controlnet: Component, transformer: Component) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from quant.checkpoint import inspect
@@ -13,7 +14,8 @@ from quant.codecs import Reader
 from quant.controlnet import check_fit, inspect_controlnet, is_controlnet
 from quant.errors import CheckpointError
 from quant.expected import list_shapes
-from tests.support.controlnets import KINDS, PLAIN, to_xlabs
+from tests.support.controlnets import KINDS, PLAIN, save_map, to_xlabs
+from tests.support.invariant import assert_failed, call
 
 FIELDS = (
     "num_layers",
@@ -152,3 +154,64 @@ def test_a_network_of_another_model_does_not_fit(controlnet, tiny_folder):
     found.config["num_attention_heads"] = 24
     with pytest.raises(CheckpointError, match="the width 768 instead of 128"):
         check_fit(found, transformer)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (2, 1, 1, 1)])
+@pytest.mark.parametrize("kind", ["union", "xlabs"])
+def test_hostile_shapes_are_refused(controlnet, kind, shape):
+    names = list(load_file(controlnet(kind) / PLAIN))
+    if kind == "xlabs":
+        names = list(load_file(to_xlabs(controlnet(kind), Path("real.safetensors"))))
+    save_file({name: torch.ones(shape) for name in names}, "x.safetensors")
+    with pytest.raises(CheckpointError):
+        inspect_controlnet(Path("x.safetensors"))
+
+
+def test_a_thousand_blocks_are_refused(controlnet):
+    state = load_file(controlnet("single") / PLAIN)
+    more = {f"transformer_blocks.{i}.x.weight": torch.ones(1) for i in range(999)}
+    save_file(state | more, "x.safetensors")
+    with pytest.raises(CheckpointError, match="num_layers is 999"):
+        inspect_controlnet(Path("x.safetensors"))
+
+
+# --- the commands
+
+
+def test_quantize_makes_a_folder_that_acts(controlnet, capsys):
+    file = str(to_xlabs(controlnet("xlabs"), Path("flux-canny-controlnet-v3.safetensors")))
+    save_map(Path("map.png"))
+    options = ("a circle", "-p", "tiny", "--steps", "1", "--size", "64", "--seed", "1")
+    options += ("--precision", "int8")
+    call(capsys, "generate", *options, "--control", f"{file}:map.png", "-o", "before.png")
+    assert call(capsys, "quantize", file, "small", "--to", "int8").returncode == 0
+    described = json.loads(call(capsys, "inspect", "small").stdout)
+    assert described["kind"] == "ControlNet" and described["precision"] == "int8"
+    assert described["looks_at"].startswith("pixels") and described["problems"] == []
+    call(capsys, "generate", *options, "--control", "small:map.png", "-o", "after.png")
+    assert Image.open("before.png").tobytes() == Image.open("after.png").tobytes()
+    error = assert_failed(call(capsys, "quantize", "small", "x", "--to", "nf4"), 4)
+    assert "quantized already" in error
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--to", "nf4", "--lora", "x.safetensors"),
+        ("--to", "nf4", "--text-encoder", "nf4"),
+        ("--to", "int8", "--layout", "comfy"),
+        (),
+    ],
+)
+def test_what_a_controlnet_has_not_is_refused(options, controlnet, capsys):
+    call_options = ("quantize", str(controlnet("single")), "x", *options)
+    error = assert_failed(call(capsys, *call_options), 2)
+    assert "ControlNet" in error and not Path("x").exists()
+
+
+def test_a_network_of_another_width_is_exit_4(controlnet, capsys):
+    save_map(Path("map.png"))
+    result = call(
+        capsys, "generate", "x", "-p", "tiny", "--control", f"{controlnet('narrow')}:map.png"
+    )
+    assert "a ControlNet of another model" in assert_failed(result, 4)

@@ -24,6 +24,7 @@ from quant.checkpoint import (
     inspect,
     inspect_component,
 )
+from quant.controlnet import is_controlnet, read_controlnet
 from quant.errors import CheckpointError, ForeignFile
 from quant.expected import check_tensors, count_matching
 from quant.header import read_header
@@ -38,7 +39,8 @@ def inspect_command(
     path: Annotated[
         Path,
         typer.Argument(
-            help="A picture, a .safetensors file or a model folder.", show_default=False
+            help="A picture, a weight file, or the folder of a model or ControlNet.",
+            show_default=False,
         ),
     ],
     json_output: Annotated[
@@ -50,7 +52,9 @@ def inspect_command(
     A short table on a terminal, JSON for programs. Exit 4: the weights are unusable.
     """
     check_there(path)
-    if path.is_dir():
+    if is_controlnet(path):
+        described = _describe_controlnet(path)
+    elif path.is_dir():
         described = _describe_folder(path)
     elif path.suffix.lower() in MODEL_FILES:
         described = _describe_file(path)
@@ -63,6 +67,26 @@ def inspect_command(
     # An adapter of which a part is used is still one.
     is_usable = described.get("usable", not described["problems"])
     return ExitCode.OK if is_usable else ExitCode.INPUT_FILE
+
+
+def _describe_controlnet(path: Path) -> Description:
+    """What a ControlNet is; raises `CheckpointError` where not even its config can be told."""
+    problems: list[str] = []
+    network = read_controlnet(path)
+    described = _describe_component(network, problems)
+    double, single = network.config["num_layers"], network.config["num_single_layers"]
+    described["blocks"] = f"{double} double, {single} single"
+    if network.config.get("num_mode") is not None:
+        described["modes"] = network.config["num_mode"]
+    if network.config.get("conditioning_embedding_channels") is not None:
+        described["looks_at"] = "pixels, by XLabs' hint block"
+    return {
+        "path": str(path),
+        "kind": "ControlNet",
+        **described,
+        "needs": [f"a model of the same width: --control {path}:PICTURE"],
+        "problems": problems,
+    }
 
 
 def _describe_folder(path: Path) -> Description:

@@ -21,6 +21,8 @@ KINDS: dict[str, dict[str, object]] = {
         "conditioning_embedding_channels": 16,
         "patch_size": 2,
     },
+    # of another model
+    "narrow": {"num_layers": 1, "num_single_layers": 0, "num_attention_heads": 2},
 }
 PLAIN = "diffusion_pytorch_model.safetensors"
 
@@ -38,8 +40,9 @@ def write_controlnet(kind: str, folder: Path, *, seed: int = 0, strength: float 
     config.pop("out_channels")
     model = FluxControlNetModel(**config | KINDS[kind])
     state = load_file(transformer / PLAIN)
-    known = model.state_dict()
-    model.load_state_dict({key: state[key] for key in state if key in known}, strict=False)
+    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    state = {key: state[key] for key in state if shapes.get(key) == state[key].shape}
+    model.load_state_dict(state, strict=False)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name in state:
