@@ -200,5 +200,6 @@ def test_kinds_are_listed_and_shown(capsys):
 def test_what_is_computed_of_a_photo():
     computed = {name: resolved.computed_map(name) for name in ("canny", "xlabs-canny", "depth")}
     assert computed == {"canny": "canny", "xlabs-canny": "canny", "depth": "depth"}
-    for name in ("pose", "union-pro-2", "me/canny", "/nets/canny", "edges", "x.canny"):
+    assert resolved.computed_map("edges") == "canny"
+    for name in ("pose", "union-pro-2", "me/canny", "/nets/canny", "soft-edge", "x.canny"):
         assert resolved.computed_map(name) == ""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fluxcli.engine import control_maps, depth
+from fluxcli.engine import control_maps, decode, depth
 from fluxcli.events import Notice
 from fluxcli.models.parts import resolve_parts
 from fluxcli.pictures.canny import find_edges
@@ -23,6 +23,7 @@ from tests.support.controls import (
     draw_map,
     draw_mask,
     draw_photo,
+    make_control_model,
     measure,
     open_image,
 )
@@ -41,6 +42,12 @@ def pictures(tmp_path_factory) -> dict[str, Path]:
         "photo": draw_photo(here / "photo.png"),
         "mask": draw_mask(here / "mask.png"),
     }
+
+
+@pytest.fixture
+def unpasted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave pictures as they are decoded, also where a mask is black: diffusers pastes nothing."""
+    monkeypatch.setattr(decode, "paste", lambda decoded, _, **__: decoded)
 
 
 def order(**changes: object) -> Order:
@@ -71,10 +78,10 @@ def load_networks(*folders: Path) -> Any:
     return networks[0] if len(networks) == 1 else FluxMultiControlNetModel(networks)
 
 
-@pytest.mark.parametrize("pipeline", ["Img2Img"])
+@pytest.mark.parametrize("pipeline", ["Img2Img", "Inpaint"])
 @pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_a_controlnet_beside_a_picture(
-    pipeline: str, count: int, tiny_folder, controlnet: Callable[[str], Path], pictures
+    pipeline: str, count: int, tiny_folder, controlnet: Callable[[str], Path], pictures, unpasted
 ):
     kinds = ("single", "double")[:count]
     maps = ("map", "other")[:count]
@@ -112,6 +119,29 @@ def test_a_controlnet_beside_a_picture(
     without = {name: value for name, value in given.items() if name not in ("image", "strength")}
     if pipeline == "Img2Img":
         assert measure(drawn, run(tiny_folder, order(**without, control=controls))) > MOVED
+
+
+def test_a_control_model_paints_what_its_inpaint_pipeline_paints(
+    tiny_folder, pictures, tmp_path, unpasted
+):
+    folder = make_control_model(tiny_folder, tmp_path / "depth")
+    images = {name: open_image(path) for name, path in pictures.items()}
+    expected = draw_by_diffusers(
+        load("FluxControlInpaintPipeline", folder),
+        order(),
+        control_image=images["map"],
+        image=images["photo"],
+        mask_image=images["mask"],
+        strength=STRENGTH,
+    )
+    given = {
+        "image": str(pictures["photo"]),
+        "mask": str(pictures["mask"]),
+        "strength": STRENGTH,
+    }
+    drawn = run(folder, order(**given, control=f"depth:{pictures['map']}"))
+    assert measure(drawn, expected) <= 1 and expected.std() > 1
+    assert measure(drawn, run(folder, order(**given, control=f"depth:{pictures['other']}"))) > MOVED
 
 
 # --- maps

@@ -22,8 +22,8 @@ BUNDLED_CONTROL = re.compile(r"bundled/control/([\w-]+)")
 # The files of a repository that holds one network in diffusers' layout.
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model*.safetensors"
-# Kinds whose map is computed where the picture is a photo, by the last word of their names.
-COMPUTED = ("canny", "depth")
+# What is computed where the picture is a photo, by the last word of a kind's name.
+COMPUTED = {"canny": "canny", "edges": "canny", "depth": "depth"}
 
 
 @dataclass(frozen=True)
@@ -123,5 +123,4 @@ def computed_map(kind: str) -> str:
     """Return what is computed of a photo for a kind of control: "canny", "depth" or ""."""
     if not re.fullmatch(r"[\w-]+", kind):
         return ""  # a path or a hub id: what it was trained on nobody says
-    last = kind.rpartition("-")[2]
-    return last if last in COMPUTED else ""
+    return COMPUTED.get(kind.rpartition("-")[2], "")

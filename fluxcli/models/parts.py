@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fluxcli.errors import UsageError
 from fluxcli.models import redux
-from fluxcli.models.controls import COMPUTED, computed_map, resolve_control
+from fluxcli.models.controls import computed_map, resolve_control
 from fluxcli.request.fields import GenerationRequest
 from fluxcli.request.inputs import ControlRef
 from quant.checkpoint import Checkpoint, Component
@@ -85,7 +85,7 @@ def _take_in_channels(request: GenerationRequest, checkpoint: Checkpoint) -> Con
         hint = "one --control; ControlNets on -p dev take several"
         raise UsageError("too many controls", which=request.model, why=why, hint=hint)
     own = checkpoint.kind
-    if own in COMPUTED and computed_map(ref.kind) != own:
+    if own in ("canny", "depth") and computed_map(ref.kind) != own:
         why = f"{request.model} follows a {own} map"
         hint = f"--control {own}:{ref.image}, or -p dev --control {ref.kind}:{ref.image}"
         raise UsageError("the model has no such control", which=ref.kind, why=why, hint=hint)
