@@ -1,8 +1,6 @@
 """Redux: pictures that look like others, as diffusers' FluxPriorReduxPipeline makes them."""
 
 import json
-import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from fluxcli.models.redux import PUBLISHED_REDUX, find_redux
 from fluxcli.models.shapes import read_known_shapes
 from fluxcli.request.fields import Order
 from fluxcli.resolve import resolve_order
+from fluxcli.run.saving import make_metadata
 from quant.checkpoint import inspect
 from quant.errors import CheckpointError
 from quant.expected import list_shapes
@@ -31,17 +30,11 @@ from tests.support.pictures import (
     make_engine,
     make_picture,
 )
+from tests.support.redux import FILES, SMALL, write_redux, write_sparse
 
 MOVED = 8  # of 255: by more than this a look moves a picture
-SIGLIP = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 58,
-    "patch_size": 14,
-}
-TEXT_WIDTH = 128  # of the bundled model
+SIGLIP = {name: each for name, each in SMALL["image_encoder"].items() if name != "architectures"}
+TEXT_WIDTH = SMALL["image_embedder"]["txt_in_features"]
 
 
 def make_prior(siglip: dict[str, int], text_width: int) -> Any:
@@ -167,6 +160,15 @@ def test_a_look_is_kept_in_memory_and_on_disk(tiny_folder, redux_folder):
     assert "image_encoder" in list_loads(another, order)
 
 
+def test_metadata_name_what_looked_at_the_picture(tiny_folder, redux_folder):
+    make_picture(Path("a.png"), (90, 50))
+    order = redux_order(redux_folder, "a.png")
+    model = make_metadata(make_engine(inspect(tiny_folder), order), order, ())["model"]
+    assert model["parts"].keys() == {"image_encoder", "image_embedder"}
+    plain = make_metadata(make_engine(inspect(tiny_folder), tiny()), tiny(), ())["model"]
+    assert plain == {name: model[name] for name in ("name", "fingerprint")}
+
+
 def test_the_prompt_may_be_left_out_only_with_redux(tiny_folder, redux_folder):
     make_picture(Path("a.png"), (90, 50))
     assert resolve_order("", {"redux": ("a.png",)}).request.prompt == ""
@@ -177,19 +179,6 @@ def test_the_prompt_may_be_left_out_only_with_redux(tiny_folder, redux_folder):
 # --- where its weights are
 
 
-def write_sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Write a file of these tensors in bfloat16 whose values take no room on the disk."""
-    entries = {}
-    at = 0
-    for name, shape in shapes.items():
-        size = 2 * math.prod(shape)
-        entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
-    header = json.dumps(entries).encode()
-    path.write_bytes(len(header).to_bytes(8, "little") + header)
-    os.truncate(path, 8 + len(header) + at)
-
-
 def publish(folder: Path) -> Path:
     """Put Redux into the hub's cache; returns its folder there."""
     snapshot = find.get_repository(PUBLISHED_REDUX) / "snapshots" / "abc"
@@ -198,31 +187,39 @@ def publish(folder: Path) -> Path:
     return snapshot
 
 
-def test_redux_is_found_in_the_hubs_cache_and_elsewhere(tiny_folder, redux_folder):
+@pytest.fixture
+def blank(tmp_path: Path) -> Path:
+    """A small Redux without values."""
+    return write_redux(tmp_path / "redux")
+
+
+def test_redux_is_found_in_the_hubs_cache_and_elsewhere(tiny_folder, blank):
     transformer = inspect(tiny_folder).components["transformer"]
     with pytest.raises(WeightsUnavailable) as caught:
         find_redux((), transformer)
     assert "flux models download redux" in caught.value.hint
-    apart = [str(redux_folder / name) for name in ("image_encoder", "image_embedder")]
+    apart = [str(blank / name) for name in ("image_encoder", "image_embedder")]
     assert find_redux(apart, transformer).keys() == {"image_encoder", "image_embedder"}
-    snapshot = publish(redux_folder)
+    snapshot = publish(blank)
     found = find_redux((), transformer)
     assert {part.folder.parent for part in found.values()} == {snapshot}
     assert count_tokens(found["image_encoder"]) == 16
     # What the user names comes first, what it lacks from the cache.
     found = find_redux(apart[1:], transformer)
-    assert found["image_embedder"].folder == redux_folder.resolve() / "image_embedder"
+    assert found["image_embedder"].folder == blank.resolve() / "image_embedder"
     assert found["image_encoder"].folder.parent == snapshot
 
 
-def test_an_embedder_of_another_width_is_refused(tiny_folder, redux_folder, tmp_path):
-    from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
-
+def test_an_embedder_of_another_width_is_refused(tiny_folder, blank, tmp_path):
     transformer = inspect(tiny_folder).components["transformer"]
-    publish(redux_folder)
+    publish(blank)
     for widths, why in (((32, 64), "takes 128"), ((16, TEXT_WIDTH), "gives 32")):
         folder = tmp_path / "x{}-{}".format(*widths)
-        ReduxImageEncoder(*widths).save_pretrained(folder)
+        folder.mkdir()
+        config = dict(zip(("redux_dim", "txt_in_features"), widths, strict=True))
+        config["_class_name"] = "ReduxImageEncoder"
+        (folder / "config.json").write_text(json.dumps(config))
+        write_sparse(folder / FILES["image_embedder"], list_shapes("image_embedder", config))
         with pytest.raises(CheckpointError, match=why):
             find_redux([str(folder)], transformer)
     with pytest.raises(CheckpointError, match="no part of Redux"):
@@ -254,3 +251,22 @@ def test_single_files_are_the_published_parts(tmp_path):
     save_file({"vae.x": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="no part of Redux"):
         find_redux([str(tmp_path / "x.safetensors")], dev.components["transformer"])
+
+
+def test_damaged_parts_are_refused_by_their_headers(tiny_folder, blank):
+    transformer = inspect(tiny_folder).components["transformer"]
+    config = blank / "image_encoder" / "config.json"
+    said = json.loads(config.read_text())
+    for change, why in (
+        ({"num_hidden_layers": 3}, "missing tensors"),
+        ({"num_attention_heads": 5}, "heads do not divide"),
+        ({"image_size": 7}, "no patch of 14 px"),
+        ({"architectures": ["Dinov2Model"]}, "Dinov2Model"),
+        ({"hidden_size": 1 << 40}, "impossible config"),
+    ):
+        config.write_text(json.dumps(said | change))
+        with pytest.raises(CheckpointError, match=why):
+            find_redux([str(blank)], transformer)
+    config.unlink()
+    with pytest.raises(WeightsUnavailable):  # what it lacks is looked for in the hub's cache
+        find_redux([str(blank)], transformer)

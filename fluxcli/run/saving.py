@@ -25,8 +25,9 @@ from fluxcli.models import loras
 from fluxcli.pictures import image, latents, names
 from fluxcli.pictures.latents import Latents
 from fluxcli.pictures.names import Destination
-from fluxcli.request.fields import Order
+from fluxcli.request.fields import GenerationRequest, Order
 from fluxcli.request.target import Target
+from quant.checkpoint import COMPONENTS
 from quant.errors import ExplainedError
 from quant.lora import Adapter
 
@@ -107,7 +108,7 @@ def make_metadata(
     return {
         "request": order.to_json() | {"output": None, "preview_every": None},
         "size": list(request.size),
-        "model": {"name": request.model, "fingerprint": engine.checkpoint.fingerprint},
+        "model": _describe_model(engine, request),
         "compute": {
             "device": plan.device.partition(":")[0],
             "precision": plan.precision,
@@ -120,6 +121,18 @@ def make_metadata(
         "seeded": seeded,
         "versions": fluxcli.versions(),
     }
+
+
+def _describe_model(engine: Engine, request: GenerationRequest) -> dict[str, Any]:
+    """Return a model's name and fingerprint, and those of what the request adds to it."""
+    checkpoint = engine.checkpoint
+    described = {"name": request.model, "fingerprint": checkpoint.fingerprint}
+    parts = {
+        name: part.fingerprint
+        for name, part in checkpoint.components.items()
+        if name not in COMPONENTS
+    }
+    return described | ({"parts": parts} if parts else {})
 
 
 # --- what is there already

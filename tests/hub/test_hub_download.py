@@ -9,10 +9,12 @@ from fluxcli import paths
 from fluxcli.errors import ExitCode
 from fluxcli.models import controls, hub
 from fluxcli.models import find as models
+from fluxcli.models.redux import PUBLISHED_REDUX
 from quant.checkpoint import inspect
 from tests.support.hub import DEV, EVIL, LORA, error_of, snapshot, weights_asked
 from tests.support.hub_server import COMMIT
 from tests.support.invariant import files
+from tests.support.redux import write_redux
 
 
 def test_a_download_is_one_commit_checked_and_only_the_files_that_are_used(server, run, micro):
@@ -187,3 +189,34 @@ def test_a_kind_of_control_is_downloaded_by_its_name(server, run):
     assert set(files(snapshot(CONTROL))) == {"config.json", "diffusion_pytorch_model.safetensors"}
     assert controls.locate("canny") == controls.locate(CONTROL) == snapshot(CONTROL)
     assert "one network" in error_of(run("download", "pose", "--only", "vae"), ExitCode.USAGE)
+
+
+def test_redux_is_downloaded_by_its_presets_name(server, run, tmp_path):
+    """Its two parts and no more; then it is found, and listed as whole."""
+    published = files(write_redux(tmp_path / "redux"))
+    server.repositories[PUBLISHED_REDUX] = published | {
+        "flux1-redux-dev.safetensors": b"the same once more",
+        "text_encoder/model.safetensors": b"x",
+    }
+    result = run("download", "redux")
+    folder = snapshot(PUBLISHED_REDUX)
+    assert (result.returncode, result.stdout) == (0, f"{folder}\n")
+    assert set(files(folder)) == set(published)
+    rows = json.loads(run("list", "--json").stdout)
+    assert [row["state"] for row in rows if row["name"] == PUBLISHED_REDUX] == ["complete"]
+    assert run("verify", "redux").returncode == 0
+    assert run("remove", "redux", "--yes").returncode == 0
+
+
+def test_redux_without_one_of_its_parts_is_not_downloaded(server, run, tmp_path):
+    published = files(write_redux(tmp_path / "redux"))
+    del published["image_encoder/model.safetensors"]
+    server.repositories[PUBLISHED_REDUX] = published
+    stderr = error_of(run("download", "redux", "-q"), ExitCode.WEIGHTS)
+    assert "no usable file in image_encoder/" in stderr
+
+
+def test_kontext_is_downloaded_by_its_presets_name(server, run, published):
+    server.repositories["black-forest-labs/FLUX.1-Kontext-dev"] = dict(published)
+    result = run("download", "kontext")
+    assert result.stdout == f"{snapshot('black-forest-labs/FLUX.1-Kontext-dev')}\n"
