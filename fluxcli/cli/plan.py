@@ -6,6 +6,7 @@ Needs no weights, and with --card no torch.
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Optional
 
 import typer
@@ -74,10 +75,13 @@ def plan_command(
     order = resolve_order(read_prompt(prompt), given_settings(options))
     inputs = load_inputs(order.request)
     model = _find_model(order)
+    hardware, margin_bytes = _find_hardware(order, card, ram=_read_ram(ram))
     adapters = _find_adapters(order, model.checkpoints)
     parts = _find_parts(order, model.checkpoints, adapters)
-    model = model._replace(checkpoints=[parts.add_to(each) for each in model.checkpoints])
-    hardware, margin_bytes = _find_hardware(order, card, ram=_read_ram(ram))
+    model = Model(
+        [parts.add_to(each) for each in model.checkpoints],
+        model.missing_bytes + _count_missing_bytes(parts),
+    )
     if not adapters:
         order = replace(order, request=replace(order.request, lora=()))
     candidates = survey(
@@ -176,12 +180,20 @@ def _find_adapters(order: Order, checkpoints: Sequence[Checkpoint]) -> tuple[Ada
 def _find_parts(
     order: Order, checkpoints: Sequence[Checkpoint], adapters: Sequence[Adapter]
 ) -> Parts:
-    """What the request's controls and looks add to the model; nothing where it is not here."""
+    """What the request's controls and looks add to the model, or its published shapes.
+
+    Nothing where it is not here, and its shapes are not known.
+    """
     try:
-        return resolve_parts(order.request, checkpoints[-1], adapters)
+        return resolve_parts(order.request, checkpoints[-1], adapters, planned=True)
     except WeightsUnavailable as error:
         console.say(f"planned without what is not here: {error}")
         return Parts()
+
+
+def _count_missing_bytes(parts: Parts) -> int:
+    """Bytes of the parts of which only the published shapes are here."""
+    return sum(part.nbytes for part in parts.components.values() if part.folder == Path())
 
 
 def _describe(

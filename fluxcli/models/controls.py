@@ -14,6 +14,7 @@ from pathlib import Path
 from fluxcli.errors import UsageError, WeightsUnavailable
 from fluxcli.models import find
 from fluxcli.models.address import read_address
+from fluxcli.models.shapes import read_known_controlnet
 from fluxcli.paths import BUNDLED, config_folder
 from fluxcli.request import controls
 from fluxcli.request.inputs import ControlRef
@@ -30,17 +31,18 @@ COMPUTED = {"canny": "canny", "edges": "canny", "depth": "depth"}
 class ResolvedControl:
     """A control with everything that its kind's preset says where the request does not."""
 
-    path: Path  # a folder with config.json, or a file
+    path: Path | None  # a folder with config.json, or a file; None where it is not here
     scale: float
     start: float
     end: float
     mode: int | None
 
 
-def resolve_control(ref: ControlRef) -> ResolvedControl:
+def resolve_control(ref: ControlRef, *, planned: bool = False) -> ResolvedControl:
     """Return what a control of a request comes to.
 
-    Raises `UsageError` for an unknown kind or mode, and `WeightsUnavailable`.
+    Raises `UsageError` for an unknown kind or mode, and `WeightsUnavailable`; not for a published
+    network where it is only `planned`.
     """
     kind = controls.find_kind(ref.kind, config_folder())
     start = ref.start
@@ -50,8 +52,14 @@ def resolve_control(ref: ControlRef) -> ResolvedControl:
         start = kind.start if start is None else start
         end = kind.end if end is None else end
         scale = kind.scale if scale is None else scale
+    path = None
+    try:
+        path = locate(ref.kind)
+    except WeightsUnavailable:
+        if not planned or read_known_controlnet(repository_of(ref.kind)) is None:
+            raise
     resolved = ResolvedControl(
-        locate(ref.kind),
+        path,
         scale=1.0 if scale is None else scale,
         start=0.0 if start is None else start,
         end=1.0 if end is None else end,

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fluxcli.errors import UsageError
+from fluxcli.errors import UsageError, WeightsUnavailable
 from fluxcli.models import redux
-from fluxcli.models.controls import computed_map, resolve_control
+from fluxcli.models.controls import computed_map, repository_of, resolve_control
+from fluxcli.models.shapes import read_known_controlnet, read_known_redux
 from fluxcli.request.fields import GenerationRequest
 from fluxcli.request.inputs import ControlRef
 from quant.checkpoint import Checkpoint, Component
@@ -53,22 +54,39 @@ class Parts:
 
 
 def resolve_parts(
-    request: GenerationRequest, checkpoint: Checkpoint, adapters: Sequence[Adapter] = ()
+    request: GenerationRequest,
+    checkpoint: Checkpoint,
+    adapters: Sequence[Adapter] = (),
+    *,
+    planned: bool = False,
 ) -> Parts:
     """Find what a request adds to a model with its adapters.
 
-    Raises `UsageError` for controls that the model cannot take, and what looking for weights
-    raises.
+    Where it is only `planned`, the shapes of what is published stand for what is not here. Raises
+    `UsageError` for controls that the model cannot take, and what looking for weights raises.
     """
     parts = Parts()
+    transformer = checkpoint.components["transformer"]
     if request.control and takes_control_channels(checkpoint, adapters):
         parts = Parts(controls=(_take_in_channels(request, checkpoint),))
     elif request.control:
-        parts = resolve_controls(request.control, checkpoint)
+        parts = resolve_controls(request.control, checkpoint, planned=planned)
     if request.redux:
-        looking = redux.find_redux(request.redux_model, checkpoint.components["transformer"])
+        looking = _find_redux(request, transformer, planned=planned)
         parts = replace(parts, components=dict(parts.components) | looking)
     return parts
+
+
+def _find_redux(
+    request: GenerationRequest, transformer: Component, *, planned: bool
+) -> dict[str, Component]:
+    """SigLIP and Redux' embedder, or the shapes of the published ones where that is enough."""
+    try:
+        return redux.find_redux(request.redux_model, transformer)
+    except WeightsUnavailable:
+        if not planned or not set(request.redux_model) <= {redux.PUBLISHED_REDUX}:
+            raise
+        return read_known_redux()
 
 
 def takes_control_channels(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> bool:
@@ -100,25 +118,30 @@ def _take_in_channels(request: GenerationRequest, checkpoint: Checkpoint) -> Con
     return Control("")
 
 
-def resolve_controls(refs: Sequence[ControlRef], checkpoint: Checkpoint) -> Parts:
+def resolve_controls(
+    refs: Sequence[ControlRef], checkpoint: Checkpoint, *, planned: bool = False
+) -> Parts:
     """Find the networks of control pictures, and check that they fit the model.
 
     `WeightsUnavailable` where one is not here, `CheckpointError` where it is none, or of another
     model, `UsageError` for an unknown kind and a wrong mode.
     """
     components: dict[str, Component] = {}
-    keys: dict[Path, str] = {}
+    keys: dict[Path | str, str] = {}
     controls = []
     for ref in refs:
-        resolved = resolve_control(ref)
-        path = resolved.path
-        if path not in keys:
-            found = inspect_controlnet(path)
+        resolved = resolve_control(ref, planned=planned)
+        place = resolved.path or repository_of(ref.kind)
+        if place not in keys:
+            found = read_known_controlnet(repository_of(ref.kind))
+            if resolved.path:
+                found = inspect_controlnet(resolved.path)
+            assert found, "else it was missing"
             check_fit(found, checkpoint.components["transformer"])
-            keys[path] = "controlnet" if not keys else f"controlnet_{len(keys) + 1}"
-            components[keys[path]] = found
+            keys[place] = "controlnet" if not keys else f"controlnet_{len(keys) + 1}"
+            components[keys[place]] = found
         control = Control(
-            keys[path],
+            keys[place],
             scale=resolved.scale,
             start=resolved.start,
             end=resolved.end,

@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from benchmarks.counting import CARD, Counter
 from fluxcli.engine import decode, denoise, loader, modulation, text
-from fluxcli.engine.engine import Drawn, Engine
+from fluxcli.engine.engine import PHASES, Drawn, Engine
+from fluxcli.engine.picture import Picture
+from fluxcli.events import Event
 from fluxcli.models.shapes import read_known_shapes
 from fluxcli.pictures.latents import Latents
 from fluxcli.plan import costs, placement
@@ -26,7 +28,7 @@ from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import MemoryPlan
 from fluxcli.request.fields import Order
 from quant import codecs, codes, int8_products, kernels, linear
-from quant.checkpoint import Checkpoint
+from quant.checkpoint import Checkpoint, Component
 from quant.codecs import Reader
 from quant.rotated import NORMAL_LEVELS
 from quant.spec import LEVELS, SCALED_BLOCKS, lay_out
@@ -34,6 +36,7 @@ from quant.tensor_info import GGUF_BITS
 from quant.weights import Piece, Weight
 from tests.support.helpers import machine, picture_of, plan_for
 
+LOADED_FOR = {"controlnet": "denoise", "transformer": "denoise", "vae": "decode"}
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "U8": torch.uint8, "I8": torch.int8}
 DTYPES["F8_E4M3"] = torch.float8_e4m3fn
 
@@ -49,20 +52,27 @@ def follow(
     engine: Engine, request: Order, counter: Counter, resume: Latents | None = None
 ) -> tuple:
     """Run one picture under the counter, which learns the phases: (events, pixels)."""
-    events, picture = [], picture_of(engine, request, resume=resume)
+    picture = picture_of(engine, request, resume=resume)
+    return count_phases(engine, picture, counter), picture.pixels
+
+
+def count_phases(engine: Engine, picture: Picture, counter: Counter) -> list[Event]:
+    """Draw a picture under the counter, which learns the phases; returns the events."""
+    events = []
+    phases = [phase.name for phase in PHASES]
     with torch.no_grad(), counter:
         for event in engine.draw([picture]):
             if isinstance(event, Drawn):
                 continue
             events.append(event)
-            if getattr(event, "name", "") in ("encode", "condition", "denoise", "decode"):
+            detail = getattr(event, "detail", "")
+            if getattr(event, "name", "") in phases:
                 counter.phase = event.name
-            elif getattr(event, "detail", "") in (
-                "transformer",
-                "vae",
-            ):  # loading is part of the phase that it is for
-                counter.phase = {"transformer": "denoise", "vae": "decode"}[event.detail]
-    return events, picture.pixels
+            elif detail in LOADED_FOR:  # loading is part of the phase that it is for
+                counter.phase = LOADED_FOR[detail]
+                if detail == "vae" and picture.tokens is None:
+                    counter.phase = "prepare"
+    return events
 
 
 def every_placement(
@@ -153,6 +163,7 @@ def full_size(monkeypatch: pytest.MonkeyPatch, *, arithmetic: bool = True) -> It
         decode, "to_pixels", lambda decoded: SimpleNamespace(numpy=lambda: decoded.shape)
     )
     monkeypatch.setattr(Checkpoint, "fingerprint", "full size")
+    monkeypatch.setattr(Component, "fingerprint", property(lambda part: part.name))
     monkeypatch.setattr(Checkpoint, "text_encoder_fingerprint", "full size")
     monkeypatch.setattr(modulation, "make_digest", lambda _: "")
     monkeypatch.setattr(text, "tokenize", _tokens)
