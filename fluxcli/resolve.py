@@ -23,6 +23,8 @@ from fluxcli.request.sizes import MAX_RATIO, add_other_side, fit_kontext, size_l
 SIZES = ("aspect_ratio", "image_size", "width", "height")
 # What says which ratio it has; without them one that Kontext edits has that of its first reference.
 SHAPES = ("aspect_ratio", "width", "height")
+# The presets of kinds of models that take other settings than dev.
+PRESETS = {"fill": "fill", "kontext": "kontext", "canny": "canny-dev", "depth": "depth-dev"}
 # What a setting does nothing without, whatever the model: one of the others.
 NEEDED = {
     "mask": ("image", "reference"),
@@ -41,10 +43,33 @@ def resolve_order(prompt: str, given: Mapping[str, Any]) -> Order:
     What was not said comes from variables, presets, config.toml and the defaults. Raises
     `UsageError`, and `BadInputFile` for a picture whose size is asked for and cannot be read.
     """
-    values = presets.merge(given, config_folder()).values
+    merged = presets.merge(given, config_folder())
+    preset = find_preset(merged)
+    if preset:
+        merged = presets.merge({**given, "preset": preset}, config_folder())
+    values = merged.values
     if values["image"] or values["reference"]:
         values = values | follow_picture(values, given)
     return build_order(prompt, values, given)
+
+
+def find_preset(merged: presets.Settings) -> str:
+    """Return the preset that a model comes with, "" where there is none or one was asked for.
+
+    Models of the kinds in `PRESETS` draw nothing good with the settings of dev. They are known by
+    name, or by what is in their files.
+    """
+    is_named = merged.origins["model"] in (flag("model"), "FLUX_MODEL")
+    if merged.origins["preset"] != "default" or not is_named:
+        return ""
+    model = presets.model_of(find.make_absolute(merged.values["model"]), config_folder())
+    for preset in PRESETS.values():
+        if model == presets.model_of(preset, config_folder()):
+            return preset
+    kind = merged.values["kind"]
+    if kind == "auto":
+        kind = find.read_kind(model)
+    return PRESETS.get(kind, "")
 
 
 def follow_picture(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -311,7 +311,6 @@ def _draw_and_hash(order: Order, *, metadata: Metadata, options: Mapping[str, An
     """Draw an order here and return the sha256 of its pixels; say what differs from `metadata`."""
     check_torch()
     from fluxcli.engine.engine import Denoised, Drawn
-    from fluxcli.engine.picture import Picture
     from fluxcli.engine.preview import Estimated
     from fluxcli.pictures.image import hash_pixels
     from fluxcli.run.saving import make_metadata
@@ -326,7 +325,7 @@ def _draw_and_hash(order: Order, *, metadata: Metadata, options: Mapping[str, An
         here = make_metadata(engine, order, prepared.adapters)
         for line in _list_differences(metadata, here):
             reporter.show(Notice(line))
-        picture = Picture(order.request, prepared.adapters)
+        picture = prepared.make_picture(order.request)
         for event in draw_pictures(engine, [picture]):
             if not isinstance(event, Denoised | Drawn | Estimated):
                 reporter.show(event)

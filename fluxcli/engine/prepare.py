@@ -18,6 +18,7 @@ from fluxcli.engine.decode import is_finite, set_tiles
 from fluxcli.engine.picture import InputLatents, Picture
 from fluxcli.engine.prepare_controls import add_controls, make_maps, to_values
 from fluxcli.engine.references import add_references
+from fluxcli.errors import BadInputFile
 from fluxcli.events import Event, Notice, Phase
 from quant.checkpoint import Checkpoint
 
@@ -127,6 +128,12 @@ def _prepare_image(
         latents.channels = torch.cat([masked, masks.to_channels(canvas.mask)], dim=2)
     else:
         latents.mask = masks.to_tokens(canvas.mask)
+        if not latents.mask.any() and picture.inputs.mask:
+            why = "its white is finer than the 8x8 pixels of a latent"
+            hint = "a broader mask, or a Fill model: -p fill"
+            raise BadInputFile(
+                "nothing would be painted", picture.inputs.mask.path, why=why, hint=hint
+            )
 
 
 def pack(latents: Tensor) -> Tensor:

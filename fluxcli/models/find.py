@@ -17,11 +17,19 @@ from fluxcli.models.address import read_address
 from fluxcli.paths import BUNDLED, baked_folder, hub_cache_folder, mirror_folder
 from fluxcli.request.fields import GenerationRequest, Order
 from fluxcli.request.presets import base_models
-from quant.checkpoint import COMPONENTS, MANIFEST, Checkpoint, check_components, is_complete
+from quant.checkpoint import (
+    COMPONENTS,
+    MANIFEST,
+    Checkpoint,
+    check_components,
+    find_kind_of,
+    inspect_component,
+    is_complete,
+)
 from quant.config import read_json
-from quant.errors import CheckpointError
+from quant.errors import CheckpointError, ExplainedError
 from quant.files import read_small_file
-from quant.single_file import assemble_checkpoint
+from quant.single_file import assemble_checkpoint, inspect_transformer
 from quant.spec import BAKEABLE
 
 # ORG/NAME, and perhaps the branch, tag or commit of it that is meant.
@@ -132,6 +140,24 @@ def make_absolute(name: str) -> str:
     """
     path = None if name.startswith("bundled/") else find_path(name)
     return str(path) if path else read_address(name)
+
+
+def read_kind(model: str) -> str:
+    """Return which kind of FLUX.1 a model is, of `quant.kinds.KINDS`; "" for one that is not here.
+
+    The transformer's header and the folder's index tell. Never raises for what is no model.
+    """
+    with contextlib.suppress(ExplainedError, OSError):
+        path = locate(model, components=("transformer",))
+        if path.is_file():
+            return find_kind_of(inspect_transformer(path)).name
+        folder = path / "transformer"
+        if not folder.is_dir():
+            return find_kind_of(inspect_component("transformer", path)).name
+        index = read_json(path / "model_index.json", "not a FLUX model folder")
+        pipeline = str(index.get("_class_name"))
+        return find_kind_of(inspect_component("transformer", folder), pipeline).name
+    return ""
 
 
 # --- the hub's cache

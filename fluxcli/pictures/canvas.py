@@ -50,28 +50,16 @@ class Canvas:
 def load_canvas(inputs: InputPictures, request: GenerationRequest) -> Canvas:
     """Return what a request with an `image` is drawn on.
 
-    Raises `BadInputFile` for a file that cannot be read any more, and for a mask that is black.
+    Raises `BadInputFile` for a file that cannot be read any more.
     """
     assert inputs.image, "a request without a picture has no canvas"
-    canvas = make_canvas(
+    return make_canvas(
         inputs.image.read_pixels(),
         inputs.mask.read_pixels() if inputs.mask else None,
         size=request.size,
         invert=request.mask_invert,
         expand=request.expand,
     )
-    if inputs.mask and canvas.mask is not None and not canvas.mask.any():
-        colour, option = ("black", "--mask-invert")
-        if request.mask_invert:
-            colour, option = ("white", "leave --mask-invert out")
-        width, height = canvas.size
-        raise BadInputFile(
-            "nothing would be painted",
-            which=inputs.mask.path,
-            why=f"the mask is {colour} everywhere at {width}x{height}",
-            hint=f"white is painted; {option} paints the other part",
-        )
-    return canvas
 
 
 def make_canvas(
@@ -130,8 +118,28 @@ def describe_fit(inputs: InputPictures, request: GenerationRequest) -> list[str]
     wide, high = size_like(*size, area_px=width * height)
     if max(abs(wide - width), abs(high - height)) > MULTIPLE_PX:
         return [f"{described}: squeezed to {_name(request.size)}, which has another ratio"]
-    options = "--size, or --width and --height, say another size"
-    return [f"{described}: drawn at {_name(request.size)} ({options})"]
+    return [f"{described}: drawn at {_name(request.size)}"]
+
+
+def describe_mask(inputs: InputPictures, request: GenerationRequest) -> list[str]:
+    """Return what is said of a mask that keeps nothing; raises `BadInputFile` where all is kept.
+
+    With `expand` something is painted in any case.
+    """
+    if inputs.mask is None or request.expand:
+        return []
+    white = read_mask(inputs.mask.read_pixels(), request.size, invert=request.mask_invert)
+    if white.all():
+        return [f"{inputs.mask.path}: all of the picture is painted, nothing of it is kept"]
+    if not white.any():
+        painted = "white"
+        hint = "white is painted; --mask-invert paints the black"
+        if request.mask_invert:
+            painted = "black"
+            hint = "leave --mask-invert out"
+        why = f"at {_name(request.size)} none of it is {painted}"
+        raise BadInputFile("nothing would be painted", inputs.mask.path, why=why, hint=hint)
+    return []
 
 
 def _name(size: tuple[int, int]) -> str:

@@ -36,7 +36,7 @@ from fluxcli.events import (
 )
 from fluxcli.models import find, loras
 from fluxcli.models.parts import Control, resolve_parts
-from fluxcli.pictures.canvas import describe_fit
+from fluxcli.pictures.canvas import describe_fit, describe_mask
 from fluxcli.pictures.inputs import NO_INPUTS, InputPictures, describe_remarks, load_inputs
 from fluxcli.pictures.latents import Latents
 from fluxcli.pictures.names import Destination, check_writable, parse_target
@@ -265,7 +265,8 @@ class Session:
         adapters = (known or Known()).resolve_loras(order, checkpoints[-1])
         parts = resolve_parts(order.request, checkpoints[-1], adapters)
         checkpoints = [parts.add_to(checkpoint) for checkpoint in checkpoints]
-        yield from map(Notice, describe_fit(inputs, order.request))
+        about_mask = describe_mask(inputs, order.request)
+        yield from map(Notice, [*describe_fit(inputs, order.request), *about_mask])
         yield from map(Notice, loras.describe_unmatched(adapters))
         hardware = device.probe(resources.device)
         if lock and hardware.kind != "cpu":
