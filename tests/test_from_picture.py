@@ -4,8 +4,6 @@ What is decoded is at most 1/255 apart from what FluxImg2ImgPipeline, FluxInpain
 FluxFillPipeline draw of the same folder, inputs and seed; then the input is pasted.
 """
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from safetensors.torch import load_file, save_file
 
 from fluxcli.engine import decode
 from fluxcli.engine.engine import Engine
@@ -21,6 +18,7 @@ from fluxcli.pictures.canvas import load_canvas, read_mask
 from fluxcli.pictures.inputs import load_inputs
 from fluxcli.request.fields import Order
 from quant.checkpoint import inspect
+from tests.support.fill import make_fill_model
 from tests.support.helpers import engine_of, picture_of, tiny
 
 MOVED = 8  # of 255: what a feature must do to a picture before its equality says anything
@@ -28,26 +26,7 @@ MOVED = 8  # of 255: what a feature must do to a picture before its equality say
 
 @pytest.fixture(scope="session")
 def fill_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model with Fill's 384 input channels, the new ones random."""
-    folder = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("fill") / "fill")
-    widen(folder, 384)
-    return folder
-
-
-def widen(folder: Path, channels: int) -> None:
-    """Give a model's transformer more input channels, with random weights, and 64 outputs."""
-    config = folder / "transformer" / "config.json"
-    described = json.loads(config.read_text())
-    config.write_text(json.dumps(described | {"in_channels": channels, "out_channels": 64}))
-    path = next((folder / "transformer").glob("*.safetensors"))
-    state = load_file(path)
-    own = state["x_embedder.weight"]
-    generator = torch.Generator().manual_seed(0)
-    # So large that the untrained columns decide what is drawn.
-    more = torch.randn((own.shape[0], channels - own.shape[1]), generator=generator)
-    more *= 12 * own.std()
-    state["x_embedder.weight"] = torch.cat([own, more.to(own)], dim=1)
-    save_file(state, path, {"format": "pt"})
+    return make_fill_model(tiny_folder, tmp_path_factory.mktemp("fill") / "fill")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,5 @@
 """What a request with --image means: its size, its steps, its defaults; and what ends it."""
 
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ from fluxcli.plan.costs import make_workload
 from fluxcli.request.fields import Order
 from fluxcli.resolve import resolve_order
 from quant.checkpoint import inspect
+from tests.support.fill import make_fill_model
 from tests.support.helpers import draw_all, engine_of, picture_of, read_pixels, tiny
 from tests.support.invariant import assert_failed, call
 
@@ -210,26 +209,14 @@ def test_pictures_with_and_without_an_input_go_together(tiny_folder, photo, righ
 
 
 @pytest.fixture(scope="module")
-def fill_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A folder of any name with as much of a Fill model as tells its kind."""
-    from tests.test_from_picture import widen
-
-    made = tmp_path_factory.mktemp("models") / "made"
-    shutil.copytree(Path(__file__).parents[1] / "presets" / "tiny", made)
-    widen(made, 384)
-
-    def link(name: str) -> Path:
-        path = made.with_name(name)
-        if not path.exists():
-            path.symlink_to(made)
-        return path
-
-    return link
+def fill_model(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Fill model in a folder whose name says nothing."""
+    return str(make_fill_model(tiny_folder, tmp_path_factory.mktemp("models") / "mine"))
 
 
 def test_a_fill_model_takes_the_preset_of_its_kind(photo, right, fill_model):
     inputs = {"image": photo, "mask": right}
-    for model in ("black-forest-labs/FLUX.1-Fill-dev", "fill", str(fill_model("some-model"))):
+    for model in ("black-forest-labs/FLUX.1-Fill-dev", "fill", fill_model):
         order = resolve_order("a fox", inputs | {"model": model})
         request = order.request
         found = (order.preset, request.guidance, request.steps, request.strength)
@@ -239,7 +226,7 @@ def test_a_fill_model_takes_the_preset_of_its_kind(photo, right, fill_model):
 
 
 def test_a_preset_that_is_asked_for_stays(photo, right, fill_model, config_folder):
-    asked = {"image": photo, "mask": right, "model": str(fill_model("some-model"))}
+    asked = {"image": photo, "mask": right, "model": fill_model}
     assert resolve_order("a fox", asked | {"preset": "draft"}).preset == "draft"
     assert resolve_order("a fox", {"model": "bundled/tiny"}).preset == "dev"
     assert resolve_order("a fox", {"model": "nowhere/at-all"}).preset == "dev"
