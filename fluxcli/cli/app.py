@@ -27,6 +27,7 @@ from fluxcli.cli import (
     cache,
     console,
     doctor,
+    gallery,
     generate,
     hints,
     inspect,
@@ -75,6 +76,7 @@ REPLAY_EXAMPLES = write_examples(
     "flux replay draft.jpg -p quality -o final.png",
     "flux replay circle.png --check",
 )
+GALLERY_EXAMPLES = write_examples("flux gallery pictures", "flux gallery foxes -o foxes.html")
 PLAN_EXAMPLES = write_examples(
     "flux plan",
     "flux plan --ar 16:9 --size 1536 --vram-limit 8GiB",
@@ -92,6 +94,7 @@ _looks = partial(app.command, rich_help_panel=HERE)
 _draws("generate", epilog=GENERATE_EXAMPLES)(generate.generate)
 _draws("replay", epilog=REPLAY_EXAMPLES)(replay.replay)
 _draws("decode")(replay.decode)
+_draws("gallery", epilog=GALLERY_EXAMPLES)(gallery.gallery_command)
 _draws("plan", epilog=PLAN_EXAMPLES)(plan.plan_command)
 _draws("presets")(presets.presets_command)
 _draws("inspect")(inspect.inspect_command)

@@ -211,7 +211,12 @@ def read_metadata(path: Path) -> dict[str, Any]:
     Raises `BadInputFile` where there is none or the file is no picture.
     """
     with open_picture(path) as image:
-        packet = image.info.get("xmp", b"").decode("utf-8", "replace")
+        return find_metadata(image, path)
+
+
+def find_metadata(image: "Image.Image", path: Path) -> dict[str, Any]:
+    """Return the metadata of an image that was opened; raises `BadInputFile` without any."""
+    packet = image.info.get("xmp", b"").decode("utf-8", "replace")
     text = packet.partition(XMP_BEGIN)[2].rpartition(XMP_END)[0]
     try:
         metadata = json.loads(unescape(text))
