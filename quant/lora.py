@@ -416,7 +416,10 @@ def _check_shapes(path: Path, layer: _FileLayer) -> None:
         channels = math.prod(layer.input_shape)
         why = f"it takes {down.shape[1]} channels, a picture alone has {channels}"
         raise CheckpointError(
-            "an adapter that needs a control image", path, why=why, hint="--control canny:photo.jpg"
+            "an adapter that needs a control image",
+            path,
+            why=why,
+            hint="flux generate ... --control canny:photo.jpg",
         )
     rows = layer.rows
     columns = math.prod(layer.input_shape)

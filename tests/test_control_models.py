@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from fluxcli.errors import UsageError
 from fluxcli.events import Notice
+from fluxcli.models import loras
 from fluxcli.request.fields import Order
 from quant.checkpoint import inspect
 from quant.errors import CheckpointError
@@ -164,7 +165,22 @@ def test_a_control_lora_needs_a_control(tiny_folder, tmp_path):
     assert "--control" in caught.value.hint
 
 
+def test_a_control_lora_is_told_by_its_file(tiny_folder, tmp_path):
+    for channels, needs in ((128, True), (64, False)):
+        path = write_control_lora(tmp_path / "lora.safetensors", tiny_folder, channels=channels)
+        described = loras.describe(path)
+        assert described["usable"]
+        assert ("a control picture: --control" in described["needs"]) is needs
+
+
 # --- what they cannot do
+
+
+def test_a_negative_prompt_beside_a_control_in_channels_is_refused(tiny_folder, pictures, tmp_path):
+    lora = write_control_lora(tmp_path / "lora.safetensors", tiny_folder)
+    wanted = order(control=f"canny:{pictures['map']}", lora=str(lora), negative_prompt="blue")
+    with pytest.raises(UsageError, match="no negative prompt"):
+        draw(engine_of(inspect(tiny_folder), order()), wanted)
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,10 @@ def _take_in_channels(request: GenerationRequest, checkpoint: Checkpoint) -> Con
         why = "it would do nothing: the model takes the picture in its channels, in every step"
         hint = f"--control {ref.kind}:{ref.image}"
         raise UsageError("a scale without effect", which=str(ref), why=why, hint=hint)
+    if request.true_scale != 1:
+        why = "the model takes a control picture in its channels, and no negative prompt"
+        hint = "a ControlNet on -p dev takes both: --control, --negative-prompt"
+        raise UsageError("the model cannot do this", which="--negative-prompt", why=why, hint=hint)
     return Control("")
 
 
