@@ -234,6 +234,35 @@ def test_memory_that_runs_out_is_survived(checkpoint, two, maps, resident, monke
     assert len(engine.out_of_memory) == 2
 
 
+def test_an_engine_goes_from_one_network_to_another(checkpoint, controlnet, maps, plain):
+    """The transformer stays loaded, and so do networks that are asked for again."""
+    asked = {
+        name: make_parts(
+            case(name, scales=[0.6], modes=[1 if name == "union" else None]), controlnet
+        )
+        for name in ("double", "union")
+    }
+    fresh = {
+        name: draw_by_flux(with_controls(checkpoint, parts), parts.controls, maps)
+        for name, parts in asked.items()
+    }
+    engine = engine_of(checkpoint, ORDER)
+    assert np.array_equal(draw_by_flux(engine, (), ()), plain)
+    kept = engine.components.loaded["transformer"]
+    for name in ("double", "union", "union", "double"):
+        parts = asked[name]
+        planned = engine_of(parts.add_to(checkpoint), ORDER)
+        engine.adopt(planned.plan, planned.hardware, checkpoint=planned.checkpoint)
+        before = engine.components.loaded.get("controlnet_1")
+        assert np.array_equal(draw_by_flux(engine, parts.controls, maps), fresh[name])
+        if before:
+            assert engine.components.loaded["controlnet_1"] is before
+    engine.adopt(planned.plan, planned.hardware, checkpoint=checkpoint)
+    assert np.array_equal(draw_by_flux(engine, (), ()), plain)
+    assert engine.components.loaded["transformer"] is kept
+    assert "controlnet_1" not in engine.components.loaded
+
+
 def bake_controlnet(component: Component, to: str, folder: Path) -> Component:
     recipe = make_controlnet_recipe(component, QuantSpec(to))
     assert list(bake(recipe, folder, origin={"model": "a test"}))

@@ -30,7 +30,7 @@ from fluxcli.plan import costs
 from fluxcli.plan.costs import Workload
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB, MemoryPlan, Placement, make_candidate, step_down
-from quant.checkpoint import Checkpoint, Component
+from quant.checkpoint import COMPONENTS, Checkpoint, Component
 from quant.lora import Adapter
 from quant.spec import STREAMS, is_modulation
 
@@ -69,12 +69,22 @@ class Components:
 
     # --- the plan
 
-    def adopt(self, plan: MemoryPlan, hardware: Hardware, *, prompt_cache: bool = False) -> None:
+    def adopt(
+        self,
+        plan: MemoryPlan,
+        hardware: Hardware,
+        *,
+        checkpoint: Checkpoint | None = None,
+        prompt_cache: bool = False,
+    ) -> None:
         """Go on under another plan of the same precision; what it places elsewhere is dropped.
 
-        A transformer of which more blocks are streamed than the plan asks for stays as it is: it
+        `checkpoint` is the same model with what other requests add to it, None for what was. A
+        transformer of which more blocks are streamed than the plan asks for stays as it is: it
         takes less of the device, and loading it again would take longer than it saves.
         """
+        if checkpoint:
+            self._take_parts(checkpoint, plan, hardware)
         before = self.plan.placement
         now = plan.placement
         if "transformer" in self.loaded and before.denoise == now.denoise:
@@ -133,6 +143,19 @@ class Components:
         """Encode pictures without tiles again, as `decode_whole`."""
         whole = replace(self.plan.placement, prepare="whole")
         self.plan = replace(self.plan, placement=whole)
+
+    def _take_parts(self, checkpoint: Checkpoint, plan: MemoryPlan, hardware: Hardware) -> None:
+        """Drop the parts that another request does not add, or adds others by the same names."""
+        before = self.checkpoint.components
+        self.checkpoint = checkpoint
+        for name in list(before):
+            if name in COMPONENTS:
+                continue
+            part = checkpoint.components.get(name)
+            if part is None or part.fingerprint != before[name].fingerprint:
+                self.evict(name)
+                self.modulation_weights.pop(name, None)
+        self.looks = Looks(checkpoint, plan, hardware, on_disk=self.looks.on_disk)
 
     def _place(self, plan: MemoryPlan) -> None:
         """Take the plan, and drop what it places elsewhere."""

@@ -106,7 +106,6 @@ class Engine:
         prompt_cache: bool = False,
     ) -> None:
         """With `prompt_cache` embeddings are kept on disk. The last of `phases` makes pixels."""
-        self.checkpoint = checkpoint
         self.components = Components(checkpoint, plan, hardware, prompt_cache=prompt_cache)
         self.out_of_memory: list[OutOfMemory] = []  # what has happened so far, for who remembers it
         *self._before, self._last = phases
@@ -147,9 +146,21 @@ class Engine:
         compiler = self.components.compiler
         return compiler is not None and not compiler.failure
 
-    def adopt(self, plan: MemoryPlan, hardware: Hardware, *, prompt_cache: bool = False) -> None:
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The model, with what the requests of the last `adopt` add to it."""
+        return self.components.checkpoint
+
+    def adopt(
+        self,
+        plan: MemoryPlan,
+        hardware: Hardware,
+        *,
+        checkpoint: Checkpoint | None = None,
+        prompt_cache: bool = False,
+    ) -> None:
         """Go on under another plan of the same precision, see `Components.adopt`."""
-        self.components.adopt(plan, hardware, prompt_cache=prompt_cache)
+        self.components.adopt(plan, hardware, checkpoint=checkpoint, prompt_cache=prompt_cache)
 
     def draw(
         self, pictures: Sequence[Picture], *, isolate: bool = False

@@ -88,17 +88,18 @@ class Prepared:
         return (
             self.checkpoint.fingerprint,
             self.checkpoint.components["transformer"].folder,
-            tuple(
-                (name, part.fingerprint)
-                for name, part in self.checkpoint.components.items()
-                if name not in COMPONENTS
-            ),
             plan.device,
             plan.precision,
             plan.spec,
-            tuple(plan.dtypes.items()),
+            tuple(plan.dtypes[name] for name in COMPONENTS),
             plan.compiled,
         )
+
+    @property
+    def parts_key(self) -> tuple[object, ...]:
+        """What the request adds: an engine goes from one to another, but not in a group of rows."""
+        parts = self.checkpoint.components.items()
+        return tuple((name, part.fingerprint) for name, part in parts if name not in COMPONENTS)
 
 
 @dataclass
@@ -140,7 +141,8 @@ class PlannedRow:
         Tiles give other pixels: whether there are some is decided by each row's own plan.
         """
         tiles = self.prepared.plan.placement.tiles
-        return *self.prepared.engine_key, tiles, self.order.resources.vram_limit
+        prepared = self.prepared
+        return *prepared.engine_key, prepared.parts_key, tiles, self.order.resources.vram_limit
 
     def list_destinations(self) -> list[Destination]:
         """Return where each of the row's pictures goes."""
@@ -376,7 +378,9 @@ class Session:
         plan = prepared.plan
         hardware = prepared.hardware
         if self.engine and self._engine_key == prepared.engine_key:
-            self.engine.adopt(plan, hardware, prompt_cache=prompt_cache)
+            self.engine.adopt(
+                plan, hardware, checkpoint=prepared.checkpoint, prompt_cache=prompt_cache
+            )
             return self.engine
         self.evict()
         self.engine = Engine(prepared.checkpoint, plan, hardware, prompt_cache=prompt_cache)
