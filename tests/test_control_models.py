@@ -111,6 +111,10 @@ def write_control_lora(path: Path, folder: Path, *, channels: int = 128) -> Path
         if name.endswith("lora_B.weight"):
             bias = torch.randn(len(tensors[name]), generator=made) * 0.05
             tensors[name.replace("weight", "bias")] = bias
+    if channels == 128:
+        norm = "transformer_blocks.0.attn.norm_q.weight"
+        width = checkpoint.components["transformer"].weights[norm].shape
+        tensors[f"transformer.{norm}"] = 1 + 0.5 * torch.randn(width, generator=made)
     save_file(tensors, path)
     return path
 

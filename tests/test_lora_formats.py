@@ -138,6 +138,22 @@ def test_published_names_mean_what_they_mean_to_diffusers(name, dev, tmp_path):
         assert expected.abs().max() > 0.01
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_bfls_control_lora_takes_the_channels_of_a_control_picture(dev, tmp_path):
+    tensors = as_published("bfl_control", img_in=128)
+    path = tmp_path / "control.safetensors"
+    save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+    adapter = lora.read_adapter(path, dev.components, channels=128)
+    assert adapter.input_channels == 128 and not adapter.unmatched
+    layer = "transformer.x_embedder"
+    expected = effects_by_diffusers(tensors)[layer]
+    assert torch.allclose(effects(adapter)[layer], expected, rtol=1e-4, atol=1e-4)
+    assert expected.abs().max() > 0.01
+    # Without a control picture its own channels are missing.
+    with pytest.raises(CheckpointError, match=r"needs a control image.*128"):
+        lora.read_adapter(path, dev.components)
+
+
 def read(
     tensors: dict[str, torch.Tensor], model: Checkpoint, folder: Path, **metadata: str
 ) -> lora.Adapter:
