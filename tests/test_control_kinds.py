@@ -9,13 +9,14 @@ import pytest
 from fluxcli import paths
 from fluxcli.errors import ExitCode, UsageError, WeightsUnavailable
 from fluxcli.models import controls as resolved
-from fluxcli.models.find import HUB_ID
+from fluxcli.models.find import HUB_FILE, HUB_ID
 from fluxcli.request import controls, presets
 from fluxcli.request.inputs import ControlRef
 from tests.support.invariant import assert_failed, call
 
 UNION_2 = "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro-2.0"
 UNION = "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro"
+XLABS = "XLabs-AI/flux-controlnet-collections:flux-canny-controlnet-v3.safetensors"
 # As the publishers advise: repository, scale, end, mode.
 ADVISED = {
     "canny": (UNION_2, 0.7, 0.8, None),
@@ -28,7 +29,7 @@ ADVISED = {
     "blur": (UNION, 0.5, 1.0, 3),
     "low-quality": (UNION, 0.5, 1.0, 6),
     "upscaler": ("jasperai/Flux.1-dev-Controlnet-Upscaler", 0.6, 1.0, None),
-    "xlabs-canny": ("XLabs-AI/flux-controlnet-canny-diffusers", 0.7, 1.0, None),
+    "xlabs-canny": (XLABS, 0.7, 1.0, None),
 }
 
 
@@ -49,9 +50,10 @@ def cache_network(repository: str) -> Path:
 @pytest.mark.parametrize("name", ADVISED)
 def test_a_kind_is_as_its_publisher_advises(name):
     repository, scale, end, mode = ADVISED[name]
-    folder = cache_network(repository)
+    model, _, file = repository.partition(":")
+    path = cache(model, file) / file if file else cache_network(model)
     found = resolved.resolve_control(ControlRef(name, "x.png"))
-    assert found == resolved.ResolvedControl(folder, scale, 0.0, end, mode)
+    assert found == resolved.ResolvedControl(path, scale, 0.0, end, mode)
 
 
 def test_every_bundled_kind_is_sound_and_no_presets_name(config_folder):
@@ -60,7 +62,8 @@ def test_every_bundled_kind_is_sound_and_no_presets_name(config_folder):
     for path in kinds.values():
         kind = controls.load_kind(path)
         assert kind.description and 0 < kind.scale <= 1 and 0.6 < kind.end <= 1
-        assert HUB_ID.fullmatch(kind.repository) or kind.repository.startswith("bundled/control/")
+        is_of_hub = HUB_ID.fullmatch(kind.repository) or HUB_FILE.fullmatch(kind.repository)
+        assert is_of_hub or kind.repository.startswith("bundled/control/")
 
 
 def test_what_is_said_goes_before_what_is_advised():
