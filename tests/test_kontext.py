@@ -10,15 +10,20 @@ import pytest
 import torch
 from PIL import Image
 
+from fluxcli.engine import decode
 from fluxcli.pictures.inputs import load_inputs
 from fluxcli.pictures.references import stitch
 from fluxcli.request.fields import Order
 from fluxcli.request.sizes import KONTEXT_SIZES, fit_kontext, fit_references
 from fluxcli.resolve import resolve_order
+from quant import linear
 from quant.checkpoint import inspect
+from quant.linear import Multiplication
+from quant.single_file import assemble_checkpoint
 from tests.support.helpers import tiny
 from tests.support.pictures import count_levels_apart, draw_from, make_engine, make_picture
 
+EXHAUSTIVE = pytest.mark.exhaustive
 MOVED = 8  # of 255: by more than this a reference moves a picture
 MEGAPIXEL = 1024 * 1024
 
@@ -89,6 +94,71 @@ def test_pictures_are_those_of_diffusers(kontext_folder):
         assert expected.std() > 1
         assert all(count_levels_apart(pixels, other) > MOVED for other in drawn)
         drawn.append(pixels)
+
+
+def test_a_mask_edits_only_there(kontext_folder, monkeypatch):
+    """As FluxKontextInpaintPipeline, of one reference and of two; then the first one is pasted."""
+    sides = {"width": 128, "height": 96, "steps": 4, "guidance": 2.5}
+    make_picture(Path("a.png"), (90, 50))
+    make_picture(Path("b.png"), (40, 70))
+    white = np.zeros((96, 128, 3), np.uint8)
+    white[16:80, 40:] = 255
+    Image.fromarray(white).save("mask.png")
+    image = Image.open("a.png").resize((128, 96), Image.Resampling.LANCZOS)
+    pipe = load_pipeline("FluxKontextInpaintPipeline", kontext_folder)
+    plain = tiny(reference=("a.png",), **sides)
+    engine = make_engine(inspect(kontext_folder), plain)
+    unmasked = draw_from(engine, plain)
+    drawn = []
+    for reference, strength in ((("a.png",), None), (("a.png", "b.png"), None), (("a.png",), 0.6)):
+        order = tiny(reference=reference, mask="mask.png", strength=strength, **sides)
+        inputs = {"image": image, "mask_image": Image.open("mask.png"), "strength": strength or 1.0}
+        if len(reference) > 1:
+            inputs["image_reference"] = make_canvas(order)
+        expected = draw_with_diffusers(pipe, order, **inputs)
+        with monkeypatch.context() as patched:  # diffusers pastes nothing
+            patched.setattr(decode, "paste", lambda decoded, _, **__: decoded)
+            pixels = draw_from(engine, order)
+        assert count_levels_apart(pixels, expected) <= 1
+        assert all(count_levels_apart(pixels, other) > MOVED for other in (unmasked, *drawn))
+        drawn.append(pixels)
+        pasted = draw_from(engine, order)
+        assert (pasted[white == 0] == np.asarray(image)[white == 0]).all()
+        assert (pasted[white > 0] == pixels[white > 0]).all()
+
+
+SINGLE_FILES = {
+    "bfl bf16": "flux1-kontext-dev.safetensors",
+    "comfy scaled": "flux1-dev-kontext_fp8_scaled.safetensors",
+    "gguf Q8_0": "flux1-kontext-dev-Q8_0.gguf",
+    "gguf Q4_K": "flux1-kontext-dev-Q4_K_M.gguf",
+}
+
+
+@pytest.mark.parametrize(
+    "dialect",
+    ["bfl bf16", "comfy scaled", "gguf Q4_K", pytest.param("gguf Q8_0", marks=EXHAUSTIVE)],
+)
+def test_single_files_edit_as_diffusers_does_with_their_values(
+    dialect, exported, kontext_folder, tmp_path, monkeypatch
+):
+    """fp8 is dequantized, as on devices that do not multiply in it: there is no rounding then."""
+    monkeypatch.setitem(linear.PROBED, ("fp8", "cpu"), Multiplication("dequantize", "a test"))
+    path, values = exported(dialect)
+    file = tmp_path / SINGLE_FILES[dialect]
+    file.symlink_to(path)
+    checkpoint = assemble_checkpoint(file, lambda _: kontext_folder)
+    assert checkpoint.kind == "kontext"
+    make_picture(Path("a.png"), (90, 50))
+    order = tiny(reference=("a.png",), width=96, height=64, steps=2, guidance=2.5)
+    engine = make_engine(checkpoint, order)
+    pipe = load_pipeline("FluxKontextPipeline", kontext_folder)
+    pipe.transformer.load_state_dict(values)
+    expected = draw_with_diffusers(pipe, order, image=make_canvas(order))
+    pixels = draw_from(engine, order)
+    assert count_levels_apart(pixels, expected) <= 1
+    without = tiny(width=96, height=64, steps=2, guidance=2.5)
+    assert count_levels_apart(draw_from(engine, without), expected) > MOVED
 
 
 @pytest.mark.exhaustive

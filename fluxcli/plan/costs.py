@@ -205,7 +205,7 @@ def _list_input_pixels(
 ) -> tuple[int, ...]:
     """The pixels of each picture that the VAE encodes for a request with so many controls."""
     width_px, height_px = request.size
-    found = [width_px * height_px] * (controls + bool(request.image))
+    found = [width_px * height_px] * (controls + bool(request.image or request.mask))
     if reference_pixels:
         found.append(reference_pixels)
     return tuple(found)
