@@ -178,9 +178,10 @@ def remove(
 
 
 def _find(name: str) -> list[local.LocalModel]:
-    """The models that have exactly this name, else those of the preset of this name."""
+    """The models that have exactly this name, else those of the preset, or kind of control."""
     name = read_address(name).partition("@")[0]
-    for wanted in (name, presets.weights_of(name, config_folder())):
+    repository = controls.repository_of(name).partition(":")[0]
+    for wanted in (name, presets.weights_of(name, config_folder()), repository):
         found = [each for each in local.list_models(also=[wanted]) if each.name == wanted]
         if found:
             return found

@@ -188,6 +188,8 @@ def test_a_kind_of_control_is_downloaded_by_its_name(server, run):
     assert (result.returncode, result.stdout) == (0, f"{snapshot(CONTROL)}\n")
     assert set(files(snapshot(CONTROL))) == {"config.json", "diffusion_pytorch_model.safetensors"}
     assert controls.locate("canny") == controls.locate(CONTROL) == snapshot(CONTROL)
+    verified = run("verify", "canny")
+    assert verified.returncode == 0 and verified.stdout.startswith(f"{CONTROL} {COMMIT[:12]}")
     assert "one network" in error_of(run("download", "pose", "--only", "vae"), ExitCode.USAGE)
 
 
