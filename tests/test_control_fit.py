@@ -56,6 +56,15 @@ def test_of_another_ratio_the_centre_is_kept_and_it_says_so(given, size, box, lo
     assert ("--ar" in fitted.remark) is (given in keeps)
 
 
+def test_beside_a_picture_of_its_ratio_a_map_is_squeezed_as_that_is():
+    pixels = stripes(160, 90)
+    whole = np.asarray(Image.fromarray(pixels).resize((64, 64), 1))
+    fitted = fit_control(pixels, (64, 64), beside=(1600, 900))
+    assert np.array_equal(fitted.pixels, whole) and fitted.remark == ""
+    cut = fit_control(pixels, (64, 64), beside=(1000, 1000))
+    assert np.array_equal(cut.pixels, fit_control(pixels, (64, 64)).pixels) and cut.remark
+
+
 def test_what_multiples_of_16_cannot_keep_is_no_other_ratio():
     assert find_box((1920, 1080), (1360, 768)) == (0, 0, 1920, 1080)
     assert find_box((1920, 1080), (1024, 1024)) != (0, 0, 1920, 1080)

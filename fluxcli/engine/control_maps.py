@@ -20,13 +20,21 @@ class ControlMap(NamedTuple):
     remarks: tuple[str, ...]
 
 
-def make_map(kind: str, pixels: np.ndarray, size: tuple[int, int]) -> ControlMap:
+def make_map(
+    kind: str,
+    pixels: np.ndarray,
+    size: tuple[int, int],
+    *,
+    beside: tuple[int, int] | None = None,
+) -> ControlMap:
     """Return the map of a control picture of a kind, fitted to a size.
+
+    `beside` is the size of the picture that is started from, None without one.
 
     Of a photo for `canny` the edges are computed, for `depth` the depth where a model for that is
     here. Everything else is a map already.
     """
-    fitted, was_fitted = fit_control(pixels, size)
+    fitted, was_fitted = fit_control(pixels, size, beside=beside)
     computed, was_computed = fitted, ""
     wanted = computed_map(kind)
     if wanted == "canny":

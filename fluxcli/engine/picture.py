@@ -73,7 +73,7 @@ class Picture:
     def maps_key(self) -> object:
         """What the maps of its controls depend on: those of pictures with equal keys are equal."""
         kinds = tuple(ref.kind for ref in self.request.control)
-        return kinds, self.inputs.controls, self.request.size
+        return kinds, self.inputs.controls, self.inputs.image, self.request.size
 
     @property
     def denoised(self) -> bool:

@@ -19,8 +19,14 @@ from quant.checkpoint import Component
 def make_maps(picture: Picture) -> list[ControlMap]:
     """Return the map of each control of a picture, at the picture's size."""
     request = picture.request
+    started_from = picture.inputs.image
     return [
-        make_map(ref.kind, shown.read_pixels(), request.size)
+        make_map(
+            ref.kind,
+            shown.read_pixels(),
+            request.size,
+            beside=started_from.size if started_from else None,
+        )
         for ref, shown in zip(request.control, picture.inputs.controls, strict=True)
     ]
 

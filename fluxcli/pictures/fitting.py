@@ -2,12 +2,13 @@
 
 One of the same ratio is resized as diffusers' image processor does, another is cut at the centre
 first: stretching it would change the shapes that it is there for. Pixels are arrays (H, W, 3) of
-uint8, sizes (width, height) in pixels. PIL and numpy are imported inside functions.
+uint8, sizes (width, height) in pixels.
 """
 
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+from fluxcli.pictures.inputs import resize
 from fluxcli.request.sizes import MAX_RATIO
 
 if TYPE_CHECKING:
@@ -24,28 +25,28 @@ class Fitted(NamedTuple):
     remark: str
 
 
-def fit_control(pixels: "np.ndarray", size: tuple[int, int]) -> Fitted:
-    """Return a control picture at a size: cut at the centre to its ratio, and resized."""
-    import numpy as np
-    from PIL import Image
+def fit_control(
+    pixels: "np.ndarray", size: tuple[int, int], *, beside: tuple[int, int] | None = None
+) -> Fitted:
+    """Return a control picture at a size: cut at the centre to its ratio, and resized.
 
+    One of the ratio of the picture that is started from, whose size is `beside`, is not cut: that
+    picture is not either, and the two belong together.
+    """
     height, width, _ = pixels.shape
-    if (width, height) == size:
-        return Fitted(pixels, "")
     box = find_box((width, height), size)
+    whole = (0, 0, width, height)
+    if box == whole or (beside and find_box((width, height), beside) == whole):
+        return Fitted(resize(pixels, size), "")
     left, top, right, bottom = box
-    remark = ""
-    if box != (0, 0, width, height):
-        lost = f"{left + width - right} px of its width"
-        if (left, right) == (0, width):
-            lost = f"{top + height - bottom} px of its height"
-        remark = f"{width}x{height} is another ratio than {size[0]}x{size[1]}: it lost {lost}"
-        if max(width, height) <= MAX_RATIO * min(width, height):
-            shared = math.gcd(width, height)
-            remark += f" (--ar {width // shared}:{height // shared} keeps them)"
-    image = Image.fromarray(pixels, "RGB").crop(box)
-    resized = image.resize(size, Image.Resampling.LANCZOS)
-    return Fitted(np.asarray(resized), remark)
+    lost = f"{left + width - right} px of its width"
+    if (left, right) == (0, width):
+        lost = f"{top + height - bottom} px of its height"
+    remark = f"{width}x{height} is another ratio than {size[0]}x{size[1]}: it lost {lost}"
+    if max(width, height) <= MAX_RATIO * min(width, height):
+        shared = math.gcd(width, height)
+        remark += f" (--ar {width // shared}:{height // shared} keeps them)"
+    return Fitted(resize(pixels[top:bottom, left:right], size), remark)
 
 
 def find_box(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int, int, int]:
