@@ -5,6 +5,9 @@ The command line's own path: `resolve` makes orders, `run.session` plans them an
 same settings give the same pixels. docs/python.md shows it. Knows no terminal.
 """
 
+import io
+import os
+import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,8 +16,10 @@ from typing import TYPE_CHECKING, Any, Self
 from fluxcli.errors import UsageError
 from fluxcli.events import Event
 from fluxcli.paths import config_folder
+from fluxcli.pictures import kept_inputs
 from fluxcli.request import presets
 from fluxcli.request.fields import Order
+from fluxcli.request.inputs import PICTURE_SETTINGS, ControlRef, ReduxRef
 from fluxcli.request.settings import coerce_all, find_name
 from fluxcli.resolve import build_order, resolve_order
 
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
     from fluxcli.run.session import Session
 
 INFO_KEY = "flux"  # of an image's `info`: how it was made
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
 UNPLANNED_PROMPT = "a plan"  # what is planned does not depend on the prompt
 
 OnEvent = Callable[["Event | PreviewReady"], object]
@@ -175,7 +181,7 @@ class Flux:
                     metadata = make_metadata(
                         engine,
                         orders[picture],
-                        prepared.adapters,
+                        prepared,
                         seeded=said.request.seed >= 0,
                     )
                     image = _make_image(picture.pixels, metadata)
@@ -243,7 +249,7 @@ class Flux:
 def _name_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings by their field names; raises `UsageError` for unknown or wrong ones."""
     keys = {find_name(key, where=key): key for key in settings}
-    said = {name: settings[key] for name, key in keys.items()}
+    said = {name: _name_pictures(name, settings[key]) for name, key in keys.items()}
     return coerce_all(said, lambda name: keys.get(name, "size"))
 
 
@@ -254,6 +260,58 @@ def _make_preview(picture: "Picture", pixels: Any) -> PreviewReady:
     image = Image.fromarray(pixels)
     steps = picture.request.steps
     return PreviewReady(image, picture.step, steps, picture.position, total=picture.total)
+
+
+def _name_pictures(name: str, value: Any) -> Any:
+    """Return the value of a setting with names of files where it has pictures.
+
+    A picture may be a PIL image, which is kept in the user's cache, or a path. Those of `redux` and
+    `control` may be mappings: {"image": ..., "strength": 0.5}, {"kind": "canny", "image": ...}.
+    """
+    if name not in PICTURE_SETTINGS or value is None:
+        return value
+    if name in ("image", "mask"):
+        return _name_picture(value)
+    items = value if isinstance(value, list | tuple) else [value]
+    if name == "reference":
+        return tuple(_name_picture(item) for item in items)
+    kind = ReduxRef if name == "redux" else ControlRef
+    return tuple(_make_ref(kind, item) for item in items)
+
+
+def _make_ref(kind: type[ReduxRef] | type[ControlRef], item: Any) -> ReduxRef | ControlRef:
+    """Return a picture with what is said of it, from a text, a mapping or a picture alone."""
+    if isinstance(item, kind):
+        return item
+    if isinstance(item, str):
+        return kind.parse(item, where="settings")
+    said = dict(item) if isinstance(item, Mapping) else {"image": item}
+    if "image" in said:
+        said["image"] = _name_picture(said["image"])
+    try:
+        made = kind(**said)
+        return kind.parse(str(made), where="settings")
+    except TypeError as error:
+        why = f"{item!r:.60}"
+        hint = '{"kind": "canny", "image": "photo.jpg"}'
+        raise UsageError("no picture", which=kind.__name__, why=why, hint=hint) from error
+
+
+def _name_picture(picture: Any) -> Any:
+    """Return the path of a picture, which of an image in memory is a file in the user's cache."""
+    if isinstance(picture, os.PathLike):
+        return os.fspath(picture)
+    pil = sys.modules.get("PIL.Image")  # who has not imported it has no image of it
+    if pil is None or not isinstance(picture, pil.Image):
+        return picture
+    from PIL import ImageOps
+
+    turned = ImageOps.exif_transpose(picture)
+    if turned.mode not in PNG_MODES:
+        turned = turned.convert("RGB")
+    file = io.BytesIO()
+    turned.save(file, "png")
+    return str(kept_inputs.keep(file.getvalue()))
 
 
 def _make_image(pixels: Any, metadata: dict[str, Any]) -> "Image":

@@ -7,6 +7,7 @@ import pytest
 
 from fluxcli.errors import ExitCode, OutputError
 from fluxcli.pictures import kept_inputs
+from tests.support.invariant import call
 
 
 def test_the_same_bytes_are_one_private_file():
@@ -60,3 +61,11 @@ def test_a_folder_that_is_a_link_or_cannot_be_written_is_exit_6(tmp_path):
     with pytest.raises(OutputError) as file:
         kept_inputs.keep(b"a picture")
     assert linked.value.exit_code == file.value.exit_code == ExitCode.OUTPUT
+
+
+def test_the_cache_command_shows_and_deletes_them(capsys):
+    kept_inputs.keep(bytes(3 << 20))
+    shown = call(capsys, "cache").stdout
+    assert str(kept_inputs.folder()) in shown and "pictures 3.0 MiB" in shown
+    assert "deleted 3.0 MiB of pictures" in call(capsys, "cache", "--clear").stderr
+    assert kept_inputs.list_kept() == []

@@ -440,5 +440,5 @@ def test_a_picture_is_described_though_its_adapter_is_gone(files, checkpoint, tm
     picture = picture_of(engine, request)
     list(engine.draw([picture]))
     Path(path).unlink()
-    (identity,) = make_metadata(engine, request, picture.adapters)["lora"].values()
+    (identity,) = make_metadata(engine, request, picture)["lora"].values()
     assert identity == f"{lora.read_adapter(files['blocks'], checkpoint.components).identity} x 1.0"

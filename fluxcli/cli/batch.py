@@ -24,6 +24,7 @@ from fluxcli.cli.settings import (
     read_prompt,
     reporter_of,
     say_what_is_meant,
+    take_stdin,
 )
 from fluxcli.errors import BatchFailed, ExitCode, UsageError, WeightsUnavailable
 from fluxcli.events import Done, Event, Failed, Kept, Notice, Saved, Skipped, Summary, explain
@@ -32,6 +33,7 @@ from fluxcli.paths import config_folder
 from fluxcli.pictures import names
 from fluxcli.request import presets
 from fluxcli.request.fields import Order, Output
+from fluxcli.request.inputs import STDIN, rename_pictures
 from fluxcli.request.job import Job, Row
 from fluxcli.request.rows import (
     check_file_size,
@@ -68,14 +70,15 @@ def draw_rows(
     Returns exit code 0. Raises `BatchFailed` at the end where rows failed, `UsageError` at once for
     what is wrong whatever a row says.
     """
-    given = given_settings(options)
+    given = take_stdin(given_settings(options), prompt=prompt, source=source)
     check_stdout(options, picture=given.get("output") == names.STDOUT)
     if source == prompt == "-":
         raise UsageError("stdin cannot be read twice", which="--from -", hint="give a file")
     common = {} if prompt is None else {"prompt": read_prompt(prompt)}
     if not options["quiet"]:
         say_what_is_meant(given)
-    orders = OrderMaker(common, given, force=options["force"], resume=resume)
+    folder = Path() if source == "-" else Path(source).expanduser().parent
+    orders = OrderMaker(common, given, folder=folder, force=options["force"], resume=resume)
     withheld = Withheld(orders.weights)
     advice = Advice()
     tally = Tally(resumed_by="" if resume else " with --resume")
@@ -312,13 +315,16 @@ class OrderMaker:
         common: Mapping[str, Any],
         given: Mapping[str, Any],
         *,
+        folder: Path,
         force: bool,
         resume: bool,
     ) -> None:
         """Check what is wrong whatever a row says; raises `UsageError`.
 
-        `common` has the prompt of rows without one, `given` the settings of the command line.
+        `common` has the prompt of rows without one, `given` the settings of the command line. What
+        a row says of files of pictures counts from `folder`, that of the rows.
         """
+        self._folder = folder
         self._common = dict(common)
         self._given = given
         self._force = force
@@ -341,7 +347,19 @@ class OrderMaker:
             hint = 'a prompt is in quotes: {"prompt": "a red circle"}'
             raise UsageError("wrong value", which="prompt", why="it is no text", hint=hint)
         said = _coerce_fields(row)
+        said |= rename_pictures(said, self._place_picture)
         return resolve_order(prompt, presets.override(self._given, said))
+
+    def _place_picture(self, name: str) -> str:
+        """Return the name of a row's picture from the current folder on."""
+        if name == STDIN:
+            hint = "--image - beside --from FILE is the picture of every row"
+            raise UsageError("a row reads no picture from stdin", which=name, hint=hint)
+        try:
+            return str(self._folder / Path(name).expanduser())
+        except RuntimeError as error:  # a ~ of nobody
+            hint = "write the folder out"
+            raise UsageError("no such folder", which=name, why=str(error), hint=hint) from error
 
     def complete(self, rows: Iterator[Row]) -> Iterator[Row]:
         """Yield the rows with their targets, and with which of equal pictures they ask for.

@@ -1,4 +1,7 @@
-"""`flux cache`: what is kept of earlier prompts and by --compile, and its end. Sizes in bytes."""
+"""`flux cache`: what is kept of prompts, of pictures without a file, by --compile; and its end.
+
+Sizes in bytes.
+"""
 
 import contextlib
 import os
@@ -9,6 +12,7 @@ import typer
 
 from fluxcli import paths
 from fluxcli.cli import console
+from fluxcli.pictures import kept_inputs
 
 MIB = 1 << 20
 
@@ -17,9 +21,10 @@ def cache_command(
     clear: Annotated[bool, typer.Option("--clear", help="Delete every entry.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Show what is kept of earlier prompts, and what --compile made, or delete it.
+    """Show what is kept of earlier prompts and of pictures from stdin, or delete it.
 
-    It saves the load of the text encoders when a prompt comes again, and the compilation.
+    It saves the load of the text encoders when a prompt comes again, and lets flux replay find
+    pictures that came without a file. What --compile made belongs to it, too.
     """
     from fluxcli.engine import prompt_cache
 
@@ -32,6 +37,8 @@ def cache_command(
     entries = prompt_cache.list_entries()
     used_bytes = sum(entry.size_bytes for entry in entries)
     limit_bytes = prompt_cache.LIMIT_BYTES
+    deleted_inputs_bytes = sum(kept.size_bytes for kept in kept_inputs.clear()) if clear else 0
+    inputs_bytes = sum(kept.size_bytes for kept in kept_inputs.list_kept())
     deleted_compiled_bytes = _clear_compiled() if clear else 0
     compiled_bytes = _count_compiled()
     shown: dict[str, Any] = {
@@ -39,6 +46,8 @@ def cache_command(
         "entries": len(entries),
         "bytes": used_bytes,
         "limit_bytes": limit_bytes,
+        "inputs_folder": str(kept_inputs.folder()),
+        "inputs_bytes": inputs_bytes,
         "compiled_folder": str(paths.compiled_folder()),
         "compiled_bytes": compiled_bytes,
     }
@@ -46,15 +55,20 @@ def cache_command(
         shown |= {
             "deleted": len(deleted),
             "deleted_bytes": deleted_bytes,
+            "deleted_inputs_bytes": deleted_inputs_bytes,
             "deleted_compiled_bytes": deleted_compiled_bytes,
         }
     used = f"{used_bytes / MIB:.1f} of {limit_bytes / MIB:.0f} MiB"
     rows = [(shown["folder"],), (f"entries {len(entries)}, {used}",)]
+    if inputs_bytes:
+        rows += [(shown["inputs_folder"],), (f"pictures {inputs_bytes / MIB:.1f} MiB",)]
     if compiled_bytes:
         rows += [(shown["compiled_folder"],), (f"compiled {compiled_bytes / MIB:.1f} MiB",)]
     console.table(rows, shown, as_json=json_output)
     if clear:
         console.say(f"deleted {len(deleted)} entries, {deleted_bytes / MIB:.1f} MiB")
+        if deleted_inputs_bytes:
+            console.say(f"deleted {deleted_inputs_bytes / MIB:.1f} MiB of pictures")
         if deleted_compiled_bytes:
             console.say(f"deleted {deleted_compiled_bytes / MIB:.1f} MiB that --compile made")
 

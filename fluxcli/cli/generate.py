@@ -9,7 +9,7 @@ from fluxcli.cli import batch
 from fluxcli.cli.draw import draw
 from fluxcli.cli.help import MANY, PICTURE
 from fluxcli.cli.options import with_request_options
-from fluxcli.cli.settings import given_settings, read_prompt, say_what_is_meant
+from fluxcli.cli.settings import given_settings, read_prompt, say_what_is_meant, take_stdin
 from fluxcli.errors import UsageError
 from fluxcli.resolve import resolve_order
 
@@ -99,7 +99,7 @@ def generate(
         if is_on:
             why = "it is for many pictures"
             raise UsageError(f"{flag} needs --from", why=why, hint="--from prompts.txt")
-    given = given_settings(options)
+    given = take_stdin(given_settings(options), prompt=prompt)
     if prompt is None and given.get("redux"):
         prompt = ""  # its pictures say what to draw
     if prompt is None:

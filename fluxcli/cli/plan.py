@@ -13,7 +13,7 @@ import typer
 
 from fluxcli.cli import console
 from fluxcli.cli.options import MACHINE, with_request_options
-from fluxcli.cli.settings import given_settings, read_prompt
+from fluxcli.cli.settings import given_settings, read_prompt, take_stdin
 from fluxcli.engine.cards import describe_card
 from fluxcli.engine.check import check_torch
 from fluxcli.errors import DoesNotFit, ExitCode, UsageError, WeightsUnavailable
@@ -72,7 +72,8 @@ def plan_command(
 
     Needs no weights.
     """
-    order = resolve_order(read_prompt(prompt), given_settings(options))
+    given = take_stdin(given_settings(options), prompt=prompt)
+    order = resolve_order(read_prompt(prompt), given)
     inputs = load_inputs(order.request)
     model = _find_model(order)
     hardware, margin_bytes = _find_hardware(order, card, ram=_read_ram(ram))

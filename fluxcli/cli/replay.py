@@ -15,15 +15,18 @@ from fluxcli.cli import console
 from fluxcli.cli.draw import draw, draw_by
 from fluxcli.cli.help import PICTURE
 from fluxcli.cli.options import with_request_options
-from fluxcli.cli.settings import STARTED, check_there, given_settings, read_prompt
+from fluxcli.cli.settings import STARTED, check_there, given_settings, read_prompt, take_stdin
 from fluxcli.engine.check import check_torch
 from fluxcli.errors import BadInputFile, ExitCode, FluxError, UsageError, WeightsUnavailable
 from fluxcli.events import Notice
 from fluxcli.models import loras
 from fluxcli.paths import config_folder, lora_folder
+from fluxcli.pictures import kept_inputs
+from fluxcli.pictures.inputs import hash_file, list_hashes
 from fluxcli.request import presets
 from fluxcli.request.fields import Order
-from fluxcli.request.settings import LORA_NONE, LoraRef, flag
+from fluxcli.request.inputs import PICTURE_SETTINGS, list_pictures, rename_pictures
+from fluxcli.request.settings import LORA_NONE, LoraRef, coerce, flag, to_json_value
 from fluxcli.resolve import build_order
 from fluxcli.run.dispatch import Dispatcher
 from quant.lora import compute_identity
@@ -102,9 +105,10 @@ def replay(
 
     check_there(picture)
     metadata = image.read_metadata(picture)
-    given = given_settings(options)
+    given = take_stdin(given_settings(options), prompt=prompt)
     text = None if prompt is None else read_prompt(prompt)
-    order = restore_order(picture, metadata["request"], given=given, prompt=text)
+    stored = _find_inputs(picture, metadata, given=given, says_changed=not check)
+    order = restore_order(picture, stored, given=given, prompt=text)
     order = _find_adapters(order, picture, metadata=metadata, says_changed=not check)
     if check:
         _refuse_inert(given, options, dry_run=dry_run)
@@ -268,6 +272,61 @@ def _find_adapter(ref: LoraRef, identity: str, picture: Path) -> LoraRef:
     raise WeightsUnavailable("an adapter of the picture has moved", ref.name, why=why, hint=hint)
 
 
+def _find_inputs(
+    picture: Path, metadata: Metadata, *, given: Values, says_changed: bool
+) -> Metadata:
+    """Return the request of a picture, with the pictures that it was made from where they are now.
+
+    One that is not where it was, or has other bytes there, is looked for by its hash: beside the
+    picture and here under its name, and among those that came from stdin. Raises `BadInputFile` for
+    one that is nowhere; with `says_changed`, says where another file took its place.
+    """
+    request = metadata["request"]
+    hashes = list_hashes(_get_group(metadata, "inputs"))
+    try:
+        named = {
+            name: coerce(name, request[name], where="metadata")
+            for name in PICTURE_SETTINGS
+            if name in request
+        }
+    except UsageError:  # `restore_order` says what is wrong
+        return request
+    names = list_pictures(named)
+    if not hashes or len(hashes) != len(names):
+        return request
+    replaced = list_pictures({name: value for name, value in named.items() if name in given})
+    made = dict(zip(names, hashes, strict=True))
+
+    def find(name: str) -> str:
+        if name in replaced:
+            return name
+        return _find_input(name, made[name], picture=picture, says_changed=says_changed)
+
+    found = rename_pictures(named, find)
+    return request | {name: to_json_value(value) for name, value in found.items()}
+
+
+def _find_input(name: str, sha256: str, *, picture: Path, says_changed: bool) -> str:
+    """Return the path of a picture of that hash, which was called so."""
+    path = Path(name)
+    if hash_file(path) == sha256:
+        return name
+    kept = kept_inputs.find(sha256)
+    candidates = [picture.parent / path.name, Path(path.name), *([kept] if kept else [])]
+    for candidate in candidates:
+        if hash_file(candidate) == sha256:
+            found = str(candidate.absolute())
+            console.say(f"{path.name} is now {found}")
+            return found
+    if not path.exists():
+        why = "it is neither there, nor beside the picture or here"
+        hint = "name it again, with the option that named it: --image FILE"
+        raise BadInputFile("an input of the picture has moved", name, why=why, hint=hint)
+    if says_changed:
+        console.say(f"{name} is another picture than then: expect another one")
+    return name
+
+
 def _is_same(name: str, identity: str) -> bool:
     """Whether an adapter's file is there with these bytes."""
     try:
@@ -322,7 +381,7 @@ def _draw_and_hash(order: Order, *, metadata: Metadata, options: Mapping[str, An
     ):
         prepared = reporter.result(session.prepare(order, no_wait=options["no_wait"]))
         engine = session.open_engine(prepared)
-        here = make_metadata(engine, order, prepared.adapters)
+        here = make_metadata(engine, order, prepared)
         for line in _list_differences(metadata, here):
             reporter.show(Notice(line))
         picture = prepared.make_picture(order.request)
@@ -348,6 +407,11 @@ def _list_differences(made: Metadata, here: Metadata) -> Iterator[str]:
         if identity not in adapters.values():
             before = _name_value(adapters.get(name, "not there"))
             yield f"the adapter {Path(name).name} was {before}, here it is {identity}"
+
+    inputs = _get_group(made, "inputs")
+    for name, hashes in here.get("inputs", {}).items():
+        if inputs.get(name) != hashes:
+            yield f"made from another picture ({name}) than is here"
 
 
 def _name_value(value: object) -> str:

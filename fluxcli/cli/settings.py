@@ -10,10 +10,13 @@ from typing import Any
 from fluxcli.cli import console
 from fluxcli.errors import UsageError
 from fluxcli.paths import config_folder
+from fluxcli.pictures import kept_inputs, normalize
 from fluxcli.request import presets
-from fluxcli.request.settings import SETTINGS
+from fluxcli.request.inputs import PICTURE_SETTINGS, STDIN, list_pictures, rename_pictures
+from fluxcli.request.settings import SETTINGS, coerce, flag
 from fluxcli.request.sizes import parse_size
 
+CHUNK_BYTES = 1 << 20
 MAX_STDIN_BYTES = 1 << 16  # of a prompt with the blanks around it
 STARTED = time.perf_counter()  # about when the command did
 
@@ -57,6 +60,46 @@ def read_prompt(text: str) -> str:
     if text == "-":
         return _decode(_read_stdin()).strip()
     return _decode(text.encode("utf-8", "surrogateescape"))
+
+
+def take_stdin(
+    given: Mapping[str, Any], *, prompt: str | None = None, source: str | None = None
+) -> dict[str, Any]:
+    """Return the settings of the command line; a picture of stdin among them is in a file then.
+
+    `prompt` and `source` are what else may be read from stdin. Raises `UsageError` where it is to
+    be read twice, and for a terminal; `BadInputFile` for what is no picture.
+    """
+    pictures = {
+        name: coerce(name, given[name], where=flag(name))
+        for name in PICTURE_SETTINGS
+        if name in given
+    }
+    count = list_pictures(pictures).count(STDIN)
+    if not count:
+        return dict(given)
+    if count > 1 or STDIN in (prompt, source):
+        why = "a picture is read from it, and something else"
+        hint = "give one of them as a file, or as text"
+        raise UsageError("stdin cannot be read twice", which=STDIN, why=why, hint=hint)
+    path = _keep_picture_of_stdin()
+    return dict(given) | rename_pictures(pictures, lambda name: path if name == STDIN else name)
+
+
+def _keep_picture_of_stdin() -> str:
+    """Return the file of the picture on stdin."""
+    hint = "cat photo.jpg | flux generate 'a red circle' --image -"
+    if sys.stdin is None or sys.stdin.isatty():
+        why = "it is a terminal" if sys.stdin else "it is closed"
+        raise UsageError("no picture on stdin", which=STDIN, why=why, hint=hint)
+    data = bytearray()
+    for chunk in iter(lambda: sys.stdin.buffer.read(CHUNK_BYTES), b""):
+        data += chunk
+        if len(data) > normalize.MAX_FILE_BYTES:
+            limit = normalize.MAX_FILE_BYTES / 1e6
+            raise normalize.refuse("stdin", f"it is larger than {limit:.0f} MB")
+    normalize.measure(bytes(data), "stdin")
+    return str(kept_inputs.keep(bytes(data)))
 
 
 def _read_stdin() -> bytes:

@@ -16,8 +16,10 @@ from html import escape, unescape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fluxcli.errors import BadInputFile, OutputError
+from fluxcli.errors import BadInputFile, OutputError, UsageError
 from fluxcli.request.fields import is_default_input
+from fluxcli.request.inputs import PICTURE_SETTINGS, rename_pictures
+from fluxcli.request.settings import coerce, to_json_value
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +35,9 @@ KNOWN_HASHES = 65_536  # of files that were read, remembered by a process
 
 # Settings that were asked for, such as device "auto"; what was taken stands under "compute".
 RESOURCES = ("device", "precision", "vram_limit", "offload", "compile", "preview_every")
+
+# What stands in metadata only where a picture is made from others.
+MADE_FROM = ("inputs", "controls")
 
 XMP = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
@@ -153,7 +158,8 @@ def hash_pixels(pixels: "np.ndarray") -> str:
 def hash_request(metadata: Metadata, *, seeded: bool = True) -> str:
     """Return the sha256 of what decides a picture, from its metadata.
 
-    That is the request, the model, the adapters and what it was computed with, but not `RESOURCES`.
+    That is the request, the model, the adapters and what it was computed with, but not `RESOURCES`;
+    of pictures that it is made from, their content, and not the names of their files.
     For an order that gives no seed (`seeded` is False) the seed is left out, and whether it was
     asked for is put in: so pictures of such an order have equal hashes, whatever seeds they got.
     """
@@ -163,11 +169,28 @@ def hash_request(metadata: Metadata, *, seeded: bool = True) -> str:
         if name not in RESOURCES and not is_default_input(name, value)
     }
     parts = {name: metadata.get(name) for name in ("size", "model", "compute", "lora")}
+    parts |= {name: metadata[name] for name in MADE_FROM if name in metadata}
+    if "inputs" in parts:
+        request |= _without_names(request)
     if not seeded:
         request["seed"] = -1
         parts["seeded"] = metadata.get("seeded")
     parts["request"] = request
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _without_names(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a request that name pictures, as JSON has them, without the names."""
+    try:
+        named = {
+            name: coerce(name, request[name], where="metadata")
+            for name in PICTURE_SETTINGS
+            if name in request
+        }
+    except UsageError:  # of somebody else's picture
+        return {}
+    renamed = rename_pictures(named, lambda _: "")
+    return {name: to_json_value(value) for name, value in renamed.items()}
 
 
 def carries_hash(path: Path, wanted: Collection[str], *, seeded: bool) -> bool:

@@ -5,14 +5,19 @@ done with them. numpy and PIL are imported inside functions.
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxcli.pictures import normalize
 from fluxcli.request.fields import GenerationRequest
+from quant.files import open_regular
 
 if TYPE_CHECKING:
     import numpy as np
+
+CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,30 @@ def name_hashes(inputs: InputPictures) -> dict[str, Any]:
         if pictures:
             found[name] = [picture.sha256 for picture in pictures]
     return found
+
+
+def list_hashes(named: Mapping[str, Any]) -> list[str]:
+    """Return the hashes that `name_hashes` gave, in the order of `InputPictures.list_all`."""
+    found: list[str] = []
+    for each in fields(InputPictures):
+        hashes = named.get(each.name, ())
+        if isinstance(hashes, str):
+            found.append(hashes)
+        elif isinstance(hashes, list):  # a stranger's may be anything
+            found += [str(one) for one in hashes]
+    return found
+
+
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file, "" for what cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with open_regular(path) as file:
+            for chunk in iter(lambda: file.read(CHUNK_BYTES), b""):
+                digest.update(chunk)
+            return digest.hexdigest()
+    except (OSError, ValueError):
+        return ""
 
 
 def read_picture(path: str, *, backdrop: str = "white") -> InputPicture:

@@ -19,6 +19,7 @@ MAX_EXPAND_PX = 4096
 NUMBER = r"\d+(?:\.\d*)?|\.\d+"
 SPAN = re.compile(rf"({NUMBER})-({NUMBER})")
 STDIN = "-"  # as the name of a picture
+PICTURE_SETTINGS = ("image", "mask", "reference", "redux", "control")  # that name some
 MAX_CONTROL_SCALE = 10
 # What a kind may begin with and hold a colon in it: a drive of Windows, an address, a file of the
 # hub.

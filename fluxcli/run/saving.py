@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import islice, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,7 +22,9 @@ from fluxcli.engine.engine import Engine
 from fluxcli.engine.picture import Picture
 from fluxcli.events import GeneratedImage
 from fluxcli.models import loras
+from fluxcli.models.parts import Control
 from fluxcli.pictures import image, latents, names
+from fluxcli.pictures.inputs import InputPictures, name_hashes
 from fluxcli.pictures.latents import Latents
 from fluxcli.pictures.names import Destination
 from fluxcli.request.fields import GenerationRequest, Order
@@ -32,21 +34,34 @@ from quant.errors import ExplainedError
 from quant.lora import Adapter
 
 
+class Ingredients(Protocol):
+    """What a picture is made of beside its order and the model: itself, or what draws it."""
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]: ...
+
+    @property
+    def inputs(self) -> InputPictures: ...
+
+    @property
+    def controls(self) -> tuple[Control, ...]: ...
+
+
 def save_picture(picture: Picture, destination: Destination, engine: Engine) -> GeneratedImage:
     """Write a picture that has its pixels, with its metadata unless the order wants none.
 
     Raises `OutputError`.
     """
     assert picture.pixels is not None
-    metadata = make_metadata(engine, destination.order, picture.adapters, seeded=destination.seeded)
+    metadata = make_metadata(engine, destination.order, picture, seeded=destination.seeded)
     return save_pixels(picture.pixels, destination, metadata)
 
 
-def check_metadata(engine: Engine, destination: Destination, adapters: Sequence[Adapter]) -> None:
+def check_metadata(engine: Engine, destination: Destination, given: Ingredients) -> None:
     """Raise `OutputError` for a picture whose metadata its format could not hold."""
     order = destination.order
     if order.output.metadata:
-        metadata = make_metadata(engine, order, adapters, seeded=destination.seeded)
+        metadata = make_metadata(engine, order, given, seeded=destination.seeded)
         written = metadata | {"pixels_sha256": "0" * 64}
         image.check_metadata(written, order.output.format)
 
@@ -92,11 +107,11 @@ def _identify(path: str, data: bytes, order: Order, *, pixels_sha256: str) -> Ge
 
 
 def make_metadata(
-    engine: Engine, order: Order, adapters: Sequence[Adapter], *, seeded: bool = True
+    engine: Engine, order: Order, given: Ingredients, *, seeded: bool = True
 ) -> dict[str, Any]:
     """Return what identifies a picture: the order that makes it alone, the model, what computed it.
 
-    `seeded` tells whether the seed was asked for.
+    `given` is what it is made of beside these; `seeded` tells whether the seed was asked for.
     """
     request = order.request
     plan = engine.plan
@@ -117,10 +132,24 @@ def make_metadata(
             "tiled": plan.placement.decode == "tiled",
         }
         | only_if,
-        "lora": loras.name_identities(request.lora, adapters),
+        "lora": loras.name_identities(request.lora, given.adapters),
         "seeded": seeded,
         "versions": fluxcli.versions(),
-    }
+    } | _describe_pictures(given)
+
+
+def _describe_pictures(given: Ingredients) -> dict[str, Any]:
+    """Return what a picture's metadata say of those that it is made from, if there are some.
+
+    The hashes of their files, by what they are for; and how each control acts, with what its kind's
+    preset says.
+    """
+    controls = [
+        {"scale": each.scale, "start": each.start, "end": each.end, "mode": each.mode}
+        for each in given.controls
+    ]
+    described = {"inputs": name_hashes(given.inputs), "controls": controls}
+    return {name: value for name, value in described.items() if value}
 
 
 def _describe_model(engine: Engine, request: GenerationRequest) -> dict[str, Any]:
@@ -139,7 +168,7 @@ def _describe_model(engine: Engine, request: GenerationRequest) -> dict[str, Any
 
 
 def find_done(
-    engine: Engine, destinations: Sequence[Destination], adapters: Sequence[Adapter], *, nth: int
+    engine: Engine, destinations: Sequence[Destination], given: Ingredients, *, nth: int
 ) -> list[Path | None]:
     """Return the file that each picture of a row is done with, None for those that are to be drawn.
 
@@ -148,21 +177,21 @@ def find_done(
     the row's first one is the `nth`. All pictures of a row without a seed are equal in this.
     """
     if not destinations[0].seeded:
-        slots = _list_slots(engine, destinations[0], adapters)
+        slots = _list_slots(engine, destinations[0], given)
         return list(islice(slots, nth - 1, nth - 1 + len(destinations)))
     found = []
     for destination in destinations:
-        slots = _list_slots(engine, destination, adapters)
+        slots = _list_slots(engine, destination, given)
         found.append(next(islice(slots, nth - 1, None)))
     return found
 
 
 def _list_slots(
-    engine: Engine, destination: Destination, adapters: Sequence[Adapter]
+    engine: Engine, destination: Destination, given: Ingredients
 ) -> Iterator[Path | None]:
     """Yield a picture's names that carry its hash, and None for each that is free; without end."""
     seeded = destination.seeded
-    wanted = _make_hashes(engine, destination, adapters)
+    wanted = _make_hashes(engine, destination, given)
     for path in names.list_names(destination):
         if image.carries_hash(path, wanted, seeded=seeded):
             yield path
@@ -171,13 +200,13 @@ def _list_slots(
     yield from repeat(None)
 
 
-def _make_hashes(engine: Engine, destination: Destination, adapters: Sequence[Adapter]) -> set[str]:
+def _make_hashes(engine: Engine, destination: Destination, given: Ingredients) -> set[str]:
     """Return the hashes that a picture may carry: computed as planned, or as it may have to be.
 
     That is in tiles, where memory runs out, and not compiled, where that fails.
     """
     seeded = destination.seeded
-    planned = make_metadata(engine, destination.order, adapters, seeded=seeded)
+    planned = make_metadata(engine, destination.order, given, seeded=seeded)
     compute = planned["compute"]
     without = {key: value for key, value in compute.items() if key != "compiled"}
     found = [compute, compute | {"tiled": True}, without, without | {"tiled": True}]
@@ -196,7 +225,7 @@ def keep_latents(engine: Engine, picture: Picture, destination: Destination) -> 
     """
     assert picture.tokens is not None
     seeded = destination.seeded
-    metadata = make_metadata(engine, destination.order, picture.adapters, seeded=seeded)
+    metadata = make_metadata(engine, destination.order, picture, seeded=seeded)
     kept = Latents(
         destination.order,
         picture.tokens,
@@ -227,7 +256,7 @@ def _list_targets(destination: Destination) -> list[Target]:
 def find_latents(
     engine: Engine,
     destination: Destination,
-    adapters: Sequence[Adapter],
+    given: Ingredients,
     *,
     taken: Collection[Path | None],
 ) -> Latents | None:
@@ -235,7 +264,7 @@ def find_latents(
 
     Of an order without a seed it may be any picture, but for the files that are `taken`.
     """
-    wanted = _make_hashes(engine, destination, adapters)
+    wanted = _make_hashes(engine, destination, given)
     for target in _list_targets(destination):
         found = latents.find_kept(replace(destination, target=target))
         for path in (path for path in found if path.is_file() and path not in taken):

@@ -507,12 +507,11 @@ def _take_stock(
     `begun` pictures go on from are no other's.
     """
     destinations = row.list_destinations()
-    adapters = row.prepared.adapters
     done: list[Path | None] = [None] * len(destinations)
     is_lost = after_loss is not None
     may_be_done = job.resume or (is_lost and destinations[0].seeded)
     if may_be_done and row.order.output.metadata:
-        done = saving.find_done(engine, destinations, adapters, nth=row.row.nth)
+        done = saving.find_done(engine, destinations, row.prepared, nth=row.row.nth)
     taken = {each.latents for each in begun}
     pending = []
     for destination, path in zip(destinations, done, strict=True):
@@ -523,7 +522,7 @@ def _take_stock(
             picture.preview_every = row.order.output.preview_every
             waiting = Pending(picture, destination, row)
             if may_be_done:
-                found = saving.find_latents(engine, destination, adapters, taken=taken)
+                found = saving.find_latents(engine, destination, row.prepared, taken=taken)
                 if found:
                     waiting.begin_with(found)
                     taken.add(found.path)
@@ -540,7 +539,7 @@ def _take_stock(
     if row.images and not row.missing:
         yield _finish(engine, row)
     if pending:
-        saving.check_metadata(engine, pending[-1].destination, adapters)
+        saving.check_metadata(engine, pending[-1].destination, row.prepared)
     if pending and not row.is_checked:
         check_writable(row.target, row.order, row=row.row.number)
     return pending

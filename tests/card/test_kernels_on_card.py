@@ -5,6 +5,7 @@ import pytest
 
 from fluxcli.cli import doctor
 from fluxcli.engine import device
+from fluxcli.engine.picture import Picture
 from fluxcli.run.saving import make_metadata
 from quant import linear
 from quant.checkpoint import inspect
@@ -48,7 +49,7 @@ def test_doctor_plan_and_metadata_say_whose_kernels_they_are(baked):
     order = tiny(precision="int8", device="cuda")
     with installed(make_card()):
         engine = make_engine(order, inspect(baked("int8")))
-        compute = make_metadata(engine, order, [])["compute"]
+        compute = make_metadata(engine, order, Picture(order.request))["compute"]
         assert compute["multiply"] == compute["kernels"] == ENGAGED
         hardware = device.probe("cuda")
         assert hardware.find_multiply("int8") == ENGAGED
@@ -57,7 +58,7 @@ def test_doctor_plan_and_metadata_say_whose_kernels_they_are(baked):
         assert found["int8"] == f"computed ({ENGAGED})"
     with installed(Card()):
         engine = make_engine(order, inspect(baked("int8")))
-        compute = make_metadata(engine, order, [])["compute"]
+        compute = make_metadata(engine, order, Picture(order.request))["compute"]
         assert compute["multiply"] == "int_mm" and "kernels" not in compute
         why = "int8: multiplied by torch here, because comfy-kitchen is not installed"
         assert why in engine.plan.reasons

@@ -312,6 +312,8 @@ def test_the_command_says_what_is_kept_and_where(capsys):
         "entries": 2,
         "bytes": size,
         "limit_bytes": 1 << 30,
+        "inputs_folder": str(paths.cache_folder() / "inputs"),
+        "inputs_bytes": 0,
         "compiled_folder": str(paths.compiled_folder()),
         "compiled_bytes": 0,
     }
@@ -336,10 +338,13 @@ def test_clear_deletes_entries_and_leftovers_and_says_so(capsys):
         "entries": 0,
         "bytes": 0,
         "limit_bytes": 1 << 30,
+        "inputs_folder": str(paths.cache_folder() / "inputs"),
+        "inputs_bytes": 0,
         "compiled_folder": str(paths.compiled_folder()),
         "compiled_bytes": 0,
         "deleted": 1,
         "deleted_bytes": size_of(4),
+        "deleted_inputs_bytes": 0,
         "deleted_compiled_bytes": 0,
     }
     assert "deleted 1 entries" in said
