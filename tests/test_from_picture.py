@@ -17,7 +17,10 @@ from fluxcli.engine.engine import Engine
 from fluxcli.pictures.canvas import load_canvas, read_mask
 from fluxcli.pictures.inputs import load_inputs
 from fluxcli.request.fields import Order
+from quant.bake import bake
 from quant.checkpoint import inspect
+from quant.recipe import make_recipe
+from quant.spec import QuantSpec
 from tests.support.fill import make_fill_model
 from tests.support.helpers import engine_of, picture_of, tiny
 
@@ -216,3 +219,23 @@ def assert_pasted(drawn: np.ndarray, decoded: np.ndarray, asked: Order) -> None:
     assert 0.1 < canvas.mask.mean() < 0.9
     assert (drawn[~canvas.mask] == np.asarray(resized)[~canvas.mask]).all()
     assert (drawn[canvas.mask] == decoded[canvas.mask]).all()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("precision", ["int8", "w6a8", "fp8", "w4a8", "nf4"])
+def test_fill_and_masks_in_every_precision(
+    tiny_folder, fill_folder, photo, mask, tmp_path, precision
+):
+    """Pixels are near those in float32, and around the mask those of the input."""
+    for folder, guidance in ((tiny_folder, 3.5), (fill_folder, 30.0)):
+        asked = tiny(
+            image=str(photo), mask=str(mask), strength=1.0, guidance=guidance, steps=4,
+            width=96, height=64,
+        )  # fmt: skip
+        whole = inspect(folder)
+        target = tmp_path / folder.name
+        list(bake(make_recipe(whole, QuantSpec(to=precision)), target, origin={"model": "x"}))
+        _, wanted = draw_both(engine_of(whole, asked), asked)
+        decoded, drawn = draw_both(engine_of(inspect(target), asked), asked)
+        assert_pasted(drawn, decoded, asked)
+        assert 0 < np.abs(drawn.astype(int) - wanted).mean() < 12

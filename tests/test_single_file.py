@@ -22,6 +22,7 @@ from fluxcli.models.shapes import read_known_shapes
 from quant.checkpoint import COMPONENTS, Component, inspect
 from quant.errors import CheckpointError
 from quant.expected import count_matching
+from quant.kinds import FILL_CHANNELS
 from quant.linear import QuantizedLinear
 from quant.single_file import assemble_checkpoint, inspect_file, inspect_transformer
 from tests import published
@@ -236,6 +237,12 @@ def test_a_bfl_file_of_real_width_is_what_diffusers_converts(tmp_path):
         dialect: counted for dialect, *counted, _ in real_width.rows(["bfl bf16", "vae"], tmp_path)
     }
     assert found == {"bfl bf16": [66, 0.0], "vae": [244, 0.0]}
+
+
+@pytest.mark.exhaustive
+def test_a_fill_file_of_real_width_is_what_diffusers_converts(tmp_path):
+    """As test_a_bfl_file_of_real_width_is_what_diffusers_converts, with Fill's 384 channels."""
+    assert real_width.transformer("bfl bf16", tmp_path, FILL_CHANNELS) == (66, 0.0)
 
 
 def test_the_tables_of_the_exporters_give_the_published_names(tiny_folder):

@@ -440,7 +440,7 @@ _ROWS = (
     Setting(
         "mask_feather",
         Integer(0, 512),
-        help="Soften the mask's edge by so many pixels.",
+        help="Let --image fade out over so many pixels inside the mask's white.",
         flags=("--mask-feather",),
     ),
     Setting(
@@ -547,7 +547,12 @@ _ROWS = (
         flags=("--preview-every",),
         optional=True,
     ),
-    Setting("quality", Integer(1, 100), help="1 to 100, for jpg and webp.", flags=("--quality",)),
+    Setting(
+        "quality",
+        Integer(1, 100),
+        help="1 to 100, for jpg and webp; a webp of 100 is lossless.",
+        flags=("--quality",),
+    ),
     Setting("metadata", Switch(), help="Write the bare picture.", flags=("--no-metadata",)),
     Setting(
         "precision",

@@ -32,10 +32,12 @@ from quant.single_file import inspect_file
 from tests import published
 from tests.support.exports import DIALECTS, Tensors
 
-DIMENSIONS, COUNT = (3072, 64), 15_485_863  # width and channels; different random values
+WIDTH = 3072
+CHANNELS = 64  # of dev
+COUNT = 15_485_863  # different random values
 
 
-def random_tensors(name: str, dtype: torch.dtype) -> Tensors:
+def random_tensors(name: str, dtype: torch.dtype, *, channels: int = CHANNELS) -> Tensors:
     """Tensors of a published list with random values; of the transformer one block of each kind.
 
     Parts of one random row of a prime length: no two rows are the same, and it takes no time.
@@ -47,7 +49,10 @@ def random_tensors(name: str, dtype: torch.dtype) -> Tensors:
         .to(dtype)
         .repeat(2)
     )
-    for full, (_, shape) in published.tensors(name).items():
+    shapes = {full: shape for full, (_, shape) in published.tensors(name).items()}
+    if channels != CHANNELS:
+        shapes["img_in.weight"] = (WIDTH, channels)
+    for full, shape in shapes.items():
         if not re.match(r"(double|single)_blocks\.(?!0\.)", full):
             size = torch.Size(shape).numel()
             row = source[at : at + COUNT]
@@ -73,16 +78,16 @@ def difference(part: Component, expected: Tensors) -> float:
     return largest
 
 
-def transformer(dialect: str, folder: Path) -> tuple[int, float]:
+def transformer(dialect: str, folder: Path, channels: int = CHANNELS) -> tuple[int, float]:
     """(tensors, the largest difference) of a transformer with one block of each kind."""
     export, suffix, called = DIALECTS[dialect]
     path = folder / f"x.{suffix}"
-    values = export(random_tensors("bfl_dev", torch.bfloat16), path)
+    values = export(random_tensors("bfl_dev", torch.bfloat16, channels=channels), path)
     expected = convert_flux_transformer_checkpoint_to_diffusers(values)
     part = inspect_file(path)["transformer"]
     config = part.config
     found = (config["num_attention_heads"] * config["attention_head_dim"], config["in_channels"])
-    whole = part.dialect == called and found == DIMENSIONS and config["guidance_embeds"]
+    whole = part.dialect == called and found == (WIDTH, channels) and config["guidance_embeds"]
     whole = whole and (config["num_layers"], config["num_single_layers"]) == (1, 1)
     return len(expected), difference(part, expected) if whole else float("inf")
 
