@@ -101,6 +101,7 @@ def _condition_of(
         embeddings.pooled.to(components.plan.device, components.dtype("transformer")),
         weights=weights,
         guidance=guidance,
-        timesteps=timesteps[picture.request.first_step :],
+        timesteps=timesteps,
+        first_step=picture.request.first_step,
         adapters=picture.adapters if name == "transformer" else (),
     )

@@ -47,9 +47,13 @@ def make_condition(
     weights: str,
     guidance: float | None,
     timesteps: Tensor,
+    first_step: int = 0,
     adapters: Sequence[Adapter] = (),
 ) -> Condition:
-    """Make the condition of one prompt; `pooled` (1, P) and `timesteps` (S,) in 0 to 1000."""
+    """Make the condition of one prompt; `pooled` (1, P) and `timesteps` (S,) in 0 to 1000.
+
+    Those before `first_step` are of no step.
+    """
     acting = [
         adapter
         for adapter in adapters
@@ -59,7 +63,7 @@ def make_condition(
         weights=weights,
         digest=make_digest(pooled),
         guidance=guidance,
-        timesteps=tuple(timesteps.tolist()),
+        timesteps=tuple(timesteps.tolist()[first_step:]),
         pooled=pooled,
         adapters=tuple(acting),
     )

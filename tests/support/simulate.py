@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from benchmarks.counting import CARD, Counter
-from fluxcli.engine import decode, denoise, loader, modulation, text
+from fluxcli.engine import decode, denoise, loader, modulation, prepare, text
 from fluxcli.engine.engine import PHASES, Drawn, Engine
 from fluxcli.engine.picture import Picture
 from fluxcli.events import Event
@@ -158,7 +158,8 @@ def full_size(monkeypatch: pytest.MonkeyPatch, *, arithmetic: bool = True) -> It
     monkeypatch.setattr(int8_products, "CONSTANTS", {})
     monkeypatch.setattr(codes, "TABLES", {})
     monkeypatch.setattr(kernels, "CODEBOOKS", {})
-    monkeypatch.setattr(decode, "is_finite", lambda _: True)
+    for module in (decode, prepare):
+        monkeypatch.setattr(module, "is_finite", lambda _: True)
     monkeypatch.setattr(
         decode, "to_pixels", lambda decoded: SimpleNamespace(numpy=lambda: decoded.shape)
     )
