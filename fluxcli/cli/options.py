@@ -13,16 +13,17 @@ import typer
 
 from fluxcli.cli import complete
 from fluxcli.cli.help import MACHINE, MANY, OTHER, OUTPUT, PICTURE, PICTURES
-from fluxcli.request.fields import DEFAULTS
+from fluxcli.request.fields import DEFAULT_STRENGTH, DEFAULTS
 from fluxcli.request.settings import SETTINGS
 
 # Settings that presets say, each another value.
-PRESET_SETTINGS = ("image_size", "steps", "guidance", "text_tokens", "format")
+PRESET_SETTINGS = ("image_size", "steps", "guidance", "text_tokens", "format", "strength")
 # Defaults that are no value.
 _DEFAULT_WORDS = {
     "model": "the preset's",
     "seed": "a new one",
     "output": "named by prompt and seed",
+    "strength": f"the preset's; {DEFAULT_STRENGTH} in dev",
 }
 
 
