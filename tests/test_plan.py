@@ -20,12 +20,12 @@ from fluxcli.engine.cards import describe_card
 from fluxcli.errors import DoesNotFit, ExitCode, UsageError
 from fluxcli.models import find as models
 from fluxcli.models.abilities import check_abilities
-from fluxcli.models.shapes import read_known_shapes
+from fluxcli.models.shapes import read_known_controlnet, read_known_redux, read_known_shapes
 from fluxcli.plan import costs, placement
 from fluxcli.plan.costs import Cost
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB, PHASES, Candidate
-from fluxcli.plan.planner import SLOWER, USABLE_SHARE, choose_bake, suggest_options
+from fluxcli.plan.planner import SLOWER, USABLE_SHARE, choose_bake, suggest_options, survey
 from fluxcli.request.fields import Order
 from quant.checkpoint import Checkpoint, inspect
 from quant.spec import BAKEABLE, SCHEMES, QuantSpec
@@ -49,6 +49,22 @@ CARDS = [
     "48GiB:sm89",
     "80GiB:sm90",
 ]
+
+
+UNION_PRO_2 = "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro-2.0"
+PICTURE_CARDS = ["8GiB:sm89", "12GiB:sm89", "16GiB:sm89", "24GiB:sm89"]
+MEGAPIXEL = 1 << 20
+PICTURES = {  # what a request with pictures changes in its workload
+    "union-pro-2": {
+        "controls": ("controlnet",),
+        "control_steps": (22,),
+        "input_pixels": (MEGAPIXEL,),
+    },
+    "kontext": {"reference_tokens": 4096, "input_pixels": (MEGAPIXEL,)},
+    "redux": {"extra_text_tokens": 729},
+    "negative": {"passes": 2},
+    "img2img": {"steps": 17, "input_pixels": (MEGAPIXEL,)},
+}
 
 
 @pytest.fixture(scope="module")
@@ -210,22 +226,28 @@ def test_the_table_under_review(variants):
 def golden(variants: list[Checkpoint]) -> str:
     rows = []
     for text, size, baked in product(CARDS, (1024, 1536), (True, False)):
-        for candidate in survey_for(
+        name = f"{text} {size} {'baked' if baked else 'source'}"
+        found = survey_for(
             request(image_size=size), variants if baked else variants[-1:], card(text)
-        ):
-            placed = candidate.plan and candidate.plan.placement
-            how = f"{placed.encode}/{placed.level('denoise')}/{placed.decode}" if placed else ""
-            peak = (
-                f"{max(candidate.plan.peak_bytes.values()) / GIB:6.2f} GiB"
-                if candidate.plan
-                else ""
-            )
-            name = f"{text} {size} {'baked' if baked else 'source'}"
-            rows.append(
-                f"{name:<24} {candidate.precision:<5} {candidate.verdict:<13}"
-                f" {how:<34} {peak}".rstrip()
-            )
+        )
+        rows += [describe(name, candidate) for candidate in found]
+    source = variants[-1]
+    parts = {"controlnet": read_known_controlnet(UNION_PRO_2)} | read_known_redux()
+    source = replace(source, components=source.components | parts)
+    for text, (name, changes) in product(PICTURE_CARDS, PICTURES.items()):
+        workload = replace(costs.make_workload(request().request), **changes)
+        found = survey(workload, request().resources, [source], card(text))
+        rows += [describe(f"{text} {name}", candidate) for candidate in found]
     return "\n".join(rows) + "\n"
+
+
+def describe(name: str, candidate: Candidate) -> str:
+    placed = candidate.plan and candidate.plan.placement
+    how = f"{placed.encode}/{placed.level('denoise')}/{placed.decode}" if placed else ""
+    if placed and candidate.cost.controls:
+        how += f"/{placed.controls}"
+    peak = f"{max(candidate.plan.peak_bytes.values()) / GIB:6.2f} GiB" if candidate.plan else ""
+    return f"{name:<24} {candidate.precision:<5} {candidate.verdict:<13} {how:<34} {peak}".rstrip()
 
 
 def test_a_plan_opens_no_file(variants, monkeypatch):
