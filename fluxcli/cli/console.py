@@ -221,8 +221,12 @@ class Reporter:
         quiet: bool = False,
         events: bool = False,
         json_output: bool = False,
+        show_picture: Callable[[str], None] | None = None,
     ) -> None:
-        """Report a run that began at `started`, the perf_counter when the command was given."""
+        """Report a run that began at `started`, the perf_counter when the command was given.
+
+        `show_picture` draws the picture of a path on stdout.
+        """
         self.timings_s: dict[str, float] = {}
         self._quiet = quiet
         self._events = events
@@ -232,6 +236,7 @@ class Reporter:
         self._phase_started = started
         self._noticed: set[Notice] = set()
         self._has_preview = False
+        self._show_picture = show_picture
         # The first row that failed for a reason (its message and hint), and those after it of which
         # nothing has been said yet.
         self._first_failed: dict[tuple[str, str], int] = {}
@@ -365,6 +370,8 @@ class Reporter:
             if saved.row:
                 text = f"row {saved.row}: {text}"
             self._print(lambda: say(text))
+        if self._show_picture and image.path != "-":
+            self._print(partial(self._show_picture, image.path))
 
     def _show_failed(self, failed: Failed) -> None:
         # The message begins with where the row stands, which is another for each.

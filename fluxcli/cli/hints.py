@@ -86,7 +86,11 @@ _DRAWING: dict[str, tuple[str, ...]] = {
     "flux inspect PICTURE: each picture has its metadata in itself": ("--metadata",),
     "flux replay PICTURE": ("--config-from-metadata", "--from-image", "--recreate"),
     'open the path that is printed: xdg-open "$(flux generate ...)"': (
-        "--open", "--show", "--display", "--view", "--preview",
+        "--open",
+    ),
+    "--show draws it in the terminal": ("--display", "--view", "--inline", "--viewer"),
+    "--preview-every 5": (
+        "--preview", "--preview-interval", "--preview-method", "--live-preview", "--taesd",
     ),
     "--debug; what goes on is shown without it": (
         "-v", "-vv", "--verbose", "--trace", "--log-level",

@@ -137,6 +137,9 @@ REQUEST_OPTIONS: dict[str, Any] = {
         text="Neither read nor keep encoded prompts on disk: see flux cache.",
         panel=MACHINE,
     ),
+    "show": _declare_option(
+        bool, "--show", text="Draw the finished picture in the terminal.", panel=OUTPUT
+    ),
     "json_output": _declare_option(
         bool, "--json", text="One JSON object on stdout instead of paths.", panel=OUTPUT
     ),
@@ -154,6 +157,7 @@ _WRITING = (
     "quality",
     "no_metadata",
     "force",
+    "show",
     "events",
     "quiet",
 )

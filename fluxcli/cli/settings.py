@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxcli.cli import console
+from fluxcli.cli.inline import choose_show
 from fluxcli.errors import UsageError
 from fluxcli.paths import config_folder
 from fluxcli.pictures import kept_inputs, normalize
@@ -159,4 +160,5 @@ def reporter_of(options: Mapping[str, Any]) -> console.Reporter:
         events=options["events"],
         json_output=options["json_output"],
         started=STARTED,
+        show_picture=choose_show(options),
     )
