@@ -74,3 +74,13 @@ def test_no_step_waits_and_the_usual_ones_are_within_their_limits():
         fields = lines[name].split()
         launches, other_gb = int(fields[1]), float(fields[-5])
         assert launches <= most_launches and other_gb <= most_gb, name
+
+
+def test_a_controlnets_block_launches_two_more_than_the_transformers():
+    """A product makes a residual of its output, which is scaled; no step waits for it."""
+    row = ROWS["bf16"]
+    shallow = count_step(row, Depth(1, 1), network=Depth(1, 0))
+    block = count_step(row, Depth(1, 1), network=Depth(2, 0)) - shallow
+    transformers = golden_lines()["bf16"].split(" 19 x ")[1].split()[0]
+    assert block.launches.total() == int(transformers) + 2
+    assert not shallow.syncs and not shallow.copies

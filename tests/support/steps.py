@@ -35,13 +35,15 @@ from benchmarks.counting import pretend_baked
 from fluxcli.engine import classes, condition, denoise
 from fluxcli.engine.blocks import CHOSEN, KERNEL_DTYPES
 from fluxcli.engine.engine import Engine
-from fluxcli.engine.picture import Picture
+from fluxcli.engine.picture import InputLatents, Picture
 from fluxcli.engine.prompt_cache import Embeddings
 from fluxcli.events import Step
+from fluxcli.models.parts import Control, Parts
+from fluxcli.models.shapes import read_known_controlnet
 from fluxcli.plan import costs
 from fluxcli.plan.placement import Placement
 from quant import kernels, linear
-from quant.checkpoint import Checkpoint
+from quant.checkpoint import Checkpoint, Component
 from quant.spec import ROTATED, QuantSpec
 from quant.tensor_info import GGUF_BITS
 from tests.support.allocator import Allocator
@@ -51,6 +53,8 @@ from tests.support.simulate_cuda import CUDA_CARD, PRODUCTS, pretend_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 TOTAL_BYTES = 80 << 30  # of the card
+IMAGE_TOKENS = 4096  # of 1024x1024
+UNION_PRO_2 = "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro-2.0"
 
 BAKES = {"nf4": QuantSpec("nf4", "nf4"), "fp8": QuantSpec("fp8")}
 BAKES |= {scheme: QuantSpec(scheme) for scheme in ROTATED}
@@ -243,22 +247,30 @@ def _find_place() -> str:
 
 def cut_depth(checkpoint: Checkpoint, depth: Depth) -> Checkpoint:
     """The same model with fewer blocks of each kind."""
-    part = checkpoint.components["transformer"]
+    cut = cut_blocks(checkpoint.components["transformer"], depth)
+    return replace(checkpoint, components=checkpoint.components | {cut.name: cut})
+
+
+def cut_blocks(part: Component, depth: Depth) -> Component:
+    """The same transformer or ControlNet with fewer blocks of each kind."""
     config = part.config | {"num_layers": depth.double, "num_single_layers": depth.single}
     counts = {"transformer_blocks": depth.double, "single_transformer_blocks": depth.single}
+    counts |= {"controlnet_blocks": depth.double, "controlnet_single_blocks": depth.single}
     kept = {}
     for name, weight in part.weights.items():
         kind, _, rest = name.partition(".")
         if kind not in counts or int(rest.partition(".")[0]) < counts[kind]:
             kept[name] = weight
-    cut = replace(part, config=config, weights=kept)
-    return replace(checkpoint, components=checkpoint.components | {part.name: cut})
+    return replace(part, config=config, weights=kept)
 
 
-def count_step(row: Row, depth: Depth) -> Counts:
-    """What the second step of a picture does in a model of that depth."""
+def count_step(row: Row, depth: Depth, *, network: Depth | None = None) -> Counts:
+    """What the second step of a picture does in a model of that depth.
+
+    With `network` a ControlNet of that depth acts: Union-Pro-2.0, which has double blocks alone.
+    """
     # Their first import would be under the counter.
-    for load in (classes.transformer, classes.single_block, classes.scheduler):
+    for load in (classes.transformer, classes.single_block, classes.scheduler, classes.controlnet):
         load()
     with pytest.MonkeyPatch.context() as monkeypatch, full_size(monkeypatch) as dev:
         pretend_cuda(monkeypatch, Allocator(), TOTAL_BYTES)
@@ -271,6 +283,11 @@ def count_step(row: Row, depth: Depth) -> Counts:
         checkpoint = cut_depth(dev, depth)
         if row.precision in BAKES:
             checkpoint = pretend_baked(checkpoint, BAKES[row.precision])
+        if network:
+            published = read_known_controlnet(UNION_PRO_2)
+            assert published is not None
+            part = cut_blocks(published, network)
+            checkpoint = Parts({part.name: part}).add_to(checkpoint)
         if row.gguf:
             checkpoint = blocked(checkpoint, row.gguf)
         # A file of quantized weights has one precision.
@@ -283,7 +300,12 @@ def count_step(row: Row, depth: Depth) -> Counts:
             placed = Placement(denoise="streamed", streamed=tuple(range(len(blocks))))
             plan = replace(plan, placement=placed)
         engine = Engine(checkpoint, replace(plan, device=CUDA_CARD), here)
-        return _follow(engine, Picture(asked.request))
+        picture = Picture(asked.request)
+        if network:
+            picture.controls = (Control("controlnet"),)
+            latents = torch.zeros(1, IMAGE_TOKENS, 64)
+            picture.latents = InputLatents(noise=latents, controls=(latents,))
+        return _follow(engine, picture)
 
 
 def _follow(engine: Engine, picture: Picture) -> Counts:
