@@ -155,7 +155,7 @@ class Checkpoint:
     @property
     def kind(self) -> str:
         """Which kind of FLUX.1 it is, of `quant.kinds.KINDS`."""
-        return self.said_kind or self.found_kind.name
+        return self.said_kind or self.found_kind.kind
 
     @cached_property
     def found_kind(self) -> Kind:

@@ -49,7 +49,7 @@ CONTROLS = {
 class Kind(NamedTuple):
     """A kind, of `KINDS`, and by what it was told, for people."""
 
-    name: str
+    kind: str
     told_by: str
 
 
@@ -66,12 +66,12 @@ def find_kind(config: Mapping[str, Any], *, pipeline: str, title: str, name: str
     if channels == CONTROL_CHANNELS:
         return _find_control(channels, title=title, name=name)
     if not config["guidance_embeds"]:
-        return Kind("schnell", "it has no guidance input")
+        return Kind("schnell", "the lack of a guidance input")
     sources = {"its model_index.json": pipeline, "its metadata": title, "its name": name}
     for told_by, text in sources.items():
         if KONTEXT.search(text):
             return Kind("kontext", told_by)
-    return Kind("dev", f"its {channels} channels and guidance input")
+    return Kind("dev", f"its {channels} channels and its guidance input")
 
 
 def _find_control(channels: int, *, title: str, name: str) -> Kind:

@@ -48,7 +48,8 @@ def described(capsys, path: Path, code: int = 0) -> dict:
 def test_a_model_folder_is_whole(to, tiny_folder, baked, capsys):
     folder = baked(to, **BAKED[to]) if to else tiny_folder
     found = described(capsys, folder)
-    assert set(found) == {"path", "kind", "components", "needs", "problems"}
+    assert set(found) == {"path", "kind", "model", "components", "needs", "problems"}
+    assert found["model"] == {"kind": "dev", "told_by": "its 64 channels and its guidance input"}
     assert (found["kind"], found["needs"], found["problems"]) == ("model folder", [], [])
     parts, source = found["components"], inspect(tiny_folder).components
     assert list(parts) == list(COMPONENTS)
@@ -84,7 +85,8 @@ def test_the_folder_of_one_part_is_that_part_and_needs_the_others(name, baked, c
 
 def test_a_file_of_bfl_is_a_transformer_and_needs_the_rest(single, capsys):
     found = described(capsys, single)
-    assert set(found) == {"path", "kind", "needs", "problems"} | PART_KEYS
+    assert set(found) == {"path", "kind", "model", "needs", "problems"} | PART_KEYS
+    assert found["model"]["kind"] == "dev"
     assert (found["kind"], found["dialect"], found["precision"]) == ("transformer", "BFL", "BF16")
     assert {"text_encoder", "text_encoder_2", "vae"} <= set(found["needs"]) and found[
         "problems"

@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from fluxcli.errors import ExitCode, UsageError
 from fluxcli.models.abilities import ABILITIES, apply_kind, check_abilities
@@ -24,7 +26,7 @@ DEV = {"in_channels": 64, "guidance_embeds": True}
 
 
 def kind_of(config: dict | None = None, pipeline: str = "", title: str = "", name: str = "") -> str:
-    return find_kind(DEV | (config or {}), pipeline=pipeline, title=title, name=name).name
+    return find_kind(DEV | (config or {}), pipeline=pipeline, title=title, name=name).kind
 
 
 def test_channels_and_guidance_tell_what_they_can():
@@ -38,7 +40,7 @@ def test_channels_and_guidance_tell_what_they_can():
 def test_kontext_is_told_from_dev_by_index_metadata_or_name(where):
     said = {"pipeline": "FluxKontextPipeline"}.get(where, "FLUX.1-Kontext-dev")
     found = find_kind(DEV, **dict.fromkeys(("pipeline", "title", "name"), "") | {where: said})
-    assert found.name == "kontext"
+    assert found.kind == "kontext"
     assert (
         found.told_by
         == {
@@ -206,10 +208,7 @@ def test_a_kind_can_be_said_where_the_channels_allow_it(said, kind, checkpoint):
 def kontext(tiny_folder: Path) -> Path:
     """The bundled model as if it were Kontext."""
     folder = Path(shutil.copytree(tiny_folder, "model"))
-    index = folder / "model_index.json"
-    index.write_text(
-        json.dumps(json.loads(index.read_text()) | {"_class_name": "FluxKontextPipeline"})
-    )
+    name_pipeline(folder, "FluxKontextPipeline")
     return folder
 
 
@@ -227,6 +226,49 @@ def test_a_flag_that_the_model_cannot_honour_is_exit_2(kontext, photo, drawn, ca
     refused = call(capsys, *said, "--kind", "fill")
     assert "--kind dev or schnell or kontext" in assert_failed(refused, ExitCode.USAGE)
     assert len(drawn) == 1
+
+
+def test_inspect_says_the_kind_and_what_tells_it(kontext, tiny_folder, capsys):
+    (weights,) = (tiny_folder / "transformer").glob("*.safetensors")
+    state = load_file(weights)
+    save_file(state, "plain.safetensors", {"modelspec.title": "FLUX.1 Kontext"})
+    save_file(state, "my-kontext.safetensors")
+    wide = state | {"x_embedder.weight": torch.ones(state["x_embedder.weight"].shape[0], 384)}
+    save_file(wide, "kontext-fill.safetensors")
+    told = {
+        str(kontext): ("kontext", "its model_index.json"),
+        "plain.safetensors": ("kontext", "its metadata"),
+        "my-kontext.safetensors": ("kontext", "its name"),
+        "kontext-fill.safetensors": ("fill", "its 384 channels"),
+    }
+    for path, (kind, told_by) in told.items():
+        described = json.loads(call(capsys, "inspect", path).stdout)
+        assert described["model"] == {"kind": kind, "told_by": told_by}, path
+
+
+def test_inspect_knows_redux_by_its_keys(capsys):
+    shapes = {"redux_up": (12288, 1152), "redux_down": (4096, 12288)}
+    state = {}
+    for name, shape in shapes.items():
+        state[f"{name}.weight"] = torch.ones(shape, dtype=torch.float8_e4m3fn).to(torch.bfloat16)
+        state[f"{name}.bias"] = torch.ones(shape[0], dtype=torch.bfloat16)
+    save_file(state, "x.safetensors")
+    described = json.loads(call(capsys, "inspect", "x.safetensors").stdout)
+    assert described["kind"] == "Redux" and list(described["components"]) == ["image_embedder"]
+    assert described["needs"][0] == "image_encoder" and "--redux" in described["needs"][1]
+    assert described["problems"] == []
+
+
+def name_pipeline(folder: Path, pipeline: str) -> None:
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": pipeline}))
+
+
+def test_a_bake_remembers_the_kind_whatever_index_is_beside_it(copy, capsys):
+    name_pipeline(copy, "FluxKontextPipeline")
+    assert call(capsys, "quantize", str(copy), "baked", "--to", "int8", "-q").returncode == 0
+    name_pipeline(Path("baked"), "FluxPipeline")
+    assert inspect(Path("baked")).kind == "kontext"
 
 
 @pytest.mark.parametrize(

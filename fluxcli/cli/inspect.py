@@ -3,6 +3,7 @@
 Of weights it reads headers alone, and says what is wrong with them under `problems`.
 """
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,10 @@ from fluxcli.models.shapes import read_known_shapes
 from quant.checkpoint import (
     COMPONENTS,
     TOKENIZERS,
+    Checkpoint,
     Component,
     check_components,
+    find_kind_of,
     inspect,
     inspect_component,
 )
@@ -28,7 +31,9 @@ from quant.controlnet import is_controlnet, read_controlnet
 from quant.errors import CheckpointError, ForeignFile
 from quant.expected import check_tensors, count_matching
 from quant.header import read_header
+from quant.kinds import REDUX, find_part
 from quant.lora_names import is_lora
+from quant.redux import REDUX_PARTS, inspect_redux, is_whole_redux
 from quant.single_file import inspect_file, name_component
 from quant.tensor_info import TensorInfo
 
@@ -54,6 +59,8 @@ def inspect_command(
     check_there(path)
     if is_controlnet(path):
         described = _describe_controlnet(path)
+    elif _is_redux(path):
+        described = _describe_redux(path)
     elif path.is_dir():
         described = _describe_folder(path)
     elif path.suffix.lower() in MODEL_FILES:
@@ -89,6 +96,39 @@ def _describe_controlnet(path: Path) -> Description:
     }
 
 
+def _is_redux(path: Path) -> bool:
+    """Whether a folder or a file has the embedder of Redux."""
+    if path.is_dir():
+        return is_whole_redux(path)
+    if path.suffix.lower() not in MODEL_FILES:
+        return False
+    with contextlib.suppress(CheckpointError):
+        return find_part(read_header(path)) == REDUX
+    return False
+
+
+def _describe_redux(path: Path) -> Description:
+    """What the parts of Redux there are; raises `CheckpointError`."""
+    problems: list[str] = []
+    parts = inspect_redux([path])
+    components = {name: _describe_component(part, problems) for name, part in parts.items()}
+    needs = [name for name in REDUX_PARTS if name not in parts]
+    return {
+        "path": str(path),
+        "kind": "Redux",
+        "components": components,
+        "needs": [*needs, f"FLUX.1 [dev]: --redux PICTURE --redux-model {path}"],
+        "problems": problems,
+    }
+
+
+def _describe_kind(checkpoint: Checkpoint) -> Description:
+    """Which kind of FLUX.1 a model is, and what tells it."""
+    if checkpoint.said_kind:
+        return {"kind": checkpoint.said_kind, "told_by": "its manifest"}
+    return checkpoint.found_kind._asdict()
+
+
 def _describe_folder(path: Path) -> Description:
     """What a model folder is, or the folder of one component."""
     if (path / "model_index.json").is_file():
@@ -110,14 +150,18 @@ def _describe_model_folder(path: Path) -> Description:
     problems = [f"{name} is missing" for name in missing]
     folders = {name: path / name for name in COMPONENTS if name not in missing}
     components = _describe_components(folders, problems)
+    model: Description = {}
     if not problems:
         try:
-            check_components(inspect(path).components)
+            checkpoint = inspect(path)
+            model = {"model": _describe_kind(checkpoint)}
+            check_components(checkpoint.components)
         except CheckpointError as error:
             problems.append(str(error))
     return {
         "path": str(path),
         "kind": "model folder",
+        **model,
         "components": components,
         "needs": missing,
         "problems": problems,
@@ -162,6 +206,8 @@ def _describe_file(path: Path) -> Description:
         described |= {"kind": name, **components[name]}
     else:
         described |= {"kind": "several parts", "components": components}
+    if "transformer" in parts:
+        described["model"] = find_kind_of(parts["transformer"])._asdict()
     return described | {"needs": needs, "problems": problems}
 
 

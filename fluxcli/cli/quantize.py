@@ -84,7 +84,7 @@ class Source:
         """Which kind of FLUX.1 it is, or "controlnet"."""
         if self.is_controlnet:
             return CONTROLNET
-        return self.checkpoint.kind if self.checkpoint else find_kind_of(self.part).name
+        return self.checkpoint.kind if self.checkpoint else find_kind_of(self.part).kind
 
 
 def quantize(  # noqa: PLR0917 - typer's options

@@ -83,6 +83,9 @@ def _list_weights(described: Mapping[str, Any]) -> Iterator[Row]:
     for name in ("path", "kind", "format", "dialect", "precision", "loads", "base_model"):
         if described.get(name):
             yield name.replace("_", " "), describe_value(described[name])
+    if described.get("model"):
+        model = described["model"]
+        yield "model", f"{model['kind']}, told by {model['told_by']}"
     for name in ("rank", "alpha"):
         if name in described:
             yield name, describe_value(described[name])

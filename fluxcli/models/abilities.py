@@ -22,6 +22,7 @@ WORDS = {
     "depth": "a Depth model, which follows a depth map",
 }
 TAKE_CONTROL = ("canny", "depth")
+PRESETS = {"canny": "canny-dev", "depth": "depth-dev"}  # of kinds that are called otherwise
 
 
 class Ability(NamedTuple):
@@ -58,7 +59,8 @@ def apply_kind(request: GenerationRequest, checkpoint: Checkpoint) -> Checkpoint
     if channels != wanted:
         fitting = [kind for kind in KINDS if CHANNELS_OF[kind] == channels]
         why = f"{request.model} takes {channels} channels, a {request.kind} model {wanted}"
-        hint = f"--kind {' or '.join(fitting)}, or none; -p {request.kind} is one"
+        preset = PRESETS.get(request.kind, request.kind)
+        hint = f"--kind {' or '.join(fitting)}, or none; -p {preset} is one"
         raise UsageError("the model is of another kind", which="--kind", why=why, hint=hint)
     return replace(checkpoint, said_kind=request.kind)
 

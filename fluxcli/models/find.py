@@ -150,13 +150,13 @@ def read_kind(model: str) -> str:
     with contextlib.suppress(ExplainedError, OSError):
         path = locate(model, components=("transformer",))
         if path.is_file():
-            return find_kind_of(inspect_transformer(path)).name
+            return find_kind_of(inspect_transformer(path)).kind
         folder = path / "transformer"
         if not folder.is_dir():
-            return find_kind_of(inspect_component("transformer", path)).name
+            return find_kind_of(inspect_component("transformer", path)).kind
         index = read_json(path / "model_index.json", "not a FLUX model folder")
         pipeline = str(index.get("_class_name"))
-        return find_kind_of(inspect_component("transformer", folder), pipeline).name
+        return find_kind_of(inspect_component("transformer", folder), pipeline).kind
     return ""
 
 
