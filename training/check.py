@@ -34,6 +34,11 @@ TURNS = (-6, -3, 0, 3, 6)  # degrees
 # shorter side
 SPAN = {"circle": 0.886, "square": 0.90, "triangle": 0.716, "star": 0.664}
 LIMITS = (0.363, 0.514)
+OUTLINES = ("black", "white", "red")  # an outline has the first of these that a fact doesn't name
+LINE = (0.02, 0.045)  # depths below a silhouette's edge that an outline fills, of the shorter side
+RIM = 0.08  # of the shorter side: so near the picture's edge an outline may be cut off
+DEEP = 0.7  # of the greatest depth: the fill's colour is looked for below it
+MIN_LINE = 0.6  # share of the pixels in LINE that must have the outline's colour
 
 
 def name_of(rgb: np.ndarray) -> str | None:
@@ -149,6 +154,92 @@ def size_of(mask: np.ndarray, shape: str) -> str:
     if span < LIMITS[1]:
         return "normal"
     return "large"
+
+
+def outline_of(pixels: np.ndarray) -> tuple[str | None, str | None, np.ndarray]:
+    """(outline's colour or None, fill's colour or None, silhouette (H, W)) of (H, W, 3) pixels.
+
+    The silhouette is what differs from the background. An outline is a band of one named colour
+    along its edge that is neither the fill's nor the background's.
+    """
+    pixels = pixels.astype(np.float64)
+    background, _, _ = split(pixels)
+    mask = _filled(np.linalg.norm(pixels - background, axis=2) > STANDS_OUT)
+    if mask.sum() < 20:
+        return None, None, mask
+    depth = _depth(mask)
+    fill = name_of(np.median(pixels[depth > DEEP * depth.max()], axis=0))
+    low, high = (share * min(mask.shape) for share in LINE)
+    rim = round(RIM * min(mask.shape))
+    band = np.zeros_like(mask)
+    band[rim:-rim, rim:-rim] = ((depth >= low) & (depth <= high))[rim:-rim, rim:-rim]
+    band = pixels[band]
+    if not len(band):
+        return None, fill, mask
+    line = name_of(np.median(band, axis=0))
+    if line is None or line in (fill, name_of(background)):
+        return None, fill, mask
+    near = np.linalg.norm(band - NAMED[line], axis=1) <= 1.3 * FAR
+    return (line if near.mean() >= MIN_LINE else None), fill, mask
+
+
+def _filled(mask: np.ndarray) -> np.ndarray:
+    """(H, W) the mask and its holes: all that is not reached from outside the picture."""
+    blocked = np.pad(mask, 1)
+    reached = np.zeros_like(blocked)
+    reached[0] = reached[-1] = reached[:, 0] = reached[:, -1] = True
+    while True:
+        spread = reached.copy()
+        spread[1:] |= reached[:-1]
+        spread[:-1] |= reached[1:]
+        spread[:, 1:] |= reached[:, :-1]
+        spread[:, :-1] |= reached[:, 1:]
+        spread &= ~blocked
+        if (spread == reached).all():
+            return ~reached[1:-1, 1:-1]
+        reached = spread
+
+
+def _depth(mask: np.ndarray) -> np.ndarray:
+    """(H, W) how many times a pixel survives when the mask loses its outermost pixels.
+
+    The cross and the square take turns, which comes near the Euclidean distance. The mask ends
+    where the picture does.
+    """
+    depth = np.zeros(mask.shape, int)
+    left = mask.copy()
+    while left.any():
+        depth += left
+        padded = np.pad(left, 1)
+        middle = padded[1:-1, 1:-1]
+        rows = padded[:-2, 1:-1] & padded[2:, 1:-1]
+        columns = padded[1:-1, :-2] & padded[1:-1, 2:]
+        smaller = middle & rows & columns
+        if depth.max() % 2 == 0:
+            corners = padded[:-2, :-2] & padded[:-2, 2:] & padded[2:, :-2] & padded[2:, 2:]
+            smaller &= corners
+        left = smaller
+    return depth
+
+
+def check_outlined(image: Image.Image, fact: "Fact") -> dict[str, bool]:
+    """Whether a picture shows an outline, in the fact's outline colour, and its other words.
+
+    Shape and position are those of the silhouette; its size is not judged, for an outline lies
+    partly outside the shape.
+    """
+    pixels = np.asarray(image.convert("RGB"))
+    line, fill, mask = outline_of(pixels)
+    background, _, _ = split(pixels)
+    wanted = next(name for name in OUTLINES if name not in (fact.colour, fact.background))
+    return {
+        "any outline": line is not None,
+        "outline": line == wanted,
+        "background": name_of(background) == fact.background,
+        "colour": fill == fact.colour,
+        "position": bool(mask.any()) and position_of(mask) == fact.position,
+        "shape": bool(mask.any()) and shape_of(mask)[0] == fact.shape,
+    }
 
 
 def check(image: Image.Image, fact: "Fact") -> dict[str, bool]:

@@ -40,6 +40,12 @@ POSITIONS = {
 }
 MARGIN = 0.04  # of the shorter side, between an off-centre shape and the edge
 STAR_INNER = 0.45  # inner radius / outer radius
+OUTLINE = (
+    0.01,
+    0.06,
+)  # how far an outline reaches inside and outside the edge, of the shorter side
+OUTLINE_COLOURS = ("black", "white", "red")  # the first that the picture does not have yet
+OUTLINE_RGB = {name: COLOURS[name] for name in OUTLINE_COLOURS}
 # half width and half height of the bounding box, in radii
 EXTENT = {
     "circle": (1.0, 1.0),
@@ -177,6 +183,11 @@ def training_fact(rng: random.Random) -> Fact:
             return fact
 
 
+def outline_colour(fact: Fact) -> str:
+    """The colour of a fact's outline: the first of OUTLINE_COLOURS that the fact does not name."""
+    return next(name for name in OUTLINE_COLOURS if name not in (fact.colour, fact.background))
+
+
 def picture_size(longest: int, ratio: str = "1:1") -> tuple[int, int]:
     """(width, height) in pixels.
 
@@ -187,26 +198,49 @@ def picture_size(longest: int, ratio: str = "1:1") -> tuple[int, int]:
     return (longest, other) if across >= down else (other, longest)
 
 
-def render(facts: list[Fact], size: tuple[int, int], rng: random.Random) -> torch.Tensor:
+def render(
+    facts: list[Fact], size: tuple[int, int], rng: random.Random, *, outlined: bool = False
+) -> torch.Tensor:
     """(B, 3, H, W) float32 pictures in [-1, 1].
 
-    The rng moves, turns, scales and shades each shape a little.
+    The rng moves, turns, scales and shades each shape a little: the same for an outlined picture as
+    for a plain one, and the same place and size whatever the colours.
     """
-    width, height = size
-    drawn = torch.tensor([_numbers(fact, size, rng) for fact in facts], dtype=torch.float32)
-    drawn = drawn[:, :, None, None]  # (B, 12, 1, 1)
-    center_x, center_y, radius, cos, sin, shape = (drawn[:, i] for i in range(6))  # (B, 1, 1)
+    numbers = [_numbers(fact, size, rng) for fact in facts]
+    distance = _distance(numbers, size)[:, None]  # (B, 1, H, W)
+    inside_px, outside_px = (share * min(size) if outlined else 0.0 for share in OUTLINE)
+    drawn = torch.tensor(numbers, dtype=torch.float32)[:, :, None, None]
     color = drawn[:, 6:9]  # (B, 3, 1, 1)
+    if outlined:
+        lines = [OUTLINE_RGB[outline_colour(fact)] for fact in facts]
+        line = torch.tensor(lines, dtype=torch.float32)[:, :, None, None]
+        color = line + (color - line) * (0.5 - distance - inside_px).clamp(0, 1)
     background = drawn[:, 9:12]
+    cover = (0.5 - distance + outside_px).clamp(0, 1)
+    return (background + (color - background) * cover) / 127.5 - 1
+
+
+def distances(facts: list[Fact], size: tuple[int, int], rng: random.Random) -> torch.Tensor:
+    """(B, H, W) signed pixels to the edge of the shape that `render` draws with such an rng."""
+    return _distance([_numbers(fact, size, rng) for fact in facts], size)
+
+
+def _distance(numbers: list[list[float]], size: tuple[int, int]) -> torch.Tensor:
+    """(B, H, W) signed pixels to the edge of each shape, negative inside."""
+    width, height = size
+    drawn = torch.tensor(numbers, dtype=torch.float32)[:, :, None, None]  # (B, 12, 1, 1)
+    center_x, center_y, radius, cos, sin, shape = (drawn[:, i] for i in range(6))  # (B, 1, 1)
     from_x = torch.arange(width, dtype=torch.float32)[None, None, :] + 0.5 - center_x  # (B, 1, W)
     from_y = torch.arange(height, dtype=torch.float32)[None, :, None] + 0.5 - center_y  # (B, H, 1)
     x = from_x * cos + from_y * sin  # (B, H, W)
     y = from_y * cos - from_x * sin
     every = torch.stack(_distances(x, y, radius))  # (4, B, H, W)
     which = shape[None].long().expand(1, *every.shape[1:])
-    distance = every.gather(0, which)[0]  # (B, H, W) pixels to the edge
-    cover = (0.5 - distance).clamp(0, 1)[:, None]
-    return (background + (color - background) * cover) / 127.5 - 1
+    distance = every.gather(0, which)[0]
+    # the lines of a point's two sides meet far outside: its bounding box ends the point
+    extents = torch.tensor([EXTENT[name] for name in SHAPES])[drawn[:, 5, 0, 0].long()]
+    half_width, half_height = (extents[:, i, None, None] * radius for i in (0, 1))
+    return distance.maximum(x.abs() - half_width).maximum(y.abs() - half_height)
 
 
 def _numbers(fact: Fact, size: tuple[int, int], rng: random.Random) -> list[float]:
