@@ -125,9 +125,9 @@ def _prepare_image(
     if kind == "fill":
         shown = values * ~torch.from_numpy(canvas.mask)
         masked = pack(encoder.encode(shown, generator))
-        latents.channels = torch.cat([masked, masks.to_channels(canvas.mask)], dim=2)
+        latents.channels = torch.cat([masked, pack(masks.to_channels(canvas.mask))], dim=2)
     else:
-        latents.mask = masks.to_tokens(canvas.mask)
+        latents.mask = pack(masks.to_latents(canvas.mask))
         if not latents.mask.any() and picture.inputs.mask:
             why = "its white is finer than the 8x8 pixels of a latent"
             hint = "a broader mask, or a Fill model: -p fill"
