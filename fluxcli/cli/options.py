@@ -57,7 +57,7 @@ _SHOWN = {
     "control": _Shown(PICTURES, "KIND:FILE", complete.offer_controls),
     "negative_prompt": _Shown(PICTURE, "TEXT"),
     "true_cfg": _Shown(PICTURE, "X"),
-    "kind": _Shown(PICTURE, "KIND"),
+    "kind": _Shown(PICTURE, "KIND", complete.offer_values("kind")),
     "preview_every": _Shown(OUTPUT, "N"),
     "steps": _Shown(PICTURE, "N"),
     "guidance": _Shown(PICTURE, "X"),

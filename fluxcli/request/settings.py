@@ -413,7 +413,7 @@ _ROWS = (
     Setting(
         "image",
         PICTURE_FILE,
-        help="Picture to start from; its ratio decides the size unless one is given.",
+        help="Picture to start from, - for stdin; its ratio decides the size.",
         flags=("--init", "--image"),
         optional=True,
     ),
@@ -484,7 +484,7 @@ _ROWS = (
     Setting(
         "true_cfg",
         TrueScale(1.01, 100.0),
-        help="How strongly --negative-prompt pushes away.",
+        help="How strongly --negative-prompt pushes away; 3 where that is given alone.",
         flags=("--true-cfg",),
         optional=True,
     ),
