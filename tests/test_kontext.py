@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from fluxcli.engine import decode
-from fluxcli.pictures.inputs import load_inputs
 from fluxcli.pictures.references import stitch
 from fluxcli.request.fields import Order
 from fluxcli.request.sizes import KONTEXT_SIZES, fit_kontext, fit_references
@@ -21,7 +20,13 @@ from quant.checkpoint import inspect
 from quant.linear import Multiplication
 from quant.single_file import assemble_checkpoint
 from tests.support.helpers import tiny
-from tests.support.pictures import count_levels_apart, draw_from, make_engine, make_picture
+from tests.support.pictures import (
+    count_levels_apart,
+    draw_from,
+    make_canvas,
+    make_engine,
+    make_picture,
+)
 
 EXHAUSTIVE = pytest.mark.exhaustive
 MOVED = 8  # of 255: by more than this a reference moves a picture
@@ -65,13 +70,6 @@ def draw_with_diffusers(pipe: Any, order: Order, **inputs: object) -> np.ndarray
         **options,
     ).images[0]
     return np.asarray(image)
-
-
-def make_canvas(order: Order) -> Image.Image:
-    """The canvas of an order's references, which diffusers is given."""
-    references = load_inputs(order.request).references
-    size = order.request.fit_canvas([each.size for each in references])
-    return Image.fromarray(stitch([each.read_pixels() for each in references], size))
 
 
 def test_pictures_are_those_of_diffusers(kontext_folder):

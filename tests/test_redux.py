@@ -29,28 +29,13 @@ from tests.support.pictures import (
     draw_from,
     make_engine,
     make_picture,
+    make_prior,
 )
 from tests.support.redux import FILES, SMALL, write_redux, write_sparse
 
 MOVED = 8  # of 255: by more than this a look moves a picture
 SIGLIP = {name: each for name, each in SMALL["image_encoder"].items() if name != "architectures"}
 TEXT_WIDTH = SMALL["image_embedder"]["txt_in_features"]
-
-
-def make_prior(siglip: dict[str, int], text_width: int) -> Any:
-    """diffusers' pipeline with random SigLIP and embedder, whose looks are like T5's embeddings."""
-    from diffusers import FluxPriorReduxPipeline
-    from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
-    from transformers import SiglipVisionConfig, SiglipVisionModel
-    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-
-    torch.manual_seed(0)
-    side = siglip["image_size"]
-    return FluxPriorReduxPipeline(
-        image_encoder=SiglipVisionModel(SiglipVisionConfig(**siglip)).eval(),
-        feature_extractor=SiglipImageProcessorPil(size={"height": side, "width": side}),
-        image_embedder=ReduxImageEncoder(siglip["hidden_size"], text_width),
-    )
 
 
 @pytest.fixture(scope="session")

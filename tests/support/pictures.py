@@ -2,14 +2,17 @@
 
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from fluxcli.engine.engine import Engine
 from fluxcli.engine.picture import Picture
 from fluxcli.models.parts import resolve_parts
 from fluxcli.pictures.inputs import load_inputs
+from fluxcli.pictures.references import stitch
 from fluxcli.request.fields import Order
 from quant.checkpoint import Checkpoint
 from tests.support.helpers import engine_of
@@ -48,3 +51,26 @@ def draw_from(engine: Engine, order: Order) -> np.ndarray:
 def count_levels_apart(one: np.ndarray, other: np.ndarray) -> int:
     """The largest difference of any value, of 255."""
     return int(np.abs(one.astype(int) - other.astype(int)).max())
+
+
+def make_canvas(order: Order) -> Image.Image:
+    """The canvas of an order's references, which diffusers is given."""
+    references = load_inputs(order.request).references
+    size = order.request.fit_canvas([each.size for each in references])
+    return Image.fromarray(stitch([each.read_pixels() for each in references], size))
+
+
+def make_prior(siglip: dict[str, int], text_width: int) -> Any:
+    """diffusers' pipeline with random SigLIP and embedder, whose looks are like T5's embeddings."""
+    from diffusers import FluxPriorReduxPipeline
+    from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    torch.manual_seed(0)
+    side = siglip["image_size"]
+    return FluxPriorReduxPipeline(
+        image_encoder=SiglipVisionModel(SiglipVisionConfig(**siglip)).eval(),
+        feature_extractor=SiglipImageProcessorPil(size={"height": side, "width": side}),
+        image_embedder=ReduxImageEncoder(siglip["hidden_size"], text_width),
+    )

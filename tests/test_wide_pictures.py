@@ -1,0 +1,79 @@
+"""Redux at FLUX.1's real widths, with one block of each kind: diffusers' pictures."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fluxcli.request.fields import Order
+from quant.checkpoint import inspect
+from quant.redux import PUBLISHED_CONFIGS, count_tokens
+from tests.support.helpers import tiny
+from tests.support.pictures import (
+    count_levels_apart,
+    draw_from,
+    make_engine,
+    make_picture,
+    make_prior,
+)
+from tests.support.wide import write_wide
+
+pytestmark = pytest.mark.exhaustive
+
+MOVED = 8  # of 255
+SIZE = {"width": 96, "height": 64, "steps": 2, "guidance": 2.5, "text_tokens": 512}
+
+
+@pytest.fixture(scope="module")
+def wide(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_wide(tiny_folder, tmp_path_factory.mktemp("wide") / "model")
+
+
+def draw_with_diffusers(pipe: Any, order: Order, **inputs: object) -> np.ndarray:
+    request = order.request
+    width, height = request.size
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe(
+        width=width,
+        height=height,
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance,
+        max_sequence_length=request.text_tokens,
+        generator=torch.Generator("cpu").manual_seed(request.seed),
+        **inputs,
+    ).images[0]
+    return np.asarray(image)
+
+
+def test_redux_without_a_prompt(wide, tmp_path):
+    """diffusers' own zeros, which have the published sizes."""
+    from diffusers import FluxPipeline, FluxPriorReduxPipeline
+
+    siglip = PUBLISHED_CONFIGS["image_encoder"] | {"num_hidden_layers": 1}
+    make_prior(siglip, 4096).save_pretrained(tmp_path / "redux")
+    prior = FluxPriorReduxPipeline.from_pretrained(tmp_path / "redux", torch_dtype=torch.float32)
+    image = make_picture(Path("a.png"), (90, 50))
+    sequence, pooled = prior(image, return_dict=False)
+    del prior
+    order = tiny(prompt="", redux=("a.png",), redux_model=(str(tmp_path / "redux"),), **SIZE)
+    pipe = FluxPipeline.from_pretrained(
+        wide,
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+        torch_dtype=torch.float32,
+    )
+    expected = draw_with_diffusers(pipe, order, prompt_embeds=sequence, pooled_prompt_embeds=pooled)
+    del pipe
+    engine = make_engine(inspect(wide), order)
+    assert count_tokens(engine.checkpoint.components["image_encoder"]) == 729
+    apart = count_levels_apart(draw_from(engine, order), expected)
+    make_picture(Path("b.png"), (40, 70))
+    other = tiny(prompt="", redux=("b.png",), redux_model=(str(tmp_path / "redux"),), **SIZE)
+    moved = count_levels_apart(draw_from(engine, other), expected)
+    print(f"Redux, wide: {apart}/255 apart, moved by {moved}/255")
+    assert apart <= 1
+    assert moved > MOVED
