@@ -194,6 +194,11 @@ def test_quantize_makes_a_folder_that_acts(controlnet, capsys):
     assert "quantized already" in error
 
 
+def test_a_kind_of_control_is_quantized_by_its_name(capsys):
+    assert call(capsys, "quantize", "edges", "small", "--to", "int8").returncode == 0
+    assert inspect_controlnet(Path("small")).precision == "int8"
+
+
 @pytest.mark.parametrize(
     "options",
     [

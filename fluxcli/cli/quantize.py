@@ -21,10 +21,11 @@ from fluxcli.cli.ending import explain_early_end
 from fluxcli.cli.plan import format_duration
 from fluxcli.engine.check import check_torch
 from fluxcli.errors import ExitCode, UsageError, WeightsUnavailable
-from fluxcli.models import find, loras
+from fluxcli.models import controls, find, loras
 from fluxcli.plan.costs import make_workload
 from fluxcli.plan.planner import choose_bake
 from fluxcli.request import presets
+from fluxcli.request.controls import find_kind
 from fluxcli.request.settings import LoraRef, coerce
 from fluxcli.resolve import resolve_order
 from quant.checkpoint import (
@@ -91,7 +92,7 @@ def quantize(  # noqa: PLR0917 - typer's options
     source: Annotated[
         str,
         typer.Argument(
-            help="Preset, model or ControlNet: folder, hub id or file.",
+            help="Preset, kind of --control, folder, hub id or file.",
             show_default=False,
             autocompletion=complete.offer_sources,
         ),
@@ -281,7 +282,11 @@ def _make_spec(to: str, *, layout: str, text_encoder: str | None, **choices: Any
 def _find_source(named: str, *, layout: str) -> Source:
     """The model of a preset, folder, hub id or file, with what the layout needs of it."""
     model = presets.model_of(named, paths.config_folder())
-    path = find.locate(model)
+    if model == named and find_kind(named, paths.config_folder()):
+        model = controls.repository_of(named)
+        path = controls.locate(named)
+    else:
+        path = find.locate(model)
     name = str(path) if find.find_path(model) else model
     is_whole = layout == FOLDER_LAYOUT
     if is_controlnet(path):
