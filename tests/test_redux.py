@@ -148,9 +148,12 @@ def test_a_look_is_kept_in_memory_and_on_disk(tiny_folder, redux_folder):
 def test_metadata_name_what_looked_at_the_picture(tiny_folder, redux_folder):
     make_picture(Path("a.png"), (90, 50))
     order = redux_order(redux_folder, "a.png")
-    model = make_metadata(make_engine(inspect(tiny_folder), order), order, ())["model"]
+    described = []
+    for each in (order, tiny()):
+        engine = make_engine(inspect(tiny_folder), each)
+        described.append(make_metadata(engine, each, begin_picture(engine, each))["model"])
+    model, plain = described
     assert model["parts"].keys() == {"image_encoder", "image_embedder"}
-    plain = make_metadata(make_engine(inspect(tiny_folder), tiny()), tiny(), ())["model"]
     assert plain == {name: model[name] for name in ("name", "fingerprint")}
 
 
