@@ -30,6 +30,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -40,26 +41,31 @@ from unittest import mock
 
 import psutil
 import torch
+from PIL import Image
 
 from benchmarks.counting import pretend_baked
 from benchmarks.questions import ask, attempt
-from fluxcli.engine import decode, text
+from fluxcli.engine import decode, prepare, text
 from fluxcli.engine import device as hardware
 from fluxcli.engine.engine import Engine
 from fluxcli.engine.picture import Picture
 from fluxcli.errors import FluxError
 from fluxcli.events import Phase, Step
+from fluxcli.models.parts import Control
 from fluxcli.models.shapes import read_known_shapes
+from fluxcli.pictures.inputs import InputPictures, read_picture
 from fluxcli.plan import costs, placement
 from fluxcli.plan.machine import Hardware
-from fluxcli.plan.placement import GIB, PHASES, Candidate
+from fluxcli.plan.placement import GIB, PHASES, PREPARE, Candidate
 from fluxcli.plan.planner import survey
 from fluxcli.request.fields import Order
+from fluxcli.request.inputs import ControlRef
 from quant import codes, linear
-from quant.checkpoint import Checkpoint, inspect
+from quant.checkpoint import Checkpoint, Component, inspect
 from quant.codecs import Reader
 from quant.spec import BAKEABLE, DEQUANTIZE, SCHEMES, QuantSpec
-from quant.weights import Weight
+from quant.tensor_info import TensorInfo
+from quant.weights import Piece, Weight
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -77,7 +83,10 @@ DTYPES = {
 SPECS = [QuantSpec(name, SCHEMES[name].text_encoder) for name in BAKEABLE]
 WAYS = ("resident", "model offload", "group offload")  # of diffusers
 INTERRUPTED = 130
-LOADED_FOR = {"transformer": "denoise", "vae": "decode"}  # the phase that a component is loaded for
+# The phase that a component is loaded for.
+LOADED_FOR = {"controlnet": "denoise", "transformer": "denoise", "vae": "decode"}
+INPUTS = ("controlnet", "reference")  # of rows with a picture: Union-Pro 2.0's size, or Kontext's
+NETWORK_BLOCKS = 6  # double ones, as Union-Pro 2.0 has
 
 
 @contextlib.contextmanager
@@ -119,8 +128,10 @@ def random_weights(checkpoint: Checkpoint, *, text_tokens: int) -> Iterator[None
         mock.patch("quant.codecs.check_values", lambda *_: None),
         mock.patch.object(linear, "read_offset", lambda _: 0.0),
         mock.patch.object(decode, "is_finite", lambda _: True),
+        mock.patch.object(prepare, "is_finite", lambda _: True),
         mock.patch.object(text, "tokenize", lambda *_: tokens),
         mock.patch.object(Checkpoint, "fingerprint", "random"),
+        mock.patch.object(Component, "fingerprint", property(lambda part: part.name)),
         mock.patch.object(Checkpoint, "text_encoder_fingerprint", "random"),
     ):
         yield
@@ -149,11 +160,11 @@ class Run:
         self.steps_s: list[float] = []
         self._phase = "encode"
 
-    def draw(self, order: Order) -> None:
+    def draw(self, picture: Picture) -> None:
         step_ended = 0.0
         hardware.reset_peak(self.engine.plan.device)
         with torch.no_grad():
-            for event in self.engine.draw([Picture(order.request)]):
+            for event in self.engine.draw([picture]):
                 if isinstance(event, Phase):
                     self._end_phase()
                     self._begin_phase(event)
@@ -166,7 +177,7 @@ class Run:
         self._end_phase()
 
     def _begin_phase(self, event: Phase) -> None:
-        if event.name in PHASES:
+        if event.name in (*PHASES, PREPARE):
             self._phase = event.name
         else:  # loading is part of the phase that it is for
             self._phase = LOADED_FOR.get(event.detail, self._phase)
@@ -180,7 +191,7 @@ class Run:
         hardware.reset_peak(device)
 
 
-def carry_out(candidate: Candidate, machine: Hardware, *, order: Order) -> dict:
+def carry_out(candidate: Candidate, machine: Hardware, *, picture: Picture) -> dict:
     """One plan, carried out: what of a row is measured."""
     plan = candidate.plan
     if plan is None:
@@ -188,43 +199,94 @@ def carry_out(candidate: Candidate, machine: Hardware, *, order: Order) -> dict:
     codes.TABLES.clear()  # of the candidates before
     engine = Engine(candidate.checkpoint, plan, machine)
     run = Run(engine)
-    run.draw(order)
-    planned_s = sum(costs.block_seconds(candidate.cost, machine, machine.speeds))
-    copied_bytes = sum(candidate.cost.blocks[i].nbytes for i in plan.placement.streamed)
+    run.draw(picture)
+    cost = candidate.cost
+    planned_s = sum(costs.block_seconds(cost, machine, machine.speeds))
+    for control in cost.controls:
+        planned_s += sum(costs.control_seconds(cost, control, machine, machine.speeds))
+    copied_bytes = sum(cost.blocks[i].nbytes for i in plan.placement.streamed)
     return {
         "placed": plan.placement.level("denoise"),
         "encode": plan.placement.encode,
         "decode": plan.placement.decode,
         "went_on_as_planned": engine.plan.placement == plan.placement,
         "plan_bytes": plan.peak_bytes,
-        "measured_bytes": {phase: run.peaks.get(phase, 0) for phase in PHASES},
-        "live_bytes": {phase: run.live.get(phase, 0) for phase in PHASES},
+        "measured_bytes": {phase: run.peaks.get(phase, 0) for phase in plan.peak_bytes},
+        "live_bytes": {phase: run.live.get(phase, 0) for phase in plan.peak_bytes},
         "step_s": round(statistics.median(run.steps_s), 4),
         "planned_step_s": round(planned_s, 4),
         "bus_s": round(copied_bytes / machine.speeds.bus_bytes, 4),
     }
 
 
+def make_picture(order: Order, kind: str, folder: Path) -> Picture:
+    """The picture of an order, with an input of that kind unless it is ""."""
+    if not kind:
+        return Picture(order.request)
+    path = folder / "input.png"
+    Image.new("RGB", order.request.size, "teal").save(path)
+    given = read_picture(str(path))
+    if kind == "reference":
+        request = replace(order.request, reference=(given.path,))
+        return Picture(request, inputs=InputPictures(references=(given,)))
+    request = replace(order.request, control=(ControlRef("a network", given.path),))
+    inputs = InputPictures(controls=(given,))
+    return Picture(request, inputs=inputs, controls=(Control("controlnet"),))
+
+
+def add_network(checkpoint: Checkpoint) -> Checkpoint:
+    """The model with a ControlNet of its own first blocks, in the same precision."""
+    part = checkpoint.components["transformer"]
+    count = min(NETWORK_BLOCKS, part.config["num_layers"])
+    width = part.config["num_attention_heads"] * part.config["attention_head_dim"]
+    weights = {}
+    for name, weight in part.weights.items():
+        kind, _, rest = name.partition(".")
+        if kind in ("single_transformer_blocks", "norm_out", "proj_out"):
+            continue
+        if kind != "transformer_blocks" or int(rest.partition(".")[0]) < count:
+            weights[name] = weight
+    layers = {f"controlnet_blocks.{i}": (width, width) for i in range(count)}
+    layers["controlnet_x_embedder"] = (width, part.config["in_channels"])
+    for layer, shape in layers.items():
+        for leaf, its_shape in (("weight", shape), ("bias", shape[:1])):
+            info = TensorInfo(f"{layer}.{leaf}", "BF16", its_shape)
+            weights[info.name] = Weight(info.name, its_shape, "", {"": Piece(part.folder, info)})
+    config = {key: value for key, value in part.config.items() if key != "out_channels"}
+    config |= {"num_layers": count, "num_single_layers": 0, "_class_name": "FluxControlNetModel"}
+    network = Component("controlnet", part.folder, config, weights=weights)
+    return replace(checkpoint, components=checkpoint.components | {"controlnet": network})
+
+
 def try_placements(
     folders: Sequence[Checkpoint], machine: Hardware, *, order: Order
 ) -> Iterator[dict]:
-    """Rows of every precision, as planned, and of other placements of 16 bit.
+    """Rows of every precision, as planned, of other placements of 16 bit, and with pictures.
 
-    Those are with blocks that stream, and with blocks that come from their files.
+    The second are with blocks that stream, and with blocks that come from their files; the last
+    with a ControlNet, and with a reference as Kontext has it.
     """
     wide = "bf16" if machine.bf16 else "fp16"
-    wanted = [(precision, "auto") for precision in (wide, *BAKEABLE)]
-    wanted += [(wide, "stream"), (wide, "sequential")]
-    for precision, offload in wanted:
+    wanted = [(precision, "auto", "") for precision in (wide, *BAKEABLE)]
+    wanted += [(wide, "stream", ""), (wide, "sequential", "")]
+    wanted += [("w4a8", "auto", kind) for kind in INPUTS]
+    for precision, offload, kind in wanted:
         resources = replace(order.resources, precision=precision, offload=offload)
         asked = replace(order, resources=resources)
 
-        def measure(asked: Order = asked) -> dict:
-            workload = costs.make_workload(asked.request)
-            best = survey(workload, asked.resources, folders, machine)[0]
-            return carry_out(best, machine, order=asked)
+        def measure(asked: Order = asked, kind: str = kind) -> dict:
+            candidates = folders
+            if kind == "controlnet":
+                candidates = [add_network(each) for each in folders]
+            with tempfile.TemporaryDirectory() as folder:
+                given = make_picture(asked, kind, Path(folder))
+                workload = costs.make_workload(
+                    given.request, references=given.inputs.references, controls=given.controls
+                )
+                best = survey(workload, asked.resources, candidates, machine)[0]
+                return carry_out(best, machine, picture=given)
 
-        row = {"precision": precision, "offload": offload}
+        row = {"precision": precision, "offload": offload, "inputs": kind}
         yield row | attempt(measure)
         gc.collect()
         hardware.empty_cache(machine.device)
@@ -520,11 +582,11 @@ def make_order(size: str, *, steps: int, shrunk: bool) -> Order:
 
 def show(size: str, cap: int, *, row: dict, unit_bytes: int) -> None:
     """One line of the table: the phase that needs most, planned and measured."""
-    said = f"cap {cap:<3} {size:<10} {row['precision']:<5}"
+    said = f"cap {cap:<3} {size:<10} {row['precision']:<5} {row['inputs']:<10}"
     if "error" in row:
         print(f"{said} {row['offload']:<12} {row['error']}", flush=True)
         return
-    phase = max(PHASES, key=row["measured_bytes"].__getitem__)
+    phase = max(row["measured_bytes"], key=row["measured_bytes"].__getitem__)
     plan = row["plan_bytes"][phase] / unit_bytes
     measured = row["measured_bytes"][phase] / unit_bytes
     bound_s = max(row["planned_step_s"], row["bus_s"])
