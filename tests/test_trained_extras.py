@@ -1,4 +1,4 @@
-"""The bundled ControlNet, and the checker and the edge maps that judge them.
+"""The bundled LoRA and ControlNet, and the checker and the edge maps that judge them.
 
 What they score is in training/README.md; here are their files, and that the judges see what is
 there.
@@ -18,7 +18,9 @@ from training import check, data, edges
 from training.evaluate_pictures import input_pairs, repaints, to_image
 
 SIZE = (128, 128)
+LORA = BUNDLED / "lora" / "outline.safetensors"
 CONTROLNET = BUNDLED / "control" / "edges"
+OUTLINE_SHA256 = "0a7c4b9685e1cefd0c401fe643a9c27a4672c4fd8f0f288840e6ace3ad17c4f8"
 EDGES_SHA256 = "8372c34539f040e2d184340d79edbf956def6b67b8f94bb79c812f00e2292e15"
 
 
@@ -78,15 +80,22 @@ def test_judged_inputs_are_held_out():
 
 
 def test_the_weights_are_the_published_ones():
+    assert hashlib.sha256(LORA.read_bytes()).hexdigest() == OUTLINE_SHA256
     network = CONTROLNET / "diffusion_pytorch_model.safetensors"
     assert hashlib.sha256(network.read_bytes()).hexdigest() == EDGES_SHA256
     files = [path for path in BUNDLED.rglob("*.safetensors") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 14_000_000
+    assert LORA.stat().st_size <= 700_000
     folder = [path for path in CONTROLNET.iterdir() if path.is_file()]
     assert sum(path.stat().st_size for path in folder) <= 2_100_000
 
 
 def test_the_weights_are_in_the_published_formats():
+    with safe_open(LORA, "pt") as file:
+        names = list(file.keys())
+        assert {file.get_tensor(name).dtype for name in names} == {torch.bfloat16}
+    assert len(names) == 98
+    assert all(name.startswith("transformer.") and ".lora_" in name for name in names)
     config = json.loads((CONTROLNET / "config.json").read_text(encoding="utf-8"))
     assert config["_class_name"] == "FluxControlNetModel"
     assert (config["num_layers"], config["num_single_layers"]) == (1, 1)
