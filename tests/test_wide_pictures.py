@@ -1,4 +1,4 @@
-"""Redux at FLUX.1's real widths, with one block of each kind: diffusers' pictures."""
+"""Kontext and Redux at FLUX.1's real widths, with one block of each kind: diffusers' pictures."""
 
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from tests.support.helpers import tiny
 from tests.support.pictures import (
     count_levels_apart,
     draw_from,
+    make_canvas,
     make_engine,
     make_picture,
     make_prior,
@@ -28,7 +29,7 @@ SIZE = {"width": 96, "height": 64, "steps": 2, "guidance": 2.5, "text_tokens": 5
 
 @pytest.fixture(scope="module")
 def wide(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_wide(tiny_folder, tmp_path_factory.mktemp("wide") / "model")
+    return write_wide(tiny_folder, tmp_path_factory.mktemp("wide") / "kontext")
 
 
 def draw_with_diffusers(pipe: Any, order: Order, **inputs: object) -> np.ndarray:
@@ -45,6 +46,31 @@ def draw_with_diffusers(pipe: Any, order: Order, **inputs: object) -> np.ndarray
         **inputs,
     ).images[0]
     return np.asarray(image)
+
+
+def test_kontext(wide):
+    from diffusers import FluxKontextPipeline
+
+    make_picture(Path("a.png"), (90, 50))
+    # Random weights look at all tokens alike: beside 512 of text a reference is a small share.
+    size = SIZE | {"text_tokens": 16}
+    order = tiny(reference=("a.png",), **size)
+    pipe = FluxKontextPipeline.from_pretrained(wide, torch_dtype=torch.float32)
+    expected = draw_with_diffusers(
+        pipe,
+        order,
+        prompt=order.request.prompt,
+        image=make_canvas(order),
+        max_area=96 * 64,
+        _auto_resize=False,
+    )
+    del pipe
+    engine = make_engine(inspect(wide), order)
+    apart = count_levels_apart(draw_from(engine, order), expected)
+    moved = count_levels_apart(draw_from(engine, tiny(**size)), expected)
+    print(f"Kontext, wide: {apart}/255 apart, moved by {moved}/255")
+    assert apart <= 1
+    assert moved > MOVED
 
 
 def test_redux_without_a_prompt(wide, tmp_path):

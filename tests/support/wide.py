@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import torch
@@ -51,7 +52,9 @@ def write_random(name: str, folder: Path, config: dict) -> None:
         if key.endswith("weight") and parameter.ndim == 1:
             state[key] = torch.ones(parameter.shape, dtype=torch.bfloat16)
         else:
-            state[key] = noise.repeat(numel // NOISE_NUMEL + 1)[:numel].view(parameter.shape)
+            # Each begins elsewhere: with equal weights for q and k, tokens see themselves alone.
+            own = noise.roll(zlib.crc32(key.encode()) % NOISE_NUMEL)
+            state[key] = own.repeat(numel // NOISE_NUMEL + 1)[:numel].view(parameter.shape)
     stem = "model" if "encoder" in name else "diffusion_pytorch_model"
     path = folder / f"{stem}.safetensors"
     save_file({key: value.clone() for key, value in state.items()}, path, {"format": "pt"})
