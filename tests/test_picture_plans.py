@@ -37,7 +37,6 @@ CARDS = [  # card, request; without a precision it is the plan's choice
     ("8GiB:sm89", {"precision": "bf16"}),
     ("12GiB:sm89", {"precision": "int8"}),
     ("8GiB:sm89", {"precision": "w4a8", "offload": "stream"}),
-    ("8GiB:sm89", {"precision": "bf16", "offload": "sequential"}),
 ]
 
 
