@@ -1,5 +1,6 @@
 """BFL's Canny and Depth models, and their LoRAs, draw what diffusers' control pipelines draw."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from tests.support.controls import (
     open_image,
 )
 from tests.support.helpers import draw, engine_of, tiny
+from tests.support.invariant import call
 from tests.support.loras import linear_layers, low_rank, peft_tensors
 
 
@@ -175,6 +177,17 @@ def test_a_control_lora_is_told_by_its_file(tiny_folder, tmp_path):
         described = loras.describe(path)
         assert described["usable"]
         assert ("a control picture: --control" in described["needs"]) is needs
+
+
+def test_a_control_lora_that_is_not_here_is_planned_as_one(pictures, capsys):
+    options = ("plan", "x", "-p", "canny-lora", "--card", "16GiB:sm89")
+    control = f"canny:{pictures['map']}"
+    result = call(capsys, *options, "--control", control, "--json")
+    plans = [each["plan"] for each in json.loads(result.stdout)["candidates"] if each["plan"]]
+    reasons = [reason for plan in plans for reason in plan["reasons"]]
+    assert reasons and not any("controlnet" in reason for reason in reasons)
+    refused = call(capsys, *options, "--control", f"{control}:0.5")
+    assert refused.returncode == 2 and "a scale without effect" in refused.stderr
 
 
 # --- what they cannot do

@@ -220,3 +220,21 @@ def test_a_network_of_another_width_is_exit_4(controlnet, capsys):
         capsys, "generate", "x", "-p", "tiny", "--control", f"{controlnet('narrow')}:map.png"
     )
     assert "a ControlNet of another model" in assert_failed(result, 4)
+
+
+@pytest.mark.parametrize("span", ["0.5-0.51", "0-0.1"])
+def test_a_control_that_acts_in_no_step_is_refused(span, controlnet, capsys):
+    save_map(Path("map.png"))
+    control = f"{controlnet('single')}:map.png:0.8:{span}"
+    options = ("-p", "tiny", "--steps", "4", "--control", control)
+    error = assert_failed(call(capsys, "generate", "x", *options), 2)
+    assert "without effect" in error and span in error and ":0-1" in error
+    assert_failed(call(capsys, "plan", "x", *options), 2)
+
+
+def test_a_union_of_a_file_asks_which_of_its_modes(controlnet, capsys):
+    save_map(Path("map.png"))
+    for said, words in (("", "none is named"), (",mode=3", "3 is none")):
+        control = f"kind={controlnet('union')},image=map.png{said}"
+        error = assert_failed(call(capsys, "generate", "x", "-p", "tiny", "--control", control), 2)
+        assert f"its modes are 0 to 2, and {words}" in error

@@ -16,6 +16,7 @@ from fluxcli.engine.controlnet import ControlInputs, Samples, takes_pixels
 from fluxcli.engine.modulation import ModulationRow
 from fluxcli.engine.picture import InputLatents, Picture
 from fluxcli.models.parts import Control
+from fluxcli.request.inputs import acts_in_step
 
 
 class Network(NamedTuple):
@@ -109,10 +110,9 @@ class Controls:
 
     def _find_scale(self, control: Control, index: int) -> float:
         """A control's scale in a step; 0 in those that do not lie within its shares of all."""
-        passed = index - self._first_step
-        begins = passed / self._steps
-        ends = (passed + 1) / self._steps
-        return 0.0 if begins < control.start or ends > control.end else control.scale
+        span = (control.start, control.end)
+        acts = acts_in_step(index - self._first_step, self._steps, span=span)
+        return control.scale if acts else 0.0
 
 
 def _count_tensors(networks: Sequence[Network]) -> Mapping[bool, Counts]:

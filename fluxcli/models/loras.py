@@ -29,6 +29,11 @@ from quant.lora_names import is_lora
 # How far an adapter that moved is looked for.
 MOVED_ENTRIES = 20_000
 MOVED_DEPTH = 3
+# BFL's, by which the transformer takes a control picture in its channels.
+CONTROL_LORAS = (
+    "black-forest-labs/FLUX.1-Canny-dev-lora",
+    "black-forest-labs/FLUX.1-Depth-dev-lora",
+)
 # What files call the model that they were trained on.
 BASE_MODEL_KEYS = ("modelspec.architecture", "ss_base_model_version", "base_model")
 
@@ -51,6 +56,11 @@ def resolve_loras(
 def count_channels(request: GenerationRequest) -> int:
     """Return how many channels a request gives to a transformer: more than its own, or 0."""
     return CONTROL_CHANNELS if request.control else 0
+
+
+def names_control_lora(refs: Sequence[LoraRef]) -> bool:
+    """Whether one of --lora is BFL's for control pictures, by its name alone."""
+    return any(read_address(ref.name).partition(":")[0] in CONTROL_LORAS for ref in refs)
 
 
 def locate(name: str, environment: Mapping[str, str] = os.environ) -> Path:

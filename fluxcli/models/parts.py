@@ -11,9 +11,10 @@ from pathlib import Path
 from fluxcli.errors import UsageError, WeightsUnavailable
 from fluxcli.models import redux
 from fluxcli.models.controls import computed_map, repository_of, resolve_control
+from fluxcli.models.loras import names_control_lora
 from fluxcli.models.shapes import read_known_controlnet, read_known_redux
 from fluxcli.request.fields import GenerationRequest
-from fluxcli.request.inputs import ControlRef
+from fluxcli.request.inputs import ControlRef, acts_in_step
 from quant.checkpoint import Checkpoint, Component
 from quant.controlnet import check_fit, inspect_controlnet
 from quant.kinds import CONTROL_CHANNELS
@@ -62,15 +63,21 @@ def resolve_parts(
 ) -> Parts:
     """Find what a request adds to a model with its adapters.
 
-    Where it is only `planned`, the shapes of what is published stand for what is not here. Raises
-    `UsageError` for controls that the model cannot take, and what looking for weights raises.
+    Where it is only `planned`, the shapes of what is published stand for what is not here, and the
+    names of BFL's control LoRAs for these. Raises `UsageError` for controls that the model cannot
+    take or that would do nothing, and what looking for weights raises.
     """
     parts = Parts()
     transformer = checkpoint.components["transformer"]
-    if request.control and takes_control_channels(checkpoint, adapters):
+    in_channels = takes_control_channels(checkpoint, adapters)
+    if planned and not adapters:
+        in_channels = in_channels or names_control_lora(request.lora)
+    if request.control and in_channels:
         parts = Parts(controls=(_take_in_channels(request, checkpoint),))
     elif request.control:
         parts = resolve_controls(request.control, checkpoint, planned=planned)
+        for ref, control in zip(request.control, parts.controls, strict=True):
+            _check_span(control, ref, steps=request.steps_taken)
     if request.redux:
         looking = _find_redux(request, transformer, planned=planned)
         parts = replace(parts, components=dict(parts.components) | looking)
@@ -156,6 +163,16 @@ def resolve_controls(
     return Parts(components, tuple(controls))
 
 
+def _check_span(control: Control, ref: ControlRef, *, steps: int) -> None:
+    """Raise `UsageError` where a control would do nothing: no step lies within its shares."""
+    span = (control.start, control.end)
+    if any(acts_in_step(index, steps, span=span) for index in range(steps)):
+        return
+    why = f"none of the steps, {steps}, lies within {control.start:g}-{control.end:g} of them"
+    hint = f"--control {ref.kind}:{ref.image}:{control.scale:g}:0-1"
+    raise UsageError("a control without effect", which=ref.kind, why=why, hint=hint)
+
+
 def _check_mode(control: Control, network: Component, *, kind: str) -> None:
     """Raise `UsageError` for a union network without a mode, and for a mode that it has not."""
     count = network.config.get("num_mode")
@@ -163,6 +180,7 @@ def _check_mode(control: Control, network: Component, *, kind: str) -> None:
         why = "it is no union of several"
         raise UsageError("a mode without effect", which=kind, why=why, hint="leave mode= out")
     if count is not None and (control.mode is None or control.mode >= count):
-        why = f"this network is a union of {count}, and mode is {control.mode}"
+        said = "none is named" if control.mode is None else f"{control.mode} is none"
+        why = f"its modes are 0 to {count - 1}, and {said}"
         hint = f"--control kind={kind},mode=0,image=FILE"
         raise UsageError("which mode of the control?", which=kind, why=why, hint=hint)

@@ -15,6 +15,7 @@ from typing import Protocol
 from fluxcli.plan import steps
 from fluxcli.plan.machine import Hardware, Speeds
 from fluxcli.request.fields import GenerationRequest
+from fluxcli.request.inputs import acts_in_step
 from quant.checkpoint import Checkpoint, Component
 from quant.lora import Adapter, Part
 from quant.spec import (
@@ -220,11 +221,8 @@ def _count_tokens(workload: Workload, part: Part) -> int:
 
 
 def count_control_steps(steps: int, *, start: float, end: float) -> int:
-    """In how many of the steps a ControlNet computes: those that lie within its shares of all.
-
-    As diffusers counts them: by the first step's share at `start`, by the last one's at `end`.
-    """
-    return sum(index / steps >= start and (index + 1) / steps <= end for index in range(steps))
+    """In how many of the steps a ControlNet computes: those that lie within its shares of all."""
+    return sum(acts_in_step(index, steps, span=(start, end)) for index in range(steps))
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,15 @@ class ControlRef:
         return text if self.mode is None else f"{text},mode={self.mode}"
 
 
+def acts_in_step(index: int, steps: int, *, span: tuple[float, float]) -> bool:
+    """Whether a control with a span of shares acts in a step, of which `index` counts from 0.
+
+    As diffusers counts: by the first step's share at its start, by the last one's at its end.
+    """
+    start, end = span
+    return index / steps >= start and (index + 1) / steps <= end
+
+
 def _find_end_of_kind(text: str) -> int:
     """Return where the colon between KIND and IMAGE is, less than 0 where there is none."""
     start = KIND_START.match(text)
