@@ -75,7 +75,8 @@ def test_judged_inputs_are_held_out():
         assert said.shape != shown.shape and said.position != shown.position
     for each in repaints(5):
         painted = np.asarray(each.mask) > 0
-        assert each.said.held_out
+        assert each.said.held_out and each.shown.held_out
+        assert each.said.shape != each.shown.shape and each.said.colour != each.shown.colour
         assert 0.1 < painted.mean() < 0.75
 
 

@@ -168,40 +168,46 @@ class Repaint:
     """A picture, a mask over its shape, and what is to be painted there."""
 
     said: data.Fact
+    shown: data.Fact
     image: Image.Image
     mask: Image.Image
 
 
 def repaints(count: int, skip: int = 0) -> list[Repaint]:
-    """Held-out facts, each to be painted over another of the same background, place and size.
+    """Held-out facts, each to be painted over another on the same background at the same place.
 
-    The other has another colour and shape, and is held out too where there is such a one.
+    The other is held out too, has another colour and shape, and the same size where there is one;
+    facts for which there is none are passed over.
     """
+    held = data.held_out_facts()
     found = []
-    for k, said in enumerate(data.held_out_facts()[skip : skip + count], skip):
+    for k, said in enumerate(held):
         rng = random.Random(INPUT_SEED + k)
-        others = []
-        for fact in data.all_facts():
-            same = (fact.background, fact.size, fact.position) == (
-                said.background,
-                said.size,
-                said.position,
-            )
-            if same and fact.colour != said.colour and fact.shape != said.shape:
-                others.append(fact)
-        others = [fact for fact in others if fact.held_out] or others
-        shown = rng.choice(others)
+        others = [fact for fact in held if _can_be_replaced(fact, said)]
+        if not others:
+            continue
+        shown = rng.choice([fact for fact in others if fact.size == said.size] or others)
         image = to_image(data.render([shown], SIZE, random.Random(INPUT_SEED + k))[0])
-        found.append(Repaint(said, image, _mask(said)))
-    return found
+        found.append(Repaint(said, shown, image, _mask(said, shown)))
+        if len(found) == skip + count:
+            break
+    return found[skip:]
 
 
-def _mask(fact: data.Fact) -> Image.Image:
-    """White over the box in which every shape of a fact's size and place lies, with a margin."""
+def _can_be_replaced(fact: data.Fact, by: data.Fact) -> bool:
+    is_there = (fact.background, fact.position) == (by.background, by.position)
+    return is_there and fact.colour != by.colour and fact.shape != by.shape
+
+
+def _mask(*facts: data.Fact) -> Image.Image:
+    """White over the box in which every shape of these facts' sizes and places lies, with a
+    margin.
+    """
     inside = torch.zeros(SIZE[1], SIZE[0], dtype=torch.bool)
-    for shape in data.SHAPES:
-        distance = data.distances([replace(fact, shape=shape)], SIZE, random.Random(0))[0]
-        inside |= distance < 0
+    for fact in facts:
+        for shape in data.SHAPES:
+            distance = data.distances([replace(fact, shape=shape)], SIZE, random.Random(0))[0]
+            inside |= distance < 0
     rows, columns = np.nonzero(inside.numpy())
     mask = Image.new("L", SIZE)
     box = (
