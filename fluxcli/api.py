@@ -258,8 +258,8 @@ def _make_preview(picture: "Picture", pixels: Any) -> PreviewReady:
     from PIL import Image
 
     image = Image.fromarray(pixels)
-    steps = picture.request.steps
-    return PreviewReady(image, picture.step, steps, picture.position, total=picture.total)
+    steps = picture.request.steps_taken
+    return PreviewReady(image, picture.taken, steps, picture.position, total=picture.total)
 
 
 def _name_pictures(name: str, value: Any) -> Any:

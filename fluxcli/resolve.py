@@ -4,6 +4,7 @@ The command line and the Python face both go through here, so that the same word
 picture. Knows nothing of options or how text reaches it.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -180,4 +181,4 @@ def _make_absolute(name: str) -> str:
     if name == STDIN:
         why = "a picture from stdin is an option's, of a single picture"
         raise UsageError("no file of a picture", which=name, why=why, hint="give a file")
-    return str(Path(name).expanduser().absolute())
+    return str(Path(os.path.expanduser(name)).absolute())

@@ -12,8 +12,8 @@ from PIL import Image
 
 import fluxcli
 from fluxcli import api
-from fluxcli.errors import ExitCode, UsageError
-from fluxcli.pictures import kept_inputs
+from fluxcli.errors import ExitCode, OutputError, UsageError
+from fluxcli.pictures import kept_inputs, names
 from fluxcli.pictures.image import encode, hash_request, read_metadata
 from tests.support.invariant import assert_failed, call
 
@@ -239,6 +239,57 @@ def test_replay_finds_an_input_that_has_moved(begun, drawn, capsys, tmp_path, mo
     assert result.returncode == 0, result.stderr
     assert f"photo.png is now {tmp_path / 'moved' / 'photo.png'}" in result.stderr
     assert drawn[0].request.image == str(tmp_path / "moved" / "photo.png")
+
+
+def test_a_reference_that_is_edited_within_a_mask_is_one_picture(drawn, capsys):
+    make_photo("set/photo.png", "#ff00007f")
+    make_photo("set/mask.png", "white")
+    inputs = ("--reference", "set/photo.png", "--mask", "set/mask.png")
+    made = call(capsys, *START, "--kind", "kontext", *inputs, "-o", "x.png")
+    assert made.returncode == 0, made.stderr
+    hashes = {"mask": hash_of("set/mask.png"), "references": [hash_of("set/photo.png")]}
+    assert read_metadata(Path("x.png"))["inputs"] == hashes
+    Path("set/photo.png").rename("photo.png")
+    drawn.clear()
+    found = call(capsys, "replay", "x.png")
+    assert found.returncode == 0 and "photo.png is now" in found.stderr
+    assert drawn[0].request.reference == (str(Path("photo.png").absolute()),)
+
+
+def test_latents_are_finished_with_the_inputs_that_they_were_begun_with(capsys, monkeypatch):
+    def save(*_: object) -> str:
+        raise OutputError("cannot write the picture", which="x.png", why="the disk is full")
+
+    make_photo("set/photo.png")
+    Image.linear_gradient("L").save("set/mask.png")
+    masked = (*START, "--image", "set/photo.png", "--mask", "set/mask.png", "--steps", "2")
+    with monkeypatch.context() as patch:
+        patch.setattr(names, "save", save)
+        assert_failed(call(capsys, *masked, "-o", "x.png", "-q"), ExitCode.OUTPUT)
+    assert call(capsys, *masked, "-o", "y.png").returncode == 0
+    Path("set/photo.png").rename("photo.png")
+    found = call(capsys, "decode", "x.latents.safetensors")
+    assert found.returncode == 0 and "photo.png is now" in found.stderr
+    x, y = (np.asarray(Image.open(name)) for name in ("x.png", "y.png"))
+    assert np.array_equal(x, y)
+    make_photo("photo.png", "green")
+    changed = call(capsys, "decode", "x.latents.safetensors")
+    assert_failed(changed, ExitCode.INPUT_FILE)
+    make_photo("set/photo.png", "green")
+    changed = call(capsys, "decode", "x.latents.safetensors")
+    assert changed.returncode == 0 and "photo.png is another picture than then" in changed.stderr
+
+
+@pytest.mark.parametrize("place", ["option", "rows", "source"])
+def test_a_tilde_of_nobody_is_a_name_like_any_other(place, drawn, capsys):
+    Path("rows.jsonl").write_text('{"prompt": "a fox", "image": "~no-one/x.png"}\n')
+    words, code = {
+        "option": ((*START, "--image", "~no-one/x.png"), ExitCode.INPUT_FILE),
+        "rows": (("generate", "--from", "rows.jsonl", "-p", "tiny"), ExitCode.BATCH),
+        "source": (("generate", "--from", "~no-one/x.txt", "-p", "tiny"), ExitCode.USAGE),
+    }[place]
+    result = call(capsys, *words)
+    assert result.returncode == code and "~no-one/x" in result.stderr and not drawn
 
 
 def test_replay_of_an_input_that_is_gone_is_exit_4_unless_another_is_named(begun, drawn, capsys):

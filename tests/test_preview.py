@@ -86,6 +86,13 @@ def test_the_file_lies_beside_the_picture_as_long_as_that_is_not_there():
     assert seen == [("out/x.preview.jpg", index, 3, 7, 0) for index in (1, 2)]
 
 
+def test_steps_that_a_strength_leaves_out_do_not_count():
+    Image.new("RGB", (64, 64), "red").save("photo.png")
+    order = tiny(image="photo.png", strength=0.5, steps=10, preview_every=2, output="x.png")
+    found = [each for each in session_events(order) if isinstance(each, Preview)]
+    assert [(each.index, each.total) for each in found] == [(2, 5), (4, 5)]
+
+
 def test_rows_have_previews_of_their_own():
     orders = [tiny(output="out/", preview_every=2, seed=seed) for seed in (1, 2)]
     found = [each for each in session_events(*orders, batch=True) if isinstance(each, Preview)]

@@ -4,6 +4,7 @@ A row that fails does not end the others. Reading rows is `request.rows`, drawin
 they are made into orders, counted, and said.
 """
 
+import os
 import sys
 import time
 from collections import Counter
@@ -77,7 +78,7 @@ def draw_rows(
     common = {} if prompt is None else {"prompt": read_prompt(prompt)}
     if not options["quiet"]:
         say_what_is_meant(given)
-    folder = Path() if source == "-" else Path(source).expanduser().parent
+    folder = Path() if source == "-" else Path(os.path.expanduser(source)).parent
     orders = OrderMaker(common, given, folder=folder, force=options["force"], resume=resume)
     withheld = Withheld(orders.weights)
     advice = Advice()
@@ -137,9 +138,10 @@ def _open(source: str) -> Iterator[BinaryIO]:
     if source == "-":
         yield _open_stdin()
         return
+    path = Path(os.path.expanduser(source))
     try:
-        file = Path(source).expanduser().open("rb")
-    except (OSError, ValueError, RuntimeError) as error:  # the last: a ~ of nobody
+        file = path.open("rb")
+    except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
         hint = "--from prompts.txt, a prompt a line"
         raise UsageError("cannot read the rows", which=source, why=why, hint=hint) from error
@@ -355,11 +357,7 @@ class OrderMaker:
         if name == STDIN:
             hint = "--image - beside --from FILE is the picture of every row"
             raise UsageError("a row reads no picture from stdin", which=name, hint=hint)
-        try:
-            return str(self._folder / Path(name).expanduser())
-        except RuntimeError as error:  # a ~ of nobody
-            hint = "write the folder out"
-            raise UsageError("no such folder", which=name, why=str(error), hint=hint) from error
+        return str(self._folder / os.path.expanduser(name))
 
     def complete(self, rows: Iterator[Row]) -> Iterator[Row]:
         """Yield the rows with their targets, and with which of equal pictures they ask for.

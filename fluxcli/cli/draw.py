@@ -115,8 +115,9 @@ def _make_rows(order: Order, plan: MemoryPlan) -> list[tuple[str, str]]:
     request = order.request
     width, height = request.size
     guidance = "none" if request.guidance is None else f"{request.guidance:g}"
-    steps = console.count(request.steps, "step")
-    picture = f"{width}x{height}, {steps}, guidance {guidance}, seed {request.seed}"
+    picture = (
+        f"{width}x{height}, {request.describe_steps()}, guidance {guidance}, seed {request.seed}"
+    )
     dtypes = ", ".join(f"{name} {dtype}" for name, dtype in plan.dtypes.items())
     rows = [
         ("picture", picture),

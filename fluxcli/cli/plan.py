@@ -241,9 +241,7 @@ def _show(
     """Print what is planned for what, the table of candidates, and the reasons below it."""
     request = order.request
     width_px, height_px = request.size
-    console.line(
-        f"{request.model} at {width_px}x{height_px}, {console.count(request.steps, 'step')}"
-    )
+    console.line(f"{request.model} at {width_px}x{height_px}, {request.describe_steps()}")
     console.line(_describe_machine(hardware))
     if model.missing_bytes:
         size = f"{model.missing_bytes / 1e9:.1f} GB"

@@ -139,7 +139,9 @@ def decode(
     for path in paths:
         check_there(path)
         kept = latents.load(path)
-        stored = kept.order.settings() | {"output": None, "count": 1}
+        made = {"request": kept.order.to_json(), "inputs": kept.inputs}
+        there = Order.from_json(_find_inputs(path, made, given=given, says_changed=True))
+        stored = there.settings() | {"output": None, "count": 1}
         order = build_order(kept.order.request.prompt, presets.overlay(stored, given), given)
         found.append(replace(kept, order=order))
     with Dispatcher(alone=True) as dispatcher:

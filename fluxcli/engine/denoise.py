@@ -100,8 +100,7 @@ def _denoise(components: Components, model: Any, picture: Picture) -> Iterator[E
         )
         picture.tokens = tokens
         picture.step = index + 1
-        taken = picture.step - request.first_step
-        yield Step(taken, request.steps_taken, picture.position, images=picture.total)
+        yield Step(picture.taken, request.steps_taken, picture.position, images=picture.total)
         if previewer and picture.is_due:
             sigmas = scheduler.sigmas[index : index + 2]
             yield Estimated(picture, previewer.draw(before, tokens, sigmas, request.size))

@@ -81,8 +81,13 @@ class Picture:
         return self.tokens is not None and self.step == self.request.steps
 
     @property
+    def taken(self) -> int:
+        """How many of its request's `steps_taken` it has."""
+        return self.step - self.request.first_step
+
+    @property
     def is_due(self) -> bool:
         """Whether an estimate of it is wanted after this step; after the last one none is."""
         if not self.preview_every or self.denoised:
             return False
-        return self.step % self.preview_every == 0
+        return self.taken % self.preview_every == 0

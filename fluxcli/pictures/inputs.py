@@ -45,7 +45,10 @@ class InputPicture:
 
 @dataclass(frozen=True)
 class InputPictures:
-    """All pictures that a request starts from, by what they are for."""
+    """All pictures that a request starts from, by what they are for.
+
+    `image` is the first of the references where that is edited within a mask.
+    """
 
     image: InputPicture | None = None
     mask: InputPicture | None = None
@@ -53,9 +56,14 @@ class InputPictures:
     redux: tuple[InputPicture, ...] = ()
     controls: tuple[InputPicture, ...] = ()
 
+    @property
+    def own_image(self) -> InputPicture | None:
+        """The image, unless it is a reference."""
+        return None if self.image in self.references else self.image
+
     def list_all(self) -> list[InputPicture]:
-        """Return every picture, in the order of the fields."""
-        single = [each for each in (self.image, self.mask) if each]
+        """Return every picture that is named, in the order of the fields."""
+        single = [each for each in (self.own_image, self.mask) if each]
         return [*single, *self.references, *self.redux, *self.controls]
 
     def __bool__(self) -> bool:
@@ -86,8 +94,7 @@ def load_inputs(request: GenerationRequest) -> InputPictures:
 def name_hashes(inputs: InputPictures) -> dict[str, Any]:
     """Return the sha256 of each file by what it is for: what a picture's metadata say of it."""
     found: dict[str, Any] = {}
-    for name in ("image", "mask"):
-        picture = getattr(inputs, name)
+    for name, picture in (("image", inputs.own_image), ("mask", inputs.mask)):
         if picture:
             found[name] = picture.sha256
     for name in ("references", "redux", "controls"):

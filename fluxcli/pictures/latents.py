@@ -6,11 +6,11 @@ are of. torch and safetensors are imported where a file is written or read.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fluxcli.errors import BadInputFile, UsageError
 from fluxcli.pictures import names
@@ -43,7 +43,8 @@ class Latents:
 
     `model` is the fingerprint of the checkpoint, `request_hash` what the finished picture will
     carry (see `image.hash_request`); both are empty where nobody knows. `seeded` tells whether the
-    seed was asked for.
+    seed was asked for, `inputs` has the hashes of the pictures that it is made from (see
+    `inputs.name_hashes`).
     """
 
     order: Order
@@ -52,6 +53,7 @@ class Latents:
     model: str = ""
     request_hash: str = ""
     seeded: bool = True
+    inputs: Mapping[str, Any] = field(default_factory=dict)
     path: Path | None = None  # where they were read from
 
 
@@ -68,6 +70,7 @@ def save(latents: Latents, target: Target, *, n: int = 1, row: int = 0) -> Path:
         "model": latents.model,
         "request_hash": latents.request_hash,
         "seeded": latents.seeded,
+        "inputs": dict(latents.inputs),
     }
     tensors = {TENSOR: latents.tokens.cpu().contiguous()}
     data: bytes = to_bytes(tensors, {KEY: json.dumps(described)})
@@ -133,6 +136,7 @@ def load(path: Path) -> Latents:
                 model=described["model"],
                 request_hash=described.get("request_hash", ""),
                 seeded=described.get("seeded", True) is True,
+                inputs=dict(described.get("inputs", {})),
                 path=path,
             )
     except (*FOREIGN, SafetensorError) as error:

@@ -137,6 +137,11 @@ class GenerationRequest:
         """How many of the steps are computed."""
         return self.steps - self.first_step
 
+    def describe_steps(self) -> str:
+        """Return how many steps are computed, and of how many if that is not all."""
+        steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
+        return f"{self.steps_taken} of {steps}" if self.first_step else steps
+
 
 @dataclass(frozen=True)
 class Resources:

@@ -233,6 +233,7 @@ def keep_latents(engine: Engine, picture: Picture, destination: Destination) -> 
         model=engine.checkpoint.fingerprint,
         request_hash=image.hash_request(metadata, seeded=seeded),
         seeded=seeded,
+        inputs=name_hashes(picture.inputs),
     )
     *better, last = _list_targets(destination)
     for target in better:

@@ -464,10 +464,7 @@ def _announce(order: Order, plan: MemoryPlan) -> Notice:
     """Return what is said of a single order before it is drawn."""
     request = order.request
     width, height = request.size
-    steps = "1 step" if request.steps == 1 else f"{request.steps} steps"
-    if request.first_step:
-        steps = f"{request.steps_taken} of {steps}"
-    parts = [f"{width}x{height}", steps]
+    parts = [f"{width}x{height}", request.describe_steps()]
     if request.seed >= 0:
         parts.append(f"seed {request.seed}")
     parts.append(f"{request.model} on {plan.device} in {plan.precision}")
@@ -617,7 +614,7 @@ def _show_estimate(pending: Pending, estimated: Estimated) -> Iterator[Event]:
         return
     request = picture.request
     row = pending.destination.row
-    yield Preview(str(path), picture.step, request.steps, seed=request.seed, row=row)
+    yield Preview(str(path), picture.taken, request.steps_taken, seed=request.seed, row=row)
 
 
 def _save(engine: Engine, pending: Pending, *, isolate: bool) -> Iterator[Event]:
