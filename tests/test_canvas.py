@@ -109,3 +109,10 @@ def test_a_mask_beside_expand_is_of_the_input_alone():
         image, half(30, 20), size=(80, 40), expand=Expand(20, 0, 0, 0), invert=True
     )
     assert canvas.mask[:, :50].all() and not canvas.mask[:, 50:].any()
+
+
+@pytest.mark.parametrize("text", ["0,0,0,0", "0,0,0", "0,0,-1,1", "0,0,4097,0", "0,0,x,0"])
+def test_what_paints_nothing_around_is_no_expand(text):
+    with pytest.raises(ValueError):
+        Expand.parse(text)
+    assert str(Expand.parse("0,0,4096,0")) == "0,0,4096,0"

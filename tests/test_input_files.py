@@ -270,6 +270,7 @@ def test_latents_are_finished_with_the_inputs_that_they_were_begun_with(capsys, 
     Path("set/photo.png").rename("photo.png")
     found = call(capsys, "decode", "x.latents.safetensors")
     assert found.returncode == 0 and "photo.png is now" in found.stderr
+    assert call(capsys, "decode", "x.latents.safetensors", "-q").stderr == ""
     x, y = (np.asarray(Image.open(name)) for name in ("x.png", "y.png"))
     assert np.array_equal(x, y)
     make_photo("photo.png", "green")

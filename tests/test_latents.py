@@ -309,7 +309,7 @@ HOW = {
     "no_worker",
     "no_cache",
 }
-SHOWN = {"json_output", "events", "quiet", "debug"}
+SHOWN = {"json_output", "events", "quiet", "debug", "show"}
 
 
 @pytest.mark.parametrize("name", sorted(set(REQUEST_OPTIONS) - HOW - SHOWN))

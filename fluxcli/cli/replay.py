@@ -5,7 +5,7 @@ that a run has kept.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -107,9 +107,10 @@ def replay(
     metadata = image.read_metadata(picture)
     given = take_stdin(given_settings(options), prompt=prompt)
     text = None if prompt is None else read_prompt(prompt)
-    stored = _find_inputs(picture, metadata, given=given, says_changed=not check)
+    tell = Teller(quiet=options["quiet"], says_changed=not check)
+    stored = _find_inputs(picture, metadata, given=given, tell=tell)
     order = restore_order(picture, stored, given=given, prompt=text)
-    order = _find_adapters(order, picture, metadata=metadata, says_changed=not check)
+    order = _find_adapters(order, picture, metadata=metadata, tell=tell)
     if check:
         _refuse_inert(given, options, dry_run=dry_run)
         return _check(picture, order, metadata=metadata, options=options)
@@ -135,12 +136,13 @@ def decode(
     if refused:
         hint = "flux generate draws another"
         raise UsageError("the latents say what is drawn", which=flag(refused[0]), hint=hint)
+    tell = Teller(quiet=options["quiet"])
     found = []
     for path in paths:
         check_there(path)
         kept = latents.load(path)
         made = {"request": kept.order.to_json(), "inputs": kept.inputs}
-        there = Order.from_json(_find_inputs(path, made, given=given, says_changed=True))
+        there = Order.from_json(_find_inputs(path, made, given=given, tell=tell))
         stored = there.settings() | {"output": None, "count": 1}
         order = build_order(kept.order.request.prompt, presets.overlay(stored, given), given)
         found.append(replace(kept, order=order))
@@ -159,6 +161,27 @@ def decode(
 
 
 # --- what is drawn again
+
+
+@dataclass(frozen=True)
+class Teller:
+    """Says what became of the files that a picture was made with, unless it is to be `quiet`.
+
+    Where what has changed is said later, with the rest, `says_changed` is off.
+    """
+
+    quiet: bool
+    says_changed: bool = True
+
+    def say_moved(self, text: str) -> None:
+        """Say where a file is now."""
+        if not self.quiet:
+            console.say(text)
+
+    def say_changed(self, text: str) -> None:
+        """Say that another file took the place of one."""
+        if self.says_changed and not self.quiet:
+            console.say(text)
 
 
 def restore_order(
@@ -238,12 +261,12 @@ def _find_said_loras(stored: Sequence[LoraRef], own: Sequence[LoraRef]) -> tuple
     return (LoraRef(LORA_NONE), *said)
 
 
-def _find_adapters(order: Order, picture: Path, *, metadata: Metadata, says_changed: bool) -> Order:
+def _find_adapters(order: Order, picture: Path, *, metadata: Metadata, tell: Teller) -> Order:
     """Return the order with the adapters of the picture where they are now.
 
     One that is not where it was, or has other bytes there, is looked for by its identity: beside
     the picture, here, and in the user's folder. Raises `WeightsUnavailable` for one that is
-    nowhere; with `says_changed`, says where another file took its place.
+    nowhere.
     """
     made = _get_group(metadata, "lora")
     refs = []
@@ -251,9 +274,9 @@ def _find_adapters(order: Order, picture: Path, *, metadata: Metadata, says_chan
         identity = str(made.get(ref.name, "")).partition(" ")[0]
         found = _find_adapter(ref, identity, picture) if identity else ref
         if found.name != ref.name:
-            console.say(f"{Path(ref.name).name} is now {found.name}")
-        elif says_changed and identity and not _is_same(ref.name, identity):
-            console.say(f"{ref.name} is another file than the picture was made with")
+            tell.say_moved(f"{Path(ref.name).name} is now {found.name}")
+        elif identity and not _is_same(ref.name, identity):
+            tell.say_changed(f"{ref.name} is another file than the picture was made with")
         refs.append(found)
     return replace(order, request=replace(order.request, lora=tuple(refs)))
 
@@ -274,14 +297,12 @@ def _find_adapter(ref: LoraRef, identity: str, picture: Path) -> LoraRef:
     raise WeightsUnavailable("an adapter of the picture has moved", ref.name, why=why, hint=hint)
 
 
-def _find_inputs(
-    picture: Path, metadata: Metadata, *, given: Values, says_changed: bool
-) -> Metadata:
+def _find_inputs(picture: Path, metadata: Metadata, *, given: Values, tell: Teller) -> Metadata:
     """Return the request of a picture, with the pictures that it was made from where they are now.
 
     One that is not where it was, or has other bytes there, is looked for by its hash: beside the
     picture and here under its name, and among those that came from stdin. Raises `BadInputFile` for
-    one that is nowhere; with `says_changed`, says where another file took its place.
+    one that is nowhere.
     """
     request = metadata["request"]
     hashes = list_hashes(_get_group(metadata, "inputs"))
@@ -302,13 +323,13 @@ def _find_inputs(
     def find(name: str) -> str:
         if name in replaced:
             return name
-        return _find_input(name, made[name], picture=picture, says_changed=says_changed)
+        return _find_input(name, made[name], picture=picture, tell=tell)
 
     found = rename_pictures(named, find)
     return request | {name: to_json_value(value) for name, value in found.items()}
 
 
-def _find_input(name: str, sha256: str, *, picture: Path, says_changed: bool) -> str:
+def _find_input(name: str, sha256: str, *, picture: Path, tell: Teller) -> str:
     """Return the path of a picture of that hash, which was called so."""
     path = Path(name)
     if hash_file(path) == sha256:
@@ -318,14 +339,13 @@ def _find_input(name: str, sha256: str, *, picture: Path, says_changed: bool) ->
     for candidate in candidates:
         if hash_file(candidate) == sha256:
             found = str(candidate.absolute())
-            console.say(f"{path.name} is now {found}")
+            tell.say_moved(f"{path.name} is now {found}")
             return found
     if not path.exists():
         why = "it is neither there, nor beside the picture or here"
         hint = "name it again, with the option that named it: --image FILE"
         raise BadInputFile("an input of the picture has moved", name, why=why, hint=hint)
-    if says_changed:
-        console.say(f"{name} is another picture than then: expect another one")
+    tell.say_changed(f"{name} is another picture than then: expect another one")
     return name
 
 

@@ -204,7 +204,8 @@ class Expand(NamedTuple):
     def parse(cls, text: str) -> "Expand":
         """Parse LEFT,TOP,RIGHT,BOTTOM; raises ValueError."""
         numbers = [int(part) for part in text.split(",")]
-        if len(numbers) != 4 or not all(0 <= each <= MAX_EXPAND_PX for each in numbers):
+        is_possible = all(0 <= each <= MAX_EXPAND_PX for each in numbers) and any(numbers)
+        if len(numbers) != 4 or not is_possible:
             raise ValueError(text)
         return cls(*numbers)
 
