@@ -19,7 +19,7 @@ lora_app = App(help="List LoRA files, and say what one is.")
 def list_command(
     json_output: Annotated[bool, typer.Option("--json", help="One JSON array.")] = False,
 ) -> None:
-    """List the LoRA files of the user's folder and of the hub's cache, by what --lora takes."""
+    """List the LoRA files that are here, by what --lora takes: yours, flux' own, the hub's cache."""
     rows = []
     described = []
     for name, path in loras.list_loras().items():

@@ -1,4 +1,4 @@
-"""Where adapters are: a path, the user's folder of LoRAs, the hub's own cache; and what they are.
+"""Where adapters are: a path, the user's folder, flux' own, the hub's cache; and what they are.
 
 Knows nothing of the network: what is not here is an error with the command that gets it. Reads
 headers, no weights. Stdlib only.
@@ -16,7 +16,7 @@ from fluxcli.errors import UsageError, WeightsUnavailable
 from fluxcli.models import find
 from fluxcli.models.address import read_address
 from fluxcli.models.shapes import read_known_shapes
-from fluxcli.paths import lora_folder
+from fluxcli.paths import BUNDLED, lora_folder
 from fluxcli.request.fields import GenerationRequest
 from fluxcli.request.settings import LoraRef, merge_loras
 from quant.checkpoint import Component
@@ -26,6 +26,7 @@ from quant.kinds import CONTROL_CHANNELS
 from quant.lora import Adapter, compute_identity, read_adapter
 from quant.lora_names import is_lora
 
+BUNDLED_LORAS = BUNDLED / "lora"
 # How far an adapter that moved is looked for.
 MOVED_ENTRIES = 20_000
 MOVED_DEPTH = 3
@@ -64,7 +65,7 @@ def names_control_lora(refs: Sequence[LoraRef]) -> bool:
 
 
 def locate(name: str, environment: Mapping[str, str] = os.environ) -> Path:
-    """Return the file of a PATH, a NAME in the user's folder, or ORG/NAME[:FILE] of the hub.
+    """Return the file of a PATH, a NAME in the user's folder or flux' own, or ORG/NAME[:FILE].
 
     Raises `WeightsUnavailable` naming the command that gets it, and `UsageError` for a folder or a
     repository with several files if none is named.
@@ -72,6 +73,9 @@ def locate(name: str, environment: Mapping[str, str] = os.environ) -> Path:
     path = find_path(name, environment)
     if path:
         return path
+    bundled = _list_bundled()
+    if name in bundled:
+        return bundled[name]
     _refuse_folder(name, environment)
     name = read_address(name)
     repository, _, file = name.partition(":")
@@ -83,6 +87,14 @@ def locate(name: str, environment: Mapping[str, str] = os.environ) -> Path:
     if file:
         return find.locate_file(name, environment)
     return _locate_only_file(repository, environment)
+
+
+def _list_bundled() -> dict[str, Path]:
+    """Return the adapters that flux brings along, for its bundled model, by their names.
+
+    Orders keep these names instead of paths, so that a picture is drawn again on any machine.
+    """
+    return {path.stem: path for path in sorted(BUNDLED_LORAS.glob("*.safetensors"))}
 
 
 def _locate_only_file(repository: str, environment: Mapping[str, str]) -> Path:
@@ -224,8 +236,11 @@ def name_identities(refs: Sequence[LoraRef], adapters: Sequence[Adapter]) -> dic
 
 
 def list_loras(environment: Mapping[str, str] = os.environ) -> dict[str, Path]:
-    """Return the LoRA files of the user's folder and of the hub's cache, by what --lora takes."""
-    found = {}
+    """Return the LoRA files that are here, by what --lora takes.
+
+    Those of the user's folder go before flux' own of the same name.
+    """
+    found = _list_bundled()
     own = lora_folder(environment)
     for path in sorted(own.rglob("*.safetensors")):
         if path.is_file():
