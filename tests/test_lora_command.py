@@ -83,6 +83,16 @@ def test_a_path_a_name_and_a_repository_are_found(style, tmp_path):
         lora.locate("org/two")
 
 
+def test_the_bundled_adapter_has_a_name_that_orders_keep_and_ones_own_goes_before_it(style):
+    assert lora.locate("outline") == paths.BUNDLED / "lora" / "outline.safetensors"
+    ref = LoraRef("outline")
+    assert lora.make_absolute([ref]) == (ref,)
+    paths.lora_folder().mkdir(parents=True)
+    own = paths.lora_folder() / "outline.safetensors"
+    own.write_bytes(style.read_bytes())
+    assert lora.locate("outline") == own and lora.list_loras()["outline"] == own
+
+
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
@@ -176,14 +186,13 @@ def test_faults_have_their_exit_codes_before_torch_is_imported(flux, style, tmp_
 
 
 def test_list_and_info_say_what_is_there(flux, style, tmp_path):
-    assert "none" in flux("lora", "list").stderr
     paths.lora_folder().mkdir(parents=True)
     (paths.lora_folder() / "mine.safetensors").write_bytes(style.read_bytes())
     snapshot = in_cache("org/many", "other.safetensors", "not-a-lora.safetensors")
     (snapshot / "other.safetensors").write_bytes(style.read_bytes())
     save_file({"x.weight": torch.ones(2)}, snapshot / "not-a-lora.safetensors")
     rows = json.loads(flux("lora", "list", "--json").stdout)
-    assert [row["name"] for row in rows] == ["mine", "org/many:other.safetensors"]
+    assert [row["name"] for row in rows] == ["outline", "mine", "org/many:other.safetensors"]
     assert all(lora.locate(row["name"]) == Path(row["path"]) for row in rows)
     assert "diffusers/peft, rank [4]" in flux("lora", "list").stdout
     info, inspected = (

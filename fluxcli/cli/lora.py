@@ -9,7 +9,6 @@ from fluxcli.cli import complete, console, show
 from fluxcli.cli.help import App
 from fluxcli.errors import ExitCode
 from fluxcli.models import loras
-from fluxcli.paths import lora_folder
 from fluxcli.request.settings import LoraRef
 
 lora_app = App(help="List LoRA files, and say what one is.")
@@ -27,9 +26,6 @@ def list_command(
         described.append(about)
         rows.append((name, f"{about['bytes'] / 1e6:>8.1f} MB", _summarize(about)))
     console.table(rows, described, as_json=json_output)
-    if not rows:
-        hint = "flux models download ORG/NAME:FILE"
-        console.say(f"none in {lora_folder()}, none in the hub's cache: {hint}")
 
 
 def _summarize(about: Mapping[str, Any]) -> str:
