@@ -18,7 +18,7 @@ lora_app = App(help="List LoRA files, and say what one is.")
 def list_command(
     json_output: Annotated[bool, typer.Option("--json", help="One JSON array.")] = False,
 ) -> None:
-    """List the LoRA files that are here, by what --lora takes: yours, flux' own, the hub's cache."""
+    """List the LoRA files that are here, yours and the bundled ones too, by what --lora takes."""
     rows = []
     described = []
     for name, path in loras.list_loras().items():
