@@ -1,8 +1,9 @@
 """Judges what the bundled model draws from pictures, and with its LoRA and its ControlNet.
 
-Every judge takes `draw`, a function from tasks to pictures, so that the product and diffusers'
-pipelines are judged alike; `stock` makes the latter. All facts are held out, and the input pictures
-are rendered with seeds that no training used. Shares of right pictures, with intervals (Wilson).
+Every judge takes `draw`, a function from tasks to pictures, so that flux and diffusers' pipelines
+are judged alike; `product` makes the one, `stock` the other. All facts are held out, and the input
+pictures are rendered with seeds that no training used. Shares of right pictures, with intervals
+(Wilson).
 
     python -m training.evaluate_pictures presets/tiny --count 200
 """
@@ -26,6 +27,7 @@ from diffusers import (
 )
 from PIL import Image, ImageDraw
 
+import fluxcli
 from training import check, data, edges
 from training.evaluate import sheet, wilson
 
@@ -315,6 +317,26 @@ def stock(folder: Path, *, lora: Path, controlnet: Path) -> Draw:
     return draw
 
 
+def product() -> Draw:
+    """Draws with flux itself: its preset tiny, the bundled LoRA and ControlNet by their names."""
+
+    def draw(tasks: Sequence[Task]) -> Iterable[Image.Image]:
+        with fluxcli.Flux("tiny", precision="fp32") as flux:
+            for task in tasks:
+                more: dict[str, object] = {}
+                if task.outlined:
+                    more["lora"] = "outline"
+                if task.edges:
+                    more["control"] = {"kind": "edges", "image": task.edges, "scale": 1.0}
+                if task.image:
+                    more |= {"image": task.image, "strength": task.strength}
+                if task.mask:
+                    more["mask"] = task.mask
+                yield flux.generate(task.prompt, seed=task.seed, **more)[0]
+
+    return draw
+
+
 def show(draw: Draw, kept: list[Image.Image]) -> Draw:
     """The same, but keeps the pictures."""
 
@@ -333,6 +355,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200, help="of facts")
     parser.add_argument("--skip", type=int, default=0, help="so many facts first")
     parser.add_argument("--only", choices=KINDS, nargs="+", default=KINDS)
+    parser.add_argument("--by", choices=("flux", "diffusers"), default="flux")
     parser.add_argument("--lora", type=Path, default=LORA)
     parser.add_argument("--controlnet", type=Path, default=CONTROLNET)
     parser.add_argument(
@@ -340,7 +363,9 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_flush_denormal(True)
-    draw = stock(options.folder, lora=options.lora, controlnet=options.controlnet)
+    draw = product()
+    if options.by == "diffusers":
+        draw = stock(options.folder, lora=options.lora, controlnet=options.controlnet)
     found = {}
     start = time.time()
     for kind in options.only:
