@@ -138,6 +138,9 @@ def test_seeds_stand_side_by_side_and_other_requests_apart(capsys):
     assert page.texts["b"] == ["seed 1", "seed 3", "seed 2", "seed 1"]
     assert page.texts["span"][:2] == ["b.jpg", "a.png"]
     assert "4 pictures of 3 requests" in page.texts["p"]
+    save("changed/a.png", fox, inputs={"image": "0" * 64})
+    save("changed/b.png", fox, inputs={"image": "1" * 64})
+    assert "2 pictures of 2 requests" in make_page(capsys, "changed").texts["p"]
     links = [Path("pics", unquote(link)) for link in page.attributes("href")]
     assert all(link.is_file() for link in links)
 

@@ -316,6 +316,9 @@ def test_every_difference_has_a_sentence(picture):
         "made on cuda, here is cpu",
         "decoded in tiles: yes, here: no",
     ]
+    then = here | {"model": here["model"] | {"parts": {"controlnet": "0123"}}}
+    said = ["ControlNets and the like were controlnet 0123, here none"]
+    assert list(_list_differences(then, here)) == said
 
 
 def test_a_replay_can_be_a_dry_run(picture, drawn, capsys):

@@ -46,6 +46,10 @@ def test_a_picture_is_a_few_lines_on_a_terminal_and_json_elsewhere(drawn, on_ter
     assert len(shown.splitlines()) < 12 and "null" not in shown and "None" not in shown
     as_json = json.loads(on_terminal("inspect", "x.png", "--json")[0])
     assert as_json == json.loads(call(capsys, "inspect", "x.png").stdout)
+    call(capsys, "generate", "a fox", "-p", "tiny", "--image", "x.png", "-o", "y.png")
+    shown, _ = on_terminal("inspect", "y.png")
+    lines = dict(line.split(None, 1) for line in shown.splitlines())
+    assert lines["image"].endswith("x.png") and lines["strength"] == "0.6" and "mask" not in lines
 
 
 def test_a_model_is_a_table_of_its_parts_with_problems_below(tiny_folder, on_terminal):

@@ -51,7 +51,10 @@ FILE_SETTINGS = ("output", "format", "quality", "count", "metadata")
 # What the metadata say of how a picture was computed, by group and key, as --check says that it is
 # another here. Of adapters the keys are names of files.
 DIFFERENCES = {
-    "model": {"fingerprint": "made with the model {then}, here it is {here}"},
+    "model": {
+        "fingerprint": "made with the model {then}, here it is {here}",
+        "parts": "ControlNets and the like were {then}, here {here}",
+    },
     "compute": {
         "device": "made on {then}, here is {here}",
         "precision": "made in {then}, here it is {here}",
@@ -74,6 +77,7 @@ ABSENT = {
     "compiled": False,
     "kernels": "torch",
     "tiled_inputs": False,
+    "parts": "none",
 }  # what it means that a key is not there
 MAX_SAID = 60  # characters of a value that a picture says
 

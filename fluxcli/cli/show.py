@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fluxcli.cli import console
-from fluxcli.request.settings import ALIASES
+from fluxcli.request.fields import is_default_input
+from fluxcli.request.settings import ALIASES, FROM_PICTURES
 
 Row = tuple[str, ...]
 SHORT_NAMES = {name: alias for alias, name in ALIASES.items()}  # as options and files have them
@@ -68,6 +69,9 @@ def _list_picture(metadata: Mapping[str, Any]) -> Iterator[Row]:
     yield "model", f"{describe_value(request.get('model'))} (preset {request.get('preset')})"
     if request.get("lora"):
         yield "adapters", describe_value(request["lora"])
+    for name in FROM_PICTURES:
+        if name in request and not is_default_input(name, request[name]):
+            yield name.replace("_", " "), describe_value(request[name])
     for group in ("compute", "versions"):
         said = metadata.get(group)
         if isinstance(said, dict):

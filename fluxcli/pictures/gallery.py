@@ -64,7 +64,8 @@ class Entry:
     def group(self) -> str:
         """The same for pictures that only their seeds make another."""
         request = {name: value for name, value in self.request.items() if name not in APART}
-        known = (self.request.get("prompt"), request, self.metadata.get("model"))
+        made_of = (self.metadata.get("model"), self.metadata.get("inputs"))
+        known = (self.request.get("prompt"), request, *made_of)
         return json.dumps(known, sort_keys=True)
 
 

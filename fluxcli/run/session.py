@@ -704,6 +704,8 @@ def _advise(error: DoesNotFit, engine: Engine, pending: Pending) -> None:
         prepared.alternatives,
         hardware=prepared.hardware,
         adapters=prepared.adapters,
+        references=prepared.inputs.references,
+        controls=prepared.controls,
     )
     hints = [error.hint] if error.hint else []
     if options:
