@@ -222,6 +222,21 @@ def test_a_network_of_another_width_is_exit_4(controlnet, capsys):
     assert "a ControlNet of another model" in assert_failed(result, 4)
 
 
+def test_replay_says_that_a_network_is_another(controlnet, capsys):
+    save_map(Path("map.png"))
+    shutil.copytree(controlnet("single"), "network")
+    options = ("-p", "tiny", "--steps", "1", "--size", "64", "--control", "./network:map.png")
+    assert call(capsys, "generate", "x", *options, "-o", "made.png").returncode == 0
+    assert "another" not in call(capsys, "replay", "made.png", "-o", "same.png").stderr
+    tensors = load_file(f"network/{PLAIN}")
+    tensors["controlnet_blocks.0.bias"] += 0.5
+    save_file(tensors, f"network/{PLAIN}")
+    said = call(capsys, "replay", "made.png", "-o", "other.png").stderr
+    assert "network is not the one that made the picture" in said
+    checked = call(capsys, "replay", "made.png", "--check")
+    assert checked.returncode == 1 and "made with the controlnet " in checked.stderr
+
+
 @pytest.mark.parametrize("span", ["0.5-0.51", "0-0.1"])
 def test_a_control_that_acts_in_no_step_is_refused(span, controlnet, capsys):
     save_map(Path("map.png"))

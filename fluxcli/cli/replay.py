@@ -4,6 +4,7 @@
 that a run has kept.
 """
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from fluxcli.cli.settings import STARTED, check_there, given_settings, read_prom
 from fluxcli.engine.check import check_torch
 from fluxcli.errors import BadInputFile, ExitCode, FluxError, UsageError, WeightsUnavailable
 from fluxcli.events import Notice
-from fluxcli.models import loras
+from fluxcli.models import controls, loras
 from fluxcli.paths import config_folder, lora_folder
 from fluxcli.pictures import kept_inputs
 from fluxcli.pictures.inputs import hash_file, list_hashes
@@ -29,6 +30,9 @@ from fluxcli.request.inputs import PICTURE_SETTINGS, list_pictures, rename_pictu
 from fluxcli.request.settings import LORA_NONE, LoraRef, coerce, flag, to_json_value
 from fluxcli.resolve import build_order
 from fluxcli.run.dispatch import Dispatcher
+from quant.controlnet import inspect_controlnet
+from quant.errors import ExplainedError
+from quant.kinds import CONTROLNET
 from quant.lora import compute_identity
 
 Metadata = Mapping[str, Any]
@@ -118,6 +122,8 @@ def replay(
     if check:
         _refuse_inert(given, options, dry_run=dry_run)
         return _check(picture, order, metadata=metadata, options=options)
+    if "control" not in given:
+        _compare_networks(order, metadata, tell)
     model = _get_group(metadata, "model").get("fingerprint", "")
     return draw(order, options, given=given, dry_run=dry_run, expected_model=model)
 
@@ -285,6 +291,19 @@ def _find_adapters(order: Order, picture: Path, *, metadata: Metadata, tell: Tel
     return replace(order, request=replace(order.request, lora=tuple(refs)))
 
 
+def _compare_networks(order: Order, metadata: Metadata, tell: Teller) -> None:
+    """Say which ControlNets are others than those that the picture was made with."""
+    made = _get_group(_get_group(metadata, "model"), "parts")
+    if not any(name.startswith(CONTROLNET) for name in made):
+        return
+    for kind in dict.fromkeys(ref.kind for ref in order.request.control):
+        with contextlib.suppress(ExplainedError):  # which drawing it will say
+            network = inspect_controlnet(controls.locate(kind))
+            if network.fingerprint not in made.values():
+                what = f"the ControlNet {kind} is not the one that made the picture"
+                tell.say_changed(f"{what}: expect another")
+
+
 def _find_adapter(ref: LoraRef, identity: str, picture: Path) -> LoraRef:
     """Return an adapter of a picture, by the path that the same bytes have now."""
     if _is_same(ref.name, identity):
@@ -427,6 +446,12 @@ def _list_differences(made: Metadata, here: Metadata) -> Iterator[str]:
             now = here[group].get(key, ABSENT.get(key))
             if before != now:
                 yield sentence.format(then=_name_value(before), here=_name_value(now))
+    parts = _get_group(_get_group(made, "model"), "parts")
+    for name, fingerprint in here["model"].get("parts", {}).items():
+        if parts.get(name) != fingerprint:
+            before = _name_value(parts.get(name, "not there"))
+            yield f"made with the {name} {before}, here it is {fingerprint}"
+
     adapters = _get_group(made, "lora")
     for name, identity in here["lora"].items():
         # An adapter is the same wherever it is.
