@@ -89,10 +89,13 @@ def _measure(values: Mapping[str, Any]) -> dict[str, int]:
 
 def _inspect_folder(folder: Path) -> Component:
     """A folder with a config; or one that has nothing but a file, as some repositories are."""
+    if os.path.lexists(folder / "config.json"):
+        return inspect_component(NAME, folder)
     file = _find_only_file(folder)
-    if not os.path.lexists(folder / "config.json") and file:
-        return _inspect_file(file)
-    return inspect_component(NAME, folder)
+    if file is None:
+        why = "it has neither a config.json nor one .safetensors file"
+        raise ForeignFile(FOREIGN, folder, why=why)
+    return _inspect_file(file)
 
 
 def _find_only_file(folder: Path) -> Path | None:

@@ -136,6 +136,7 @@ def test_modes_have_names_and_numbers(text, mode, config_folder):
         ("union-pro:x.png", "which mode.*canny, tile, depth"),
         ("kind=union-pro,mode=hed,image=x.png", "no such mode.*'hed'"),
         ("kind=me/net,mode=hed,image=x.png", "no such mode.*'hed'"),
+        ("kind=canny,mode=hed,image=x.png", "no such mode.*no modes with names, such as 'hed'"),
     ],
 )
 def test_a_mode_is_asked_for_and_not_guessed(text, words, config_folder):

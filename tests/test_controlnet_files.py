@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from quant.checkpoint import inspect
 from quant.codecs import Reader
 from quant.controlnet import check_fit, inspect_controlnet, is_controlnet
-from quant.errors import CheckpointError
+from quant.errors import CheckpointError, ForeignFile
 from quant.expected import list_shapes
 from tests.support.controlnets import KINDS, PLAIN, save_map, to_xlabs
 from tests.support.invariant import assert_failed, call
@@ -145,6 +145,11 @@ def test_other_files_are_no_controlnets(tiny_folder):
     assert not is_controlnet(tiny_folder / "transformer" / PLAIN)
     with pytest.raises(CheckpointError, match="not a ControlNet for FLUX"):
         inspect_controlnet(tiny_folder / "transformer" / PLAIN)
+
+
+def test_a_folder_without_a_network_is_none(tiny_folder):
+    with pytest.raises(ForeignFile, match="neither a config"):
+        inspect_controlnet(tiny_folder)
 
 
 def test_a_network_of_another_model_does_not_fit(controlnet, tiny_folder):

@@ -127,6 +127,7 @@ def choose_mode(ref: ControlRef, kind: ControlKind | None) -> int | None:
         return modes[ref.mode]
     if ref.mode.isdecimal() and len(ref.mode) < 4:
         return int(ref.mode)
-    known = ", ".join(modes) or "a number"
-    why = f"{ref.mode[:40]!r} is none of its modes, which are {known}"
+    why = f"{ref.mode[:40]!r} is none of its modes: {', '.join(modes)}"
+    if not modes:
+        why = f"it has no modes with names, such as {ref.mode[:40]!r}"
     raise UsageError("no such mode", which=ref.kind, why=why, hint="leave mode= out")
