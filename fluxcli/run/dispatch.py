@@ -7,11 +7,12 @@ import os
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from fluxcli.engine.check import check_torch
 from fluxcli.errors import UsageError
-from fluxcli.events import Done, Event, Failed, Notice, Saved, Skipped
+from fluxcli.events import Done, Event, Failed, Notice, Preview, Saved, Skipped
 from fluxcli.models import find
 from fluxcli.pictures.names import STDOUT
 from fluxcli.request.job import Job
@@ -64,17 +65,20 @@ class Dispatcher:
 
         `kept` is what there is of its only picture. A job that the worker leaves half done is
         finished here: its rows that are not over are drawn, without the pictures that lie there
-        already (see `Session.run`), and what was said once is not said again.
+        already (see `Session.run`), and what was said once is not said again. Previews that it has
+        left are deleted.
         """
         over: set[int] = set()  # numbers of rows
         saved: set[str] = set()  # paths of pictures
         skipped: set[str] = set()
+        previews = _Previews()
         has_begun = False
         was_up = False
         is_stranger = False
         if self._may_use_worker(job, kept=kept):
             try:
                 for event in self._run_in_worker(job):
+                    previews.note(event)
                     if isinstance(event, Saved):
                         saved.add(event.image.path)
                     if isinstance(event, Skipped):
@@ -88,6 +92,7 @@ class Dispatcher:
             except client.Lost as lost:
                 was_up = bool(str(lost))
                 is_stranger = isinstance(lost, client.Misunderstood)
+                previews.delete()
                 if was_up:
                     hint = f" (hint: {lost.hint})" if lost.hint else ""
                     yield Notice(f"{lost}: running here{hint}")
@@ -128,6 +133,26 @@ class Dispatcher:
                 end = f"it ends after {AUTO_IDLE_S / 60:g} min without a job, or by"
                 yield Notice(f"worker {status['pid']} is up; {end}: flux worker stop")
         yield from client.run(job)
+
+
+class _Previews:
+    """The files that show what pictures under way will be, as a worker says."""
+
+    def __init__(self) -> None:
+        self._paths: dict[tuple[int, int], str] = {}  # by row and seed
+
+    def note(self, event: Event) -> None:
+        """Take what an event says of them: the worker deletes that of a picture it has saved."""
+        if isinstance(event, Preview):
+            self._paths[event.row, event.seed] = event.path
+        if isinstance(event, Saved):
+            self._paths.pop((event.row, event.image.seed), None)
+
+    def delete(self) -> None:
+        """Delete those that a lost worker has left."""
+        for path in self._paths.values():
+            with suppress(OSError):
+                Path(path).unlink()
 
 
 def _check_before_torch(job: Job) -> None:

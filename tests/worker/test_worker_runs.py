@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxcli.events import Done, Event, GeneratedImage, Notice, Phase, Saved, Skipped
+from fluxcli.events import Done, Event, GeneratedImage, Notice, Phase, Preview, Saved, Skipped
 from fluxcli.request.fields import Order
 from fluxcli.request.job import Job, Row
 from fluxcli.run import client, dispatch
@@ -280,6 +280,18 @@ def test_a_word_that_is_lost_with_the_worker_is_said_here(monkeypatch):
     )
     lose_after(monkeypatch)  # which drew nothing
     assert images(run_lost(request))[0].path == "o/a-red-circle-on-a-blue-background-7-2.png"
+
+
+def test_previews_of_a_lost_worker_are_deleted_and_those_of_finished_pictures_left(monkeypatch):
+    request = tiny(output="o/")
+    for name in ("mine", "begun"):
+        Path(f"{name}.preview.jpg").touch()
+    lose_after(monkeypatch)
+    (image,) = images(run_lost(request))
+    said = [Preview(f"{name}.preview.jpg", 1, 3, seed=7) for name in ("mine", "begun")]
+    lose_after(monkeypatch, said[0], Saved(image), said[1])
+    run_lost(request)
+    assert Path("mine.preview.jpg").exists() and not Path("begun.preview.jpg").exists()
 
 
 def test_of_a_lost_batch_only_what_is_not_there_is_drawn(monkeypatch):
