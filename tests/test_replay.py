@@ -213,7 +213,9 @@ def test_check_says_identical_or_different_and_writes_nothing(picture, capsys):
     assert files(Path()) == before
 
 
-@pytest.mark.parametrize("options", [["-o", "x.png"], ["--json"], ["--events"]])
+@pytest.mark.parametrize(
+    "options", [["-o", "x.png"], ["--json"], ["--events"], ["--preview-every", "2"], ["--show"]]
+)
 def test_check_excludes_what_would_write(options, picture, drawn, capsys):
     assert "--check" in assert_failed(
         call(capsys, "replay", str(picture), "--check", *options), ExitCode.USAGE

@@ -51,7 +51,7 @@ DECODE_SETTINGS = {
     "offload",
 }
 # Settings that only matter for a file that is written.
-FILE_SETTINGS = ("output", "format", "quality", "count", "metadata")
+FILE_SETTINGS = ("output", "format", "quality", "count", "metadata", "preview_every")
 # What the metadata say of how a picture was computed, by group and key, as --check says that it is
 # another here. Of adapters the keys are names of files.
 DIFFERENCES = {
@@ -390,6 +390,7 @@ def _refuse_inert(given: Values, options: Mapping[str, Any], *, dry_run: bool) -
         "--force": options["force"],
         "--json": options["json_output"],
         "--events": options["events"],
+        "--show": options["show"],
         "--dry-run": dry_run,
     }
     inert += [name for name, is_on in switches.items() if is_on]
@@ -431,7 +432,8 @@ def _draw_and_hash(order: Order, *, metadata: Metadata, options: Mapping[str, An
             reporter.show(Notice(line))
         picture = prepared.make_picture(order.request)
         for event in draw_pictures(engine, [picture]):
-            if not isinstance(event, Denoised | Drawn | Estimated):
+            assert not isinstance(event, Estimated), "nobody watches it"
+            if not isinstance(event, Denoised | Drawn):
                 reporter.show(event)
         assert picture.pixels is not None
         return hash_pixels(picture.pixels)
