@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fluxcli.engine import denoise, modulation
 from fluxcli.engine.components import Components
+from fluxcli.engine.controls import list_networks
 from fluxcli.engine.modulation import Condition
 from fluxcli.engine.picture import Picture
 from fluxcli.engine.prompt_cache import Embeddings
@@ -47,8 +48,7 @@ def run(components: Components, pictures: Sequence[Picture]) -> Iterator[Event]:
 
 def list_stepping(picture: Picture) -> list[str]:
     """The components that compute in a picture's steps: ControlNets, and the transformer."""
-    parts = dict.fromkeys(control.part for control in picture.controls if control.part)
-    return [*parts, "transformer"]
+    return [*list_networks(picture.controls), "transformer"]
 
 
 def _list_names(pictures: Sequence[Picture]) -> list[str]:

@@ -14,7 +14,6 @@ from fluxcli.errors import UsageError
 
 CONTROL_EXAMPLE = "--control canny:photo.jpg:0.7"
 REDUX_EXAMPLE = "--redux photo.jpg:0.8"
-EXPAND_EXAMPLE = "--expand 0,0,256,0"
 MAX_EXPAND_PX = 4096
 NUMBER = r"\d+(?:\.\d*)?|\.\d+"
 SPAN = re.compile(rf"({NUMBER})-({NUMBER})")
