@@ -265,7 +265,7 @@ DEFECTS = {
         lambda t: t.update({"double_blocks.7.img_mod.lin.bias": torch.ones(2)}),
         "double_blocks.7",
     ),
-    "Fill": (lambda t: t.update({"img_in.weight": torch.ones(128, 384)}), "384 channels"),
+    "other channels": (lambda t: t.update({"img_in.weight": torch.ones(128, 96)}), "96 channels"),
 }
 
 
