@@ -68,14 +68,14 @@ def read_controlnet(path: Path) -> Component:
     return _inspect_folder(path) if path.is_dir() else _inspect_file(path)
 
 
-def check_fit(controlnet: Component, transformer: Component) -> None:
-    """Raise `CheckpointError` for a ControlNet that was made for a transformer of other sizes."""
+def check_fit(controlnet: Component, transformer: Component, *, name: str) -> None:
+    """Raise `CheckpointError`, which names it, for a ControlNet of a transformer of other sizes."""
     mine = _measure(complete(NAME, controlnet.config))
     its = _measure(complete("transformer", transformer.config))
     for what, size in mine.items():
         if size != its[what]:
             why = f"{what} {size} instead of {its[what]}"
-            raise CheckpointError("a ControlNet of another model", controlnet.folder, why=why)
+            raise CheckpointError("a ControlNet of another model", name, why=why)
 
 
 def _measure(values: Mapping[str, Any]) -> dict[str, int]:

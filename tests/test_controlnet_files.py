@@ -155,10 +155,10 @@ def test_a_folder_without_a_network_is_none(tiny_folder):
 def test_a_network_of_another_model_does_not_fit(controlnet, tiny_folder):
     transformer = inspect(tiny_folder).components["transformer"]
     found = inspect_controlnet(controlnet("single"))
-    check_fit(found, transformer)
+    check_fit(found, transformer, name="x")
     found.config["num_attention_heads"] = 24
     with pytest.raises(CheckpointError, match="the width 768 instead of 128"):
-        check_fit(found, transformer)
+        check_fit(found, transformer, name="x")
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1), (2, 1, 1, 1)])

@@ -14,6 +14,7 @@ from PIL import Image
 from benchmarks.counting import Counter, pretend_baked
 from fluxcli.engine.cards import describe_card
 from fluxcli.engine.picture import Picture
+from fluxcli.models.controls import repository_of
 from fluxcli.models.parts import Control
 from fluxcli.models.shapes import read_known_controlnet, read_known_redux, read_known_shapes
 from fluxcli.pictures.inputs import load_inputs
@@ -21,10 +22,12 @@ from fluxcli.plan.costs import Workload, count_control_steps, make_workload
 from fluxcli.plan.machine import Hardware
 from fluxcli.plan.placement import GIB, MemoryPlan, Placement, step_down
 from fluxcli.plan.planner import USABLE_SHARE, make_plan, survey
+from fluxcli.request.controls import list_kinds
 from fluxcli.request.fields import Resources
 from quant.checkpoint import Checkpoint
 from quant.spec import BAKEABLE, SCHEMES, QuantSpec
 from tests.support.helpers import order
+from tests.support.invariant import call
 from tests.support.simulate import count_phases, full_size, on_card
 
 MIB = 2**20
@@ -262,11 +265,18 @@ def test_published_networks_have_the_bytes_of_their_files():
     """GB on the hub, as their pages list them."""
     union = "InstantX/FLUX.1-dev-Controlnet-Union"
     upscaler = "jasperai/Flux.1-dev-Controlnet-Upscaler"
-    xlabs = "XLabs-AI/flux-controlnet-canny-diffusers"
-    sizes = {UNION_PRO_2: 4.28, union: 6.60, upscaler: 3.58, xlabs: 1.49}
+    depth = "Shakker-Labs/FLUX.1-dev-ControlNet-Depth"
+    xlabs = "XLabs-AI/flux-controlnet-collections:flux-canny-controlnet-v3.safetensors"
+    sizes = {UNION_PRO_2: 4.28, union: 6.60, upscaler: 3.58, depth: 3.19, xlabs: 1.49}
     for name, size in sizes.items():
         assert round(read_known_controlnet(name).nbytes / 1e9, 2) == size
     assert read_known_controlnet("somebody/else") is None
+    assert all(map(read_known_controlnet, map(repository_of, set(list_kinds(None)) - {"edges"})))
+
+
+def test_a_network_that_is_not_here_and_does_not_fit_is_named(tmp_path, capsys):
+    result = call(capsys, "plan", "x", "-p", "tiny", "--control", f"canny:{make_map(tmp_path)}")
+    assert result.returncode == 4 and UNION_PRO_2 in result.stderr
 
 
 if __name__ == "__main__":  # the table of docs/memory.md

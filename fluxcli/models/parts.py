@@ -148,7 +148,7 @@ def resolve_controls(
             if resolved.path:
                 found = inspect_controlnet(resolved.path)
             assert found, "else it was missing"
-            check_fit(found, checkpoint.components["transformer"])
+            check_fit(found, checkpoint.components["transformer"], name=str(place))
             keys[place] = "controlnet" if not keys else f"controlnet_{len(keys) + 1}"
             components[keys[place]] = found
         control = Control(
