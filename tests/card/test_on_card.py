@@ -12,6 +12,7 @@ from quant.checkpoint import Checkpoint, inspect
 from quant.single_file import assemble_checkpoint
 from quant.spec import ROTATED
 from tests.support import loras
+from tests.support.controlnets import save_map
 from tests.support.helpers import BAKED, tiny
 from tests.support.on_card import draw_on_card, draw_on_cpu
 
@@ -106,4 +107,32 @@ def test_a_picture_on_the_card_is_the_cpus(files, placement, with_adapters, open
     assert run.card.problems == []
     assert run.waits() == []
     assert list(run.steps[-1].attention) == [f"{run.dtype}, width 32, no mask"]
+    assert np.array_equal(run.pixels, draw_on_cpu(order, run))
+
+
+@pytest.mark.parametrize(
+    ("precision", "placement"),
+    [
+        ("nf4", "stream"),
+        pytest.param("bf16", "sequential", marks=pytest.mark.exhaustive),
+        *(
+            pytest.param(precision, placement, marks=pytest.mark.exhaustive)
+            for precision in ("bf16", "fp8", *ROTATED)
+            for placement in ("none", "stream")
+        ),
+    ],
+)
+def test_so_is_one_with_controlnets(precision, placement, tiny_folder, controlnet, tmp_path):
+    """Two networks, whose blocks pass through the device as the transformer's do."""
+    shown = save_map(tmp_path / "map.png")
+    controls = (
+        f"{controlnet('single')}:{shown}",
+        f"kind={controlnet('union')},mode=1,image={shown}",
+    )
+    order = tiny(precision=precision, offload=placement, device="cuda", control=controls)
+    run = draw_on_card(order, inspect(tiny_folder))
+    levels = {"none": "resident", "stream": "streamed", "sequential": "sequential"}
+    assert run.plan.placement.controls == levels[placement]
+    assert run.card.problems == []
+    assert run.waits() == []
     assert np.array_equal(run.pixels, draw_on_cpu(order, run))

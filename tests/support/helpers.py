@@ -107,12 +107,14 @@ def engine_of(checkpoint: Checkpoint, request: Order = TINY) -> Engine:
 def plan_for(
     order: Order, checkpoints: Sequence[Checkpoint], hardware: Hardware, **options: object
 ) -> Planned:
-    """The checkpoint and the plan of an order, its adapters read once."""
+    """The checkpoint, with the parts of the order's controls, and the plan."""
     request = order.request
     adapters = loras.resolve_loras(
         request.lora, checkpoints[-1].components, channels=loras.count_channels(request)
     )
-    workload = make_workload(request, adapters)
+    parts = resolve_parts(request, checkpoints[-1], adapters)
+    checkpoints = [parts.add_to(checkpoint) for checkpoint in checkpoints]
+    workload = make_workload(request, adapters, controls=parts.controls)
     return make_plan(
         workload, order.resources, checkpoints, hardware, model=request.model, **options
     )
