@@ -50,15 +50,19 @@ ABILITIES = (
 def apply_kind(request: GenerationRequest, checkpoint: Checkpoint) -> Checkpoint:
     """Return the checkpoint as what --kind says that it is.
 
-    Raises `UsageError` for a kind that the transformer's channels rule out.
+    Raises `UsageError` for a kind that the transformer's channels or its guidance input rule out.
     """
     if request.kind == "auto":
         return checkpoint
     channels = checkpoint.components["transformer"].config["in_channels"]
-    wanted = CHANNELS_OF[request.kind]
-    if channels != wanted:
-        fitting = [kind for kind in KINDS if CHANNELS_OF[kind] == channels]
-        why = f"{request.model} takes {channels} channels, a {request.kind} model {wanted}"
+    fitting = [kind for kind in KINDS if CHANNELS_OF[kind] == channels]
+    why = f"{request.model} takes {channels} channels"
+    why += f", a {request.kind} model {CHANNELS_OF[request.kind]}"
+    if checkpoint.takes_guidance and "schnell" in fitting:
+        fitting.remove("schnell")
+        if request.kind == "schnell":
+            why = f"{request.model} has a guidance input, a schnell model has none"
+    if request.kind not in fitting:
         preset = PRESETS.get(request.kind, request.kind)
         hint = f"--kind {' or '.join(fitting)}, or none; -p {preset} is one"
         raise UsageError("the model is of another kind", which="--kind", why=why, hint=hint)
