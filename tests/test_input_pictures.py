@@ -16,6 +16,7 @@ from PIL import Image, ImageCms
 
 from fluxcli.errors import BadInputFile, ExitCode
 from fluxcli.pictures import normalize
+from fluxcli.pictures.inputs import read_picture
 from fluxcli.pictures.normalize import measure, read_file, read_pixels
 
 HEIGHT, WIDTH = 24, 40
@@ -349,3 +350,21 @@ def test_files_that_are_none_are_refused(tmp_path):
         with pytest.raises(BadInputFile, match=why) as caught:
             read_file(str(tmp_path / name))
         assert caught.value.hint
+
+
+def test_a_photo_that_many_rows_name_is_decoded_once(tmp_path, monkeypatch):
+    path = tmp_path / "photo.png"
+    noise = np.random.default_rng(17).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    decoded = []
+    real = normalize.read_pixels
+
+    def read_pixels(*arguments: object, **options: object) -> object:
+        decoded.append(1)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(normalize, "read_pixels", read_pixels)
+    first, second = read_picture(str(path)), read_picture(str(path))
+    assert first == second and first.size == (24, 20) and len(decoded) == 1
+    Image.fromarray(noise[:10]).save(path)
+    assert read_picture(str(path)).size == (24, 10) and len(decoded) == 2

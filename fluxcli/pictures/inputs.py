@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fluxcli.pictures import normalize
 from fluxcli.request.fields import GenerationRequest
@@ -18,6 +18,18 @@ if TYPE_CHECKING:
     import numpy as np
 
 CHUNK_BYTES = 1 << 20
+MAX_KNOWN = 4096  # files whose sizes and remarks a process remembers
+
+
+class _Looked(NamedTuple):
+    """What was seen of a file."""
+
+    size: tuple[int, int]  # (width, height) in pixels
+    remarks: tuple[str, ...]
+
+
+# By hash and backdrop: the rows of a batch often share a photo, which is decoded once for them.
+_KNOWN: dict[tuple[str, str], _Looked] = {}
 
 
 @dataclass(frozen=True)
@@ -131,10 +143,16 @@ def hash_file(path: Path) -> str:
 def read_picture(path: str, *, backdrop: str = "white") -> InputPicture:
     """Look at a file of a picture, all of it; raises `BadInputFile`."""
     data = normalize.read_file(path)
-    pixels, remarks = normalize.read_pixels(data, path, backdrop=backdrop)
-    height, width, _ = pixels.shape
     sha256 = hashlib.sha256(data).hexdigest()
-    return InputPicture(path, (width, height), sha256, remarks, backdrop=backdrop)
+    key = (sha256, backdrop)
+    if key not in _KNOWN:
+        pixels, remarks = normalize.read_pixels(data, path, backdrop=backdrop)
+        height, width, _ = pixels.shape
+        if len(_KNOWN) >= MAX_KNOWN:
+            _KNOWN.clear()
+        _KNOWN[key] = _Looked((width, height), remarks)
+    looked = _KNOWN[key]
+    return InputPicture(path, looked.size, sha256, looked.remarks, backdrop=backdrop)
 
 
 def read_mask(path: str) -> InputPicture:
