@@ -38,7 +38,7 @@ AT_THE_TOP = {"torch", "numpy", "safetensors"}
 FLOORS = [
     ["quant"],
     ["fluxcli.errors", "fluxcli.events", "fluxcli.signals", "fluxcli.paths"],
-    ["fluxcli.learned", "fluxcli.request"],
+    ["fluxcli.kept_files", "fluxcli.learned", "fluxcli.request"],
     ["fluxcli.pictures", "fluxcli.plan", "fluxcli.models"],
     ["fluxcli.resolve"],
     ["fluxcli.engine"],
@@ -55,6 +55,7 @@ STDLIB_ONLY = (
     "fluxcli.events",
     "fluxcli.signals",
     "fluxcli.paths",
+    "fluxcli.kept_files",
     "fluxcli.learned",
 )
 

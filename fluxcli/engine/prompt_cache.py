@@ -14,9 +14,10 @@ import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from fluxcli import paths
+from fluxcli import kept_files, paths
+from fluxcli.kept_files import KeptFile
 from quant.files import read_small_file, write_atomically
 
 if TYPE_CHECKING:
@@ -44,14 +45,6 @@ class Embeddings:
     def are_finite(self) -> bool:
         """Whether no element is NaN or infinite."""
         return bool(self.pooled.isfinite().all() and self.sequence.isfinite().all())
-
-
-class Entry(NamedTuple):
-    """A file of the cache."""
-
-    used_s: float  # its modification time: when it was last read or written
-    size_bytes: int
-    path: Path
 
 
 def folder() -> Path:
@@ -91,7 +84,7 @@ def read(key: str) -> Embeddings | None:
     except FileNotFoundError:
         return None
     except Exception:  # noqa: BLE001 - a file can be wrong in any way
-        _delete(path)
+        kept_files.delete(path)
         return None
     with contextlib.suppress(OSError):  # the folder may be readable only
         os.utime(path)
@@ -111,26 +104,17 @@ def write(key: str, embeddings: Embeddings) -> None:
     with contextlib.suppress(OSError):
         folder().mkdir(mode=0o700, parents=True, exist_ok=True)
         write_atomically(folder() / f"{key}{SUFFIX}", data, place=os.replace)
-    _prune()
+    kept_files.prune(list_entries(), limit_bytes=LIMIT_BYTES)
 
 
-def list_entries() -> list[Entry]:
+def list_entries() -> list[KeptFile]:
     """The entries, and what killed writers left, by when they were used: the oldest first."""
-    found: list[Entry] = []
-    if is_linked():
-        return found
-    with contextlib.suppress(OSError), os.scandir(folder()) as files:
-        for file in files:
-            if OURS.fullmatch(file.name):
-                with contextlib.suppress(OSError):
-                    status = file.stat(follow_symlinks=False)
-                    found.append(Entry(status.st_mtime, status.st_size, Path(file.path)))
-    return sorted(found)
+    return kept_files.list_files(folder(), OURS)
 
 
-def clear() -> list[Entry]:
+def clear() -> list[KeptFile]:
     """Delete every entry; returns those that are gone."""
-    return [entry for entry in list_entries() if _delete(entry.path)]
+    return kept_files.clear(list_entries())
 
 
 def _describe(key: str, embeddings: Embeddings) -> str:
@@ -145,20 +129,3 @@ def _describe(key: str, embeddings: Embeddings) -> str:
         digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return json.dumps(texts | {"sha256": digest.hexdigest()})
-
-
-def _prune() -> None:
-    """Delete the oldest entries until the others are within the limit."""
-    entries = list_entries()
-    used_bytes = sum(entry.size_bytes for entry in entries)
-    for entry in entries:
-        if used_bytes > LIMIT_BYTES and _delete(entry.path):
-            used_bytes -= entry.size_bytes
-
-
-def _delete(path: Path) -> bool:
-    """Delete a file, unless another process did; returns whether it is gone."""
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
-        return True
-    return False

@@ -5,27 +5,18 @@ user's own and within `LIMIT_BYTES`; what was used longest ago is deleted first.
 what is in the pictures. Stdlib only. Sizes are in bytes.
 """
 
-import contextlib
 import hashlib
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
 
-from fluxcli import paths
+from fluxcli import kept_files, paths
 from fluxcli.errors import OutputError, explain_write
+from fluxcli.kept_files import KeptFile
 from quant.files import write_atomically
 
 LIMIT_BYTES = 1 << 30
 OURS = re.compile(r"[0-9a-f]{64}|\.flux-[0-9a-f]+\.tmp")  # pictures; killed writers'
-
-
-class Kept(NamedTuple):
-    """A file of the folder."""
-
-    used_s: float  # its modification time: when it was last given
-    size_bytes: int
-    path: Path
 
 
 def folder() -> Path:
@@ -52,7 +43,7 @@ def keep(data: bytes) -> Path:
     except OSError as error:
         why = explain_write(error)
         raise OutputError("cannot keep the picture", which=folder(), why=why, hint=hint) from error
-    _prune(path)
+    kept_files.prune(list_kept(), limit_bytes=LIMIT_BYTES, newest=path)
     return path
 
 
@@ -64,37 +55,11 @@ def find(sha256: str) -> Path | None:
     return path
 
 
-def list_kept() -> list[Kept]:
+def list_kept() -> list[KeptFile]:
     """Return the kept pictures, and what killed writers left, the longest unused first."""
-    found: list[Kept] = []
-    if paths.is_linked(folder()):
-        return found
-    with contextlib.suppress(OSError), os.scandir(folder()) as files:
-        for file in files:
-            if OURS.fullmatch(file.name):
-                with contextlib.suppress(OSError):
-                    status = file.stat(follow_symlinks=False)
-                    found.append(Kept(status.st_mtime, status.st_size, Path(file.path)))
-    return sorted(found)
+    return kept_files.list_files(folder(), OURS)
 
 
-def clear() -> list[Kept]:
+def clear() -> list[KeptFile]:
     """Delete every kept picture; return those that are gone."""
-    return [kept for kept in list_kept() if _delete(kept.path)]
-
-
-def _prune(newest: Path) -> None:
-    """Delete the longest unused, but never the newest, until the others are within the limit."""
-    found = list_kept()
-    used_bytes = sum(kept.size_bytes for kept in found)
-    for kept in found:
-        if used_bytes > LIMIT_BYTES and kept.path != newest and _delete(kept.path):
-            used_bytes -= kept.size_bytes
-
-
-def _delete(path: Path) -> bool:
-    """Delete a file, unless another process did; return whether it is gone."""
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
-        return True
-    return False
+    return kept_files.clear(list_kept())
