@@ -213,12 +213,19 @@ def _list_controlnet(values: Mapping[str, Any]) -> Shapes:
 
 def _list_clip(values: Mapping[str, Any]) -> Shapes:
     width = values["hidden_size"]
-    inner = values["intermediate_size"]
     shapes: Shapes = {
         "embeddings.token_embedding.weight": (values["vocab_size"], width),
         "embeddings.position_embedding.weight": (values["max_position_embeddings"], width),
     }
     shapes |= _norm("final_layer_norm", width)
+    return shapes | _list_clip_layers(values)
+
+
+def _list_clip_layers(values: Mapping[str, Any]) -> Shapes:
+    """The layers of CLIP's text half; SigLIP's of pictures have the same names and shapes."""
+    width = values["hidden_size"]
+    inner = values["intermediate_size"]
+    shapes: Shapes = {}
     for i in range(values["num_hidden_layers"]):
         block = f"encoder.layers.{i}"
         for layer in ("q_proj", "k_proj", "v_proj", "out_proj"):
@@ -259,21 +266,12 @@ def _list_t5(values: Mapping[str, Any]) -> Shapes:
 def _list_siglip(values: Mapping[str, Any]) -> Shapes:
     """SigLIP without its pooling head, which Redux does not use."""
     width = values["hidden_size"]
-    inner = values["intermediate_size"]
     patch = values["patch_size"]
     patches = (values["image_size"] // patch) ** 2
     shapes = _convolution("embeddings.patch_embedding", width, values["num_channels"], kernel=patch)
     shapes["embeddings.position_embedding.weight"] = (patches, width)
     shapes |= _norm("post_layernorm", width)
-    for i in range(values["num_hidden_layers"]):
-        block = f"encoder.layers.{i}"
-        for layer in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            shapes |= _linear(f"{block}.self_attn.{layer}", width, width)
-        shapes |= _linear(f"{block}.mlp.fc1", inner, width)
-        shapes |= _linear(f"{block}.mlp.fc2", width, inner)
-        shapes |= _norm(f"{block}.layer_norm1", width)
-        shapes |= _norm(f"{block}.layer_norm2", width)
-    return shapes
+    return shapes | _list_clip_layers(values)
 
 
 def _list_redux(values: Mapping[str, Any]) -> Shapes:
