@@ -199,11 +199,18 @@ def _restore_around(tokens: Tensor, latents: InputLatents, scheduler: Any, *, in
 
 def make_noise(seed: int, size: tuple[int, int], *, dtype: torch.dtype) -> Tensor:
     """Packed noise (1, S, 64) from a generator on the CPU, so that every device has the same."""
+    return pack(draw_noise(size, torch.Generator("cpu").manual_seed(seed))).to(dtype)
+
+
+def draw_noise(size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Noise of a picture's latents (1, 16, height/8, width/8)."""
     width, height = size
-    generator = torch.Generator("cpu").manual_seed(seed)
-    latents = torch.randn((1, 16, height // 8, width // 8), generator=generator)
-    tokens = torch.pixel_unshuffle(latents, 2).flatten(2).mT
-    return tokens.to(dtype).contiguous()
+    return torch.randn((1, 16, height // 8, width // 8), generator=generator)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Latents (B, C, H, W) -> tokens (B, H/2 x W/2, 4C), each of a patch of 2 x 2."""
+    return torch.pixel_unshuffle(latents, 2).flatten(2).mT.contiguous()
 
 
 def make_scheduler(checkpoint: Checkpoint, request: GenerationRequest) -> Any:
@@ -242,9 +249,9 @@ def _make_inputs(
     return {"encoder_hidden_states": sequence, "rotation": rotation}
 
 
-def make_position_ids(size: tuple[int, int]) -> Tensor:
-    """Positions (S, 3) of the tokens for the rotary embedding: (0, row, column)."""
+def make_position_ids(size: tuple[int, int], *, first: int = 0) -> Tensor:
+    """Positions (S, 3) of the tokens for the rotary embedding: (first, row, column)."""
     width, height = size
     rows = torch.arange(height // 16)
     columns = torch.arange(width // 16)
-    return torch.cartesian_prod(torch.tensor([0]), rows, columns)
+    return torch.cartesian_prod(torch.tensor([first]), rows, columns)

@@ -15,6 +15,7 @@ from fluxcli.engine import masks
 from fluxcli.engine.components import Components
 from fluxcli.engine.control_maps import ControlMap
 from fluxcli.engine.decode import is_finite, set_tiles
+from fluxcli.engine.denoise import draw_noise, pack
 from fluxcli.engine.picture import InputLatents, Picture
 from fluxcli.engine.prepare_controls import add_controls, make_maps, to_values
 from fluxcli.engine.references import add_references
@@ -98,8 +99,7 @@ def prepare(
     if picture.inputs.image:
         _prepare_image(latents, picture, encoder, generator=generator, kind=checkpoint.kind)
     elif picture.controls:
-        width, height = request.size
-        latents.noise = pack(torch.randn((1, 16, height // 8, width // 8), generator=generator))
+        latents.noise = pack(draw_noise(request.size, generator))
     if picture.inputs.references:
         add_references(latents, picture, lambda pixels: pack(encoder.encode(to_values(pixels))))
     return latents
@@ -119,7 +119,7 @@ def _prepare_image(
     # Kontext's pipelines take the mode, and draw the noise alone.
     start = encoder.encode(values, None if picture.inputs.references else generator)
     latents.start = pack(start)
-    latents.noise = pack(torch.randn(start.shape, generator=generator))
+    latents.noise = pack(draw_noise(picture.request.size, generator))
     if canvas.mask is None:
         return
     if kind == "fill":
@@ -134,8 +134,3 @@ def _prepare_image(
             raise BadInputFile(
                 "nothing would be painted", picture.inputs.mask.path, why=why, hint=hint
             )
-
-
-def pack(latents: Tensor) -> Tensor:
-    """Latents (B, C, H, W) -> tokens (B, H/2 x W/2, 4C), each of a patch of 2 x 2."""
-    return torch.pixel_unshuffle(latents, 2).flatten(2).mT.contiguous()

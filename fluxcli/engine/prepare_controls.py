@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fluxcli.engine.control_maps import ControlMap, make_map
 from fluxcli.engine.controlnet import takes_pixels
+from fluxcli.engine.denoise import draw_noise
 from fluxcli.engine.picture import InputLatents, Picture
 from quant.checkpoint import Component
 
@@ -50,7 +51,8 @@ def add_controls(
         values = to_values(made.pixels)
         if not control.part:
             if picture.request.image and picture.request.mask:
-                _draw_masked(picture.request.size, generator)
+                # FluxControlInpaintPipeline encodes the masked picture, and looks at it no more.
+                draw_noise(picture.request.size, generator)
             latents.channels = encode(values)
             found.append(latents.channels)
         elif takes_pixels(components[control.part].config):
@@ -64,12 +66,3 @@ def to_values(pixels: np.ndarray) -> Tensor:
     """Pixels (H, W, 3) uint8 -> values (1, 3, H, W) float32 in -1 to 1."""
     shares = torch.from_numpy(pixels.astype(np.float32) / 255)
     return shares.permute(2, 0, 1)[None] * 2 - 1
-
-
-def _draw_masked(size: tuple[int, int], generator: torch.Generator) -> None:
-    """Draw what FluxControlInpaintPipeline draws first: latents of the masked picture.
-
-    It encodes them and looks at them no more.
-    """
-    width, height = size
-    torch.randn((1, 16, height // 8, width // 8), generator=generator)

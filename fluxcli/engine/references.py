@@ -8,9 +8,9 @@ Sizes are (width, height) in pixels.
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from fluxcli.engine.denoise import make_position_ids
 from fluxcli.engine.picture import InputLatents, Picture
 from fluxcli.pictures.references import stitch
 
@@ -25,12 +25,4 @@ def add_references(
     size = picture.request.fit_canvas([each.size for each in picture.inputs.references])
     pixels = stitch([each.read_pixels() for each in picture.inputs.references], size)
     latents.references = encode(pixels)
-    latents.reference_ids = make_reference_ids(size)
-
-
-def make_reference_ids(size: tuple[int, int]) -> Tensor:
-    """Positions (R, 3) of a canvas' tokens for the rotary embedding: (1, row, column)."""
-    width, height = size
-    rows = torch.arange(height // 16)
-    columns = torch.arange(width // 16)
-    return torch.cartesian_prod(torch.tensor([1]), rows, columns)
+    latents.reference_ids = make_position_ids(size, first=1)  # (R, 3)
