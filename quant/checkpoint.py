@@ -167,6 +167,13 @@ class Checkpoint:
         return sum(component.nbytes for component in self.components.values())
 
     @property
+    def parts(self) -> dict[str, Component]:
+        """The components that a request adds, by their keys."""
+        return {
+            name: component for name, component in self.components.items() if name not in COMPONENTS
+        }
+
+    @property
     def takes_guidance(self) -> bool:
         """Whether the transformer was distilled with guidance, as dev was and schnell was not."""
         return bool(self.components["transformer"].config["guidance_embeds"])

@@ -29,7 +29,6 @@ from fluxcli.pictures.latents import Latents
 from fluxcli.pictures.names import Destination
 from fluxcli.request.fields import GenerationRequest, Order
 from fluxcli.request.target import Target
-from quant.checkpoint import COMPONENTS
 from quant.errors import ExplainedError
 from quant.lora import Adapter
 
@@ -156,11 +155,7 @@ def _describe_model(engine: Engine, request: GenerationRequest) -> dict[str, Any
     """Return a model's name and fingerprint, and those of what the request adds to it."""
     checkpoint = engine.checkpoint
     described = {"name": request.model, "fingerprint": checkpoint.fingerprint}
-    parts = {
-        name: part.fingerprint
-        for name, part in checkpoint.components.items()
-        if name not in COMPONENTS
-    }
+    parts = {name: part.fingerprint for name, part in checkpoint.parts.items()}
     return described | ({"parts": parts} if parts else {})
 
 

@@ -98,8 +98,7 @@ class Prepared:
     @property
     def parts_key(self) -> tuple[object, ...]:
         """What the request adds: an engine goes from one to another, but not in a group of rows."""
-        parts = self.checkpoint.components.items()
-        return tuple((name, part.fingerprint) for name, part in parts if name not in COMPONENTS)
+        return tuple((name, part.fingerprint) for name, part in self.checkpoint.parts.items())
 
 
 @dataclass
