@@ -5,9 +5,7 @@ are of. torch and safetensors are imported where a file is written or read.
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +16,6 @@ from fluxcli.pictures.names import Destination
 from fluxcli.request.fields import Order
 from fluxcli.request.target import Target
 from quant.errors import CheckpointError, ExplainedError
-from quant.files import move_if_free, write_atomically
 from quant.header import read_header
 from quant.tensor_info import TensorInfo
 
@@ -74,14 +71,8 @@ def save(latents: Latents, target: Target, *, n: int = 1, row: int = 0) -> Path:
     }
     tensors = {TENSOR: latents.tokens.cpu().contiguous()}
     data: bytes = to_bytes(tensors, {KEY: json.dumps(described)})
-    for path in _list_places(Destination(target, latents.order, n=n, row=row)):
-        if os.path.lexists(path):
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError):  # another process was quicker
-            write_atomically(path, data, place=move_if_free)
-            return path
-    raise AssertionError("the candidates are endless")
+    places = _list_places(Destination(target, latents.order, n=n, row=row))
+    return names.write_first_free(data, places)
 
 
 def place(destination: Destination) -> Path:

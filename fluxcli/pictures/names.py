@@ -13,7 +13,7 @@ import shutil
 import string
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import date
 from itertools import count, dropwhile, takewhile
@@ -201,6 +201,21 @@ def list_candidates(destination: Destination) -> Iterator[Path]:
     yield first
     for k in count(2):
         yield first.with_name(join_name(first.stem, f"-{k}{first.suffix}"))
+
+
+def write_first_free(data: bytes, paths: Iterable[Path]) -> Path:
+    """Write a new file at the first path where there is none, and return it; raises OSError.
+
+    The paths must be without end.
+    """
+    for path in paths:
+        if os.path.lexists(path):
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # another process was quicker
+            write_atomically(path, data, place=move_if_free)
+            return path
+    raise AssertionError("the candidates are endless")
 
 
 def move_from_stdout(destination: Destination) -> Destination:

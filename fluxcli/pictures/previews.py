@@ -6,13 +6,14 @@ taken already. numpy and PIL are imported inside functions.
 
 import io
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fluxcli.pictures import names
 from fluxcli.pictures.names import Destination
-from quant.files import move_if_free, write_atomically
+from quant.files import write_atomically
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +36,7 @@ class PreviewFile:
         """
         data = encode(pixels)
         if self.path is None:
-            self.path = _write_new(data, destination)
+            self.path = names.write_first_free(data, _list_places(destination))
         else:
             write_atomically(self.path, data, place=os.replace)
         return self.path
@@ -62,16 +63,9 @@ def encode(pixels: "np.ndarray") -> bytes:
     return buffer.getvalue()
 
 
-def _write_new(data: bytes, destination: Destination) -> Path:
-    """Write the first preview beside the name that its picture would have now; raises OSError."""
+def _list_places(destination: Destination) -> Iterator[Path]:
+    """Yield the names that a preview can have beside those its picture would have now, no end."""
     beside = names.move_from_stdout(destination)
     for candidate in names.list_candidates(beside):
-        path = candidate.with_name(names.join_name(candidate.stem, SUFFIX))
-        is_taken = os.path.lexists(candidate) and not beside.target.force
-        if is_taken or os.path.lexists(path):
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError):  # another process was quicker
-            write_atomically(path, data, place=move_if_free)
-            return path
-    raise AssertionError("the candidates are endless")
+        if beside.target.force or not os.path.lexists(candidate):
+            yield candidate.with_name(names.join_name(candidate.stem, SUFFIX))
