@@ -119,11 +119,12 @@ def test_files_of_others_are_not_replaced():
     assert not list(Path().glob("*-*.preview.jpg"))
 
 
-def test_where_none_can_be_written_the_picture_is_all_the_same(monkeypatch):
+@pytest.mark.parametrize("write", ["names.write_first_free", "write_atomically"])
+def test_where_none_can_be_written_the_picture_is_all_the_same(write, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(previews, "write_atomically", fail)
+    monkeypatch.setattr(f"fluxcli.pictures.previews.{write}", fail)  # the first, or those after it
     events = list(session_events(tiny(output="x.png", preview_every=1)))
     said = [each.message for each in events if isinstance(each, Notice)]
     assert said.count("no preview can be written: the disk is full") == 1
