@@ -17,17 +17,16 @@ from quant.checkpoint import inspect
 from quant.errors import CheckpointError
 from tests.support.controls import (
     SIDE_PX,
-    draw_by_diffusers,
     draw_map,
     draw_mask,
     draw_photo,
     make_control_model,
-    measure,
     open_image,
 )
 from tests.support.helpers import draw, engine_of, tiny
 from tests.support.invariant import call
 from tests.support.loras import linear_layers, low_rank, peft_tensors
+from tests.support.pictures import count_levels_apart, draw_by_diffusers
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +68,8 @@ def test_a_control_model_draws_what_its_pipeline_draws(folder, pictures):
         wanted = order(control=f"canny:{pictures[name]}")
         expected = draw_by_diffusers(pipe, wanted, control_image=images[name])
         _, drawn[name] = draw(engine, wanted)
-        assert measure(drawn[name], expected) <= 1 and expected.std() > 1
-    assert measure(drawn["map"], drawn["other"]) > 8
+        assert count_levels_apart(drawn[name], expected) <= 1 and expected.std() > 1
+    assert count_levels_apart(drawn["map"], drawn["other"]) > 8
 
 
 def test_from_a_picture_it_draws_what_the_img2img_pipeline_draws(folder, pictures):
@@ -87,12 +86,12 @@ def test_from_a_picture_it_draws_what_the_img2img_pipeline_draws(folder, picture
     )
     engine = engine_of(inspect(folder), order())
     _, drawn = draw(engine, wanted)
-    assert measure(drawn, expected) <= 1 and expected.std() > 1
+    assert count_levels_apart(drawn, expected) <= 1 and expected.std() > 1
     for other in (
         order(control=f"canny:{pictures['other']}", image=str(pictures["photo"]), strength=0.75),
         order(control=f"canny:{pictures['map']}"),
     ):
-        assert measure(draw(engine, other)[1], drawn) > 8
+        assert count_levels_apart(draw(engine, other)[1], drawn) > 8
 
 
 # --- LoRAs
@@ -135,12 +134,12 @@ def test_a_control_lora_draws_what_the_pipeline_with_it_draws(tiny_folder, pictu
         wanted = order(control=f"depth:{pictures[name]}", lora=str(lora))
         expected = draw_by_diffusers(pipe, wanted, control_image=images[name])
         events, drawn[name] = draw(engine, wanted)
-        assert measure(drawn[name], expected) <= 1 and expected.std() > 1
+        assert count_levels_apart(drawn[name], expected) <= 1 and expected.std() > 1
         assert any("no colours" in str(each.message) for each in events if isinstance(each, Notice))
-    assert measure(drawn["map"], drawn["other"]) > 8
+    assert count_levels_apart(drawn["map"], drawn["other"]) > 8
     # Without it the model is what it was.
     _, plain = draw(engine, order())
-    assert measure(plain, drawn["map"]) > 8
+    assert count_levels_apart(plain, drawn["map"]) > 8
     assert np.array_equal(plain, draw(engine_of(inspect(tiny_folder), order()), order())[1])
 
 
@@ -158,9 +157,9 @@ def test_beside_another_lora_each_sees_its_own_channels(tiny_folder, pictures, t
     expected = draw_by_diffusers(pipe, wanted, control_image=open_images(pictures)["map"])
     engine = engine_of(inspect(tiny_folder), order())
     _, drawn = draw(engine, wanted)
-    assert measure(drawn, expected) <= 1 and expected.std() > 1
+    assert count_levels_apart(drawn, expected) <= 1 and expected.std() > 1
     _, alone = draw(engine, order(control=f"canny:{pictures['map']}", lora=f"{control}:0.9"))
-    assert measure(drawn, alone) > 8
+    assert count_levels_apart(drawn, alone) > 8
 
 
 def test_a_control_lora_needs_a_control(tiny_folder, tmp_path):

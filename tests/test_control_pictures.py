@@ -19,15 +19,14 @@ from fluxcli.request.fields import Order
 from quant.checkpoint import inspect
 from tests.support.controls import (
     SIDE_PX,
-    draw_by_diffusers,
     draw_map,
     draw_mask,
     draw_photo,
     make_control_model,
-    measure,
     open_image,
 )
 from tests.support.helpers import draw, engine_of, tiny
+from tests.support.pictures import count_levels_apart, draw_by_diffusers
 
 STRENGTH = 0.75
 MOVED = 8
@@ -112,13 +111,15 @@ def test_a_controlnet_beside_a_picture(
     )
     expected = draw_by_diffusers(pipe, order(), **inputs)
     drawn = run(tiny_folder, order(**given, control=controls))
-    assert measure(drawn, expected) <= 1 and expected.std() > 1
-    assert measure(drawn, run(tiny_folder, order(**given))) > MOVED
+    assert count_levels_apart(drawn, expected) <= 1 and expected.std() > 1
+    assert count_levels_apart(drawn, run(tiny_folder, order(**given))) > MOVED
     other = [text.replace("map.png", "other.png") for text in controls]
-    assert measure(drawn, run(tiny_folder, order(**given, control=other))) > MOVED
+    assert count_levels_apart(drawn, run(tiny_folder, order(**given, control=other))) > MOVED
     without = {name: value for name, value in given.items() if name not in ("image", "strength")}
     if pipeline == "Img2Img":
-        assert measure(drawn, run(tiny_folder, order(**without, control=controls))) > MOVED
+        assert (
+            count_levels_apart(drawn, run(tiny_folder, order(**without, control=controls))) > MOVED
+        )
 
 
 def test_a_control_model_paints_what_its_inpaint_pipeline_paints(
@@ -140,8 +141,11 @@ def test_a_control_model_paints_what_its_inpaint_pipeline_paints(
         "strength": STRENGTH,
     }
     drawn = run(folder, order(**given, control=f"depth:{pictures['map']}"))
-    assert measure(drawn, expected) <= 1 and expected.std() > 1
-    assert measure(drawn, run(folder, order(**given, control=f"depth:{pictures['other']}"))) > MOVED
+    assert count_levels_apart(drawn, expected) <= 1 and expected.std() > 1
+    assert (
+        count_levels_apart(drawn, run(folder, order(**given, control=f"depth:{pictures['other']}")))
+        > MOVED
+    )
 
 
 # --- maps
@@ -242,4 +246,4 @@ def test_with_a_depth_model_in_the_cache_the_depth_of_a_photo_is_computed(pictur
     (expected,) = processor.post_process_depth_estimation(outputs, [(SIDE_PX, SIDE_PX)])
     near = expected["predicted_depth"]
     levels = ((near - near.min()) / (near.max() - near.min()) * 255).numpy().astype(np.uint8)
-    assert measure(made.pixels[..., 0], levels) <= 1 and levels.std() > 5
+    assert count_levels_apart(made.pixels[..., 0], levels) <= 1 and levels.std() > 5

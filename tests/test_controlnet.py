@@ -26,6 +26,7 @@ from quant.recipe import make_controlnet_recipe
 from quant.spec import BAKEABLE, QuantSpec
 from tests.support.controlnets import save_map
 from tests.support.helpers import changed, engine_of, tiny
+from tests.support.pictures import draw_by_diffusers
 
 ORDER = tiny(steps=4, seed=5, width=96, height=64, text_tokens=24)
 MOVED = 8  # of 255: less is no effect
@@ -89,10 +90,9 @@ def pipeline(tiny_folder):
     return made
 
 
-def draw_by_diffusers(pipeline, wanted: Case, controlnet, maps: Sequence[Path]) -> np.ndarray:
+def draw_case_by_diffusers(pipeline, wanted: Case, controlnet, maps: Sequence[Path]) -> np.ndarray:
     from diffusers import FluxControlNetModel, FluxMultiControlNetModel
 
-    request = ORDER.request
     networks = [
         FluxControlNetModel.from_pretrained(controlnet(kind), torch_dtype=torch.float32)
         for kind in dict.fromkeys(wanted.kinds)
@@ -109,17 +109,7 @@ def draw_by_diffusers(pipeline, wanted: Case, controlnet, maps: Sequence[Path]) 
     if len(images) == 1:
         pipeline.controlnet = networks[0]
         options = {name: values[0] for name, values in options.items()}
-    image = pipeline(
-        request.prompt,
-        width=request.size[0],
-        height=request.size[1],
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance,
-        max_sequence_length=request.text_tokens,
-        generator=torch.Generator("cpu").manual_seed(request.seed),
-        **options,
-    ).images[0]
-    return np.asarray(image).astype(int)
+    return draw_by_diffusers(pipeline, ORDER, **options).astype(int)
 
 
 def make_parts(wanted: Case, controlnet) -> Parts:
@@ -168,7 +158,7 @@ RARE = ("two", "one union, two pictures", "no guidance")
 )
 def test_equals_diffusers(name, pipeline, checkpoint, controlnet, maps, plain):
     wanted = CASES[name]
-    reference = draw_by_diffusers(pipeline, wanted, controlnet, maps)
+    reference = draw_case_by_diffusers(pipeline, wanted, controlnet, maps)
     parts = make_parts(wanted, controlnet)
     engine = engine_of(parts.add_to(checkpoint), ORDER)
     found = draw_by_flux(engine, parts.controls, maps)

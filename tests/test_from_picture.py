@@ -23,6 +23,7 @@ from quant.recipe import make_recipe
 from quant.spec import QuantSpec
 from tests.support.fill import make_fill_model
 from tests.support.helpers import engine_of, picture_of, tiny
+from tests.support.pictures import count_levels_apart, draw_by_diffusers
 
 MOVED = 8  # of 255: what a feature must do to a picture before its equality says anything
 
@@ -84,20 +85,7 @@ def engines() -> Callable:
 
 def draw_with(pipe: object, asked: Order, **inputs: object) -> np.ndarray:
     """What a pipeline of diffusers draws of a request; nothing is left to its own defaults."""
-    request = asked.request
-    width, height = request.size
-    image = pipe(
-        request.prompt,
-        width=width,
-        height=height,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance,
-        strength=request.strength,
-        max_sequence_length=request.text_tokens,
-        generator=torch.Generator("cpu").manual_seed(request.seed),
-        **inputs,
-    ).images[0]
-    return np.asarray(image)
+    return draw_by_diffusers(pipe, asked, strength=asked.request.strength, **inputs)
 
 
 def draw_both(engine: Engine, asked: Order) -> tuple[np.ndarray, np.ndarray]:
@@ -108,10 +96,6 @@ def draw_both(engine: Engine, asked: Order) -> tuple[np.ndarray, np.ndarray]:
     vae = engine.components.loaded["vae"].module
     latents = decode.unpack(picture.tokens, asked.request.size)
     return decode.to_pixels(decode.decode_latents(vae, latents)).numpy(), picture.pixels
-
-
-def apart(one: np.ndarray, other: np.ndarray) -> int:
-    return int(np.abs(one.astype(int) - other).max())
 
 
 def read(path: Path) -> Image.Image:
@@ -139,11 +123,11 @@ def test_img2img_equals_diffusers(tiny_folder, photo, pipelines, engines):
         )
         wanted = draw_with(pipe, asked, image=read(photo))
         decoded, drawn = draw_both(engines(tiny_folder, asked), asked)
-        assert apart(decoded, wanted) <= 1 and (drawn == decoded).all()
+        assert count_levels_apart(decoded, wanted) <= 1 and (drawn == decoded).all()
         assert wanted.std() > 1
         if strength < 1:
             turned = read(photo).transpose(Image.Transpose.ROTATE_180)
-            assert apart(draw_with(pipe, asked, image=turned), wanted) > MOVED
+            assert count_levels_apart(draw_with(pipe, asked, image=turned), wanted) > MOVED
 
 
 def test_inpaint_equals_diffusers(tiny_folder, photo, mask, pipelines, engines):
@@ -161,10 +145,10 @@ def test_inpaint_equals_diffusers(tiny_folder, photo, mask, pipelines, engines):
         white = ImageOps.invert(read(mask)) if invert else read(mask)
         wanted = draw_with(pipe, asked, image=read(photo), mask_image=white)
         decoded, drawn = draw_both(engines(tiny_folder, asked), asked)
-        assert apart(decoded, wanted) <= 1 and wanted.std() > 1
+        assert count_levels_apart(decoded, wanted) <= 1 and wanted.std() > 1
         assert_pasted(drawn, decoded, asked)
         whole = draw_with(pipe, asked, image=read(photo), mask_image=Image.new("L", (8, 8), 255))
-        assert apart(whole, wanted) > MOVED
+        assert count_levels_apart(whole, wanted) > MOVED
 
 
 def test_fill_equals_diffusers(fill_folder, photo, mask, pipelines, engines):
@@ -181,14 +165,14 @@ def test_fill_equals_diffusers(fill_folder, photo, mask, pipelines, engines):
         )
         wanted = draw_with(pipe, asked, image=read(photo), mask_image=read(mask))
         decoded, drawn = draw_both(engines(fill_folder, asked), asked)
-        assert apart(decoded, wanted) <= 1 and wanted.std() > 1
+        assert count_levels_apart(decoded, wanted) <= 1 and wanted.std() > 1
         assert_pasted(drawn, decoded, asked)
         inverted = ImageOps.invert(read(mask))
         other = draw_with(pipe, asked, image=read(photo), mask_image=inverted)
-        assert apart(other, wanted) > MOVED
+        assert count_levels_apart(other, wanted) > MOVED
         turned = read(photo).transpose(Image.Transpose.ROTATE_180)
         other = draw_with(pipe, asked, image=turned, mask_image=read(mask))
-        assert apart(other, wanted) > MOVED
+        assert count_levels_apart(other, wanted) > MOVED
 
 
 def test_expand_is_fill_on_a_larger_canvas(fill_folder, photo, pipelines, engines):
@@ -204,11 +188,11 @@ def test_expand_is_fill_on_a_larger_canvas(fill_folder, photo, pipelines, engine
     around = Image.fromarray(canvas.mask.astype(np.uint8) * 255)
     wanted = draw_with(pipe, asked, image=whole, mask_image=around)
     decoded, drawn = draw_both(engines(fill_folder, asked), asked)
-    assert apart(decoded, wanted) <= 1 and wanted.std() > 1
+    assert count_levels_apart(decoded, wanted) <= 1 and wanted.std() > 1
     assert (drawn[:64, 32:] == inside).all()
     assert (drawn[:, :32] == decoded[:, :32]).all() and (drawn[64:] == decoded[64:]).all()
     other = draw_with(pipe, asked, image=whole, mask_image=ImageOps.invert(around))
-    assert apart(other, wanted) > MOVED
+    assert count_levels_apart(other, wanted) > MOVED
 
 
 def assert_pasted(drawn: np.ndarray, decoded: np.ndarray, asked: Order) -> None:

@@ -22,6 +22,7 @@ from quant.single_file import assemble_checkpoint
 from tests.support.helpers import tiny
 from tests.support.pictures import (
     count_levels_apart,
+    draw_by_diffusers,
     draw_from,
     make_canvas,
     make_engine,
@@ -55,21 +56,9 @@ def load_pipeline(name: str, folder: Path) -> Any:
 
 def draw_with_diffusers(pipe: Any, order: Order, **inputs: object) -> np.ndarray:
     """The pixels that a pipeline of diffusers makes of an order with these inputs."""
-    request = order.request
-    width, height = request.size
-    options = {"_auto_resize": False} | inputs
-    image = pipe(
-        prompt=request.prompt,
-        width=width,
-        height=height,
-        max_area=width * height,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance,
-        max_sequence_length=request.text_tokens,
-        generator=torch.Generator("cpu").manual_seed(request.seed),
-        **options,
-    ).images[0]
-    return np.asarray(image)
+    width, height = order.request.size
+    options = {"max_area": width * height, "_auto_resize": False} | inputs
+    return draw_by_diffusers(pipe, order, **options)
 
 
 def test_pictures_are_those_of_diffusers(kontext_folder):

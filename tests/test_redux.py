@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -26,6 +25,7 @@ from tests.support.helpers import tiny
 from tests.support.pictures import (
     begin_picture,
     count_levels_apart,
+    draw_by_diffusers,
     draw_from,
     make_engine,
     make_picture,
@@ -63,24 +63,6 @@ def load_prior(folder: Path, model: Path | None = None) -> Any:
     return FluxPriorReduxPipeline.from_pretrained(folder, torch_dtype=torch.float32, **parts)
 
 
-def draw_with_diffusers(
-    pipe: Any, order: Order, sequence: torch.Tensor, pooled: torch.Tensor
-) -> np.ndarray:
-    """The pixels that FluxPipeline makes of these embeddings."""
-    request = order.request
-    width, height = request.size
-    image = pipe(
-        prompt_embeds=sequence,
-        pooled_prompt_embeds=pooled,
-        width=width,
-        height=height,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance,
-        generator=torch.Generator("cpu").manual_seed(request.seed),
-    ).images[0]
-    return np.asarray(image)
-
-
 def redux_order(folder: Path, *redux: str, **changes: object) -> Order:
     """A small order of the bundled model, with as many text tokens as diffusers has here."""
     return tiny(redux=redux, redux_model=(str(folder),), text_tokens=512, **changes)
@@ -112,7 +94,8 @@ def test_pictures_are_those_of_diffusers(tiny_folder, redux_folder):
     engine = make_engine(inspect(tiny_folder), cases[0][0])
     drawn = [draw_from(engine, tiny(text_tokens=512))]  # what it draws without
     for order, embeddings in cases:
-        expected = draw_with_diffusers(pipe, order, *embeddings)
+        given = dict(zip(("prompt_embeds", "pooled_prompt_embeds"), embeddings, strict=True))
+        expected = draw_by_diffusers(pipe, order, prompt=None, **given)
         pixels = draw_from(engine, order)
         assert count_levels_apart(pixels, expected) <= 1
         assert expected.std() > 1

@@ -18,6 +18,7 @@ from quant.checkpoint import Checkpoint, inspect
 from tests.support.controlnets import write_controlnet
 from tests.support.helpers import draw, draw_all, engine_of, plan_for, tiny
 from tests.support.invariant import assert_failed, call
+from tests.support.pictures import count_levels_apart, draw_by_diffusers
 
 NEGATIVE = "a green star on a black background"
 
@@ -41,27 +42,10 @@ def pipeline(tiny_folder: Path):
     return pipe
 
 
-def apart(one: np.ndarray, other: np.ndarray) -> int:
-    return int(np.abs(one.astype(int) - other.astype(int)).max())
-
-
 def reference(pipe, order: Order, **more: object) -> np.ndarray:
     """What a pipeline draws of the order."""
-    request = order.request
-    width, height = request.size
-    image = pipe(
-        request.prompt,
-        negative_prompt=request.negative_prompt,
-        true_cfg_scale=request.true_scale,
-        width=width,
-        height=height,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance,
-        max_sequence_length=request.text_tokens,
-        generator=torch.Generator("cpu").manual_seed(request.seed),
-        **more,
-    ).images[0]
-    return np.asarray(image)
+    more["negative_prompt"] = order.request.negative_prompt
+    return draw_by_diffusers(pipe, order, true_cfg_scale=order.request.true_scale, **more)
 
 
 @pytest.mark.parametrize(
@@ -78,9 +62,9 @@ def test_it_equals_flux_pipeline(said, engine, pipeline):
     _, pixels = draw(engine, wanted)
     _, without = draw(engine, tiny(**said | {"negative_prompt": None, "true_cfg": None}))
     expected = reference(pipeline, wanted)
-    assert apart(pixels, expected) <= 1
+    assert count_levels_apart(pixels, expected) <= 1
     assert expected.std() > 1
-    assert apart(expected, without) > 8
+    assert count_levels_apart(expected, without) > 8
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +84,8 @@ def test_it_equals_diffusers_pipeline_of_img2img(engine, pipeline, photo):
     wanted = tiny(**said, negative_prompt=NEGATIVE)
     pipe = FluxImg2ImgPipeline(**pipeline.components)
     expected = reference(pipe, wanted, image=Image.open(photo), strength=0.7)
-    assert apart(draw(engine, wanted)[1], expected) <= 1
-    assert apart(draw(engine, tiny(**said))[1], expected) > 8
+    assert count_levels_apart(draw(engine, wanted)[1], expected) <= 1
+    assert count_levels_apart(draw(engine, tiny(**said))[1], expected) > 8
 
 
 def test_it_equals_diffusers_pipeline_with_a_controlnet(checkpoint, pipeline, photo, tmp_path):
@@ -119,29 +103,31 @@ def test_it_equals_diffusers_pipeline_with_a_controlnet(checkpoint, pipeline, ph
     expected = reference(
         pipe, wanted, control_image=Image.open(photo), controlnet_conditioning_scale=0.6
     )
-    assert apart(draw(engine, wanted)[1], expected) <= 1
-    assert apart(draw(engine, tiny(**said))[1], expected) > 8
-    assert apart(draw(engine, tiny(steps=4, negative_prompt=NEGATIVE))[1], expected) > 8
+    assert count_levels_apart(draw(engine, wanted)[1], expected) <= 1
+    assert count_levels_apart(draw(engine, tiny(**said))[1], expected) > 8
+    assert (
+        count_levels_apart(draw(engine, tiny(steps=4, negative_prompt=NEGATIVE))[1], expected) > 8
+    )
 
 
 def test_three_is_what_holds_where_the_text_alone_is_given(engine):
     _, said = draw(engine, tiny(negative_prompt=NEGATIVE, true_cfg=3.0))
     _, default = draw(engine, tiny(negative_prompt=NEGATIVE))
     _, other = draw(engine, tiny(negative_prompt=NEGATIVE, true_cfg=2.0))
-    assert apart(said, default) == 0 and apart(said, other) > 0
+    assert count_levels_apart(said, default) == 0 and count_levels_apart(said, other) > 0
 
 
 def test_another_negative_prompt_is_another_picture(engine):
     _, one = draw(engine, tiny(negative_prompt=NEGATIVE))
     _, other = draw(engine, tiny(negative_prompt="a blue square"))
-    assert apart(one, other) > 8
+    assert count_levels_apart(one, other) > 8
 
 
 def test_pictures_of_a_group_are_those_drawn_alone(engine):
     orders = [tiny(negative_prompt=NEGATIVE), tiny(), tiny(negative_prompt="a blue square")]
     together = draw_all(engine, orders)
     for pixels, order in zip(together, orders, strict=True):
-        assert apart(pixels, draw(engine, order)[1]) == 0
+        assert count_levels_apart(pixels, draw(engine, order)[1]) == 0
 
 
 def test_there_are_two_tables_and_two_entries_in_the_cache(checkpoint):

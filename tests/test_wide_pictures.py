@@ -1,18 +1,16 @@
 """Kontext and Redux at FLUX.1's real widths, with one block of each kind: diffusers' pictures."""
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from fluxcli.request.fields import Order
 from quant.checkpoint import inspect
 from quant.redux import PUBLISHED_CONFIGS, count_tokens
 from tests.support.helpers import tiny
 from tests.support.pictures import (
     count_levels_apart,
+    draw_by_diffusers,
     draw_from,
     make_canvas,
     make_engine,
@@ -32,22 +30,6 @@ def wide(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_wide(tiny_folder, tmp_path_factory.mktemp("wide") / "kontext")
 
 
-def draw_with_diffusers(pipe: Any, order: Order, **inputs: object) -> np.ndarray:
-    request = order.request
-    width, height = request.size
-    pipe.set_progress_bar_config(disable=True)
-    image = pipe(
-        width=width,
-        height=height,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance,
-        max_sequence_length=request.text_tokens,
-        generator=torch.Generator("cpu").manual_seed(request.seed),
-        **inputs,
-    ).images[0]
-    return np.asarray(image)
-
-
 def test_kontext(wide):
     from diffusers import FluxKontextPipeline
 
@@ -56,10 +38,9 @@ def test_kontext(wide):
     size = SIZE | {"text_tokens": 16}
     order = tiny(reference=("a.png",), **size)
     pipe = FluxKontextPipeline.from_pretrained(wide, torch_dtype=torch.float32)
-    expected = draw_with_diffusers(
+    expected = draw_by_diffusers(
         pipe,
         order,
-        prompt=order.request.prompt,
         image=make_canvas(order),
         max_area=96 * 64,
         _auto_resize=False,
@@ -92,7 +73,8 @@ def test_redux_without_a_prompt(wide, tmp_path):
         tokenizer_2=None,
         torch_dtype=torch.float32,
     )
-    expected = draw_with_diffusers(pipe, order, prompt_embeds=sequence, pooled_prompt_embeds=pooled)
+    embeddings = {"prompt_embeds": sequence, "pooled_prompt_embeds": pooled}
+    expected = draw_by_diffusers(pipe, order, prompt=None, **embeddings)
     del pipe
     engine = make_engine(inspect(wide), order)
     assert count_tokens(engine.checkpoint.components["image_encoder"]) == 729

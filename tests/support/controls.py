@@ -3,14 +3,11 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-
-from fluxcli.request.fields import Order
 
 SIDE_PX = 96
 
@@ -75,26 +72,3 @@ def open_image(path: Path) -> Image.Image:
     """A picture in RGB, its file closed."""
     with Image.open(path) as image:
         return image.convert("RGB")
-
-
-def draw_by_diffusers(pipe: Any, order: Order, **inputs: object) -> np.ndarray:
-    """The pixels that a pipeline of diffusers makes of an order, and of these inputs."""
-    request = order.request
-    width, height = request.size
-    pipe.set_progress_bar_config(disable=True)
-    image = pipe(
-        request.prompt,
-        width=width,
-        height=height,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance,
-        max_sequence_length=request.text_tokens,
-        generator=torch.Generator("cpu").manual_seed(request.seed),
-        **inputs,
-    ).images[0]
-    return np.asarray(image)
-
-
-def measure(pixels: np.ndarray, other: np.ndarray) -> int:
-    """How far the two are apart where they are farthest, of 255."""
-    return int(np.abs(pixels.astype(int) - other.astype(int)).max())

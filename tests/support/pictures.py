@@ -48,6 +48,23 @@ def draw_from(engine: Engine, order: Order) -> np.ndarray:
     return picture.pixels
 
 
+def draw_by_diffusers(pipe: Any, order: Order, **inputs: object) -> np.ndarray:
+    """The pixels that a pipeline of diffusers makes of an order; `inputs` go before the order's."""
+    request = order.request
+    width, height = request.size
+    pipe.set_progress_bar_config(disable=True)
+    options = {
+        "prompt": request.prompt,
+        "width": width,
+        "height": height,
+        "num_inference_steps": request.steps,
+        "guidance_scale": request.guidance,
+        "max_sequence_length": request.text_tokens,
+        "generator": torch.Generator("cpu").manual_seed(request.seed),
+    }
+    return np.asarray(pipe(**options | inputs).images[0])
+
+
 def count_levels_apart(one: np.ndarray, other: np.ndarray) -> int:
     """The largest difference of any value, of 255."""
     return int(np.abs(one.astype(int) - other.astype(int)).max())
